@@ -25,6 +25,7 @@ LONG = (
         "architectures",
         "resident",
         "gguf_import",
+        "eight_billion",
         "hub_import",
         "llamacpp",
         "structured_texts",

@@ -50,7 +50,7 @@ class Daemon:
 
 
 @asynccontextmanager
-async def running_daemon(data_dir: Path, *flags: str) -> AsyncIterator[Daemon]:
+async def running_daemon(data_dir: Path, *flags: str, timeout_s: float = START_TIMEOUT_S) -> AsyncIterator[Daemon]:
     """Run `metaswarm node` on loopback inside the block, begun once it is ready; its log is in the data directory."""
     await trio.Path(data_dir).mkdir(mode=0o700, exist_ok=True)
     # What configures the user's own node is not for these.
@@ -69,7 +69,7 @@ async def running_daemon(data_dir: Path, *flags: str) -> AsyncIterator[Daemon]:
         )
     assert process.stdout is not None
     try:
-        with trio.fail_after(START_TIMEOUT_S):
+        with trio.fail_after(timeout_s):
             line = b""
             while not line.endswith(b"\n"):
                 data = await process.stdout.receive_some()

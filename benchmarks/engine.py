@@ -158,7 +158,11 @@ def _show(report: dict[str, Any]) -> None:
 
 def _shard(package: Package, device: str) -> TorchShard:
     blocks = BlockRange(0, package.manifest.block_count)
-    return TorchShard(source_from_package(package, blocks), blocks, EngineOptions(kv_positions=8192, device=device))
+    return TorchShard(
+        source_from_package(package, blocks),
+        blocks,
+        EngineOptions(kv_positions=8192, device=device, narrow_kv=device != "cpu"),
+    )
 
 
 def _ours_all(shard: TorchShard, names: Iterable[str], count: int) -> dict[str, Callable[[], Measured]]:

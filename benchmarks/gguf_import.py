@@ -40,32 +40,42 @@ def main(size_gb: float, folder: str | None, as_json: bool) -> None:
 def measure(size_bytes: int, folder: str | None) -> dict[str, Any]:
     """Return all figures."""
     with TemporaryDirectory(prefix="metaswarm-import-", dir=folder) as scratch:
-        source, cache = write_large(Path(scratch, "large.gguf"), size_bytes), Path(scratch, "cache")
-        cache.mkdir()
-        command = python("-m", "node", "model", "import", str(source), "--cache-dir", str(cache))
-        alone_bytes = together_bytes = stored_bytes = 0
-        began_s = time.perf_counter()
-        with running(command, what="the import") as child:
-            while child.process.poll() is None:
-                own, all_of_them = _memory(child.process.pid)
-                alone_bytes, together_bytes = max(alone_bytes, own), max(together_bytes, all_of_them)
-                stored_bytes = max(stored_bytes, folder_bytes(cache))
-                time.sleep(POLL_S)
-            child.check()
-        took_s = time.perf_counter() - began_s
-        file_bytes = source.stat().st_size
+        source = write_large(Path(scratch, "large.gguf"), size_bytes)
+        return {"machine": describe_machine(), **watched_import(source, Path(scratch, "cache"))}
+
+
+def watched_import(source: Path, cache: Path, *options: str) -> dict[str, Any]:
+    """Import a file into a cache, and return what that takes.
+
+    `tried`: the modules of child processes that tried the architecture out.
+    """
+    cache.mkdir()
+    command = python("-m", "node", "model", "import", str(source), "--cache-dir", str(cache), *options)
+    alone_bytes = together_bytes = stored_bytes = 0
+    tried: set[str] = set()
+    began_s = time.perf_counter()
+    with running(command, what="the import") as child:
+        while child.process.poll() is None:
+            own, all_of_them = memory_of(child.process.pid)
+            alone_bytes, together_bytes = max(alone_bytes, own), max(together_bytes, all_of_them)
+            stored_bytes = max(stored_bytes, folder_bytes(cache))
+            tried |= _trials(child.process.pid)
+            time.sleep(POLL_S)
+        child.check()
+    took_s = time.perf_counter() - began_s
+    file_bytes = source.stat().st_size
     return {
-        "machine": describe_machine(),
         "file_gb": file_bytes / 1e9,
         "memory_alone_mib": alone_bytes / MIB,
         "memory_together_mib": together_bytes / MIB,
         "disk_over_file": stored_bytes / file_bytes,
         "took_s": took_s,
         "gb_per_s": file_bytes / 1e9 / took_s,
+        "tried": sorted(tried),
     }
 
 
-def _memory(pid: int) -> tuple[int, int]:
+def memory_of(pid: int) -> tuple[int, int]:
     """Return the proportional set size of a process, and of it with all its children."""
     sizes = []
     with suppress(psutil.Error):
@@ -74,6 +84,17 @@ def _memory(pid: int) -> tuple[int, int]:
             with suppress(psutil.Error):
                 sizes.append(each.memory_full_info().pss)
     return (sizes[0], sum(sizes)) if sizes else (0, 0)
+
+
+def _trials(pid: int) -> set[str]:
+    found: set[str] = set()
+    with suppress(psutil.Error):
+        for each in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.Error):
+                found |= {
+                    word for word in each.cmdline() if word.startswith("node.engine.") and "tokenizer" not in word
+                }
+    return found
 
 
 def report(result: dict[str, Any]) -> str:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.llamacpp [--json] [--rounds N] [--tokens N] [--threads N]
 
-Prefill of 512 tokens, then decoding at batch 1 and 8, in turn: `llama.cpp` is its own loop in this process over the
-whole published file, with its default parameters; `ours` the engine of one span, also in this process; `3 workers` a
-pipeline of three worker processes with a third of the blocks and this many threads each. `over llama.cpp`: rates over
-its own, 1 where they are as fast. Other processes on the machine disturb the figures less than their ratios.
+Prefill of 512 tokens, then decoding at batch 1, 8 and 32 behind 64 tokens, and at batch 1 behind 1,536 (`long`), in
+turn: `llama.cpp` is its own loop in this process over the whole published file, with its default parameters; `ours` the
+engine of one span, also in this process; `ours q8_0` the same with keys and values in q8_0; `3 workers` a pipeline of
+three worker processes with a third of the blocks and this many threads each. `over llama.cpp`: rates over its own, 1
+where they are as fast. Other processes on the machine disturb the figures less than their ratios.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import trio
 
 from node.engine.base import Engine
 from node.engine.client import start_worker
-from node.engine.interface import EngineOptions, SessionOptions, ShardSource, SliceInput
+from node.engine.interface import EngineOptions, SessionOptions, ShardSource, SliceInput, Variant
 from node.engine.kv_allocator import KvAllocator
 from node.engine.llamacpp.library import Batch, Library, load_library
 from node.engine.llamacpp.shard import LLAMACPP, LlamaShard
@@ -38,9 +39,11 @@ from protocol.messages import Sampling
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
 from tests.support.demo_model import demo_gguf
 
-PREFILL, CONTEXT, BATCHES, POSITIONS = 512, 64, (1, 8), 2048
+PREFILL, CONTEXT, LONG, BATCHES, POSITIONS = 512, 64, 1536, (1, 8, 32), 8192
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 """The environment of our workers: OpenMP's threads do not spin, which would slow other processes."""
+
+NARROW = Variant("llamacpp", "native", "q8_0")
 
 Rows = tuple[int, int, Sequence[int]]
 """Of one text: its number, the position of its first token, and tokens."""
@@ -71,7 +74,7 @@ def main() -> None:
         return
     print(f"{options.threads} threads, load average {report['load']:.1f}, medians in ms (rate over llama.cpp's)")
     for name, row in milliseconds.items():
-        print(f"{name:12}" + "".join(f"{key:>12} {row[key]:8.1f} ({over[name][key]:.2f})" for key in row))
+        print(f"{name:12}" + "".join(f"{key:>10} {row[key]:8.1f} ({over[name][key]:.2f})" for key in row))
 
 
 async def _measure(rounds: int, count: int, threads: int) -> dict[str, Measured]:
@@ -85,7 +88,8 @@ async def _measure(rounds: int, count: int, threads: int) -> dict[str, Measured]
         shard = LlamaShard(_source(model, Path(folder), whole), whole, options)
         runs: dict[str, Callable[[], Measured]] = {
             "llama.cpp": partial(_run, LlamaCpp(load_library(), model.paths[0], threads).step, count),
-            "ours": partial(_run, _Ours(shard).step, count),
+            "ours": partial(_run, _Ours(shard, LLAMACPP).step, count),
+            "ours q8_0": partial(_run, _Ours(shard, NARROW).step, count),
         }
         async with AsyncExitStack() as stack:
             thirds = [BlockRange(blocks * n // 3, blocks * (n + 1) // 3) for n in range(3)]
@@ -120,7 +124,7 @@ def _source(model: GgufModel, folder: Path, blocks: BlockRange) -> ShardSource:
     )
 
 
-WORKLOADS = (("prefill", 1, PREFILL), *((f"batch {batch}", batch, CONTEXT) for batch in BATCHES))
+WORKLOADS = (("prefill", 1, PREFILL), *((f"batch {batch}", batch, CONTEXT) for batch in BATCHES), ("long", 1, LONG))
 
 
 def _run(step: Step, count: int) -> Measured:
@@ -188,19 +192,21 @@ def _argmax(logits: "ctypes._Pointer[ctypes.c_float]", count: int) -> int:
 class _Ours:
     """The engine, called as a worker calls it."""
 
-    def __init__(self, shard: LlamaShard) -> None:
+    def __init__(self, shard: LlamaShard, variant: Variant) -> None:
+        shard.prepare(variant)
         self._shard = shard
+        self._variant = variant
         self._pages = KvAllocator(shard.info)
 
     def step(self, texts: Sequence[Rows]) -> list[int]:
         """Take rows of several texts, and return the likeliest token after each."""
-        options = SessionOptions(sampling=Sampling(max_tokens=1), variant=LLAMACPP)
+        options = SessionOptions(sampling=Sampling(max_tokens=1), variant=self._variant)
         for number, position, _ in texts:
             if position == 0:
                 session = _session(number)
                 self._pages.close(session, keep=False)
                 self._shard.close(session)
-                self._pages.open(session, POSITIONS // 16 if len(texts) > 1 else PREFILL + CONTEXT, None)
+                self._pages.open(session, 2 * CONTEXT if len(texts) > 1 else LONG + PREFILL, None)
                 self._shard.begin(session, options, self._pages.begin(session, options))
         result = self._shard.step(_slices(texts))
         return [tokens_from_tensor(output.tensor)[0] for output in result.outputs]

@@ -21,7 +21,7 @@ from node.api.server import url_of
 from node.assembly import NodeParts, build_node, is_busy
 from node.capabilities.probe import total_memory
 from node.config import LOCK_FILE, MEMORY_SHARE, READY_FILE, ApiKey, NodeConfig, NodeReady, StartError, hash_api_key
-from node.engine.device import Device, DeviceError, find_device
+from node.engine.device import Device, DeviceError, find_devices
 from node.joining import conflicts, second_node
 from node.models.files import Progress, ignore_progress
 from node.network.interface import NetworkError
@@ -143,12 +143,13 @@ async def running_node(
         if database.set_aside is not None:
             _logger.warning("corrupt history renamed; the swarm refills it", file=str(database.set_aside))
         try:
-            # Also where nothing is served: the capabilities that are announced name the device.
-            device = await find_device(config.device)
+            # Also where nothing is served: the capabilities that are announced name the devices.
+            devices = await find_devices(config.device)
         except DeviceError as error:
             raise StartError(f"cannot compute on {config.device}: {error}; see --device") from None
-        _check_memory(config, device)
-        node = Node(config, build_node(config, database, device, progress))
+        for device in devices:
+            _check_memory(config, device)
+        node = Node(config, build_node(config, database, devices, progress))
         async with node.running() as ready:
             yield node, ready
 

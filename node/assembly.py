@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from node.consensus.followed_chains import FollowedChains
 from node.consensus.measurement_runner import MeasurementRunner, measurement_plan
 from node.consensus.service import ConsensusService, swarm_name
 from node.coordinator.coordinator import Coordinator
-from node.coordinator.observation import Recorder, software_name, software_versions
+from node.coordinator.observation import Recorder, software_name, software_versions, weight_type
 from node.coordinator.planner import SwarmView
 from node.coordinator.quality_store import LocalQualityStore
 from node.coordinator.trial_runner import BenchmarkRunner
@@ -137,9 +138,9 @@ class NodeParts:
     consensus: ConsensusService
 
 
-def build_node(config: NodeConfig, database: Database, device: Device, progress: Progress) -> NodeParts:
+def build_node(config: NodeConfig, database: Database, devices: Sequence[Device], progress: Progress) -> NodeParts:
     """Build a node. Raises StartError."""
-    network = build_network(config, database, device)
+    network = build_network(config, database, devices)
     selection = build_selection(config, network, database)
     stages = StageServer(
         network.network,
@@ -151,13 +152,13 @@ def build_node(config: NodeConfig, database: Database, device: Device, progress:
         agreed=selection.chains.agreement,
     )
     swarm = build_swarm(config, network, stages)
-    serving = build_serving(config, network, swarm, stages, device, progress)
+    serving = build_serving(config, network, swarm, stages, devices, progress)
     client = build_client(config, network, selection, swarm, serving)
     consensus = build_consensus(config, database, network, selection, swarm, serving, client)
     return NodeParts(network, selection, swarm, serving, client, consensus)
 
 
-def build_network(config: NodeConfig, database: Database, device: Device) -> NetworkParts:
+def build_network(config: NodeConfig, database: Database, devices: Sequence[Device]) -> NetworkParts:
     """Build identity, network and stores. Raises StartError."""
     traffic = TrafficMeter()
     try:
@@ -183,7 +184,7 @@ def build_network(config: NodeConfig, database: Database, device: Device) -> Net
             models_dir=config.cache_dir,
             traffic=traffic,
             threads=config.threads,
-            accelerator=device.accelerator,
+            accelerators=tuple(each.accelerator for each in devices if each.accelerator),
         ),
         traffic=traffic,
         history=HistoryStore(database),
@@ -253,7 +254,7 @@ def build_serving(
     network: NetworkParts,
     swarm: SwarmParts,
     stages: StageServer,
-    device: Device,
+    devices: Sequence[Device],
     progress: Progress,
 ) -> ServingParts:
     """Build the model library and the supervisor of spans."""
@@ -266,7 +267,7 @@ def build_serving(
         draft=config.draft,
         memory_bytes=config.memory_bytes,
         threads=config.threads,
-        device=device,
+        devices=devices,
         graphs_dir=config.cache_dir / "graphs",
         use_catalogue=not config.no_catalogue,
         progress=progress,
@@ -360,9 +361,10 @@ def build_consensus(
     def rules(model: ModelId) -> ConsensusRules:
         """Return the rules of a model's chain; without its manifest, those of a safetensors package."""
         manifest = library.local_manifest(model)
+        known = (PackageFormat.SAFETENSORS,) if manifest is None else (manifest.format, weight_type(manifest))
         return ConsensusRules(
             swarm=swarm_name(config.swarm_key),
-            plan=measurement_plan(PackageFormat.SAFETENSORS if manifest is None else manifest.format),
+            plan=measurement_plan(*known),
             clock=clock,
             checkpoints=config.checkpoints,
         )

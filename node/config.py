@@ -95,7 +95,7 @@ class NodeConfig:
     threads: int | None = None
     """Threads of an engine; None lets the node decide."""
     device: str = "auto"
-    """Device of the engine: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""
+    """Devices of the engines; see `node.engine.device.find_devices`."""
     batching: str = "continuous"
     """How sessions share the steps of an engine: `one`, `static` or `continuous`."""
     epoch_s: float = EPOCH_S

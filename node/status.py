@@ -33,8 +33,8 @@ from node.stages.span import Span
 from node.storage.database import StorageError
 from protocol.identity import BlockRange, ModelId, PeerId
 from selector.consensus.reputation import WEIGHT_SCALE
+from selector.cuts import Cuts
 from selector.reliability import PeerRecord
-from selector.routing import uncovered
 
 
 class StatusView:
@@ -203,13 +203,14 @@ class StatusView:
         spans = [candidate.stage.blocks for candidate in self._membership.directory.candidates(model)]
         manifest = self._library.local_manifest(model)
         # Without the manifest only the served blocks are known.
-        block_count = manifest.block_count if manifest else max((span.end for span in spans), default=0)
-        coverage = [sum(block in span for span in spans) for block in range(block_count)]
-        missing = uncovered(block_count, spans)
+        cuts = manifest.cuts if manifest else Cuts(max((span.end for span in spans), default=0))
+        joinable = [span for span in spans if cuts.fault(span) is None]
+        coverage = [sum(block in span for span in joinable) for block in range(cuts.block_count)]
+        missing = cuts.uncovered(joinable)
         return {
             "model": model,
             "name": self._library.name_of(model),
-            "block_count": block_count,
+            "block_count": cuts.block_count,
             "coverage": coverage,
             "uncovered": [(gap.start, gap.end) for gap in missing],
             "complete": manifest is not None and not missing,
@@ -227,9 +228,11 @@ class StatusView:
             **self._span_summary(info.model, info.blocks),
             "block_count": info.block_count,
             "sessions": len(span.sessions),
+            "device": info.device,
             "reserved_positions": statistics.reserved_positions,
             "kv_positions": info.kv_positions,
             "weight_bytes": info.weight_bytes,
+            "engine": info.engine,
             "worker_pid": statistics.worker_pid,
             "steps": statistics.steps,
             "compute_s": statistics.compute_s,

@@ -232,10 +232,10 @@ class Opened:
 
     `votes`: the logarithm of the cost of each requested method that the stage can run now, lower is better; all equal
     where the stage cannot predict. `cached`: positions of the prompt in the stage's prefix cache, by KV key
-    (`engine/arithmetic/activations`). `policy`: the stage's own switches. `held`: positions, from the first on, in the
-    KV cache of a continued session. `kept_from`: the start of its replay buffer, which ends at `held`. `statement`: the
-    swarm's statement on the model that the stage follows, whose members' reputation would weight the votes; None where
-    it follows none.
+    (`engine/arithmetic/activations`, `engine/arithmetic/kv/activations` where `kv` is not `auto`). `policy`: the
+    stage's own switches. `held`: positions, from the first on, in the KV cache of a continued session. `kept_from`: the
+    start of its replay buffer, which ends at `held`. `statement`: the swarm's statement on the model that the stage
+    follows, whose members' reputation would weight the votes; None where it follows none.
     """
 
     session: SessionId

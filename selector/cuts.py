@@ -1,12 +1,32 @@
-"""Where a model may be cut into spans: at multiples of its granularity, and at its end.
+"""Where a model may be cut into spans (at multiples of its granularity), and which parts of its span an engine runs.
 
 Most models may be cut between any two blocks. In some the blocks' kinds follow a pattern that is counted from a span's
 first block, such as one full attention in every six: cut elsewhere, the spans would calculate another model.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import IntEnum
+from itertools import groupby
 
 from protocol.identity import BlockRange
+
+
+class Parts(IntEnum):
+    """Which parts of its span an engine runs; each kind includes those before it.
+
+    PREFIX suffices to join spans that cover all blocks, however they overlap: a route leaves each span where the next
+    one begins.
+    """
+
+    WHOLE = 0
+    PREFIX = 1
+    """From the span's first block to any."""
+    ANY = 2
+
+    def include(self, part: BlockRange, span: BlockRange) -> bool:
+        """Return whether a part of a span is among them."""
+        return part == span or (self >= Parts.PREFIX and part.start == span.start) or self is Parts.ANY
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +57,18 @@ class Cuts:
     def blocks_of(self, units: BlockRange) -> BlockRange:
         """Return the blocks of a range of units."""
         return BlockRange(units.start * self.granularity, min(units.end * self.granularity, self.block_count))
+
+    def uncovered(self, spans: Iterable[BlockRange]) -> tuple[BlockRange, ...]:
+        """Return the blocks that no span covers; where there are none, the spans can be joined into a route.
+
+        Spans that do not begin and end where the model may be cut calculate another model, and do not count.
+        """
+        covered = bytearray(self.block_count)
+        for span in spans:
+            if self.fault(span) is None:
+                covered[span.start : span.end] = b"\x01" * len(span)
+        runs = ((is_covered, list(run)) for is_covered, run in groupby(range(self.block_count), covered.__getitem__))
+        return tuple(BlockRange(run[0], run[-1] + 1) for is_covered, run in runs if not is_covered)
 
     def fault(self, blocks: BlockRange) -> str | None:
         """Return why a span may not have these blocks, and the nearest that it may have; None where it may."""

@@ -2,7 +2,8 @@
 
 A peer without a history chooses by it, and it is a baseline that the learned selector must beat. The table was measured
 with a small Llama on two cores with AVX-512. The figures of onnxruntime's int8 follow from its ratios to fp32 measured
-with AVX2: 1.67 for a prompt, 0.48 and 1.08 for 1 and 8 sessions, 1.33 for 32 (products alone). Only ratios matter.
+with AVX2: 1.67 for a prompt, 0.48 and 1.08 for 1 and 8 sessions, 1.33 for 32 (products alone); those of a GGUF package
+in onnxruntime from its ratios to llama.cpp, whose own are estimates. Only ratios matter.
 """
 
 import math
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from selector.task import Method, TaskContext
+from selector.task import SWITCHES, Method, TaskContext
 
 HEURISTIC_DEVIATION: Final = 0.4
 """Standard deviation of the heuristic's error in natural logarithms: a factor of about 1.5 either way."""
@@ -48,7 +49,12 @@ _SPEEDS: Final = {
     ("onnxruntime", "int8"): _Speed(2.3, (10.6, 38.8, 100.0)),
     ("onnxruntime", "int4"): _Speed(2.3, (7.5, 38.8, 100.0)),
     ("llamacpp", "native"): _Speed(2.9, (8.2, 26.0, 94.0)),
+    ("onnxruntime", "native"): _Speed(1.9, (13.0, 22.0, 75.0)),
 }
+_NARROW_KV: Final = 1.05
+"""Time of a pass with narrower keys and values relative to the engine's own. An estimate: they are packed and unpacked
+in every pass, and save reads of memory only behind long texts."""
+
 _ACTIVATIONS: Final = {"fp32": 1.0, "bf16": 0.5, "int8": 0.27}
 
 _CODEC_S: Final = 0.0002
@@ -72,6 +78,8 @@ def predicted_cost(context: TaskContext, method: Method) -> float:
     speed = _SPEEDS[method.engine, method.arithmetic]
     prefill_s = _prefill_s(context, method, speed)
     step_s = _decode_ms(speed, context.concurrency) / 1000
+    if method.kv != SWITCHES["kv"].baseline:
+        prefill_s, step_s = prefill_s * _NARROW_KV, step_s * _NARROW_KV
     round_s = step_s + context.link_s * _on_the_wire(method)
     if method.activations != "fp32":
         round_s += (context.stage_count - 1) * _CODEC_S

@@ -1,19 +1,19 @@
 """Route search: the chain of stages that is predicted to finish a job first. Pure dynamic programming.
 
 A token travels in a circle: through every stage in order, and from the last one, which samples it, back to the first.
-So a route's cost depends on neighbours, and its end on its beginning. Spans may overlap: a divisible offer is entered
-and left at any block, an indivisible one is a stage as a whole.
+So a route's cost depends on neighbours, and its end on its beginning. Spans may overlap: an offer is entered and left
+at any block, entered at its first block and left at any, or a stage as a whole, as its engine runs parts of a span.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from protocol.identity import BlockRange, Stage
+from selector.cuts import Cuts, Parts
 
 MAX_OFFERS: Final = 64
 """Offers that are compared; of more, the fastest for every block are kept."""
@@ -38,8 +38,8 @@ class Offer:
 
     `block_s`: one block's part of a decode step; `step_s`: fixed cost of every step, both for the job's method under
     the current load. `row_block_s`: cost of one prompt row in one block. `trust`: share of jobs that this peer is
-    expected to complete, above 0. `free_positions`: free KV positions, None where unknown. `divisible`: whether it
-    runs a part of the span.
+    expected to complete, above 0. `free_positions`: free KV positions, None where unknown. `parts`: those of the span
+    that it runs.
     """
 
     stage: Stage
@@ -48,7 +48,7 @@ class Offer:
     row_block_s: float = 0.0
     trust: float = 1.0
     free_positions: int | None = None
-    divisible: bool = True
+    parts: Parts = Parts.ANY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,11 @@ class Demand:
     new_tokens: int
     row_bytes: int
     granularity: int = 1
+
+    @property
+    def cuts(self) -> Cuts:
+        """Where the model may be cut."""
+        return Cuts(self.block_count, self.granularity)
 
     @property
     def positions(self) -> int:
@@ -81,8 +86,7 @@ class Route:
 class NoRouteError(Exception):
     """No chain of offers covers all blocks. `missing`: the ranges that no offer covers.
 
-    It is empty where every block is served, but the edges of spans that are indivisible do not meet, or spans meet
-    where the model may not be cut.
+    It is empty where every block is served, but by spans that run as a whole only and whose edges do not meet.
     """
 
     def __init__(self, missing: Sequence[BlockRange]) -> None:
@@ -96,12 +100,12 @@ def find_route(demand: Demand, offers: Iterable[Offer], links: Links) -> Route:
     Peers without free KV positions for the job are used only where there is no route without them: they may refuse.
     Of equal routes the one whose offers sort first is taken, so that the result is deterministic.
     """
-    fitting = [offer for offer in offers if offer.stage.blocks.end <= demand.block_count]
+    fitting = [offer for offer in offers if demand.cuts.fault(offer.stage.blocks) is None]
     for allowed in (_with_room(fitting, demand), fitting):
         route = _Search(demand, BlockRange(0, demand.block_count), allowed, links).round_trip()
         if route is not None:
             return route
-    raise NoRouteError(uncovered(demand.block_count, (offer.stage.blocks for offer in fitting)))
+    raise NoRouteError(demand.cuts.uncovered(offer.stage.blocks for offer in fitting))
 
 
 def find_replacement(
@@ -112,7 +116,7 @@ def find_replacement(
     It may be several stages. Raises NoRouteError with the blocks of the lost stage that no other peer serves.
     """
     peer, blocks = stages[lost].peer, stages[lost].blocks
-    rest = [offer for offer in offers if offer.stage.peer != peer]
+    rest = [o for o in offers if o.stage.peer != peer and demand.cuts.fault(o.stage.blocks) is None]
     if len(stages) == 1:
         return find_route(demand, rest, links).stages
     before, after = stages[lost - 1].peer, stages[(lost + 1) % len(stages)].peer
@@ -122,17 +126,8 @@ def find_replacement(
         found = search.between(before, after, first=lost == 0, last=lost == len(stages) - 1)
         if found is not None:
             return found.stages
-    missing = uncovered(demand.block_count, (offer.stage.blocks for offer in fitting))
+    missing = demand.cuts.uncovered(offer.stage.blocks for offer in fitting)
     raise NoRouteError([overlap for gap in missing if (overlap := gap.overlap(blocks)) is not None])
-
-
-def uncovered(block_count: int, spans: Iterable[BlockRange]) -> tuple[BlockRange, ...]:
-    """Return the ranges of blocks that no span covers."""
-    covered = bytearray(block_count)
-    for span in spans:
-        covered[span.start : span.end] = b"\x01" * len(span)
-    runs = ((is_covered, list(run)) for is_covered, run in groupby(range(block_count), lambda block: covered[block]))
-    return tuple(BlockRange(run[0], run[-1] + 1) for is_covered, run in runs if not is_covered)
 
 
 def stage_cost_s(demand: Demand, offer: Offer, blocks: int) -> float:
@@ -156,7 +151,7 @@ def _order(offer: Offer) -> tuple[object, ...]:
     """Return the sort key of an offer: peers may offer the same blocks twice, once without free positions."""
     room = -1 if offer.free_positions is None else offer.free_positions
     costs_s = offer.block_s, offer.step_s, offer.row_block_s
-    return offer.stage.blocks, offer.stage.peer, costs_s, offer.trust, room, offer.divisible
+    return offer.stage.blocks, offer.stage.peer, costs_s, offer.trust, room, offer.parts
 
 
 def _with_room(offers: Sequence[Offer], demand: Demand) -> list[Offer]:
@@ -164,9 +159,9 @@ def _with_room(offers: Sequence[Offer], demand: Demand) -> list[Offer]:
 
 
 def _clip(offer: Offer, blocks: BlockRange) -> Offer | None:
-    """Return the part of an offer within a range; None if there is none, or the offer is indivisible."""
+    """Return the part of an offer within a range; None if there is none, or its engine does not run it."""
     overlap = offer.stage.blocks.overlap(blocks)
-    if overlap is None or (not offer.divisible and overlap != offer.stage.blocks):
+    if overlap is None or not offer.parts.include(overlap, offer.stage.blocks):
         return None
     return replace(offer, stage=Stage(offer.stage.peer, overlap))
 
@@ -186,12 +181,12 @@ class _Search:
         self._run_s = np.array([stage_cost_s(demand, offer, 1) for offer in offers]) - self._enter_s
         starts = np.array([offer.stage.blocks.start for offer in offers], dtype=int)
         ends = np.array([offer.stage.blocks.end for offer in offers], dtype=int)
-        whole = np.array([not offer.divisible for offer in offers], dtype=bool)
+        parts = np.array([offer.parts for offer in offers], dtype=int)
         blocks = np.arange(within.start, within.end)[:, None]
         is_cut = blocks % demand.granularity == 0
         self._covers = (starts <= blocks) & (blocks < ends)
-        self._enters = self._covers & (~whole | (starts == blocks)) & is_cut
-        self._leaves = self._covers & (~whole | (ends == blocks + 1))
+        self._enters = self._covers & ((parts >= Parts.ANY) | (starts == blocks)) & is_cut
+        self._leaves = self._covers & ((parts >= Parts.PREFIX) | (ends == blocks + 1))
         self._hop_s = self._costs_between(hop_cost_s)
         np.fill_diagonal(self._hop_s, np.inf)
 

@@ -35,11 +35,13 @@ class Switch:
     """One independent choice. `lossy`: settings that may change greedy tokens.
 
     The first setting is the baseline's, except for engine and arithmetic, where it depends on the package format.
+    `implied`: whether a method does not name the baseline's setting, so that names from before the switch stay valid.
     """
 
     scope: Scope
     settings: tuple[str, ...]
     lossy: frozenset[str] = frozenset()
+    implied: bool = False
 
     @property
     def baseline(self) -> str:
@@ -56,6 +58,7 @@ SWITCHES: Final[Mapping[str, Switch]] = MappingProxyType(
             lossy=frozenset({"bf16", "int8", "w8a8", "int4"}),
         ),
         "engine": Switch(Scope.SESSION, ("eager", "fused", "onnxruntime", "llamacpp")),
+        "kv": Switch(Scope.SESSION, ("auto", "q8_0"), lossy=frozenset({"q8_0"}), implied=True),
         "prefill_chunk": Switch(Scope.SESSION, ("none", "64", "128", "256")),
         "prefix_cache": Switch(Scope.SESSION, ("off", "on")),
         "speculation": Switch(Scope.SESSION, ("off", "ngram-4", "ngram-8", "draft-8")),
@@ -64,22 +67,28 @@ SWITCHES: Final[Mapping[str, Switch]] = MappingProxyType(
     }
 )
 
-VARIANTS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+VARIANTS: Final[Mapping[PackageFormat, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
     {
-        "eager": ("fp32",),
-        "fused": ("fp32", "bf16", "int8", "w8a8"),
-        "onnxruntime": ("fp32", "int8", "int4"),
-        "llamacpp": ("native",),
+        PackageFormat.SAFETENSORS: MappingProxyType(
+            {"eager": ("fp32",), "fused": ("fp32", "bf16", "int8", "w8a8"), "onnxruntime": ("fp32", "int8", "int4")}
+        ),
+        PackageFormat.GGUF: MappingProxyType({"llamacpp": ("native",), "onnxruntime": ("native",)}),
     }
 )
-"""The arithmetics of each engine, its usual one first. `native`: the weights as they were published."""
+"""The engines of each package format, its reference first, with which an exact method must agree; and the arithmetics
+of each, its usual one first. `native`: the weights as they were published, quantised or not."""
 
-ENGINES: Final[Mapping[PackageFormat, tuple[str, ...]]] = MappingProxyType(
-    {PackageFormat.SAFETENSORS: ("eager", "fused", "onnxruntime"), PackageFormat.GGUF: ("llamacpp",)}
+KV_TYPES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {"eager": ("auto",), "fused": ("auto",), "onnxruntime": ("auto",), "llamacpp": ("auto", "q8_0")}
 )
-"""The engines of each package format, its reference first: what an exact method must agree with."""
+"""The types of each engine's keys and values. `auto`: its own, f16 in llama.cpp; `q8_0`: ggml's 8.5 bits an element."""
 
-_FORMATS: Final = {engine: package_format for package_format, engines in ENGINES.items() for engine in engines}
+LOSSY_VARIANTS: Final = frozenset({("onnxruntime", "native")})
+"""Engines and arithmetics whose every setting is exact elsewhere: this one rounds activations otherwise than llama.cpp
+does."""
+
+
+UNKNOWN_WEIGHT_TYPE: Final = "unknown"
 
 
 class MethodError(ValueError):
@@ -88,7 +97,7 @@ class MethodError(ValueError):
 
 @dataclass(frozen=True)
 class Method:
-    """A setting for every session switch."""
+    """A setting for every session switch, but for implied ones."""
 
     switches: Mapping[str, str]
 
@@ -104,8 +113,8 @@ class Method:
 
     @property
     def package_format(self) -> PackageFormat:
-        """The package format that its engine computes."""
-        return _FORMATS[self.engine]
+        """The package format that its engine computes in this arithmetic."""
+        return _format_of(self.engine, self.arithmetic)
 
     @property
     def baseline(self) -> "Method":
@@ -121,6 +130,11 @@ class Method:
     def activations(self) -> str:
         """The wire codec of hidden states between stages."""
         return self.switches["activations"]
+
+    @property
+    def kv(self) -> str:
+        """The type of keys and values."""
+        return self.switches.get("kv", SWITCHES["kv"].baseline)
 
     @property
     def prefill_chunk(self) -> int | None:
@@ -151,11 +165,14 @@ class Method:
     @property
     def kv_key(self) -> str:
         """What keys and values depend on besides the tokens: only sessions of one key may share them."""
-        return f"{self.engine}/{self.arithmetic}/{self.activations}"
+        kv = () if self.kv == SWITCHES["kv"].baseline else (self.kv,)
+        return "/".join((self.engine, self.arithmetic, *kv, self.activations))
 
     @property
     def exact(self) -> bool:
         """Whether its greedy tokens equal those of the package's reference on one machine alone."""
+        if (self.engine, self.arithmetic) in LOSSY_VARIANTS:
+            return False
         return not any(value in SWITCHES[switch].lossy for switch, value in self.switches.items())
 
 
@@ -173,18 +190,29 @@ def method(**switches: str) -> Method:
         if value not in SWITCHES[name].settings:
             raise MethodError(f"invalid {name} {value!r}: expected one of {', '.join(SWITCHES[name].settings)}")
         chosen[name] = value
-    arithmetics = VARIANTS[chosen["engine"]]
+    engine = chosen["engine"]
+    arithmetics = [each for variants in VARIANTS.values() for each in variants.get(engine, ())]
     if "arithmetic" not in switches:
         chosen["arithmetic"] = arithmetics[0]
     if chosen["arithmetic"] not in arithmetics:
-        raise MethodError(
-            f"engine={chosen['engine']} supports arithmetic {', '.join(arithmetics)}, not {chosen['arithmetic']}"
-        )
+        raise MethodError(f"engine={engine} supports arithmetic {', '.join(arithmetics)}, not {chosen['arithmetic']}")
+    if chosen["kv"] not in (kv_types := KV_TYPES[chosen["engine"]]):
+        raise MethodError(f"engine={chosen['engine']} supports kv {', '.join(kv_types)}, not {chosen['kv']}")
+    for name, switch in SWITCHES.items():
+        if switch.implied and chosen[name] == switch.baseline:
+            del chosen[name]
     return Method(MappingProxyType(chosen))
 
 
+def _format_of(engine: str, arithmetic: str) -> PackageFormat:
+    """Return the package format of a method, which may be unknown to this version."""
+    formats = [each for each, variants in VARIANTS.items() if engine in variants]
+    both = (each for each in formats if arithmetic in VARIANTS[each][engine])
+    return next(both, formats[0] if formats else PackageFormat.SAFETENSORS)
+
+
 BASELINES: Final[Mapping[PackageFormat, Method]] = MappingProxyType(
-    {package_format: method(engine=engines[0]) for package_format, engines in ENGINES.items()}
+    {package_format: method(engine=next(iter(variants))) for package_format, variants in VARIANTS.items()}
 )
 """The reference method of each package format, exact by definition."""
 
@@ -193,8 +221,8 @@ BASELINE: Final = BASELINES[PackageFormat.SAFETENSORS]
 
 def baseline_of(name: str) -> Method:
     """Return the baseline that a method of this name is compared with, which may be unknown to this version."""
-    engines = (value for switch, _, value in (part.partition("=") for part in name.split("|")) if switch == "engine")
-    return BASELINES[_FORMATS.get(next(engines, BASELINE.engine), PackageFormat.SAFETENSORS)]
+    switches = {switch: value for switch, _, value in (part.partition("=") for part in name.split("|"))}
+    return BASELINES[_format_of(switches.get("engine", BASELINE.engine), switches.get("arithmetic", ""))]
 
 
 def parse_method(text: str, package_format: str | None = None) -> Method:
@@ -203,9 +231,9 @@ def parse_method(text: str, package_format: str | None = None) -> Method:
     `package_format`: of the model, whose baseline is meant and whose engines are possible; None for a canonical name.
     Raises MethodError.
     """
-    engine = ENGINES[PackageFormat(package_format)][0] if package_format else BASELINE.engine
+    baseline = BASELINES[PackageFormat(package_format)] if package_format else BASELINE
     if text == "baseline":
-        return method(engine=engine)
+        return baseline
     switches: dict[str, str] = {}
     for part in text.split("|"):
         name, equals, value = part.strip().partition("=")
@@ -216,17 +244,20 @@ def parse_method(text: str, package_format: str | None = None) -> Method:
         switches[name] = value
     if package_format:
         _check_format(switches, PackageFormat(package_format))
-    return method(**{"engine": engine, **switches})
+        usual = VARIANTS[PackageFormat(package_format)].get(switches.get("engine", baseline.engine))
+        if usual:
+            switches.setdefault("arithmetic", usual[0])
+    return method(**{"engine": baseline.engine, **switches})
 
 
 def _check_format(switches: Mapping[str, str], package_format: PackageFormat) -> None:
     """Raise MethodError for an engine or arithmetic that exists, but not for a package format."""
-    engines = ENGINES[package_format]
-    possible = {"engine": set(engines), "arithmetic": {each for engine in engines for each in VARIANTS[engine]}}
+    engines = VARIANTS[package_format]
+    possible = {"engine": set(engines), "arithmetic": {each for found in engines.values() for each in found}}
     for name, settings in possible.items():
         value = switches.get(name)
         if value in SWITCHES[name].settings and value not in settings:
-            variants = ", ".join(f"engine={engine}|arithmetic={'/'.join(VARIANTS[engine])}" for engine in engines)
+            variants = ", ".join(f"engine={each}|arithmetic={'/'.join(found)}" for each, found in engines.items())
             raise MethodError(f"{name}={value} cannot serve this model, a {package_format} package: use {variants}")
 
 
@@ -239,6 +270,10 @@ _NARROW: Final = (("fused", "bf16", "bf16"), ("onnxruntime", "fp32", "int8"), ("
 """Engine, arithmetic and wire codec of the methods with a narrower codec."""
 
 
+_OUTRUN: Final = frozenset({"eager"})
+"""References that exact methods outrun under every workload."""
+
+
 def _portfolio(package_format: PackageFormat) -> Iterator[Method]:
     """Yield the useful combinations: each variant plain, for long prompts, and for repetitive text.
 
@@ -246,25 +281,30 @@ def _portfolio(package_format: PackageFormat) -> Iterator[Method]:
     number of draft tokens, and the prefix cache wherever a method is not the plain one; and no speculation with a
     reference that others outrun.
     """
-    reference, *faster = ENGINES[package_format]
+    variants = VARIANTS[package_format]
+    reference, *faster = variants
     yield method(engine=reference)
     yield method(engine=reference, prefix_cache="on")
     yield method(engine=reference, prefill_chunk="128")
     yield method(engine=reference, prefill_chunk="128", prefix_cache="on")
-    for engine in faster or [reference]:
-        for arithmetic in VARIANTS[engine]:
+    for engine in faster if reference in _OUTRUN else variants:
+        for arithmetic in variants[engine]:
             if engine != reference:
                 yield method(engine=engine, arithmetic=arithmetic)
                 yield method(engine=engine, arithmetic=arithmetic, prefill_chunk="128", prefix_cache="on")
             yield method(engine=engine, arithmetic=arithmetic, prefix_cache="on", speculation="ngram-8")
     for engine, arithmetic in _DRAFTED:
-        if engine in ENGINES[package_format]:
+        if arithmetic in variants.get(engine, ()):
             yield method(engine=engine, arithmetic=arithmetic, prefix_cache="on", speculation="draft-8")
     for engine, arithmetic, activations in _NARROW:
-        if engine in ENGINES[package_format]:
+        if arithmetic in variants.get(engine, ()):
             yield method(
                 engine=engine, arithmetic=arithmetic, activations=activations, prefill_chunk="128", prefix_cache="on"
             )
+    for engine in VARIANTS[package_format]:
+        for kv in KV_TYPES[engine][1:]:
+            yield method(engine=engine, kv=kv, prefix_cache="on")
+            yield method(engine=engine, kv=kv, prefill_chunk="128", prefix_cache="on")
 
 
 PORTFOLIOS: Final[Mapping[PackageFormat, Mapping[str, Method]]] = MappingProxyType(
@@ -282,9 +322,19 @@ PORTFOLIO: Final[Mapping[str, Method]] = MappingProxyType(
 """The methods of all package formats."""
 
 
-def portfolio(package_format: str) -> Sequence[Method]:
-    """Return the methods that a model of this package format may be served with."""
-    return tuple(PORTFOLIOS[PackageFormat(package_format)].values())
+_HALF_PRECISION: Final = frozenset({"bf16", "f16"})
+_WIDENED_VARIANTS: Final = frozenset({("onnxruntime", "fp32")})
+"""What would hold weights published in two bytes in four, where another variant computes as exactly with two."""
+
+
+def portfolio(package_format: str, weight_type: str = UNKNOWN_WEIGHT_TYPE) -> Sequence[Method]:
+    """Return the methods that a model of this package format may be served with, unless a job names another.
+
+    `weight_type`: of the model; of methods as exact, those that take twice its memory are left out.
+    """
+    methods = PORTFOLIOS[PackageFormat(package_format)].values()
+    left_out = _WIDENED_VARIANTS if weight_type in _HALF_PRECISION else frozenset()
+    return tuple(each for each in methods if (each.engine, each.arithmetic) not in left_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,9 +359,6 @@ def admits(bound: QualityBound, candidate: Method, quality: MeasuredQuality | No
     if bound is QualityBound.NEAR:
         return quality.perplexity_change <= 0.01 and quality.mean_kl <= 0.02
     return quality.perplexity_change <= 0.05
-
-
-UNKNOWN_WEIGHT_TYPE: Final = "unknown"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

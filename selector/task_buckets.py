@@ -79,20 +79,22 @@ def effective_switches(method: Method, context: TaskContext) -> frozenset[tuple[
         idle.add("activations")
     if context.max_tokens <= 1:
         idle.add("speculation")
-    return frozenset(
-        (switch, value)
-        for switch, value in method.switches.items()
-        if switch not in idle and value != method.baseline.switches[switch]
-    )
+    return frozenset((switch, value) for switch, value in _settings(method) if switch not in idle)
 
 
 def simplest_first(methods: Iterable[Method]) -> list[Method]:
     """Return the methods in order of simplicity: exact ones first, then by number of switches set."""
 
     def complexity(method: Method) -> int:
-        return sum(value != method.baseline.switches[switch] for switch, value in method.switches.items())
+        return len(_settings(method))
 
     return sorted(methods, key=lambda method: (not method.exact, complexity(method), method.name))
+
+
+def _settings(method: Method) -> list[tuple[str, str]]:
+    """Return the settings that are not the baseline's."""
+    plain = method.baseline.switches
+    return [(switch, value) for switch, value in method.switches.items() if value != plain.get(switch)]
 
 
 def _rounded(count: int) -> int:

@@ -25,6 +25,8 @@ class SpanDocument(SpanSummary):
 
     block_count: int
     sessions: int
+    device: str
+    engine: str | None
     reserved_positions: int
     kv_positions: int
     weight_bytes: int

@@ -48,20 +48,20 @@ class Inventory:
         models_dir: Path,
         traffic: TrafficMeter,
         threads: int | None = None,
-        accelerator: Accelerator | None = None,
+        accelerators: tuple[Accelerator, ...] = (),
         read_facts: Callable[[], Capabilities] = probe,
         benchmark: Benchmark = run_benchmark,
     ) -> None:
         """Measure with `threads` threads, or one for each physical core, and the disk in `models_dir`.
 
-        `data_dir`: stores the measurements; the nodes of one machine may share it. `accelerator`: the device of the
-        engines, if not the CPU; others are not announced.
+        `data_dir`: stores the measurements; the nodes of one machine may share it. `accelerators`: the devices of
+        the engines, if not the CPU; others are not announced.
         """
         self._data_dir = data_dir
         self._models_dir = models_dir
         self._traffic = traffic
         self._threads = threads
-        self._accelerator = accelerator
+        self._accelerators = accelerators
         self._read_facts = read_facts
         self._benchmark = benchmark
         self._facts: Capabilities | None = None
@@ -83,7 +83,7 @@ class Inventory:
         `started`: set once the node is started; a first measurement waits for it.
         """
         facts = await trio.to_thread.run_sync(self._read_facts)
-        self._facts = facts = dataclasses.replace(facts, accelerators=tuple(filter(None, [self._accelerator])))
+        self._facts = facts = dataclasses.replace(facts, accelerators=self._accelerators)
         threads = self._threads or facts.processor.physical_cores
         identifier = await trio.to_thread.run_sync(fingerprint, facts, threads)
         best = await trio.to_thread.run_sync(load_measurements, self._data_dir, identifier)

@@ -116,14 +116,16 @@ async def _wait_until_fast(client: "ApiClient", model: str, progress: ProgressCa
     """Wait a bounded time until the swarm would choose another method than the baseline."""
     import trio
 
-    from selector.task import ENGINES, baseline_of
+    from selector.task import baseline_of, portfolio
 
     progress("build faster variants", 0, 1)
     with trio.move_on_after(BUILD_TIMEOUT_S):
         while True:
             agreed = (await client.explain({"model": model}))["agreed"]
             baseline = baseline_of(agreed)
-            if agreed != baseline.name or len(ENGINES[baseline.package_format]) == 1:  # else one is being built
+            # Variants of other engines that compute exactly are being built unasked.
+            faster = any(each.exact and each.engine != baseline.engine for each in portfolio(baseline.package_format))
+            if agreed != baseline.name or not faster:
                 break
             await trio.sleep(1.0)
     progress("build faster variants", 1, 1)

@@ -68,8 +68,10 @@ async def _running_node(config: "NodeConfig") -> "RunningNode | None":
 
 
 def render(diagnosis: "Diagnosis") -> str:
-    """Return one line for each finding, the gravest first."""
+    """Return one line for each finding, the gravest first, and one for the build of llama.cpp."""
     lines = [str(finding) for finding in diagnosis.findings]
+    if diagnosis.llamacpp is not None:
+        lines.append(f"llama.cpp: {diagnosis.llamacpp}")
     if diagnosis.healthy:
         peers = len(diagnosis.peers)
         models = ", ".join(diagnosis.complete_models) or "none"

@@ -16,7 +16,7 @@ from protocol.identity import parse_block_range, parse_peer_id
 
 BOOTSTRAP_FILE: Final = "bootstrap_peers.yaml"
 
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,2})?")
+_DEVICE = re.compile(r"auto|all|cpu|mps|cuda|cuda:[0-9]{1,2}(,cuda:[0-9]{1,2})*")
 _HEX_32_BYTES = re.compile(r"[0-9a-fA-F]{64}")
 _SHARE = re.compile(r"[0-9]?\.?[0-9]{1,9}|[0-9]\.")
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)")
@@ -74,7 +74,10 @@ def _share(text: str) -> float:
 
 def _device(text: str) -> str:
     if not _DEVICE.fullmatch(text):
-        raise ValueError(f"expected auto, cpu, cuda, cuda:N or mps, not {text!r}")
+        raise ValueError(f"expected auto, all, cpu, cuda, cuda:N, cuda:N,cuda:M or mps, not {text!r}")
+    names = text.split(",")
+    if len(set(names)) < len(names):
+        raise ValueError(f"each GPU once, not {text!r}")
     return text
 
 

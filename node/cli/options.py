@@ -145,14 +145,15 @@ NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
     ),
     _option(
         *("--memory", types.SIZE, "BYTES"),
-        "Memory limit for weights, KV cache and replay buffers, e.g. 4GiB [default: 3/4 of what is free]; on a GPU, "
-        "device memory for weights and KV cache. `metaswarm status` says how much unserved blocks need.",
+        "Memory limit for weights, KV cache and replay buffers, e.g. 4GiB [default: 3/4 of what is free]; on GPUs, "
+        "memory of each for weights and KV cache. `metaswarm status` says how much unserved blocks need.",
     ),
     NodeOption(["--no-mdns"], is_flag=True, help="Disable peer discovery on the local network."),
     NodeOption(["--no-catalogue"], is_flag=True, help="Fetch models from peers only, never from their source."),
     _option("--threads", click.IntRange(1, 1024), "N", "Threads of the engine."),
     _option(
-        "--device", types.DEVICE, "NAME", "Device of the engine: auto (default: a GPU if any), cpu, cuda:N or mps."
+        *("--device", types.DEVICE, "NAME"),
+        "Device of the engine: auto (default: a GPU if any), cpu, cuda:N, cuda:N,cuda:M, all (every GPU) or mps.",
     ),
     _option("--batching", _BATCHING, "HOW", "Batching of sessions: one, static or continuous (default)."),
     _option(

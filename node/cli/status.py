@@ -121,13 +121,26 @@ def render_status(status: "NodeStatus") -> "RenderableType":
     if not status["spans"]:
         waiting = f"no blocks yet of {', '.join(status['serve'])}: the log says what is missing"
         return Group(summary, Text(f"serves    {waiting if status['serve'] else SERVES_NOTHING}"))
-    table = new_table("model", ">blocks", ">of", ">sessions", ">positions", ">weights", ">steps", ">compute", ">worker")
+    headings = (
+        "model",
+        ">blocks",
+        ">of",
+        "device",
+        ">sessions",
+        ">positions",
+        ">weights",
+        ">steps",
+        ">compute",
+        ">worker",
+    )
+    table = new_table(*headings)
     for span in status["spans"]:
         table.add_row(
             *_texts(
                 span["name"] or span["model"][:12],
                 f"{span['start']}-{span['end']}",
                 span["block_count"],
+                span["device"],
                 span["sessions"],
                 f"{span['reserved_positions']}/{span['kv_positions']}",
                 format_bytes(span["weight_bytes"]),

@@ -15,7 +15,7 @@ from protocol.consensus_values import Cell
 from protocol.identity import ModelId
 from protocol.measurements import Objective, Observation, ObservationKind, QualityBound
 from selector.consensus.sortition import MeasurementPlan
-from selector.task import PORTFOLIO, portfolio
+from selector.task import PORTFOLIO, UNKNOWN_WEIGHT_TYPE, portfolio
 
 ROUNDS: Final = 2
 """Pairs of runs of one cell, of whose ratios the median is the reading. Seven peers measure the same cell."""
@@ -46,13 +46,15 @@ WORKLOADS: Final = {
 """Few and different: a different method is best for each."""
 
 
-def measurement_plan(package_format: str) -> MeasurementPlan:
+def measurement_plan(package_format: str, weight_type: str = UNKNOWN_WEIGHT_TYPE) -> MeasurementPlan:
     """Return the cells that the swarm measures of a model: every method of its portfolio under every workload.
 
     Methods with a draft model are left out: their effect depends on that model and on the links to the peer that runs
     it.
     """
-    measured = (each for each in portfolio(package_format) if each != each.baseline and each.drafter != "draft")
+    measured = (
+        each for each in portfolio(package_format, weight_type) if each != each.baseline and each.drafter != "draft"
+    )
     return MeasurementPlan(tuple(sorted(WORKLOADS)), tuple(sorted(each.name for each in measured)))
 
 

@@ -346,8 +346,8 @@ def no_route(
         )
     elif not avoided:
         lacking = f"no peer serves blocks {blocks} of {name}"
-        unfit = f"the peers serve spans of {name} that do not fit together where it may be cut"
-        message = f"{lacking if blocks else unfit}: start a node with --serve"
+        unfit = f"the peers serve spans of {name} that do not meet, and {methods} runs them as a whole only"
+        message = f"{lacking}: start a node with --serve" if blocks else f"{unfit}: use another method"
     elif RefusalReason.FULL in kinds:
         code = JobErrorCode.FULL
         message = f"{peers} have no room now ({reasons}): try again later"

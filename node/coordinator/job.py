@@ -8,10 +8,11 @@ from node.coordinator.observation import ServedJob
 from node.coordinator.planner import RouteNeed
 from node.coordinator.prefix_sharing import PrefixClaim
 from node.coordinator.submission import ChatFormat, JobRequest
-from node.engine.interface import DIVISIBLE_ENGINES
+from node.engine.interface import parts_of
 from node.models.library import KnownModel
 from protocol.identity import JobId
 from protocol.messages import Sampling
+from selector.cuts import Parts
 from selector.routing import Demand
 from selector.task import Method
 
@@ -76,5 +77,5 @@ class Job:
             model=self.model.id,
             demand=demand,
             block_bytes=max((file.size_bytes for file in self.model.manifest.blocks), default=0),
-            divisible=any(method.engine in DIVISIBLE_ENGINES for method in self.admitted),
+            parts=max((parts_of(method.engine) for method in self.admitted), default=Parts.ANY),
         )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from node.coordinator.observation import weight_type
 from node.coordinator.submission import AUTO, JobError, JobErrorCode, JobOutcome, JobRequest, Selection
 from node.models.library import KnownModel
 from protocol.identity import ModelId
@@ -74,7 +75,8 @@ def admitted_methods(request: JobRequest, model: KnownModel, store: QualityStore
     bound, package_format = request.quality, model.manifest.format
     is_pending = bound is not QualityBound.EXACT and store.request(model)
     if request.method == AUTO:
-        admitted = [each for each in portfolio(package_format) if admits(bound, each, store.quality(model.id, each))]
+        offered = portfolio(package_format, weight_type(model.manifest))
+        admitted = [each for each in offered if admits(bound, each, store.quality(model.id, each))]
         return admitted[:MAX_VOTES]
     try:
         named = parse_method(request.method, package_format)

@@ -18,9 +18,10 @@ from node.swarm.directory import Candidate
 from node.swarm.link_estimates import UNKNOWN_BYTES_PER_S
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from protocol.messages import Load
+from selector.cuts import Cuts, Parts
 from selector.peer_speed import UNKNOWN_BLOCK_S, Claim, Exploration, Measurements, Share, Speed, judge, least_block_s
 from selector.reliability import PeerRecord, Reliability
-from selector.routing import Demand, Links, NoRouteError, Offer, find_replacement, find_route, uncovered
+from selector.routing import Demand, Links, NoRouteError, Offer, find_replacement, find_route
 
 SLOW_BYTES_PER_S = 2e9
 """Weights of a block that a step reads per second at worst, where no peer was measured with it: a slow processor."""
@@ -41,7 +42,7 @@ _logger = structlog.get_logger(__name__)
 class Finder(Protocol):
     """Knows which peers serve what; `node.swarm.membership` is the real one."""
 
-    async def candidates(self, model: ModelId, block_count: int, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+    async def candidates(self, model: ModelId, cuts: Cuts, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         """Return the live peers that serve spans of a model; queries the DHT where the known ones do not suffice."""
 
     def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
@@ -74,13 +75,13 @@ class RouteNeed:
 
     `block_bytes`: the weights of one block, 0 where unknown. `not_last`: peers that may serve any stage but the last.
     `without`: peers to leave out. `like`, `held`: a previous route, and its stages that hold the session; those stay if
-    others can take the places of the rest. `divisible`: whether a stage may run a part of its span.
+    others can take the places of the rest. `parts`: which parts of its span a stage may run.
     """
 
     model: ModelId
     demand: Demand
     block_bytes: float = 0.0
-    divisible: bool = True
+    parts: Parts = Parts.ANY
     not_last: Collection[PeerId] = ()
     without: Collection[PeerId] = ()
     like: Sequence[Stage] = ()
@@ -148,7 +149,7 @@ class Planner:
         A peer that failed or lagged is used only where there is no route without it, and never if `only_trusted`; so is
         a peer that promises more than any has shown, except by the share of jobs that explore it (`may_explore`).
         """
-        found = await self._finder.candidates(need.model, need.demand.block_count, without=need.without)
+        found = await self._finder.candidates(need.model, need.demand.cuts, without=need.without)
         return self._best(need, self._offers(need, found), may_explore=may_explore, only_trusted=only_trusted)
 
     def knows_route(self, need: RouteNeed, *, only_trusted: bool = False) -> bool:
@@ -304,7 +305,7 @@ class Planner:
         """Return whether the known live peers, and `promised` spans that are being loaded, cover all blocks."""
         found = self._finder.known_candidates(need.model, without=need.without)
         spans = (candidate.stage.blocks for candidate in found)
-        return not uncovered(need.demand.block_count, [*spans, *promised])
+        return not need.demand.cuts.uncovered([*spans, *promised])
 
     def record(self, peer: PeerId) -> PeerRecord:
         """Return this node's record of a peer."""
@@ -334,10 +335,10 @@ class Planner:
             trust = self._reliability.trust(peer, now_s)
             sessions = max(candidate.load.sessions, in_flight[peer])
             row_s = self._rows.seconds(peer, need.model)
-            offers.cautious.append(replace(_offer(candidate, speed, trust, sessions, row_s), divisible=need.divisible))
+            offers.cautious.append(replace(_offer(candidate, speed, trust, sessions, row_s), parts=need.parts))
             if speed.is_promise:
                 believed = _offer(candidate, speed._replace(block_s=speed.promised_s), trust, sessions, row_s)
-                offers.promised.setdefault(peer, []).append(replace(believed, divisible=need.divisible))
+                offers.promised.setdefault(peer, []).append(replace(believed, parts=need.parts))
         return offers
 
 
@@ -348,7 +349,7 @@ def _without_last(need: RouteNeed, candidates: Iterable[Candidate]) -> Iterator[
         peer, blocks = candidate.stage.peer, candidate.stage.blocks
         if peer not in need.not_last or blocks.end <= last:
             yield candidate
-        elif need.divisible and blocks.start < last:
+        elif need.parts >= Parts.PREFIX and blocks.start < last:
             yield replace(candidate, stage=Stage(peer, BlockRange(blocks.start, last)))
 
 

@@ -38,7 +38,7 @@ TIME_LIMIT_S: Final = 1800.0
 
 _SOFTWARE: Final = {
     PackageFormat.SAFETENSORS: ("torch", "transformers", "onnxruntime"),
-    PackageFormat.GGUF: ("xllamacpp",),
+    PackageFormat.GGUF: ("xllamacpp", "onnxruntime"),
 }
 """What computes the packages of each format, beside us."""
 

@@ -17,9 +17,10 @@ from typing import Final
 import trio
 
 from node.coordinator.coordinator import Coordinator
-from node.coordinator.observation import Recorder, ServedJob
+from node.coordinator.observation import Recorder, ServedJob, weight_type
 from node.coordinator.prompt import prompt_tokens
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
+from node.models.manifest import Manifest
 from node.models.sample import sample_text
 from protocol.identity import Stage
 from protocol.measurements import Measurements, Objective, Observation, ObservationKind, QualityBound
@@ -167,7 +168,7 @@ class BenchmarkRunner:
                 f"{workload.prompt_tokens} tokens of prompt and {workload.max_tokens} new ones do not fit into the "
                 f"{model.max_positions} of the model's context: use fewer",
             )
-        methods = _methods_of(spec, model.manifest.format)
+        methods = _methods_of(spec, model.manifest)
         text = await prompt_tokens(JobRequest(model=spec.model, prompt=sample_text()), model)
         # Jobs that run one at a time share their prefix with those before; the warm-up computes it.
         common = _piece(text, shared_tokens(workload), rng) if workload.concurrency == 1 else None
@@ -309,13 +310,14 @@ class _TrialRuns:
         return Run(jobs=done)
 
 
-def _methods_of(spec: TrialSpec, package_format: str) -> dict[str, Method]:
+def _methods_of(spec: TrialSpec, manifest: Manifest) -> dict[str, Method]:
     """Return the methods to measure by name, the baseline first. Raises JobError for one that is not valid."""
     try:
-        methods = [parse_method(name, package_format) for name in spec.methods] or portfolio(package_format)
+        methods = [parse_method(name, manifest.format) for name in spec.methods]
     except MethodError as error:
         raise JobError(JobErrorCode.INVALID, str(error)) from None
-    return {method.name: method for method in (methods[0].baseline, *methods)}
+    offered = methods or portfolio(manifest.format, weight_type(manifest))
+    return {method.name: method for method in (offered[0].baseline, *offered)}
 
 
 def shared_tokens(workload: TrialWorkload) -> int:

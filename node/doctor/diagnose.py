@@ -11,7 +11,7 @@ from collections.abc import Callable
 import trio
 
 from node.config import NodeConfig
-from node.doctor.local_checks import check_data_dir, check_device, check_files, check_ports
+from node.doctor.local_checks import check_data_dir, check_devices, check_files, check_llamacpp, check_ports
 from node.doctor.report import Diagnosis, RunningNode
 from node.doctor.swarm_checks import SwarmChecks
 
@@ -22,9 +22,11 @@ async def diagnose(
     """Return what is wrong. `running`: the node that answers at the data directory's API, if one does."""
     diagnosis = Diagnosis(running=running is not None)
     diagnosis.add(check_data_dir(config, running))
-    device, findings = await check_device(config)
+    devices, findings = await check_devices(config)
     diagnosis.add(findings)
-    diagnosis.add(await trio.to_thread.run_sync(check_files, config, device, running))
+    diagnosis.llamacpp, findings = await check_llamacpp(config)
+    diagnosis.add(findings)
+    diagnosis.add(await trio.to_thread.run_sync(check_files, config, devices, running))
     if running is None:
         diagnosis.add(await check_ports(config))
     swarm = SwarmChecks(config, running, wall_clock)

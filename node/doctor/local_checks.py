@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -10,18 +10,24 @@ import psutil
 
 from node.config import LOCK_FILE, MEMORY_SHARE, NodeConfig, ServeSpec
 from node.doctor.report import Consequence, Fault, Finding, RunningNode
-from node.engine.device import Device, DeviceError, cpu_device, find_device
+from node.engine.device import Device, DeviceError, cpu_device, find_devices
 from node.identity import KEY_FILE, IdentityError, load_or_create
 from node.models.errors import ModelError
+from node.models.layout import GGUF
 from node.models.store import ModelStore, Package, UnknownModelError
 from node.network.addresses import TcpAddress, parse_address
 from node.network.interface import NetworkError
 from node.network.transport import bind
+from node.stages.device_shares import shares_of_spans, split_over, usable_shares
 from node.stages.memory_admission import shortage, smallest_span, span_bytes_for
 from node.storage.database import DATABASE_FILE, StorageError, find_damage
+from node.util.child_process import ChildError, python, run
 from protocol.identity import ModelId
 
 MIN_FREE_BYTES: Final = 64 << 20
+
+LLAMACPP_BUILD: Final = python("-m", "node.engine.llamacpp.build")
+CHECK_TIME_LIMIT_S: Final = 30.0
 
 
 def check_data_dir(config: NodeConfig, running: RunningNode | None) -> Iterator[Finding]:
@@ -53,13 +59,38 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-async def check_device(config: NodeConfig) -> tuple[Device, list[Finding]]:
-    """Return the device that the node would use, and findings."""
+async def check_devices(config: NodeConfig) -> tuple[Sequence[Device], list[Finding]]:
+    """Return the devices that the node would use, and findings."""
     try:
-        return await find_device(config.device), []
+        return await find_devices(config.device), []
     except DeviceError as error:
         message = f"cannot compute on {config.device}: {error}; see --device"
-        return cpu_device(), [Finding(Fault.NO_DEVICE, Consequence.START, message)]
+        return [cpu_device()], [Finding(Fault.NO_DEVICE, Consequence.START, message)]
+
+
+async def check_llamacpp(config: NodeConfig) -> tuple[str | None, list[Finding]]:
+    """Return the build of llama.cpp that serves GGUF packages, None with a finding where it is unusable.
+
+    That is grave where the node serves a model that is, or may be, such a package.
+    """
+    try:
+        found = await run(LLAMACPP_BUILD, what="the check of llama.cpp", time_limit_s=CHECK_TIME_LIMIT_S)
+    except ChildError as error:
+        why = error.last_line or f"{error}: llama.cpp is damaged; `pip install --force-reinstall xllamacpp`"
+        return None, [Finding(Fault.NO_LLAMACPP, Consequence.SERVE, why, grave=_serves_gguf(config))]
+    return found.decode().strip(), []
+
+
+def _serves_gguf(config: NodeConfig) -> bool:
+    store = ModelStore(config.cache_dir)
+    for name in (*(spec.model for spec in config.serve), *filter(None, [config.draft])):
+        try:
+            package = store.find(store.resolve(name, []))
+        except ModelError:
+            package = None
+        if package is None or package.manifest.format == GGUF:
+            return True
+    return False
 
 
 async def check_ports(config: NodeConfig) -> list[Finding]:
@@ -79,9 +110,9 @@ async def check_ports(config: NodeConfig) -> list[Finding]:
     return findings
 
 
-def check_files(config: NodeConfig, device: Device, running: RunningNode | None) -> list[Finding]:
+def check_files(config: NodeConfig, devices: Sequence[Device], running: RunningNode | None) -> list[Finding]:
     """Check key, database and model files. Hashes what is to be served, which may take a while."""
-    return [*_check_own_files(config), *_check_models(config, device, running)]
+    return [*_check_own_files(config), *_check_models(config, devices, running)]
 
 
 def _check_own_files(config: NodeConfig) -> Iterator[Finding]:
@@ -100,7 +131,7 @@ def _check_own_files(config: NodeConfig) -> Iterator[Finding]:
         yield Finding(Fault.CORRUPT_FILE, Consequence.SERVE, message)
 
 
-def _check_models(config: NodeConfig, device: Device, running: RunningNode | None) -> Iterator[Finding]:
+def _check_models(config: NodeConfig, devices: Sequence[Device], running: RunningNode | None) -> Iterator[Finding]:
     store = ModelStore(config.cache_dir)
     known = [ModelId(model["model"]) for model in running.models] if running else []
     loaded = {span["model"] for span in running.status["spans"]} if running else set()
@@ -115,7 +146,7 @@ def _check_models(config: NodeConfig, device: Device, running: RunningNode | Non
                 continue
             yield from _check_package(spec, store, package)
             if package.model_id not in loaded:
-                yield from _check_memory(spec, package, config, device)
+                yield from _check_memory(spec, package, config, devices)
         except UnknownModelError as error:
             yield Finding(Fault.UNKNOWN_MODEL, Consequence.SERVE, str(error))
         except ModelError as error:
@@ -132,13 +163,22 @@ def _check_package(spec: ServeSpec, store: ModelStore, package: Package) -> Iter
         yield Finding(Fault.CORRUPT_FILE, Consequence.SERVE, message)
 
 
-def _check_memory(spec: ServeSpec, package: Package, config: NodeConfig, device: Device) -> Iterator[Finding]:
-    manifest, spans = package.manifest, len(set(config.serve)) + (config.draft is not None)
-    blocks = spec.blocks or smallest_span(manifest, device.name)
-    given = config.memory_bytes or int(device.free_bytes * MEMORY_SHARE)
-    if (why := shortage(manifest, blocks, given // spans, device.name)) is None:
-        return
-    needed = span_bytes_for(manifest, blocks, device.name) * spans >> 20
-    share = f" for its {spans} spans" if spans > 1 else ""
-    message = f"cannot serve {spec.model}:{blocks}: {why}; give the node --memory {needed}MiB{share}, or fewer blocks"
-    yield Finding(Fault.NO_MEMORY, Consequence.SERVE, message)
+def _check_memory(
+    spec: ServeSpec, package: Package, config: NodeConfig, devices: Sequence[Device]
+) -> Iterator[Finding]:
+    manifest, specs, has_draft = package.manifest, list(dict.fromkeys(config.serve)), config.draft is not None
+    memory_bytes = [config.memory_bytes or int(device.free_bytes * MEMORY_SHARE) for device in devices]
+    shares_of_all = shares_of_spans(devices, memory_bytes, len(specs), draft=has_draft)
+    shares = usable_shares(manifest, shares_of_all[specs.index(spec)])
+    if spec.blocks is None:
+        shares = [max(shares, key=lambda share: share.memory_bytes)]
+    parts = split_over(manifest, spec.blocks or smallest_span(manifest, shares[0].device), shares)
+    on_one = -(-(len(specs) + has_draft) // len(devices))
+    for blocks, share in zip(parts, shares, strict=False):
+        if (why := shortage(manifest, blocks, share.memory_bytes, share.device)) is None:
+            continue
+        needed = span_bytes_for(manifest, blocks, share.device) * on_one >> 20
+        several = f" for its {on_one} spans" if on_one > 1 else ""
+        instead = f"give the node --memory {needed}MiB{several}, or fewer blocks"
+        message = f"cannot serve {spec.model}:{blocks}: {why}; {instead}"
+        yield Finding(Fault.NO_MEMORY, Consequence.SERVE, message)

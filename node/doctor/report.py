@@ -14,6 +14,7 @@ class Fault(StrEnum):
     NAME_TAKEN = "name-taken"
     CORRUPT_FILE = "corrupt-file"
     NO_DEVICE = "no-device"
+    NO_LLAMACPP = "no-llamacpp"
     NO_MEMORY = "no-memory"
     DISK_FULL = "disk-full"
     NO_BOOTSTRAP = "no-bootstrap"
@@ -62,6 +63,8 @@ class Diagnosis:
     peers: tuple[PeerId, ...] = ()
     """Peers that were dialled, or whose heartbeats were received."""
     complete_models: tuple[str, ...] = ()
+    llamacpp: str | None = None
+    """The installed build of llama.cpp; None where it is unusable."""
 
     @property
     def healthy(self) -> bool:

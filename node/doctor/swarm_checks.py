@@ -29,7 +29,7 @@ from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.limits import MAX_CLOCK_SKEW_S
 from protocol.records import issue_time, verify_record
 from protocol.sync import PROTOCOL_ID as SYNC_PROTOCOL
-from selector.routing import uncovered
+from selector.cuts import Cuts
 
 OBSERVE_S: Final = 10.0
 """Longest wait for the first heartbeat."""
@@ -246,9 +246,9 @@ class SwarmChecks:
         else:
             for model_id, spans in self._served_spans(store, seen).items():
                 manifest = _manifest_in(store, model_id)
-                block_count = manifest.block_count if manifest else max(span.end for span in spans)
+                cuts = manifest.cuts if manifest else Cuts(max(span.end for span in spans))
                 name = store.name_of(model_id) or model_id[:12]
-                if missing := uncovered(block_count, spans):
+                if missing := cuts.uncovered(spans):
                     incomplete.append((name, manifest, missing))
                 elif manifest is not None:
                     complete.append(name)

@@ -35,6 +35,7 @@ from node.engine.kv_allocator import KvReservation
 from node.models.layout import GGUF
 from node.models.store import Package
 from node.util.child_process import Child, ChildError, child_environment, python, start
+from node.util.priority import SLEEPING_THREADS
 from node.util.processor import physical_cores
 from node.util.signal import Signal
 from protocol.identity import BlockRange, SessionId
@@ -408,10 +409,7 @@ async def start_process(options: EngineOptions, name: str) -> WorkerProcess:
     changes = {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
-        # Threads that wait by spinning would take the cores from the node's event loop.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "0",
-        "KMP_BLOCKTIME": "0",
+        **SLEEPING_THREADS,
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",

@@ -15,6 +15,7 @@ from protocol.errors import RemoteProtocolError
 from protocol.schema import from_map, to_map
 
 AUTO: Final = "auto"
+ALL: Final = "all"
 CPU: Final = "cpu"
 TIME_LIMIT_S: Final = 60.0
 """Importing torch takes seconds; longer on a machine that swaps, or has many GPUs to initialise."""
@@ -48,14 +49,19 @@ class Device:
         return {"name": self.name, "free_bytes": self.free_bytes, "accelerator": accelerator}
 
     @classmethod
-    def parse(cls, document: bytes | str) -> "Device":
-        """Return the device in a document. Raises DeviceError."""
-        try:
-            values = json.loads(document)
-            found = values["accelerator"]
-            return cls(values["name"], values["free_bytes"], found and from_map(Accelerator, found, "accelerator"))
-        except (ValueError, TypeError, KeyError, RemoteProtocolError) as error:
-            raise DeviceError(f"malformed answer from the device probe: {error}") from None
+    def from_json(cls, values: dict[str, Any]) -> "Device":
+        """Return the device in a document. Raises ValueError, TypeError, KeyError, RemoteProtocolError."""
+        found = values["accelerator"]
+        return cls(values["name"], values["free_bytes"], found and from_map(Accelerator, found, "accelerator"))
+
+
+def parse_devices(document: bytes | str) -> tuple[Device, ...]:
+    """Return the devices in a document: one at least. Raises DeviceError."""
+    try:
+        first, *others = (Device.from_json(values) for values in json.loads(document))
+    except (ValueError, TypeError, KeyError, RemoteProtocolError) as error:
+        raise DeviceError(f"malformed answer from the device probe: {error}") from None
+    return (first, *others)
 
 
 def cpu_device() -> Device:
@@ -66,17 +72,25 @@ def cpu_device() -> Device:
 async def find_device(
     wanted: str = AUTO, *, command: Sequence[str] = COMMAND, drivers: Sequence[str] = DRIVERS
 ) -> Device:
-    """Return the requested device; `auto` is the GPU with the most free memory, else the CPU.
+    """Return the requested device, of several the first; see find_devices."""
+    return (await find_devices(wanted, command=command, drivers=drivers))[0]
 
-    `wanted`: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. Raises DeviceError where it is unavailable.
+
+async def find_devices(
+    wanted: str = AUTO, *, command: Sequence[str] = COMMAND, drivers: Sequence[str] = DRIVERS
+) -> tuple[Device, ...]:
+    """Return the requested devices; `auto` is the GPU with the most free memory, else the CPU.
+
+    `wanted`: `auto`, `cpu`, `mps`, `cuda` (the GPU with the most free memory), `all` (every GPU), or one `cuda:N` or
+    several with commas between them. Raises DeviceError where one is unavailable.
     """
     if wanted == CPU or (wanted == AUTO and not any(map(os.path.exists, drivers))):
-        return cpu_device()
+        return (cpu_device(),)
     try:
-        return Device.parse(await run([*command, wanted], what="the device probe", time_limit_s=TIME_LIMIT_S))
+        return parse_devices(await run([*command, wanted], what="the device probe", time_limit_s=TIME_LIMIT_S))
     except (ChildError, DeviceError) as error:
         reason = (isinstance(error, ChildError) and error.last_line) or str(error)
         if wanted != AUTO:
             raise DeviceError(reason) from error
         _logger.warning("GPU unavailable, using the CPU", reason=reason)
-        return cpu_device()
+        return (cpu_device(),)

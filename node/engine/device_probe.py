@@ -1,16 +1,16 @@
-"""Finds devices through torch: `python -m node.engine.device_probe NAME` prints the one with this name as JSON.
+"""Finds devices through torch: `python -m node.engine.device_probe NAME` prints those with this name as JSON.
 
 A process of its own, because only engines may import torch, and because drivers crash.
 """
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import psutil
 import torch
 
-from node.engine.device import AUTO, Device, DeviceError, cpu_device
+from node.engine.device import ALL, AUTO, Device, DeviceError, cpu_device
 from node.util.text import one_line
 from protocol.capabilities import Accelerator, AcceleratorKind
 
@@ -66,31 +66,44 @@ def is_lost(cause: BaseException | None) -> bool:
     return lost is not None and isinstance(cause, lost)
 
 
-def probe(wanted: str) -> Device:
-    """Find a device and run an addition on it. Raises DeviceError."""
-    kind, _, number = wanted.partition(":")
-    names = [wanted] if number or kind == "mps" else [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    found, faults = [], []
+def probe(wanted: str) -> Sequence[Device]:
+    """Find devices and run an addition on each; see node.engine.device.find_devices. Raises DeviceError."""
+    found: dict[str, Device] = {}
+    faults: dict[str, str] = {}
+    names = [name for name in wanted.split(",") if ":" in name or name == "mps"]
     for accelerator, device in accelerators():
-        if str(device) in names:
+        name = str(device)
+        if name in names or (not names and device.type == "cuda"):
             try:
-                torch.ones(8, device=device).sum().item()
-                found.append(Device(str(device), free_bytes(device), accelerator))
+                _add_on(device)
+                found[name] = Device(name, free_bytes(device), accelerator)
             except RuntimeError as error:  # of another architecture than torch was built for, broken, taken, full
-                faults.append(f"{device}: {one_line(error, 200)}")
-    if not found and (faults or wanted != AUTO):
-        raise DeviceError("; ".join(faults) or f"there is no {wanted} device for torch {torch.__version__} here")
-    return max(found, key=lambda each: each.free_bytes, default=cpu_device())
+                faults[name] = f"{name}: {one_line(error, 200)}"
+    missing = [faults.get(name) or _absent(name) for name in names if name not in found]
+    if missing or not (found or (wanted == AUTO and not faults)):
+        raise DeviceError("; ".join(missing or faults.values()) or _absent("GPU" if wanted == ALL else wanted))
+    if names:
+        return [found[name] for name in names]
+    freest = sorted(found.values(), key=lambda each: -each.free_bytes)
+    return list(found.values()) if wanted == ALL else freest[:1] or [cpu_device()]
+
+
+def _add_on(device: torch.device) -> None:
+    torch.ones(8, device=device).sum().item()
+
+
+def _absent(name: str) -> str:
+    return f"there is no {name} device for torch {torch.__version__} here"
 
 
 def main() -> int:
-    """Print the device whose name is the first argument as JSON; return the exit code."""
+    """Print the devices that the first argument asks for as JSON; return the exit code."""
     try:
-        device = probe(sys.argv[1])
+        devices = probe(sys.argv[1])
     except (DeviceError, RuntimeError) as error:  # torch's complaints of drivers are RuntimeErrors
         sys.stderr.write(one_line(error) + "\n")
         return 1
-    sys.stdout.write(json.dumps(device.to_json()))
+    sys.stdout.write(json.dumps([device.to_json() for device in devices]))
     return 0
 
 

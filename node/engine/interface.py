@@ -6,7 +6,7 @@ wrong replay, a wrong hit of the prefix cache or a swapped session changes token
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -15,10 +15,11 @@ from node.models.store import Package
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import Tensor
-from selector.task import BASELINES, PackageFormat
+from selector.cuts import Parts
+from selector.task import BASELINES, Method, PackageFormat
 
 PAGE_POSITIONS: Final = 32
-"""Positions of one page, the unit of KV allocation and of the prefix cache."""
+"""Positions of one page in f32, the unit of KV allocation and of the prefix cache; see SpanInfo.page_positions."""
 
 PAGE_HASH_BYTES: Final = 16
 """Bytes of the hash of a page of a prompt, which covers all pages before it."""
@@ -59,19 +60,30 @@ class VariantNotReady(EngineError):
     """The session requests a variant that is not built (any more, or yet)."""
 
 
+AUTO: Final = "auto"
+"""The engine's own type of keys and values."""
+
+
 class Variant(NamedTuple):
-    """One way to calculate a span, with weights of its own: `engine/arithmetic`.
+    """One way to calculate a span, with weights or KV memory of its own: `engine/arithmetic`, with `/kv` if not "auto".
 
     `engine`: "eager" (transformers' own layers), "fused", "onnxruntime" or "llamacpp". `arithmetic`: "fp32", "bf16",
     "int8" and "int4" (weights; onnxruntime rounds activations, too, in blocks), "w8a8" (activations, too, row by row)
-    or "native" (weights as published).
+    or "native" (weights as published). `kv`: "auto", or "q8_0" for keys and values of 8.5 bits.
     """
 
     engine: str
     arithmetic: str
+    kv: str = AUTO
 
     def __str__(self) -> str:
-        return f"{self.engine}/{self.arithmetic}"
+        name = f"{self.engine}/{self.arithmetic}"
+        return name if self.kv == AUTO else f"{name}/{self.kv}"
+
+
+def variant_of(method: Method) -> Variant:
+    """Return the variant that a method runs."""
+    return Variant(method.engine, method.arithmetic, method.kv)
 
 
 REFERENCE: Final = Variant("eager", "fp32")
@@ -80,16 +92,19 @@ REFERENCE: Final = Variant("eager", "fp32")
 
 def reference_variant(package_format: str) -> Variant:
     """Return the reference of a package format: what exact methods agree with, on one machine alone."""
-    baseline = BASELINES[PackageFormat(package_format)]
-    return Variant(baseline.engine, baseline.arithmetic)
+    return variant_of(BASELINES[PackageFormat(package_format)])
 
 
-DIVISIBLE_ENGINES: Final = frozenset({"eager", "fused"})
-"""Engines that run any part of a span; the graph of others, and the model of `llamacpp`, is the whole span."""
+_PARTS: Final = {"eager": Parts.ANY, "fused": Parts.ANY, "llamacpp": Parts.PREFIX}
+
+
+def parts_of(engine: str) -> Parts:
+    """Return which parts of its span an engine runs: the graph of `onnxruntime` is the whole span."""
+    return _PARTS.get(engine, Parts.WHOLE)
 
 
 class KvCompatibilityKey(NamedTuple):
-    """What keys and values depend on besides tokens: `engine/arithmetic/activations`.
+    """What keys and values depend on besides tokens: `variant/activations`.
 
     Variant and wire codec are the same on all stages of a job; cached pages may be used by sessions with the same key.
     """
@@ -129,7 +144,7 @@ class EngineOptions:
     all sessions together, if fewer than the memory allows. `threads`: None takes one for each physical core.
     `start_timeout_s`: limit of loading. `cache_dir`: disk cache of built variants, if any. `device`: torch's name of
     the device that computes and holds weights and KV caches: "cpu", "cuda:0" (also ROCm), "mps". `plan_rows`: whether
-    `memory_bytes` includes the rows queued in the node: one for each position, as f32.
+    `memory_bytes` includes the rows queued in the node: one for each position, as f32. `narrow_kv`: see SpanInfo.
     """
 
     memory_bytes: int | None = None
@@ -139,6 +154,7 @@ class EngineOptions:
     cache_dir: Path | None = None
     device: str = "cpu"
     plan_rows: bool = False
+    narrow_kv: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,8 +214,21 @@ class SpanInfo:
     """Positions that all sessions together may reserve, in whole pages."""
     weight_bytes: int
     load_s: float
+    kv_shares: Mapping[str, float] = field(default_factory=dict)
+    """By narrower type of keys and values, what a position takes of KV memory relative to the engine's own type."""
     max_sequences: int | None = None
     """Open sessions and closed ones with cached pages, together, where the engine limits them."""
+    engine: str | None = None
+    """The library that computes, its version and what it was built for, where that differs between machines."""
+    device: str = "cpu"
+    """What computes it, and holds its weights and KV memory."""
+    narrow_kv: bool = False
+    """Whether lossy variants in torch hold keys and values in bf16, and so twice as many positions in a page."""
+
+    def page_positions(self, variant: Variant) -> int:
+        """Return how many positions of a session in a variant a page of KV memory holds."""
+        is_narrow = self.narrow_kv and variant.engine == "fused" and variant.arithmetic != "fp32"
+        return 2 * PAGE_POSITIONS if is_narrow else PAGE_POSITIONS
 
     def part(self, blocks: BlockRange | None) -> "SpanInfo":
         """Return the info of a part of the span. Raises EngineError for blocks outside it."""

@@ -2,7 +2,8 @@
 
 Pure rules, shared by the real engine, where they run on the node's side of the worker's socket, and the fake one. A
 session reserves all the pages it may ever need when it opens, contiguous if possible, so that paged attention can read
-its keys and values in place.
+its keys and values in place. What narrower keys and values do not need is given back when it begins, as only then its
+variant is known.
 
 The whole pages of a prompt enter the prefix cache as soon as they are calculated. A session that finds its prompt
 there copies the pages into its own: a copy takes a hundredth of the time of calculating, and leaves its keys and values
@@ -10,8 +11,9 @@ contiguous. Pages without a session are evicted, least recently used first, when
 and begin the pages found are pinned by a reference count.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 
@@ -32,6 +34,9 @@ from protocol.tensors import DType
 
 HIDDEN_DTYPES = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.BLOCK_INT8})
 _FREE = b"\x01"
+
+_PAGE_UNITS = 1024
+"""KV memory is counted in these, so that pages of narrower keys and values take fewer than others."""
 
 _Group = tuple[str, KvCompatibilityKey]
 """The namespace and KV key of cached pages."""
@@ -56,6 +61,7 @@ class _SessionPages:
     pages: tuple[int, ...]
     prefix: Prefix | None
     pinned: Mapping[KvCompatibilityKey, list[_Entry]]
+    page_positions: int = PAGE_POSITIONS
     kv_key: KvCompatibilityKey | None = None
     """Once begun, if it uses the prefix cache."""
     begun: bool = False
@@ -67,18 +73,30 @@ class _SessionPages:
 class KvReservation:
     """The pages of a session, in order. `copied`: cached pages that are copied to its first ones.
 
-    `dropped`: pages whose content was given up since the last session began, for engines that free it at once.
+    `page_positions`: how many positions each holds. `dropped`: pages whose content was given up since the last session
+    began, for engines that free it at once.
     """
 
     positions: int
     pages: tuple[int, ...]
     copied: tuple[int, ...] = ()
     dropped: tuple[int, ...] = ()
+    page_positions: int = PAGE_POSITIONS
 
     @property
     def cached(self) -> int:
         """Positions cached from the start."""
-        return len(self.copied) * PAGE_POSITIONS
+        return len(self.copied) * self.page_positions
+
+
+def page_count(info: SpanInfo) -> int:
+    """Return how many pages there are, numbered from 0, if all sessions have the narrowest keys and values."""
+    units = info.kv_positions // PAGE_POSITIONS * _PAGE_UNITS
+    return units // min([_PAGE_UNITS, *_page_units(info).values()])
+
+
+def _page_units(info: SpanInfo) -> dict[str, int]:
+    return {kv: math.ceil(_PAGE_UNITS * share) for kv, share in info.kv_shares.items()}
 
 
 class KvAllocator:
@@ -86,8 +104,12 @@ class KvAllocator:
 
     def __init__(self, info: SpanInfo) -> None:
         self._info = info
-        self._free = bytearray(_FREE * (info.kv_positions // PAGE_POSITIONS))
-        self._free_count = len(self._free)
+        self._page_units = _page_units(info)
+        self._units = info.kv_positions // PAGE_POSITIONS * _PAGE_UNITS
+        self._free_units = self._units
+        self._free = bytearray(_FREE * page_count(info))
+        self._taken_units: dict[int, int] = {}
+        """By page that is not free."""
         self._sessions: dict[SessionId, _SessionPages] = {}
         self._index: dict[_Group, dict[bytes, _Entry]] = {}
         # Cached pages without a session, least recently used first.
@@ -107,12 +129,16 @@ class KvAllocator:
     @property
     def reserved_positions(self) -> int:
         """Positions of the pages that sessions hold."""
-        return (len(self._free) - self._free_count - len(self._idle)) * PAGE_POSITIONS
+        return _positions(self._units - self._free_units - self._idle_units)
 
     @property
     def cached_positions(self) -> int:
         """Positions of the cached pages that no session holds."""
-        return len(self._idle) * PAGE_POSITIONS
+        return _positions(self._idle_units)
+
+    @property
+    def _idle_units(self) -> int:
+        return sum(self._taken_units[entry.page] for entry in self._idle)
 
     def open(self, session: SessionId, positions: int, prefix: Prefix | None) -> Mapping[KvCompatibilityKey, int]:
         """Reserve pages, pin the cached ones, and return how many positions these are.
@@ -134,10 +160,13 @@ class KvAllocator:
             found = {}  # serving the session is worth more than the cache
             pages = self._allocate(positions)
         self._sessions[session] = _SessionPages(positions, pages, prefix, found)
-        return {kv_key: len(entries) * PAGE_POSITIONS for kv_key, entries in found.items()}
+        return {key: len(entries) * self._info.page_positions(key.variant) for key, entries in found.items()}
 
     def begin(self, session: SessionId, options: SessionOptions) -> KvReservation:
-        """Unpin the pages found, but for those with the chosen KV key, which the session copies at once."""
+        """Unpin the pages found, but for those with the chosen KV key, which the session copies at once.
+
+        Pages are given back where each holds more positions in the session's variant than was planned for.
+        """
         holding = self._of(session)
         if holding.begun:
             raise EngineError(f"session {session.job}/{session.stage} has begun already")
@@ -149,18 +178,28 @@ class KvAllocator:
         holding.pinned = {}
         self._touch(taken)
         holding.begun = True
+        size = holding.page_positions = self._info.page_positions(options.variant)
+        needed = -(-holding.positions // size)
+        self._release(holding.pages[needed:])
+        holding.pages = holding.pages[:needed]
         holding.kv_key = options.kv_key if options.prefix_cache else None
+        page_units = self._page_units.get(options.variant.kv, _PAGE_UNITS)
+        for page in holding.pages:
+            self._free_units += self._taken_units[page] - page_units
+            self._taken_units[page] = page_units
         copied = tuple(entry.page for entry in taken[: len(holding.pages)])
         dropped = tuple(sorted(self._dropped))
         self._dropped.clear()
-        reservation = KvReservation(positions=holding.positions, pages=holding.pages, copied=copied, dropped=dropped)
+        reservation = KvReservation(
+            positions=holding.positions, pages=holding.pages, copied=copied, dropped=dropped, page_positions=size
+        )
         self.hit_positions += reservation.cached
         return reservation
 
     def rewind(self, session: SessionId, position: int) -> None:
         """Drop the session's cached pages that reach beyond `position`: they are about to be overwritten."""
         holding = self._of(session)
-        for number in [number for number in holding.entries if (number + 1) * PAGE_POSITIONS > position]:
+        for number in [number for number in holding.entries if (number + 1) * holding.page_positions > position]:
             self._drop(holding.entries.pop(number))
 
     def advance(self, session: SessionId, length: int) -> None:
@@ -170,8 +209,8 @@ class KvAllocator:
             return
         group = (holding.prefix.namespace, holding.kv_key)
         cached = self._index.setdefault(group, {})
-        whole = min(length // PAGE_POSITIONS, len(holding.pages))
-        for number, name in enumerate(islice(holding.prefix, whole)):
+        whole = min(length // holding.page_positions, len(holding.pages))
+        for number, name in enumerate(islice(self._names(holding.prefix, holding.kv_key), whole)):
             if name not in cached:
                 cached[name] = holding.entries[number] = _Entry(holding.pages[number], group, name, session, holding)
 
@@ -210,11 +249,16 @@ class KvAllocator:
     def _find(self, prefix: Prefix | None) -> dict[KvCompatibilityKey, list[_Entry]]:
         """Return the cached pages from the start of a prompt up to the first gap, by KV key."""
         found = {
-            kv_key: [cached[name] for name in takewhile(cached.__contains__, prefix)]
+            kv_key: [cached[name] for name in takewhile(cached.__contains__, self._names(prefix, kv_key))]
             for (namespace, kv_key), cached in self._index.items()
             if prefix is not None and namespace == prefix.namespace
         }
         return {kv_key: entries for kv_key, entries in found.items() if entries}
+
+    def _names(self, prefix: Prefix, kv_key: KvCompatibilityKey) -> Iterator[bytes]:
+        """Return the hashes of a prompt's pages with a KV key: of two in one, that of the second covers both."""
+        every = self._info.page_positions(kv_key.variant) // PAGE_POSITIONS
+        return islice(prefix, every - 1, None, every)
 
     def _is_cached(self, entry: _Entry) -> bool:
         return self._index.get(entry.group, {}).get(entry.hash) is entry
@@ -230,12 +274,14 @@ class KvAllocator:
         self._free_sequence()
         count = -(-positions // PAGE_POSITIONS)
         evictable = [entry for entry in self._idle if entry.pins == 0]
-        if count > self._free_count + len(evictable):
-            free = (self._free_count + len(evictable)) * PAGE_POSITIONS
+        needed = count * _PAGE_UNITS
+        free = self._free_units + sum(self._taken_units[entry.page] for entry in evictable)
+        if needed > free:
             raise EngineFull(
-                f"no KV memory for {positions} positions: {free} of {self._info.kv_positions} are free on this span"
+                f"no KV memory for {positions} positions: {_positions(free)} of {self._info.kv_positions} are free on "
+                f"this span"
             )
-        for entry in evictable[: max(0, count - self._free_count)]:
+        for entry in takewhile(lambda _: needed > self._free_units, evictable):
             self.evicted_positions += PAGE_POSITIONS
             self._drop(entry)
         start = self._free.find(_FREE * count)
@@ -245,7 +291,8 @@ class KvAllocator:
             pages = tuple(islice((page for page, free in enumerate(self._free) if free), count))
         for page in pages:
             self._free[page] = 0
-        self._free_count -= count
+            self._taken_units[page] = _PAGE_UNITS
+        self._free_units -= needed
         return pages
 
     def _free_sequence(self) -> None:
@@ -264,7 +311,7 @@ class KvAllocator:
         for page in pages:
             self._dropped.add(page)
             self._free[page] = 1
-            self._free_count += 1
+            self._free_units += self._taken_units.pop(page)
 
     def _drop(self, entry: _Entry) -> None:
         """Remove a page from the cache, and free it if no session holds it."""
@@ -278,6 +325,10 @@ class KvAllocator:
             if not self._closed[entry.origin]:
                 del self._closed[entry.origin]
             self._release([entry.page])
+
+
+def _positions(units: int) -> int:
+    return units * PAGE_POSITIONS // _PAGE_UNITS
 
 
 def _pin(found: Mapping[KvCompatibilityKey, Iterable[_Entry]], count: int) -> None:

@@ -30,6 +30,14 @@ class BlockKvCache:
         keys, values = (tensor.new_empty((slots, *tensor.shape[1:])) for tensor in (self.keys, self.values))
         return BlockKvCache(keys, values)
 
+    def narrow(self) -> "BlockKvCache":
+        """Return the same memory as bf16, which has two slots where f32 has one."""
+        slots = 2 * len(self.keys)
+        keys, values = (
+            tensor.view(torch.bfloat16).view(slots, *tensor.shape[1:]) for tensor in (self.keys, self.values)
+        )
+        return BlockKvCache(keys, values)
+
 
 class KvCache:
     """Keys and values of all sessions, block by block.
@@ -39,6 +47,10 @@ class KvCache:
 
     def __init__(self, blocks: Sequence[BlockKvCache]) -> None:
         self.blocks = tuple(blocks)
+
+    def narrow(self) -> "KvCache":
+        """Return the same memory as bf16: pages have the same numbers, and hold twice as many positions."""
+        return KvCache([block.narrow() for block in self.blocks])
 
     @torch.inference_mode()
     def copy(self, sources: Sequence[int], pages: Sequence[int]) -> None:
@@ -61,11 +73,13 @@ class KvCache:
 class SlotMapping:
     """Maps the positions of one session to slots of KV memory: a slice where its pages are contiguous, else a list."""
 
-    def __init__(self, pages: Sequence[int]) -> None:
-        first = torch.tensor(pages, dtype=torch.long).unsqueeze(1) * PAGE_POSITIONS
-        self.all = (first + torch.arange(PAGE_POSITIONS)).flatten()
+    def __init__(self, pages: Sequence[int], page_positions: int = PAGE_POSITIONS) -> None:
+        self.pages = torch.tensor(pages, dtype=torch.long)
+        self.page_positions = page_positions
+        self.all = (self.pages.unsqueeze(1) * page_positions + torch.arange(page_positions)).flatten()
         """By position."""
-        self._start = pages[0] * PAGE_POSITIONS if list(pages) == list(range(pages[0], pages[0] + len(pages))) else None
+        is_contiguous = list(pages) == list(range(pages[0], pages[0] + len(pages)))
+        self._start = pages[0] * page_positions if is_contiguous else None
 
     def of(self, start: int, end: int) -> slice | torch.Tensor:
         """Return the slots of positions `start` to `end`, as an index."""

@@ -1,10 +1,10 @@
 """Builds the blocks of one span, and nothing else, out of transformers' own model classes.
 
-The whole model is described without memory (accelerate's empty weights: 0.1 s for 30 blocks, 0.25 s for 80), the
-weights of the span are mapped from their files into it, and only then the other blocks are cut off and the config
-sliced. In this order, and not on a sliced config, because a block's kind may depend on its absolute number: which are
-experts and which dense (`decoder_sparse_step`, `mlp_only_layers`), which slide (`layer_types`, `max_window_layers`),
-how attention is scaled (GPT-2's `scale_attn_by_inverse_layer_idx`). And names need no renumbering.
+The whole model is described without memory (0.1 s for 30 blocks, 0.25 s for 80), the weights of the span are mapped
+from their files into it, and only then the other blocks are cut off and the config sliced. In this order, and not on a
+sliced config, because a block's kind may depend on its absolute number: which are experts and which dense
+(`decoder_sparse_step`, `mlp_only_layers`), which slide (`layer_types`, `max_window_layers`), how attention is scaled
+(GPT-2's `scale_attn_by_inverse_layer_idx`). And names need no renumbering.
 
 Names and tensors go through transformers' weight conversion, as they do in `from_pretrained`, because since version 5
 modules and files differ: files of Mixtral and Qwen3-MoE hold three matrices for each expert, their modules two for all
@@ -17,16 +17,13 @@ them reads them. As published, the matrices of the blocks, of the embedding and 
 and fp16; all else is f32.
 """
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.big_modeling import init_empty_weights
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -40,6 +37,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from node.engine.empty_weights import without_weights
 from node.engine.interface import EngineError, ShardSource
 from node.engine.kv_cache import attention_windows
 from node.engine.mapped_files import MappedFile
@@ -96,6 +94,11 @@ class LoadedSpan:
     def dtype(self) -> torch.dtype:
         """The type of the blocks' matrices."""
         return next(weight.dtype for weight in self.blocks.parameters() if weight.dim() > 1)
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether every matrix is in bf16."""
+        return {weight.dtype for weight in self.model.parameters() if weight.dim() > 1} == {torch.bfloat16}
 
     @property
     def element_count(self) -> int:
@@ -291,36 +294,10 @@ def _describe(config: PreTrainedConfig) -> PreTrainedModel:
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         raise EngineError(f"{name_of(config)} cannot be served: transformers has no causal decoder for it")
     try:
-        with local_torch_dtype(torch.float32), init_empty_weights(include_buffers=False), _WithoutMemory():
+        with local_torch_dtype(torch.float32), without_weights():
             return model_class(config)
     except Exception as error:  # sizes that do not match show only here
         raise EngineError(f"the model's config is not valid: {one_line(error)}") from error
-
-
-class _WithoutMemory(TorchFunctionMode):
-    """Allocates large tensors without memory, and initialises no weight.
-
-    The experts of a block are one tensor: 30 GB in DeepSeek-V3. Computed tensors, such as masks and rotary
-    frequencies, stay.
-    """
-
-    _INITIALISERS = frozenset({"normal_", "uniform_", "zero_", "fill_", "erfinv_", "mul_", "add_", "clamp_"})
-    _MAKERS = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn})
-    _LARGE_ELEMENTS = 1 << 24
-
-    def __torch_function__(
-        self, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        filled = args[0] if args else kwargs.get("tensor")
-        if isinstance(filled, torch.Tensor) and filled.is_meta and func.__name__ in self._INITIALISERS:
-            return filled
-        if func in self._MAKERS and kwargs.get("device") is None:
-            sizes = args or (kwargs.get("size", ()),)
-            sizes = tuple(sizes[0]) if isinstance(sizes[0], tuple | list) else sizes
-            if all(isinstance(size, int) for size in sizes) and math.prod(sizes) > self._LARGE_ELEMENTS:
-                kwargs = {**kwargs, "device": "meta"}
-        return func(*args, **kwargs)
 
 
 def _find_blocks(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> str:
@@ -363,7 +340,7 @@ def _keep_dtypes(described: DescribedModel, weights: Mapping[str, torch.Tensor])
         owner, _, attribute = target.rpartition(".")
         module = model.get_submodule(owner)
         if attribute in module._parameters and (target.startswith(f"{described.path}.") or module in outer):  # noqa: SLF001
-            empty = torch.empty_like(state[target], dtype=tensor.dtype)
+            empty = torch.empty(state[target].shape, dtype=tensor.dtype, device="meta")
             setattr(module, attribute, nn.Parameter(empty, requires_grad=False))
 
 

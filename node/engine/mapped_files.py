@@ -1,9 +1,7 @@
 """Files of weights, mapped into memory: what is not used is not read, and all processes share the pages."""
 
-import ctypes
 import mmap
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,9 +44,3 @@ class MappedFile:
             )
         count = source.size_bytes // dtype.itemsize
         return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(source.shape)
-
-
-def trim_heap() -> None:
-    """Give freed memory back to the operating system, where the C library can; packing leaves holes in the heap."""
-    with suppress(AttributeError, OSError, TypeError):  # glibc alone has it
-        ctypes.CDLL(None).malloc_trim(0)

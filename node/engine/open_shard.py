@@ -22,6 +22,9 @@ def _open_shard(source: ShardSource, blocks: BlockRange, options: EngineOptions)
         return LlamaShard(source, blocks, options)
     import torch
 
+    from node.engine.lean_imports import import_lean
+
+    import_lean()
     from node.engine.torch_shard import open_torch_shard
 
     if options.threads is not None:

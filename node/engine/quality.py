@@ -1,7 +1,7 @@
 """Measures the quality of lossy methods: `python -m node.engine.quality PACKAGE_DIR`.
 
 A process of its own, at low priority. On stdin comes one JSON document, `{"windows": [[token, …], …], "lineages":
-["engine/arithmetic/activations", …]}`, which are KV keys; on stdout goes one, `{KV key: {"greedy_agreement", "mean_kl",
+["variant/activations", …]}`, which are KV keys; on stdout goes one, `{KV key: {"greedy_agreement", "mean_kl",
 "perplexity_change"} or null}`, null where it is unavailable for this model.
 
 The text passes through the model part by part, so memory holds one part and not the model: a machine that serves a few
@@ -11,6 +11,7 @@ route; there are at least PARTS.
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -37,7 +38,7 @@ from node.engine.shard import Shard
 from node.models.manifest import MANIFEST_FILE, parse_manifest
 from node.models.store import Package
 from node.util.parent import end_with_parent
-from node.util.priority import yield_to_others
+from node.util.priority import SLEEPING_THREADS, yield_to_others
 from protocol.identity import BlockRange
 from selector.cuts import Cuts
 
@@ -78,7 +79,7 @@ def measure_quality(
     texts = [np.array(window, np.int64) for window in windows]
     rows: dict[KvCompatibilityKey, list[npt.NDArray[Any]]] = {kv_key: list(texts) for kv_key in (reference, *kv_keys)}
     for blocks, source in parts:
-        shard = open_shard(source, blocks, EngineOptions(kv_positions=positions))
+        shard = open_shard(source, blocks, EngineOptions(kv_positions=positions, narrow_kv=True))
         for kv_key in list(rows):
             try:
                 shard.prepare(kv_key.variant)
@@ -87,7 +88,8 @@ def measure_quality(
                     raise
                 del rows[kv_key]
         if shard.info.is_last:
-            return dict.fromkeys(kv_keys) | _compare(shard, rows, reference, texts)
+            found = _compare(shard, rows, reference, texts, kv_keys)
+            return {kv_key: found.get(kv_key) for kv_key in kv_keys}
         for kv_key, given in rows.items():
             states = (shard.run_alone(kv_key.variant, window, draws=0) for window in given)
             rows[kv_key] = [decode_rows(encode_rows(window, kv_key.activations)) for window in states]
@@ -99,8 +101,12 @@ def _compare(
     rows: Mapping[KvCompatibilityKey, Sequence[npt.NDArray[Any]]],
     reference: KvCompatibilityKey,
     texts: Sequence[npt.NDArray[np.int64]],
-) -> dict[KvCompatibilityKey, Quality | None]:
-    """Run the last part, a window at a time, so that the distributions of one are in memory at once."""
+    wanted: Sequence[KvCompatibilityKey],
+) -> dict[KvCompatibilityKey, Quality]:
+    """Run the last part, a window at a time, so that the distributions of one are in memory at once.
+
+    The reference runs twice where it is wanted, too: its figures show whether it is reproducible.
+    """
     sums = {kv_key: np.zeros(3) for kv_key in rows}
     count = 0
     for number, text in enumerate(texts):
@@ -113,7 +119,7 @@ def _compare(
         right = distribution(reference)
         count += len(following)
         for kv_key, sum_ in sums.items():
-            other = right if kv_key == reference else distribution(kv_key)
+            other = distribution(kv_key) if kv_key in wanted else right
             sum_ += (
                 (other.argmax(axis=-1) == right.argmax(axis=-1)).sum(),
                 (np.exp(right) * (right - other)).sum(dtype=np.float64),
@@ -121,11 +127,7 @@ def _compare(
             )
     means = {kv_key: (sum_ / count).tolist() for kv_key, sum_ in sums.items()}
     loss = means[reference][2]
-    return {
-        kv_key: Quality(agreed, kl, math.expm1(other - loss))
-        for kv_key, (agreed, kl, other) in means.items()
-        if kv_key != reference
-    }
+    return {kv_key: Quality(agreed, kl, math.expm1(other - loss)) for kv_key, (agreed, kl, other) in means.items()}
 
 
 def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -144,13 +146,14 @@ def split_into_parts(block_bytes: Sequence[int], granularity: int = 1) -> Iterat
 
 def kv_key_of(name: str) -> KvCompatibilityKey:
     """Return the KV key with this name."""
-    engine, arithmetic, activations = name.split("/")
-    return KvCompatibilityKey(Variant(engine, arithmetic), activations)
+    *variant, activations = name.split("/")
+    return KvCompatibilityKey(Variant(*variant), activations)
 
 
 def main() -> int:
     """Measure the request on stdin, and print the result; return the exit code."""
     yield_to_others()
+    os.environ.update(SLEEPING_THREADS)  # OpenMP reads them when an engine loads it
     end_with_parent()
     asked = json.load(sys.stdin)
     folder = Path(sys.argv[1])

@@ -17,7 +17,6 @@ import numpy.typing as npt
 from node.engine.activation_codec import check_rows, decode_rows, encode_rows
 from node.engine.constraint import Constraint, ConstraintProcess
 from node.engine.interface import (
-    DIVISIBLE_ENGINES,
     BadRows,
     EngineError,
     SessionNotOpen,
@@ -30,6 +29,7 @@ from node.engine.interface import (
     StepResult,
     Variant,
     VariantNotReady,
+    parts_of,
 )
 from node.engine.kv_allocator import KvReservation, check_slice
 from node.engine.sampling import TokenCounts, draw_and_verify, history_for, logprob_rows
@@ -128,7 +128,7 @@ class Shard(ABC, Generic[KvT]):
         """
 
     @abstractmethod
-    def _reserve(self, reservation: KvReservation) -> KvT:
+    def _reserve(self, variant: Variant, reservation: KvReservation) -> KvT:
         """Take over the pages of a new session. Raises EngineError where its cached ones are gone."""
 
     @abstractmethod
@@ -158,10 +158,10 @@ class Shard(ABC, Generic[KvT]):
         if options.variant not in self.variants():
             raise VariantNotReady(f"the variant {options.variant} is not ready here")
         info = self.info.part(options.blocks)
-        if info is not self.info and options.variant.engine not in DIVISIBLE_ENGINES:
-            raise VariantNotReady(f"the variant {options.variant} runs the whole span or nothing")
+        if not parts_of(options.variant.engine).include(info.blocks, self.info.blocks):
+            raise VariantNotReady(f"the variant {options.variant} does not run blocks {info.blocks} of its span alone")
         try:
-            kv = self._reserve(reservation)
+            kv = self._reserve(options.variant, reservation)
         except EngineError:
             return
         history = history_for(options.sampling)

@@ -1,32 +1,48 @@
 """The engine of one span of one model and its sessions, in this process and thread."""
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from node.engine.backends.batched import FAMILIES, empty_kv_blocks, refusal
-from node.engine.backends.interface import BACKENDS, Backend, BackendContext, BackendSpec, Rows, SpanRunner
+from node.engine.backends.decode_graphs import capture_on
+from node.engine.backends.interface import BACKENDS, Backend, BackendContext, BackendSpec, Capture, Rows, SpanRunner
 from node.engine.device import CPU
 from node.engine.device_probe import free_bytes, is_lost, synchronize
-from node.engine.interface import PAGE_POSITIONS, REFERENCE, EngineError, EngineOptions, ShardSource, SpanInfo, Variant
+from node.engine.interface import (
+    AUTO,
+    PAGE_POSITIONS,
+    REFERENCE,
+    EngineError,
+    EngineOptions,
+    ShardSource,
+    SpanInfo,
+    Variant,
+)
 from node.engine.kv_allocator import KvReservation
 from node.engine.kv_cache import KvCache, SlotMapping
 from node.engine.loading import NARROW_DTYPES, LoadedSpan, config_from, load_span
-from node.engine.mapped_files import trim_heap
 from node.engine.memory_plan import PLANNED_POSITIONS
 from node.engine.reference import Reference
 from node.engine.shard import FREE_MEMORY_SHARE, SessionRows, Shard
 from node.util.disk_cache import FolderCache
+from node.util.heap import trim_heap
 from node.util.text import one_line
 from protocol.identity import BlockRange
 from protocol.limits import MAX_POSITIONS
 
 _VARIANT_SHARE = 0.5
 """Limit of more variants' weights, of the memory beside the published ones; the rest is KV memory."""
+
+_SERVED_FROM_FILES: Final = {
+    Variant("fused", "fp32"): NARROW_DTYPES,
+    Variant("fused", "bf16"): frozenset({torch.bfloat16}),
+}
+"""Variants that compute with matrices as they lie in their files, in these types; others have packed their own."""
 
 
 class TorchShard(Shard[SlotMapping]):
@@ -36,7 +52,14 @@ class TorchShard(Shard[SlotMapping]):
     loaded, unless nothing else can serve the architecture.
     """
 
-    def __init__(self, source: ShardSource, blocks: BlockRange, options: EngineOptions) -> None:
+    def __init__(
+        self,
+        source: ShardSource,
+        blocks: BlockRange,
+        options: EngineOptions,
+        *,
+        capture_on: Callable[[torch.device], Capture | None] = capture_on,
+    ) -> None:
         super().__init__()
         started_s = time.perf_counter()
         self._device = torch.device(options.device)
@@ -48,17 +71,13 @@ class TorchShard(Shard[SlotMapping]):
         self._reference = Reference(span, source, blocks, self._device)
         kv_blocks = self._reference.load() if self._refusal else empty_kv_blocks(span, self._device)
         kv_bytes_per_position = sum(block.bytes_per_position for block in kv_blocks)
-        memory_bytes = options.memory_bytes
-        if memory_bytes is None:
-            # Pages of mapped files count as free.
-            unloaded_bytes = 0 if self._device.type == CPU or self._refusal else span.weight_bytes
-            free = max(0, free_bytes(self._device) - unloaded_bytes)
-            memory_bytes = span.weight_bytes + int(free * FREE_MEMORY_SHARE)
+        is_loaded = self._device.type == CPU or self._refusal is not None  # pages of mapped files count as free
+        memory_bytes = _memory_bytes(options, span, self._device, is_loaded=is_loaded)
         position_bytes = kv_bytes_per_position + (4 * span.hidden_size if options.plan_rows else 0)
         max_positions = min(span.max_positions or MAX_POSITIONS, MAX_POSITIONS)
-        most_packed_bytes = 0 if self._refusal else _packed_bytes(span, self._device)
+        packed_bytes = 0 if self._refusal else _packed_bytes(span, self._device)
         kv_positions = _kv_positions(
-            options, memory_bytes, span.weight_bytes, most_packed_bytes, position_bytes, max_positions
+            options, memory_bytes, span.weight_bytes, packed_bytes, position_bytes, max_positions
         )
         self.info = SpanInfo(
             model=source.model,
@@ -71,23 +90,26 @@ class TorchShard(Shard[SlotMapping]):
             kv_positions=kv_positions,
             weight_bytes=span.weight_bytes,
             load_s=time.perf_counter() - started_s,
+            device=options.device,
+            narrow_kv=options.narrow_kv,
         )
         self._packed_bytes = memory_bytes - kv_positions * position_bytes
         """Limit of all variants' weights."""
         self._kv = KvCache([block.resized(kv_positions) for block in kv_blocks])
-        embedding: Any = span.model.get_input_embeddings()
+        self._narrow_kv = self._kv.narrow() if options.narrow_kv and not self._refusal else self._kv
         self._context = BackendContext(
             span,
             self._device,
-            embedding.weight.to(self._device) if span.is_first and is_packable else None,
+            _embedding_on(self._device, span) if span.is_first and is_packable else None,
             f"{source.model}-{blocks.start}-{blocks.end}",
             torch.get_num_threads(),
             None if options.cache_dir is None else FolderCache(options.cache_dir),
+            capture_on(self._device),
         )
         self._backends: dict[str, Backend] = {}
         self._runners: dict[Variant, SpanRunner] = {}
         """But for the reference."""
-        self._taken_bytes: dict[tuple[str, str], int] = {}
+        self._taken_bytes: dict[tuple[str, ...], int] = {}
         """By engine and packing: variants of the same share their weights."""
 
     def variants(self) -> frozenset[Variant]:
@@ -106,17 +128,17 @@ class TorchShard(Shard[SlotMapping]):
             return
         spec = BACKENDS.get(variant.engine)
         packing = spec.packings.get(variant.arithmetic) if spec else None
-        if spec is None or packing is None:
+        if spec is None or packing is None or variant.kv != AUTO:
             raise EngineError(f"there is no variant {variant}")
         if self._refusal:
             raise EngineError(self._refusal)
         if not self._runs_here(spec):
             raise EngineError(f"{variant} calculates on the CPU, and this span lies on {self._device}")
         needed = int(self._span.element_count * spec.element_bytes(packing, self._span.dtype.itemsize))
-        shared = (variant.engine, packing)
+        shared = (variant.engine, spec.held_packing(packing, as_bf16=self._context.as_bf16))
         if shared not in self._taken_bytes:
             self._check_memory(variant, needed)
-        self._runners[variant] = self._backend(variant.engine).build(variant.arithmetic, self._kv)
+        self._runners[variant] = self._backend(variant.engine).build(variant.arithmetic, self._kv_of(variant))
         self._taken_bytes[shared] = needed
         trim_heap()
 
@@ -138,8 +160,7 @@ class TorchShard(Shard[SlotMapping]):
     def unload_reference(self) -> None:
         """Give the reference's memory back until a session wants it, unless nothing else can serve the span."""
         if self._refusal is None:
-            # Matrices in two bytes serve as they lie in the file, whose pages stay then.
-            is_file_used = self._span.dtype in NARROW_DTYPES and any(each.engine == "fused" for each in self._runners)
+            is_file_used = any(self._span.dtype in _SERVED_FROM_FILES.get(each, ()) for each in self._runners)
             self._reference.unload(keep_pages=is_file_used)
             self._taken_bytes.pop(REFERENCE, None)
             trim_heap()
@@ -163,12 +184,17 @@ class TorchShard(Shard[SlotMapping]):
         For quality measurements, without sessions: it writes into any pages. `rows`: token ids i64 (rows,) on a
         first span, hidden states f32 (rows, hidden size) elsewhere.
         """
-        slots = SlotMapping(range(-(-len(rows) // PAGE_POSITIONS)))
+        page_positions = self.info.page_positions(variant)
+        slots = SlotMapping(range(-(-len(rows) // page_positions)), page_positions)
         return self._compute(variant, self.info.blocks, [SessionRows(rows, slots, 0, draws)])[0]
 
-    def _reserve(self, reservation: KvReservation) -> SlotMapping:
+    def _kv_of(self, variant: Variant) -> KvCache:
+        """Return the KV memory in the type in which a variant holds keys and values."""
+        return self._kv if self.info.page_positions(variant) == PAGE_POSITIONS else self._narrow_kv
+
+    def _reserve(self, _variant: Variant, reservation: KvReservation) -> SlotMapping:
         self._kv.copy(reservation.copied, reservation.pages[: len(reservation.copied)])
-        return SlotMapping(reservation.pages)
+        return SlotMapping(reservation.pages, reservation.page_positions)
 
     def _release(self, kv: SlotMapping) -> None:
         """Nothing to do: the allocator gives the pages to others, who write over them."""
@@ -186,7 +212,7 @@ class TorchShard(Shard[SlotMapping]):
         run = range(blocks.start - self.info.blocks.start, blocks.end - self.info.blocks.start)
         runner = self._load_reference() if variant == REFERENCE else self._runners[variant]
         given = [Rows(torch.from_numpy(p.rows).to(self._device), p.kv, p.position, p.draws) for p in parts]
-        computed = runner.run(given, self._kv, run)
+        computed = runner.run(given, self._kv_of(variant), run)
         synchronize(self._device)  # it may still be running, and fail
         return [output.float().cpu().numpy() for output in computed]
 
@@ -203,13 +229,28 @@ def open_torch_shard(source: ShardSource, blocks: BlockRange, options: EngineOpt
         raise EngineError(f"{options.device} failed: {one_line(error, 200)}") from None
 
 
+def _memory_bytes(options: EngineOptions, span: LoadedSpan, device: torch.device, *, is_loaded: bool) -> int:
+    """Return the limit of memory, by default that of the weights and a share of what is free beside them."""
+    if options.memory_bytes is not None:
+        return options.memory_bytes
+    free = max(0, free_bytes(device) - (0 if is_loaded else span.weight_bytes))
+    return span.weight_bytes + int(free * FREE_MEMORY_SHARE)
+
+
+def _embedding_on(device: torch.device, span: LoadedSpan) -> torch.Tensor:
+    embedding: Any = span.model.get_input_embeddings()
+    weight: torch.Tensor = embedding.weight
+    return weight.to(device)
+
+
 def _packed_bytes(span: LoadedSpan, device: torch.device) -> int:
     """Return what all variants together take on a device."""
+    is_gpu = device.type != CPU
     element_bytes = sum(
         spec.element_bytes(packing, span.dtype.itemsize)
         for spec in BACKENDS.values()
-        if device.type == CPU or not spec.cpu_only
-        for packing in spec.packed_bytes
+        if not (is_gpu and spec.cpu_only)
+        for packing in {spec.held_packing(each, as_bf16=is_gpu and span.is_bf16) for each in spec.packed_bytes}
     )
     return int(element_bytes * span.element_count)
 

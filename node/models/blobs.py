@@ -114,7 +114,12 @@ class ModelFetcher:
         package = await trio.to_thread.run_sync(self._store.find, model)
         if package is not None:
             return package
-        data = await fetch_manifest_bytes(self._network, peers, model, self.fetched)
+        try:
+            data = await fetch_manifest_bytes(self._network, peers, model, self.fetched)
+        except FetchError:
+            if not (others := await self._others(peers, model)):
+                raise
+            data = await fetch_manifest_bytes(self._network, others, model, self.fetched)
         return await trio.to_thread.run_sync(self._store.add_manifest, parse_manifest(data))
 
     async def fetch_files(
@@ -167,15 +172,18 @@ class ModelFetcher:
     async def _fetch_file(
         self, package: Package, file: FileEntry, peers: Sequence[PeerId], count: Callable[[int], None], fetched: Fetched
     ) -> None:
-        """Fetch a file from the peers of its model, else from those that announce it."""
+        """Fetch a file from the peers of its model, else from those that announce it, or its model's manifest."""
         blob = Blob(file.sha256, file.size_bytes, package.path_of(file))
         try:
             await fetch_blob(self._network, peers, blob, count, fetched)
         except FetchError:
-            others = [peer for peer in await self._holders(file.sha256) if peer not in peers]
+            others = await self._others(peers, file.sha256) or await self._others(peers, package.model_id)
             if not others:
                 raise
             await fetch_blob(self._network, others, blob, count, fetched)
+
+    async def _others(self, asked: Sequence[PeerId], sha256: str) -> list[PeerId]:
+        return [peer for peer in await self._holders(sha256) if peer not in asked]
 
 
 def _read_piece(path: Path, offset: int, length: int) -> bytes:

@@ -205,7 +205,7 @@ class Library:
         package = await self._package(model)
         if any(not package.has(file) for file in package.manifest.tokenizer_files):
             await self._fetcher.fetch_files(
-                package.manifest, package.manifest.tokenizer_files, await self._swarm.providers(model)
+                package.manifest, package.manifest.tokenizer_files, await self._providers(model)
             )
         return KnownModel(model, self.name_of(model), package.manifest, await self._tokenizers.open(package))
 
@@ -243,7 +243,7 @@ class Library:
         for path in await trio.to_thread.run_sync(evict_for, self._store, package, wanted, self._cache_limit_bytes):
             _logger.info("model file evicted from the cache", file=str(path))
         try:
-            await self._fetcher.fetch_files(manifest, wanted, await self._swarm.providers(model), progress)
+            await self._fetcher.fetch_files(manifest, wanted, await self._providers(model), progress)
         except ModelError:
             source = self._source_of(model)
             if not use_catalogue or source is None:
@@ -258,8 +258,9 @@ class Library:
         if all(map(package.has, manifest.tokenizer_files)):
             return
         try:
-            providers = await self._swarm.providers(manifest.model_id)
-            await self._fetcher.fetch_files(manifest, manifest.tokenizer_files, providers)
+            await self._fetcher.fetch_files(
+                manifest, manifest.tokenizer_files, await self._providers(manifest.model_id)
+            )
         except ModelError as error:
             _logger.info("no tokenizer: texts cannot follow a JSON Schema", model=manifest.model_id, reason=str(error))
 
@@ -275,7 +276,11 @@ class Library:
         try:
             return self._store.get(model)
         except UnknownModelError:
-            return await self._fetcher.fetch_manifest(model, await self._swarm.providers(model))
+            return await self._fetcher.fetch_manifest(model, await self._providers(model))
+
+    async def _providers(self, model: ModelId) -> tuple[PeerId, ...]:
+        """Return whom to ask for a model's files first: peers that serve it, else those that only have its manifest."""
+        return await self._swarm.providers(model) or await self._swarm.holders(model)
 
     def _source_of(self, model: ModelId) -> str | None:
         """Return what a model can be imported from: its catalogue name, or a commit of a hub repository."""
@@ -294,7 +299,7 @@ def _catalogued_as(model: ModelId) -> str | None:
 
 
 async def provide_loop(network: Network, store: ModelStore) -> None:
-    """Announce every weight file of the store in the DHT, again before it is forgotten, until cancelled.
+    """Announce every file of the store in the DHT, again before it is forgotten, until cancelled.
 
     So peers find them also at peers that do not serve the model. A record there outlives its peer by hours; a file from
     it is verified by its hash.
@@ -304,7 +309,7 @@ async def provide_loop(network: Network, store: ModelStore) -> None:
         present: tuple[str, ...] = ()
         if network.connected_peers():
             try:
-                present = await trio.to_thread.run_sync(store.weight_hashes)
+                present = await trio.to_thread.run_sync(store.file_hashes)
             except ModelError as error:
                 _logger.warning("files not announced", reason=str(error))
         kept = frozenset(present)

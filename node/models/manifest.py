@@ -213,7 +213,7 @@ class Manifest:
     @property
     def max_positions(self) -> int | None:
         """The longest text in tokens, if stated."""
-        return constant_positions(self.config)
+        return longest_text(self.config, self.format)
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
@@ -293,6 +293,14 @@ def normalise_config(config: Mapping[str, Json]) -> dict[str, Json]:
 def block_count_of(config: Mapping[str, Json]) -> int | None:
     """Return the number of blocks, if the config states it."""
     return find_integer(config, _BLOCK_COUNT_KEYS)
+
+
+def longest_text(config: Mapping[str, Json], package_format: str) -> int | None:
+    """Return the longest text of a model in tokens, if stated.
+
+    In a GGUF package the rotary frequencies never depend on the length of a text: llama.cpp chooses them once.
+    """
+    return find_integer(config, _POSITIONS_KEYS) if package_format == GGUF else constant_positions(config)
 
 
 def constant_positions(config: Mapping[str, Json]) -> int | None:

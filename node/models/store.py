@@ -163,10 +163,17 @@ class ModelStore:
                         self._load(model)
         return next((path for path in sorted(self._by_sha256.get(sha256, ())) if path.exists()), None)
 
-    def weight_hashes(self) -> tuple[str, ...]:
-        """Return the sha256 of every weight file that is here."""
-        found = (f.sha256 for package in self.list() for f in package.manifest.weight_files if package.has(f))
-        return tuple(dict.fromkeys(found))
+    def file_hashes(self) -> tuple[str, ...]:
+        """Return the sha256 of every file that is here, manifests first: their models' ids."""
+        packages = self.list()
+        manifests = (package.model_id for package in packages)
+        files = (
+            file.sha256
+            for package in packages
+            for file in (*package.manifest.tokenizer_files, *package.manifest.weight_files)
+            if package.has(file)
+        )
+        return tuple(dict.fromkeys([*manifests, *files]))
 
     def resolve(self, text: str, known: Iterable[ModelId] = ()) -> ModelId:
         """Return the model that an id's prefix, a catalogue name or a local name means.

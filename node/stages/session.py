@@ -17,7 +17,7 @@ import trio
 
 from node.engine.activation_codec import check_tensor, check_tokens
 from node.engine.base import Engine
-from node.engine.interface import BadRows, Prefix, SessionOptions, SliceInput, SpanInfo, Variant
+from node.engine.interface import BadRows, Prefix, SessionOptions, SliceInput, SpanInfo, variant_of
 from node.engine.kv_allocator import HIDDEN_DTYPES
 from node.links.base_link import LinkBroken
 from node.links.inbound_link import InboundLink
@@ -143,7 +143,7 @@ class StageSession:
             options = SessionOptions(
                 blocks=self.info.blocks,
                 sampling=self.request.sampling,
-                variant=Variant(method.engine, method.arithmetic),
+                variant=variant_of(method),
                 activations=method.activations,
                 prefix_cache=method.prefix_cache,
             )

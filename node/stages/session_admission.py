@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import trio
 
-from node.engine.interface import DIVISIBLE_ENGINES, PAGE_POSITIONS, EngineError, EngineFull, SpanInfo, Variant
+from node.engine.interface import PAGE_POSITIONS, EngineError, EngineFull, SpanInfo, Variant, parts_of, variant_of
 from node.links.base_link import LinkBroken
 from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
@@ -234,15 +234,14 @@ def _offered_methods(message: Open, span: Span, table: SpanTable) -> list[Method
     """
     offered: list[Method] = []
     pending: list[Variant] = []
-    is_divided = message.blocks != span.info.blocks
     ready = span.engine.variants()
     for name in message.methods:
         try:
             method = parse_method(name)
         except MethodError:
             continue  # of another version
-        variant = Variant(method.engine, method.arithmetic)
-        if method.name != name or (is_divided and variant.engine not in DIVISIBLE_ENGINES):
+        variant = variant_of(method)
+        if method.name != name or not parts_of(variant.engine).include(message.blocks, span.info.blocks):
             continue
         drafts_here = method.drafter == "draft" and message.blocks.start == 0
         if drafts_here and message.model not in table.draft_models:

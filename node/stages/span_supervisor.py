@@ -24,7 +24,8 @@ from node.models.library import Library
 from node.models.manifest import Manifest
 from node.models.store import AmbiguousModelError, Package, UnknownModelError
 from node.stages.block_placement import BlockPlacer, PlacementAnnouncements, unknown_rate
-from node.stages.memory_admission import engine_bytes_of, longest_in, shortage, smallest_span, span_bytes_for
+from node.stages.device_shares import DeviceShare, longest_over, shares_of_spans, split_over, usable_shares
+from node.stages.memory_admission import engine_bytes_of, shortage, smallest_span, span_bytes_for
 from node.stages.replay_buffer import replay_bytes_of
 from node.stages.span import Span
 from node.stages.stage_server import StageServer
@@ -45,7 +46,7 @@ EXACT_VARIANTS = (Variant("onnxruntime", "fp32"), Variant("fused", "fp32"))
 """The fastest first. One is built before any job requests it, the same on all nodes that can: a stage that replaces a
 lost one has to calculate as that one did."""
 
-HALF_PRECISION_EXACT_VARIANTS = EXACT_VARIANTS[::-1]
+HALF_PRECISION_EXACT_VARIANTS = (Variant("fused", "fp32"),)
 """Of weights published in two bytes, which onnxruntime would hold in four."""
 
 DISCOVERY_ROUND_S = 0.1
@@ -59,6 +60,9 @@ DRAFT_VARIANTS = (Variant("onnxruntime", "int8"), Variant("fused", "int8"))
 
 GPU_DRAFT_VARIANTS = (Variant("fused", "bf16"),)
 
+Shares = Sequence[DeviceShare]
+"""The devices of a span."""
+
 StartEngine = Callable[[Package, BlockRange, EngineOptions], AbstractAsyncContextManager[Engine]]
 
 _logger = structlog.get_logger(__name__)
@@ -66,13 +70,13 @@ _logger = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingOptions:
-    """What to serve, and with which resources. `memory_bytes`: for all spans together; None: of what is free.
+    """What to serve, and with which resources. `memory_bytes`: for all spans of a device; None: of what is free.
 
     `expect_format`: called with the format of a package before its files are fetched.
     """
 
     specs: Sequence[ServeSpec]
-    device: Device
+    devices: Sequence[Device]
     graphs_dir: Path
     draft: str | None = None
     memory_bytes: int | None = None
@@ -82,18 +86,23 @@ class ServingOptions:
     expect_format: Callable[[str], None] = lambda _format: None
 
     @property
-    def span_bytes(self) -> int:
-        """The memory of each span, and of the draft model."""
-        memory_bytes = self.memory_bytes or int(self.device.free_bytes * MEMORY_SHARE)
-        return memory_bytes // max(1, len(set(self.specs)) + (self.draft is not None))
+    def shares(self) -> Sequence[Shares]:
+        """The devices of each span, and of the draft model behind them."""
+        memory_bytes = [self.memory_bytes or int(each.free_bytes * MEMORY_SHARE) for each in self.devices]
+        return shares_of_spans(self.devices, memory_bytes, len(set(self.specs)), draft=self.draft is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class _RunningSpan:
-    """A span that is served, until the scope is cancelled."""
+    """A span that is served, in parts where it has several devices, until the scope is cancelled."""
 
-    span: Span
+    parts: Sequence[Span]
     scope: trio.CancelScope
+
+    def step_s(self) -> float:
+        """Return the recent duration of a step through all parts, 0 where unknown."""
+        times_s = [part.load().step_s for part in self.parts]
+        return sum(times_s) if all(times_s) else 0.0
 
 
 class SpanSupervisor:
@@ -112,8 +121,6 @@ class SpanSupervisor:
         offload: Offload = run_in_thread,
     ) -> None:
         self._options = options
-        self._device = options.device.name
-        self._span_bytes = options.span_bytes
         self._library = library
         self._membership = membership
         self._stages = stages
@@ -125,14 +132,14 @@ class SpanSupervisor:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; started once every span is loaded. Raises StartError where one never can be."""
-        draft = self._options.draft
+        draft, shares = self._options.draft, self._options.shares
         async with trio.open_nursery() as nursery:
             async with trio.open_nursery() as starting:
-                for spec in dict.fromkeys(self._options.specs):
-                    serve = partial(self._serve, spec)
+                for number, spec in enumerate(dict.fromkeys(self._options.specs)):
+                    serve = partial(self._serve, spec, shares[number])
                     starting.start_soon(nursery.start, self._run_with_restarts, str(spec), serve)
                 if draft is not None:
-                    serve = partial(self._run_draft_model, draft)
+                    serve = partial(self._run_draft_model, draft, shares[-1][0])
                     starting.start_soon(nursery.start, self._run_with_restarts, draft, serve)
             task_status.started()
 
@@ -171,13 +178,15 @@ class SpanSupervisor:
         return await self._library.manifest(model, use_catalogue=self._options.use_catalogue)
 
     @asynccontextmanager
-    async def _engine(self, manifest: Manifest, blocks: BlockRange, memory_bytes: int) -> AsyncIterator[Engine]:
+    async def _engine(
+        self, manifest: Manifest, blocks: BlockRange, share: DeviceShare, memory_bytes: int
+    ) -> AsyncIterator[Engine]:
         """Get the weights of blocks, and run an engine with them inside the block.
 
         Raises EngineError where they do not fit into memory, before they are fetched.
         """
         self._options.expect_format(manifest.format)
-        if (why := shortage(manifest, blocks, self._span_bytes, self._device)) is not None:
+        if (why := shortage(manifest, blocks, share.memory_bytes, share.device)) is not None:
             raise EngineError(why)
         package = await self._library.weights(
             manifest, blocks, use_catalogue=self._options.use_catalogue, progress=self._options.progress
@@ -186,8 +195,9 @@ class SpanSupervisor:
             memory_bytes=memory_bytes,
             threads=self._options.threads,
             cache_dir=self._options.graphs_dir,
-            device=self._device,
-            plan_rows=self._device == CPU,
+            device=share.device,
+            plan_rows=share.device == CPU,
+            narrow_kv=share.device != CPU,
         )
         with self._library.in_use(package, blocks):
             async with self._start_engine(package, blocks, options) as engine:
@@ -195,12 +205,15 @@ class SpanSupervisor:
 
     # Spans
 
-    async def _serve(self, spec: ServeSpec, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def _serve(
+        self, spec: ServeSpec, shares: Shares, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
         """Serve a span until its engine dies. Raises StartError for what neither a peer nor time can cure."""
         try:
             manifest = await self._manifest(spec.model)
+            shares = usable_shares(manifest, shares)
             if spec.blocks is None:
-                await self._serve_where_needed(manifest, task_status)
+                await self._serve_where_needed(manifest, shares, task_status)
                 return
             if (fault := manifest.cuts.fault(spec.blocks)) is not None:
                 raise StartError(f"cannot serve {spec}: {fault}")
@@ -208,7 +221,7 @@ class SpanSupervisor:
             placement = Placement(model=manifest.model_id, blocks=spec.blocks, rate=rate, movable=False)
             self._placements.publish(spec, placement)
             async with trio.open_nursery() as nursery:
-                await nursery.start(self._run_span, manifest, spec.blocks)
+                await nursery.start(self._run_span, manifest, spec.blocks, shares)
                 task_status.started()
         except (UnknownModelError, AmbiguousModelError) as error:
             raise StartError(f"cannot serve {spec}: {error}") from None
@@ -217,70 +230,94 @@ class SpanSupervisor:
         self,
         manifest: Manifest,
         blocks: BlockRange,
+        shares: Shares,
         *,
         task_status: trio.TaskStatus[_RunningSpan] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Serve a span until its scope is cancelled or its engine dies."""
-        replay_bytes = replay_bytes_of(self._span_bytes)
-        memory_bytes = engine_bytes_of(self._span_bytes, self._device)
+        """Serve a span, a part on each of its devices, until its scope is cancelled or an engine dies."""
+        parts = await self._split(manifest, blocks, shares)
         with trio.CancelScope() as scope:
-            try:
-                async with self._engine(manifest, blocks, memory_bytes) as engine, trio.open_nursery() as nursery:
-                    span = await nursery.start(self._stages.serve, engine, replay_bytes)
-                    span.request_first_of(_exact_variants(manifest))
-                    self._membership.announce()
-                    load_s = round(engine.info.load_s, 2)
-                    model = manifest.model_id
-                    _logger.info("span served", model=model, blocks=str(blocks), device=self._device, load_s=load_s)
-                    task_status.started(_RunningSpan(span, scope))
-            except EngineCrashed:
-                raise
-            except EngineError as error:
-                name = self._library.name_of(manifest.model_id)
-                raise StartError(f"cannot serve {name}:{blocks}: {error}") from None
+            async with trio.open_nursery() as nursery:
+                running: list[Span] = []
+                for part, share in zip(parts, shares, strict=False):
+                    running.append(await nursery.start(self._run_part, manifest, part, share))
+                task_status.started(_RunningSpan(running, scope))
 
-    async def _serve_where_needed(self, manifest: Manifest, task_status: trio.TaskStatus[None]) -> None:
+    async def _run_part(
+        self,
+        manifest: Manifest,
+        blocks: BlockRange,
+        share: DeviceShare,
+        *,
+        task_status: trio.TaskStatus[Span] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve blocks on one device until cancelled or its engine dies."""
+        replay_bytes = replay_bytes_of(share.memory_bytes)
+        memory_bytes = engine_bytes_of(share.memory_bytes, share.device)
+        try:
+            async with self._engine(manifest, blocks, share, memory_bytes) as engine, trio.open_nursery() as nursery:
+                span = await nursery.start(self._stages.serve, engine, replay_bytes)
+                span.request_first_of(_exact_variants(manifest))
+                self._membership.announce()
+                load_s = round(engine.info.load_s, 2)
+                model = manifest.model_id
+                computed_by = engine.info.engine or share.device
+                _logger.info("span served", model=model, blocks=str(blocks), engine=computed_by, load_s=load_s)
+                task_status.started(span)
+        except EngineCrashed:
+            raise
+        except EngineError as error:
+            name = self._library.name_of(manifest.model_id)
+            raise StartError(f"cannot serve {name}:{blocks}: {error}") from None
+
+    async def _split(self, manifest: Manifest, blocks: BlockRange, shares: Shares) -> Sequence[BlockRange]:
+        if len(shares) == 1:
+            return (blocks,)
+        return await self._offload(lambda: split_over(manifest, blocks, shares))
+
+    async def _serve_where_needed(self, manifest: Manifest, shares: Shares, task_status: trio.TaskStatus[None]) -> None:
         """Serve the least covered blocks, and others when those are covered less.
 
         The new ones are served before the old ones go, which happens only once others serve these and their last
         session has ended.
         """
         model = manifest.model_id
-        placer = self._placer(manifest)
+        placer = self._placer(manifest, shares)
         announced = self._placements.of(model)
-        blocks = announced.blocks if announced else await self._choose(manifest, placer)
+        blocks = announced.blocks if announced else await self._choose(manifest, placer, shares)
         placer.publish(blocks)
         async with trio.open_nursery() as nursery:
             try:
-                running = await nursery.start(self._run_span, manifest, blocks)
+                running = await nursery.start(self._run_span, manifest, blocks, shares)
             except* (ModelError, StartError):
                 placer.publish(None)  # others should not count on us; and next time other blocks may be needed more
                 raise
             task_status.started()
             while True:
-                span = running.span
-                target = await placer.next_move(blocks, lambda span=span: span.load().step_s)  # type: ignore[misc]
-                new = await self._try_to_run(manifest, target, nursery)
+                target = await placer.next_move(blocks, running.step_s)
+                new = await self._try_to_run(manifest, target, shares, nursery)
                 if new is None:
                     placer.on_move_failed(target)
                     placer.publish(blocks)
                     continue
                 await placer.wait_dispensable(blocks, target)
-                self._stages.withdraw_span(span)
+                for part in running.parts:
+                    self._stages.withdraw_span(part)
                 self._membership.announce()
-                await self._stages.drain_span(span)
+                for part in running.parts:
+                    await self._stages.drain_span(part)
                 running.scope.cancel()
                 _logger.info("moved to other blocks", model=model, dropped=str(blocks), blocks=str(target))
                 running, blocks = new, target
 
-    def _placer(self, manifest: Manifest) -> BlockPlacer:
+    def _placer(self, manifest: Manifest, shares: Shares) -> BlockPlacer:
         """Return the placer of a model; it remembers failed moves when the span is restarted."""
         model = manifest.model_id
         if model not in self._placers:
             self._placers[model] = BlockPlacer(
                 model,
                 manifest.cuts,
-                longest_in(manifest, self._span_bytes, self._device),
+                longest_over(manifest, shares),
                 own_peer=self._stages.link_pool.peer_id,
                 membership=self._membership,
                 placements=self._placements,
@@ -289,32 +326,36 @@ class SpanSupervisor:
             )
         return self._placers[model]
 
-    async def _try_to_run(self, manifest: Manifest, blocks: BlockRange, nursery: trio.Nursery) -> _RunningSpan | None:
+    async def _try_to_run(
+        self, manifest: Manifest, blocks: BlockRange, shares: Shares, nursery: trio.Nursery
+    ) -> _RunningSpan | None:
         """Serve a span beside the present one; None where that fails, which harms nothing."""
-        running, why = None, await self._memory_shortage(manifest, blocks)
+        running, why = None, None
+        for part, share in zip(await self._split(manifest, blocks, shares), shares, strict=False):
+            why = why or await self._memory_shortage(manifest, part, share)
         if why is None:
             try:
-                running = await nursery.start(self._run_span, manifest, blocks)
+                running = await nursery.start(self._run_span, manifest, blocks, shares)
             except* (ModelError, EngineError, StartError) as group:
                 why = _reasons(group)
         if why is not None:
             _logger.warning("stayed with the old blocks", model=manifest.model_id, wanted=str(blocks), reason=why)
         return running
 
-    async def _memory_shortage(self, manifest: Manifest, blocks: BlockRange) -> str | None:
-        """Return why blocks do not fit into memory beside the present ones, if they do not."""
-        needed_bytes = span_bytes_for(manifest, blocks, self._device)
-        if self._device != CPU:  # whose memory is allocated at once, all that may be needed
-            needed_bytes = max(needed_bytes, self._span_bytes)
+    async def _memory_shortage(self, manifest: Manifest, blocks: BlockRange, share: DeviceShare) -> str | None:
+        """Return why blocks do not fit into a device's memory beside the present ones, if they do not."""
+        needed_bytes = span_bytes_for(manifest, blocks, share.device)
+        if share.device != CPU:  # whose memory is allocated at once, all that may be needed
+            needed_bytes = max(needed_bytes, share.memory_bytes)
         try:
-            free_bytes = (await find_device(self._device)).free_bytes
+            free_bytes = (await find_device(share.device)).free_bytes
         except DeviceError as error:
-            return f"free memory of device {self._device} unknown: {error}"
+            return f"free memory of device {share.device} unknown: {error}"
         if needed_bytes > free_bytes:
             return f"they need {needed_bytes} bytes of memory beside the old ones, of {free_bytes} that are free"
         return None
 
-    async def _choose(self, manifest: Manifest, placer: BlockPlacer) -> BlockRange:
+    async def _choose(self, manifest: Manifest, placer: BlockPlacer, shares: Shares) -> BlockRange:
         """Choose the least covered blocks, after a moment to learn what the swarm has."""
         if self._membership.bootstrap():
             # The first neighbours announce all they know at once; a swarm without any is not waited for long.
@@ -325,14 +366,15 @@ class SpanSupervisor:
         try:
             return placer.choose()
         except ValueError:
-            name, smallest = self._library.name_of(manifest.model_id), smallest_span(manifest, self._device)
-            why = shortage(manifest, smallest, self._span_bytes, self._device)
+            share = max(shares, key=lambda each: each.memory_bytes)
+            name, smallest = self._library.name_of(manifest.model_id), smallest_span(manifest, share.device)
+            why = shortage(manifest, smallest, share.memory_bytes, share.device)
             raise StartError(f"cannot serve {name}, not even its blocks {smallest}: {why}") from None
 
     # The draft model
 
     async def _run_draft_model(
-        self, name: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self, name: str, share: DeviceShare, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Run a draft model until its engine dies. Raises StartError where its tokenizer is not that of any span."""
         try:
@@ -349,8 +391,9 @@ class SpanSupervisor:
         self._stages.register_draft(models)
         task_status.started()  # jobs need not wait for what only saves time
         try:
-            async with self._engine(manifest, BlockRange(0, manifest.block_count), self._span_bytes) as engine:
-                variant = await self._fastest_variant(engine, manifest.format)
+            whole = BlockRange(0, manifest.block_count)
+            async with self._engine(manifest, whole, share, share.memory_bytes) as engine:
+                variant = await self._fastest_variant(engine, manifest.format, share.device)
                 async with trio.open_nursery() as nursery:
                     await nursery.start(self._stages.run_draft_model, engine, variant, models)
                     _logger.info("draft model served", model=manifest.model_id, variant=str(variant))
@@ -359,9 +402,9 @@ class SpanSupervisor:
         except EngineError as error:  # no reason to stop serving: it is retried, as after a crash
             raise EngineCrashed(f"cannot run draft model {name}: {error}") from None
 
-    async def _fastest_variant(self, engine: Engine, package_format: str) -> Variant:
+    async def _fastest_variant(self, engine: Engine, package_format: str, device: str) -> Variant:
         """Build the fastest variant that is available for a draft model, and return it."""
-        variants = DRAFT_VARIANTS if self._device == CPU else GPU_DRAFT_VARIANTS
+        variants = DRAFT_VARIANTS if device == CPU else GPU_DRAFT_VARIANTS
         for variant in variants if package_format == PackageFormat.SAFETENSORS else ():
             try:
                 await engine.prepare(variant)

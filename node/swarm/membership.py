@@ -25,7 +25,7 @@ from node.swarm.heartbeats import Heartbeats, OwnServices
 from node.swarm.span_records import LOOKUP_TIMEOUT_S, SpanRecords
 from protocol.announcements import blob_provider_key, provider_key
 from protocol.identity import ModelId, PeerId
-from selector.routing import uncovered
+from selector.cuts import Cuts
 
 PING_ROUND_S = 10.0
 """Interval at which the round-trip times to the connected peers are measured."""
@@ -92,7 +92,7 @@ class Membership:
         """Return the reached peers that serve spans of a model, without looking for others."""
         return self.directory.candidates(model, without=without)
 
-    async def candidates(self, model: ModelId, block_count: int, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+    async def candidates(self, model: ModelId, cuts: Cuts, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         """Return the reached peers that serve spans of a model.
 
         Dials unreached ones and queries the DHT where the reached ones do not cover all blocks.
@@ -101,7 +101,7 @@ class Membership:
 
         def covers_all() -> bool:
             found = self.directory.candidates(model, without=without)
-            return not uncovered(block_count, (candidate.stage.blocks for candidate in found))
+            return not cuts.uncovered(candidate.stage.blocks for candidate in found)
 
         if not covers_all():
             with trio.move_on_after(LOOKUP_TIMEOUT_S):

@@ -35,7 +35,7 @@ from node.engine.sampling import history_for
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
-from selector.task import ENGINES, VARIANTS, PackageFormat
+from selector.task import KV_TYPES, VARIANTS, PackageFormat
 
 FAKE_MODEL = ModelId(hashlib.sha256(b"metaswarm fake model").hexdigest())
 """The id of the imaginary model, unless another is given."""
@@ -51,8 +51,13 @@ def fake_format(model: ModelId) -> PackageFormat:
 
 def fake_variants(model: ModelId) -> frozenset[Variant]:
     """Return the variants of an imaginary model: all calculate the same, but none takes another's pages."""
-    engines = ENGINES[fake_format(model)]
-    return frozenset(Variant(engine, arithmetic) for engine in engines for arithmetic in VARIANTS[engine])
+    variants = VARIANTS[fake_format(model)]
+    return frozenset(
+        Variant(engine, arithmetic, kv)
+        for engine, found in variants.items()
+        for arithmetic in found
+        for kv in KV_TYPES[engine]
+    )
 
 
 def fake_span_info(

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -9,6 +10,9 @@ _AUTOGROUP: Final = Path("/proc/self/autogroup")
 
 LOWEST: Final = 19
 """The nicest that a process can be."""
+
+SLEEPING_THREADS: Final[Mapping[str, str]] = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+"""Environment in which OpenMP's threads sleep while they wait; spinning, they would take the cores from others."""
 
 
 def yield_to_others() -> None:

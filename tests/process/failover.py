@@ -21,6 +21,7 @@ class Outcome:
     """A job during which a stage was lost. `pause_s`: the longest wait for a token after that."""
 
     text: str
+    tokens: list[int]
     pause_s: float
     replays: int
 
@@ -99,7 +100,7 @@ class SparedSwarm:
             await victim.process.wait()
             self.peers[lose[0] if lose else 0].remove(victim)
         waits = [b - max(a, lost_at_s) for a, b in pairwise(came_s) if b > lost_at_s]
-        return Outcome(text, max(waits, default=0.0), result.get("replays", 0))
+        return Outcome(text, result["token_ids"], max(waits, default=0.0), result.get("replays", 0))
 
 
 @asynccontextmanager

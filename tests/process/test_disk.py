@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import trio
 
 from node.models.store import Package
@@ -43,7 +44,8 @@ async def test_fetch_reports_full_disk_and_retries(start_daemon: StartDaemon, pa
         nursery.start_soon(start)
         await until(is_told, timeout_s=90)
         assert started[0].poll() is None
-        limit_files(started[0].pid, None)
+        for process in (psutil.Process(started[0].pid), *psutil.Process(started[0].pid).children()):
+            limit_files(process.pid, None)
     [newcomer] = newcomers
     log = (folder / "log").read_text()
     assert "free some space, or set METASWARM_CACHE_DIR" in log

@@ -8,7 +8,7 @@ import trio
 
 from node.models.gguf_file import read_gguf
 from node.models.store import Package
-from selector.task import BASELINE, PORTFOLIO, Method, portfolio
+from selector.task import BASELINE, PORTFOLIO, Method, parse_method, portfolio
 from tests.process.daemons import MODEL, THIRDS, Daemon, until
 from tests.process.test_parity import TEXT, generate, whole_model
 from tests.support.demo_model import DEQUANTISED, demo_gguf
@@ -77,6 +77,33 @@ async def test_exact_methods_of_gguf_equal_llama_cpp_alone_and_in_batches_of_eig
     expected = [(prompt := tokenizer.encode(text), alone.decode(prompt, ALONE_TOKENS)) for text in PROMPTS]
     methods = [method.name for method in portfolio("gguf") if method.exact]
     await check_methods(await start_swarm(*THIRDS, flags=("--draft", MODEL)), expected, methods, MODEL)
+
+
+@pytest.mark.soak  # the measurement runs at the lowest priority: minutes on a busy machine
+@pytest.mark.timeout(900)
+async def test_keys_and_values_in_q8_0_serve_near_jobs_once_measured_and_never_exact_ones(
+    start_swarm: StartSwarm,
+) -> None:
+    [daemon] = await start_swarm("0-30")
+    name = parse_method("kv=q8_0|prefix_cache=on", "gguf").name
+    body = {"model": MODEL, "prompt": TEXT, "max_tokens": NEW_TOKENS}
+    refused = await daemon.complete(**body, metaswarm={"method": name})
+    assert "is not exact: use --quality" in refused["error"]["message"]
+    answer: dict[str, Any] = {}
+
+    async def is_served() -> bool:
+        nonlocal answer
+        answer = await daemon.complete(**body, metaswarm={"method": name, "quality": "near"})
+        return answer.get("error", {}).get("code") not in {"quality_being_measured", "blocks_not_served", "peers_full"}
+
+    await until(is_served, timeout_s=800)
+    assert answer["metaswarm"]["method"]["name"] == name
+    [model] = [each for each in (await daemon.get("/swarm/models"))["models"] if each["quality"]]
+    figures = model["quality"]["llamacpp/native/q8_0/fp32"]
+    assert 0 < figures["mean_kl"] < 0.02
+    assert abs(figures["perplexity_change"]) < 0.01
+    exact = await daemon.complete(**body, metaswarm={})
+    assert "kv=" not in exact["metaswarm"]["method"]["name"]
 
 
 @pytest.mark.soak

@@ -108,7 +108,14 @@ def expected_of_llama_cpp(package: Package) -> list[tuple[list[int], list[int]]]
     return [(prompt := tokenizer.encode(text), alone.decode(prompt, NEW_TOKENS)) for text in PROMPTS]
 
 
-@pytest.mark.parametrize("spans", [("0-30",), ("0-15", "15-30"), THIRDS], ids=["1 stage", "2 stages", "3 stages"])
+@pytest.mark.parametrize(
+    "spans",
+    [
+        pytest.param(("0-30",), id="1 stage"),
+        pytest.param(("0-15", "15-30"), id="2 stages", marks=pytest.mark.soak),
+        pytest.param(THIRDS, id="3 stages"),
+    ],
+)
 async def test_greedy_tokens_equal_llama_cpp_also_for_all_prompts_at_once(
     start_swarm: StartSwarm, expected_of_llama_cpp: list[tuple[list[int], list[int]]], spans: tuple[str, ...]
 ) -> None:

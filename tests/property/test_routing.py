@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.identity import BlockRange, PeerId, Stage
+from selector.cuts import Parts
 from selector.routing import (
     Demand,
     Link,
@@ -43,6 +44,8 @@ def offers_for(draw: st.DrawFn, demand: Demand) -> list[Offer]:
     def offer() -> Offer:
         start = draw(st.integers(0, demand.block_count - 1))
         blocks = BlockRange(start, draw(st.integers(start + 1, demand.block_count)))
+        if draw(st.integers(0, 3)):
+            blocks = demand.cuts.around(blocks)
         return Offer(
             stage=Stage(PeerId(draw(st.sampled_from(PEERS))), blocks),
             block_s=draw(TIMES_S),
@@ -50,7 +53,7 @@ def offers_for(draw: st.DrawFn, demand: Demand) -> list[Offer]:
             row_block_s=draw(TIMES_S),
             trust=draw(st.sampled_from((0.25, 1.0))),
             free_positions=draw(st.sampled_from((None, 20, 1000))),
-            divisible=draw(st.booleans()),
+            parts=draw(st.sampled_from(Parts)),
         )
 
     return list(dict.fromkeys(offer() for _ in range(draw(st.integers(0, 5)))))
@@ -82,10 +85,14 @@ def every_chain(
             blocks = BlockRange(start, stop)
             if stop % demand.granularity and stop != demand.block_count:
                 continue
-            if offer.stage.blocks == blocks or (offer.divisible and offer.stage.blocks.holds(blocks)):
+            if offer.stage.blocks.holds(blocks) and offer.parts.include(blocks, offer.stage.blocks):
                 for rest in every_chain(demand, offers, stop, end):
                     if not rest or rest[0][0] != offer:
                         yield ((offer, Stage(offer.stage.peer, blocks)), *rest)
+
+
+def usable(demand: Demand, offers: Sequence[Offer]) -> list[Offer]:
+    return [offer for offer in offers if demand.cuts.fault(offer.stage.blocks) is None]
 
 
 def inner_cost_s(demand: Demand, chain: Sequence[tuple[Offer, Stage]], links: Links) -> float:
@@ -102,7 +109,7 @@ def roomy(demand: Demand, offers: Sequence[Offer]) -> list[Offer]:
 @given(swarms())
 def test_no_route_is_cheaper(swarm: tuple[Demand, list[Offer], Links]) -> None:
     demand, offers, links = swarm
-    for allowed in (roomy(demand, offers), offers):
+    for allowed in (usable(demand, roomy(demand, offers)), usable(demand, offers)):
         costs_s = [
             inner_cost_s(demand, chain, links) + return_cost_s(demand, links(chain[-1][1].peer, chain[0][1].peer))
             for chain in every_chain(demand, allowed, 0, demand.block_count)
@@ -117,7 +124,10 @@ def test_no_route_is_cheaper(swarm: tuple[Demand, list[Offer], Links]) -> None:
             return
     with pytest.raises(NoRouteError) as caught:
         find_route(demand, offers, links)
-    served = {block for offer in offers for block in range(offer.stage.blocks.start, offer.stage.blocks.end)}
+    assert caught.value.missing or any(offer.parts is Parts.WHOLE for offer in offers), "they can be joined"
+    served = {
+        block for offer in usable(demand, offers) for block in range(offer.stage.blocks.start, offer.stage.blocks.end)
+    }
     missing = {block for gap in caught.value.missing for block in range(gap.start, gap.end)}
     assert missing == set(range(demand.block_count)) - served
 
@@ -130,14 +140,14 @@ def test_no_replacement_of_a_stage_is_cheaper(swarm: tuple[Demand, list[Offer], 
     except NoRouteError:
         return
     lost = data.draw(st.integers(0, len(stages) - 1))
-    rest = [offer for offer in offers if offer.stage.peer != stages[lost].peer]
+    rest = [offer for offer in usable(demand, offers) if offer.stage.peer != stages[lost].peer]
     if len(stages) == 1:
         return  # the same as a route of its own
     blocks = stages[lost].blocks
     clipped = [
         replace(offer, stage=Stage(offer.stage.peer, overlap))
         for offer in rest
-        if (overlap := offer.stage.blocks.overlap(blocks)) and (offer.divisible or blocks.holds(offer.stage.blocks))
+        if (overlap := offer.stage.blocks.overlap(blocks)) and offer.parts.include(overlap, offer.stage.blocks)
     ]
     before, after = stages[lost - 1].peer, stages[(lost + 1) % len(stages)].peer
     to_first = return_cost_s if lost == 0 else hop_cost_s

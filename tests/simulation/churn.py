@@ -23,6 +23,7 @@ from node.swarm.membership import Membership
 from node.testing.fake_engine import expected_tokens, fake_span_info
 from node.testing.memory_links import LinkModel
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
+from selector.cuts import Cuts
 from selector.routing import Link, Links
 from tests.simulation import virtual_time
 from tests.support.job_peers import BLOCKS, VOCABULARY, Peer, Swarm
@@ -104,7 +105,7 @@ class Rumours:
         """Take a peer for dead until its next heartbeat."""
         self._forgotten_s[peer] = trio.current_time() + HEARTBEAT_S
 
-    async def candidates(self, model: ModelId, block_count: int, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+    async def candidates(self, model: ModelId, cuts: Cuts, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         await trio.lowlevel.checkpoint()
         now_s = trio.current_time()
         found: list[Candidate] = []

@@ -14,6 +14,7 @@ from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.messages import Load
 from protocol.presence import PROTOCOL_ID, encode_present
 from protocol.records import seal
+from selector.cuts import Cuts
 from tests.simulation import virtual_time
 from tests.simulation.swarm import EPOCH_S, SimulatedPeer, Swarm, signatures_verified_once
 
@@ -74,7 +75,7 @@ def test_made_up_peers_are_rarely_dialled_and_expire() -> None:
             directory = victim.membership.directory
             assert len(directory.unreached()) == MAX_UNREACHED_PER_RELAY
             assert not directory.models()
-            assert await victim.membership.candidates(MODEL, 30, without=()) == ()
+            assert await victim.membership.candidates(MODEL, Cuts(30), without=()) == ()
             await trio.sleep(25)
             assert len(dialled) < 60, "about one a second, as before, for every one of them"
             await trio.sleep(30)

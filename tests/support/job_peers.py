@@ -3,7 +3,7 @@
 import random
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,7 @@ from node.coordinator.observation import Recorder
 from node.coordinator.planner import SwarmView
 from node.coordinator.submission import JobRequest, JobResult
 from node.engine.device import Device
-from node.engine.interface import REFERENCE, EngineCrashed, SpanInfo, Variant, reference_variant
+from node.engine.interface import REFERENCE, EngineCrashed, EngineOptions, SpanInfo, Variant, reference_variant
 from node.identity import Identity
 from node.models.library import KnownModel
 from node.models.vocabulary import Vocabulary
@@ -276,17 +276,25 @@ class Swarm:
         return peer
 
     async def join_where_needed(
-        self, length: int, library: Any = None, *, draft: str | None = None, blocks: BlockRange | None = None
+        self,
+        length: int,
+        library: Any = None,
+        *,
+        draft: str | None = None,
+        blocks: BlockRange | None = None,
+        devices: Sequence[Device] = (Device("cpu", 1 << 40),),
     ) -> Peer:
-        """Start a peer that serves a number of blocks of the fake model, of its own choice, or certain blocks."""
+        """Start a peer that serves a number of blocks of the fake model on each device, its own choice or given."""
         peer = await self.join()
         shape = _Shape()
         anywhere = [BlockRange(0, length), BlockRange(BLOCKS - length, BLOCKS)]
         memory_bytes = max(span_bytes_for(cast("Any", shape), span) for span in anywhere)
 
         @asynccontextmanager
-        async def start_engine(package: object, blocks: BlockRange, options: object) -> AsyncIterator[FakeEngine]:
-            info = fake_span_info(blocks, block_count=BLOCKS)
+        async def start_engine(
+            package: object, blocks: BlockRange, options: EngineOptions
+        ) -> AsyncIterator[FakeEngine]:
+            info = replace(fake_span_info(blocks, block_count=BLOCKS), device=options.device)
             engine = FakeEngine(info, step_s=0.01, row_s=0.0001, variants=[REFERENCE])
             peer.engines.append(engine)
             yield engine
@@ -297,7 +305,7 @@ class Swarm:
                 memory_bytes=memory_bytes * (1 if draft is None else 2),
                 draft=draft,
                 threads=1,
-                device=Device("cpu", 1 << 40),
+                devices=devices,
                 graphs_dir=Path(),
                 use_catalogue=False,
             ),

@@ -1,20 +1,23 @@
 """Continuous batching for the Llama family: rows of many sessions through a span at once, with paged attention.
 
 Prefill chunks and decode rows of any sessions are concatenated into one matrix, so that each weight is read once in a
-step for all of them. Only attention treats the sessions one by one, in place in KV memory; the operations between one
+step for all of them. Only attention tells the sessions apart (`paged_attention.py`); the operations between one
 attention and the next are a segment, and variants differ in the backend that calculates those. (vLLM splits its graphs
-at the same places.)
+at the same places.) On a GPU steps of a row each are recorded as a whole (`decode_graphs.py`).
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-from node.engine.backends.interface import BackendContext, Rows
+from node.engine.backends.decode_graphs import DecodeGraphs, DecodeInputs
+from node.engine.backends.flash_attention import FlashAttention, flash_attention_on, flash_view
+from node.engine.backends.interface import BackendContext, Rows, Step
+from node.engine.backends.paged_attention import AttentionView, GatheredAttention, views_on_cpu, views_on_gpu
 from node.engine.interface import PAGE_POSITIONS
 from node.engine.kv_cache import BlockKvCache, KvCache, SlotMapping
 from node.engine.loading import LoadedSpan
@@ -23,9 +26,6 @@ FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types whose blocks are: norm, rotary grouped-query attention, norm, gated SiLU."""
 
 _WARM_ROWS = (1, 2, 8, 32)
-
-_MOST_GATHERED = 192
-"""Positions up to which the attention of several sessions is gathered: beyond, the copy costs more than operations."""
 
 
 class RotaryTables(NamedTuple):
@@ -48,7 +48,7 @@ class Segments(Protocol):
     def qkv(self, number: int, hidden: torch.Tensor, rotary: RotaryTables) -> QKV:
         """Return the inputs of the attention of the first block that is run.
 
-        That is the span's first; others only where the variant's engine is among DIVISIBLE_ENGINES.
+        That is the span's first; others only where the variant's engine runs any part.
         """
 
     def post_attention(
@@ -72,71 +72,12 @@ class _Attention(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _AttentionView:
-    """The positions that the rows of one session attend to in a block; `mask` where not all of them see all."""
-
-    span: slice
-    visible: slice | torch.Tensor
-    mask: torch.Tensor | None
-    causal: bool
-
-    def attend(self, queries: torch.Tensor, memory: BlockKvCache, scaling: float) -> torch.Tensor:
-        queries = queries[self.span]
-        rows, heads, size = queries.shape
-        groups = memory.keys.shape[1]
-        keys, values = (there[self.visible].transpose(0, 1).unsqueeze(0) for there in (memory.keys, memory.values))
-        if rows == 1:
-            # It attends to every position, so the heads of a group are passed as rows, and no key is repeated.
-            grouped = queries.view(1, groups, heads // groups, size)
-            attended = nn.functional.scaled_dot_product_attention(grouped, keys, values, scale=scaling)
-            return attended.reshape(1, heads * size)
-        if queries.device.type != "cpu":  # no fp32 kernel there has grouped queries: it would materialise all scores
-            keys, values = (each.repeat_interleave(heads // groups, dim=1) for each in (keys, values))
-        attended = nn.functional.scaled_dot_product_attention(
-            queries.transpose(0, 1).unsqueeze(0),
-            keys,
-            values,
-            attn_mask=self.mask,
-            is_causal=self.causal,
-            scale=scaling,
-            enable_gqa=heads != keys.shape[1],
-        )
-        return attended[0].transpose(0, 1).reshape(rows, heads * size)
-
-
-@dataclass(frozen=True, slots=True)
-class _BatchedAttentionView:
-    """The positions that several sessions with a row each attend to in a block.
-
-    Their keys and values are gathered for one operation, as copying them costs less than many small operations.
-    `visible`: the slots of each, padded to the longest. `mask`: f32 (sessions, 1, 1, longest).
-    """
-
-    visible: torch.Tensor
-    mask: torch.Tensor
-
-    def attend(self, queries: torch.Tensor, memory: BlockKvCache, scaling: float) -> torch.Tensor:
-        rows, longest = len(self.mask), self.mask.shape[-1]
-        _, heads, size = queries.shape
-        groups = memory.keys.shape[1]
-        keys, values = (
-            there.index_select(0, self.visible).view(rows, longest, groups, size).transpose(1, 2)
-            for there in (memory.keys, memory.values)
-        )
-        grouped = queries[:rows].view(rows, groups, heads // groups, size)
-        attended = nn.functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask, scale=scaling)
-        return attended.reshape(rows, heads * size)
-
-
-@dataclass(slots=True)
 class _Plan:
-    """State that all blocks share in a step."""
+    """State that all blocks share in a step. `views`: what the rows attend to, by sliding window."""
 
     slots: torch.Tensor
     rotary: RotaryTables
-    slices: Sequence[Rows]
-    views: dict[int | None, list[_AttentionView | _BatchedAttentionView]] = field(default_factory=dict)
-    """By sliding window."""
+    views: Mapping[int | None, Sequence[AttentionView]]
 
 
 def refusal(span: LoadedSpan) -> str | None:
@@ -160,7 +101,10 @@ def empty_kv_blocks(span: LoadedSpan, device: torch.device) -> list[BlockKvCache
 
 
 class BatchedSpan:
-    """A span in one variant, warmed over memory in the shapes of `kv`; implements SpanRunner."""
+    """A span in one variant, warmed over memory in the shapes of `kv`; implements SpanRunner.
+
+    `kv`: over which decode steps are recorded.
+    """
 
     def __init__(self, context: BackendContext, segments: Segments, kv: KvCache) -> None:
         self._segments = segments
@@ -180,6 +124,10 @@ class BatchedSpan:
             _Attention(block.self_attn.scaling, window) for block, window in zip(blocks, span.windows, strict=True)
         ]
         self._tables = self._rotary_tables(PAGE_POSITIONS)
+        self._kv = kv
+        is_narrow = kv.blocks[0].keys.dtype == torch.bfloat16
+        self._flash = flash_attention_on(self._device) if is_narrow else None
+        self._graphs = DecodeGraphs(self._make_decode, context.capture) if context.capture else None
         self._warm(kv)
 
     @torch.inference_mode()
@@ -196,22 +144,35 @@ class BatchedSpan:
     @torch.inference_mode()
     def run(self, slices: Sequence[Rows], kv: KvCache, blocks: range | None = None) -> list[torch.Tensor]:
         """Run the rows of several sessions together; see SpanRunner."""
-        # Sessions with a single row first, and next to each other.
-        order = sorted(range(len(slices)), key=lambda number: len(slices[number].rows) > 1)
-        ordered = [slices[number] for number in order]
-        plan = self._plan(ordered)
-        hidden = torch.cat([part.rows for part in ordered])
         blocks = range(len(self._blocks)) if blocks is None else blocks
+        last = self._last and blocks.stop == len(self._blocks)
+        if self._graphs is not None and kv is self._kv and len(blocks) == len(self._blocks):
+            replayed = self._graphs.run(slices)
+            if replayed is not None:
+                return [row[: part.draws] if last else row for row, part in zip(replayed.split(1), slices, strict=True)]
+        # Sessions with a single row first, and next to each other.
+        order = sorted(range(len(slices)), key=lambda number: self._rank(slices[number]))
+        ordered = [slices[number] for number in order]
+        hidden = self._forward(torch.cat([part.rows for part in ordered]), self._plan(ordered, blocks), kv, blocks)
+        outputs = self._logits(hidden, ordered) if last else hidden.split([len(part.rows) for part in ordered])
+        return [output for _, output in sorted(zip(order, outputs, strict=True), key=lambda pair: pair[0])]
+
+    def _rank(self, part: Rows) -> tuple[int, int]:
+        if self._device.type == "cpu":
+            return int(len(part.rows) > 1), 0
+        return len(part.rows), part.position  # those that are padded together, too
+
+    def _forward(self, rows: torch.Tensor, plan: _Plan, kv: KvCache, blocks: range) -> torch.Tensor:
+        """Return what leaves the last of the blocks."""
+        hidden = rows
         if self._embedding is not None and blocks.start == 0:
-            hidden = nn.functional.embedding(hidden, self._embedding).float()
+            hidden = nn.functional.embedding(rows, self._embedding).float()
         qkv: QKV | None = self._segments.qkv(blocks.start, hidden, plan.rotary)
         for number in blocks:
             assert qkv is not None
             attended = self._attend(self._blocks[number], kv.blocks[number], qkv, plan)
             hidden, qkv = self._segments.post_attention(number, hidden, attended, plan.rotary)
-        last = self._last and blocks.stop == len(self._blocks)
-        outputs = self._logits(hidden, ordered) if last else hidden.split([len(part.rows) for part in ordered])
-        return [output for _, output in sorted(zip(order, outputs, strict=True), key=lambda pair: pair[0])]
+        return hidden
 
     def _logits(self, hidden: torch.Tensor, slices: Sequence[Rows]) -> list[torch.Tensor]:
         counts = [part.draws for part in slices]
@@ -226,64 +187,61 @@ class BatchedSpan:
         groups, size = memory.keys.shape[1:]
         rotated = qkv.rotated.view(-1, self._heads + groups, size)
         queries = rotated[:, : self._heads]
-        memory.keys.index_copy_(0, plan.slots, rotated[:, self._heads :])
-        memory.values.index_copy_(0, plan.slots, qkv.values.view(-1, groups, size))
-        if block.window not in plan.views:
-            plan.views[block.window] = self._views(plan.slices, block.window)
+        memory.keys.index_copy_(0, plan.slots, rotated[:, self._heads :].to(memory.keys.dtype))
+        memory.values.index_copy_(0, plan.slots, qkv.values.view(-1, groups, size).to(memory.values.dtype))
         attended = [view.attend(queries, memory, block.scaling) for view in plan.views[block.window]]
         return torch.cat(attended) if len(attended) > 1 else attended[0]
 
-    def _plan(self, slices: Sequence[Rows]) -> _Plan:
+    def _plan(self, slices: Sequence[Rows], blocks: range) -> _Plan:
         ends = [part.position + len(part.rows) for part in slices]
-        if max(ends) > len(self._tables[0]):
-            self._tables = self._rotary_tables(max(max(ends), 2 * len(self._tables[0])))
+        self._extend_tables(max(ends))
         positions = torch.cat([torch.arange(p.position, end) for p, end in zip(slices, ends, strict=True)])
         positions = positions.to(self._device)
         slots = torch.cat([p.slots.all[p.position : end] for p, end in zip(slices, ends, strict=True)])
-        return _Plan(slots.to(self._device), RotaryTables(*(table[positions] for table in self._tables)), slices)
+        rotary = RotaryTables(*(table[positions] for table in self._tables))
+        windows = {self._blocks[number].window for number in blocks}
+        return _Plan(slots.to(self._device), rotary, {window: self._views(slices, window) for window in windows})
 
-    def _views(self, slices: Sequence[Rows], window: int | None) -> list[_AttentionView | _BatchedAttentionView]:
-        """Return what the slices attend to, those with a single row together where that pays."""
-        single = [part for part in slices if len(part.rows) == 1]
-        views: list[_AttentionView | _BatchedAttentionView] = []
-        joint = self._joint_view(single, window) if len(single) > 1 else None
-        if joint is not None:
-            views.append(joint)
-        start = 0
-        for part in slices:
-            count, end = len(part.rows), part.position + len(part.rows)
-            if joint is None or count > 1:
-                views.append(self._view(part, slice(start, start + count), end, window))
-            start += count
-        return views
+    def _views(self, slices: Sequence[Rows], window: int | None) -> Sequence[AttentionView]:
+        if self._flash is not None:
+            return [flash_view(slices, window, self._device, self._flash)]
+        if self._device.type == "cpu":
+            return views_on_cpu(slices, window)
+        return views_on_gpu(slices, window, self._device)
 
-    def _joint_view(self, single: Sequence[Rows], window: int | None) -> _BatchedAttentionView | None:
-        """Return what sessions with a row each attend to together, if that is little enough to be gathered."""
-        firsts = [_first_visible(part, window) for part in single]
-        counts = [part.position + 1 - first for part, first in zip(single, firsts, strict=True)]
-        longest = max(counts)
-        if longest > _MOST_GATHERED:
-            return None
-        visible = torch.zeros(len(single), longest, dtype=torch.long)
-        mask = torch.full((len(single), 1, 1, longest), -torch.inf)
-        for row, (part, first, count) in enumerate(zip(single, firsts, counts, strict=True)):
-            slots = part.slots.all[first : first + count]
-            visible[row, :count] = slots
-            visible[row, count:] = slots[0]  # any slot of its own, which holds finite numbers: it is masked
-            mask[row, ..., :count] = 0
-        return _BatchedAttentionView(visible.flatten().to(self._device), mask.to(self._device))
+    def _make_decode(self, inputs: DecodeInputs) -> Step:
+        """Return a decode step that reads its inputs and nothing else, so that it can be recorded."""
+        pages = inputs.layout.shape[1] - 1
+        size = inputs.page_positions
+        self._extend_tables(pages * size)
+        tables = self._tables
+        offsets = torch.arange(pages * size, device=self._device)
+        starts = torch.arange(len(inputs.layout) + 1, dtype=torch.int32, device=self._device)
+        blocks = range(len(self._blocks))
 
-    def _view(self, part: Rows, span: slice, end: int, window: int | None) -> _AttentionView:
-        first = _first_visible(part, window)
-        count, mask = len(part.rows), None
-        causal = count > 1 and part.position == 0 and (window is None or end <= window)
-        if count > 1 and not causal:
-            # Row r, at position + r, attends to itself and the positions before it within the window.
-            distance = torch.arange(part.position, end).unsqueeze(1) - torch.arange(first, end)
-            mask = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-            mask = mask.to(self._device)
-        visible = part.slots.of(first, end)
-        return _AttentionView(span, visible if isinstance(visible, slice) else visible.to(self._device), mask, causal)
+        def step() -> torch.Tensor:
+            positions = inputs.layout[:, 0]
+            every = (inputs.layout[:, 1:].unsqueeze(2) * size + offsets[:size]).flatten(1)
+            slots = every.gather(1, positions.unsqueeze(1))
+            seen = offsets <= positions.unsqueeze(1)
+            # What is not seen was never written perhaps, and not finite: there the row's own slot is read.
+            visible = torch.where(seen, every, slots).flatten()
+            views: dict[int | None, list[AttentionView]] = {}
+            for window in {block.window for block in self._blocks}:
+                mask = seen if window is None else seen & (offsets > positions.unsqueeze(1) - window)
+                views[window] = [GatheredAttention(visible, mask[:, None, None])]
+                if self._flash is not None:
+                    lengths, table = (positions + 1).int(), inputs.layout[:, 1:].int()
+                    views[window] = [FlashAttention(self._flash, starts, lengths, table, size, 1, window)]
+            rotary = RotaryTables(*(table[positions] for table in tables))
+            hidden = self._forward(inputs.rows, _Plan(slots.squeeze(1), rotary, views), self._kv, blocks)
+            return self._segments.logits(hidden) if self._last else hidden
+
+        return step
+
+    def _extend_tables(self, count: int) -> None:
+        if count > len(self._tables[0]):
+            self._tables = self._rotary_tables(max(count, 2 * len(self._tables[0])))
 
     def _rotary_tables(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines and sines f32 (positions, half of the head size)."""
@@ -292,7 +250,3 @@ class BatchedSpan:
             cos, sin = self._rotary(torch.zeros(1, device=self._device), positions)
         half = sin.shape[-1] // 2  # of which the other is a copy
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
-
-
-def _first_visible(part: Rows, window: int | None) -> int:
-    return 0 if window is None else max(0, part.position - window + 1)

@@ -3,7 +3,7 @@
 Free of torch, so that the daemon can plan memory by the same table.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Final, Protocol
@@ -38,12 +38,20 @@ class SpanRunner(Protocol):
         """
 
 
+Step = Callable[[], "torch.Tensor"]
+"""A step without arguments, over memory of its own."""
+
+Capture = Callable[[Step], Step]
+"""Records the operations of a step on a device, and returns what repeats them, on the same memory and with the same
+result. It may run the step before. Raises RuntimeError where the step cannot be recorded."""
+
+
 @dataclass(frozen=True, slots=True)
 class BackendContext:
     """What backends build from.
 
     `span`: the weights, mapped from their files. `device`: what computes. `embedding`: of a first span, on the device.
-    `name`: of model and blocks, for the disk cache.
+    `name`: of model and blocks, for the disk cache. `capture`: records decode steps, where that pays.
     """
 
     span: "LoadedSpan"
@@ -52,6 +60,12 @@ class BackendContext:
     name: str
     threads: int
     disk_cache: FolderCache | None
+    capture: Capture | None = None
+
+    @property
+    def as_bf16(self) -> bool:
+        """Whether the matrices lie on a GPU, all as they were published, in bf16; see BackendSpec.held_packing."""
+        return self.device.type != "cpu" and self.span.is_bf16
 
 
 class Backend(Protocol):
@@ -90,6 +104,14 @@ class BackendSpec:
         packed_bytes = self.packed_bytes[packing]
         return min(packed_bytes, published_bytes) if self.widens and packing == "fp32" else packed_bytes
 
+    def held_packing(self, packing: str, *, as_bf16: bool) -> str:
+        """Return the packing whose weights serve another, too.
+
+        `as_bf16`: whether all matrices were published in bf16, and lie on a GPU: there a copy would take memory, and
+        what fp32 widens is what bf16 multiplies.
+        """
+        return "fp32" if self.widens and as_bf16 and packing == "bf16" else packing
+
 
 BACKENDS: Final[Mapping[str, BackendSpec]] = {
     "fused": BackendSpec(
@@ -101,7 +123,7 @@ BACKENDS: Final[Mapping[str, BackendSpec]] = {
     "onnxruntime": BackendSpec(
         "node.engine.backends.onnx",
         {"fp32": "fp32", "int8": "int8", "int4": "int4"},
-        {"fp32": 4.0, "int8": 1.0 + 4 / 32, "int4": 0.5 + 4 / 64},  # with a scale for each 32, or 64, elements
+        {"fp32": 4.0, "int8": 1.0 + 12 / 32, "int4": 0.5 + 12 / 64},  # with three copies of a scale, see `Quantisation`
         cpu_only=True,
     ),
 }

@@ -3,10 +3,14 @@
 Measured for the shapes of SmolLM2 on one core: for one or two rows of fp32 a matrix stored input by output is 1.4 to
 1.7 times as fast as its transpose, and never slower. torch's product with int8 weights is the fastest for a few rows
 and an order of magnitude slower than fp32 for hundreds, where unpacking the matrix pays.
+
+On a GPU no product makes a wider copy of a whole matrix: int8 is multiplied by int8, which reads the weights once as
+they are held, and what has to be widened is widened piece by piece.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -24,6 +28,12 @@ _FAST_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 _PIECE_ELEMENTS = 1 << 20
+
+_WIDENED_ELEMENTS = 1 << 24
+"""Of a matrix on a GPU, that are widened at a time."""
+
+_HIGH_DIGIT = 128
+"""What the higher of two digits of seven bits counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +66,9 @@ def pack(
     bias = None if bias is None else bias.to(device)
     narrow = {matrix.dtype for matrix in matrices} <= (NARROW_DTYPES if packing == "fp32" else {torch.bfloat16})
     if narrow and packing != "int8":
-        parts = tuple(matrices) if device.type == "cpu" else (torch.cat([each.to(device) for each in matrices]),)
+        parts = tuple(matrix.to(device) for matrix in matrices)
+        if device.type != "cpu" and len(parts) > 1:  # one product is one launch
+            parts = (torch.cat(parts),)
         return PackedMatrix(parts, None, bias)
     outputs, inputs = sum(map(len, matrices)), matrices[0].shape[1]
     if packing == "fp32":
@@ -89,14 +101,20 @@ Product = Callable[[torch.Tensor, PackedMatrix], torch.Tensor]
 def _fp32(rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
     if weights.transposed:
         return torch.mm(rows, weights.matrix)
-    if rows.device.type != "cpu":
-        return torch.nn.functional.linear(rows, weights.matrix.float())
     return multiply_widened(rows, weights.parts)
 
 
+def _fp32_on_gpu(rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
+    return torch.mm(rows, weights.matrix) if weights.transposed else multiply_pieces(rows, weights.matrix)
+
+
 def _bf16(rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
-    if len(rows) > _FEW_ROWS and rows.device.type == "cpu" and not _FAST_BF16:
+    if len(rows) > _FEW_ROWS and not _FAST_BF16:
         return multiply_widened(rows, weights.parts)
+    return _bf16_on_gpu(rows, weights)
+
+
+def _bf16_on_gpu(rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
     narrow = rows.bfloat16()
     products = [torch.nn.functional.linear(narrow, part).float() for part in weights.parts]
     return products[0] if len(products) == 1 else torch.cat(products, dim=1)
@@ -104,13 +122,25 @@ def _bf16(rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
 
 def _int8(rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
     assert weights.scale is not None
-    if rows.device.type != "cpu":  # bf16 holds the weights as they are
-        return torch.nn.functional.linear(rows.bfloat16(), weights.matrix.bfloat16()).float().mul_(weights.scale)
     if len(rows) <= _FEW_ROWS:
         # Its fast kernel takes bf16 only. The scales are applied after it, as they would lose by bf16.
         ones = torch.ones_like(weights.scale, dtype=torch.bfloat16)
         return torch._weight_int8pack_mm(rows.bfloat16(), weights.matrix, ones).float().mul_(weights.scale)  # noqa: SLF001
     return multiply_widened(rows, weights.parts).mul_(weights.scale)
+
+
+def _int8_on_gpu(rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
+    assert weights.scale is not None
+    if not multiplies_int8(rows.device, weights.matrix.shape):
+        return multiply_pieces(rows.bfloat16(), weights.matrix).float().mul_(weights.scale)
+    # Rows as fixed-point numbers of 14 bits and a sign, in two digits: the weights are read once for both, and less is
+    # rounded off than in bf16.
+    scale = rows.abs().amax(1, keepdim=True).clamp_min_(1e-12).div_(127 * _HIGH_DIGIT)
+    fixed = (rows / scale).round_()
+    high = (fixed / _HIGH_DIGIT).round_()
+    digits = torch.cat([high, fixed - high * _HIGH_DIGIT]).to(torch.int8)
+    high_product, low_product = _int8_product(digits, weights.matrix).chunk(2)
+    return high_product.mul_(_HIGH_DIGIT).add_(low_product).mul_(scale).mul_(weights.scale)
 
 
 def _w8a8(rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
@@ -121,13 +151,37 @@ def _w8a8(rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
 
 
 def _int8_product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Return the product of int8 and int8 as f32."""
     count = len(rows)
     if rows.device.type != "cpu":
-        if any(size % _CUBLAS_MULTIPLE for size in matrix.shape):
-            return torch.nn.functional.linear(rows.float(), matrix.float())
+        if not multiplies_int8(rows.device, matrix.shape):
+            return multiply_pieces(rows.float(), matrix)
         if count < _CUBLAS_ROWS:
             rows = torch.nn.functional.pad(rows, (0, 0, 0, _CUBLAS_ROWS - count))
     return torch._int_mm(rows, matrix.t())[:count].float()  # noqa: SLF001  # torch has no public one
+
+
+def multiplies_int8(device: torch.device, shape: Sequence[int]) -> bool:
+    """Return whether a device multiplies int8 by matrices of a shape."""
+    return not any(size % _CUBLAS_MULTIPLE for size in shape) and _has_int8_products(device)
+
+
+@cache
+def _has_int8_products(device: torch.device) -> bool:
+    """Try it: old GPUs have none, and torch has none for some makes."""
+    ones = torch.ones(2 * _CUBLAS_ROWS, 2 * _CUBLAS_MULTIPLE, dtype=torch.int8, device=device)
+    try:
+        torch._int_mm(ones, ones[: 2 * _CUBLAS_MULTIPLE].t()).sum().item()  # noqa: SLF001
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def multiply_pieces(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Return rows times a matrix (outputs, inputs) of a narrower type, some outputs of which are widened at a time."""
+    pieces = matrix.split(max(1, _WIDENED_ELEMENTS // matrix.shape[1]))
+    products = [torch.nn.functional.linear(rows, piece.to(rows.dtype)) for piece in pieces]
+    return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
 
 ARITHMETICS: Mapping[str, tuple[str, Product]] = {
@@ -136,7 +190,20 @@ ARITHMETICS: Mapping[str, tuple[str, Product]] = {
     "int8": ("int8", _int8),
     "w8a8": ("int8", _w8a8),
 }
-"""The packing and the product of each arithmetic; those of int8 share their weights."""
+"""The packing and the product of each arithmetic on a CPU; those of int8 share their weights."""
+
+GPU_ARITHMETICS: Mapping[str, tuple[str, Product]] = {
+    **ARITHMETICS,
+    "fp32": ("fp32", _fp32_on_gpu),
+    "bf16": ("bf16", _bf16_on_gpu),
+    "int8": ("int8", _int8_on_gpu),
+}
+"""The same on a GPU."""
+
+
+def arithmetics_on(device: torch.device) -> Mapping[str, tuple[str, Product]]:
+    """Return the arithmetics of a device."""
+    return ARITHMETICS if device.type == "cpu" else GPU_ARITHMETICS
 
 
 def multiply(product: Product, rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from node.engine.backends.batched import QKV, BatchedSpan, RotaryTables
-from node.engine.backends.interface import BackendContext
-from node.engine.backends.linear import ARITHMETICS, PackedMatrix, Product, multiply, pack
+from node.engine.backends.interface import BACKENDS, BackendContext
+from node.engine.backends.linear import PackedMatrix, Product, arithmetics_on, multiply, pack
 from node.engine.kv_cache import KvCache
 from node.engine.loading import LoadedSpan
 
@@ -47,7 +47,8 @@ class Backend:
 
     def build(self, arithmetic: str, kv: KvCache) -> BatchedSpan:
         """Pack the matrices, unless another arithmetic with the same packing has, and warm them."""
-        packing, product = ARITHMETICS[arithmetic]
+        packing, product = arithmetics_on(self._context.device)[arithmetic]
+        packing = BACKENDS["fused"].held_packing(packing, as_bf16=self._context.as_bf16)
         if packing not in self._packed:
             self._packed[packing] = pack_span(self._context, packing)
         return BatchedSpan(self._context, TorchSegments(self._context.span, self._packed[packing], product), kv)
@@ -65,7 +66,10 @@ def pack_span(context: BackendContext, packing: str) -> PackedSpan:
         return PackedSpan(blocks, None, None)
     head: Any = span.model.get_output_embeddings()
     base: Any = span.base
-    packed, norm = pack(packing, [head.weight], joint_bias(head), device), _copied(base.norm, device)
+    weight = head.weight
+    if context.embedding is not None and weight is span.model.get_input_embeddings().weight:
+        weight = context.embedding  # on a GPU it is there already
+    packed, norm = pack(packing, [weight], joint_bias(head), device), _copied(base.norm, device)
     for file in span.outer_files:
         file.drop_pages()
     return PackedSpan(blocks, norm, packed)

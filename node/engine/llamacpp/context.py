@@ -1,18 +1,27 @@
-"""One span in llama.cpp: rows of many sequences in, hidden states or logits out."""
+"""One span in llama.cpp: rows of many sequences in, hidden states or logits out.
+
+A model has a context, with KV memory of its own, for each type of keys and values that is in use.
+"""
 
 import ctypes
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from tempfile import TemporaryFile
+from typing import IO, Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from gguf import GGMLQuantizationType
 
-from node.engine.interface import EngineError
+from node.engine.interface import AUTO, EngineError
 from node.engine.llamacpp.embedding import Embedding
-from node.engine.llamacpp.library import FLASH_ATTENTION_ON, LOAD_MAPPED, Batch, EvalCallback, Library
+from node.engine.llamacpp.kv_budget import KvBudget
+from node.engine.llamacpp.kv_cells import KvCells
+from node.engine.llamacpp.library import FLASH_ATTENTION_ON, KV_TYPES, LOAD_MAPPED, Batch, EvalCallback, Library
+from node.util.mapped_pages import drop_mapped_pages
+from node.util.text import one_line
 
 Floats = npt.NDArray[np.float32]
 
@@ -24,8 +33,11 @@ PASS_ROWS: Final = 60
 another way with other rounding: a prompt would have other keys and values in chunks, or beside other sessions."""
 
 FIRST_POSITIONS: Final = 2048
-"""KV memory has so many positions at first, and doubles when sessions fill it: llama.cpp writes to all of it at once,
-so that it is resident whether or not a session ever needs it."""
+"""KV memory has so many cells at first, and doubles when sessions fill it: llama.cpp writes to all of it at once, so
+that it is resident whether or not a session ever needs it."""
+
+OWN_SEQUENCES: Final = 2
+"""Sequences that a context needs beside those of sessions."""
 
 _ALL_POSITIONS: Final = -1
 
@@ -45,9 +57,10 @@ class SequenceRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextOptions:
-    """What a span is loaded with; `positions` and `sequences` are the limits of all sessions together.
+    """How a span computes; `positions` and `sequences` are the limits of all sessions together.
 
-    `embedding`: of a first span that is not the last.
+    `embedding`: of a first span that is not the last. `kv`: the type of keys and values. `first_positions`: KV memory
+    has so many at first; None for FIRST_POSITIONS.
     """
 
     first: bool
@@ -57,92 +70,157 @@ class ContextOptions:
     positions: int
     sequences: int
     threads: int
+    kv: str = AUTO
+    first_positions: int | None = None
 
 
 class PassFailed(Exception):
     """llama.cpp could not compute the rows of a pass."""
 
 
-class SpanContext:
-    """A span that llama.cpp has loaded, and its KV memory. It has one thread of calls."""
+class SpanModel:
+    """A span that llama.cpp has loaded."""
 
-    def __init__(self, library: Library, path: Path, options: ContextOptions) -> None:
-        self._library = library
-        self._options = options
+    def __init__(self, library: Library, path: Path) -> None:
+        self.library = library
         parameters = library.llama_model_default_params()
         parameters.load_mode = LOAD_MAPPED
         library.take_error()
-        self._model = library.llama_model_load_from_file(str(path).encode(), parameters)
-        if not self._model:
+        self.handle = library.llama_model_load_from_file(str(path).encode(), parameters)
+        if not self.handle:
             reason = library.take_error().rpartition("error loading model: ")[2] or "it does not say why"
             raise EngineError(f"llama.cpp cannot load the model: {reason}")
-        self._loaded = _Loaded(self._model)
-        weakref.finalize(self, _free, library, self._loaded)
-        if library.llama_model_is_recurrent(self._model) or library.llama_model_is_hybrid(self._model):
+        # Of some types llama.cpp has made a copy in another order, and reads only that.
+        drop_mapped_pages(path.resolve())
+        weakref.finalize(self, library.llama_model_free, self.handle)
+        if library.llama_model_is_recurrent(self.handle) or library.llama_model_is_hybrid(self.handle):
             raise EngineError("the architecture keeps a recurrent state, which cannot be rolled back: not supported")
-        self.hidden_size: int = library.llama_model_n_embd(self._model)
-        self.vocabulary_size: int = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
-        self._states = _LastStates(library, f"l_out-{options.block_count - 1}", self.hidden_size)
-        self._loaded.states = self._states
-        self._ends: dict[int, int] = {}
-        """By sequence, the position after its last one."""
-        positions = min(FIRST_POSITIONS, options.positions)
-        if (context := self._open(positions)) is None:
-            raise EngineError(f"llama.cpp has too little memory for {positions} positions of KV cache")
-        self._use(context, positions)
-        takes_tokens = options.first and options.last
-        self._batch = _BatchArrays(BATCH_ROWS, None if takes_tokens else self.hidden_size)
+        self.hidden_size: int = library.llama_model_n_embd(self.handle)
+        self.vocabulary_size: int = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self.handle))
 
-    def _open(self, positions: int) -> int | None:
+
+def cells_for(positions: int) -> int:
+    """Return how many cells of KV memory so many positions need.
+
+    A quarter more: none is used again (`KvCells`) until the memory is written anew, which must not be every few rows.
+    """
+    return positions + positions // 4
+
+
+class SpanContext:
+    """KV memory of a span, and the passes over it. It has one thread of calls.
+
+    `budget`: of memory that it shares with other contexts, in bytes, where a position takes `position_bytes`.
+    """
+
+    def __init__(
+        self, model: SpanModel, options: ContextOptions, budget: KvBudget | None = None, position_bytes: int = 1
+    ) -> None:
+        self._library = library = model.library
+        self._model = model
+        self._options = options
+        self.position_bytes = position_bytes
+        self._budget = budget or KvBudget(cells_for(options.positions))
+        self._states = _BlockStates(library, model.hidden_size)
+        self._is_watched = not options.last
+        """Whether the context asks for each tensor if it is wanted. A last span's does once a part of it has run."""
+        self._opened = _Opened(self._states)
+        weakref.finalize(self, _free, library, self._opened, model)
+        self._cells = KvCells()
+        self._given_up, self._scratch = options.sequences, options.sequences + 1
+        """Sequences of this class's own: of cells that no other holds any more, and of what is being copied."""
+        library.take_error()
+        self._limit = cells_for(options.positions)
+        cells = min(options.first_positions or FIRST_POSITIONS, self._limit)
+        if (context := self._open(cells, self._is_watched)) is None:
+            reason = library.take_error() or "too little memory"
+            raise EngineError(f"llama.cpp has no KV cache of type {options.kv} for {cells} positions: {reason}")
+        self._use(context, cells)
+        takes_tokens = options.first and options.last
+        self._batch = _BatchArrays(BATCH_ROWS, None if takes_tokens else model.hidden_size)
+        self._budget.add(self)
+
+    @property
+    def positions(self) -> int:
+        """Positions of its KV memory."""
+        return self._positions
+
+    @property
+    def needed(self) -> int:
+        """Those that it needs for what its sequences hold."""
+        return cells_for(self._cells.held)
+
+    def _open(self, positions: int, is_watched: bool) -> int | None:
         """Return a context with KV memory for `positions`, or None where there is no memory for it."""
-        return self._library.llama_init_from_model(self._model, self._parameters(positions)) or None
+        parameters = self._parameters(positions, is_watched)
+        return self._library.llama_init_from_model(self._model.handle, parameters) or None
 
     def _use(self, context: int, positions: int) -> None:
-        self._loaded.context = self._context = context
+        self._opened.context = self._context = context
         self._positions = positions
         self._memory = self._library.llama_get_memory(context)
 
-    def _parameters(self, positions: int) -> Any:
+    def _parameters(self, positions: int, is_watched: bool) -> Any:
         options = self._options
         parameters = self._library.llama_context_default_params()
         parameters.n_ctx = positions
         parameters.n_batch, parameters.n_ubatch = BATCH_ROWS, PASS_ROWS
-        parameters.n_seq_max = options.sequences
+        parameters.n_seq_max = options.sequences + OWN_SEQUENCES
         parameters.n_outputs_max_per_seq = BATCH_ROWS
         parameters.n_threads = parameters.n_threads_batch = options.threads
         parameters.kv_unified = True  # any session may use any part of the memory
-        # Without it, attention depends on the number of rows, and holds weights over all positions of the memory.
+        parameters.type_k = parameters.type_v = KV_TYPES[options.kv]
+        if options.kv == AUTO and not self._library.llama_supports_gpu_offload():
+            # With values in f16, too, each thread calculates the attention of a single row over a part of the cells: so
+            # rounding depends on threads, on what else is in memory, and on whether drafts are verified beside the row.
+            parameters.type_v = GGMLQuantizationType.BF16
+        # Without it, attention depends on the number of rows, holds weights over all positions of the memory, and takes
+        # no quantised values.
         parameters.flash_attn_type = FLASH_ATTENTION_ON
         parameters.swa_full = True  # else a rollback would reach behind the window
-        if not options.last:
+        if is_watched:
             parameters.cb_eval = self._states.callback
         return parameters
 
-    def run(self, parts: Sequence[SequenceRows]) -> list[Floats]:
+    def run(self, parts: Sequence[SequenceRows], block_count: int | None = None) -> list[Floats]:
         """Return for each part the hidden states of its rows or, on a last span, logits after its trailing ones.
 
-        Positions that a sequence holds from a part's on are dropped first (a rollback). Raises PassFailed; what the
-        parts have written into KV memory is dropped then.
+        `block_count`: only so many of the span's blocks are run, and hidden states returned; a sequence always has the
+        same. Positions that a sequence holds from a part's on are dropped first (a rollback). Raises PassFailed; what
+        the parts have written into KV memory is dropped then.
         """
+        block_count = block_count or self._options.block_count
+        returns_states = not self._options.last or block_count < self._options.block_count
+        self._states.expect(block_count - 1 if returns_states else None)
         for part in parts:
-            if part.position < self._ends.get(part.sequence, 0):
-                self.truncate(part.sequence, part.position)
+            self.truncate(part.sequence, part.position)
+            if part.position != self._cells.end(part.sequence):
+                raise PassFailed("what came before these rows is no longer in KV memory")
         if (embedding := self._options.embedding) is not None:
             parts = [replace(part, rows=embedding.rows(part.rows)) for part in parts]
-        ends = self._ends | {part.sequence: part.position + len(part.rows) for part in parts}
-        if (needed := sum(ends.values())) > self._positions < self._options.positions:
-            self._grow(min(max(needed, 2 * self._positions), self._options.positions))
-        self._ends = ends
+        if returns_states and not self._is_watched:
+            self._write_anew(self._positions, is_watched=True)
+        self._make_room(sum(len(part.rows) for part in parts))
+        for part in parts:
+            self._cells.write(part.sequence, part.position, len(part.rows))
         outputs: list[list[Floats]] = [[] for _ in parts]
         try:
             for pieces in self._batches(parts):
-                self._decode(pieces, outputs)
+                self._decode(pieces, outputs, returns_states)
         except PassFailed:
             for part in parts:
                 self.truncate(part.sequence, part.position)
             raise
-        width = self.vocabulary_size if self._options.last else self.hidden_size
+        width = self._model.hidden_size if returns_states else self._model.vocabulary_size
         return [np.concatenate(each) if each else np.empty((0, width), np.float32) for each in outputs]
+
+    def _make_room(self, rows: int) -> None:
+        """See to it that so many rows more find cells, and that attention has not too many given up to pass over."""
+        needed = cells_for(self._cells.held + rows)
+        if needed > self._positions < self._limit:
+            self.resize(min(self._budget.positions_for(self, needed), self._limit))
+        elif self._cells.taken + rows > min(self._positions, 2 * needed + FIRST_POSITIONS):
+            self._write_anew(self._positions, self._is_watched)
 
     def _batches(self, parts: Sequence[SequenceRows]) -> Sequence[Sequence[tuple[int, SequenceRows]]]:
         """Return the parts by number, cut and packed into passes of at most BATCH_ROWS rows."""
@@ -164,13 +242,15 @@ class SpanContext:
                 start = end
         return batches
 
-    def _decode(self, pieces: Sequence[tuple[int, SequenceRows]], outputs: list[list[Floats]]) -> None:
+    def _decode(
+        self, pieces: Sequence[tuple[int, SequenceRows]], outputs: list[list[Floats]], returns_states: bool
+    ) -> None:
         count = self._batch.fill([piece for _, piece in pieces], last=self._options.last)
         self._states.taken.clear()
         failed = self._library.llama_decode(self._context, self._batch.batch)
         if failed:
             raise PassFailed(f"llama.cpp could not compute {count} rows (error {failed})")
-        states = None if self._options.last else self._read_states(count)
+        states = self._read_states(count) if returns_states else None
         row = 0
         for number, piece in pieces:
             end = row + len(piece.rows)
@@ -191,54 +271,108 @@ class SpanContext:
         pointer = self._library.llama_get_logits_ith(self._context, row)
         if not pointer:
             raise PassFailed("llama.cpp has no logits of a row that it was asked for")
-        return np.ctypeslib.as_array(pointer, (1, self.vocabulary_size)).copy()
+        return np.ctypeslib.as_array(pointer, (1, self._model.vocabulary_size)).copy()
 
-    def _grow(self, positions: int) -> None:
-        """Move what the sequences hold into larger KV memory. Raises PassFailed; the former is in use then."""
-        library, former = self._library, self._context
-        if (context := self._open(positions)) is None:
-            raise PassFailed(f"llama.cpp has too little memory for {positions} positions of KV cache")
-        for sequence in self._ends:
-            state = np.empty(library.llama_state_seq_get_size(former, sequence), np.uint8)
-            library.llama_state_seq_get_data(former, state.ctypes.data, state.nbytes, sequence)
-            if not library.llama_state_seq_set_data(context, state.ctypes.data, state.nbytes, sequence):
-                library.llama_free(context)
-                raise PassFailed(f"llama.cpp could not move a session into KV memory of {positions} positions")
-        self._use(context, positions)
-        library.llama_free(former)
+    def resize(self, positions: int) -> None:
+        """Move what the sequences hold into KV memory of another size. Raises PassFailed; the former is in use then."""
+        self._write_anew(positions, self._is_watched)
+
+    def _write_anew(self, positions: int, is_watched: bool) -> None:
+        """Write what the sequences hold, and nothing else, one after the other into KV memory. Raises PassFailed.
+
+        Into the same memory where nothing else changes: there is no room for a second one of its size.
+        """
+        former = self._context
+        try:
+            with TemporaryFile() as file:
+                sizes = {sequence: self._save(sequence, file) for sequence in self._cells}
+                file.seek(0)
+                if positions == self._positions and is_watched == self._is_watched:
+                    self._library.llama_memory_clear(self._memory, False)
+                else:
+                    if (context := self._open(positions, is_watched)) is None:
+                        raise PassFailed(f"llama.cpp has too little memory for {positions} positions of KV cache")
+                    self._use(context, positions)
+                    self._is_watched = is_watched
+                    self._library.llama_free(former)
+                for sequence, size in sizes.items():
+                    self._restore(sequence, np.frombuffer(file.read(size), np.uint8))
+        except OSError as error:
+            raise PassFailed(f"cannot move sessions in KV memory: {one_line(error)}") from None
+        self._cells.write_anew()
+
+    def _save(self, sequence: int, file: IO[bytes]) -> int:
+        state = self._state(sequence)
+        file.write(state.data)
+        return state.nbytes
+
+    def _state(self, sequence: int) -> npt.NDArray[np.uint8]:
+        state = np.empty(self._library.llama_state_seq_get_size(self._context, sequence), np.uint8)
+        self._library.llama_state_seq_get_data(self._context, state.ctypes.data, state.nbytes, sequence)
+        return state
+
+    def _restore(self, sequence: int, state: npt.NDArray[np.uint8]) -> None:
+        if not self._library.llama_state_seq_set_data(self._context, state.ctypes.data, state.nbytes, sequence):
+            self._cells.cut(sequence, 0)  # its next rows are refused
 
     def truncate(self, sequence: int, position: int) -> None:
         """Drop a sequence's positions from one on."""
-        if (end := min(position, self._ends.get(sequence, 0))) > 0:
-            self._ends[sequence] = end
-        else:
-            self._ends.pop(sequence, None)
-        self._library.llama_memory_seq_rm(self._memory, sequence, position, _ALL_POSITIONS)
+        if position < self._cells.end(sequence):
+            self._cells.cut(sequence, position)
+            self._give_up(sequence, position, _ALL_POSITIONS)
 
     def drop(self, sequence: int, start: int, end: int) -> None:
         """Drop some of a sequence's positions."""
-        self._library.llama_memory_seq_rm(self._memory, sequence, start, end)
+        self._cells.drop(sequence, start, end)
+        self._give_up(sequence, start, end)
+
+    def _give_up(self, sequence: int, start: int, end: int) -> None:
+        """Take positions from a sequence, but leave their cells taken unless nothing else is."""
+        library, memory = self._library, self._memory
+        if not self._cells.held:
+            library.llama_memory_clear(memory, False)
+            self._cells.clear()
+            return
+        library.llama_memory_seq_cp(memory, sequence, self._given_up, start, end)
+        library.llama_memory_seq_rm(memory, sequence, start, end)
 
     def copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Have a sequence hold positions of another one, too; they are not copied but shared."""
-        self._library.llama_memory_seq_cp(self._memory, source, target, start, end)
-        self._ends[target] = max(end, self._ends.get(target, 0))
+        """Have a sequence hold positions of another one, too, after its own.
+
+        They share their cells, unless those come before the target's own.
+        """
+        library = self._library
+        if self._cells.follows(source, target, start, end):
+            library.llama_memory_seq_cp(self._memory, source, target, start, end)
+            self._cells.share(source, target, start, end)
+            return
+        self._make_room(end - start)
+        library.llama_memory_seq_cp(self._memory, source, self._scratch, start, end)
+        state = self._state(self._scratch)
+        self._restore(self._scratch, state)
+        library.llama_memory_seq_cp(self._memory, self._scratch, target, start, end)
+        library.llama_memory_seq_rm(self._memory, self._scratch, start, end)
+        self._cells.write(target, start, end - start)
 
 
-class _LastStates:
-    """Takes the hidden states behind the span's last block as llama.cpp computes them."""
+class _BlockStates:
+    """Takes the hidden states behind a block as llama.cpp computes them."""
 
-    def __init__(self, library: Library, name: str, hidden_size: int) -> None:
+    def __init__(self, library: Library, hidden_size: int) -> None:
         self._library = library
-        self._name = name.encode()
+        self._name: bytes | None = None
         self._hidden_size = hidden_size
         self.taken: list[Floats] = []
         self.callback = EvalCallback(self._evaluated)
 
+    def expect(self, block: int | None) -> None:
+        """Take those behind a block of the span from now on; None for the whole graph, and none of them."""
+        self._name = None if block is None else f"l_out-{block}".encode()
+
     def _evaluated(self, tensor: int, ask: bool, _: object) -> bool:
-        """Take the tensor, and end the graph there: what follows is the head, which another span has."""
+        """Take the tensor, and end the graph there: what follows is of other spans."""
         library = self._library
-        if library.ggml_get_name(tensor) != self._name:
+        if self._name is None or library.ggml_get_name(tensor) != self._name:
             return not ask
         if ask:
             return True
@@ -250,18 +384,17 @@ class _LastStates:
 
 
 @dataclass(slots=True)
-class _Loaded:
-    """What llama.cpp holds for a span, and the callback that must live as long."""
+class _Opened:
+    """The context in use, and the callback that must live as long."""
 
-    model: int
+    states: _BlockStates
     context: int | None = None
-    states: _LastStates | None = None
 
 
-def _free(library: Library, loaded: _Loaded) -> None:
-    if loaded.context is not None:
-        library.llama_free(loaded.context)
-    library.llama_model_free(loaded.model)
+def _free(library: Library, opened: _Opened, _model: SpanModel) -> None:
+    """Free a context; its model must live until then."""
+    if opened.context is not None:
+        library.llama_free(opened.context)
 
 
 class _BatchArrays:

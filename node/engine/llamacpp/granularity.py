@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 
 from node.engine.interface import EngineError
-from node.engine.llamacpp.context import ContextOptions, Floats, PassFailed, SequenceRows, SpanContext
+from node.engine.llamacpp.context import ContextOptions, Floats, PassFailed, SequenceRows, SpanContext, SpanModel
 from node.engine.llamacpp.embedding import Embedding
 from node.engine.llamacpp.library import Library, load_library
 from node.engine.llamacpp.span_file import EMBEDDING, SpanTensors, whole_model, write_span
@@ -82,7 +82,7 @@ def _logits(library: Library, tiny: SpanTensors, folder: Path, cuts: Sequence[in
             sequences=1,
             threads=1,
         )
-        context = SpanContext(library, path, options)
+        context = SpanContext(SpanModel(library, path), options)
         path.unlink()  # it is mapped
         position = 0
         for number, rows in enumerate(parts):

@@ -30,7 +30,7 @@ from typing import Any, Final
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from node.engine.interface import EngineError
+from node.engine.interface import AUTO, EngineError
 from node.util.text import one_line
 
 WHEEL: Final = "xllamacpp"
@@ -42,6 +42,11 @@ LOAD_MAPPED: Final = 1
 """LLAMA_LOAD_MODE_MMAP."""
 F16: Final = 1
 """GGML_TYPE_F16."""
+KV_TYPES: Final[Mapping[str, GGMLQuantizationType]] = {
+    AUTO: GGMLQuantizationType.F16,
+    "q8_0": GGMLQuantizationType.Q8_0,
+}
+"""The types of keys and values, by the switch `kv`."""
 
 _ERROR: Final = 4
 _CONTINUED: Final = 5
@@ -178,6 +183,7 @@ CONTEXT_DEFAULTS: Final[Mapping[str, Any]] = {
 _SIGNATURES: Final[Mapping[str, tuple[Any, ...]]] = {
     "llama_backend_init": (None,),
     "llama_log_set": (None, _LogCallback, c_void_p),
+    "llama_print_system_info": (c_char_p,),
     "llama_model_default_params": (ModelParameters,),
     "llama_context_default_params": (ContextParameters,),
     "llama_model_load_from_file": (c_void_p, c_char_p, ModelParameters),
@@ -194,11 +200,16 @@ _SIGNATURES: Final[Mapping[str, tuple[Any, ...]]] = {
     "llama_decode": (c_int32, c_void_p, Batch),
     "llama_get_logits_ith": (POINTER(c_float), c_void_p, c_int32),
     "llama_get_memory": (c_void_p, c_void_p),
+    "llama_memory_clear": (None, c_void_p, c_bool),
+    "llama_supports_gpu_offload": (c_bool,),
     "llama_memory_seq_rm": (c_bool, c_void_p, c_int32, c_int32, c_int32),
     "llama_memory_seq_cp": (None, c_void_p, c_int32, c_int32, c_int32, c_int32),
     "llama_state_seq_get_size": (c_size_t, c_void_p, c_int32),
     "llama_state_seq_get_data": (c_size_t, c_void_p, c_void_p, c_size_t, c_int32),
     "llama_state_seq_set_data": (c_size_t, c_void_p, c_void_p, c_size_t, c_int32),
+    "ggml_backend_reg_count": (c_size_t,),
+    "ggml_backend_reg_get": (c_void_p, c_size_t),
+    "ggml_backend_reg_name": (c_char_p, c_void_p),
     "ggml_set_abort_callback": (c_void_p, _AbortCallback),
     "ggml_get_type_traits": (POINTER(TypeTraits), c_int),
     "ggml_get_name": (c_char_p, c_void_p),
@@ -243,6 +254,14 @@ class Library:
             if (traits.blck_size, traits.type_size) != GGML_QUANT_SIZES[kind]:
                 raise _other_layout(f"{kind.name} has {traits.type_size} bytes for {traits.blck_size} elements")
 
+    def build(self) -> str:
+        """Return the version and the backends that the library was built for, with their features, as one line."""
+        backends = {
+            self.ggml_backend_reg_name(self.ggml_backend_reg_get(number)).decode(): list[str]()
+            for number in range(self.ggml_backend_reg_count())
+        }
+        return _described(backends, self.llama_print_system_info().decode())
+
     def keep_errors_quiet(self) -> None:
         """Write no more errors: of attempts that may fail."""
         self._errors.is_quiet = True
@@ -260,6 +279,19 @@ class Library:
 _LACKING: Final = re.compile(r"(lib[\w.+-]+): cannot open shared object file")
 _INSTALL_OPENMP: Final = "install it, with `apt-get install libgomp1` on Debian and Ubuntu if it is libgomp.so.1"
 _REINSTALL: Final = f"install it again with `pip install --force-reinstall {WHEEL}=={VERSION}`"
+
+
+def _described(backends: Mapping[str, list[str]], system_info: str) -> str:
+    """Return the backends with what `NAME : FEATURE = 1 | FEATURE = 1 | …`, for one after another, says of them."""
+    features: list[str] = []
+    for part in filter(None, map(str.strip, system_info.split("|"))):
+        name, _, feature = part.rpartition(" : ")
+        if name:
+            features = backends.get(name, [])
+        key, _, value = feature.partition(" = ")
+        features += [key] if value == "1" else [f"{key} {value}"] if value != "0" else []
+    listed = (f"{name} ({', '.join(found)})" if found else name for name, found in backends.items())
+    return f"{WHEEL} {importlib.metadata.version(WHEEL)} for {', '.join(listed)}"
 
 
 def _other_layout(difference: str) -> EngineError:

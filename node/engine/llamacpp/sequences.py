@@ -22,7 +22,7 @@ class Sequences:
     """Gives sequences to sessions, and keeps what the allocator may still copy."""
 
     def __init__(self, context: SpanContext, limit: int) -> None:
-        self._context = context
+        self.context = context
         self._free = list(reversed(range(limit)))
         self._stretches: dict[int, _Stretch] = {}
         """By page."""
@@ -31,11 +31,13 @@ class Sequences:
         self._closed: dict[int, None] = {}
         """Sequences of closed sessions, the first closed first."""
 
+    def forget(self, reservation: KvReservation) -> None:
+        """Give up the pages that the allocator has given up, or to a session that begins."""
+        for page in (*reservation.dropped, *reservation.pages):
+            self._forget(page)
+
     def begin(self, reservation: KvReservation) -> int:
         """Return a sequence that holds the copied pages. Raises EngineError where one of them is gone."""
-        stale = [page for page in reservation.pages if page in self._stretches]
-        for page in (*reservation.dropped, *stale):
-            self._forget(page)
         sequence = self._take()
         try:
             runs = self._runs(reservation.copied)
@@ -43,7 +45,7 @@ class Sequences:
             self._free.append(sequence)
             raise
         for source, start, end in runs:
-            self._context.copy(source, sequence, start * PAGE_POSITIONS, end * PAGE_POSITIONS)
+            self.context.copy(source, sequence, start * PAGE_POSITIONS, end * PAGE_POSITIONS)
         self._pages[sequence] = set(reservation.pages)
         self._stretches |= {page: _Stretch(sequence, number) for number, page in enumerate(reservation.pages)}
         return sequence
@@ -58,7 +60,7 @@ class Sequences:
 
     def free(self, sequence: int) -> None:
         """Drop all that a sequence holds, and give it back."""
-        self._context.truncate(sequence, 0)
+        self.context.truncate(sequence, 0)
         self._closed.pop(sequence, None)
         for page in self._pages.pop(sequence, ()):
             del self._stretches[page]
@@ -94,6 +96,6 @@ class Sequences:
             return
         if pages:
             start = stretch.number * PAGE_POSITIONS
-            self._context.drop(stretch.sequence, start, start + PAGE_POSITIONS)
+            self.context.drop(stretch.sequence, start, start + PAGE_POSITIONS)
         else:
             self.free(stretch.sequence)

@@ -1,41 +1,67 @@
-"""The engine of one span of a GGUF package and its sessions, in this process and thread."""
+"""The engine of one span of a GGUF package and its sessions, in this process and thread.
+
+llama.cpp computes it, and is the reference. Besides, onnxruntime can compute spans of the Llama family with the same
+quantised weights, for jobs that accept its rounding of activations; neither torch nor transformers is imported for it.
+"""
 
 import time
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final, NamedTuple, cast
 
 import psutil
 
-from node.engine.interface import PAGE_POSITIONS, EngineError, EngineOptions, ShardSource, SpanInfo, Variant
+from node.engine.graphs.runner import GraphRows, PageSlots
+from node.engine.interface import AUTO, PAGE_POSITIONS, EngineError, EngineOptions, ShardSource, SpanInfo, Variant
 from node.engine.kv_allocator import KvReservation
-from node.engine.llamacpp.context import FIRST_POSITIONS, ContextOptions, Floats, PassFailed, SequenceRows, SpanContext
+from node.engine.llamacpp.context import (
+    FIRST_POSITIONS,
+    OWN_SEQUENCES,
+    ContextOptions,
+    Floats,
+    PassFailed,
+    SequenceRows,
+    SpanContext,
+    SpanModel,
+    cells_for,
+)
 from node.engine.llamacpp.embedding import Embedding
-from node.engine.llamacpp.library import load_library
+from node.engine.llamacpp.graph_variant import GRAPHS, GraphVariant
+from node.engine.llamacpp.kv_budget import KvBudget
+from node.engine.llamacpp.library import KV_TYPES, load_library
 from node.engine.llamacpp.sequences import Sequences
 from node.engine.llamacpp.span_file import EMBEDDING, assembled_span, kv_bytes_per_position, tensors_of, weight_bytes
 from node.engine.memory_plan import GGUF_COSTS, ModelSizes, mebibytes, memory_plan
 from node.engine.shard import FREE_MEMORY_SHARE, Array, SessionRows, Shard
-from node.models.manifest import constant_positions
+from node.models.manifest import find_integer, longest_text
 from node.util.processor import physical_cores
 from protocol.identity import BlockRange
-from protocol.limits import MAX_POSITIONS, MAX_VOCABULARY
+from protocol.limits import MAX_POSITIONS
 from selector.cuts import Cuts
 
 LLAMACPP: Final = Variant("llamacpp", "native")
-"""The one variant of a GGUF package, and so its reference: llama.cpp, with the weights as they were published."""
+"""The reference of a GGUF package: llama.cpp, with the weights as they were published, and keys and values in f16."""
 
-_SEQUENCES: Final = 256  # LLAMA_MAX_SEQ
+_NARROW_FIRST_POSITIONS: Final = 256
+"""Of KV memory that only some jobs use, if any."""
+
+_SEQUENCES: Final = 256 - OWN_SEQUENCES  # LLAMA_MAX_SEQ
 """Of open sessions, and of closed ones with cached pages."""
 
 
-def _vocabulary_size(source: ShardSource) -> int:
-    """Return the size of the vocabulary for a span without embedding and head: what drafts are compared with."""
-    stated = source.config.get("vocab_size")
-    return stated if isinstance(stated, int) else MAX_VOCABULARY
+class _Held(NamedTuple):
+    """A sequence in the KV memory of a variant of llama.cpp's."""
+
+    sequences: Sequences
+    sequence: int
 
 
-class LlamaShard(Shard[int]):
-    """A span of a GGUF package; where a session holds its keys and values is a sequence of llama.cpp's."""
+Kv = _Held | PageSlots
+"""Where a session holds its keys and values: a sequence of llama.cpp's, or pages of the graphs' memory."""
+
+
+class LlamaShard(Shard[Kv]):
+    """A span of a GGUF package. Variants of llama.cpp are other types of keys and values, beside the same weights."""
 
     def __init__(self, source: ShardSource, blocks: BlockRange, options: EngineOptions) -> None:
         super().__init__()
@@ -43,12 +69,17 @@ class LlamaShard(Shard[int]):
         library = load_library()
         tensors = tensors_of(source)
         weights = weight_bytes(tensors, blocks)
-        position_bytes = kv_bytes_per_position(tensors, blocks)
+        kv_bytes = {kv: kv_bytes_per_position(tensors, blocks, kind) for kv, kind in KV_TYPES.items()}
+        position_bytes = kv_bytes[AUTO]
         plan = memory_plan(ModelSizes.of_source(source, Cuts(tensors.block_count)), blocks, GGUF_COSTS)
-        kv_positions = _kv_positions(options, blocks, weights + plan.reserve_bytes, position_bytes, tensors.hidden_size)
+        self._options = options
+        self._graphs = GraphVariant(library, tensors, blocks)
+        kv_positions = _kv_positions(
+            options, blocks, weights + plan.reserve_bytes, position_bytes, tensors.hidden_size, self._graphs
+        )
         sequences = min(_SEQUENCES, kv_positions // PAGE_POSITIONS + 1)  # each but that of `run_alone` has a page
         first, last = blocks.start == 0, blocks.end == tensors.block_count
-        limits = ContextOptions(
+        self._context_options = ContextOptions(
             first=first,
             last=last,
             embedding=None if last or not first else Embedding(library, tensors.common, tensors.tensors[EMBEDDING]),
@@ -58,73 +89,120 @@ class LlamaShard(Shard[int]):
             threads=options.threads or physical_cores(),
         )
         with assembled_span(options.cache_dir, source, tensors, blocks) as path:
-            self._context = SpanContext(library, path, limits)
-        self._sequences = Sequences(self._context, sequences)
+            self._model = SpanModel(library, path)
+        self._kv_bytes = kv_bytes
+        self._budget = KvBudget(cells_for(kv_positions) * position_bytes)
+        self._kv = {LLAMACPP: self._open(self._context_options)}
         self.info = SpanInfo(
             model=source.model,
             blocks=blocks,
             block_count=tensors.block_count,
             hidden_size=tensors.hidden_size,
-            vocabulary_size=tensors.vocabulary_size if first or last else _vocabulary_size(source),
-            max_positions=min(constant_positions(source.config) or MAX_POSITIONS, MAX_POSITIONS),
+            vocabulary_size=find_integer(source.config, ("vocab_size",)) or tensors.vocabulary_size,
+            max_positions=min(longest_text(source.config, source.format) or MAX_POSITIONS, MAX_POSITIONS),
             kv_bytes_per_position=position_bytes,
             kv_positions=kv_positions,
             weight_bytes=weights,
             load_s=time.perf_counter() - started_s,
+            kv_shares=_shares(kv_bytes, 4 * tensors.hidden_size if options.plan_rows else 0),
             max_sequences=sequences - 1,
+            engine=library.build(),
         )
 
+    def _open(self, options: ContextOptions) -> Sequences:
+        context = SpanContext(self._model, options, self._budget, self._kv_bytes[options.kv])
+        return Sequences(context, options.sequences)
+
     def variants(self) -> frozenset[Variant]:
-        """Return the variants that are ready: the only one."""
-        return frozenset({LLAMACPP})
+        """Return the variants that are ready."""
+        return frozenset({*self._kv, GRAPHS} if self._graphs.is_built else self._kv)
 
     def prepare(self, variant: Variant) -> None:
-        """Raise EngineError for any variant but the one that is there."""
-        if variant != LLAMACPP:
-            raise EngineError(f"{variant} is not for GGUF packages, which llama.cpp computes as they were published")
+        """Build a variant or open its KV memory; may run beside `step`. Raises EngineError where it is unavailable."""
+        if variant == GRAPHS:
+            self._graphs.build(self.info, self._options)
+            return
+        if variant in self._kv:
+            return
+        if variant._replace(kv=AUTO) != LLAMACPP or variant.kv not in KV_TYPES:
+            raise EngineError(f"{variant} is not for GGUF packages, whose weights serve as they were published")
+        options = self._context_options
+        positions = options.positions * self._kv_bytes[AUTO] // self._kv_bytes[variant.kv]
+        self._kv[variant] = self._open(
+            replace(options, kv=variant.kv, positions=positions, first_positions=_NARROW_FIRST_POSITIONS)
+        )
 
     def unload_reference(self) -> None:
         """Nothing to do: the reference is what serves."""
 
     def start_threads(self, variant: Variant) -> None:
-        """Nothing to do: llama.cpp starts its threads with the first pass."""
+        """Start the threads of graphs; llama.cpp starts its own with the first pass."""
+        if variant == GRAPHS:
+            self._graphs.start_threads(self._options)
 
     def run_alone(self, variant: Variant, rows: Array, *, draws: int) -> Floats:
         """Return hidden states or logits as Shard describes it; not while sessions take up the KV memory."""
         self.prepare(variant)
-        sequence = self._sequences.take()
+        if variant == GRAPHS:
+            pages = PageSlots(range(-(-len(rows) // PAGE_POSITIONS)))
+            return self._compute(variant, self.info.blocks, [SessionRows(rows, pages, 0, draws)])[0]
+        sequences = self._kv[variant]
+        sequence = sequences.take()
         try:
-            return self._context.run([SequenceRows(sequence, 0, rows, draws)])[0]
+            return sequences.context.run([SequenceRows(sequence, 0, rows, draws)])[0]
         except PassFailed as error:
             raise EngineError(str(error)) from None
         finally:
-            self._sequences.free(sequence)
+            sequences.free(sequence)
 
-    def _reserve(self, reservation: KvReservation) -> int:
-        return self._sequences.begin(reservation)
+    def _reserve(self, variant: Variant, reservation: KvReservation) -> Kv:
+        for each in tuple(self._kv.values()):
+            each.forget(reservation)
+        if variant == GRAPHS:
+            self._graphs.span.copy(reservation.copied, reservation.pages[: len(reservation.copied)])
+            return PageSlots(reservation.pages)
+        sequences = self._kv[variant]
+        return _Held(sequences, sequences.begin(reservation))
 
-    def _release(self, kv: int) -> None:
-        self._sequences.close(kv)
+    def _release(self, kv: Kv) -> None:
+        if isinstance(kv, _Held):  # the allocator gives pages to others, who write over them
+            kv.sequences.close(kv.sequence)
 
-    def _compute(self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[int]]) -> Sequence[Floats]:
-        return self._context.run([SequenceRows(part.kv, part.position, part.rows, part.draws) for part in parts])
+    def _compute(self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[Kv]]) -> Sequence[Floats]:
+        if variant == GRAPHS:
+            given = [GraphRows(p.rows, cast("PageSlots", p.kv), p.position, p.draws) for p in parts]
+            return self._graphs.span.run(given)
+        rows = [SequenceRows(cast("_Held", p.kv).sequence, p.position, p.rows, p.draws) for p in parts]
+        return self._kv[variant].context.run(rows, len(blocks))
 
 
-def _kv_positions(options: EngineOptions, blocks: BlockRange, taken: int, position_bytes: int, hidden_size: int) -> int:
-    """Return how many positions, in whole pages, fit into the memory that weights and reserve leave.
+def _shares(kv_bytes: Mapping[str, int], row_bytes: int) -> dict[str, float]:
+    """Return what a position of each narrower type takes, relative to the usual one, with the rows queued for it."""
+    usual = kv_bytes[AUTO]
+    return {kv: (each + row_bytes) / (usual + row_bytes) for kv, each in kv_bytes.items() if each < usual}
+
+
+def _kv_positions(
+    options: EngineOptions, blocks: BlockRange, taken: int, position_bytes: int, hidden_size: int, graphs: GraphVariant
+) -> int:
+    """Return how many positions, in whole pages, fit into the memory that weights, reserve and graphs leave.
 
     A third of it is left for the moment when KV memory has doubled, and the former is not yet given back.
     """
     memory_bytes = options.memory_bytes
     if memory_bytes is None:
         memory_bytes = taken + int(psutil.virtual_memory().available * FREE_MEMORY_SHARE)
-    page_bytes = PAGE_POSITIONS * (position_bytes + (4 * hidden_size if options.plan_rows else 0))
-    pages = (memory_bytes - taken) // page_bytes
+    free_bytes = memory_bytes - taken
+    page_bytes = cells_for(PAGE_POSITIONS) * position_bytes
+    if options.plan_rows:
+        page_bytes += PAGE_POSITIONS * 4 * hidden_size
+    pages = free_bytes // page_bytes
     if pages < 1:
         raise EngineError(
-            f"blocks {blocks} need {mebibytes(taken + page_bytes - memory_bytes)} of memory more than the "
+            f"blocks {blocks} need {mebibytes(page_bytes - free_bytes)} of memory more than the "
             f"{mebibytes(memory_bytes)} given: weights and reserve take {mebibytes(taken)}"
         )
+    pages = graphs.pages_beside(free_bytes, page_bytes) or pages
     if pages * PAGE_POSITIONS > FIRST_POSITIONS:
         pages = max(FIRST_POSITIONS // PAGE_POSITIONS, pages * 2 // 3)
     if options.kv_positions is not None:

@@ -167,9 +167,8 @@ def _span_tensors(source: SpanTensors, blocks: BlockRange) -> list[AnyTensor]:
     for name, tensor in source.tensors.items():
         block = block_of(name)
         if block is None:
-            if name == SHORT_FACTORS and _is_long(source):
-                taken[name] = replace(source.tensors[LONG_FACTORS], name=name)
-                continue
+            if name in {SHORT_FACTORS, LONG_FACTORS} <= source.tensors.keys():
+                tensor = replace(source.tensors[LONG_FACTORS if _is_long(source) else SHORT_FACTORS], name=name)
             if name in taken or (not last and name.startswith("output")):
                 continue
             taken[name] = tensor
@@ -183,9 +182,11 @@ def _span_tensors(source: SpanTensors, blocks: BlockRange) -> list[AnyTensor]:
 
 
 def _is_long(source: SpanTensors) -> bool:
-    """Return whether the model's longest text takes the rotary factors for long texts, if it has several.
+    """Return whether a text takes the rotary factors for long ones (LongRoPE).
 
-    llama.cpp would go by the size of the KV memory, which differs from span to span: so it finds them under both names.
+    llama.cpp takes them for all texts where its context is longer than the original one. A span has KV memory of many
+    sessions, and of another size elsewhere; so it finds under both names the factors that llama.cpp alone takes with
+    the model's whole context, which is its default (`-c 0`).
     """
     original = source.common.get("rope.scaling.original_context_length")
     longest = source.common.get("context_length")
@@ -201,19 +202,26 @@ def weight_bytes(source: SpanTensors, blocks: BlockRange) -> int:
     return embedding + sum(each.size_bytes for each in taken)
 
 
-def kv_bytes_per_position(source: SpanTensors, blocks: BlockRange) -> int:
-    """Return what keys and values of one position take in all blocks of a span, in f16."""
+def kv_bytes_per_position(
+    source: SpanTensors, blocks: BlockRange, kind: GGMLQuantizationType = GGMLQuantizationType.F16
+) -> int:
+    """Return what keys and values of one position take in all blocks of a span, in whole quantisation blocks."""
     common = source.common
+
+    def row_bytes(elements: int) -> int:
+        block_elements, block_bytes = GGML_QUANT_SIZES[kind]
+        return -(-elements // block_elements) * block_bytes
+
     if common.get("attention.kv_lora_rank"):  # latent attention: one compressed key, and its value within it
-        elements = common.integer("attention.kv_lora_rank") * 2 + common.integer("rope.dimension_count")
-        return 2 * elements * len(blocks)
+        rank = common.integer("attention.kv_lora_rank")
+        return (row_bytes(rank + common.integer("rope.dimension_count")) + row_bytes(rank)) * len(blocks)
     heads = common.get("attention.head_count")
     most = max(heads, default=1) if isinstance(heads, list) else heads
     head_size = source.hidden_size // (most if isinstance(most, int) and most > 0 else 1)
-    width = common.integer("attention.key_length", head_size) + common.integer("attention.value_length", head_size)
+    widths = [common.integer(f"attention.{name}_length", head_size) for name in ("key", "value")]
     kv_heads = common.get("attention.head_count_kv", heads)
     by_block = kv_heads[blocks.start : blocks.end] if isinstance(kv_heads, list) else [kv_heads] * len(blocks)
-    return sum(2 * width * count for count in by_block if isinstance(count, int))
+    return sum(row_bytes(width * count) for width in widths for count in by_block if isinstance(count, int))
 
 
 def block_of(name: str) -> int | None:

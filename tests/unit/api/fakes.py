@@ -228,6 +228,8 @@ class FakeNode:
                     "sessions": 1,
                     "reserved_positions": 64,
                     "kv_positions": 4096,
+                    "engine": None,
+                    "device": "cpu",
                     "weight_bytes": 1 << 20,
                     "worker_pid": 4242,
                     "steps": 17,

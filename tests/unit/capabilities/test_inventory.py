@@ -55,7 +55,7 @@ class FakeBenchmark:
 
 
 def inventory(
-    tmp_path: Path, *shares: float | str, threads: int | None = None, accelerator: Accelerator | None = None
+    tmp_path: Path, *shares: float | str, threads: int | None = None, accelerators: tuple[Accelerator, ...] = ()
 ) -> tuple[Inventory, FakeBenchmark]:
     benchmark = FakeBenchmark(shares)
     made = Inventory(
@@ -63,7 +63,7 @@ def inventory(
         models_dir=tmp_path / "models",
         traffic=TrafficMeter(),
         threads=threads,
-        accelerator=accelerator,
+        accelerators=accelerators,
         read_facts=lambda: FACTS,
         benchmark=benchmark,
     )
@@ -97,14 +97,14 @@ async def test_facts_precede_measurements(tmp_path: Path, virtual_clock: MockClo
 
 async def test_only_the_accelerator_in_use_is_announced(tmp_path: Path, virtual_clock: MockClock) -> None:
     plain = replace(H100, throughput=Throughput())
-    found, benchmark = inventory(tmp_path, 0.9, accelerator=plain)
+    found, benchmark = inventory(tmp_path, 0.9, accelerators=(plain,))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(found.run)
         await benchmark.started.wait()
         assert known(found).accelerators == (plain,), "a GPU is a GPU before it is measured"
     assert known(found).accelerators == (H100,)
     strange = replace(plain, name="not measured")
-    found, _ = inventory(tmp_path / "other", 0.9, accelerator=strange)
+    found, _ = inventory(tmp_path / "other", 0.9, accelerators=(strange,))
     await found.run()
     assert known(found).accelerators == (strange,)
 

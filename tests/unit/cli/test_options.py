@@ -201,6 +201,11 @@ def test_parses_memory_with_and_without_unit(text: str, count: int) -> None:
     assert load(memory=text).memory_bytes == count
 
 
+@pytest.mark.parametrize("text", ["auto", "all", "cpu", "mps", "cuda", "cuda:3", "cuda:0,cuda:2"])
+def test_takes_one_device_or_several(text: str) -> None:
+    assert load(device=text).device == text
+
+
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
@@ -210,6 +215,9 @@ def test_parses_memory_with_and_without_unit(text: str, count: int) -> None:
         ("memory", "4 apples", "--memory"),
         ("threads", "0", "--threads"),
         ("threads", "many", "--threads"),
+        ("device", "gpu", "--device: expected auto, all, cpu"),
+        ("device", "cuda,cpu", "--device: expected auto, all, cpu"),
+        ("device", "cuda:1,cuda:1", "--device: each GPU once"),
         ("batching", "some", "Invalid value for --batching"),
         ("epoch", "1", "--epoch"),
         ("epoch", "soon", "--epoch"),

@@ -89,6 +89,7 @@ async def test_chain_follows_the_package_format_once_it_is_known(autojump_clock:
         second = chains.nodes[model]
         assert second.genesis == rules(model).genesis(model) != first.genesis
         assert {each.partition("engine=")[2].partition("|")[0] for each in measurement_plan("gguf").methods} == {
-            "llamacpp"
+            "llamacpp",
+            "onnxruntime",
         }
         nursery.cancel_scope.cancel()

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,10 +13,10 @@ from node.coordinator.method_choice import admitted_methods
 from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult
 from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec, TrialWorkload
-from node.engine.interface import reference_variant
+from node.engine.interface import Variant, reference_variant
 from node.identity import Identity
 from node.selection.training_worker import sample_of
-from node.testing.fake_engine import FAKE_GGUF_MODEL, FAKE_MODEL, FakeEngine, expected_tokens, fake_span_info
+from node.testing.fake_engine import FAKE_GGUF_MODEL, FakeEngine, expected_tokens, fake_span_info
 from protocol.identity import BlockRange, ModelId
 from protocol.measurements import QualityBound
 from protocol.observations import SignedObservation, verify_observation
@@ -101,21 +102,27 @@ async def test_lost_stage_of_a_gguf_package_is_replaced(virtual_clock: MockClock
         assert results[0].method.switches["engine"] == "llamacpp"
 
 
-async def test_route_of_a_gguf_package_takes_spans_whole(virtual_clock: MockClock) -> None:
+async def test_route_of_a_gguf_package_leaves_a_span_where_the_next_begins(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
-        for model in (FAKE_GGUF_MODEL, FAKE_MODEL):
-            for span in ((0, 6), (4, 9)):
-                await swarm.join(span, model=model)
+        for span in ((0, 6), (4, 9)):
+            await swarm.join(span, model=FAKE_GGUF_MODEL)
         peer = await swarm.join()
-        await swarm.settle()
-        assert (await peer.run(request(PROMPTS[0]))).token_ids == right(PROMPTS[0], 12)
-        with pytest.raises(JobError, match="spans of fake-gguf that do not fit together"):
-            await peer.run(gguf_request(PROMPTS[0]))
-        await swarm.join((6, 9), model=FAKE_GGUF_MODEL)
         await swarm.settle()
         result = await peer.run(gguf_request(PROMPTS[0]))
         assert result.token_ids == expected_tokens(GGUF, PROMPTS[0], 12)
-        assert [stage.blocks for stage in result.route] == [BlockRange(0, 6), BlockRange(6, 9)]
+        assert [stage.blocks for stage in result.route] == [BlockRange(0, 4), BlockRange(4, 9)]
+
+
+async def test_method_that_runs_whole_spans_has_no_route_through_overlapping_ones(virtual_clock: MockClock) -> None:
+    method = next(each for each in portfolio("safetensors") if each.engine == "onnxruntime")
+    async with open_swarm() as swarm:
+        for span in ((0, 6), (4, 9)):
+            await swarm.join(span)
+        peer = await swarm.join()
+        await swarm.settle()
+        assert (await peer.run(request(PROMPTS[0]))).token_ids == right(PROMPTS[0], 12)
+        with pytest.raises(JobError, match="spans of fake that do not meet"):
+            await peer.run(request(PROMPTS[0], chosen=method))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +131,7 @@ async def test_route_of_a_gguf_package_takes_spans_whole(virtual_clock: MockCloc
         (
             "fake-gguf",
             "engine=fused|arithmetic=int8",
-            "a gguf package: use engine=llamacpp.arithmetic=native; or use auto",
+            "a gguf package: use engine=llamacpp.arithmetic=native, engine=onnxruntime.*; or use auto",
         ),
         ("fake-gguf", "activations=int8", "is not exact: use --quality near or any"),
         ("fake", "engine=llamacpp", "a safetensors package: use engine=eager.*; or use auto"),
@@ -162,6 +169,17 @@ def test_wire_codecs_of_a_gguf_package_are_admitted_by_their_figures() -> None:
         admitted_methods(JobRequest(model="", prompt="1", method=NARROW.name), model, store)
 
 
+def test_weights_of_two_bytes_are_not_held_in_four_unless_a_job_names_it() -> None:
+    known = FakeModels(NumberTokenizer()).known
+    shape = replace(known.manifest, config={**known.manifest.config, "dtype": "bfloat16"})
+    graphs = "engine=onnxruntime|arithmetic=fp32"
+    for manifest, is_offered in ((known.manifest, True), (shape, False)):
+        model = replace(known, manifest=manifest)
+        offered = admitted_methods(JobRequest(model="", prompt="1"), model, NullQualityStore())
+        assert any(each.kv_key.startswith("onnxruntime/fp32") for each in offered) == is_offered
+        assert admitted_methods(JobRequest(model="", prompt="1", method=graphs), model, NullQualityStore())
+
+
 async def test_trial_of_a_gguf_package_is_recorded_with_its_weight_type(virtual_clock: MockClock) -> None:
     kept: list[SignedObservation] = []
 
@@ -182,4 +200,4 @@ async def test_trial_of_a_gguf_package_is_recorded_with_its_weight_type(virtual_
         assert sample is not None
         assert sample.context.weight_type == "q4_1"
         assert sample.log_ratio == 0 or sample.method != BASELINE.name
-    assert reference_variant("gguf") == (BASELINE.engine, BASELINE.arithmetic)
+    assert reference_variant("gguf") == Variant(BASELINE.engine, BASELINE.arithmetic)

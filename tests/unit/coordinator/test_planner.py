@@ -14,6 +14,7 @@ from node.swarm.directory import Candidate
 from node.swarm.link_estimates import UNKNOWN_BYTES_PER_S
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from protocol.messages import Load
+from selector.cuts import Cuts
 from selector.reliability import LAG_BACKOFF_S, PeerRecord
 from selector.routing import Demand, Link, Links, NoRouteError
 
@@ -24,7 +25,7 @@ DEMAND = Demand(block_count=9, prompt_rows=900, new_tokens=100, row_bytes=1000)
 class Nobody:
     """A finder for a route that was found already."""
 
-    async def candidates(self, model: ModelId, block_count: int, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+    async def candidates(self, model: ModelId, cuts: Cuts, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         return ()
 
     def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
@@ -57,7 +58,7 @@ class Served:
         self.loads = loads
         self.searches = 0
 
-    async def candidates(self, model: ModelId, block_count: int, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+    async def candidates(self, model: ModelId, cuts: Cuts, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         self.searches += 1
         return self.known_candidates(model, without=without)
 

@@ -3,7 +3,9 @@
 import fcntl
 import os
 import random
+import re
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -16,7 +18,7 @@ import pytest
 import trio
 
 from node.config import LOCK_FILE, NodeConfig, ServeSpec
-from node.doctor import swarm_checks
+from node.doctor import local_checks, swarm_checks
 from node.doctor.diagnose import diagnose
 from node.doctor.report import Consequence, Diagnosis, Fault, RunningNode
 from node.identity import Identity, load_or_create
@@ -185,6 +187,34 @@ async def test_no_device(config: NodeConfig) -> None:
     found = await diagnose(replace(config, device="cuda:99"))
     assert only(found) == (Fault.NO_DEVICE, Consequence.START)
     assert "there is no cuda:99 device" in found.findings[0].message
+
+
+async def test_build_of_llamacpp_is_told(config: NodeConfig) -> None:
+    found = await diagnose(config)
+    assert found.llamacpp is not None
+    assert re.fullmatch(r"xllamacpp [\d.+a-z]+ for .*CPU \([A-Z0-9_, ]+\).*", found.llamacpp)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("sys.exit('xllamacpp needs libgomp.so.1 of the operating system: install it')", "install it"),
+        ("os.kill(os.getpid(), 11)", "pip install --force-reinstall xllamacpp"),
+    ],
+)
+async def test_unusable_llamacpp_is_grave_where_it_may_serve(
+    config: NodeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, expected: str
+) -> None:
+    monkeypatch.setattr(local_checks, "LLAMACPP_BUILD", (sys.executable, "-c", f"import os, sys; {line}"))
+    found = await diagnose(replace(config, serve=(ServeSpec(MODEL),)))
+    [unusable] = [each for each in found.findings if each.fault is Fault.NO_LLAMACPP]
+    assert unusable.grave
+    assert expected in unusable.message
+    assert found.llamacpp is None
+    other = import_model(str(write_checkpoint(tmp_path / "checkpoint")), ModelStore(config.cache_dir))
+    found = await diagnose(replace(config, serve=(ServeSpec(other.model_id),)))
+    assert found.healthy
+    assert Fault.NO_LLAMACPP in {each.fault for each in found.findings}
 
 
 async def test_version_apart(config: NodeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

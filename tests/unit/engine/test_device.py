@@ -7,8 +7,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
-from node.engine.device import CPU, Device, DeviceError, find_device
+from node.engine import device_probe
+from node.engine.device import CPU, Device, DeviceError, find_device, parse_devices
 from protocol.capabilities import Throughput
 from tests.support.capabilities import H100
 
@@ -28,7 +30,46 @@ async def test_auto_device_without_driver_is_the_cpu_without_torch(tmp_path: Pat
 
 async def test_auto_device_prefers_gpu() -> None:
     gpu = Device("cuda:1", 80 << 30, replace(H100, throughput=Throughput()))
-    assert await find_device("auto", command=answering(json.dumps(gpu.to_json())), drivers=["/"]) == gpu
+    assert await find_device("auto", command=answering(json.dumps([gpu.to_json()])), drivers=["/"]) == gpu
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ("auto", ["cuda:1"]),
+        ("cuda", ["cuda:1"]),
+        ("cuda:0", ["cuda:0"]),
+        ("all", ["cuda:0", "cuda:1", "cuda:2"]),
+        ("cuda:2,cuda:0", ["cuda:2", "cuda:0"]),
+    ],
+)
+def test_probe_finds_the_gpus_that_are_asked_for(
+    wanted: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {"cuda:0": 10 << 30, "cuda:1": 70 << 30, "cuda:2": 30 << 30}
+    monkeypatch.setattr(device_probe, "accelerators", lambda: [(H100, torch.device(name)) for name in free])
+    monkeypatch.setattr(device_probe, "free_bytes", lambda device: free[str(device)])
+    monkeypatch.setattr(device_probe, "_add_on", lambda _device: None)
+    devices = device_probe.probe(wanted)
+    assert [device.name for device in devices] == expected
+    assert [device.free_bytes for device in devices] == [free[name] for name in expected]
+    assert parse_devices(json.dumps([device.to_json() for device in devices])) == tuple(devices)
+
+
+def test_gpu_that_is_broken_or_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_device: torch.device) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(device_probe, "accelerators", lambda: [(H100, torch.device("cuda:0"))])
+    monkeypatch.setattr(device_probe, "_add_on", fail)
+    with pytest.raises(DeviceError, match=r"cuda:0: no kernel image is available; there is no cuda:5 device"):
+        device_probe.probe("cuda:0,cuda:5")
+    with pytest.raises(DeviceError, match="no kernel image"):
+        device_probe.probe("all")
+    monkeypatch.setattr(device_probe, "accelerators", list)
+    with pytest.raises(DeviceError, match="there is no GPU device"):
+        device_probe.probe("all")
+    assert [device.name for device in device_probe.probe("auto")] == [CPU]
 
 
 async def test_a_driver_without_a_device_leaves_the_cpu() -> None:

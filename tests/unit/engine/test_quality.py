@@ -46,7 +46,7 @@ def test_the_figures_are_those_of_the_whole_model_at_once(make_tiny_model: Calla
     model = make_tiny_model("llama")
     texts = windows()
     found = measure_quality([(WHOLE, model.source(WHOLE))], texts, [BF16])[BF16]
-    shard = TorchShard(model.source(WHOLE), WHOLE, EngineOptions(kv_positions=2 * PAGE_POSITIONS))
+    shard = TorchShard(model.source(WHOLE), WHOLE, EngineOptions(kv_positions=2 * PAGE_POSITIONS, narrow_kv=True))
     shard.prepare(BF16.variant)
 
     def logits(variant: Variant) -> torch.Tensor:

@@ -137,6 +137,20 @@ async def test_idle_reference_gives_its_memory_back(make_tiny_model: MakeTinyMod
     assert await decode([engine], PROMPT, COUNT) == tiny.tokens
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what is resident")
+@pytest.mark.parametrize(("variant", "is_served"), [(FUSED, True), (Variant("fused", "int8"), False), (GRAPHS, False)])
+async def test_published_pages_outlast_the_reference_only_where_they_serve(
+    variant: Variant, is_served: bool, make_tiny_model: MakeTinyModel, tmp_path: Path
+) -> None:
+    tiny = narrowed(make_tiny_model("llama"), torch.bfloat16, tmp_path)
+    (engine,) = engines_of(tiny, 1)
+    for each in (variant, REFERENCE):
+        await engine.prepare(each)
+    await decode([engine], PROMPT, 2)
+    engine.shard.unload_reference()
+    assert (mapped_rss_bytes(tmp_path) > 0) == is_served
+
+
 async def test_variants_are_built_without_the_reference(
     make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

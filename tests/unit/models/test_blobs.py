@@ -440,7 +440,21 @@ async def test_missing_file_is_fetched_from_peers_that_announce_it(
     assert set(fetched.bytes_by_peer) == {peers[1]}
 
 
-async def test_weight_files_are_reannounced_before_their_records_expire(
+async def test_manifest_comes_from_a_peer_that_announces_it_and_serves_nothing(
+    package: Package, server: BlobServer, store: ModelStore
+) -> None:
+    async with swarm(server.handle) as (client, peers):
+
+        async def holders(sha256: str) -> list[PeerId]:
+            return peers if sha256 == package.model_id else []
+
+        fetcher = ModelFetcher(client, store, holders)
+        mine = await fetcher.fetch_manifest(package.model_id, [])
+        await fetcher.fetch_files(mine.manifest, mine.manifest.files_for(BlockRange(1, 2)), [])
+    assert store.verify(package.model_id, BlockRange(1, 2)).missing == ()
+
+
+async def test_files_are_reannounced_before_their_records_expire(
     package: Package, virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     virtual_clock.autojump_threshold = 0.05  # the files are looked at in a thread, which no virtual time waits for
@@ -450,7 +464,8 @@ async def test_weight_files_are_reannounced_before_their_records_expire(
         monkeypatch.setattr(client, "provide", note(announced))
         nursery.start_soon(provide_loop, client, ModelStore(package.path.parents[1]))
         await trio.sleep(ANNOUNCED_AGAIN_S / 2)
-        hashes = [bytes.fromhex(file.sha256) for file in package.manifest.weight_files]
+        files = (*package.manifest.tokenizer_files, *package.manifest.weight_files)
+        hashes = [bytes.fromhex(sha256) for sha256 in (package.model_id, *(file.sha256 for file in files))]
         assert announced == list(dict.fromkeys(hashes))
         await trio.sleep(ANNOUNCED_AGAIN_S)
         assert announced == 2 * list(dict.fromkeys(hashes))

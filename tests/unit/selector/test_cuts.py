@@ -36,6 +36,13 @@ def test_a_span_begins_and_ends_where_the_model_may_be_cut(case: tuple[Cuts, Blo
     assert not places.intersection({*range(blocks.start, inside.start), *range(inside.end + 1, blocks.end + 1)})
 
 
+def test_spans_that_may_not_be_cut_there_cover_nothing() -> None:
+    spans = [BlockRange(0, 6), BlockRange(4, 18), BlockRange(18, 26), BlockRange(20, 40)]
+    assert Cuts(26).uncovered(spans) == ()
+    assert Cuts(26, 6).uncovered(spans) == (BlockRange(6, 18),)
+    assert Cuts(26, 26).uncovered(spans) == (BlockRange(0, 26),)
+
+
 @pytest.mark.parametrize(
     ("granularity", "start", "end", "advice"),
     [

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from protocol.identity import BlockRange, PeerId, Stage
-from selector.routing import MAX_OFFERS, Demand, Link, NoRouteError, Offer, find_replacement, find_route, uncovered
+from selector.cuts import Parts
+from selector.routing import MAX_OFFERS, Demand, Link, NoRouteError, Offer, find_replacement, find_route
 
 DEMAND = Demand(block_count=12, prompt_rows=20, new_tokens=100, row_bytes=2304)
 NEAR, FAR = Link(0.001, 1e9), Link(0.08, 1e7)
@@ -55,8 +56,20 @@ def test_overlapping_spans_are_cut_where_it_is_best() -> None:
     fast, slow = offer(0, 8, "fast", 0.001), offer(4, 12, "slow", 0.005)
     assert find_route(DEMAND, [fast, slow], near).stages == (stage(0, 8, "fast"), stage(8, 12, "slow"))
     with pytest.raises(NoRouteError) as caught:
-        find_route(DEMAND, [replace(fast, divisible=False), replace(slow, divisible=False)], near)
+        find_route(DEMAND, [replace(fast, parts=Parts.WHOLE), replace(slow, parts=Parts.WHOLE)], near)
     assert caught.value.missing == ()
+
+
+def test_span_that_runs_from_its_start_only_is_left_where_the_next_begins() -> None:
+    fast, slow = (
+        replace(each, parts=Parts.PREFIX) for each in (offer(0, 8, "fast", 0.001), offer(4, 12, "slow", 0.005))
+    )
+    assert find_route(DEMAND, [fast, slow], near).stages == (stage(0, 4, "fast"), stage(4, 12, "slow"))
+    stages = (stage(0, 4, "a"), stage(4, 12, "b"))
+    ends_later, begins_before = replace(fast, stage=stage(4, 12, "c")), replace(fast, stage=stage(2, 12, "d"))
+    assert find_replacement(DEMAND, stages, 1, [ends_later], near) == (stage(4, 12, "c"),)
+    with pytest.raises(NoRouteError):
+        find_replacement(DEMAND, stages, 1, [begins_before], near)
 
 
 def test_full_peer_is_used_only_without_alternative() -> None:
@@ -74,11 +87,11 @@ def test_busy_or_unreliable_peer_must_be_much_faster() -> None:
 
 def test_spans_are_joined_only_where_the_model_may_be_cut() -> None:
     demand = replace(DEMAND, granularity=4)
-    fast, slow = offer(0, 7, "fast", 0.001), offer(1, 12, "slow", 0.005)
+    fast, slow = offer(0, 8, "fast", 0.005), offer(4, 12, "slow", 0.001)
     assert find_route(demand, [fast, slow], near).stages == (stage(0, 4, "fast"), stage(4, 12, "slow"))
-    with pytest.raises(NoRouteError) as caught:
-        find_route(demand, [offer(0, 6, "left", 0.001), offer(6, 12, "right", 0.001)], near)
-    assert caught.value.missing == ()
+    with pytest.raises(NoRouteError) as caught:  # cut elsewhere, they calculate another model
+        find_route(demand, [fast, offer(6, 12, "elsewhere", 0.001)], near)
+    assert caught.value.missing == (BlockRange(8, 12),)
 
 
 def test_replacement_is_several_stages_or_part_of_a_longer_span() -> None:
@@ -100,10 +113,6 @@ def test_large_swarm_is_searched_among_its_fastest_peers() -> None:
 
 
 def test_uncovered_blocks_are_named() -> None:
-    assert uncovered(12, [BlockRange(0, 3), BlockRange(2, 5), BlockRange(8, 9)]) == (
-        BlockRange(5, 8),
-        BlockRange(9, 12),
-    )
     with pytest.raises(NoRouteError) as caught:
         find_route(DEMAND, [offer(0, 3, "a", 0.001), offer(5, 20, "beyond", 0.001)], near)
     assert caught.value.missing == (BlockRange(3, 12),)

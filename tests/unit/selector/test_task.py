@@ -55,9 +55,14 @@ def test_invalid_method_is_a_one_line_error(text: str, complaint: str) -> None:
 
 
 def test_portfolio_of_gguf_packages_crosses_llamacpp_with_every_independent_switch() -> None:
-    offered = portfolio("gguf")
-    assert {(each.engine, each.arithmetic) for each in offered} == {("llamacpp", "native")}
-    assert not {each.engine for each in portfolio("safetensors")} & {"llamacpp"}
+    everything = portfolio("gguf")
+    assert {(each.engine, each.arithmetic) for each in everything} == {
+        ("llamacpp", "native"),
+        ("onnxruntime", "native"),
+    }
+    assert not any(each.exact for each in everything if each.engine == "onnxruntime"), "it is judged by its figures"
+    assert not {"llamacpp", "native"} & {value for each in portfolio("safetensors") for value in each.switches.values()}
+    offered = [each for each in everything if each.engine == "llamacpp"]
     for switch in ("activations", "prefill_chunk", "prefix_cache", "speculation"):
         assert len({each.switches[switch] for each in offered}) > 1, switch
     assert offered[0] == offered[0].baseline == method(engine="llamacpp")
@@ -72,6 +77,7 @@ def test_portfolio_of_gguf_packages_crosses_llamacpp_with_every_independent_swit
         ("prefix_cache=on", "engine=llamacpp|arithmetic=native|prefix_cache=on"),
         ("engine=llamacpp|activations=int8", "engine=llamacpp|arithmetic=native|activations=int8"),
         ("arithmetic=native", "engine=llamacpp|arithmetic=native"),
+        ("engine=onnxruntime", "engine=onnxruntime|arithmetic=native"),
     ],
 )
 def test_text_means_a_method_of_the_package_format(text: str, name: str) -> None:
@@ -81,7 +87,12 @@ def test_text_means_a_method_of_the_package_format(text: str, name: str) -> None
 @pytest.mark.parametrize(
     ("package_format", "text", "complaint"),
     [
-        ("gguf", "engine=fused", "engine=fused cannot serve .* gguf package: use engine=llamacpp|arithmetic=native$"),
+        (
+            "gguf",
+            "engine=fused",
+            "engine=fused cannot serve .* gguf package: use engine=llamacpp.*, engine=onnxruntime|arithmetic=native$",
+        ),
+        ("gguf", "engine=onnxruntime|arithmetic=int4", "arithmetic=int4 cannot serve .* gguf package"),
         ("gguf", "arithmetic=int8", "arithmetic=int8 cannot serve .* gguf package"),
         ("gguf", "engine=llamacpp|arithmetic=fp32", "arithmetic=fp32 cannot serve"),
         ("gguf", "engine=warp", "invalid engine 'warp'"),
@@ -103,6 +114,14 @@ def test_baseline_is_that_of_the_package_format() -> None:
         assert {baseline_of(each.name).name for each in portfolio(package_format)} == {baseline.name}
         assert {each.baseline.name for each in portfolio(package_format)} == {baseline.name}
     assert baseline_of("engine=warp|arithmetic=fp64") == baseline_of("a method of another program") == BASELINE
+
+
+def test_portfolio_of_half_precision_weights_holds_them_in_two_bytes() -> None:
+    for weight_type in ("bf16", "f16"):
+        kept = portfolio("safetensors", weight_type)
+        left_out = [each for each in portfolio("safetensors") if each not in kept]
+        assert {each.kv_key for each in left_out} == {"onnxruntime/fp32/fp32", "onnxruntime/fp32/int8"}
+    assert portfolio("safetensors", "f32") == portfolio("safetensors")
 
 
 def test_method_properties() -> None:
@@ -158,13 +177,23 @@ def test_heuristic_follows_the_workload() -> None:
 
 
 def test_heuristic_follows_the_workload_of_gguf_packages() -> None:
+    exact = [each for each in portfolio("gguf") if each.exact]
+
     def best(**facts: float) -> dict[str, str]:
-        return dict(preference(TaskContext.of({**CONTEXT.values(), **facts}), portfolio("gguf"))[0].switches)
+        return dict(preference(TaskContext.of({**CONTEXT.values(), **facts}), exact)[0].switches)
 
     assert best()["engine"] == "llamacpp"
     assert best(shared_prefix_share=0.9)["prefix_cache"] == "on"
     assert best(repetitiveness=0.9, max_tokens=200.0)["speculation"].startswith("ngram")
     assert best(stage_count=3.0, prompt_tokens=1024.0, max_tokens=1.0)["prefill_chunk"] != "none"
+
+
+def test_heuristic_prefers_exact_keys_and_values() -> None:
+    plain, narrow = (
+        method(engine="llamacpp", prefix_cache="on"),
+        method(engine="llamacpp", kv="q8_0", prefix_cache="on"),
+    )
+    assert preference(CONTEXT, [narrow, plain])[0] == plain
 
 
 def test_heuristic_narrows_the_wire_on_long_links_only() -> None:

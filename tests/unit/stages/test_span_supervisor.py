@@ -9,6 +9,7 @@ from trio.testing import MockClock
 
 from node.config import StartError
 from node.coordinator.submission import JobError, JobRequest
+from node.engine.device import Device
 from node.engine.interface import REFERENCE, Variant
 from node.links.outbound_link import SessionRefused
 from node.models.errors import ModelError
@@ -84,6 +85,33 @@ async def test_span_that_the_model_must_not_be_cut_to_is_refused(virtual_clock: 
     with pytest.RaisesGroup(pytest.RaisesExc(StartError, match=line), flatten_subgroups=True):
         async with open_swarm() as swarm:
             await swarm.join_where_needed(9, CutEveryFour(), blocks=BlockRange(3, 9))
+
+
+GPUS = [Device(f"cuda:{number}", 1 << 40) for number in range(2)]
+
+
+async def test_span_is_split_over_the_gpus_of_a_node(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join_where_needed(5, blocks=BlockRange(0, 9), devices=GPUS)
+        parts = [(str(engine.info.blocks), engine.info.device) for engine in peer.engines]
+        assert parts in ([("0-4", "cuda:0"), ("4-9", "cuda:1")], [("0-5", "cuda:0"), ("5-9", "cuda:1")])
+        await swarm.settle()
+        request = JobRequest(model="fake", prompt=PROMPT, max_tokens=20)
+        result = await peer.run(request)
+        assert result.token_ids == right_tokens(20)
+        assert all(engine.statistics().steps for engine in peer.engines)
+
+
+async def test_node_that_chooses_its_blocks_fills_all_its_gpus(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peers = [await swarm.join_where_needed(3, devices=GPUS)]
+        await trio.sleep(5)
+        peers.append(await swarm.join_where_needed(3))
+        assert sorted(spans_of(peers[0]) + spans_of(peers[1])) == ["0-3", "3-6", "6-9"]
+        assert [engine.info.device for engine in peers[0].engines] == ["cuda:0", "cuda:1"]
+        swarm.hub.kill(peers[1].id)
+        spare = await swarm.join_where_needed(3)
+        assert spans_of(spare) == spans_of(peers[1])
 
 
 async def test_one_exact_variant_is_built_in_advance(virtual_clock: MockClock) -> None:

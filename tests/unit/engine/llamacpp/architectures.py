@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
+from gguf.quants import quantize
 
 from node.engine.llamacpp.tiny_model import random_weights
 from node.models.gguf_writer import GgufData, GgufValue, write_gguf
@@ -110,6 +111,20 @@ ARCHITECTURES = {
     ),
 }
 
+WIDE_HEADS = Architecture(
+    "llama",
+    {
+        **_ATTENTION,
+        "attn_q.weight": (HEADS * 32, HIDDEN),
+        "attn_k.weight": (KV_HEADS * 32, HIDDEN),
+        "attn_v.weight": (KV_HEADS * 32, HIDDEN),
+        "attn_output.weight": (HIDDEN, HEADS * 32),
+        **_DENSE,
+    },
+    {"attention.key_length": 32, "attention.value_length": 32, "rope.dimension_count": 32, "context_length": 1024},
+)
+"""Heads of whole blocks of q8_0, which has 32 elements in each."""
+
 _COMMON: Mapping[str, Any] = {
     "context_length": 256,
     "embedding_length": HIDDEN,
@@ -122,8 +137,8 @@ _COMMON: Mapping[str, Any] = {
 }
 
 
-def write_model(architecture: Architecture, path: Path) -> Path:
-    """Write a model's file."""
+def write_model(architecture: Architecture, path: Path, kind: GGMLQuantizationType = GGMLQuantizationType.F32) -> Path:
+    """Write a model's file, its matrices in a type."""
     keys = {**_COMMON, **architecture.keys, "block_count": architecture.blocks, "vocab_size": VOCABULARY}
     metadata = {f"{architecture.name}.{key}": typed(value) for key, value in keys.items()}
     metadata |= {"general.architecture": typed(architecture.name), "tokenizer.ggml.model": typed("no_vocab")}
@@ -132,8 +147,11 @@ def write_model(architecture: Architecture, path: Path) -> Path:
         shapes["output.weight"] = (VOCABULARY, HIDDEN)
     for block in range(architecture.blocks):
         shapes |= {f"blk.{block}.{name}": shape for name, shape in architecture.block.items()}
+    kinds = {name: kind if len(shape) > 1 else GGMLQuantizationType.F32 for name, shape in shapes.items()}
     tensors = [
-        GgufData(name, shape, GGMLQuantizationType.F32, random_weights(name, shape).astype(np.float32).tobytes())
+        GgufData(
+            name, shape, kinds[name], quantize(random_weights(name, shape).astype(np.float32), kinds[name]).tobytes()
+        )
         for name, shape in shapes.items()
     ]
     write_gguf(path, metadata, tensors)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from node.engine.interface import EngineOptions, ShardSource
-from node.engine.llamacpp.context import ContextOptions, Floats, SequenceRows, SpanContext
+from node.engine.llamacpp.context import ContextOptions, Floats, SequenceRows, SpanContext, SpanModel
 from node.engine.llamacpp.library import load_library
 from node.engine.llamacpp.shard import LlamaShard
 from node.models.gguf_config import read_config
@@ -56,8 +56,8 @@ class GgufFiles:
         spans = [BlockRange(start, end) for start, end in itertools.pairwise(edges)]
         return [LlamaShard(self.source(blocks), blocks, options) for blocks in spans]
 
-    def alone(self, sequences: int = 1) -> "Alone":
-        return Alone(self, sequences)
+    def alone(self, sequences: int = 1, positions: int = POSITIONS) -> "Alone":
+        return Alone(self, sequences, positions)
 
 
 def write_package(path: Path, folder: Path) -> GgufFiles:
@@ -72,11 +72,11 @@ def write_package(path: Path, folder: Path) -> GgufFiles:
 class Alone:
     """llama.cpp on the whole published file, one text at a time."""
 
-    def __init__(self, files: GgufFiles, sequences: int = 1) -> None:
+    def __init__(self, files: GgufFiles, sequences: int = 1, positions: int = POSITIONS) -> None:
         options = ContextOptions(
-            first=True, last=True, block_count=files.block_count, positions=POSITIONS, sequences=sequences, threads=1
+            first=True, last=True, block_count=files.block_count, positions=positions, sequences=sequences, threads=1
         )
-        self.context = SpanContext(load_library(), files.model.paths[0], options)
+        self.context = SpanContext(SpanModel(load_library(), files.model.paths[0]), options)
 
     def logits(self, tokens: Sequence[int], position: int = 0, outputs: int = 1) -> Floats:
         self.context.truncate(0, position)

@@ -1,5 +1,6 @@
 """Tiny random models of each architecture give the whole model's logits at every cut that their granularity admits."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from node.engine.llamacpp.granularity import find_granularity
 from node.engine.llamacpp.shard import LLAMACPP
 from node.engine.shard import Array
 from node.models.gguf_file import read_gguf
-from tests.unit.engine.driving import InProcess, decode
+from protocol.identity import BlockRange
+from tests.unit.engine.driving import AnyEngine, InProcess, Part, decode
 from tests.unit.engine.llamacpp.architectures import ARCHITECTURES, VOCABULARY, write_model
 from tests.unit.engine.llamacpp.packages import write_package
 
@@ -35,6 +37,19 @@ async def test_admissible_cuts_change_nothing(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+async def test_overlapping_spans_are_left_where_the_next_begins(name: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
+    files = write_package(write_model(architecture, tmp_path / "model.gguf"), tmp_path / "package")
+    tokens = files.alone().decode(PROMPT, 12)
+    [whole] = map(InProcess, files.shards([]))
+    for cut in range(architecture.granularity, architecture.blocks, architecture.granularity):
+        rest = InProcess(files.shards([cut])[1])
+        for first in (whole, *(InProcess(files.shards([end])[0]) for end in range(cut + 1, architecture.blocks))):
+            route: list[AnyEngine] = [Part(first, BlockRange(0, cut)), rest]
+            assert await decode(route, PROMPT, 12, chunk=13, variant=LLAMACPP) == tokens
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_granularity_is_found_by_trying(name: str, tmp_path: Path) -> None:
     model = read_gguf(write_model(ARCHITECTURES[name], tmp_path / "model.gguf"))
     assert find_granularity(model, tmp_path) == ARCHITECTURES[name].granularity
@@ -47,3 +62,30 @@ def test_rotary_factors_do_not_depend_on_the_memory_of_a_span(tmp_path: Path) ->
         [shard] = files.shards([], options)
         logits = shard.run_alone(LLAMACPP, rows, draws=len(PROMPT))
         assert np.abs(logits - files.alone().logits(PROMPT, outputs=len(PROMPT))).max() == 0.0
+
+
+async def test_longrope_reaches_beyond_the_original_context_as_in_llamacpp_alone(tmp_path: Path) -> None:
+    architecture = ARCHITECTURES["phi3"]
+    files = write_package(write_model(architecture, tmp_path / "model.gguf"), tmp_path / "package")
+    original, longest = (architecture.keys[k] for k in ("rope.scaling.original_context_length", "context_length"))
+    assert original < 700 < longest
+    text = np.random.default_rng(1).integers(0, VOCABULARY, 700).tolist()
+    whole, within = files.alone(positions=longest), files.alone(positions=original)
+    assert np.abs(whole.logits(text[:100]) - within.logits(text[:100])).max() > 0.01, "llama.cpp takes other factors"
+    for cuts in ([], [2]):
+        shards = files.shards(cuts)
+        assert {shard.info.max_positions for shard in shards} == {longest}
+        rows: Array = np.array(text)
+        for shard in shards:
+            rows = shard.run_alone(LLAMACPP, rows, draws=len(text))
+        assert np.array_equal(rows, whole.logits(text, outputs=len(text)))
+        assert await decode([InProcess(shard) for shard in shards], text, 8, variant=LLAMACPP) == whole.decode(text, 8)
+
+
+def test_short_rotary_factors_stay_where_the_context_is_the_original_one(tmp_path: Path) -> None:
+    architecture = ARCHITECTURES["phi3"]
+    short = replace(architecture, keys={**architecture.keys, "context_length": 512})
+    files = write_package(write_model(short, tmp_path / "model.gguf"), tmp_path / "package")
+    [shard] = files.shards([], EngineOptions(threads=1, kv_positions=1024))
+    logits = shard.run_alone(LLAMACPP, np.array(PROMPT), draws=len(PROMPT))
+    assert np.array_equal(logits, files.alone(positions=512).logits(PROMPT, outputs=len(PROMPT)))

@@ -11,7 +11,7 @@ from node.engine.llamacpp import context
 from node.engine.llamacpp.context import SequenceRows
 from node.engine.llamacpp.shard import LLAMACPP
 from node.engine.shard import Array
-from protocol.identity import SessionId
+from protocol.identity import BlockRange, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
 from tests.unit.engine.driving import GREEDY, InProcess, decode, session, start, step
@@ -54,7 +54,7 @@ def test_every_span_knows_the_vocabulary(smol: GgufFiles) -> None:
 def test_rows_do_not_depend_on_the_rows_beside_them(smol: GgufFiles, smol_alone: Alone) -> None:
     [shard] = smol.shards([])
     rows = [SequenceRows(number, 0, np.array(text, np.int32), 1) for number, text in enumerate(PROMPTS)]
-    for text, logits in zip(PROMPTS, shard._context.run(rows), strict=True):
+    for text, logits in zip(PROMPTS, shard._kv[LLAMACPP].context.run(rows), strict=True):
         assert np.abs(logits - smol_alone.logits(text)).max() == 0.0
 
 
@@ -172,6 +172,30 @@ async def test_seeded_sampling_is_repeated_on_other_cuts(smol: GgufFiles) -> Non
         await decode(engines(smol, cuts), PROMPT, 12, sampling=sampling, variant=LLAMACPP) for cuts in ([], [7, 21])
     ]
     assert texts[0] == texts[1]
+
+
+async def test_session_that_runs_a_part_of_the_span_disturbs_no_other(smol: GgufFiles, smol_alone: Alone) -> None:
+    whole, rest = InProcess(smol.shards([])[0]), InProcess(smol.shards([12])[1])
+    texts = [PROMPTS[0][:], PROMPTS[1][:]]
+    wanted = [smol_alone.decode(text, 6) for text in texts]
+    await start(whole, session(0), 48, variant=LLAMACPP)
+    found, done = [whole_text[:] for whole_text in texts], [0, 0]
+    for turn in range(6):
+        rows = [tensor_from_tokens(text[position:]) for text, position in zip(found, done, strict=True)]
+        slices = [SliceInput(session(number), done[number], rows[number], 1) for number in range(2)]
+        if turn == 0:  # it joins when the other one has rows in the KV memory, and alone runs only 12 blocks
+            head = await whole.step(slices[:1])
+            await whole.open(session(1), 48)
+            await whole.begin(session(1), SessionOptions(variant=LLAMACPP, blocks=BlockRange(0, 12)))
+            await start(rest, session(1), 48, variant=LLAMACPP)
+            outputs = [head.outputs[0], (await whole.step(slices[1:])).outputs[0]]
+        else:
+            outputs = list((await whole.step(slices)).outputs)
+        last = await rest.step([replace(slices[1], tensor=outputs[1].tensor)])
+        done = [len(text) for text in found]
+        for text, output in zip(found, (outputs[0], last.outputs[0]), strict=True):
+            text += tokens_from_tensor(output.tensor)
+    assert [text[len(prompt) :] for text, prompt in zip(found, texts, strict=True)] == wanted
 
 
 def test_kv_memory_grows_without_changing_a_bit(smol: GgufFiles, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,14 +87,15 @@ def test_rows_that_make_a_pass_fail_cost_their_session_alone(files: GgufFiles, m
     engine = InProcess(shard)
     for number in range(4):
         engine.open_now(session(number), 32, SessionOptions(sampling=GREEDY, variant=LLAMACPP))
-    run = shard._context.run
+    context = shard._kv[LLAMACPP].context
+    run = context.run
 
     def fails_on_seven(parts: list[SequenceRows]) -> Any:
         if any(7 in part.rows for part in parts):
             raise PassFailed("llama.cpp could not compute 3 rows (error 1)")
         return run(parts)
 
-    monkeypatch.setattr(shard._context, "run", fails_on_seven)
+    monkeypatch.setattr(context, "run", fails_on_seven)
     result = engine.step_now([driven(number, [1, 2, 7 if number == 2 else 3]) for number in range(4)])
     assert [fault.session for fault in result.faults] == [session(2)]
     assert not result.faults[0].by_rows
@@ -138,10 +139,10 @@ def test_states_that_are_not_finite_are_the_senders_fault(files: GgufFiles) -> N
         engine.step_now([replace(driven(1, [1]), tensor=Tensor(DType.FLOAT32, states.shape, states.tobytes()))])
 
 
-def test_a_part_of_a_span_is_refused(files: GgufFiles) -> None:
+def test_a_part_that_begins_within_the_span_is_refused(files: GgufFiles) -> None:
     engine = InProcess(LlamaShard(files.source(WHOLE), WHOLE, EngineOptions(threads=1, kv_positions=256)))
-    with pytest.raises(VariantNotReady, match="runs the whole span or nothing"):
-        engine.open_now(session(1), 32, SessionOptions(variant=LLAMACPP, blocks=BlockRange(0, 2)))
+    with pytest.raises(VariantNotReady, match="does not run blocks 1-2 of its span alone"):
+        engine.open_now(session(1), 32, SessionOptions(variant=LLAMACPP, blocks=BlockRange(1, 2)))
 
 
 def test_library_of_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,150 @@
+"""A text gives the same logits whatever else KV memory holds and has held, and with any number of threads."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from gguf import GGMLQuantizationType
+from hypothesis import given
+from hypothesis import strategies as st
+
+from node.engine.llamacpp import context
+from node.engine.llamacpp.context import ContextOptions, Floats, PassFailed, SequenceRows, SpanContext, SpanModel
+from node.engine.llamacpp.kv_cells import KvCells
+from node.engine.llamacpp.library import load_library
+from tests.unit.engine.llamacpp.architectures import ARCHITECTURES, VOCABULARY, write_model
+
+POSITIONS = 2048
+
+Tokens = npt.NDArray[np.int32]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> SpanModel:
+    path = tmp_path_factory.mktemp("llama") / "tiny.gguf"
+    write_model(ARCHITECTURES["llama3"], path, GGMLQuantizationType.Q8_0)
+    return SpanModel(load_library(), path)
+
+
+def opened(model: SpanModel, *, threads: int = 1, positions: int = POSITIONS, sequences: int = 4) -> SpanContext:
+    block_count = ARCHITECTURES["llama3"].blocks
+    options = ContextOptions(
+        first=True, last=True, block_count=block_count, positions=positions, sequences=sequences, threads=threads
+    )
+    return SpanContext(model, options)
+
+
+def text(length: int, seed: int = 0) -> Tokens:
+    return np.random.default_rng(seed).integers(0, VOCABULARY, length).astype(np.int32)
+
+
+def run(memory: SpanContext, sequence: int, tokens: Tokens, start: int, end: int) -> Floats:
+    """Take a part of a text; return the logits after its last token."""
+    return memory.run([SequenceRows(sequence, start, tokens[start:end], 1)])[0]
+
+
+@pytest.fixture(scope="module")
+def wanted(model: SpanModel) -> Floats:
+    return run(opened(model), 0, text(600), 0, 600)
+
+
+def test_a_text_beside_others_that_end_and_are_rolled_back(model: SpanModel, wanted: Floats) -> None:
+    memory, tokens = opened(model), text(600)
+    run(memory, 1, text(90, seed=1), 0, 90)
+    run(memory, 0, tokens, 0, 200)
+    run(memory, 2, text(90, seed=2), 0, 90)
+    memory.truncate(1, 0)
+    for start in range(200, 590, 30):
+        run(memory, 2, text(200, seed=2), 50, 80)
+        memory.run([SequenceRows(0, start, text(30, seed=start), 1)])
+        run(memory, 0, tokens, start, start + 30)
+    assert (run(memory, 0, tokens, 590, 600) == wanted).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_single_row_and_rows_beside_it_with_any_number_of_threads(
+    model: SpanModel, wanted: Floats, threads: int
+) -> None:
+    memory, tokens = opened(model, threads=threads), text(600)
+    run(memory, 0, tokens, 0, 599)
+    assert (run(memory, 0, tokens, 599, 600) == wanted).all()
+    assert (run(memory, 0, tokens, 595, 600) == wanted).all()
+    run(memory, 1, text(40), 0, 40)
+    assert (run(memory, 0, tokens, 599, 600) == wanted).all()
+
+
+def test_memory_that_is_full_of_given_up_cells_is_written_anew(model: SpanModel, wanted: Floats) -> None:
+    memory, tokens = opened(model, positions=640), text(600)
+    run(memory, 1, text(30, seed=1), 0, 30)
+    run(memory, 0, tokens, 0, 500)
+    for _ in range(10):
+        run(memory, 0, tokens, 500, 600)
+    assert memory.positions == 800
+    assert (run(memory, 0, tokens, 590, 600) == wanted).all()
+    assert (run(memory, 1, text(31, seed=1), 30, 31) == run(opened(model), 0, text(31, seed=1), 0, 31)).all()
+
+
+def test_memory_that_grows(model: SpanModel, wanted: Floats, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "FIRST_POSITIONS", 64)
+    memory, tokens = opened(model), text(600)
+    assert memory.positions == 64
+    for start in range(0, 600, 40):
+        last = run(memory, 0, tokens, start, start + 40)
+        run(memory, 1, text(600, seed=1), start, start + 40)
+    assert (last == wanted).all()
+
+
+def test_a_prefix_of_several_texts_in_another_order(model: SpanModel, wanted: Floats) -> None:
+    memory, tokens = opened(model), text(600)
+    run(memory, 1, tokens, 0, 400)
+    run(memory, 2, tokens, 0, 100)
+    memory.copy(2, 0, 0, 96)
+    memory.copy(1, 0, 96, 320)
+    memory.truncate(1, 0)
+    memory.drop(2, 0, 32)
+    assert (run(memory, 0, tokens, 320, 600) == wanted).all()
+
+
+def test_rows_that_do_not_follow_are_refused(model: SpanModel) -> None:
+    memory = opened(model)
+    run(memory, 0, text(20), 0, 20)
+    with pytest.raises(PassFailed, match="no longer in KV memory"):
+        run(memory, 0, text(40), 30, 40)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["write", "cut", "drop", "share", "anew"]), *[st.integers(0, 12)] * 4), max_size=40
+    )
+)
+def test_cells_are_those_of_a_table_of_positions(steps: list[tuple[str, int, int, int, int]]) -> None:
+    cells, table, taken = KvCells(), {number: dict[int, int]() for number in range(3)}, 0
+    for what, one, other, start, count in steps:
+        of, by = table[one % 3], table[other % 3]
+        end = max(of, default=-1) + 1
+        match what:
+            case "write":
+                cells.write(one % 3, end, count)
+                of |= {end + number: taken + number for number in range(count)}
+                taken += count
+            case "cut":
+                cells.cut(one % 3, start)
+                table[one % 3] = {position: cell for position, cell in of.items() if position < start}
+            case "drop":
+                cells.drop(one % 3, start, start + count)
+                table[one % 3] = {p: cell for p, cell in of.items() if not start <= p < start + count}
+            case "share" if of is not by:
+                part = {p: cell for p, cell in by.items() if end <= p < end + count}
+                follows = all(cell > max(of.values(), default=-1) for cell in part.values())
+                assert cells.follows(other % 3, one % 3, end, end + count) == follows
+                cells.share(other % 3, one % 3, end, end + count)
+                of |= part
+            case "anew":
+                cells.write_anew()
+                taken = 0
+                for each in table.values():
+                    for position in sorted(each):
+                        each[position] = taken
+                        taken += 1
+        assert cells.held == sum(map(len, table.values()))
+        assert cells.taken == taken
+        assert [cells.end(number) for number in range(3)] == [max(each, default=-1) + 1 for each in table.values()]
