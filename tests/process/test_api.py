@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import closing
+from itertools import product
 from typing import Any, TypeVar
 
 import anthropic
@@ -24,6 +25,7 @@ SCHEMA = {
     "required": ["name", "age", "tags"],
     "additionalProperties": False,
 }
+METHODS = ("speculation=ngram-8", "prefix_cache=on", "prefix_cache=on|speculation=ngram-8")
 USER: list[Any] = [{"role": "user", "content": "Describe a person."}]
 
 
@@ -72,22 +74,33 @@ async def check_openai(daemon: Daemon) -> None:
 
 
 async def check_structured_texts(daemon: Daemon) -> None:
-    """Texts that follow a schema, also with drafts, are valid; a bad schema is the client's."""
+    """Texts that follow a schema are valid, and the same by all exact methods beside others; a bad one is refused."""
     body: dict[str, Any] = {"model": MODEL, "messages": USER, "max_tokens": 80, "temperature": 1.0}
     body["response_format"] = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
     async with httpx.AsyncClient(base_url=daemon.api_url, timeout=120) as client:
-        for seed in range(4):
-            texts = []
-            for method in ("baseline", "speculation=ngram-8"):
-                extras = {"method": method}
-                answer = await client.post("/v1/chat/completions", json={**body, "seed": seed, "metaswarm": extras})
-                assert answer.status_code == 200, answer.text
-                (choice,) = answer.json()["choices"]
-                assert choice["finish_reason"] == "stop"
-                texts.append(choice["message"]["content"])
-            for value in map(json.loads, texts):
-                assert value.keys() == {"name", "age", "tags"}
-                assert 0 <= value["age"] <= 120
+
+        async def text_of(seed: int, method: str) -> str:
+            extras = {"method": method}
+            answer = await client.post("/v1/chat/completions", json={**body, "seed": seed, "metaswarm": extras})
+            assert answer.status_code == 200, answer.text
+            (choice,) = answer.json()["choices"]
+            assert choice["finish_reason"] == "stop"
+            return str(choice["message"]["content"])
+
+        async def keep(seed: int, method: str) -> None:
+            beside[seed, method] = await text_of(seed, method)
+
+        alone = {seed: await text_of(seed, "baseline") for seed in range(3)}
+        for value in map(json.loads, alone.values()):
+            assert value.keys() == {"name", "age", "tags"}
+            assert 0 <= value["age"] <= 120
+        for seed, method in enumerate(METHODS):
+            assert await text_of(seed, method) == alone[seed]
+        beside: dict[tuple[int, str], str] = {}
+        async with trio.open_nursery() as nursery:
+            for seed, method in product(alone, METHODS):
+                nursery.start_soon(keep, seed, method)
+        assert beside == {(seed, method): alone[seed] for seed, method in product(alone, METHODS)}
         body["response_format"] = {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}
         answer = await client.post("/v1/chat/completions", json=body)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "response_format")
