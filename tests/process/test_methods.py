@@ -8,7 +8,7 @@ import trio
 
 from node.models.gguf_file import read_gguf
 from node.models.store import Package
-from selector.task import BASELINE, PORTFOLIO, Method, parse_method, portfolio
+from selector.task import BASELINES, PORTFOLIO, Method, PackageFormat, parse_method, portfolio
 from tests.process.daemons import MODEL, THIRDS, Daemon, until
 from tests.process.test_parity import TEXT, generate, whole_model
 from tests.support.demo_model import DEQUANTISED, demo_gguf
@@ -30,28 +30,30 @@ PROMPTS = (
 )
 """Mixed lengths, from one token to about 130; half of them begin alike, and one repeats itself."""
 
-EXACT = [method.name for method in portfolio("safetensors") if method.exact]
+EXACT = {each: [method.name for method in portfolio(each) if method.exact] for each in ("safetensors", "gguf")}
 
 
-def test_every_switch_value_of_an_exact_method_is_tested() -> None:
+@pytest.mark.parametrize("package_format", EXACT)
+def test_every_switch_value_of_an_exact_method_is_tested(package_format: str) -> None:
     """Also in what `make test` runs."""
-    assert len(EXACT) >= 10
-    tested = {item for name in combined_methods() for item in PORTFOLIO[name].switches.items()}
-    assert tested == {item for name in EXACT for item in PORTFOLIO[name].switches.items()}
+    assert len(EXACT[package_format]) >= 6
+    tested = {item for name in combined_methods(package_format) for item in PORTFOLIO[name].switches.items()}
+    assert tested == {item for name in EXACT[package_format] for item in PORTFOLIO[name].switches.items()}
 
 
-def combined_methods() -> list[str]:
+def combined_methods(package_format: str) -> list[str]:
     """Of each engine with each way of speculating, the method with most of what is optional; and the reference."""
+    reference = BASELINES[PackageFormat(package_format)]
     most: dict[tuple[str, str], str] = {}
-    for name in EXACT:
+    for name in EXACT[package_format]:
         key = (PORTFOLIO[name].engine, PORTFOLIO[name].drafter)
-        most[key] = max(most.get(key, name), name, key=lambda each: _options(PORTFOLIO[each]))
-    return list(dict.fromkeys([BASELINE.name, *most.values()]))
+        most[key] = max(most.get(key, name), name, key=lambda each: _options(PORTFOLIO[each], reference))
+    return list(dict.fromkeys([reference.name, *most.values()]))
 
 
-def _options(method: Method) -> int:
+def _options(method: Method, reference: Method) -> int:
     """How many switches differ from the reference."""
-    return sum(value != BASELINE.switches[switch] for switch, value in method.switches.items())
+    return sum(value != reference.switches[switch] for switch, value in method.switches.items())
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ async def test_exact_methods_equal_transformers_alone_and_in_batches_of_eight(
     start_swarm: StartSwarm, expected: list[tuple[list[int], list[int]]]
 ) -> None:
     daemons = await start_swarm(*THIRDS, flags=("--draft", DEQUANTISED), model=DEQUANTISED)
-    await check_methods(daemons, expected, combined_methods(), DEQUANTISED)
+    await check_methods(daemons, expected, combined_methods("safetensors"), DEQUANTISED)
 
 
 async def test_exact_methods_of_gguf_equal_llama_cpp_alone_and_in_batches_of_eight(
@@ -75,8 +77,8 @@ async def test_exact_methods_of_gguf_equal_llama_cpp_alone_and_in_batches_of_eig
 ) -> None:
     tokenizer, alone = load_tokenizer(package), GgufFiles(read_gguf(demo_gguf()), package.path).alone()
     expected = [(prompt := tokenizer.encode(text), alone.decode(prompt, ALONE_TOKENS)) for text in PROMPTS]
-    methods = [method.name for method in portfolio("gguf") if method.exact]
-    await check_methods(await start_swarm(*THIRDS, flags=("--draft", MODEL)), expected, methods, MODEL)
+    daemons = await start_swarm(*THIRDS, flags=("--draft", MODEL))
+    await check_methods(daemons, expected, combined_methods("gguf"), MODEL)
 
 
 @pytest.mark.soak  # the measurement runs at the lowest priority: minutes on a busy machine
@@ -113,7 +115,7 @@ async def test_every_exact_method_equals_transformers(
     start_swarm: StartSwarm, expected: list[tuple[list[int], list[int]]], spans: tuple[str, ...]
 ) -> None:
     daemons = await start_swarm(*spans, flags=("--draft", DEQUANTISED), model=DEQUANTISED)
-    await check_methods(daemons, expected, EXACT, DEQUANTISED)
+    await check_methods(daemons, expected, EXACT["safetensors"], DEQUANTISED)
 
 
 async def check_methods(

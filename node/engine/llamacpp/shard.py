@@ -40,7 +40,7 @@ from protocol.limits import MAX_POSITIONS
 from selector.cuts import Cuts
 
 LLAMACPP: Final = Variant("llamacpp", "native")
-"""The reference of a GGUF package: llama.cpp, with the weights as they were published, and keys and values in f16."""
+"""The reference of a GGUF package: llama.cpp, with the weights as they were published."""
 
 _NARROW_FIRST_POSITIONS: Final = 256
 """Of KV memory that only some jobs use, if any."""
