@@ -81,7 +81,7 @@ of each, its usual one first. `native`: the weights as they were published, quan
 KV_TYPES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {"eager": ("auto",), "fused": ("auto",), "onnxruntime": ("auto",), "llamacpp": ("auto", "q8_0")}
 )
-"""The types of each engine's keys and values. `auto`: its own; `q8_0`: ggml's 8.5 bits an element, for 16 in llama.cpp."""
+"""The types of each engine's keys and values. `auto`: its own; `q8_0`: of ggml, 8.5 bits an element."""
 
 LOSSY_VARIANTS: Final = frozenset({("onnxruntime", "native")})
 """Engines and arithmetics whose every setting is exact elsewhere: this one rounds activations otherwise than llama.cpp

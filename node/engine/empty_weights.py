@@ -6,26 +6,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate.big_modeling import init_empty_weights
 from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
 def without_weights() -> Iterator[None]:
     """Have modules made in the block of code hold parameters without memory; buffers are computed."""
-    register = nn.Module.register_parameter
-
-    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_empty  # type: ignore[assignment, method-assign]
-    try:
-        with _WithoutMemory():
-            yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    with init_empty_weights(include_buffers=False), _WithoutMemory():
+        yield
 
 
 class _WithoutMemory(TorchFunctionMode):

@@ -1,7 +1,8 @@
 """Keeps out of a worker what transformers imports and no forward pass uses: over a hundred MiB of 320.
 
-That is torch's compiler with sympy, its tensors over several machines, scipy, for losses, and accelerate. It has to be
-called in a process before transformers is imported, and changes nothing where that is too late.
+That is torch's compiler with sympy, its tensors over several machines, scipy, for losses, and what transformers uses of
+accelerate, for models over several devices. It has to be called in a process before transformers is imported, and
+changes nothing where that is too late.
 """
 
 import importlib
