@@ -11,7 +11,8 @@ import pytest
 from node.engine.interface import EngineError, EngineOptions, SessionOptions, SliceInput, StepFailed, VariantNotReady
 from node.engine.kv_allocator import KvReservation
 from node.engine.llamacpp import context, granularity, library
-from node.engine.llamacpp.context import PassFailed, SequenceRows
+from node.engine.llamacpp.context import SequenceRows
+from node.engine.llamacpp.kv_memory import PassFailed
 from node.engine.llamacpp.shard import LLAMACPP, LlamaShard
 from node.engine.memory_plan import GGUF_COSTS, ModelSizes, memory_plan
 from protocol.identity import BlockRange
