@@ -19,6 +19,7 @@ from node.coordinator.route import OpenRoute, RouteLost, RouteRejected, SampledT
 from node.coordinator.session_request import RouteServices, SessionRequest, request_sessions
 from node.coordinator.straggler_monitor import RETRY_AFTER_S, StragglerMonitor
 from node.coordinator.submission import JobError, JobErrorCode
+from node.engine.interface import parts_of
 from node.links.outbound_link import SessionLost
 from node.util.backoff import backoff_s
 from protocol.identity import PeerId, SessionId, Stage
@@ -182,8 +183,11 @@ class ResilientRoute:
     def _need(self, leaving: Collection[PeerId] = (), begun: OpenRoute | None = None) -> RouteNeed:
         """Return what the job needs of the next route: without some peers, and like the route begun, or else before."""
         held = begun.held() if begun else self._held
+        need = self._job.need()
+        if self._method is not None:  # routes are asked for this one only
+            need = replace(need, parts=parts_of(self._method.engine))
         return replace(
-            self._job.need(),
+            need,
             not_last=frozenset(self._outdated),
             without={*self._avoided, *leaving},
             like=begun.stages if begun else self._stages,

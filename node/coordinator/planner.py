@@ -344,7 +344,8 @@ class Planner:
 
 def _without_last(need: RouteNeed, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
     """Yield the candidates, those that cannot be the last stage without the model's last block."""
-    last = need.demand.block_count - 1
+    demand = need.demand
+    last = (demand.block_count - 1) // demand.granularity * demand.granularity
     for candidate in candidates:
         peer, blocks = candidate.stage.peer, candidate.stage.blocks
         if peer not in need.not_last or blocks.end <= last:

@@ -109,6 +109,8 @@ class _Frame:
 
     buffers: list[worker_protocol.Buffer]
     taken: bool = False
+    dropped: tuple[int, ...] = ()
+    """Pages that the worker learns from it to have been given up."""
 
 
 @dataclass(slots=True, eq=False)
@@ -290,7 +292,9 @@ class WorkerEngine(Engine):
     def _begun(self, session: SessionId, options: SessionOptions, reservation: KvReservation) -> _Frame:
         if options.variant == REFERENCE:
             self._on_reference.add(session)
-        return self._post(worker_protocol.encode_begin(session, options, reservation))
+        frame = self._post(worker_protocol.encode_begin(session, options, reservation))
+        frame.dropped = reservation.dropped
+        return frame
 
     def _close(self, session: SessionId, *, keep: bool) -> None:
         begun = self._sessions.get(session)
@@ -302,6 +306,7 @@ class WorkerEngine(Engine):
             self._post(worker_protocol.encode_frame({"do": "close", "session": session}))
         else:
             self._outbox.remove(begun)
+            self._pages.drop_again(begun.dropped)
 
     def _leave_reference(self, session: SessionId) -> None:
         if session in self._on_reference:

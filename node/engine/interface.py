@@ -33,6 +33,10 @@ class EngineCrashed(EngineError):
     """The worker process died: every session it held is lost."""
 
 
+class EngineLost(Exception):
+    """An engine has lost what its sessions held, and its process must end."""
+
+
 class EngineFull(EngineError):
     """No KV memory for another session now."""
 

@@ -196,6 +196,10 @@ class KvAllocator:
         self.hit_positions += reservation.cached
         return reservation
 
+    def drop_again(self, pages: Iterable[int]) -> None:
+        """Have the next session tell the engine of pages given up: the one that should have was withdrawn."""
+        self._dropped.update(page for page in pages if page not in self._taken_units)
+
     def rewind(self, session: SessionId, position: int) -> None:
         """Drop the session's cached pages that reach beyond `position`: they are about to be overwritten."""
         holding = self._of(session)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
 from typing import Any, NoReturn
 
-from node.engine.interface import REFERENCE, EngineError, Variant
+from node.engine.interface import REFERENCE, EngineError, EngineLost, Variant
 from node.engine.open_shard import open_shard
 from node.engine.shard import Shard
 from node.engine.worker_protocol import (
@@ -62,7 +62,10 @@ def main() -> None:
         header, payload = _receive(frames)
         match header["do"]:
             case "begin":
-                shard.begin(*decode_values(header))
+                try:
+                    shard.begin(*decode_values(header))
+                except EngineLost as error:
+                    _exit_if_lost(error)
             case "rename":
                 shard.rename(decode_session(header["session"]), decode_session(header["successor"]))
             case "close":
@@ -95,7 +98,10 @@ def _prepare(shard: Shard[Any], header: Header, connection: socket.socket) -> No
 
 
 def _exit_if_lost(cause: BaseException | None) -> None:
-    """Exit where a GPU has failed: lost to this process, perhaps not to the next one."""
+    """Exit where an engine has lost its sessions, or a GPU has failed: to this process, perhaps not to the next one."""
+    if isinstance(cause, EngineLost):
+        sys.stderr.write(f"{one_line(cause)}\n")
+        os._exit(1)
     if "torch" not in sys.modules:
         return
     from node.engine.device_probe import is_lost

@@ -42,9 +42,13 @@ def shares_of_spans(
 
 
 def usable_shares(manifest: Manifest, shares: Sequence[DeviceShare]) -> Sequence[DeviceShare]:
-    """Return the shares with a worker each: llama.cpp spreads a GGUF package over all GPUs that it knows by itself."""
+    """Return the shares with a worker each.
+
+    A GGUF package has one: llama.cpp spreads it over the GPUs that its build knows, by itself. Usually that is none, so
+    no more is planned for it than one device has.
+    """
     if manifest.format == GGUF:
-        return (DeviceShare(shares[0].device, sum(share.memory_bytes for share in shares)),)
+        return shares[:1]
     return shares
 
 

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from node.engine.interface import AUTO, EngineError
+from node.engine.interface import AUTO, EngineError, EngineLost
 from node.engine.llamacpp.embedding import Embedding
 from node.engine.llamacpp.kv_budget import KvBudget
-from node.engine.llamacpp.kv_cells import KvCells
+from node.engine.llamacpp.kv_memory import OWN_SEQUENCES, KvMemory, PassFailed
 from node.engine.llamacpp.library import FLASH_ATTENTION_ON, KV_TYPES, LOAD_MAPPED, Batch, EvalCallback, Library
 from node.util.mapped_pages import drop_mapped_pages
 from node.util.text import one_line
@@ -35,11 +35,6 @@ another way with other rounding: a prompt would have other keys and values in ch
 FIRST_POSITIONS: Final = 2048
 """KV memory has so many cells at first, and doubles when sessions fill it: llama.cpp writes to all of it at once, so
 that it is resident whether or not a session ever needs it."""
-
-OWN_SEQUENCES: Final = 2
-"""Sequences that a context needs beside those of sessions."""
-
-_ALL_POSITIONS: Final = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +55,7 @@ class ContextOptions:
     """How a span computes; `positions` and `sequences` are the limits of all sessions together.
 
     `embedding`: of a first span that is not the last. `kv`: the type of keys and values. `first_positions`: KV memory
-    has so many at first; None for FIRST_POSITIONS.
+    has room for so many at first; None for FIRST_POSITIONS. `scratch_dir`: of a file in which sessions are moved.
     """
 
     first: bool
@@ -72,10 +67,7 @@ class ContextOptions:
     threads: int
     kv: str = AUTO
     first_positions: int | None = None
-
-
-class PassFailed(Exception):
-    """llama.cpp could not compute the rows of a pass."""
+    scratch_dir: Path | None = None
 
 
 class SpanModel:
@@ -97,6 +89,8 @@ class SpanModel:
             raise EngineError("the architecture keeps a recurrent state, which cannot be rolled back: not supported")
         self.hidden_size: int = library.llama_model_n_embd(self.handle)
         self.vocabulary_size: int = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self.handle))
+        self.window: int = library.llama_model_n_swa(self.handle)
+        """Positions of its sliding window, 0 for none."""
 
 
 def cells_for(positions: int) -> int:
@@ -126,12 +120,10 @@ class SpanContext:
         """Whether the context asks for each tensor if it is wanted. A last span's does once a part of it has run."""
         self._opened = _Opened(self._states)
         weakref.finalize(self, _free, library, self._opened, model)
-        self._cells = KvCells()
-        self._given_up, self._scratch = options.sequences, options.sequences + 1
-        """Sequences of this class's own: of cells that no other holds any more, and of what is being copied."""
+        self._kv = KvMemory(library, options.sequences, model.window)
         library.take_error()
         self._limit = cells_for(options.positions)
-        cells = min(options.first_positions or FIRST_POSITIONS, self._limit)
+        cells = min(cells_for(options.first_positions or FIRST_POSITIONS), self._limit)
         if (context := self._open(cells, self._is_watched)) is None:
             reason = library.take_error() or "too little memory"
             raise EngineError(f"llama.cpp has no KV cache of type {options.kv} for {cells} positions: {reason}")
@@ -148,7 +140,7 @@ class SpanContext:
     @property
     def needed(self) -> int:
         """Those that it needs for what its sequences hold."""
-        return cells_for(self._cells.held)
+        return cells_for(self._kv.cells.held)
 
     def _open(self, positions: int, is_watched: bool) -> int | None:
         """Return a context with KV memory for `positions`, or None where there is no memory for it."""
@@ -158,7 +150,7 @@ class SpanContext:
     def _use(self, context: int, positions: int) -> None:
         self._opened.context = self._context = context
         self._positions = positions
-        self._memory = self._library.llama_get_memory(context)
+        self._kv.use(context)
 
     def _parameters(self, positions: int, is_watched: bool) -> Any:
         options = self._options
@@ -194,7 +186,7 @@ class SpanContext:
         self._states.expect(block_count - 1 if returns_states else None)
         for part in parts:
             self.truncate(part.sequence, part.position)
-            if part.position != self._cells.end(part.sequence):
+            if part.position != self._kv.cells.end(part.sequence):
                 raise PassFailed("what came before these rows is no longer in KV memory")
         if (embedding := self._options.embedding) is not None:
             parts = [replace(part, rows=embedding.rows(part.rows)) for part in parts]
@@ -202,7 +194,7 @@ class SpanContext:
             self._write_anew(self._positions, is_watched=True)
         self._make_room(sum(len(part.rows) for part in parts))
         for part in parts:
-            self._cells.write(part.sequence, part.position, len(part.rows))
+            self._kv.cells.write(part.sequence, part.position, len(part.rows))
         outputs: list[list[Floats]] = [[] for _ in parts]
         try:
             for pieces in self._batches(parts):
@@ -216,10 +208,10 @@ class SpanContext:
 
     def _make_room(self, rows: int) -> None:
         """See to it that so many rows more find cells, and that attention has not too many given up to pass over."""
-        needed = cells_for(self._cells.held + rows)
+        needed = cells_for(self._kv.cells.held + rows)
         if needed > self._positions < self._limit:
             self.resize(min(self._budget.positions_for(self, needed), self._limit))
-        elif self._cells.taken + rows > min(self._positions, 2 * needed + FIRST_POSITIONS):
+        elif self._kv.cells.taken + rows > min(self._positions, 2 * needed + FIRST_POSITIONS):
             self._write_anew(self._positions, self._is_watched)
 
     def _batches(self, parts: Sequence[SequenceRows]) -> Sequence[Sequence[tuple[int, SequenceRows]]]:
@@ -262,10 +254,9 @@ class SpanContext:
 
     def _read_states(self, count: int) -> Floats:
         taken = self._states.taken
-        states = taken[0] if len(taken) == 1 else np.concatenate(taken)
-        if len(states) != count:
-            raise PassFailed(f"llama.cpp computed {len(states)} rows of hidden states, not {count}")
-        return states
+        if (found := sum(map(len, taken))) != count:
+            raise PassFailed(f"llama.cpp computed {found} rows of hidden states, not {count}")
+        return taken[0] if len(taken) == 1 else np.concatenate(taken)
 
     def _logits(self, row: int) -> Floats:
         pointer = self._library.llama_get_logits_ith(self._context, row)
@@ -274,85 +265,68 @@ class SpanContext:
         return np.ctypeslib.as_array(pointer, (1, self._model.vocabulary_size)).copy()
 
     def resize(self, positions: int) -> None:
-        """Move what the sequences hold into KV memory of another size. Raises PassFailed; the former is in use then."""
+        """Move what the sequences hold into KV memory of another size. Raises as `_write_anew` does."""
         self._write_anew(positions, self._is_watched)
 
     def _write_anew(self, positions: int, is_watched: bool) -> None:
-        """Write what the sequences hold, and nothing else, one after the other into KV memory. Raises PassFailed.
+        """Write what the sequences hold, and nothing else, one after the other into KV memory.
 
-        Into the same memory where nothing else changes: there is no room for a second one of its size.
+        By way of a file, as memory is planned for one context only. Raises PassFailed where all is as before, and
+        EngineLost where it is not.
         """
-        former = self._context
+        is_cleared, failure = False, None
         try:
-            with TemporaryFile() as file:
-                sizes = {sequence: self._save(sequence, file) for sequence in self._cells}
+            with TemporaryFile(dir=self._options.scratch_dir) as file:
+                pieces = self._kv.save(file)
                 file.seek(0)
+                is_cleared = True
                 if positions == self._positions and is_watched == self._is_watched:
-                    self._library.llama_memory_clear(self._memory, False)
+                    self._kv.clear()
                 else:
-                    if (context := self._open(positions, is_watched)) is None:
-                        raise PassFailed(f"llama.cpp has too little memory for {positions} positions of KV cache")
-                    self._use(context, positions)
-                    self._is_watched = is_watched
-                    self._library.llama_free(former)
-                for sequence, size in sizes.items():
-                    self._restore(sequence, np.frombuffer(file.read(size), np.uint8))
-        except OSError as error:
+                    failure = self._reopen(positions, is_watched)
+                if not self._kv.restore(pieces, file):
+                    raise EngineLost("llama.cpp has lost what its sessions held")
+        except (OSError, MemoryError) as error:
+            if is_cleared:
+                raise EngineLost(f"llama.cpp has lost what its sessions held: {one_line(error)}") from None
             raise PassFailed(f"cannot move sessions in KV memory: {one_line(error)}") from None
-        self._cells.write_anew()
+        if failure is not None:
+            raise PassFailed(failure)
 
-    def _save(self, sequence: int, file: IO[bytes]) -> int:
-        state = self._state(sequence)
-        file.write(state.data)
-        return state.nbytes
+    def _reopen(self, positions: int, is_watched: bool) -> str | None:
+        """Exchange the context for an empty one, like the former where the wanted one is not to be had: return why."""
+        self._library.llama_free(self._context)
+        self._opened.context = failure = None
+        if (context := self._open(positions, is_watched)) is None:
+            failure = f"llama.cpp has too little memory for {positions} positions of KV cache"
+            positions, is_watched = self._positions, self._is_watched
+            context = self._open(positions, is_watched)
+        if context is None:
+            raise EngineLost(failure or "")
+        self._use(context, positions)
+        self._is_watched = is_watched
+        return failure
 
-    def _state(self, sequence: int) -> npt.NDArray[np.uint8]:
-        state = np.empty(self._library.llama_state_seq_get_size(self._context, sequence), np.uint8)
-        self._library.llama_state_seq_get_data(self._context, state.ctypes.data, state.nbytes, sequence)
-        return state
-
-    def _restore(self, sequence: int, state: npt.NDArray[np.uint8]) -> None:
-        if not self._library.llama_state_seq_set_data(self._context, state.ctypes.data, state.nbytes, sequence):
-            self._cells.cut(sequence, 0)  # its next rows are refused
+    def end(self, sequence: int) -> int:
+        """Return the position after a sequence's last one."""
+        return self._kv.cells.end(sequence)
 
     def truncate(self, sequence: int, position: int) -> None:
         """Drop a sequence's positions from one on."""
-        if position < self._cells.end(sequence):
-            self._cells.cut(sequence, position)
-            self._give_up(sequence, position, _ALL_POSITIONS)
+        self._kv.truncate(sequence, position)
 
     def drop(self, sequence: int, start: int, end: int) -> None:
         """Drop some of a sequence's positions."""
-        self._cells.drop(sequence, start, end)
-        self._give_up(sequence, start, end)
-
-    def _give_up(self, sequence: int, start: int, end: int) -> None:
-        """Take positions from a sequence, but leave their cells taken unless nothing else is."""
-        library, memory = self._library, self._memory
-        if not self._cells.held:
-            library.llama_memory_clear(memory, False)
-            self._cells.clear()
-            return
-        library.llama_memory_seq_cp(memory, sequence, self._given_up, start, end)
-        library.llama_memory_seq_rm(memory, sequence, start, end)
+        self._kv.drop(sequence, start, end)
 
     def copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Have a sequence hold positions of another one, too, after its own.
+        """Have a sequence hold positions of another one, too, after its own. Raises PassFailed where there is no room.
 
         They share their cells, unless those come before the target's own.
         """
-        library = self._library
-        if self._cells.follows(source, target, start, end):
-            library.llama_memory_seq_cp(self._memory, source, target, start, end)
-            self._cells.share(source, target, start, end)
-            return
-        self._make_room(end - start)
-        library.llama_memory_seq_cp(self._memory, source, self._scratch, start, end)
-        state = self._state(self._scratch)
-        self._restore(self._scratch, state)
-        library.llama_memory_seq_cp(self._memory, self._scratch, target, start, end)
-        library.llama_memory_seq_rm(self._memory, self._scratch, start, end)
-        self._cells.write(target, start, end - start)
+        if not self._kv.share(source, target, start, end):
+            self._make_room(end - start)
+            self._kv.duplicate(source, target, start, end)
 
 
 class _BlockStates:

@@ -18,8 +18,9 @@ from typing import Final
 import numpy as np
 
 from node.engine.interface import EngineError
-from node.engine.llamacpp.context import ContextOptions, Floats, PassFailed, SequenceRows, SpanContext, SpanModel
+from node.engine.llamacpp.context import ContextOptions, Floats, SequenceRows, SpanContext, SpanModel
 from node.engine.llamacpp.embedding import Embedding
+from node.engine.llamacpp.kv_memory import PassFailed
 from node.engine.llamacpp.library import Library, load_library
 from node.engine.llamacpp.span_file import EMBEDDING, SpanTensors, whole_model, write_span
 from node.engine.llamacpp.tiny_model import write_tiny_model

@@ -37,6 +37,18 @@ class KvCells:
         runs = self._runs.get(sequence)
         return runs[-1].position + runs[-1].length if runs else 0
 
+    def stretches(self, sequence: int) -> Iterator[tuple[int, int]]:
+        """Return where its neighbouring positions begin and end, in whatever cells."""
+        start = end = 0
+        for run in tuple(self._runs.get(sequence, ())):
+            if run.position != end:
+                if end > start:
+                    yield start, end
+                start = run.position
+            end = run.position + run.length
+        if end > start:
+            yield start, end
+
     def write(self, sequence: int, position: int, count: int) -> None:
         """Count positions as written behind those of a sequence, into the next cells."""
         if count:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from node.engine.interface import PAGE_POSITIONS, EngineError
 from node.engine.kv_allocator import KvReservation
 from node.engine.llamacpp.context import SpanContext
+from node.engine.llamacpp.kv_memory import PassFailed
 
 
 class _Stretch(NamedTuple):
@@ -40,12 +41,12 @@ class Sequences:
         """Return a sequence that holds the copied pages. Raises EngineError where one of them is gone."""
         sequence = self._take()
         try:
-            runs = self._runs(reservation.copied)
-        except EngineError:
+            for source, start, end in self._runs(reservation.copied):
+                self.context.copy(source, sequence, start * PAGE_POSITIONS, end * PAGE_POSITIONS)
+        except (EngineError, PassFailed) as error:
+            self.context.truncate(sequence, 0)
             self._free.append(sequence)
-            raise
-        for source, start, end in runs:
-            self.context.copy(source, sequence, start * PAGE_POSITIONS, end * PAGE_POSITIONS)
+            raise EngineError(str(error)) from None
         self._pages[sequence] = set(reservation.pages)
         self._stretches |= {page: _Stretch(sequence, number) for number, page in enumerate(reservation.pages)}
         return sequence

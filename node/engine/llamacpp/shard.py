@@ -12,22 +12,22 @@ from typing import Final, NamedTuple, cast
 import psutil
 
 from node.engine.graphs.runner import GraphRows, PageSlots
-from node.engine.interface import AUTO, PAGE_POSITIONS, EngineError, EngineOptions, ShardSource, SpanInfo, Variant
-from node.engine.kv_allocator import KvReservation
-from node.engine.llamacpp.context import (
-    FIRST_POSITIONS,
-    OWN_SEQUENCES,
-    ContextOptions,
-    Floats,
-    PassFailed,
-    SequenceRows,
-    SpanContext,
-    SpanModel,
-    cells_for,
+from node.engine.interface import (
+    AUTO,
+    PAGE_POSITIONS,
+    EngineError,
+    EngineLost,
+    EngineOptions,
+    ShardSource,
+    SpanInfo,
+    Variant,
 )
+from node.engine.kv_allocator import KvReservation
+from node.engine.llamacpp.context import ContextOptions, Floats, SequenceRows, SpanContext, SpanModel, cells_for
 from node.engine.llamacpp.embedding import Embedding
 from node.engine.llamacpp.graph_variant import GRAPHS, GraphVariant
 from node.engine.llamacpp.kv_budget import KvBudget
+from node.engine.llamacpp.kv_memory import OWN_SEQUENCES, PassFailed
 from node.engine.llamacpp.library import KV_TYPES, load_library
 from node.engine.llamacpp.sequences import Sequences
 from node.engine.llamacpp.span_file import EMBEDDING, assembled_span, kv_bytes_per_position, tensors_of, weight_bytes
@@ -87,6 +87,7 @@ class LlamaShard(Shard[Kv]):
             positions=kv_positions,
             sequences=sequences,
             threads=options.threads or physical_cores(),
+            scratch_dir=options.cache_dir,
         )
         with assembled_span(options.cache_dir, source, tensors, blocks) as path:
             self._model = SpanModel(library, path)
@@ -155,6 +156,9 @@ class LlamaShard(Shard[Kv]):
         finally:
             sequences.free(sequence)
 
+    def _is_lost(self, error: Exception) -> bool:
+        return isinstance(error, EngineLost)
+
     def _reserve(self, variant: Variant, reservation: KvReservation) -> Kv:
         for each in tuple(self._kv.values()):
             each.forget(reservation)
@@ -185,10 +189,7 @@ def _shares(kv_bytes: Mapping[str, int], row_bytes: int) -> dict[str, float]:
 def _kv_positions(
     options: EngineOptions, blocks: BlockRange, taken: int, position_bytes: int, hidden_size: int, graphs: GraphVariant
 ) -> int:
-    """Return how many positions, in whole pages, fit into the memory that weights, reserve and graphs leave.
-
-    A third of it is left for the moment when KV memory has doubled, and the former is not yet given back.
-    """
+    """Return how many positions, in whole pages, fit into the memory that weights, reserve and graphs leave."""
     memory_bytes = options.memory_bytes
     if memory_bytes is None:
         memory_bytes = taken + int(psutil.virtual_memory().available * FREE_MEMORY_SHARE)
@@ -203,8 +204,6 @@ def _kv_positions(
             f"{mebibytes(memory_bytes)} given: weights and reserve take {mebibytes(taken)}"
         )
     pages = graphs.pages_beside(free_bytes, page_bytes) or pages
-    if pages * PAGE_POSITIONS > FIRST_POSITIONS:
-        pages = max(FIRST_POSITIONS // PAGE_POSITIONS, pages * 2 // 3)
     if options.kv_positions is not None:
         pages = min(pages, -(-options.kv_positions // PAGE_POSITIONS))
     return pages * PAGE_POSITIONS

@@ -73,8 +73,11 @@ class Alone:
     """llama.cpp on the whole published file, one text at a time."""
 
     def __init__(self, files: GgufFiles, sequences: int = 1, positions: int = POSITIONS) -> None:
+        held = (
+            positions * 4 // 5
+        )  # so that llama.cpp is asked for no larger context, on which rotary factors may depend
         options = ContextOptions(
-            first=True, last=True, block_count=files.block_count, positions=positions, sequences=sequences, threads=1
+            first=True, last=True, block_count=files.block_count, positions=held, sequences=sequences, threads=1
         )
         self.context = SpanContext(SpanModel(load_library(), files.model.paths[0]), options)
 

@@ -1,5 +1,11 @@
 """A text gives the same logits whatever else KV memory holds and has held, and with any number of threads."""
 
+import errno
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -7,9 +13,11 @@ from gguf import GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
 
+from node.engine.interface import EngineLost
 from node.engine.llamacpp import context
-from node.engine.llamacpp.context import ContextOptions, Floats, PassFailed, SequenceRows, SpanContext, SpanModel
+from node.engine.llamacpp.context import ContextOptions, Floats, SequenceRows, SpanContext, SpanModel
 from node.engine.llamacpp.kv_cells import KvCells
+from node.engine.llamacpp.kv_memory import PassFailed
 from node.engine.llamacpp.library import load_library
 from tests.unit.engine.llamacpp.architectures import ARCHITECTURES, VOCABULARY, write_model
 
@@ -18,19 +26,17 @@ POSITIONS = 2048
 Tokens = npt.NDArray[np.int32]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> SpanModel:
-    path = tmp_path_factory.mktemp("llama") / "tiny.gguf"
-    write_model(ARCHITECTURES["llama3"], path, GGMLQuantizationType.Q8_0)
+@pytest.fixture(scope="module", params=["llama3", "gemma2", "gemma3"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SpanModel:
+    """Full attention; a sliding window in every second block, and in five of six."""
+    path = tmp_path_factory.mktemp(request.param) / "tiny.gguf"
+    write_model(ARCHITECTURES[request.param], path, GGMLQuantizationType.Q8_0)
     return SpanModel(load_library(), path)
 
 
-def opened(model: SpanModel, *, threads: int = 1, positions: int = POSITIONS, sequences: int = 4) -> SpanContext:
-    block_count = ARCHITECTURES["llama3"].blocks
-    options = ContextOptions(
-        first=True, last=True, block_count=block_count, positions=positions, sequences=sequences, threads=threads
-    )
-    return SpanContext(model, options)
+def opened(model: SpanModel, **options: Any) -> SpanContext:
+    defaults = ContextOptions(first=True, last=True, block_count=1, positions=POSITIONS, sequences=4, threads=1)
+    return SpanContext(model, replace(defaults, **options))
 
 
 def text(length: int, seed: int = 0) -> Tokens:
@@ -79,14 +85,14 @@ def test_memory_that_is_full_of_given_up_cells_is_written_anew(model: SpanModel,
     for _ in range(10):
         run(memory, 0, tokens, 500, 600)
     assert memory.positions == 800
-    assert (run(memory, 0, tokens, 590, 600) == wanted).all()
+    assert (run(memory, 0, tokens, 300, 600) == wanted).all()
     assert (run(memory, 1, text(31, seed=1), 30, 31) == run(opened(model), 0, text(31, seed=1), 0, 31)).all()
 
 
 def test_memory_that_grows(model: SpanModel, wanted: Floats, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context, "FIRST_POSITIONS", 64)
     memory, tokens = opened(model), text(600)
-    assert memory.positions == 64
+    assert memory.positions == 80
     for start in range(0, 600, 40):
         last = run(memory, 0, tokens, start, start + 40)
         run(memory, 1, text(600, seed=1), start, start + 40)
@@ -102,6 +108,34 @@ def test_a_prefix_of_several_texts_in_another_order(model: SpanModel, wanted: Fl
     memory.truncate(1, 0)
     memory.drop(2, 0, 32)
     assert (run(memory, 0, tokens, 320, 600) == wanted).all()
+
+
+def test_memory_that_cannot_be_written_anew_stays(
+    model: SpanModel, wanted: Floats, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    memory, tokens = opened(model, scratch_dir=tmp_path / "none"), text(600)
+    run(memory, 0, tokens, 0, 500)
+    with pytest.raises(PassFailed, match="cannot move sessions"):
+        memory.resize(1024)
+    monkeypatch.setattr(context, "TemporaryFile", lambda **_: io.BytesIO())
+    reopen = memory._open
+    sizes = iter([None, memory.positions])
+    monkeypatch.setattr(memory, "_open", lambda *_: size and reopen(size, False) if (size := next(sizes)) else None)
+    with pytest.raises(PassFailed, match="too little memory for 1024 positions"):
+        memory.resize(1024)
+    assert (run(memory, 0, tokens, 500, 600) == wanted).all()
+
+
+def test_memory_that_cannot_be_read_back_is_lost(model: SpanModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Damaged(io.BytesIO):
+        def read(self, _size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+    memory = opened(model)
+    run(memory, 0, text(50), 0, 50)
+    monkeypatch.setattr(context, "TemporaryFile", lambda **_: Damaged())
+    with pytest.raises(EngineLost, match=r"lost what its sessions held: .*Input/output error"):
+        memory.resize(1024)
 
 
 def test_rows_that_do_not_follow_are_refused(model: SpanModel) -> None:

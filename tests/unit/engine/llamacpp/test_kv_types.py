@@ -13,7 +13,7 @@ import pytest
 from node.coordinator.method_choice import admitted_methods
 from node.coordinator.submission import JobError, JobRequest
 from node.engine.interface import EngineError, EngineFull, EngineOptions, SessionOptions, SliceInput, Variant
-from node.engine.llamacpp.context import SequenceRows, SpanContext
+from node.engine.llamacpp.context import SequenceRows, SpanContext, cells_for
 from node.engine.llamacpp.shard import LLAMACPP, LlamaShard
 from node.models import sources
 from node.models.importer import import_model
@@ -111,7 +111,7 @@ def test_memory_that_closed_sessions_took_goes_to_the_other_type(files: GgufFile
     monkeypatch.setattr("node.engine.llamacpp.context.FIRST_POSITIONS", 256)
     engine = opened(files, 1024)
     f16, q8_0 = kv_of(engine, LLAMACPP), kv_of(engine, Q8_0)
-    budget_bytes = 1024 * f16.position_bytes
+    budget_bytes = cells_for(1024) * f16.position_bytes
 
     def taken_bytes() -> int:
         return sum(each.positions * each.position_bytes for each in (f16, q8_0))

@@ -11,7 +11,8 @@ import pytest
 from node.engine.interface import EngineError, EngineOptions, SessionOptions, SliceInput, StepFailed, VariantNotReady
 from node.engine.kv_allocator import KvReservation
 from node.engine.llamacpp import context, granularity, library
-from node.engine.llamacpp.context import PassFailed, SequenceRows
+from node.engine.llamacpp.context import SequenceRows, cells_for
+from node.engine.llamacpp.kv_memory import PassFailed
 from node.engine.llamacpp.shard import LLAMACPP, LlamaShard
 from node.engine.memory_plan import GGUF_COSTS, ModelSizes, memory_plan
 from protocol.identity import BlockRange
@@ -39,7 +40,7 @@ def refusal(files: GgufFiles, blocks: BlockRange = WHOLE, **options: Any) -> str
 def test_too_little_memory_says_how_much_is_missing(files: GgufFiles) -> None:
     shard = LlamaShard(files.source(WHOLE), WHOLE, EngineOptions(threads=1, kv_positions=32))
     plan = memory_plan(ModelSizes.of_source(files.source(WHOLE), Cuts(4)), WHOLE, GGUF_COSTS)
-    needed = shard.info.weight_bytes + plan.reserve_bytes + 32 * shard.info.kv_bytes_per_position
+    needed = shard.info.weight_bytes + plan.reserve_bytes + cells_for(32) * shard.info.kv_bytes_per_position
     assert "blocks 0-4 need 1 MiB of memory more" in refusal(files, memory_bytes=needed - 100)
     LlamaShard(files.source(WHOLE), WHOLE, EngineOptions(threads=1, memory_bytes=needed))
 
@@ -90,10 +91,10 @@ def test_rows_that_make_a_pass_fail_cost_their_session_alone(files: GgufFiles, m
     context = shard._kv[LLAMACPP].context
     run = context.run
 
-    def fails_on_seven(parts: list[SequenceRows]) -> Any:
+    def fails_on_seven(parts: list[SequenceRows], block_count: int) -> Any:
         if any(7 in part.rows for part in parts):
             raise PassFailed("llama.cpp could not compute 3 rows (error 1)")
-        return run(parts)
+        return run(parts, block_count)
 
     monkeypatch.setattr(context, "run", fails_on_seven)
     result = engine.step_now([driven(number, [1, 2, 7 if number == 2 else 3]) for number in range(4)])
@@ -108,15 +109,20 @@ def test_kv_memory_that_cannot_grow_costs_only_who_needs_more(
     files: GgufFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(context, "FIRST_POSITIONS", 256)
-    engine = InProcess(LlamaShard(files.source(WHOLE), WHOLE, EngineOptions(threads=1, kv_positions=1024)))
+    shard = LlamaShard(files.source(WHOLE), WHOLE, EngineOptions(threads=1, kv_positions=1024))
+    engine = InProcess(shard)
     for number in range(2):
         engine.open_now(session(number), 256, SessionOptions(sampling=GREEDY, variant=LLAMACPP))
     tokens = [1, 2, 3, 4] * 50
     engine.step_now([driven(0, tokens)])
-    monkeypatch.setattr(library.load_library(), "llama_init_from_model", lambda *_: None)
+    functions, held = library.load_library(), shard._kv[LLAMACPP].context.positions
+    init = functions.llama_init_from_model
+    monkeypatch.setattr(
+        functions, "llama_init_from_model", lambda *given: None if given[1].n_ctx > held else init(*given)
+    )
     result = engine.step_now([replace(driven(0, [1]), position=200), driven(1, tokens)])
     assert [fault.session for fault in result.faults] == [session(1)]
-    assert "too little memory for 512 positions" in result.faults[0].message
+    assert "too little memory for 640 positions" in result.faults[0].message
     assert [output.session for output in result.outputs] == [session(0)]
 
 
