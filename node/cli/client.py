@@ -136,7 +136,7 @@ class ApiClient:
     async def complete(self, body: dict[str, Any], show: Callable[[str], None] = lambda text: None) -> Completion:
         """Submit a job, a chat if the body has messages; `show` gets the text as it is streamed."""
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-        body = body | {"stream": True, "stream_options": {"include_usage": True}}
+        body = {"metaswarm": {}, **body, "stream": True, "stream_options": {"include_usage": True}}
         completion = Completion()
         with _faults(self.url):
             async with self._http.stream("POST", path, json=body, timeout=UNLIMITED) as response:

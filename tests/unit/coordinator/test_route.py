@@ -17,7 +17,7 @@ PEER = PeerId("a")
 
 
 async def test_token_after_a_stall_is_dropped() -> None:
-    opening = SimpleNamespace(sampling=SimpleNamespace(max_tokens=4))
+    opening = SimpleNamespace(sampling=SimpleNamespace(max_tokens=4, logprobs=0))
     route = OpenRoute([Stage(PEER, BlockRange(0, 9))], cast("Any", None), cast("Any", opening))
     link = cast("Any", Mock(peer=PEER))
     session = SessionId(JobId("00" * 16), 1)
