@@ -1,7 +1,8 @@
 """The sequences of llama.cpp's KV memory: one for each session, and closed sessions' while their pages are cached.
 
 The KV allocator, on the node's side, thinks in pages; llama.cpp in sequences of positions. A page is a stretch of the
-sequence that calculated it. It is copied by having the new sequence share it, and given up with the allocator.
+sequence that calculated it. A new sequence shares it, if that keeps the order of its cells, and it is given up with the
+allocator.
 """
 
 from typing import NamedTuple
