@@ -85,17 +85,20 @@ async def check_structured_texts(daemon: Daemon) -> None:
             assert answer.status_code == 200, answer.text
             (choice,) = answer.json()["choices"]
             assert choice["finish_reason"] == "stop"
+            cached[method] = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
             return str(choice["message"]["content"])
 
         async def keep(seed: int, method: str) -> None:
             beside[seed, method] = await text_of(seed, method)
 
+        cached: dict[str, int] = {}
         alone = {seed: await text_of(seed, "baseline") for seed in range(3)}
         for value in map(json.loads, alone.values()):
             assert value.keys() == {"name", "age", "tags"}
             assert 0 <= value["age"] <= 120
         for seed, method in enumerate(METHODS):
             assert await text_of(seed, method) == alone[seed]
+        assert cached[METHODS[-1]] > cached["baseline"] == 0
         beside: dict[tuple[int, str], str] = {}
         async with trio.open_nursery() as nursery:
             for seed, method in product(alone, METHODS):
