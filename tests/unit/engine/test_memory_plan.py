@@ -111,7 +111,7 @@ def test_keys_and_values_are_those_of_the_planned_tokens_in_the_engines_type() -
     f16 = memory_plan(model, BlockRange(8, 16), GGUF_COSTS).kv_bytes - rows
     assert f16 == PLANNED_POSITIONS * 8 * 2 * 8 * 128 * 2 * 5 // 4  # cells: a quarter more than positions
     f32 = memory_plan(model, BlockRange(8, 16), EngineCosts(1.0, 4.0)).kv_bytes - rows
-    assert f32 == 2 * f16
+    assert f32 == PLANNED_POSITIONS * 8 * 2 * 8 * 128 * 4
     short = ModelSizes.of_manifest(gguf(LLAMA_8B | {"max_position_embeddings": 64}))
     assert memory_plan(short, BlockRange(8, 16), GGUF_COSTS).positions == 64
 
