@@ -36,9 +36,9 @@ def test_cells_are_those_of_a_table_of_positions(steps: list[tuple[str, int, int
             case "anew":
                 cells.write_anew()
                 taken = 0
-                for each in table.values():
-                    for position in sorted(each):
-                        each[position] = taken
+                for number in cells:  # in its own order
+                    for position in sorted(table[number]):
+                        table[number][position] = taken
                         taken += 1
         assert cells.held == sum(map(len, table.values()))
         assert cells.taken == taken
