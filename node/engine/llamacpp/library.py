@@ -201,6 +201,7 @@ _SIGNATURES: Final[Mapping[str, tuple[Any, ...]]] = {
     "llama_get_logits_ith": (POINTER(c_float), c_void_p, c_int32),
     "llama_get_memory": (c_void_p, c_void_p),
     "llama_model_n_swa": (c_int32, c_void_p),
+    "llama_n_ctx": (ctypes.c_uint32, c_void_p),
     "llama_memory_clear": (None, c_void_p, c_bool),
     "llama_supports_gpu_offload": (c_bool,),
     "llama_memory_seq_rm": (c_bool, c_void_p, c_int32, c_int32, c_int32),
