@@ -1,4 +1,4 @@
-"""Keys and values in q8_0: what they take, that they disturb nobody in f16, and what the quality ledger admits."""
+"""Keys and values in q8_0: what they take, that sessions in f16 stay exact, and what the quality ledger admits."""
 
 import json
 import subprocess
