@@ -21,7 +21,7 @@ from node.engine.interface import AUTO, EngineError, EngineLost
 from node.engine.llamacpp.embedding import Embedding
 from node.engine.llamacpp.kv_budget import ROUNDED_TO, KvBudget
 from node.engine.llamacpp.kv_memory import OWN_SEQUENCES, KvMemory, PassFailed, Piece
-from node.engine.llamacpp.library import FLASH_ATTENTION_ON, KV_TYPES, LOAD_MAPPED, Batch, EvalCallback, Library
+from node.engine.llamacpp.library import FLASH_ATTENTION_ON, GGML_KV_TYPES, LOAD_MAPPED, Batch, EvalCallback, Library
 from node.util.mapped_pages import drop_mapped_pages
 from node.util.text import one_line
 
@@ -98,7 +98,7 @@ class SpanModel:
 def cells_for(positions: int) -> int:
     """Return how many cells of KV memory so many positions need.
 
-    A quarter more: none is used again (`KvCells`) until the memory is written anew, which must not be every few rows.
+    A quarter more: none is used again (`KvCells`) until the memory is compacted, which must not be every few rows.
     """
     return positions + positions // 4
 
@@ -163,7 +163,7 @@ class SpanContext:
         parameters.n_outputs_max_per_seq = BATCH_ROWS
         parameters.n_threads = parameters.n_threads_batch = options.threads
         parameters.kv_unified = True  # any session may use any part of the memory
-        parameters.type_k = parameters.type_v = KV_TYPES[options.kv]
+        parameters.type_k = parameters.type_v = GGML_KV_TYPES[options.kv]
         if options.kv == AUTO and not self._library.llama_supports_gpu_offload():
             # With values in f16, too, each thread calculates the attention of a single row over a part of the cells: so
             # rounding depends on threads, on what else is in memory, and on whether drafts are verified beside the row.
@@ -193,7 +193,7 @@ class SpanContext:
         if (embedding := self._options.embedding) is not None:
             parts = [replace(part, rows=embedding.rows(part.rows)) for part in parts]
         if returns_states and not self._is_watched:
-            self._write_anew(self._positions, is_watched=True)
+            self._compact(self._positions, is_watched=True)
         self._make_room(sum(len(part.rows) for part in parts))
         for part in parts:
             self._kv.cells.write(part.sequence, part.position, len(part.rows))
@@ -214,7 +214,7 @@ class SpanContext:
         if needed > self._positions < self._limit:
             self.resize(min(self._budget.positions_for(self, needed), self._limit))
         elif self._kv.cells.taken + rows > min(self._positions, 2 * needed + FIRST_POSITIONS):
-            self._write_anew(self._positions, self._is_watched)
+            self._compact(self._positions, self._is_watched)
 
     def _batches(self, parts: Sequence[SequenceRows]) -> Sequence[Sequence[tuple[int, SequenceRows]]]:
         """Return the parts by number, cut and packed into passes of at most BATCH_ROWS rows."""
@@ -267,11 +267,11 @@ class SpanContext:
         return np.ctypeslib.as_array(pointer, (1, self._model.vocabulary_size)).copy()
 
     def resize(self, positions: int) -> None:
-        """Move what the sequences hold into KV memory of another size. Raises as `_write_anew` does."""
-        self._write_anew(positions, self._is_watched)
+        """Move what the sequences hold into KV memory of another size. Raises as `_compact` does."""
+        self._compact(positions, self._is_watched)
 
-    def _write_anew(self, positions: int, is_watched: bool) -> None:
-        """Write what the sequences hold, and nothing else, one after the other into KV memory.
+    def _compact(self, positions: int, is_watched: bool) -> None:
+        """Write what the sequences hold, and nothing else, one after the other into KV memory: defragment or resize it.
 
         By way of a file, as memory is planned for one context only. Raises PassFailed where all is as before, and
         EngineLost where it is not.

@@ -100,7 +100,7 @@ class KvMemory:
             state = np.frombuffer(file.read(piece.state_bytes), np.uint8)
             if len(state) < piece.state_bytes or not self._put(piece.sequence, piece.start, piece.end, state):
                 return False
-        self.cells.write_anew()
+        self.cells.compact()
         return True
 
     def _pieces(self, start: int, end: int) -> Iterator[tuple[int, int]]:

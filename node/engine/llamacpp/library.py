@@ -42,7 +42,7 @@ LOAD_MAPPED: Final = 1
 """LLAMA_LOAD_MODE_MMAP."""
 F16: Final = 1
 """GGML_TYPE_F16."""
-KV_TYPES: Final[Mapping[str, GGMLQuantizationType]] = {
+GGML_KV_TYPES: Final[Mapping[str, GGMLQuantizationType]] = {
     AUTO: GGMLQuantizationType.F16,
     "q8_0": GGMLQuantizationType.Q8_0,
 }

@@ -28,7 +28,7 @@ from node.engine.llamacpp.embedding import Embedding
 from node.engine.llamacpp.graph_variant import GRAPHS, GraphVariant
 from node.engine.llamacpp.kv_budget import KvBudget
 from node.engine.llamacpp.kv_memory import OWN_SEQUENCES, PassFailed
-from node.engine.llamacpp.library import KV_TYPES, load_library
+from node.engine.llamacpp.library import GGML_KV_TYPES, load_library
 from node.engine.llamacpp.sequences import Sequences
 from node.engine.llamacpp.span_file import EMBEDDING, assembled_span, kv_bytes_per_position, tensors_of, weight_bytes
 from node.engine.memory_plan import GGUF_COSTS, ModelSizes, mebibytes, memory_plan
@@ -69,7 +69,7 @@ class LlamaShard(Shard[Kv]):
         library = load_library()
         tensors = tensors_of(source)
         weights = weight_bytes(tensors, blocks)
-        kv_bytes = {kv: kv_bytes_per_position(tensors, blocks, kind) for kv, kind in KV_TYPES.items()}
+        kv_bytes = {kv: kv_bytes_per_position(tensors, blocks, kind) for kv, kind in GGML_KV_TYPES.items()}
         position_bytes = kv_bytes[AUTO]
         plan = memory_plan(ModelSizes.of_source(source, Cuts(tensors.block_count)), blocks, GGUF_COSTS)
         self._options = options
@@ -127,7 +127,7 @@ class LlamaShard(Shard[Kv]):
             return
         if variant in self._kv:
             return
-        if variant._replace(kv=AUTO) != LLAMACPP or variant.kv not in KV_TYPES:
+        if variant._replace(kv=AUTO) != LLAMACPP or variant.kv not in GGML_KV_TYPES:
             raise EngineError(f"{variant} is not for GGUF packages, whose weights serve as they were published")
         options = self._context_options
         positions = options.positions * self._kv_bytes[AUTO] // self._kv_bytes[variant.kv]

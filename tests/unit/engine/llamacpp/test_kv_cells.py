@@ -75,7 +75,7 @@ def test_a_single_row_and_rows_beside_it_with_any_number_of_threads(
     assert (run(memory, 0, tokens, 599, 600) == wanted).all()
 
 
-def test_memory_that_is_full_of_given_up_cells_is_written_anew(model: SpanModel, wanted: Floats) -> None:
+def test_memory_that_is_full_of_given_up_cells_is_compacted(model: SpanModel, wanted: Floats) -> None:
     memory, tokens = opened(model, positions=640), text(600)
     run(memory, 1, text(30, seed=1), 0, 30)
     run(memory, 0, tokens, 0, 500)
