@@ -13,14 +13,21 @@ NPM_STAMP := tests/interop/node_modules/.package-lock.json
 help: ## Say what the targets do.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
 
+# Another index than the one that torch came from makes it come anew.
+ifdef TORCH_INDEX
+ifneq ($(TORCH_INDEX),$(shell cat $(STAMP) 2>/dev/null))
+$(shell rm -f $(STAMP))
+endif
+endif
+
 # torch is installed first and by itself: left to the resolver, its default build drags in gigabytes of CUDA.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==$(TORCH_VERSION) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/pip install --quiet torch==$(TORCH_VERSION) $(if $(TORCH_INDEX),--force-reinstall --index-url $(TORCH_INDEX))
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	# libp2p brings stubs for a trio of years ago, which the type checker would prefer to trio's own types.
 	rm -rf $(VENV)/lib/python3*/site-packages/trio-stubs
-	@touch $@
+	@echo $(TORCH_INDEX) > $@
 
 install: $(STAMP) ## Make the environment; afterwards .venv/bin/metaswarm is the command.
 
@@ -62,7 +69,7 @@ format: $(STAMP) ## Put the source into its canonical form.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## The quick ones of the benchmarks whose figures the README tells.
+bench: $(STAMP) ## The quick ones of the benchmarks in docs/performance.md.
 	$(BIN)/python -m benchmarks
 
 bench-all: $(STAMP) ## All of them: hours.

@@ -162,7 +162,7 @@ NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
     ),
     _option(
         *("--checkpoint", types.DIGEST, "HASH"),
-        "Pin the chain to the branch that contains this hash (shown by `metaswarm status`).",
+        "Pin the chain to the branch that contains this hash (shown by `metaswarm status --json`).",
         multiple=True,
     ),
     _option(

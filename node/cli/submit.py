@@ -96,7 +96,7 @@ _OPTIONAL_FIELDS: Final = _JOB_OPTIONS[_JOB_OPTIONS.index("min_tokens") :]
     default="auto",
     show_default=True,
     metavar="NAME",
-    help="auto, or switches such as engine=fused|prefix_cache=on.",
+    help="auto, or switches such as prefix_cache=on|speculation=ngram-8.",
 )
 @click.option("--ignore-eos", is_flag=True, help="Continue past the end-of-text token, for measurements.")
 @click.option(

@@ -81,6 +81,10 @@ class Engine(ABC):
         self._sessions[session] = self._begun(session, options, reservation)
         return reservation.cached
 
+    def held_positions(self, session: SessionId) -> int:
+        """Return how much KV memory an open session has, in positions of the usual type. Raises SessionNotOpen."""
+        return self._pages.held_positions(session)
+
     @abstractmethod
     async def step(self, slices: Sequence[SliceInput]) -> StepResult:
         """Run one step over rows of any sessions, grouped by variant; a session has at most one slice in it.

@@ -196,6 +196,10 @@ class KvAllocator:
         self.hit_positions += reservation.cached
         return reservation
 
+    def held_positions(self, session: SessionId) -> int:
+        """Return how many positions of the usual type take the memory that a session's pages take."""
+        return _positions(sum(self._taken_units[page] for page in self._of(session).pages))
+
     def drop_again(self, pages: Iterable[int]) -> None:
         """Have the next session tell the engine of pages given up: the one that should have was withdrawn."""
         self._dropped.update(page for page in pages if page not in self._taken_units)

@@ -148,6 +148,7 @@ class StageSession:
                 prefix_cache=method.prefix_cache,
             )
             self.state.computed = await engine.begin(self.id, options)
+            self.state.reserved_positions = engine.held_positions(self.id)
             self.state.method = method
             self.state.replay.drop(self.state.computed)
 

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
+from types import MappingProxyType
 
 import numpy as np
 import trio
@@ -69,6 +70,7 @@ def fake_span_info(
     vocabulary_size: int = 1000,
     max_positions: int = 4096,
     kv_positions: int = 16384,
+    kv_shares: Mapping[str, float] = MappingProxyType({}),
 ) -> SpanInfo:
     """Describe a span of an imaginary model."""
     return SpanInfo(
@@ -80,6 +82,7 @@ def fake_span_info(
         max_positions=max_positions,
         kv_bytes_per_position=8 * hidden_size * len(blocks),
         kv_positions=kv_positions,
+        kv_shares=kv_shares,
         weight_bytes=12 * hidden_size**2 * len(blocks),
         load_s=0.0,
     )

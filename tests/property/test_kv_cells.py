@@ -8,7 +8,7 @@ from node.engine.llamacpp.kv_cells import KvCells
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["write", "cut", "drop", "share", "anew"]), *[st.integers(0, 12)] * 4), max_size=40
+        st.tuples(st.sampled_from(["write", "cut", "drop", "share", "compact"]), *[st.integers(0, 12)] * 4), max_size=40
     )
 )
 def test_cells_are_those_of_a_table_of_positions(steps: list[tuple[str, int, int, int, int]]) -> None:
@@ -33,12 +33,12 @@ def test_cells_are_those_of_a_table_of_positions(steps: list[tuple[str, int, int
                 assert cells.follows(other % 3, one % 3, end, end + count) == follows
                 cells.share(other % 3, one % 3, end, end + count)
                 of |= part
-            case "anew":
-                cells.write_anew()
+            case "compact":
+                cells.compact()
                 taken = 0
-                for each in table.values():
-                    for position in sorted(each):
-                        each[position] = taken
+                for number in cells:  # in its own order
+                    for position in sorted(table[number]):
+                        table[number][position] = taken
                         taken += 1
         assert cells.held == sum(map(len, table.values()))
         assert cells.taken == taken

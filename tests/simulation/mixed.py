@@ -38,20 +38,12 @@ from selector.cuts import Parts
 from selector.placement import Server, plan_moves
 from selector.routing import Demand, Link, NoRouteError, Offer, find_route
 from tests.simulation import virtual_time
+from tests.simulation.placement import DELAY_S, HEARTBEAT_S, LOAD_BLOCK_S, LOSS, SILENCE_S
 from tests.support.job_peers import Peer, Swarm
 
 JOINING_S: Final = 120.0
 CHURN_S: Final = 240.0
 RECOVERY_S: Final = 120.0
-DELAY_S: Final = (0.1, 1.0)
-"""When a peer hears what another says."""
-HEARTBEAT_S: Final = 2.5
-LOSS: Final = 0.1
-"""Share of what is said that a peer hears with the next heartbeat only."""
-SILENCE_S: Final = 10.0
-"""From the death of a peer until the others have missed enough of its heartbeats."""
-LOAD_BLOCK_S: Final = (0.1, 0.5)
-"""How long it takes a peer to fetch and load a block."""
 CHECK_S: Final = 5.0
 TRIALS: Final = 10
 """Of a plan: others than the placement's simulation, this one is not about the last percent of balance."""

@@ -4,12 +4,14 @@ A model has a context, with KV memory of its own, for each type of keys and valu
 """
 
 import ctypes
+import io
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +19,9 @@ from gguf import GGMLQuantizationType
 
 from node.engine.interface import AUTO, EngineError, EngineLost
 from node.engine.llamacpp.embedding import Embedding
-from node.engine.llamacpp.kv_budget import KvBudget
-from node.engine.llamacpp.kv_memory import OWN_SEQUENCES, KvMemory, PassFailed
-from node.engine.llamacpp.library import FLASH_ATTENTION_ON, KV_TYPES, LOAD_MAPPED, Batch, EvalCallback, Library
+from node.engine.llamacpp.kv_budget import ROUNDED_TO, KvBudget
+from node.engine.llamacpp.kv_memory import OWN_SEQUENCES, KvMemory, PassFailed, Piece
+from node.engine.llamacpp.library import FLASH_ATTENTION_ON, GGML_KV_TYPES, LOAD_MAPPED, Batch, EvalCallback, Library
 from node.util.mapped_pages import drop_mapped_pages
 from node.util.text import one_line
 
@@ -33,7 +35,7 @@ PASS_ROWS: Final = 60
 another way with other rounding: a prompt would have other keys and values in chunks, or beside other sessions."""
 
 FIRST_POSITIONS: Final = 2048
-"""KV memory has so many cells at first, and doubles when sessions fill it: llama.cpp writes to all of it at once, so
+"""KV memory has room for so many at first, and doubles when sessions fill it: llama.cpp writes to all of it at once, so
 that it is resident whether or not a session ever needs it."""
 
 
@@ -96,7 +98,7 @@ class SpanModel:
 def cells_for(positions: int) -> int:
     """Return how many cells of KV memory so many positions need.
 
-    A quarter more: none is used again (`KvCells`) until the memory is written anew, which must not be every few rows.
+    A quarter more: none is used again (`KvCells`) until the memory is compacted, which must not be every few rows.
     """
     return positions + positions // 4
 
@@ -127,19 +129,19 @@ class SpanContext:
         if (context := self._open(cells, self._is_watched)) is None:
             reason = library.take_error() or "too little memory"
             raise EngineError(f"llama.cpp has no KV cache of type {options.kv} for {cells} positions: {reason}")
-        self._use(context, cells)
+        self._use(context)
         takes_tokens = options.first and options.last
         self._batch = _BatchArrays(BATCH_ROWS, None if takes_tokens else model.hidden_size)
         self._budget.add(self)
 
     @property
     def positions(self) -> int:
-        """Positions of its KV memory."""
+        """Cells of its KV memory."""
         return self._positions
 
     @property
     def needed(self) -> int:
-        """Those that it needs for what its sequences hold."""
+        """Cells that it needs for what its sequences hold."""
         return cells_for(self._kv.cells.held)
 
     def _open(self, positions: int, is_watched: bool) -> int | None:
@@ -147,21 +149,21 @@ class SpanContext:
         parameters = self._parameters(positions, is_watched)
         return self._library.llama_init_from_model(self._model.handle, parameters) or None
 
-    def _use(self, context: int, positions: int) -> None:
+    def _use(self, context: int) -> None:
         self._opened.context = self._context = context
-        self._positions = positions
+        self._positions: int = self._library.llama_n_ctx(context)
         self._kv.use(context)
 
     def _parameters(self, positions: int, is_watched: bool) -> Any:
         options = self._options
         parameters = self._library.llama_context_default_params()
-        parameters.n_ctx = positions
+        parameters.n_ctx = -(-positions // ROUNDED_TO) * ROUNDED_TO
         parameters.n_batch, parameters.n_ubatch = BATCH_ROWS, PASS_ROWS
         parameters.n_seq_max = options.sequences + OWN_SEQUENCES
         parameters.n_outputs_max_per_seq = BATCH_ROWS
         parameters.n_threads = parameters.n_threads_batch = options.threads
         parameters.kv_unified = True  # any session may use any part of the memory
-        parameters.type_k = parameters.type_v = KV_TYPES[options.kv]
+        parameters.type_k = parameters.type_v = GGML_KV_TYPES[options.kv]
         if options.kv == AUTO and not self._library.llama_supports_gpu_offload():
             # With values in f16, too, each thread calculates the attention of a single row over a part of the cells: so
             # rounding depends on threads, on what else is in memory, and on whether drafts are verified beside the row.
@@ -187,11 +189,11 @@ class SpanContext:
         for part in parts:
             self.truncate(part.sequence, part.position)
             if part.position != self._kv.cells.end(part.sequence):
-                raise PassFailed("what came before these rows is no longer in KV memory")
+                raise PassFailed("the positions before these rows are no longer in KV memory")
         if (embedding := self._options.embedding) is not None:
             parts = [replace(part, rows=embedding.rows(part.rows)) for part in parts]
         if returns_states and not self._is_watched:
-            self._write_anew(self._positions, is_watched=True)
+            self._compact(self._positions, is_watched=True)
         self._make_room(sum(len(part.rows) for part in parts))
         for part in parts:
             self._kv.cells.write(part.sequence, part.position, len(part.rows))
@@ -212,7 +214,7 @@ class SpanContext:
         if needed > self._positions < self._limit:
             self.resize(min(self._budget.positions_for(self, needed), self._limit))
         elif self._kv.cells.taken + rows > min(self._positions, 2 * needed + FIRST_POSITIONS):
-            self._write_anew(self._positions, self._is_watched)
+            self._compact(self._positions, self._is_watched)
 
     def _batches(self, parts: Sequence[SequenceRows]) -> Sequence[Sequence[tuple[int, SequenceRows]]]:
         """Return the parts by number, cut and packed into passes of at most BATCH_ROWS rows."""
@@ -265,20 +267,18 @@ class SpanContext:
         return np.ctypeslib.as_array(pointer, (1, self._model.vocabulary_size)).copy()
 
     def resize(self, positions: int) -> None:
-        """Move what the sequences hold into KV memory of another size. Raises as `_write_anew` does."""
-        self._write_anew(positions, self._is_watched)
+        """Move what the sequences hold into KV memory of another size. Raises as `_compact` does."""
+        self._compact(positions, self._is_watched)
 
-    def _write_anew(self, positions: int, is_watched: bool) -> None:
-        """Write what the sequences hold, and nothing else, one after the other into KV memory.
+    def _compact(self, positions: int, is_watched: bool) -> None:
+        """Write what the sequences hold, and nothing else, one after the other into KV memory: defragment or resize it.
 
         By way of a file, as memory is planned for one context only. Raises PassFailed where all is as before, and
         EngineLost where it is not.
         """
         is_cleared, failure = False, None
         try:
-            with TemporaryFile(dir=self._options.scratch_dir) as file:
-                pieces = self._kv.save(file)
-                file.seek(0)
+            with self._saved() as (file, pieces):
                 is_cleared = True
                 if positions == self._positions and is_watched == self._is_watched:
                     self._kv.clear()
@@ -293,17 +293,29 @@ class SpanContext:
         if failure is not None:
             raise PassFailed(failure)
 
+    @contextmanager
+    def _saved(self) -> Iterator[tuple[IO[bytes], Sequence[Piece]]]:
+        """Give a file with what the sequences hold: in memory where the disk has no room. Raises MemoryError."""
+        with ExitStack() as files:
+            try:
+                file: IO[bytes] = files.enter_context(TemporaryFile(dir=self._options.scratch_dir))
+                pieces = self._kv.save(file)
+            except OSError:  # a full disk does not end what is served
+                file = io.BytesIO()
+                pieces = self._kv.save(file)
+            yield file, pieces
+
     def _reopen(self, positions: int, is_watched: bool) -> str | None:
         """Exchange the context for an empty one, like the former where the wanted one is not to be had: return why."""
         self._library.llama_free(self._context)
         self._opened.context = failure = None
         if (context := self._open(positions, is_watched)) is None:
             failure = f"llama.cpp has too little memory for {positions} positions of KV cache"
-            positions, is_watched = self._positions, self._is_watched
-            context = self._open(positions, is_watched)
+            is_watched = self._is_watched
+            context = self._open(self._positions, is_watched)
         if context is None:
             raise EngineLost(failure or "")
-        self._use(context, positions)
+        self._use(context)
         self._is_watched = is_watched
         return failure
 
@@ -320,7 +332,7 @@ class SpanContext:
         self._kv.drop(sequence, start, end)
 
     def copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Have a sequence hold positions of another one, too, after its own. Raises PassFailed where there is no room.
+        """Have a sequence hold positions of another, too, after its own. Raises PassFailed where there is no room.
 
         They share their cells, unless those come before the target's own.
         """

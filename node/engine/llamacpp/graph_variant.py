@@ -47,15 +47,17 @@ class GraphVariant:
         assert self._span is not None
         return self._span
 
-    def pages_beside(self, free_bytes: int, page_bytes: int) -> int | None:
+    def pages_beside(self, free_bytes: int, page_bytes: int, narrowest: float) -> int | None:
         """Return how many pages fit into memory beside the graphs, with keys and values for both engines.
 
-        `page_bytes`: of a page without the graphs' keys and values. None where graphs have no room, which are refused
-        then: the planned positions come first.
+        `page_bytes`: of a page without the graphs' keys and values. `narrowest`: the share of that which a page of the
+        narrowest type takes: there are the more of these, and the graphs' memory has room for as many. None where
+        graphs have no room, which are refused then: the planned positions come first.
         """
         if self._model is None:
             return None
-        weight_bytes, kv_bytes = self._model.weight_bytes, PAGE_POSITIONS * self._model.kv_bytes_per_position
+        weight_bytes = self._model.weight_bytes
+        kv_bytes = int(PAGE_POSITIONS * self._model.kv_bytes_per_position / narrowest)
         pages = (free_bytes - weight_bytes) // (page_bytes + kv_bytes)
         if weight_bytes <= free_bytes * _SHARE and pages * PAGE_POSITIONS >= PLANNED_POSITIONS:
             return pages

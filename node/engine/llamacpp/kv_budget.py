@@ -5,8 +5,11 @@ taken memory that those of another one need now: then it gives back what its own
 """
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Final, Protocol
 from weakref import ReferenceType, ref
+
+ROUNDED_TO: Final = 256
+"""A context's positions are multiples of this: llama.cpp rounds them up, but not the rows that it takes at once."""
 
 
 class KvContext(Protocol):
@@ -49,11 +52,16 @@ class KvBudget:
             used_bytes = needed_bytes + sum(each.needed * each.position_bytes for each in others)
             part_bytes = max(0, self._total_bytes - used_bytes) // (len(others) + 1)
             for each in others:
-                positions = max(1, each.needed + part_bytes // each.position_bytes)
+                positions = _rounded(each.needed + part_bytes // each.position_bytes, each.needed)
                 if positions < each.positions:
                     each.resize(positions)
         most = (self._total_bytes - _bytes_of(others)) // context.position_bytes
-        return max(needed, min(2 * context.positions, most))
+        return _rounded(min(2 * context.positions, most), needed)
+
+
+def _rounded(positions: int, needed: int) -> int:
+    """Return the largest multiple of ROUNDED_TO up to a number, but no less than is needed."""
+    return max(ROUNDED_TO, needed, positions // ROUNDED_TO * ROUNDED_TO)
 
 
 def _bytes_of(contexts: Iterable[KvContext]) -> int:

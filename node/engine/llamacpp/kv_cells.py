@@ -2,7 +2,7 @@
 
 llama.cpp writes rows into free cells from the last one on, and attention adds up values in the order of their cells.
 Were a cell used again, a later position could come before an earlier one, and the same text would give other logits
-beside other sessions. So none is: cells that are given up stay taken until the memory is cleared or written anew.
+beside other sessions. So none is: cells that are given up stay taken until the memory is cleared or compacted.
 """
 
 from collections.abc import Iterator
@@ -86,7 +86,7 @@ class KvCells:
             if (part := _part(run, start, end)) is not None:
                 self._append(target, part)
 
-    def write_anew(self) -> None:
+    def compact(self) -> None:
         """Count all sequences as written into cleared memory, one after the other."""
         former, self._runs, self.taken, self.held = self._runs, {}, 0, 0
         for sequence, runs in former.items():

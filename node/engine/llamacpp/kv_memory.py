@@ -83,7 +83,7 @@ class KvMemory:
             self.cells.write(target, first, last - first)
 
     def save(self, file: IO[bytes]) -> Sequence[Piece]:
-        """Write what all sequences hold. Raises OSError, MemoryError."""
+        """Write what all sequences hold, to be read from the start. Raises OSError, MemoryError."""
         pieces = []
         for sequence in self.cells:
             for start, end in self.cells.stretches(sequence):
@@ -91,6 +91,7 @@ class KvMemory:
                     state = self._taken_out(sequence, first, last)
                     file.write(state.data)
                     pieces.append(Piece(sequence, first, last, state.nbytes))
+        file.seek(0)
         return pieces
 
     def restore(self, pieces: Sequence[Piece], file: IO[bytes]) -> bool:
@@ -99,7 +100,7 @@ class KvMemory:
             state = np.frombuffer(file.read(piece.state_bytes), np.uint8)
             if len(state) < piece.state_bytes or not self._put(piece.sequence, piece.start, piece.end, state):
                 return False
-        self.cells.write_anew()
+        self.cells.compact()
         return True
 
     def _pieces(self, start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -42,7 +42,7 @@ LOAD_MAPPED: Final = 1
 """LLAMA_LOAD_MODE_MMAP."""
 F16: Final = 1
 """GGML_TYPE_F16."""
-KV_TYPES: Final[Mapping[str, GGMLQuantizationType]] = {
+GGML_KV_TYPES: Final[Mapping[str, GGMLQuantizationType]] = {
     AUTO: GGMLQuantizationType.F16,
     "q8_0": GGMLQuantizationType.Q8_0,
 }
@@ -201,6 +201,7 @@ _SIGNATURES: Final[Mapping[str, tuple[Any, ...]]] = {
     "llama_get_logits_ith": (POINTER(c_float), c_void_p, c_int32),
     "llama_get_memory": (c_void_p, c_void_p),
     "llama_model_n_swa": (c_int32, c_void_p),
+    "llama_n_ctx": (ctypes.c_uint32, c_void_p),
     "llama_memory_clear": (None, c_void_p, c_bool),
     "llama_supports_gpu_offload": (c_bool,),
     "llama_memory_seq_rm": (c_bool, c_void_p, c_int32, c_int32, c_int32),

@@ -5,7 +5,7 @@ quantised weights, for jobs that accept its rounding of activations; neither tor
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final, NamedTuple, cast
 
@@ -28,7 +28,7 @@ from node.engine.llamacpp.embedding import Embedding
 from node.engine.llamacpp.graph_variant import GRAPHS, GraphVariant
 from node.engine.llamacpp.kv_budget import KvBudget
 from node.engine.llamacpp.kv_memory import OWN_SEQUENCES, PassFailed
-from node.engine.llamacpp.library import KV_TYPES, load_library
+from node.engine.llamacpp.library import GGML_KV_TYPES, load_library
 from node.engine.llamacpp.sequences import Sequences
 from node.engine.llamacpp.span_file import EMBEDDING, assembled_span, kv_bytes_per_position, tensors_of, weight_bytes
 from node.engine.memory_plan import GGUF_COSTS, ModelSizes, mebibytes, memory_plan
@@ -69,14 +69,16 @@ class LlamaShard(Shard[Kv]):
         library = load_library()
         tensors = tensors_of(source)
         weights = weight_bytes(tensors, blocks)
-        kv_bytes = {kv: kv_bytes_per_position(tensors, blocks, kind) for kv, kind in KV_TYPES.items()}
+        kv_bytes = {kv: kv_bytes_per_position(tensors, blocks, kind) for kv, kind in GGML_KV_TYPES.items()}
         position_bytes = kv_bytes[AUTO]
         plan = memory_plan(ModelSizes.of_source(source, Cuts(tensors.block_count)), blocks, GGUF_COSTS)
         self._options = options
         self._graphs = GraphVariant(library, tensors, blocks)
-        kv_positions = _kv_positions(
-            options, blocks, weights + plan.reserve_bytes, position_bytes, tensors.hidden_size, self._graphs
-        )
+        page_bytes = {kv: _page_bytes(each, options, tensors.hidden_size) for kv, each in kv_bytes.items()}
+        shares = {kv: each / page_bytes[AUTO] for kv, each in page_bytes.items() if each < page_bytes[AUTO]}
+        reserved = weights + plan.reserve_bytes
+        narrowest = min([1.0, *shares.values()])
+        kv_positions = _kv_positions(options, blocks, reserved, page_bytes[AUTO], self._graphs, narrowest)
         sequences = min(_SEQUENCES, kv_positions // PAGE_POSITIONS + 1)  # each but that of `run_alone` has a page
         first, last = blocks.start == 0, blocks.end == tensors.block_count
         self._context_options = ContextOptions(
@@ -105,7 +107,7 @@ class LlamaShard(Shard[Kv]):
             kv_positions=kv_positions,
             weight_bytes=weights,
             load_s=time.perf_counter() - started_s,
-            kv_shares=_shares(kv_bytes, 4 * tensors.hidden_size if options.plan_rows else 0),
+            kv_shares=shares,
             max_sequences=sequences - 1,
             engine=library.build(),
         )
@@ -125,7 +127,7 @@ class LlamaShard(Shard[Kv]):
             return
         if variant in self._kv:
             return
-        if variant._replace(kv=AUTO) != LLAMACPP or variant.kv not in KV_TYPES:
+        if variant._replace(kv=AUTO) != LLAMACPP or variant.kv not in GGML_KV_TYPES:
             raise EngineError(f"{variant} is not for GGUF packages, whose weights serve as they were published")
         options = self._context_options
         positions = options.positions * self._kv_bytes[AUTO] // self._kv_bytes[variant.kv]
@@ -180,30 +182,26 @@ class LlamaShard(Shard[Kv]):
         return self._kv[variant].context.run(rows, len(blocks))
 
 
-def _shares(kv_bytes: Mapping[str, int], row_bytes: int) -> dict[str, float]:
-    """Return what a position of each narrower type takes, relative to the usual one, with the rows queued for it."""
-    usual = kv_bytes[AUTO]
-    return {kv: (each + row_bytes) / (usual + row_bytes) for kv, each in kv_bytes.items() if each < usual}
+def _page_bytes(position_bytes: int, options: EngineOptions, hidden_size: int) -> int:
+    """Return what a page takes: its keys and values, and the rows queued for it where the span plans for them."""
+    return cells_for(PAGE_POSITIONS) * position_bytes + (PAGE_POSITIONS * 4 * hidden_size if options.plan_rows else 0)
 
 
 def _kv_positions(
-    options: EngineOptions, blocks: BlockRange, taken: int, position_bytes: int, hidden_size: int, graphs: GraphVariant
+    options: EngineOptions, blocks: BlockRange, taken: int, page_bytes: int, graphs: GraphVariant, narrowest: float
 ) -> int:
     """Return how many positions, in whole pages, fit into the memory that weights, reserve and graphs leave."""
     memory_bytes = options.memory_bytes
     if memory_bytes is None:
         memory_bytes = taken + int(psutil.virtual_memory().available * FREE_MEMORY_SHARE)
     free_bytes = memory_bytes - taken
-    page_bytes = cells_for(PAGE_POSITIONS) * position_bytes
-    if options.plan_rows:
-        page_bytes += PAGE_POSITIONS * 4 * hidden_size
     pages = free_bytes // page_bytes
     if pages < 1:
         raise EngineError(
             f"blocks {blocks} need {mebibytes(page_bytes - free_bytes)} of memory more than the "
             f"{mebibytes(memory_bytes)} given: weights and reserve take {mebibytes(taken)}"
         )
-    pages = graphs.pages_beside(free_bytes, page_bytes) or pages
+    pages = graphs.pages_beside(free_bytes, page_bytes, narrowest) or pages
     if options.kv_positions is not None:
         pages = min(pages, -(-options.kv_positions // PAGE_POSITIONS))
     return pages * PAGE_POSITIONS

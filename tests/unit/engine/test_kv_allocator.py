@@ -208,3 +208,30 @@ def test_sessions_and_cached_prompts_together_keep_to_the_limit_of_sequences() -
     assert reservation.cached == PAGE_POSITIONS
     assert reservation.dropped == (0,)
     assert pages.evicted_positions == PAGE_POSITIONS
+
+
+def test_narrow_keys_and_values_hold_what_they_take() -> None:
+    narrow = Variant("llamacpp", "native", "q8_0")
+    pages = KvAllocator(replace(INFO, kv_shares={"q8_0": 0.5}))
+    for number in range(4):
+        pages.open(session(number), 4 * PAGE_POSITIONS, None)
+        assert pages.held_positions(session(number)) == 4 * PAGE_POSITIONS
+        pages.begin(session(number), SessionOptions(sampling=GREEDY, variant=narrow))
+        assert pages.held_positions(session(number)) == 2 * PAGE_POSITIONS
+        if number == 2:  # 6 of 8 pages are taken: none opens who may need 4
+            with pytest.raises(EngineFull):
+                pages.open(session(9), 4 * PAGE_POSITIONS, None)
+            pages.close(session(0))
+
+
+def test_pages_given_up_are_told_again_after_a_session_that_was_withdrawn() -> None:
+    pages = KvAllocator(INFO)
+    calculate(pages, 1, "ab")
+    pages.close(session(1), keep=False)
+    pages.open(session(2), PAGE_POSITIONS, None)
+    told = pages.begin(session(2), OPTIONS)
+    assert told.dropped
+    pages.close(session(2))
+    pages.drop_again(told.dropped)
+    pages.open(session(3), PAGE_POSITIONS, None)
+    assert set(told.dropped) - {*told.pages} <= {*pages.begin(session(3), OPTIONS).dropped}

