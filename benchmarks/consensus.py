@@ -41,11 +41,14 @@ from protocol.consensus_values import (
 from protocol.history import encode_batch
 from protocol.identity import PeerId, peer_id_from_public_key
 from selector.consensus.chain import quorum_size
-from selector.consensus.evidence import evidence_of
 from selector.consensus.sortition import MeasurementPlan, beacon_of, select_committee
 from selector.consensus.state import Contribution, State, conclude, initial_state
 from selector.dataset import Dataset, Pairs, context_minima
-from selector.metamodel import MetaModel
+from selector.evidence import AgreedTable, weigh
+from selector.prediction import fit_model
+from selector.sample import Sample
+from selector.task import TaskContext
+from selector.task_buckets import Viewpoint
 
 GENESIS = genesis_of(b"benchmark", "model", "rules")
 NOISE = 0.03
@@ -231,7 +234,7 @@ def choose(world: World, rows: Sequence[tuple[Cell, float, float]]) -> tuple[flo
     context = np.array([world.contexts[cell.workload] for cell, _, _ in rows], dtype=np.intp)
     method = np.array([world.methods[cell.method] for cell, _, _ in rows], dtype=np.intp)
     training = Pairs(world.pairs.contexts, world.pairs.methods, context, method)
-    model = MetaModel().fit(training, np.array([row[1] for row in rows]), np.array([row[2] for row in rows]))
+    model = fit_model(training, np.array([row[1] for row in rows]), np.array([row[2] for row in rows]))
     predicted = model.predict(world.test.pairs)
     of = world.test.pairs.context
     best = context_minima(world.test.cost, of, len(world.contexts))
@@ -255,7 +258,7 @@ def compare(world: World, peers: int, liars: float, epochs: int, seed: int) -> l
     state = agree(population, epochs)
     readings = sum(len(measured.readings) for measured in state.measured.values())
     reports = population.reports(max(1, readings // peers))
-    evidence = evidence_of(state.table, reports, state.weights)
+    evidence = learned_from(state, reports)
     designs: dict[str, Sequence[tuple[Cell, float, float]]] = {
         "assigned, agreed table": evidence,
         "free reports, pooled": [(cell, log_ratio, 1.0) for _, cell, log_ratio in reports],
@@ -268,6 +271,48 @@ def compare(world: World, peers: int, liars: float, epochs: int, seed: int) -> l
         rows.append(Row(design=design, liars=liars, ratio=ratio, ratio_with_probes=probed, seconds=seconds))
         began_s = time.perf_counter()
     return rows
+
+
+def learned_from(state: State, reports: Sequence[tuple[PeerId, Cell, float]]) -> list[tuple[Cell, float, float]]:
+    """Return what a daemon that joins would learn from the agreed table and the free reports, by its own rules."""
+    of = {(_task(cell), cell.method): cell for cell in {*state.table, *(cell for _, cell, _ in reports)}}
+    most = max(state.weights.values(), default=0) or 1
+    viewpoint = Viewpoint(
+        peer="newcomer",
+        hardware="",
+        software="",
+        hour=0,
+        trust={peer: weight / most for peer, weight in state.weights.items()},
+        default_trust=0.0,
+    )
+    table = AgreedTable(model="", epoch=state.epoch, digest=state.table_digest, cells=state.table)
+    samples = [_sample(cell, log_ratio, peer) for peer, cell, log_ratio in reports]
+    evidence = weigh(samples, viewpoint, [(table, {cell: _task(cell) for cell in state.table})])
+    return [
+        (of[sample.context, sample.method], sample.log_ratio, weight)
+        for sample, weight in evidence
+        if sample.log_ratio is not None
+    ]
+
+
+def _task(cell: Cell) -> TaskContext:
+    """Return a task that stands for a context of the folder."""
+    return TaskContext(architecture=cell.workload, hardware=cell.hardware)
+
+
+def _sample(cell: Cell, log_ratio: float, observer: str) -> Sample:
+    return Sample(
+        model="",
+        context=_task(cell),
+        method=cell.method,
+        log_cost=log_ratio,
+        log_ratio=log_ratio,
+        observer=observer,
+        route="",
+        hour=0,
+        software="",
+        countersigned=False,
+    )
 
 
 def _medians(reports: Sequence[tuple[PeerId, Cell, float]]) -> list[tuple[Cell, float, float]]:

@@ -49,7 +49,7 @@ from node.swarm.link_estimates import LinkEstimates
 from node.swarm.membership import Membership
 from node.util.open_files import open_file_limit
 from node.util.signal import Signal
-from protocol.capabilities import Links, fastest_bytes_per_s, hardware_class
+from protocol.capabilities import Capabilities, Links, hardware_class
 from protocol.identity import ModelId, PeerId
 from protocol.observations import bucket_of
 from selector.consensus.clock import EpochClock
@@ -185,6 +185,7 @@ def build_network(config: NodeConfig, database: Database, devices: Sequence[Devi
             traffic=traffic,
             threads=config.threads,
             accelerators=tuple(each.accelerator for each in devices if each.accelerator),
+            price=config.price,
         ),
         traffic=traffic,
         history=HistoryStore(database),
@@ -214,7 +215,7 @@ def build_selection(config: NodeConfig, network: NetworkParts, database: Databas
 
     store = AdoptionStore(database, software)
     chooser = LearnedChooser(predictions, network.jitter, share=config.exploration, store=store)
-    learner = Learner(database.path, predictions, count=count_observations, viewpoint=viewpoint)
+    learner = Learner(database.path, predictions, count=count_observations, viewpoint=viewpoint, tables=chains.tables)
     return SelectionParts(chains, predictions, chooser, learner)
 
 
@@ -291,15 +292,9 @@ def build_client(
     """Build the coordinator and what measures by its jobs."""
     announcer, membership = swarm.announcer, swarm.membership
 
-    def hardware_of(peer: PeerId) -> str:
-        if peer == network.identity.peer_id:
-            return network.own_hardware()
-        capabilities = announcer.known(peer)
-        return "unknown" if capabilities is None else hardware_class(capabilities)
-
-    def bandwidth_of(peer: PeerId) -> float | None:
-        capabilities = announcer.known(peer)
-        return None if capabilities is None else fastest_bytes_per_s(capabilities)
+    def capabilities_of(peer: PeerId) -> Capabilities | None:
+        own = peer == network.identity.peer_id
+        return network.inventory.capabilities() if own else announcer.known(peer)
 
     def links_of(peer: PeerId) -> Links | None:
         capabilities = announcer.known(peer)
@@ -310,8 +305,7 @@ def build_client(
     view = SwarmView(
         finder=membership,
         links=LinkEstimates(network.identity.peer_id, membership.round_trip_s, links_of).between,
-        hardware=hardware_of,
-        bandwidth=bandwidth_of,
+        capabilities=capabilities_of,
         expected=membership.directory.expected,
         agreed=selection.chains.agreement,
     )

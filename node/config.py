@@ -13,6 +13,7 @@ from typing import Final
 
 import platformdirs
 
+from protocol.figures import USUAL_PRICE
 from protocol.identity import BlockRange, PeerId, parse_peer_id
 from selector.consensus.clock import EPOCH_S
 
@@ -104,6 +105,8 @@ class NodeConfig:
     """Hashes of consensus statements: only branches that contain them are followed."""
     exploration: float = 0.1
     """Fraction of job time that may be spent on exploring methods, 0 to 1."""
+    price: float = USUAL_PRICE
+    """Announced price of a second of computing here, in units that the swarm's owners agree on."""
     log_level: str = "info"
 
     def __post_init__(self) -> None:

@@ -12,9 +12,21 @@ from typing import Annotated, ClassVar, Final, NewType
 
 from protocol.announcements import DHT_NAMESPACE, DhtRecord
 from protocol.errors import RemoteProtocolError
+from protocol.figures import (
+    MAX_MEMORY_BYTES,
+    MAX_ROUND_TRIP_S,
+    MIN_FIGURE,
+    USUAL_PRICE,
+    BytesPerSecond,
+    Cores,
+    MemoryBytes,
+    OperationsPerSecond,
+    Price,
+)
 from protocol.identity import PeerId
 from protocol.limits import MAX_TEXT_BYTES
 from protocol.schema import Count, Nullable, Range, name, text
+from protocol.stage_facts import DeviceKind, StageFacts
 
 CAPABILITY_TOPIC: Final = "metaswarm/1/capabilities"
 """The gossip topic of capability records."""
@@ -24,27 +36,15 @@ CAPABILITY_KIND: Final = "cap"
 
 FORMAT_VERSION: Final = 1
 
-MAX_CORES: Final = 1 << 16
 MAX_INSTRUCTION_SETS: Final = 32
 MAX_ACCELERATORS: Final = 64
 MAX_NEIGHBOURS: Final = 16
-MAX_MEMORY_BYTES: Final = 1 << 50
-MAX_BYTES_PER_S: Final = 1e15
-MAX_OPERATIONS_PER_S: Final = 1e19
-MAX_ROUND_TRIP_S: Final = 60.0
 MAX_WORD_BYTES: Final = 64
 """A version, the name of an instruction set or of an architecture."""
-
-MIN_FIGURE: Final = 1e-9
-"""Lower bound of measured figures, so that they can be divided by."""
 
 HardwareClass = NewType("HardwareClass", str)
 """A short canonical text shared by similar hardware, see `hardware_class`."""
 
-Cores = Annotated[int, Range(1, MAX_CORES)]
-MemoryBytes = Annotated[int, Range(1, MAX_MEMORY_BYTES)]
-BytesPerSecond = Annotated[float, Range(MIN_FIGURE, MAX_BYTES_PER_S)]
-OperationsPerSecond = Annotated[float, Range(MIN_FIGURE, MAX_OPERATIONS_PER_S)]
 Word = Annotated[str, name(MAX_WORD_BYTES)]
 Title = Annotated[str, name(MAX_TEXT_BYTES)]
 
@@ -80,6 +80,8 @@ class Processor:
     instruction_sets: Annotated[tuple[Word, ...], Count(MAX_INSTRUCTION_SETS)] = ()
     """Those that matter to matrix products, by their Linux names, sorted."""
     throughput: Throughput = Throughput()
+    threads: Cores | None = None
+    """Of the engines, where the owner limits them; the throughput was measured with as many."""
 
     def check(self) -> None:
         """Raise RemoteProtocolError for more physical than logical cores, and for unsorted instruction sets."""
@@ -165,6 +167,8 @@ class Capabilities:
     disk_read_bytes_per_s: BytesPerSecond | None = None
     """Where models are stored, past the operating system's cache."""
     links: Links = Links()
+    price: Price | None = None
+    """Of a second of computing; None: 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +202,11 @@ def fastest_bytes_per_s(capabilities: Capabilities) -> float | None:
     return max((rate for each in sustained if (rate := each.memory_read_bytes_per_s)), default=None)
 
 
+def main_accelerator(capabilities: Capabilities) -> Accelerator | None:
+    """Return the accelerator with the most memory; None where there is none."""
+    return max(capabilities.accelerators, key=lambda device: (device.memory_bytes, device.name), default=None)
+
+
 def hardware_class(capabilities: Capabilities) -> HardwareClass:
     """Return the short text shared by similar hardware.
 
@@ -206,8 +215,7 @@ def hardware_class(capabilities: Capabilities) -> HardwareClass:
     cores, memory, as in `cpu/amd-epyc/avx512-bf16/2c/24g`. Memory is rounded to 4, 5, 6 or 7 times a power of two, so
     that the share reserved by the system makes no difference.
     """
-    if capabilities.accelerators:
-        best = max(capabilities.accelerators, key=lambda device: (device.memory_bytes, device.name))
+    if best := main_accelerator(capabilities):
         count = sum((device.kind, device.name) == (best.kind, best.name) for device in capabilities.accelerators)
         parts = [best.kind.value, _slug(best.name), f"{count}x", _rounded_gigabytes(best.memory_bytes)]
     else:
@@ -263,3 +271,37 @@ def _slug(text: str) -> str:
 
 def _rounded_gigabytes(size: int) -> str:
     return f"{min(_GIGABYTE_STEPS, key=lambda step: max(step << 30, size) / min(step << 30, max(size, 1)))}g"
+
+
+# Linux's names of the instruction sets that a fact stands for.
+_VECTOR_BITS: Final = (("avx512f", 512), ("avx2", 256), ("avx", 256), ("sse4_2", 128), ("asimd", 128))
+_BF16: Final = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+_INT8: Final = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp"})
+_MATRIX_UNIT: Final = frozenset({"amx_tile", "amx_bf16", "amx_int8", "sme"})
+
+
+def stage_facts(
+    capabilities: Capabilities, blocks: int, *, round_trip_s: float | None = None, link_bytes_per_s: float | None = None
+) -> StageFacts:
+    """Return the facts of a stage with so many blocks on a peer with these capabilities, and of its link."""
+    processor = capabilities.processor
+    present = set(processor.instruction_sets)
+    accelerator = main_accelerator(capabilities)
+    throughput: Throughput = processor.throughput if accelerator is None else accelerator.throughput
+    return StageFacts(
+        blocks=blocks,
+        device=DeviceKind.CPU if accelerator is None else DeviceKind(accelerator.kind.value),
+        memory_bytes=capabilities.memory.total_bytes if accelerator is None else accelerator.memory_bytes,
+        threads=processor.threads or processor.physical_cores,
+        vector_bits=next((bits for name, bits in _VECTOR_BITS if name in present), 0),
+        bf16=bool(present & _BF16),
+        int8=bool(present & _INT8),
+        matrix_unit=bool(present & _MATRIX_UNIT),
+        memory_read_bytes_per_s=throughput.memory_read_bytes_per_s,
+        fp32_flop_per_s=throughput.fp32_flop_per_s,
+        bf16_flop_per_s=throughput.bf16_flop_per_s,
+        int8_op_per_s=throughput.int8_op_per_s,
+        round_trip_s=None if round_trip_s is None else min(round_trip_s, MAX_ROUND_TRIP_S),
+        link_bytes_per_s=link_bytes_per_s,
+        price=USUAL_PRICE if capabilities.price is None else capabilities.price,
+    )

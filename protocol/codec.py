@@ -28,6 +28,7 @@ from protocol.messages import (
     ControlMessage,
     FinishReason,
     Open,
+    Opened,
     Progress,
     ProgressRequest,
     Sampling,
@@ -106,6 +107,10 @@ def minor_of(message: ControlMessage) -> int:
     """Return the earliest version 1.x of the job protocol that can express a message."""
     if isinstance(message, TokenHistory | ProgressRequest | Progress):
         return 1
+    if isinstance(message, Opened):
+        return 0 if message.table_digest is None else 2
+    if isinstance(message, Open) and message.stage_facts:
+        return 2
     if isinstance(message, Open) and message.sampling is not None:
         sampling = message.sampling
         if sampling.logprobs or sampling.json_schema:

@@ -66,6 +66,7 @@ MAX_HARDWARE_BYTES: Final = 64  # UTF-8 bytes of a stage's hardware class
 MAX_SOFTWARE: Final = 16  # programs and libraries with their versions
 MAX_PARALLEL_JOBS: Final = 1 << 16  # concurrent jobs on one stage
 MAX_ROWS_PER_TOKEN: Final = 64  # rows that a stage computes per token of prompt and output, rejected drafts included
+MAX_STAGE_FACTS: Final = 32  # stages of a route whose facts a record carries; of a longer route it has none
 MAX_TOKENS_PER_S: Final = 1e9  # of all jobs that were measured together
 MAX_LOG_RATIO: Final = 20.0  # natural logarithm of a ratio of costs, either sign
 

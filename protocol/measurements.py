@@ -24,6 +24,7 @@ from protocol.limits import (
     MAX_ROWS_PER_TOKEN,
     MAX_SECONDS,
     MAX_SOFTWARE,
+    MAX_STAGE_FACTS,
     MAX_STAGES,
     MAX_SWITCH_BYTES,
     MAX_SWITCHES,
@@ -32,9 +33,11 @@ from protocol.limits import (
     MAX_WIDTH,
 )
 from protocol.messages import SessionStatistics
-from protocol.schema import ARRAY, Count, Form, Key, Nullable, Range, name
+from protocol.schema import ARRAY, OMIT_DEFAULT, Count, Form, Key, Nullable, Range, name
+from protocol.stage_facts import StageFacts
 
-OBSERVATION_VERSION: Final = 1
+OBSERVATION_VERSION: Final = 2
+"""Version 1 has no `stage_facts`, and of the model neither the block's sizes nor the KV cache's."""
 
 MIN_TOTAL_S: Final = 1e-6
 """Lower bound of a job's time, so that the logarithm of its cost exists."""
@@ -82,7 +85,11 @@ class Objective(enum.StrEnum):
     """The cost that a job minimises."""
 
     LATENCY = "latency"
+    """The time of this job."""
     THROUGHPUT = "throughput"
+    """The computing per token, which limits how many jobs the swarm serves."""
+    COST = "cost"
+    """The computing on each stage, at the price of its peer."""
 
 
 class QualityBound(enum.StrEnum):
@@ -100,7 +107,9 @@ class QualityBound(enum.StrEnum):
 class ModelFacts:
     """Model properties that affect speed. None: not in the model's configuration.
 
-    `weight_bytes`: all weights as stored. `expert_count`: of one mixture-of-experts layer.
+    `weight_bytes`: all weights as stored. `expert_count`: of one mixture-of-experts layer. `block_bytes`: mean size of
+    a block as stored. `block_parameters`, `active_block_parameters`: of a block, and those that one token uses.
+    `kv_bytes_per_token`: keys and values of all blocks, in 16 bits.
     """
 
     model: Annotated[ModelId, Key("id")]
@@ -115,6 +124,11 @@ class ModelFacts:
     kv_head_count: Nullable[Size] = None
     expert_count: Nullable[Size] = None
     active_expert_count: Nullable[Size] = None
+    head_size: Size | None = None
+    block_bytes: Counter | None = None
+    block_parameters: Counter | None = None
+    active_block_parameters: Counter | None = None
+    kv_bytes_per_token: Counter | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,9 +208,11 @@ class Observation:
     """One measurement of one method in one context.
 
     `job`: the job id on the stages. `issued_at_s`: Unix time in whole seconds. `software`: versions by name.
+    `stage_facts`: of the route's stages, in order, as the observer knew them when the job began; empty where it did
+    not know all of them, and for routes of more than MAX_STAGE_FACTS stages.
     """
 
-    version: Annotated[int, Range(OBSERVATION_VERSION, OBSERVATION_VERSION)] = OBSERVATION_VERSION
+    version: Annotated[int, Range(1, OBSERVATION_VERSION)] = OBSERVATION_VERSION
     observer: PeerId
     job: JobId
     kind: ObservationKind
@@ -207,6 +223,7 @@ class Observation:
     measurements: Measurements
     route: Annotated[tuple[Annotated[StageObservation, ARRAY], ...], Count(MAX_STAGES)]
     software: Annotated[Mapping[_Version, _Version], Count(MAX_SOFTWARE)]
+    stage_facts: Annotated[tuple[Annotated[StageFacts, ARRAY], ...], Count(MAX_STAGE_FACTS), OMIT_DEFAULT] = ()
 
     @property
     def is_countersigned(self) -> bool:
@@ -264,6 +281,9 @@ def _check_route(observation: Observation) -> None:
         raise RemoteProtocolError(f"observation: the stages do not cover all {block_count} blocks")
     for stage in route:
         _check_stage(stage, observation)
+    facts = observation.stage_facts
+    if facts and [each.blocks for each in facts] != [len(stage.blocks) for stage in route]:
+        raise RemoteProtocolError("observation: stage_facts are not those of the route's stages")
 
 
 def _check_stage(stage: StageObservation, observation: Observation) -> None:

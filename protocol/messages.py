@@ -40,6 +40,7 @@ from protocol.limits import (
     MAX_LOGPROBS,
     MAX_PENALTY,
     MAX_POSITIONS,
+    MAX_STAGE_FACTS,
     MAX_STAGES,
     MAX_STOP_TOKENS,
     MAX_SWITCH_BYTES,
@@ -50,6 +51,7 @@ from protocol.limits import (
     MAX_WINDOW_BYTES,
 )
 from protocol.schema import ARRAY, OMIT_DEFAULT, Count, Range, name, text
+from protocol.stage_facts import StageFacts
 from protocol.tensors import Tensor
 
 LATEST_MINOR: Final = 2
@@ -177,6 +179,8 @@ class Open:
     next stage; None for the last stage, which sends each token to the coordinator and to `feedback`, the first stage's
     peer. `sampling`: for the last stage only. `continues`: a session of the previous attempt at this job on the same
     stream; it ends, and this session takes over its KV cache. `background`: a measurement, which yields to users' jobs.
+    `stage_facts`: of the route's stages, in order, as part of the context; empty where not all are known. Since version
+    1.2.
     """
 
     session: SessionId
@@ -192,6 +196,7 @@ class Open:
     sampling: Sampling | None = None
     continues: SessionId | None = None
     background: bool = False
+    stage_facts: Annotated[tuple[Annotated[StageFacts, ARRAY], ...], Count(MAX_STAGE_FACTS), OMIT_DEFAULT] = ()
 
     def check(self) -> None:
         """Raise RemoteProtocolError for a method named twice, and for fields that contradict each other."""
@@ -235,7 +240,8 @@ class Opened:
     (`engine/arithmetic/activations`, `engine/arithmetic/kv/activations` where `kv` is not `auto`). `policy`: the
     stage's own switches. `held`: positions, from the first on, in the KV cache of a continued session. `kept_from`: the
     start of its replay buffer, which ends at `held`. `statement`: the swarm's statement on the model that the stage
-    follows, whose members' reputation would weight the votes; None where it follows none.
+    follows, whose members' reputation would weight the votes; None where it follows none. `table_digest`: of the agreed
+    table that the votes were learned from; None where they were learned from none. Since version 1.2.
     """
 
     session: SessionId
@@ -246,6 +252,7 @@ class Opened:
     held: PositionCount = 0
     kept_from: PositionCount = 0
     statement: Digest | None = None
+    table_digest: Digest | None = None
 
     def check(self) -> None:
         """Raise RemoteProtocolError where the replay buffer starts behind its end."""

@@ -26,7 +26,7 @@ _BITS: Final = (
     ("fp8", 8), ("int8", 8), ("w8", 8), ("q8", 8), ("sq", 8), ("bf16", 16), ("bfloat16", 16), ("fp16", 16),
     ("float16", 16), ("half", 16), ("fp32", 32), ("float32", 32),
 )  # fmt: skip
-_WEIGHT_ONLY: Final = re.compile(r"wo$|_wo|w\d+a16|weight|awq|gptq|nf4|=int8$|^int4")
+_WEIGHT_ONLY: Final = re.compile(r"wo$|_wo|w\d+a16|weight|awq|gptq|nf4|=int8$|=int4$|^int4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,10 @@ class Arithmetic:
     devices: float
 
 
+_PUBLISHED: Final = "native"
+"""The arithmetic of methods that compute with the weights as published."""
+
+
 def arithmetic_of(method: str) -> Arithmetic:
     """Return the arithmetic that a method's name implies; 16 bits and one device by default."""
     weight_bits = kv_bits = compute_bits = 16.0
@@ -47,6 +51,9 @@ def arithmetic_of(method: str) -> Arithmetic:
         number = _NUMBER.match(factor)
         if number and (number[2] or number[1]) in _PARALLEL:
             devices *= max(1.0, float(number[3])) if (number[2] or number[1]) in {"tp", "pp", "cp"} else 1.0
+            continue
+        if factor.endswith(f"={_PUBLISHED}"):  # the context has their bits; products are of eight
+            weight_bits, compute_bits = 32.0, 8.0
             continue
         bits = next((float(bits) for word, bits in _BITS if word in factor), None)
         if bits is None:
@@ -118,10 +125,11 @@ def _roofline(pairs: Pairs, table: FloatArray) -> FloatArray:
         return np.full(len(pairs), default) if found is None else found[pairs.context]
 
     weight_bits, kv_bits, compute_bits, devices = np.log2(table).T
+    weight_bits = np.fmin(weight_bits, of("l_weight_bits"))  # no wider than they were published
     devices = devices + of("l_tp", 0.0)
     active = of("l_active") if "l_active" in contexts.columns else of("l_params")
     rate = of("l_bf") + np.where(compute_bits <= 2, of("l_f4", 0.0), np.where(compute_bits <= 3, of("l_f8", 0.0), 0.0))
-    rate = rate + np.where(compute_bits >= 5, -1.0, 0.0)
+    rate = rate + np.where(compute_bits >= 5, of("l_f32", -1.0), 0.0)
     weight_bytes = of("l_params") + 30 + weight_bits - 3
     kv_bytes = np.log2(np.maximum(of("kvgb"), 1e-6)) + 30 + kv_bits - 4
     read = np.logaddexp2(active + 30 + weight_bits - 3, kv_bytes) - of("l_bw") - devices

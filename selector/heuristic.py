@@ -74,13 +74,13 @@ _DRAFT_HIT_RATE: Final = 0.8
 
 
 def predicted_cost(context: TaskContext, method: Method) -> float:
-    """Return the natural logarithm of a job's expected cost with a method, in seconds."""
+    """Return the natural logarithm of a job's expected cost with a method, in seconds: of its time, or of computing."""
     speed = _SPEEDS[method.engine, method.arithmetic]
     prefill_s = _prefill_s(context, method, speed)
     step_s = _decode_ms(speed, context.concurrency) / 1000
     if method.kv != SWITCHES["kv"].baseline:
         prefill_s, step_s = prefill_s * _NARROW_KV, step_s * _NARROW_KV
-    round_s = step_s + context.link_s * _on_the_wire(method)
+    round_s = step_s + _link_s(context) * _on_the_wire(method)
     if method.activations != "fp32":
         round_s += (context.stage_count - 1) * _CODEC_S
     if method.drafter == "draft" and context.max_tokens > 1:
@@ -111,7 +111,12 @@ def _prefill_s(context: TaskContext, method: Method, speed: _Speed) -> float:
         relief = 0.9 if context.concurrency > 1 and chunks > 1 else 1.0
         prefill_s *= max(pipelined, 0.5) * (1 + _CHUNK_OVERHEAD * min(chunks, 10)) * relief
     # The prompt's own pages must be hashed and copied, too.
-    return prefill_s * (1.005 if method.prefix_cache else 1.0) + context.link_s * _on_the_wire(method)
+    return prefill_s * (1.005 if method.prefix_cache else 1.0) + _link_s(context) * _on_the_wire(method)
+
+
+def _link_s(context: TaskContext) -> float:
+    """Return the time on the links where it counts: other objectives than latency are about computing."""
+    return context.link_s if context.objective == "latency" else 0.0
 
 
 def _decode_ms(speed: _Speed, concurrency: int) -> float:

@@ -7,12 +7,15 @@ from typing import Final
 
 import numpy as np
 
-from selector.dataset import Pairs
+from selector.dataset import FloatArray, Pairs
+from selector.evidence import AgreedTable
 from selector.heuristic import HEURISTIC_DEVIATION, MIN_SAMPLES, CostEstimate, CostTable, predicted_cost
 from selector.metamodel import MetaModel
+from selector.sample import Sample
 from selector.task import PORTFOLIO, Method, TaskContext
 from selector.task_buckets import Viewpoint, canonicalise
-from selector.training_set import ContextColumns, Sample, build_training_set
+from selector.task_features import tabulate
+from selector.training_set import build_training_set
 
 UNSEEN_DEVIATION: Final = 0.3
 """Additional standard deviation of a method that was never measured."""
@@ -25,14 +28,15 @@ HALF_SHARE_WEIGHT: Final = 20.0
 class Predictor:
     """A meta-model trained on a history. It never leaves the machine that trained it.
 
-    `weight`: total weight of its samples, in units of an own measurement.
+    `weight`: total weight of its samples, in units of an own measurement. `learned_from`: the models whose agreed
+    tables it was trained on.
     """
 
     model: MetaModel
-    columns: ContextColumns
     support: Mapping[str, float]
     sample_count: int
     weight: float
+    learned_from: frozenset[str] = frozenset()
 
     @property
     def share(self) -> float:
@@ -44,7 +48,7 @@ class Predictor:
         context = canonicalise(context)
         count = len(methods)
         pairs = Pairs(
-            self.columns.table([context]),
+            tabulate([context]),
             tuple(method.name for method in methods),
             np.zeros(count, dtype=np.intp),
             np.arange(count, dtype=np.intp),
@@ -59,15 +63,25 @@ class Predictor:
         return table
 
 
-def train(samples: Sequence[Sample], viewpoint: Viewpoint) -> Predictor | None:
-    """Return the predictor trained on a history; None where the history is too small to beat the heuristic."""
-    if len(samples) < MIN_SAMPLES:
+def train(samples: Sequence[Sample], viewpoint: Viewpoint, tables: Sequence[AgreedTable] = ()) -> Predictor | None:
+    """Return the predictor trained on a history and on what the swarm agreed.
+
+    None where both together are too small to beat the heuristic.
+    """
+    if len(samples) + sum(len(table.cells) for table in tables) < MIN_SAMPLES:
         return None
-    training = build_training_set(samples, viewpoint)
+    training = build_training_set(samples, viewpoint, tables)
     if training is None:
         return None
-    # Trees weigh rows against settings meant for single rows, so that the mean weight must be one.
-    weight = training.dataset.weight
-    model = MetaModel("task", max_rows=2 * len(samples), max_leaves=100_000, tree_count=40)
-    model.fit(training.dataset.pairs, training.dataset.cost, weight * (len(weight) / max(weight.sum(), 1e-300)))
-    return Predictor(model, training.columns, training.support, len(samples), training.weight)
+    dataset = training.dataset
+    model = fit_model(dataset.pairs, dataset.cost, dataset.weight, group="task")
+    return Predictor(model, training.support, len(samples), training.weight, training.learned_from)
+
+
+def fit_model(pairs: Pairs, cost: FloatArray, weight: FloatArray, group: str | None = None) -> MetaModel:
+    """Return a meta-model of weighted rows. `group`: see MetaModel.
+
+    Trees weigh rows against settings meant for single rows, so that the mean weight must be one.
+    """
+    model = MetaModel(group, max_rows=max(2, len(cost)), max_leaves=100_000, tree_count=40)
+    return model.fit(pairs, cost, weight * (len(weight) / max(weight.sum(), 1e-300)))

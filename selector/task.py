@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from protocol.measurements import ModelFacts, Objective, QualityBound, Workload
+from protocol.stage_facts import StageFacts
 
 
 class PackageFormat(enum.StrEnum):
@@ -372,7 +373,7 @@ class TaskContext:
     `repetitiveness`: part of the prompt's tokens, 0 to 1, that an n-gram lookup predicts. `concurrency`: most jobs on
     any stage of the route, this one included. `hardware`: the stages' hardware classes in order, joined by "+".
     `link_s`: time per token that the links' latency adds. `transfer_s`: time that their bandwidth adds to the whole
-    job, its rows in fp32.
+    job, its rows in fp32. `stage_facts`: of the route's stages, in order; empty where not all are known.
     """
 
     architecture: str = "unknown"
@@ -385,6 +386,11 @@ class TaskContext:
     kv_head_count: int | None = None
     expert_count: int | None = None
     active_expert_count: int | None = None
+    head_size: int | None = None
+    block_bytes: int | None = None
+    block_parameters: int | None = None
+    active_block_parameters: int | None = None
+    kv_bytes_per_token: int | None = None
     weight_type: str = UNKNOWN_WEIGHT_TYPE
     prompt_tokens: int = 1
     max_tokens: int = 1
@@ -397,6 +403,7 @@ class TaskContext:
     transfer_s: float = 0.0
     objective: str = "latency"
     quality: str = "exact"
+    stage_facts: tuple[StageFacts, ...] = ()
 
     @classmethod
     def from_parts(cls, model: ModelFacts, workload: Workload | None = None, **values: Any) -> "TaskContext":
@@ -414,23 +421,25 @@ class TaskContext:
         return Workload(**{**shared, **enums, **values})
 
     def values(self) -> dict[str, str | float]:
-        """Return the plain names and numbers, without what is not known."""
-        pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
+        """Return the plain names and numbers, without what is not known, and without the stages' facts."""
+        pairs = ((name, getattr(self, name)) for name in _PLAIN)
         return {name: value if isinstance(value, str) else float(value) for name, value in pairs if value is not None}
 
     @classmethod
-    def of(cls, values: Mapping[str, str | float]) -> "TaskContext":
+    def of(cls, values: Mapping[str, str | float], stage_facts: Sequence[StageFacts] = ()) -> "TaskContext":
         """Return the context in plain values from a peer; missing, unknown and invalid ones are left out."""
         taken: dict[str, Any] = {}
-        for field in fields(cls):
-            value = values.get(field.name)
-            if isinstance(value, str):
-                fits = field.type is str
-            else:
-                fits = value is not None and field.type is not str and value >= 0
-            if fits and value is not None:
-                taken[field.name] = value if field.type in {str, float} else int(value)
-        return cls(**taken)
+        for name, kind in _PLAIN.items():
+            value = values.get(name)
+            if value is not None and (kind is str if isinstance(value, str) else kind is not str and value >= 0):
+                taken[name] = value if kind in {str, float} else int(value)
+        return cls(**taken, stage_facts=tuple(stage_facts))
+
+
+_PLAIN: Final[Mapping[str, Any]] = {
+    field.name: field.type for field in fields(TaskContext) if field.name != "stage_facts"
+}
+"""The names of a context's plain values and their types."""
 
 
 def _plain(value: Any) -> Any:

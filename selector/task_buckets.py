@@ -32,8 +32,8 @@ class Viewpoint:
 def canonicalise(context: TaskContext) -> TaskContext:
     """Return the canonical context of all similar ones, for which predictions are cached.
 
-    Sizes are rounded to powers of √2, shares to tenths, times to powers of two. Momentary fields that no observation
-    records are reset.
+    Sizes are rounded to powers of √2, shares to tenths, times and rates of links to powers of two. The quality bound,
+    which says which methods are admitted, is reset.
     """
     return replace(
         context,
@@ -42,10 +42,25 @@ def canonicalise(context: TaskContext) -> TaskContext:
         concurrency=_rounded(context.concurrency),
         shared_prefix_share=round(context.shared_prefix_share, 1),
         repetitiveness=round(context.repetitiveness, 1),
-        link_s=0.0 if context.link_s < 1e-4 else 2.0 ** round(math.log2(context.link_s)),
-        transfer_s=0.0,
+        link_s=_octave(context.link_s),
+        transfer_s=_octave(context.transfer_s),
         quality="exact",
+        # Prices are those of the peers, whatever the method: the cheapest one computes least.
+        objective="latency" if context.objective == "latency" else "throughput",
+        stage_facts=tuple(
+            replace(
+                facts,
+                round_trip_s=None if facts.round_trip_s is None else _octave(facts.round_trip_s),
+                link_bytes_per_s=facts.link_bytes_per_s and _octave(facts.link_bytes_per_s),
+            )
+            for facts in context.stage_facts
+        ),
     )
+
+
+def _octave(value: float) -> float:
+    """Return the power of two that is nearest; 0 for less than a ten-thousandth."""
+    return 0.0 if value < 1e-4 else 2.0 ** round(math.log2(value))
 
 
 def task_bucket(context: TaskContext) -> str:

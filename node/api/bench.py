@@ -24,8 +24,9 @@ from node.api.fields import (
     parse_text,
     refuse,
 )
-from node.coordinator.trial_runner import MethodTrial, Run, Trial, TrialSpec, TrialWorkload
+from node.coordinator.trial_runner import MethodTrial, Run, Trial, TrialSpec
 from protocol.measurements import Objective, QualityBound
+from selector.workloads import TrialWorkload
 
 MAX_ROUNDS: Final = 100
 MAX_CONCURRENCY: Final = 64

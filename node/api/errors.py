@@ -15,6 +15,7 @@ _JOB_ERROR_STATUS = {
     JobErrorCode.INVALID: 400,
     JobErrorCode.MODEL_NOT_FOUND: 404,
     JobErrorCode.CONTEXT_LENGTH: 400,
+    JobErrorCode.OVER_BUDGET: 400,
     JobErrorCode.UNCOVERED: 503,
     JobErrorCode.FULL: 503,
     JobErrorCode.MEASURING: 503,

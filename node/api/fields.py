@@ -5,13 +5,14 @@ field is refused: a wrong answer is worse than none. docs/http-api.md lists all 
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Set
 from typing import Any, Final, NoReturn, TypeVar
 
 from node.api.errors import ApiError
 from node.util.suggestions import LONGEST_NAME, did_you_mean
 from protocol.limits import MAX_NAME_BYTES, MAX_POSITIONS
-from protocol.measurements import QualityBound
+from protocol.measurements import Objective, QualityBound
 
 T = TypeVar("T")
 
@@ -164,6 +165,21 @@ def parse_quality(param: str, value: Any) -> QualityBound:
         return QualityBound(value)
     except ValueError:
         refuse(param, f"must be one of {', '.join(QualityBound)}")
+
+
+def parse_objective(param: str, value: Any) -> Objective:
+    """Return an objective."""
+    try:
+        return Objective(value)
+    except ValueError:
+        refuse(param, f"must be one of {', '.join(Objective)}")
+
+
+def parse_budget(param: str, value: Any) -> float:
+    """Return a budget: a cost, which is above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        refuse(param, "must be a number above 0")
+    return float(value)
 
 
 def parse_method(param: str, value: Any) -> str:

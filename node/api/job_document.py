@@ -19,6 +19,7 @@ def describe_job(result: JobResult) -> dict[str, Any]:
         "method": {"name": method.name, "switches": dict(method.switches), "stage_policy": dict(method.stage_policy)},
         "consensus": asdict(result.consensus),
         "timing": asdict(result.timing),
+        "cost": None if result.cost is None else asdict(result.cost),
         "selection": None if result.selection is None else asdict(result.selection),
         "replays": result.replays,
         "token_ids": list(result.token_ids),

@@ -20,6 +20,7 @@ from node.capabilities.measure import (
 from node.capabilities.probe import available_memory, fingerprint, probe
 from node.capabilities.traffic import TrafficMeter
 from protocol.capabilities import Accelerator, Capabilities, Throughput
+from protocol.figures import USUAL_PRICE
 
 GOOD_SHARE: Final = 0.75
 """A benchmark that got a smaller share of the processor measured the load of the machine, and is repeated."""
@@ -49,19 +50,21 @@ class Inventory:
         traffic: TrafficMeter,
         threads: int | None = None,
         accelerators: tuple[Accelerator, ...] = (),
+        price: float = USUAL_PRICE,
         read_facts: Callable[[], Capabilities] = probe,
         benchmark: Benchmark = run_benchmark,
     ) -> None:
         """Measure with `threads` threads, or one for each physical core, and the disk in `models_dir`.
 
         `data_dir`: stores the measurements; the nodes of one machine may share it. `accelerators`: the devices of
-        the engines, if not the CPU; others are not announced.
+        the engines, if not the CPU; others are not announced. `price`: of a second of computing.
         """
         self._data_dir = data_dir
         self._models_dir = models_dir
         self._traffic = traffic
         self._threads = threads
         self._accelerators = accelerators
+        self._price = price
         self._read_facts = read_facts
         self._benchmark = benchmark
         self._facts: Capabilities | None = None
@@ -86,6 +89,10 @@ class Inventory:
         self._facts = facts = dataclasses.replace(facts, accelerators=self._accelerators)
         threads = self._threads or facts.processor.physical_cores
         identifier = await trio.to_thread.run_sync(fingerprint, facts, threads)
+        # Of the announced facts only: machines that are measured alike keep their fingerprint.
+        processor = dataclasses.replace(facts.processor, threads=self._threads)
+        price = None if self._price == USUAL_PRICE else self._price
+        self._facts = facts = dataclasses.replace(facts, processor=processor, price=price)
         best = await trio.to_thread.run_sync(load_measurements, self._data_dir, identifier)
         if best is not None:
             self._facts = _with_measurements(facts, best)

@@ -12,8 +12,9 @@ import structlog
 
 from node.models.files import write_atomically
 from node.util.child_process import ChildError, python, run
-from protocol.capabilities import MAX_ACCELERATORS, Accelerator, BytesPerSecond, Throughput
+from protocol.capabilities import MAX_ACCELERATORS, Accelerator, Throughput
 from protocol.errors import RemoteProtocolError
+from protocol.figures import BytesPerSecond
 from protocol.forms import Share
 from protocol.schema import Count, Form, from_map, to_map
 

@@ -6,7 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
-from protocol.capabilities import MAX_BYTES_PER_S, MAX_NEIGHBOURS, MAX_ROUND_TRIP_S, MIN_FIGURE, Links, Neighbour
+from protocol.capabilities import MAX_NEIGHBOURS, Links, Neighbour
+from protocol.figures import MAX_BYTES_PER_S, MAX_ROUND_TRIP_S, MIN_FIGURE
 from protocol.identity import PeerId
 
 MAX_PEERS: Final = 256

@@ -98,6 +98,7 @@ class Completion:
                 "accepted_draft_tokens": self.usage["completion_tokens_details"]["accepted_prediction_tokens"],
             },
             "timing": job["timing"],
+            "cost": job["cost"],
             "route": [{key: stage[key] for key in ("peer", "start", "end")} for stage in job["route"]],
             "method": job["method"],
             "consensus": job["consensus"],

@@ -1,4 +1,4 @@
-"""`metaswarm evaluate DATASET_DIR`: cross-validation of the meta-model and all baselines."""
+"""`metaswarm evaluate DATASET`: cross-validation of the meta-model and all baselines."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ _COLUMNS = {
 
 
 @click.command()
-@click.argument("dataset_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("dataset_path", metavar="DATASET", type=click.Path(exists=True, path_type=Path))
 @click.option(
     "--group",
     type=click.Choice(["random", "model", "hardware"]),
@@ -51,7 +51,7 @@ _COLUMNS = {
 )
 @json_option
 def evaluate(
-    dataset_dir: Path,
+    dataset_path: Path,
     group: "Group",
     probes: int,
     default: str | None,
@@ -60,13 +60,15 @@ def evaluate(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Evaluate the meta-model and the baselines by cross-validation on DATASET_DIR.
+    """Evaluate the meta-model and the baselines by cross-validation on DATASET.
 
-    The folder contains contexts.csv and observations.csv, gzipped or not: see docs/selection.md.
+    DATASET is a folder with contexts.csv and observations.csv, gzipped or not (see docs/selection.md), or a file
+    from `metaswarm history export`.
     """
     from node.engine.sentence_encoder import find_sentence_encoder
     from node.evaluation.compare import MAX_ROWS, compare
     from node.evaluation.csv_dataset import read_folder
+    from node.evaluation.history_dataset import read_history
     from node.evaluation.parallel_fit import FittingError
     from node.evaluation.plot import PlotError, check_plot, draw_comparison
     from selector.dataset import DatasetError
@@ -74,10 +76,10 @@ def evaluate(
     try:
         if plot:
             check_plot(plot)
-        dataset = read_folder(dataset_dir)
+        dataset = read_folder(dataset_path) if dataset_path.is_dir() else read_history(dataset_path)
         if default is not None and default not in dataset.pairs.methods:
             shown = ", ".join(dataset.pairs.methods[:5])
-            raise CommandError(f"{default!r} was not measured in {dataset_dir}; its methods are {shown}, …")
+            raise CommandError(f"{default!r} was not measured in {dataset_path}; its methods are {shown}, …")
         contexts = len(set(dataset.pairs.context.tolist()))
         if sample is None and len(dataset) > MAX_ROWS:
             sample = max(2, contexts * MAX_ROWS // len(dataset))

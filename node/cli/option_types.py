@@ -12,6 +12,7 @@ import click
 
 from node.config import ApiKey, ServeSpec
 from node.network.addresses import parse_address
+from protocol.figures import MAX_PRICE
 from protocol.identity import parse_block_range, parse_peer_id
 
 BOOTSTRAP_FILE: Final = "bootstrap_peers.yaml"
@@ -19,6 +20,7 @@ BOOTSTRAP_FILE: Final = "bootstrap_peers.yaml"
 _DEVICE = re.compile(r"auto|all|cpu|mps|cuda|cuda:[0-9]{1,2}(,cuda:[0-9]{1,2})*")
 _HEX_32_BYTES = re.compile(r"[0-9a-fA-F]{64}")
 _SHARE = re.compile(r"[0-9]?\.?[0-9]{1,9}|[0-9]\.")
+_PRICE = re.compile(r"[0-9]{1,7}(?:\.[0-9]{1,9})?|\.[0-9]{1,9}")
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)")
 _SIZE_UNITS = {"": 1, "B": 1} | {f"{p}B": 10 ** (3 * n) for n, p in enumerate("KMGT", 1)}
 _SIZE_UNITS |= {f"{prefix}IB": 2 ** (10 * n) for n, prefix in enumerate("KMGT", 1)}
@@ -69,6 +71,12 @@ def _size(text: str) -> int:
 def _share(text: str) -> float:
     if not _SHARE.fullmatch(text) or float(text) > 1:
         raise ValueError(f"expected a fraction from 0 to 1 such as 0.1, not {text!r}")
+    return float(text)
+
+
+def _price(text: str) -> float:
+    if not _PRICE.fullmatch(text) or float(text) > MAX_PRICE:
+        raise ValueError(f"expected a number from 0 to {MAX_PRICE:,.0f} such as 1.5, not {text!r}")
     return float(text)
 
 
@@ -232,6 +240,7 @@ TEXT: Final = Parsed(str)
 PATH: Final = Parsed(_path, is_path=True)
 SIZE: Final = Parsed(_size, is_number=True)
 SHARE: Final = Parsed(_share, is_number=True)
+PRICE: Final = Parsed(_price, is_number=True)
 DEVICE: Final = Parsed(_device)
 DIGEST: Final = Parsed(_digest)
 HOST_AND_PORT: Final = Parsed(_host_and_port)

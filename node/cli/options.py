@@ -169,6 +169,10 @@ NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
         *("--exploration", types.SHARE, "FRACTION"),
         "Fraction of job time that may be spent exploring methods, 0 to 1 [default: 0.1].",
     ),
+    _option(
+        *("--price", types.PRICE, "NUMBER"),
+        "Price of a second of computing here, by which jobs with --budget or --objective cost choose [default: 1].",
+    ),
     _option("--log-level", _LOG_LEVEL, "LEVEL", "Log level: debug, info (default), warning or error."),
 )
 

@@ -32,8 +32,8 @@ DISCOVERY_INTERVAL_S: Final = 0.25
 
 _JOB_OPTIONS: Final = (
     "model", "chat", "max_tokens", "temperature", "top_p", "seed", "stop", "quality", "method", "ignore_eos",
-    "min_tokens", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias",
-    "stop_token_ids",
+    "objective", "budget", "min_tokens", "top_k", "min_p", "repetition_penalty", "frequency_penalty",
+    "presence_penalty", "logit_bias", "stop_token_ids",
 )  # fmt: skip
 """Options that a line of a --file may set for itself."""
 
@@ -91,6 +91,19 @@ _OPTIONAL_FIELDS: Final = _JOB_OPTIONS[_JOB_OPTIONS.index("min_tokens") :]
 )
 @click.option("--min-tokens", type=click.IntRange(0), metavar="N", help="Minimum number of tokens before any stop.")
 @click.option("--quality", type=click.Choice(["exact", "near", "any"]), default="exact", show_default=True)
+@click.option(
+    "--objective",
+    type=click.Choice(["latency", "throughput", "cost"]),
+    default="latency",
+    show_default=True,
+    help="Prefer the fastest job, the least computing, or the lowest cost.",
+)
+@click.option(
+    "--budget",
+    type=click.FloatRange(0, min_open=True),
+    metavar="COST",
+    help="Highest predicted cost: seconds of computing on each peer times its --price.",
+)
 @click.option(
     "--method",
     default="auto",
@@ -206,7 +219,9 @@ def make_body(job: Mapping[str, Any], default_model: str) -> dict[str, Any]:
     body["model"] = job["model"] or default_model
     body["stop"] = list(job["stop"]) if isinstance(job["stop"], tuple) else job["stop"]
     body |= {name: job[name] for name in _OPTIONAL_FIELDS if job.get(name) not in (None, (), {})}
-    body["metaswarm"] = {name: job[name] for name in ("quality", "method", "ignore_eos")}
+    body["metaswarm"] = {name: job[name] for name in ("quality", "method", "objective", "ignore_eos")}
+    if job["budget"] is not None:
+        body["metaswarm"]["budget"] = job["budget"]
     if job["chat"] and not is_text:
         raise click.UsageError("chat requires a text prompt, not token ids")
     if job["chat"]:
@@ -313,6 +328,11 @@ async def _run_one(
         tokens, peers = document["usage"]["completion_tokens"], len({stage["peer"] for stage in document["route"]})
         ttft, tpot, total = (format_duration(document["timing"][name]) for name in ("ttft_s", "tpot_s", "total_s"))
         summary = f"{tokens} tokens over {peers} peers: the first after {ttft}, then one every {tpot}, {total} in all"
+        cost = document["cost"]
+        if cost is not None and (cost["budget"] is not None or cost["objective"] == "cost"):
+            predicted = "" if cost["predicted"] is None else f", predicted {cost['predicted']:.3g}"
+            within = "" if cost["budget"] is None else f", budget {cost['budget']:.3g}"
+            summary += f"; cost {cost['actual']:.3g}{predicted}{within}"
         click.secho(summary, dim=True, err=True)
 
 

@@ -6,6 +6,7 @@ from node.consensus.chain_node import ChainNode
 from node.stages.voter import Agreement
 from protocol.identity import ModelId
 from selector.consensus.reputation import NEWCOMER_WEIGHT
+from selector.evidence import AgreedTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,15 @@ class FollowedChains:
         """Return what is agreed about a model's methods."""
         chain = self.nodes.get(model)
         return chain.agreement if chain else None
+
+    def tables(self) -> list[AgreedTable]:
+        """Return what is agreed about the methods of each model."""
+        found = ((model, chain.agreement) for model, chain in self.nodes.items())
+        return [
+            AgreedTable(model=model, epoch=agreed.epoch, digest=agreed.table_digest, cells=agreed.table)
+            for model, agreed in found
+            if agreed is not None
+        ]
 
     def trust(self) -> tuple[dict[str, float], float]:
         """Return the trust in each member, from 0 to 1, and in every other peer.

@@ -10,12 +10,13 @@ import trio
 
 from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError
-from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec, TrialWorkload
+from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec
 from protocol.consensus_values import Cell
 from protocol.identity import ModelId
 from protocol.measurements import Objective, Observation, ObservationKind, QualityBound
 from selector.consensus.sortition import MeasurementPlan
 from selector.task import PORTFOLIO, UNKNOWN_WEIGHT_TYPE, portfolio
+from selector.workloads import WORKLOADS
 
 ROUNDS: Final = 2
 """Pairs of runs of one cell, of whose ratios the median is the reading. Seven peers measure the same cell."""
@@ -24,26 +25,6 @@ IDLE_ROUND_S: Final = 0.5
 """Interval of the check whether the node is idle."""
 
 _logger = structlog.get_logger(__name__)
-
-
-def workload_name(workload: TrialWorkload) -> str:
-    """Return the name of a workload in the agreed table."""
-    return (
-        f"jobs={workload.concurrency} prompt={workload.prompt_tokens} new={workload.max_tokens} "
-        f"shared={workload.shared_prefix_share:.0%} repeated={workload.repetitiveness:.0%}"
-    )
-
-
-WORKLOADS: Final = {
-    workload_name(workload): workload
-    for workload in (
-        TrialWorkload(prompt_tokens=64, max_tokens=32),
-        TrialWorkload(prompt_tokens=512, max_tokens=8),
-        TrialWorkload(prompt_tokens=192, max_tokens=32, repetitiveness=0.9),
-        TrialWorkload(concurrency=4, prompt_tokens=256, max_tokens=16, shared_prefix_share=0.9),
-    )
-}
-"""Few and different: a different method is best for each."""
 
 
 def measurement_plan(package_format: str, weight_type: str = UNKNOWN_WEIGHT_TYPE) -> MeasurementPlan:

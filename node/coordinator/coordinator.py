@@ -14,6 +14,7 @@ from typing import Any
 
 import trio
 
+from node.coordinator.budget import cost_of, needs_of
 from node.coordinator.failover import ResilientRoute, no_route
 from node.coordinator.job import Job
 from node.coordinator.method_choice import Choice, Chooser, QualityStore, admitted_methods
@@ -22,11 +23,12 @@ from node.coordinator.output_text import OutputText
 from node.coordinator.planner import Planner, SwarmView
 from node.coordinator.prefix_sharing import RecentPrompts
 from node.coordinator.prompt import prompt_text, read_prompt, sampling_of
-from node.coordinator.result import result_of, served_of, timing_of
+from node.coordinator.result import result_of, served_of, timing_of, votes_of
 from node.coordinator.route import OpenRoute, RouteRejected
 from node.coordinator.session_request import RouteServices, request_sessions
 from node.coordinator.submission import (
     CLIENT_MISTAKES,
+    Cost,
     JobError,
     JobErrorCode,
     JobEvent,
@@ -166,7 +168,7 @@ class Coordinator:
         job = await self._prepare(request, overrides)
         self._prompts.release(job.claim)  # nothing of it is computed
         try:
-            planned = await self._planner.route(job.need())
+            planned = await self._planner.route(needs_of(request, job.need())[0])
         except NoRouteError as error:
             raise no_route(job, error, {}, {}) from None
         session_request = await request_sessions(self._services, job, planned)
@@ -174,7 +176,7 @@ class Coordinator:
         try:
             with trio.fail_after(VOTE_LIMIT_S):
                 await route.open()
-                method, ballots = route.agree()
+                method, _ = route.agree()
         except RouteRejected as rejected:
             refusals = {refusal.peer: refusal for refusal in rejected.refusals}
             raise no_route(job, NoRouteError(()), refusals, {}) from None
@@ -183,16 +185,11 @@ class Coordinator:
             raise JobError(JobErrorCode.FAILED, message) from None
         finally:
             await route.close()
-        names = tuple(session_request.methods)
-        votes = tuple(
-            Vote(peer=ballot.peer, scores={n: s for n, s in zip(names, ballot.scores, strict=True) if s is not None})
-            for ballot in ballots[:-1]
-        )
         return Considered(
             model=job.model.id,
             context=session_request.context,
             route=planned.stages,
-            votes=votes,
+            votes=votes_of(route),
             agreed=method.name,
             choice=session_request.choice,
         )
@@ -276,14 +273,23 @@ class Coordinator:
         self._planner.served(stage.peer for stage in stages)
         self._planner.measured(job.need(), stages, done.route.loads(), timing_of(done))
         result = result_of(job, done, text, finish)
+        compute_s = sum(stage.statistics.compute_s for stage in result.route)
         outcome = JobOutcome(
             job_id=job.id,
             method=result.method.name,
             completion_tokens=len(job.output.tokens),
             total_s=result.timing.total_s,
             replays=done.replays,
+            compute_s=compute_s,
         )
-        result = replace(result, selection=self._chooser.served(done.request.choice, outcome))
+        selection = self._chooser.served(done.request.choice, outcome)
+        cost = Cost(
+            objective=job.request.objective,
+            budget=job.request.budget,
+            predicted=selection.predicted_cost if selection else None,
+            actual=cost_of(result.route, done.request.context.stage_facts),
+        )
+        result = replace(result, selection=selection, cost=cost)
         served = served_of(job, done, result)
         if job.on_served is not None:
             job.on_served(served)

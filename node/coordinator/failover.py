@@ -13,7 +13,9 @@ from typing import NamedTuple
 import structlog
 import trio
 
+from node.coordinator.budget import needs_of, over_budget
 from node.coordinator.job import Job
+from node.coordinator.method_choice import OverBudget
 from node.coordinator.planner import PlannedRoute, RouteNeed
 from node.coordinator.route import OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
 from node.coordinator.session_request import RouteServices, SessionRequest, request_sessions
@@ -119,14 +121,14 @@ class ResilientRoute:
             may_explore = not (attempt or self._is_accepted or self._job.request.background or self._job.on_served)
             is_patient = self._is_accepted and trio.current_time() < search.began_s + RECOVERY_LIMIT_S
             try:
-                planned = await self._planner.route(self._need(), may_explore=may_explore)
+                planned, request = await self._plan(may_explore=may_explore)
             except NoRouteError as error:
                 search.refusals |= self._avoided
                 if not is_patient or self._is_hopeless(search, error):
                     raise no_route(self._job, error, search.refusals, self._outdated) from None
                 self._avoided.clear()
                 continue
-            if await self._try_route(planned):
+            if await self._try_route(planned, request):
                 self._stages = planned.stages
                 break
             self._retire_route()
@@ -194,9 +196,25 @@ class ResilientRoute:
             held=[stage for stage in held if stage.peer not in leaving],
         )
 
-    async def _try_route(self, planned: PlannedRoute) -> bool:
+    async def _plan(self, *, may_explore: bool) -> tuple[PlannedRoute, SessionRequest]:
+        """Return the best route and what is asked of its stages; of a new job within its budget.
+
+        Raises NoRouteError, JobError.
+        """
+        job, cheapest = self._job, None
+        needs = [self._need()] if self._is_accepted else needs_of(job.request, self._need())
+        for need in needs:
+            planned = await self._planner.route(need, may_explore=may_explore)
+            try:
+                return planned, await request_sessions(self._services, job, planned, self._method)
+            except OverBudget as error:
+                cheapest = error if cheapest is None or error.cost < cheapest.cost else cheapest
+        if cheapest is None:
+            raise AssertionError("at least one route is compared")
+        raise over_budget(job, cheapest)
+
+    async def _try_route(self, planned: PlannedRoute, request: SessionRequest) -> bool:
         """Open a route and send the tokens so far; return whether that succeeded. If not, peers to avoid are noted."""
-        request = await request_sessions(self._services, self._job, planned, self._method)
         self._route = route = OpenRoute(planned.stages, self._services.link_pool, request, self._held)
         tokens = self._job.tokens
         try:

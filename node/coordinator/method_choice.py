@@ -10,6 +10,7 @@ from typing import Protocol
 from node.coordinator.observation import weight_type
 from node.coordinator.submission import AUTO, JobError, JobErrorCode, JobOutcome, JobRequest, Selection
 from node.models.library import KnownModel
+from node.stages.voter import TableVersion
 from protocol.identity import ModelId
 from protocol.limits import MAX_VOTES
 from protocol.measurements import QualityBound
@@ -33,13 +34,26 @@ class QualityStore(Protocol):
 class SelectionRequest:
     """A request to select one of the methods that a job admits.
 
-    `is_free`: whether the user left the method open, and no text has begun that must go on as it began.
+    `is_free`: whether the user left the method open, and no text has begun that must go on as it began. `budget`: the
+    highest predicted cost, None for any. `compute_s`: of the job on this route, as the planner expects it; 0 where it
+    does not.
     """
 
     model: ModelId
     context: TaskContext
     admitted: Sequence[Method]
     is_free: bool = True
+    budget: float | None = None
+    compute_s: float = 0.0
+
+
+class OverBudget(Exception):
+    """All admitted methods are predicted to cost more than the budget on a route. `method`: the cheapest of them."""
+
+    def __init__(self, cost: float, method: Method) -> None:
+        super().__init__(f"the cheapest method, {method.name}, is predicted to cost {cost:.4g}")
+        self.cost = cost
+        self.method = method
 
 
 class Choice(Protocol):
@@ -48,6 +62,10 @@ class Choice(Protocol):
     @property
     def order(self) -> Sequence[Method]:
         """The admitted methods in order of preference, which breaks ties between equal scores."""
+
+    @property
+    def learned_from(self) -> TableVersion | None:
+        """The agreed table that the coordinator's own scores were learned from, if any."""
 
     def ballot(self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> Mapping[str, float]:
         """Return the coordinator's own scores, given those of the stages and the weights of all votes.
@@ -60,7 +78,7 @@ class Chooser(Protocol):
     """The coordinator's side of the selection, which sees the prediction, the votes and the outcome."""
 
     async def choose(self, request: SelectionRequest) -> Choice:
-        """Return the choice, without waiting for predictions that are missing."""
+        """Return the choice, without waiting for predictions that are missing. Raises OverBudget."""
 
     def served(self, choice: Choice, outcome: JobOutcome) -> Selection | None:
         """Learn from a job's outcome; return an assessment of its selection, None where nothing was predicted."""

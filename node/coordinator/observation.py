@@ -3,7 +3,7 @@
 import platform
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +12,7 @@ from typing import Final
 import structlog
 
 from node.coordinator.submission import JobResult
+from node.engine.memory_plan import kv_elements
 from node.identity import Identity
 from node.models.manifest import Manifest, find_integer
 from node.storage.database import StorageError
@@ -27,7 +28,9 @@ from protocol.measurements import (
     StageObservation,
 )
 from protocol.observations import SignedObservation, check_countersignature, sign_observation
+from protocol.stage_facts import StageFacts
 from selector.task import UNKNOWN_WEIGHT_TYPE, TaskContext
+from selector.weight_types import USUAL_WEIGHT_BITS, bits_per_weight
 
 _SOFTWARE: Final = ("metaswarm", "torch", "transformers", "onnxruntime", "xllamacpp")
 
@@ -72,7 +75,13 @@ def observation_of(served: ServedJob, observer: PeerId, issued_at_s: int) -> Obs
         ),
         route=result.route,
         software=software_versions(),
+        stage_facts=_facts_of_route(served.context.stage_facts, result.route),
     )
+
+
+def _facts_of_route(facts: tuple[StageFacts, ...], route: Sequence[StageObservation]) -> tuple[StageFacts, ...]:
+    """Return the facts if they are of this route: none where the job ended on another one than was voted about."""
+    return facts if [each.blocks for each in facts] == [len(stage.blocks) for stage in route] else ()
 
 
 def model_facts(manifest: Manifest) -> ModelFacts:
@@ -84,11 +93,18 @@ def model_facts(manifest: Manifest) -> ModelFacts:
 
     experts = find("num_local_experts", "num_experts", "n_routed_experts")
     active = find("num_experts_per_tok", "num_experts_per_token")
+    active = active if experts and active and active <= experts else None
+    hidden = manifest.hidden_size or MAX_WIDTH
+    block_bytes = sum(file.size_bytes for file in manifest.blocks) // manifest.block_count
+    parameters = round(8 * block_bytes / (bits_per_weight(weight_type(manifest)) or USUAL_WEIGHT_BITS))
+    # An expert is three matrices; what else a block has, every token uses.
+    expert = 3 * hidden * (find("moe_intermediate_size", "intermediate_size", "ffn_dim") or 0)
+    idle = expert * (experts - active) if experts and active else 0
     return ModelFacts(
         model=manifest.model_id,
         architecture=manifest.model_type,
         block_count=manifest.block_count,
-        hidden_size=manifest.hidden_size or MAX_WIDTH,
+        hidden_size=hidden,
         vocabulary_size=manifest.vocabulary_size or MAX_VOCABULARY,
         max_positions=min(manifest.max_positions or MAX_POSITIONS, MAX_POSITIONS),
         weight_bytes=sum(file.size_bytes for file in manifest.weight_files),
@@ -96,7 +112,12 @@ def model_facts(manifest: Manifest) -> ModelFacts:
         head_count=find("num_attention_heads", "n_head", "num_heads"),
         kv_head_count=find("num_key_value_heads", "num_kv_heads"),
         expert_count=experts,
-        active_expert_count=active if experts and active and active <= experts else None,
+        active_expert_count=active,
+        head_size=find("head_dim"),
+        block_bytes=block_bytes,
+        block_parameters=parameters,
+        active_block_parameters=max(parameters - idle, parameters // (experts or 1)),
+        kv_bytes_per_token=2 * sum(kv_elements(manifest.config, block) for block in range(manifest.block_count)),
     )
 
 

@@ -16,8 +16,13 @@ from node.stages.outbox import OUTGOING_BYTES
 from node.stages.voter import Agreement
 from node.swarm.directory import Candidate
 from node.swarm.link_estimates import UNKNOWN_BYTES_PER_S
+from protocol.capabilities import Capabilities, fastest_bytes_per_s, hardware_class, stage_facts
+from protocol.figures import USUAL_PRICE
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
+from protocol.limits import MAX_STAGE_FACTS
+from protocol.measurements import Objective
 from protocol.messages import Load
+from protocol.stage_facts import StageFacts
 from selector.cuts import Cuts, Parts
 from selector.peer_speed import UNKNOWN_BLOCK_S, Claim, Exploration, Measurements, Share, Speed, judge, least_block_s
 from selector.reliability import PeerRecord, Reliability
@@ -56,17 +61,46 @@ class Finder(Protocol):
 class SwarmView:
     """What the coordinator knows of the peers.
 
-    `links`: between any two peers. `hardware`: the class of a peer's hardware. `bandwidth`: the memory bandwidth that a
-    peer reports, bytes per second. `expected`: the blocks of a model that live peers serve or are loading. `agreed`:
+    `links`: between any two peers. `capabilities`: what a peer's signed record says of its machine, None where no valid
+    one is known. `expected`: the blocks of a model that live peers serve or are loading. `agreed`:
     the swarm's agreed statement about a model.
     """
 
     finder: Finder
     links: Links
-    hardware: Callable[[PeerId], str] = lambda peer: "unknown"
-    bandwidth: Callable[[PeerId], float | None] = lambda peer: None
+    capabilities: Callable[[PeerId], Capabilities | None] = lambda peer: None
     expected: Callable[[ModelId], Iterable[BlockRange]] = lambda model: ()
     agreed: Callable[[ModelId], Agreement | None] = lambda model: None
+
+    def hardware(self, peer: PeerId) -> str:
+        """Return the class of a peer's hardware; `unknown` without a record."""
+        capabilities = self.capabilities(peer)
+        return "unknown" if capabilities is None else hardware_class(capabilities)
+
+    def bandwidth(self, peer: PeerId) -> float | None:
+        """Return the memory bandwidth that a peer reports, bytes per second."""
+        capabilities = self.capabilities(peer)
+        return None if capabilities is None else fastest_bytes_per_s(capabilities)
+
+    def price(self, peer: PeerId) -> float:
+        """Return the price that a peer announces for a second of computing."""
+        capabilities = self.capabilities(peer)
+        return USUAL_PRICE if capabilities is None or capabilities.price is None else capabilities.price
+
+    def stage_facts(self, stages: Sequence[Stage]) -> tuple[StageFacts, ...]:
+        """Return the facts of a route's stages; none where not all are known, or where they are too many."""
+        found = []
+        for stage, after in zip(stages, [*stages[1:], *stages[:1]], strict=True):
+            capabilities = self.capabilities(stage.peer)
+            if capabilities is None or len(stages) > MAX_STAGE_FACTS:
+                return ()
+            link = self.links(stage.peer, after.peer)
+            found.append(
+                stage_facts(
+                    capabilities, len(stage.blocks), round_trip_s=link.round_trip_s, link_bytes_per_s=link.bytes_per_s
+                )
+            )
+        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +109,8 @@ class RouteNeed:
 
     `block_bytes`: the weights of one block, 0 where unknown. `not_last`: peers that may serve any stage but the last.
     `without`: peers to leave out. `like`, `held`: a previous route, and its stages that hold the session; those stay if
-    others can take the places of the rest. `parts`: which parts of its span a stage may run.
+    others can take the places of the rest. `parts`: which parts of its span a stage may run. `objective`,
+    `compute_weight`: seconds of waiting that a second of computing is worth, at its price if the objective is cost.
     """
 
     model: ModelId
@@ -86,6 +121,8 @@ class RouteNeed:
     without: Collection[PeerId] = ()
     like: Sequence[Stage] = ()
     held: Collection[Stage] = ()
+    objective: Objective = Objective.LATENCY
+    compute_weight: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +140,11 @@ class RouteTiming:
 
 
 class PlannedRoute(NamedTuple):
-    """The stages of a route, and how busy each was by its last heartbeat."""
+    """The stages of a route, how busy each was by its last heartbeat, and the expected seconds of computing."""
 
     stages: tuple[Stage, ...]
     loads: tuple[Load, ...]
+    compute_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +154,18 @@ class _Offers:
     cautious: list[Offer]
     promised: dict[str, list[Offer]]
     loads: dict[PeerId, Load]
+    speeds: dict[PeerId, tuple[float, float]]
+    """Seconds of a block for one token, and for one row of a prompt, without anybody else's work."""
 
     def without(self, avoided: Collection[str]) -> list[Offer]:
         return [offer for offer in self.cautious if offer.stage.peer not in avoided]
 
-    def planned(self, stages: Sequence[Stage]) -> "PlannedRoute":
-        return PlannedRoute(tuple(stages), tuple(self.loads.get(stage.peer, Load()) for stage in stages))
+    def planned(self, need: RouteNeed, stages: Sequence[Stage]) -> "PlannedRoute":
+        demand, compute_s = need.demand, 0.0
+        for stage in stages:
+            block_s, row_s = self.speeds.get(stage.peer, (UNKNOWN_BLOCK_S, 0.0))
+            compute_s += len(stage.blocks) * (demand.new_tokens * block_s + demand.prompt_rows * row_s)
+        return PlannedRoute(tuple(stages), tuple(self.loads.get(each.peer, Load()) for each in stages), compute_s)
 
 
 class Planner:
@@ -133,7 +177,7 @@ class Planner:
         """`rng` decides which promise is explored. `in_flight`: the number of this node's jobs on each peer."""
         self._finder = swarm.finder
         self._links = swarm.links
-        self._bandwidth = swarm.bandwidth
+        self._swarm = swarm
         self._own_peer = own_peer
         self._in_flight = in_flight
         self._reliability = Reliability()
@@ -166,13 +210,13 @@ class Planner:
         lost = [n for n, stage in enumerate(need.like) if stage not in need.held or stage.peer in need.without]
         if len(lost) < len(need.like):
             try:
-                return offers.planned(self._repaired(need, lost, tiers))
+                return offers.planned(need, self._repaired(need, lost, tiers))
             except NoRouteError:
                 _logger.debug("no replacement for stages", blocks=[str(need.like[number].blocks) for number in lost])
         stages = _first(tiers, lambda tier: find_route(need.demand, tier, self._links).stages)
         if may_explore:
             stages = self._explored(need, offers, stages)
-        return offers.planned(stages)
+        return offers.planned(need, stages)
 
     def _repaired(self, need: RouteNeed, lost: Sequence[int], tiers: Sequence[Sequence[Offer]]) -> list[Stage]:
         """Return the previous route with its lost stages replaced."""
@@ -325,19 +369,22 @@ class Planner:
             Claim(
                 candidate.stage.peer,
                 candidate.load.step_s / len(candidate.stage.blocks),
-                least_block_s(need.block_bytes, self._bandwidth(candidate.stage.peer)),
+                least_block_s(need.block_bytes, self._swarm.bandwidth(candidate.stage.peer)),
             )
             for candidate in found
         ]
-        offers = _Offers([], {}, {candidate.stage.peer: candidate.load for candidate in found})
+        offers = _Offers([], {}, {candidate.stage.peer: candidate.load for candidate in found}, {})
         for candidate, speed in zip(found, judge(claims, self._blocks, need.model, self._own_peer), strict=True):
             peer = candidate.stage.peer
             trust = self._reliability.trust(peer, now_s)
-            sessions = max(candidate.load.sessions, in_flight[peer])
+            price = self._swarm.price(peer) if need.objective is Objective.COST else USUAL_PRICE
+            # Others' sessions cost time, computing costs whatever it is worth.
+            shares = 1 + max(candidate.load.sessions, in_flight[peer]) + need.compute_weight * price
             row_s = self._rows.seconds(peer, need.model)
-            offers.cautious.append(replace(_offer(candidate, speed, trust, sessions, row_s), parts=need.parts))
+            offers.speeds[peer] = speed.block_s, speed.block_s / PROMPT_ROWS_PER_STEP if row_s is None else row_s
+            offers.cautious.append(replace(_offer(candidate, speed, trust, shares, row_s), parts=need.parts))
             if speed.is_promise:
-                believed = _offer(candidate, speed._replace(block_s=speed.promised_s), trust, sessions, row_s)
+                believed = _offer(candidate, speed._replace(block_s=speed.promised_s), trust, shares, row_s)
                 offers.promised.setdefault(peer, []).append(replace(believed, parts=need.parts))
         return offers
 
@@ -354,9 +401,8 @@ def _without_last(need: RouteNeed, candidates: Iterable[Candidate]) -> Iterator[
             yield replace(candidate, stage=Stage(peer, BlockRange(blocks.start, last)))
 
 
-def _offer(candidate: Candidate, speed: Speed, trust: float, sessions: int, row_block_s: float | None) -> Offer:
-    """Return an offer of a span, its costs multiplied by the sessions that share it."""
-    shared = 1 + sessions
+def _offer(candidate: Candidate, speed: Speed, trust: float, shared: float, row_block_s: float | None) -> Offer:
+    """Return an offer of a span, its costs multiplied by the sessions that share it, and by what computing is worth."""
     return Offer(
         stage=candidate.stage,
         block_s=speed.block_s * shared,

@@ -7,6 +7,7 @@ from node.coordinator.failover import ClosedRoute
 from node.coordinator.job import Job
 from node.coordinator.observation import ServedJob
 from node.coordinator.planner import RouteTiming
+from node.coordinator.route import OpenRoute
 from node.coordinator.submission import Consensus, JobResult, Timing, Usage, Vote
 from protocol.measurements import MethodInForce, StageObservation
 from protocol.messages import FinishReason, Opened
@@ -25,13 +26,8 @@ def result_of(job: Job, done: ClosedRoute, text: str, finish: FinishReason) -> J
     if method is None:
         raise AssertionError("a job that ends has begun")
     token_count = len(output.tokens)
-    agreed = route.request.agreed
+    table = route.learned_from
     decode_s = output.last_token_s - output.first_token_s
-    votes = tuple(
-        Vote(peer=stage.peer, scores=dict(answer.votes))
-        for stage, answer in zip(route.stages, route.answers, strict=True)
-        if answer is not None and answer.votes
-    )
     return JobResult(
         job_id=job.id,
         model=job.model.id,
@@ -62,13 +58,26 @@ def result_of(job: Job, done: ClosedRoute, text: str, finish: FinishReason) -> J
         ),
         method=MethodInForce(switches=dict(method.switches), stage_policy=_stage_policy(route.answers)),
         consensus=Consensus(
-            votes=votes,
+            votes=votes_of(route),
             agreed=method.name,
             weighed=route.is_weighted(),
-            epoch=agreed.epoch if agreed else None,
-            table_digest=agreed.table_digest.hex() if agreed else None,
+            epoch=table.epoch if table else None,
+            table_digest=table.digest.hex() if table else None,
         ),
         replays=done.replays,
+    )
+
+
+def votes_of(route: OpenRoute) -> tuple[Vote, ...]:
+    """Return the votes of a route's stages."""
+    return tuple(
+        Vote(
+            peer=stage.peer,
+            scores=dict(answer.votes),
+            table_digest=answer.table_digest.hex() if answer.table_digest else None,
+        )
+        for stage, answer in zip(route.stages, route.answers, strict=True)
+        if answer is not None and answer.votes
     )
 
 

@@ -16,6 +16,7 @@ from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
 from node.links.outbound_link import OutboundLink, SessionLost, SessionRefused
 from node.stages.replay_buffer import ResumePoint, plan_resume
+from node.stages.voter import TableVersion
 from protocol.codec import minor_of
 from protocol.identity import JobId, PeerId, SessionId, Stage
 from protocol.limits import MAX_STEP_BYTES
@@ -237,6 +238,13 @@ class OpenRoute:
         agreed = self.request.agreed
         return agreed is not None and all(answer and answer.statement == agreed.statement for answer in self.answers)
 
+    @property
+    def learned_from(self) -> TableVersion | None:
+        """The agreed table that all votes, our own included, were learned from; None where they differ."""
+        table = self.request.choice.learned_from
+        digests = {answer.table_digest if answer else None for answer in self.answers}
+        return table if table is not None and digests == {table.digest} else None
+
     def agree(self) -> tuple[Method, tuple[Ballot, ...]]:
         """Return the method that the votes agree on, and all ballots, our own last. Raises RouteRejected for none."""
         votes = [answer.votes if answer else {} for answer in self.answers]
@@ -393,6 +401,7 @@ class OpenRoute:
             methods=tuple(request.methods),
             positions=request.positions,
             context=request.context.values(),
+            stage_facts=request.context.stage_facts,
             prefix=request.prefix,
             upstream=(before,),
             downstream=None if is_last else self.stages[stage + 1].peer,

@@ -58,14 +58,21 @@ async def request_sessions(
     """Return the request for a planned route.
 
     `begun`: the method with which the text began. It stays the same, also on the stages that replace lost ones,
-    since another arithmetic could continue with another text.
+    since another arithmetic could continue with another text. Raises OverBudget.
     """
     context = _describe(services, job, planned)
     admitted = job.admitted
     if begun is not None:  # a replacement may lack the draft model; speculation never changes the text
         admitted = [begun, begun.without_speculation] if begun.drafter == "draft" else [begun]
     is_free = job.request.method == AUTO and begun is None
-    selection = SelectionRequest(model=job.model.id, context=context, admitted=admitted, is_free=is_free)
+    selection = SelectionRequest(
+        model=job.model.id,
+        context=context,
+        admitted=admitted,
+        is_free=is_free,
+        budget=job.request.budget if begun is None else None,
+        compute_s=planned.compute_s,
+    )
     choice = await services.chooser.choose(selection)
     uses_prefixes = any(method.prefix_cache for method in choice.order)
     return SessionRequest(
@@ -83,6 +90,7 @@ async def request_sessions(
 
 def _describe(services: RouteServices, job: Job, planned: PlannedRoute) -> TaskContext:
     """Return the task context of a job on a route."""
+    swarm, stages = services.swarm, planned.stages
     context = TaskContext.from_parts(
         model_facts(job.model.manifest),
         weight_type=weight_type(job.model.manifest),
@@ -91,10 +99,12 @@ def _describe(services: RouteServices, job: Job, planned: PlannedRoute) -> TaskC
         shared_prefix_share=job.claim.shared_share,
         repetitiveness=repetitiveness(job.prompt[-LOOKED_AT_TOKENS:]),
         concurrency=1 + max((load.sessions for load in planned.loads), default=0),
-        stage_count=max(1, len(planned.stages)),
-        hardware="+".join(services.swarm.hardware(stage.peer) for stage in planned.stages) or "unknown",
-        link_s=services.planner.round_s(planned.stages),
-        transfer_s=services.planner.transfer_s(planned.stages, job.need().demand),
+        stage_count=max(1, len(stages)),
+        stage_facts=swarm.stage_facts(stages),
+        hardware="+".join(swarm.hardware(stage.peer) for stage in stages) or "unknown",
+        link_s=services.planner.round_s(stages),
+        transfer_s=services.planner.transfer_s(stages, job.need().demand),
         quality=job.request.quality.value,
+        objective=job.request.objective.value,
     )
     return replace(context, **job.overrides)

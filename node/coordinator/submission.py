@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from protocol.identity import JobId, ModelId, PeerId
-from protocol.measurements import MethodInForce, QualityBound, StageObservation
+from protocol.measurements import MethodInForce, Objective, QualityBound, StageObservation
 from protocol.messages import FinishReason
 
 AUTO: Final = "auto"
@@ -31,11 +31,15 @@ class JobErrorCode(enum.StrEnum):
     """The method's quality with this model is being measured: 503, retry later."""
     FAILED = "job_failed"
     """A stage failed and could not be replaced: 502."""
+    OVER_BUDGET = "over_budget"
+    """Every route and method is predicted to cost more than the budget: 400."""
     LEAVING = "node_leaving"
     """This node is shutting down and takes no new jobs: 503."""
 
 
-CLIENT_MISTAKES = frozenset({JobErrorCode.INVALID, JobErrorCode.MODEL_NOT_FOUND, JobErrorCode.CONTEXT_LENGTH})
+CLIENT_MISTAKES = frozenset(
+    {JobErrorCode.INVALID, JobErrorCode.MODEL_NOT_FOUND, JobErrorCode.CONTEXT_LENGTH, JobErrorCode.OVER_BUDGET}
+)
 """Codes of jobs that are rejected, which do not count as failed."""
 
 
@@ -120,7 +124,8 @@ class JobRequest:
     token is sampled and no stop string applies. `top_k`: 0 keeps all. `logit_bias`: token ids, each once, and what is
     added to their logits. `seed`: None for a random one; taken modulo 2**64. `stop_token_ids`: besides the model's own
     end-of-text tokens. `ignore_eos`: do not end at the model's end-of-text tokens; for benchmarks. `method`: `auto`, or
-    a method by its switches. `background`: gives way to other jobs. `echo`: whether JobStarted has the prompt's text.
+    a method by its switches. `objective`: what route and method are chosen for. `budget`: the highest predicted cost,
+    None for any. `background`: gives way to other jobs. `echo`: whether JobStarted has the prompt's text.
     `top_logprobs`: report the log probability of each token, and those of so many likeliest ones; None for neither.
     `tools`: that the model may call, as the OpenAI API describes them. `template_options`: for the chat template.
     `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text.
@@ -147,6 +152,8 @@ class JobRequest:
     ignore_eos: bool = False
     quality: QualityBound = QualityBound.EXACT
     method: str = AUTO
+    objective: Objective = Objective.LATENCY
+    budget: float | None = None
     background: bool = False
     echo: bool = False
     top_logprobs: int | None = None
@@ -211,17 +218,23 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vote:
-    """One stage's scores of the admitted methods: logarithms of cost, lower is better."""
+    """One stage's scores of the admitted methods: natural logarithms of cost in seconds, lower is better.
+
+    `table_digest`: of the agreed table that they were learned from, None for none.
+    """
 
     peer: PeerId
     scores: dict[str, float]
+    table_digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Consensus:
-    """The stages' votes and the method agreed on; `epoch` and `table_digest` name the agreed history, if any.
+    """The stages' votes and the method agreed on.
 
-    `weighed`: whether the votes were weighted by reputation, because all stages follow that history.
+    `epoch` and `table_digest` name the agreed table that all these votes and the coordinator's own were learned from;
+    None where there was none, or not the same one. `weighed`: whether the votes were weighted by reputation, because
+    all stages follow the same statement.
     """
 
     votes: tuple[Vote, ...]
@@ -257,17 +270,33 @@ class Selection:
     predicted_s: float
     predicted_speedup: float
     regret_s: float
+    predicted_cost: float | None = None
+    """Of the method in use: seconds of computing times the peers' prices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOutcome:
-    """The cost of a job. `replays`: stages that were lost and replaced."""
+    """The cost of a job. `compute_s`: on all stages. `replays`: stages that were lost and replaced."""
 
     job_id: JobId
     method: str
     completion_tokens: int
     total_s: float
     replays: int
+    compute_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """The cost of a job: the seconds of computing on each stage times the price of its peer.
+
+    `predicted`: None where nothing was predicted. `budget`: as requested.
+    """
+
+    objective: Objective
+    budget: float | None
+    predicted: float | None
+    actual: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,6 +315,7 @@ class JobResult:
     method: MethodInForce
     consensus: Consensus
     replays: int
+    cost: Cost | None = None
     selection: Selection | None = None
     stop_string: str | None = None
     """The stop string that ended the text, if one did."""

@@ -25,6 +25,7 @@ from node.models.sample import sample_text
 from protocol.identity import Stage
 from protocol.measurements import Measurements, Objective, Observation, ObservationKind, QualityBound
 from selector.task import Method, MethodError, baseline_of, parse_method, portfolio
+from selector.workloads import TrialWorkload
 
 READY_TIMEOUT_S: Final = 900.0
 """How long a method may take to become ready (its quality measured, built on all stages) before it is unavailable."""
@@ -46,23 +47,10 @@ NONCE_TOKENS: Final = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrialWorkload:
-    """One run of a trial: jobs that are submitted together.
-
-    `shared_prefix_share`: part of the prompt, 0 to 1, that all of them begin with. `repetitiveness`: part of the
-    prompt, 0 to 1, that repeats one phrase, which the answer then continues.
-    """
-
-    concurrency: int = 1
-    prompt_tokens: int = 64
-    max_tokens: int = 32
-    shared_prefix_share: float = 0.0
-    repetitiveness: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TrialSpec:
     """A trial to run. `quality`: the bound under which lossy methods are admitted.
+
+    `is_decided`: whether the rounds so far suffice; asked from `rounds` on. None: they do.
 
     `model`, `methods`: as a user names them; no methods: all that there are for the model.
     """
@@ -71,6 +59,7 @@ class TrialSpec:
     methods: Sequence[str]
     workload: TrialWorkload
     rounds: int = 3
+    is_decided: Callable[[Sequence[Mapping[str, "Run"]]], bool] | None = None
     kind: ObservationKind = ObservationKind.BENCH
     quality: QualityBound = QualityBound.EXACT
     seed: int | None = None
@@ -130,6 +119,11 @@ class Run:
     def tpot_s(self) -> float:
         """The mean time per output token after it."""
         return statistics.fmean(job.result.timing.tpot_s for job in self.jobs)
+
+    @property
+    def compute_s(self) -> float:
+        """The computing of all jobs, on all stages."""
+        return sum(stage.statistics.compute_s for job in self.jobs for stage in job.result.route)
 
     @property
     def route(self) -> frozenset[Stage]:
@@ -252,7 +246,8 @@ class _TrialRuns:
         """Return the run of each method for every round, all of them over the same stages."""
         rounds: list[dict[str, Run]] = []
         invalid = 0
-        while len(rounds) < self.spec.rounds:
+        is_decided = self.spec.is_decided
+        while len(rounds) < self.spec.rounds or not (is_decided is None or is_decided(rounds)):
             runs: dict[str, Run] = {}
             for method in self.rng.sample(methods, len(methods)):
                 runs[method.name] = await self._run_with_retry(self.spec.workload, method)

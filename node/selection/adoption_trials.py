@@ -4,11 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from node.coordinator.trial_runner import BenchmarkRunner, Run, TrialSpec, TrialWorkload
+from node.coordinator.trial_runner import BenchmarkRunner, Run, TrialSpec
 from node.selection.trial_scheduler import TrialRequest
-from protocol.measurements import ObservationKind, QualityBound
+from protocol.measurements import MIN_TOTAL_S, Objective, ObservationKind, QualityBound
+from selector.adoption import ROUNDS_WITH_LOOKS, is_decided
+from selector.task import baseline_of
+from selector.workloads import TrialWorkload
 
-ROUNDS: Final = 3
+MIN_ROUNDS: Final = min(ROUNDS_WITH_LOOKS)
 TOKENS: Final = 48
 """New tokens per job: fewer show a method's cost, but not that a text begins to repeat itself, and so not what
 speculative decoding saves.
@@ -21,9 +24,8 @@ MAX_JOBS: Final = 8
 class AdoptionTrials:
     """Implements TrialRunner by jobs of this node's coordinator."""
 
-    def __init__(self, trials: BenchmarkRunner, *, rounds: int = ROUNDS) -> None:
+    def __init__(self, trials: BenchmarkRunner) -> None:
         self._trials = trials
-        self._rounds = rounds
 
     async def run(self, request: TrialRequest) -> Mapping[str, Sequence[float]]:
         """Compare methods with the baseline; see TrialRunner.
@@ -31,6 +33,18 @@ class AdoptionTrials:
         The cost of a whole job is extrapolated from the short jobs' TTFT and TPOT.
         """
         context = request.context
+
+        def log_cost(run: Run) -> float:
+            if context.objective != Objective.LATENCY:
+                return math.log(max(MIN_TOTAL_S, run.compute_s))
+            return math.log(run.ttft_s + run.tpot_s * (context.max_tokens - 1))
+
+        def enough(rounds: Sequence[Mapping[str, Run]]) -> bool:
+            costs = [{name: log_cost(run) for name, run in runs.items()} for runs in rounds]
+            plain = baseline_of(request.in_use).name
+            names = costs[0].keys() - {plain}
+            return is_decided(request.in_use, {name: [each[name] - each[plain] for each in costs] for name in names})
+
         trial = await self._trials.run(
             TrialSpec(
                 model=request.model,
@@ -42,14 +56,12 @@ class AdoptionTrials:
                     shared_prefix_share=context.shared_prefix_share,
                     repetitiveness=min(context.repetitiveness, 1 - context.shared_prefix_share),
                 ),
-                rounds=self._rounds,
+                rounds=MIN_ROUNDS,
+                is_decided=enough,
                 kind=ObservationKind.PROBE,
                 quality=QualityBound(context.quality),
             )
         )
-
-        def log_cost(run: Run) -> float:
-            return math.log(run.ttft_s + run.tpot_s * (context.max_tokens - 1))
 
         baseline = [log_cost(run) for run in trial.baseline.runs]
         return {

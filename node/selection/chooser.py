@@ -13,13 +13,16 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 import trio
-from cachetools import FIFOCache
 
 from node.coordinator.method_choice import Choice, SelectionRequest
 from node.coordinator.submission import JobOutcome, PredictedCost, Selection
+from node.selection.cost_prediction import Calibration, PredictedCompute, predict_compute, shortened
 from node.selection.prediction_cache import Prediction, PredictionCache
 from node.selection.trial_scheduler import TrialRequest, TrialScheduler, switches_in_effect
+from node.stages.voter import StageVote, TableVersion
 from node.storage.adoption_store import AdoptionStore
+from protocol.identity import ModelId
+from protocol.measurements import Objective
 from selector.adoption import MAX_LOSS, Adoption, ExplorationAllowance
 from selector.heuristic import predicted_cost, preference
 from selector.task import Method, TaskContext
@@ -33,9 +36,6 @@ INITIAL_ALLOWANCE_S: Final = 120.0
 """What it may cost before anything was served: about five trials of the demo model on two cores."""
 
 MAX_DECISIONS: Final = 1000
-MAX_CALIBRATIONS: Final = 1000
-CALIBRATION_RATE: Final = 0.2
-"""Smoothing factor of the calibration's moving average."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,15 +44,25 @@ class LearnedChoice:
 
     request: SelectionRequest
     prediction: Prediction
+    compute: PredictedCompute
     bucket: str
     default: str
     in_use: str
     adoption: Adoption
     order: Sequence[Method]
+    usual: str = ""
+    """The heuristic's choice."""
+    agreed_better: frozenset[str] = frozenset()
+    """Methods that are better by what the swarm agreed, where no trial here was run yet."""
     explored: str | None = None
     accepted: frozenset[str] = frozenset()
     votes: Mapping[str, float] = field(default_factory=dict)
     """Scores of all methods from the stages' votes and our own."""
+
+    @property
+    def learned_from(self) -> TableVersion | None:
+        """The agreed table that the prediction was learned from, if any."""
+        return self.prediction.learned_from
 
     @property
     def log_costs(self) -> dict[str, float]:
@@ -71,35 +81,12 @@ class LearnedChoice:
             self.accepted = frozenset({self.explored})
         elif self.request.is_free:
             admitted = [method.name for method in self.request.admitted]
-            self.accepted = self.adoption.accepted(self.bucket, admitted, offered, self.default)
+            self.accepted = self.agreed_better & offered or self.adoption.accepted(
+                self.bucket, admitted, offered, self.default
+            )
         else:
             self.accepted = offered
         return {name: own[name] for name in self.accepted}
-
-
-class Calibration:
-    """Moving average of the log ratio of measured to predicted cost, by model, hardware and number of stages.
-
-    Predictions are in the seconds of the heuristic's reference machine.
-    """
-
-    def __init__(self) -> None:
-        self._offsets: FIFOCache[tuple[object, ...], float] = FIFOCache(MAX_CALIBRATIONS)
-
-    def of(self, context: TaskContext) -> float:
-        """Return the offset of predicted logarithms of cost; 0 before the first job."""
-        return self._offsets.get(self._key(context), 0.0)
-
-    def update(self, context: TaskContext, error: float) -> None:
-        """Add the error of one prediction without offset."""
-        key = self._key(context)
-        known = self._offsets.get(key)
-        self._offsets[key] = error if known is None else known + CALIBRATION_RATE * (error - known)
-
-    @staticmethod
-    def _key(context: TaskContext) -> tuple[object, ...]:
-        model = (context.architecture, context.hidden_size, context.block_count, context.weight_bytes)
-        return *model, context.hardware, context.stage_count
 
 
 class LearnedChooser:
@@ -129,16 +116,24 @@ class LearnedChooser:
 
     async def choose(self, request: SelectionRequest) -> Choice:
         """Return the choice; see Chooser."""
+        compute = await predict_compute(request, self.predictions, self._calibration)
+        request = compute.within(request)
         context, admitted = request.context, request.admitted
-        prediction = await self.predictions.predict(context, admitted)
-        default, bucket = _default(context, admitted), task_bucket(context)
+        prediction = await self.predictions.predict(context, admitted, request.model)
+        bucket, usual = task_bucket(context), _default(context, admitted)
+        tried = self.adoption.trials(bucket)
+        better = {} if tried else _agreed_better(prediction, usual, admitted)
+        default = min(better, key=better.__getitem__, default=usual)
         choice = LearnedChoice(
             request=request,
             prediction=prediction,
+            compute=compute,
             bucket=bucket,
             default=default,
             in_use=self.adoption.in_use(bucket, [method.name for method in admitted], default),
             adoption=self.adoption,
+            usual=usual,
+            agreed_better=frozenset(better),
             order=sorted(admitted, key=lambda method: (prediction.table[method.name].log_cost, method.name)),
         )
         if request.is_free and self.allowance.may_explore:
@@ -176,16 +171,14 @@ class LearnedChooser:
         self._offered.update(choice.votes)
         context = choice.request.context
         # A text may end early: the prediction is scaled to the tokens that were generated.
-        shorter = replace(context, max_tokens=outcome.completion_tokens)
-        expected = {
-            method.name: choice.prediction.table[method.name].log_cost
-            + predicted_cost(shorter, method)
-            - predicted_cost(context, method)
-            for method in choice.order
-        }
+        tokens = outcome.completion_tokens
+        expected = {name: cost + shortened(context, name, tokens) for name, cost in choice.log_costs.items()}
         if outcome.method not in expected:  # it lost its draft model, which was not predicted
             return None
-        selection = self._selection(choice, expected, outcome.method)
+        selection = replace(
+            self._selection(choice, expected, outcome.method),
+            predicted_cost=choice.compute.cost(outcome.method, tokens),
+        )
         if choice.request.is_free and not outcome.replays:
             self._record(choice, outcome, expected, selection)
             self._request_trial(choice)
@@ -217,6 +210,7 @@ class LearnedChooser:
             predicted_s=predictions[method].cost_s,
             predicted_speedup=predictions[method].speedup,
             regret_s=predictions[method].cost_s - min(each.cost_s for each in predictions.values()),
+            predicted_cost=choice.compute.cost(method),
         )
 
     def _record(
@@ -228,17 +222,32 @@ class LearnedChooser:
         if selection.explored:
             allowance.explored_jobs += 1
             allowance.regret_s += max(0.0, selection.predicted_s - selection.predictions[choice.in_use].cost_s)
-        self._calibration.update(choice.request.context, math.log(outcome.total_s) - expected[outcome.method])
+        compute, context = choice.compute, choice.request.context
+        if outcome.compute_s > 0:
+            saved = shortened(compute.context, outcome.method, outcome.completion_tokens)
+            error = math.log(outcome.compute_s) - compute.log_s[outcome.method] - saved
+            self._calibration.update(compute.context, error)
+        if context.objective == Objective.LATENCY:
+            self._calibration.update(context, math.log(outcome.total_s) - expected[outcome.method])
+        else:  # what was predicted is computing
+            outcome = replace(outcome, total_s=outcome.compute_s or outcome.total_s)
         self.decisions.append((outcome, replace(selection, predictions={})))
 
     def _request_trial(self, choice: LearnedChoice) -> None:
-        """Request a trial of the methods that votes, or our own predictions, rank before the one in use."""
+        """Request a trial of the methods that votes, or our own predictions, rank before the one in use.
+
+        What is in use because the swarm agreed on it gets one in any case.
+        """
         candidates = self._candidates(choice, choice.votes)
+        if choice.agreed_better and not candidates:
+            candidates = [choice.usual]
         if candidates:
             names = {choice.in_use, *candidates}
             methods = [method for method in choice.request.admitted if method.name in names]
-            request = TrialRequest(model=choice.request.model, context=choice.request.context, methods=methods)
-            self.trials.request(choice.bucket, choice.in_use, request)
+            request = TrialRequest(
+                model=choice.request.model, context=choice.request.context, methods=methods, in_use=choice.in_use
+            )
+            self.trials.request(choice.bucket, request)
 
 
 class LearnedVoter:
@@ -247,12 +256,26 @@ class LearnedVoter:
     def __init__(self, predictions: PredictionCache) -> None:
         self._predictions = predictions
 
-    async def vote(self, context: TaskContext, methods: Sequence[Method]) -> Mapping[str, float]:
+    async def vote(self, model: ModelId, context: TaskContext, methods: Sequence[Method]) -> StageVote:
         """Return the predicted logarithms of cost; see Voter."""
-        prediction = await self._predictions.predict(context, methods)
-        return {name: estimate.log_cost for name, estimate in prediction.table.items()}
+        prediction = await self._predictions.predict(context, methods, model)
+        scores = {name: estimate.log_cost for name, estimate in prediction.table.items()}
+        return StageVote(scores, prediction.learned_from)
 
 
 def _default(context: TaskContext, admitted: Sequence[Method]) -> str:
     """Return the heuristic's choice among methods without a draft model, which few swarms have."""
     return preference(context, [each for each in admitted if each.drafter != "draft"] or admitted)[0].name
+
+
+def _agreed_better(prediction: Prediction, usual: str, admitted: Sequence[Method]) -> dict[str, float]:
+    """Return the methods that are expected to beat the heuristic's choice by more than the predictions' deviation.
+
+    Only of predictions that were learned from an agreed table; others need a trial here first. By name, with the
+    expected logarithm of cost.
+    """
+    if prediction.learned_from is None:
+        return {}
+    default = prediction.table[usual]
+    found = {method.name: prediction.table[method.name] for method in admitted if method.drafter != "draft"}
+    return {name: each.log_cost for name, each in found.items() if default.log_cost - each.log_cost > each.deviation}

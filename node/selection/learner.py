@@ -5,7 +5,7 @@ trainings the learner rests for several times the duration of the last one, whic
 """
 
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,9 +13,15 @@ from typing import Any, Final
 import structlog
 import trio
 
+from node.selection.agreed_tables import dump_table
 from node.selection.prediction_cache import PredictionCache
+from node.stages.voter import TableVersion
 from node.storage.database import StorageError
 from node.util.child_process import Child, ChildError, child_environment, python, start
+from protocol.forms import Digest
+from protocol.identity import ModelId
+from protocol.schema import to_map
+from selector.evidence import AgreedTable
 from selector.heuristic import MIN_SAMPLES
 from selector.task import TaskContext
 from selector.task_buckets import Viewpoint
@@ -64,13 +70,20 @@ class Learner:
         *,
         count: Callable[[], Awaitable[int]],
         viewpoint: Callable[[], Viewpoint],
+        tables: Callable[[], Sequence[AgreedTable]] = tuple,
     ) -> None:
-        """`count`: observations in the history; `viewpoint`: the peer for which they are weighted."""
+        """`count`: observations in the history; `viewpoint`: the peer for which they are weighted.
+
+        `tables`: what the swarm agreed about each model.
+        """
         self.status: ModelStatus | None = None
         self._database = database
         self._predictions = predictions
         self._count = count
         self._viewpoint = viewpoint
+        self._tables = tables
+        self._trained_tables: frozenset[Digest] = frozenset()
+        """The digests of the agreed tables of the last training."""
         self._worker: _Worker | None = None
         self._trained_count = 0
         """Size of the history at the last training."""
@@ -98,14 +111,17 @@ class Learner:
             count = await self._count()
         except StorageError:
             return
+        tables = self._tables()
+        digests = frozenset(table.digest for table in tables)
         is_old = trio.current_time() - self._began_s >= MAX_AGE_S
-        if count < MIN_SAMPLES or (count < self._trained_count * (1 + GROWTH) and not is_old):
+        has_grown = count >= self._trained_count * (1 + GROWTH)
+        if count < MIN_SAMPLES or not (has_grown or is_old or digests != self._trained_tables):
             return
         self._began_s = trio.current_time()
-        worker = await self._train(nursery)
+        worker = await self._train(nursery, tables)
         if worker is not None:
             await self._replace_worker(worker)
-        self._trained_count = count
+        self._trained_count, self._trained_tables = count, digests
         await trio.sleep(REST * (trio.current_time() - self._began_s))
 
     async def _replace_worker(self, worker: "_Worker | None") -> None:
@@ -113,7 +129,7 @@ class Learner:
         if old is not None:
             await old.stop()
 
-    async def _train(self, nursery: trio.Nursery) -> "_Worker | None":
+    async def _train(self, nursery: trio.Nursery, tables: Sequence[AgreedTable]) -> "_Worker | None":
         """Return a worker with a trained model, which the predictions use from now on; None if training failed."""
         worker: _Worker | None = None
         trained = False
@@ -121,9 +137,20 @@ class Learner:
             worker = await _Worker.start()
             nursery.start_soon(worker.relay_stderr)
             with trio.fail_after(TRAINING_LIMIT_S):
-                result = await worker.ask({"database": str(self._database), "viewpoint": asdict(self._viewpoint())})
+                result = await worker.ask(
+                    {
+                        "database": str(self._database),
+                        "viewpoint": asdict(self._viewpoint()),
+                        "tables": [dump_table(table) for table in tables],
+                    }
+                )
             if result.get("samples"):
-                self._predictions.set_predictor(worker.predict, result["samples"])
+                learned_from = {
+                    ModelId(table.model): TableVersion(table.epoch, table.digest)
+                    for table in tables
+                    if table.model in result["learned_from"]
+                }
+                self._predictions.set_predictor(worker.predict, result["samples"], learned_from)
                 self.status = ModelStatus(
                     version=self.status.version + 1 if self.status else 1,
                     sample_count=result["samples"],
@@ -132,7 +159,7 @@ class Learner:
                     trained_s=trio.current_time(),
                     peak_bytes=result["peak_bytes"],
                 )
-                _logger.info("model trained", **{key: round(value, 3) for key, value in result.items()})
+                _logger.info("model trained", **result)
                 trained = True
         except (ChildError, OSError, ValueError, KeyError, trio.TooSlowError) as error:
             _logger.warning("training failed", reason=str(error))
@@ -191,7 +218,8 @@ class _Worker:
         """Return the model's predictions; see `prediction_cache.Predictor`."""
         try:
             with trio.fail_after(ANSWER_LIMIT_S):
-                values = await self.ask(context.values())
+                facts = [to_map(each) for each in context.stage_facts]
+                values = await self.ask({**context.values(), "stage_facts": facts})
         except (ValueError, trio.TooSlowError) as error:
             raise OSError(str(error)) from None
         return {name: (cost, deviation) for name, (cost, deviation) in values.items()}

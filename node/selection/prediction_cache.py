@@ -6,11 +6,14 @@ bounded time at most; the heuristic replaces a late prediction.
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 import trio
 from cachetools import LRUCache
 
+from node.stages.voter import TableVersion
+from protocol.identity import ModelId
 from selector.heuristic import HEURISTIC_DEVIATION, CostEstimate, CostTable, heuristic_table, predicted_cost
 from selector.task import PORTFOLIO, Method, TaskContext
 from selector.task_buckets import canonicalise
@@ -24,10 +27,14 @@ MAX_QUEUED: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Cost estimates in a context. `sample_count`: of the model behind them; 0 for the heuristic."""
+    """Cost estimates in a context. `sample_count`: of the model behind them; 0 for the heuristic.
+
+    `learned_from`: the agreed table of the model that is to be served, if they were learned from one.
+    """
 
     table: CostTable
     sample_count: int
+    learned_from: TableVersion | None = None
 
     @property
     def basis(self) -> str:
@@ -48,18 +55,27 @@ class PredictionCache:
         self.late = 0
         """Choices by the heuristic because the prediction was not there in time."""
         self._predictor: Predictor | None = None
+        self._learned_from: Mapping[ModelId, TableVersion] = {}
         self._tables: LRUCache[TaskContext, CostTable] = LRUCache(MAX_TABLES)
         self._pending: dict[TaskContext, trio.Event] = {}
         self._requests_in, self._requests = trio.open_memory_channel[TaskContext](MAX_QUEUED)
 
-    def set_predictor(self, predictor: Predictor | None, sample_count: int) -> None:
-        """Replace the model, and clear the cache."""
+    def set_predictor(
+        self,
+        predictor: Predictor | None,
+        sample_count: int,
+        learned_from: Mapping[ModelId, TableVersion] = MappingProxyType({}),
+    ) -> None:
+        """Replace the model, and clear the cache. `learned_from`: the agreed tables behind it, by model served."""
+        self._learned_from = learned_from
         self._predictor = predictor
         self.sample_count = sample_count
         self._tables.clear()
 
-    async def predict(self, context: TaskContext, methods: Sequence[Method]) -> Prediction:
-        """Return the estimates of some methods after a bounded wait."""
+    async def predict(
+        self, context: TaskContext, methods: Sequence[Method], model: ModelId | None = None
+    ) -> Prediction:
+        """Return the estimates of some methods after a bounded wait. `model`: that is to be served."""
         canonical = canonicalise(context)
         # A single method needs no wait, such as that of a text that continues after a lost stage.
         limit_s = MISS_LIMIT_S if len(methods) > 1 else 0.0
@@ -74,7 +90,7 @@ class PredictionCache:
                 cost += estimate.log_cost - predicted_cost(canonical, PORTFOLIO[method.name])
                 deviation = estimate.deviation
             found[method.name] = CostEstimate(cost, deviation)
-        return Prediction(found, self.sample_count)
+        return Prediction(found, self.sample_count, self._learned_from.get(model) if model else None)
 
     async def _table(self, context: TaskContext, limit_s: float) -> CostTable | None:
         if context in self._tables:

@@ -6,27 +6,24 @@ leaves the process that made it, and no other model is ever loaded.
 """
 
 import json
-import math
 import os
 import resource
-import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import quote
 
-from node.coordinator.observation import WEIGHTS_SWITCH, software_name
+from node.selection.agreed_tables import load_table
+from node.selection.samples import read_samples
 from node.util.priority import LOWEST, set_session_nice
-from protocol.errors import RemoteProtocolError
-from protocol.measurements import Observation
-from protocol.observations import bucket_of, decode_verified_observation
-from selector.task import PORTFOLIO, UNKNOWN_WEIGHT_TYPE, TaskContext
+from protocol.schema import from_map
+from protocol.stage_facts import StageFacts
+from selector.evidence import AgreedTable
+from selector.task import PORTFOLIO, TaskContext
 from selector.task_buckets import Viewpoint
-from selector.training_set import MAX_SAMPLES, Sample
 
 if TYPE_CHECKING:
     from selector.prediction import Predictor
@@ -45,7 +42,8 @@ def main() -> None:
     began_s = time.monotonic()
     found: list[Predictor | None] = []
     # Linux has a priority per thread, so that this one's later answers are not slowed down.
-    trainer = threading.Thread(target=lambda: found.append(_train(request["database"], viewpoint)))
+    tables = [load_table(values) for values in request["tables"]]
+    trainer = threading.Thread(target=lambda: found.append(_train(request["database"], viewpoint, tables)))
     set_session_nice(LOWEST)
     trainer.start()
     trainer.join()
@@ -57,6 +55,7 @@ def main() -> None:
     result = {
         "samples": predictor.sample_count,
         "share": predictor.share,
+        "learned_from": sorted(predictor.learned_from),
         "seconds": time.monotonic() - began_s,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
@@ -66,11 +65,12 @@ def main() -> None:
 
 
 def _answer(predictor: "Predictor", values: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    table = predictor.table(TaskContext.of(values), tuple(PORTFOLIO.values()))
+    facts = [from_map(StageFacts, each, "stage facts") for each in values.pop("stage_facts")]
+    table = predictor.table(TaskContext.of(values, facts), tuple(PORTFOLIO.values()))
     return {name: (each.log_cost, each.deviation) for name, each in table.items()}
 
 
-def _train(database: str, viewpoint: Viewpoint) -> "Predictor | None":
+def _train(database: str, viewpoint: Viewpoint, tables: Sequence[AgreedTable]) -> "Predictor | None":
     """Train in this thread, at a 68th of the CPU share of a normal thread.
 
     With SCHED_IDLE it would be a 340th, and training would starve where jobs keep the processors busy.
@@ -80,47 +80,7 @@ def _train(database: str, viewpoint: Viewpoint) -> "Predictor | None":
             os.setpriority(os.PRIO_PROCESS, 0, LOWEST)
     from selector.prediction import train  # the import takes as long as training on a short history
 
-    return train(list(read_samples(Path(database))), viewpoint)
-
-
-def read_samples(database: Path) -> Iterator[Sample]:
-    """Yield samples of the newest observations of a history, without unreadable ones."""
-    query = "SELECT envelope FROM observations ORDER BY bucket DESC, id LIMIT ?"
-    with closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True)) as connection:
-        for (envelope,) in connection.execute(query, (MAX_SAMPLES,)):
-            try:
-                observation = decode_verified_observation(envelope).observation
-            except RemoteProtocolError:
-                continue
-            if (sample := sample_of(observation)) is not None:
-                yield sample
-
-
-def sample_of(observation: Observation) -> Sample | None:
-    """Return the sample of an observation; None for a replayed job, or a route that does not cover the model."""
-    workload, model, measured = observation.workload, observation.model, observation.measurements
-    route = observation.route
-    if measured.replays or route[0].blocks.start != 0 or route[-1].blocks.end != model.block_count:
-        return None
-    context = TaskContext.from_parts(
-        model,
-        workload,
-        weight_type=observation.method.stage_policy.get(WEIGHTS_SWITCH, UNKNOWN_WEIGHT_TYPE),
-        max_tokens=workload.completion_tokens,
-        stage_count=len(route),
-        hardware="+".join(stage.hardware for stage in route),
-    )
-    return Sample(
-        context=context,
-        method=observation.method.name,
-        log_cost=math.log(measured.total_s),
-        log_ratio=measured.log_ratio_to_baseline,
-        observer=observation.observer,
-        route="/".join([model.model, *(f"{stage.peer}:{stage.blocks}" for stage in route)]),
-        hour=bucket_of(observation.issued_at_s),
-        software=software_name(observation.software),
-        countersigned=observation.is_countersigned,
-    )
+    return train(list(read_samples(Path(database))), viewpoint, tables)
 
 
 if __name__ == "__main__":

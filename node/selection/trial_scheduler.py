@@ -20,6 +20,9 @@ from selector.task_buckets import effective_switches
 IDLE_S: Final = 0.3
 """Time without jobs after which a trial starts,"""
 
+MAX_OVERDRAFT_S: Final = 30.0
+"""A trial that takes this much longer than the allowance that is left is given up."""
+
 IDLE_LIMIT_S: Final = 30.0
 """or after this long in any case: a node that is never idle must learn, too."""
 
@@ -29,11 +32,12 @@ _logger = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialRequest:
-    """Methods to compare on tasks like this one."""
+    """Methods to compare on tasks like this one. `in_use`: the one of them that the others have to beat."""
 
     model: ModelId
     context: TaskContext
     methods: Sequence[Method]
+    in_use: str
 
 
 class TrialRunner(Protocol):
@@ -62,14 +66,14 @@ class TrialScheduler:
         self._store = store
         self._wall_clock = wall_clock
         self._pending: set[str] = set()
-        self._requests_in, self._requests = trio.open_memory_channel[tuple[str, str, TrialRequest]](MAX_QUEUED)
+        self._requests_in, self._requests = trio.open_memory_channel[tuple[str, TrialRequest]](MAX_QUEUED)
 
-    def request(self, bucket: str, in_use: str, request: TrialRequest) -> None:
+    def request(self, bucket: str, request: TrialRequest) -> None:
         """Queue a trial, unless the bucket has one pending, or the allowance or the queue is exhausted."""
         if self._allowance.left_s <= 0 or bucket in self._pending:
             return
         try:
-            self._requests_in.send_nowait((bucket, in_use, request))
+            self._requests_in.send_nowait((bucket, request))
         except trio.WouldBlock:
             _logger.debug("trial queue full", bucket=bucket)
         else:
@@ -78,16 +82,18 @@ class TrialScheduler:
     async def run(self, runner: TrialRunner, busy: Callable[[], bool]) -> None:
         """Run the requested trials one at a time until cancelled. `busy`: whether jobs are under way."""
         await self._restore()
-        async for bucket, in_use, request in self._requests:
+        async for bucket, request in self._requests:
             await _wait_until_idle(busy)
             if self._allowance.left_s > 0:  # else spent by trials before it
-                await self._run_trial(runner, bucket, in_use, request)
+                await self._run_trial(runner, bucket, request)
             self._pending.discard(bucket)
 
-    async def _run_trial(self, runner: TrialRunner, bucket: str, in_use: str, request: TrialRequest) -> None:
-        began_s = trio.current_time()
+    async def _run_trial(self, runner: TrialRunner, bucket: str, request: TrialRequest) -> None:
+        began_s, in_use = trio.current_time(), request.in_use
+        log_ratios: Mapping[str, Sequence[float]] = {}
         try:
-            log_ratios = await runner.run(request)
+            with trio.move_on_after(self._allowance.left_s + MAX_OVERDRAFT_S) as limit:
+                log_ratios = await runner.run(request)
         except JobError as error:
             _logger.info("trial failed", bucket=bucket, reason=error.message)
             return
@@ -97,8 +103,12 @@ class TrialScheduler:
             self._allowance.trial_s += duration_s
         self._allowance.trials += 1
         now_s = trio.current_time()
+        if limit.cancelled_caught:
+            _logger.info("trial given up: its allowance is used up", bucket=bucket, seconds=round(duration_s, 2))
         missing = {method.name for method in request.methods} - {*log_ratios, baseline_of(in_use).name}
         self._adoption.record_unavailable(bucket, missing, now_s)
+        if not log_ratios:
+            return
         effects = switches_in_effect(request.context, request.methods)
         adopted = self._adoption.record_trial(bucket, in_use, log_ratios, now_s, effects)
         await self._save(bucket)

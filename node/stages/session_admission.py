@@ -133,7 +133,8 @@ class SessionAdmission:
             if former is None or former.is_ended or not await span.carry_on(former, session):
                 self._check_share(span, session)
                 await session.reserve(span.engine)
-            votes = await self._voter.vote(TaskContext.of(message.context), offered)
+            context = TaskContext.of(message.context, message.stage_facts)
+            vote = await self._voter.vote(message.model, context, offered)
         except LinkBroken as broken:
             refusal = _Refusal(RefusalReason.UNREACHABLE, f"cannot reach {broken.peer}: {broken}", span)
         except EngineFull as error:
@@ -147,7 +148,7 @@ class SessionAdmission:
             # A session that continues one that has not begun has no more time than that one had.
             is_unbegun = former is not None and former.method is None
             opened_s = former.opened_s if former and is_unbegun else trio.current_time()
-            session.on_opened(dict(votes), self._agreed(message.model), opened_s)
+            session.on_opened(dict(vote.scores), self._agreed(message.model), opened_s)
             return Opened(
                 session=session.id,
                 load=span.load(),
@@ -157,6 +158,7 @@ class SessionAdmission:
                 held=session.state.computed,
                 kept_from=session.state.replay_from,
                 statement=session.agreement.statement if session.agreement else None,
+                table_digest=vote.learned_from.digest if vote.learned_from and link.minor >= 2 else None,
             )
         finally:
             session.admitted.set()

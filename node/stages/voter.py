@@ -15,7 +15,7 @@ from typing import Protocol
 
 from protocol.consensus_values import Cell
 from protocol.forms import Digest
-from protocol.identity import PeerId
+from protocol.identity import ModelId, PeerId
 from protocol.messages import Begin
 from selector.consensus.table import AgreedCell
 from selector.task import Method, TaskContext
@@ -33,11 +33,27 @@ class Agreement:
     table: dict[Cell, AgreedCell]
 
 
+@dataclass(frozen=True, slots=True)
+class TableVersion:
+    """Names the agreed table that predictions were learned from."""
+
+    epoch: int
+    digest: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class StageVote:
+    """The natural logarithm of the expected cost of each method, by name. `learned_from`: None for no agreed table."""
+
+    scores: Mapping[str, float]
+    learned_from: TableVersion | None = None
+
+
 class Voter(Protocol):
     """Predicts what methods cost."""
 
-    async def vote(self, context: TaskContext, methods: Sequence[Method]) -> Mapping[str, float]:
-        """Return for every method given, by name, the natural logarithm of its expected cost."""
+    async def vote(self, model: ModelId, context: TaskContext, methods: Sequence[Method]) -> StageVote:
+        """Return a vote on every method given."""
 
 
 def tally_fault(

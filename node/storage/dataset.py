@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from protocol.errors import RemoteProtocolError
 from protocol.limits import MAX_RECORD_BYTES
-from protocol.observations import SignedObservation, verify_fresh_observation
+from protocol.observations import SignedObservation, verify_fresh_observation, verify_observation
 from protocol.schema import to_map
 
 MAX_LINE_BYTES: Final = 8 * MAX_RECORD_BYTES
@@ -53,10 +53,10 @@ def to_row(signed: SignedObservation) -> dict[str, Any]:
     }
 
 
-def from_line(line: bytes, now_s: float) -> SignedObservation:
+def from_line(line: bytes, now_s: float | None) -> SignedObservation:
     """Return the observation in a line of JSON, verified like one from a peer. Raises DatasetError.
 
-    `now_s`: Unix time by our clock.
+    `now_s`: Unix time by our clock; None for an observation of any age.
     """
     if len(line) > MAX_LINE_BYTES:
         raise DatasetError(f"the line has {len(line)} bytes: at most {MAX_LINE_BYTES} are accepted")
@@ -70,7 +70,8 @@ def from_line(line: bytes, now_s: float) -> SignedObservation:
     if not isinstance(record, str):
         raise DatasetError("the field 'record' with the signed record is missing")
     try:
-        signed = verify_fresh_observation(base64.b64decode(record, validate=True), now_s)
+        envelope = base64.b64decode(record, validate=True)
+        signed = verify_observation(envelope) if now_s is None else verify_fresh_observation(envelope, now_s)
     except (RemoteProtocolError, ValueError) as error:
         raise DatasetError(str(error)) from None
     expected = to_row(signed)

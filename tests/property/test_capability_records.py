@@ -5,15 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.capabilities import (
-    MAX_BYTES_PER_S,
-    MAX_CORES,
     MAX_INSTRUCTION_SETS,
-    MAX_MEMORY_BYTES,
     MAX_NEIGHBOURS,
-    MAX_OPERATIONS_PER_S,
-    MAX_ROUND_TRIP_S,
     MAX_WORD_BYTES,
-    MIN_FIGURE,
     Accelerator,
     AcceleratorKind,
     Capabilities,
@@ -27,6 +21,14 @@ from protocol.capabilities import (
     hardware_class,
 )
 from protocol.errors import RemoteProtocolError
+from protocol.figures import (
+    MAX_BYTES_PER_S,
+    MAX_CORES,
+    MAX_MEMORY_BYTES,
+    MAX_OPERATIONS_PER_S,
+    MAX_ROUND_TRIP_S,
+    MIN_FIGURE,
+)
 from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.limits import MAX_NAME_BYTES
 from protocol.records import seal, verify_record

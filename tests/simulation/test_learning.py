@@ -20,15 +20,22 @@ from node.identity import Identity
 from node.selection.adoption_trials import AdoptionTrials
 from node.selection.chooser import LearnedChooser, LearnedVoter
 from node.selection.prediction_cache import PredictionCache
-from node.selection.training_worker import sample_of
-from node.stages.voter import Voter
+from node.selection.samples import sample_of
+from node.stages.voter import StageVote, TableVersion, Voter
+from node.testing.fake_engine import FAKE_MODEL
+from protocol.consensus_values import Cell
+from protocol.forms import Digest
+from protocol.identity import ModelId
 from protocol.measurements import Observation
 from protocol.observations import SignedObservation
+from selector.consensus.table import AgreedCell
+from selector.evidence import AgreedTable
 from selector.prediction import train
+from selector.sample import Sample
 from selector.task import PORTFOLIO, Method, TaskContext, method, portfolio
 from selector.task_buckets import Viewpoint
-from selector.training_set import Sample
-from tests.support.job_peers import open_swarm
+from selector.workloads import WORKLOADS
+from tests.support.job_peers import HARDWARE, open_swarm
 
 SLOWNESS = {Variant("onnxruntime", "fp32"): 1.6}
 STEP_S, ROW_S = 0.02, 0.001
@@ -57,16 +64,16 @@ class LearningNode:
         await trio.lowlevel.checkpoint()
         self.observations.append(observation.observation)
 
-    def learn(self) -> None:
-        """Train once the history has tripled."""
+    def learn(self, tables: Sequence[AgreedTable] = ()) -> None:
+        """Train once the history has tripled, or from tables that the swarm agreed on."""
         known = [found for each in self.observations if (found := sample_of(each))]
-        if len(known) < 5 or len(known) < 3 * self._trained:
+        if not tables and (len(known) < 5 or len(known) < 3 * self._trained):
             return
         self._trained = len(known)
         hour = known[0].hour
-        viewpoint = Viewpoint(peer=self.identity.peer_id, hardware="test", software=known[0].software, hour=hour)
+        viewpoint = Viewpoint(peer=self.identity.peer_id, hardware=HARDWARE, software=known[0].software, hour=hour)
         with threadpool_limits(1):
-            predictor = train([*known, *self._lies], viewpoint)
+            predictor = train([*known, *self._lies], viewpoint, tables)
         assert predictor is not None
 
         async def ask(context: TaskContext) -> Mapping[str, tuple[float, float]]:
@@ -74,7 +81,8 @@ class LearningNode:
             table = predictor.table(context)
             return {name: (of.log_cost, of.deviation) for name, of in table.items()}
 
-        self.predictions.set_predictor(ask, predictor.sample_count)
+        learned_from = {FAKE_MODEL: TableVersion(tables[0].epoch, tables[0].digest)} if tables else {}
+        self.predictions.set_predictor(ask, predictor.sample_count, learned_from)
 
 
 def requests(seed: int) -> dict[str, JobRequest]:
@@ -148,15 +156,16 @@ async def test_learns_best_method_of_each_bucket_within_allowance(virtual_clock:
 class LyingVoter:
     """Says of one method that it costs next to nothing."""
 
-    async def vote(self, context: TaskContext, methods: Sequence[Method]) -> Mapping[str, float]:
+    async def vote(self, model: ModelId, context: TaskContext, methods: Sequence[Method]) -> StageVote:
         await trio.lowlevel.checkpoint()
-        return {each.name: -20.0 if each.name == LIE else 5.0 for each in methods}
+        return StageVote({each.name: -20.0 if each.name == LIE else 5.0 for each in methods})
 
 
 async def test_false_history_and_votes_adopt_no_slow_method(virtual_clock: MockClock) -> None:
-    context = TaskContext(architecture="fake", block_count=9, hidden_size=32, hardware="test")
+    context = TaskContext(architecture="fake", block_count=9, hidden_size=32, hardware=HARDWARE)
     lies = [
         Sample(
+            model="fake",
             context=context,
             method=LIE,
             log_cost=-4.0,
@@ -188,3 +197,48 @@ async def test_explores_nothing_without_allowance(virtual_clock: MockClock) -> N
     assert {each.method.name for found in results.values() for each in found} <= {
         name for name in PORTFOLIO if "engine=onnxruntime" in name
     }
+
+
+def agreed_on(winner: Method, epoch: int) -> AgreedTable:
+    """Return a table by which one method is by far the fastest under every workload."""
+    cells = {
+        Cell(HARDWARE, workload, each.name): AgreedCell(-2_000_000 if each == winner else 500_000, 5, firm=True)
+        for workload in WORKLOADS
+        for each in EXACT
+        if each != each.baseline
+    }
+    return AgreedTable(model=FAKE_MODEL, epoch=epoch, digest=Digest(bytes([epoch]) * 32), cells=cells)
+
+
+async def test_agreed_table_decides_until_a_trial_contradicts(virtual_clock: MockClock) -> None:
+    node = LearningNode()
+    slow, fast = method(engine="onnxruntime"), method(engine="fused")
+    job = requests(1)["plain"]
+    async with open_swarm() as swarm:
+        peer = await swarm.join(
+            (0, 9),
+            step_s=STEP_S,
+            row_s=ROW_S,
+            slowness=SLOWNESS,
+            chooser=node.chooser,
+            voter=node.voter,
+            recorder=node.recorder,
+        )
+        await swarm.settle()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.predictions.run)
+            for _ in range(5):
+                await peer.run(job)
+            for epoch, winner in enumerate((fast, slow), 1):
+                node.learn([agreed_on(winner, epoch)])
+                result = await peer.run(job)
+                assert result.method.name == winner.name
+                assert (result.consensus.epoch, result.consensus.table_digest) == (epoch, f"{epoch:02x}" * 32)
+            runner = AdoptionTrials(BenchmarkRunner(peer.coordinator, node.recorder))
+            nursery.start_soon(node.chooser.trials.run, runner, lambda: peer.coordinator.statistics.running > 0)
+            await trio.sleep(10 * PAUSE_S)
+            assert node.chooser.allowance.trials == 1
+            result = await peer.run(job)
+            assert result.consensus.table_digest == "02" * 32
+            assert result.method.switches["engine"] != "onnxruntime"  # it lost here, whatever was agreed
+            nursery.cancel_scope.cancel()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from node.coordinator.method_choice import Choice, SelectionRequest
 from node.coordinator.submission import JobOutcome
 from node.models.library import KnownModel
+from node.stages.voter import StageVote, TableVersion
 from protocol.identity import ModelId
 from selector.heuristic import predicted_cost, preference
 from selector.task import MeasuredQuality, Method, TaskContext
@@ -29,6 +30,7 @@ class HeuristicChoice:
 
     context: TaskContext
     order: Sequence[Method]
+    learned_from: TableVersion | None = None
 
     def ballot(self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> Mapping[str, float]:
         """Return the heuristic's predictions; see Choice."""
@@ -51,6 +53,7 @@ class HeuristicChooser:
 class HeuristicVoter:
     """Votes by the hand-written cost model: for a peer without a history."""
 
-    async def vote(self, context: TaskContext, methods: Sequence[Method]) -> Mapping[str, float]:
+    async def vote(self, model: ModelId, context: TaskContext, methods: Sequence[Method]) -> StageVote:
         """Return the predictions of the cost model; see Voter."""
-        return {method.name: predicted_cost(context, method) for method in methods}
+        del model
+        return StageVote({method.name: predicted_cost(context, method) for method in methods})

@@ -38,15 +38,18 @@ from node.testing.fake_engine import FAKE_GGUF_MODEL, FAKE_MODEL, FakeEngine, fa
 from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetworkHub
 from node.util.offload import run_inline
+from protocol.capabilities import Capabilities, hardware_class
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
 from protocol.messages import Open, Sampling, Slice, Step
 from protocol.tensors import tensor_from_tokens
 from selector.cuts import Cuts
 from selector.routing import Links
 from selector.task import BASELINE
+from tests.support.capabilities import EPYC
 from tests.support.heuristic_selection import HeuristicChooser, HeuristicVoter, NullQualityStore
 
 BLOCKS = 9
+HARDWARE = hardware_class(EPYC)
 VOCABULARY = 1000
 
 
@@ -209,6 +212,8 @@ class Swarm:
         self._controller = controller
         self.hub = MemoryNetworkHub(random.Random(seed), link, address_book=address_book)
         self.peers: list[Peer] = []
+        self._capabilities: dict[PeerId, Capabilities] = {}
+        """What every peer knows of the others' machines."""
         self._nursery = nursery
         self.rng = random.Random(seed)
 
@@ -225,6 +230,7 @@ class Swarm:
         ledger: QualityStore | None = None,
         agreed: Agreement | None = None,
         draft: FakeEngine | None = None,
+        capabilities: Capabilities = EPYC,
         **shape: Any,
     ) -> Peer:
         """Start a peer that serves spans of the fake model; the first peer of the swarm is its bootstrap peer.
@@ -234,11 +240,12 @@ class Swarm:
         """
         identity = Identity(self.rng.randbytes(32))
         network = self.hub.network(identity.peer_id)
+        self._capabilities[identity.peer_id] = capabilities
         stages = StageServer(
             network,
             "test/1",
             private_key=identity.private_key,
-            hardware=lambda: "test",
+            hardware=lambda: hardware_class(capabilities),
             voter=voter or HeuristicVoter(),
             controller=self._controller,
             agreed=lambda model: agreed,
@@ -253,7 +260,7 @@ class Swarm:
             SwarmView(
                 finder=membership,
                 links=links,
-                hardware=lambda _: "test",
+                capabilities=self._capabilities.get,
                 expected=lambda model: self._expected(membership, model),
                 agreed=lambda model: agreed,
             ),

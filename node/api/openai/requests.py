@@ -13,10 +13,12 @@ from node.api.fields import (
     count_between,
     number_between,
     parse_boolean,
+    parse_budget,
     parse_json,
     parse_limit,
     parse_method,
     parse_object,
+    parse_objective,
     parse_quality,
     parse_stop,
     parse_text,
@@ -38,7 +40,7 @@ from protocol.limits import (
     MAX_STOP_TOKENS,
     MAX_VOCABULARY,
 )
-from protocol.measurements import QualityBound
+from protocol.measurements import Objective, QualityBound
 
 MIN_SEED: Final = -(2**63)
 MAX_SEED: Final = 2**63 - 1
@@ -64,7 +66,7 @@ IGNORED: Final = frozenset({
 
 REASONING_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh")
 
-EXTENSIONS: Final = frozenset({"quality", "method", "ignore_eos"})
+EXTENSIONS: Final = frozenset({"quality", "method", "objective", "budget", "ignore_eos"})
 """Fields of `metaswarm`."""
 
 STREAM_OPTIONS: Final = frozenset({"include_usage", "include_obfuscation"})
@@ -236,6 +238,8 @@ def _parse_job(fields: Fields, max_tokens: int | None) -> JobRequest:
         stop_token_ids=fields.get("stop_token_ids", _parse_stop_token_ids) or (),
         ignore_eos=fields.get("ignore_eos", parse_boolean) or extras.get("ignore_eos", parse_boolean) or False,
         quality=extras.get("quality", parse_quality) or QualityBound.EXACT,
+        objective=extras.get("objective", parse_objective) or Objective.LATENCY,
+        budget=extras.get("budget", parse_budget),
         method=extras.get("method", parse_method) or "auto",
     )
 

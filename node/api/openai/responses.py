@@ -12,10 +12,12 @@ from node.api.fields import (
     check_depth,
     number_between,
     parse_boolean,
+    parse_budget,
     parse_json,
     parse_limit,
     parse_method,
     parse_object,
+    parse_objective,
     parse_quality,
     parse_text,
     parse_top_p,
@@ -27,7 +29,7 @@ from node.api.openai.requests import EXTENSIONS, REASONING_EFFORTS
 from node.api.openai.response_events import ResponseWriter
 from node.api.schemas import ANY_OBJECT, schema_text
 from node.coordinator.submission import ChatMessage, JobRequest, MessageToolCall
-from protocol.measurements import QualityBound
+from protocol.measurements import Objective, QualityBound
 
 IMPLEMENTED: Final = frozenset({
     "model", "input", "instructions", "max_output_tokens", "temperature", "top_p", "stream", "tools", "tool_choice",
@@ -78,6 +80,8 @@ def parse_response_request(body: bytes, headers: Headers) -> tuple[Generation, A
         top_p=fields.get("top_p", parse_top_p) or 1.0,
         ignore_eos=extras.get("ignore_eos", parse_boolean) or False,
         quality=extras.get("quality", parse_quality) or QualityBound.EXACT,
+        objective=extras.get("objective", parse_objective) or Objective.LATENCY,
+        budget=extras.get("budget", parse_budget),
         method=extras.get("method", parse_method) or "auto",
         tools=choice.tools,
         json_schema=choice.schema or fields.get("text", _parse_text_format) or "",

@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.capabilities.traffic import MAX_PEERS, MIN_TRANSFER_BYTES, TrafficMeter
-from protocol.capabilities import MAX_NEIGHBOURS, MAX_ROUND_TRIP_S, Capabilities, Links
+from protocol.capabilities import MAX_NEIGHBOURS, Capabilities, Links
+from protocol.figures import MAX_ROUND_TRIP_S
 from protocol.schema import from_map, to_map
 from tests.support.capabilities import EPYC, peer_of
 

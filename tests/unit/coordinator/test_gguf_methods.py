@@ -12,15 +12,16 @@ from trio.testing import MockClock
 from node.coordinator.method_choice import admitted_methods
 from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult
-from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec, TrialWorkload
+from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec
 from node.engine.interface import Variant, reference_variant
 from node.identity import Identity
-from node.selection.training_worker import sample_of
+from node.selection.samples import sample_of
 from node.testing.fake_engine import FAKE_GGUF_MODEL, FakeEngine, expected_tokens, fake_span_info
 from protocol.identity import BlockRange, ModelId
 from protocol.measurements import QualityBound
 from protocol.observations import SignedObservation, verify_observation
 from selector.task import MeasuredQuality, Method, parse_method, portfolio
+from selector.workloads import TrialWorkload
 from tests.support.heuristic_selection import NullQualityStore
 from tests.support.job_peers import BLOCKS, FakeModels, NumberTokenizer, Peer, Swarm, open_swarm
 from tests.unit.coordinator.test_jobs import THIRDS, all_free

@@ -15,10 +15,10 @@ from node.engine.interface import REFERENCE, Variant
 from node.links.base_link import LinkBroken
 from node.links.outbound_link import OutboundLink
 from node.stages.scheduler import Batching, PolicyController
-from node.stages.voter import Agreement
+from node.stages.voter import Agreement, StageVote
 from node.testing.fake_engine import FakeEngine, expected_tokens, fake_span_info
 from protocol.forms import Digest
-from protocol.identity import BlockRange
+from protocol.identity import BlockRange, ModelId
 from protocol.measurements import QualityBound
 from protocol.messages import Begin, Sampling
 from selector.task import BASELINE, PORTFOLIO, Method, TaskContext, method, portfolio
@@ -205,8 +205,8 @@ class Partial(HeuristicVoter):
     def __init__(self, favourite: Method) -> None:
         self._favourite = favourite
 
-    async def vote(self, context: TaskContext, methods: Sequence[Method]) -> Mapping[str, float]:
-        return {method.name: 0.0 if method == self._favourite else 9.0 for method in methods}
+    async def vote(self, model: ModelId, context: TaskContext, methods: Sequence[Method]) -> StageVote:
+        return StageVote({method.name: 0.0 if method == self._favourite else 9.0 for method in methods})
 
 
 class NoOpinion(HeuristicChooser):

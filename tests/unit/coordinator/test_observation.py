@@ -15,7 +15,7 @@ from node.coordinator.observation import (
 )
 from node.coordinator.submission import Consensus, JobResult, Timing, Usage
 from node.models.manifest import FileEntry, Manifest
-from node.selection.training_worker import sample_of
+from node.selection.samples import sample_of
 from protocol.errors import LocalProtocolError
 from protocol.identity import BlockRange
 from protocol.limits import MAX_POSITIONS

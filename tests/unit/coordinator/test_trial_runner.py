@@ -10,12 +10,13 @@ from trio.testing import MockClock
 
 from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError, JobRequest
-from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec, TrialWorkload, make_prompts
+from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec, make_prompts
 from node.engine.interface import REFERENCE
 from node.identity import Identity
 from protocol.measurements import Objective, ObservationKind, QualityBound
 from protocol.observations import SignedObservation
 from selector.task import BASELINE, method
+from selector.workloads import TrialWorkload
 from tests.support.job_peers import Peer, Swarm, open_swarm
 
 FUSED = method(engine="fused")

@@ -7,9 +7,7 @@ from protocol.canonical import Value
 from protocol.capabilities import (
     FORMAT_VERSION,
     MAX_ACCELERATORS,
-    MAX_CORES,
     MAX_INSTRUCTION_SETS,
-    MAX_MEMORY_BYTES,
     MAX_NEIGHBOURS,
     MAX_WORD_BYTES,
     AcceleratorKind,
@@ -22,6 +20,7 @@ from protocol.capabilities import (
     hardware_class,
 )
 from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.figures import MAX_CORES, MAX_MEMORY_BYTES
 from protocol.limits import MAX_RECORD_BYTES, MAX_TEXT_BYTES
 from protocol.records import seal, select, sign, verify_dht_record, verify_record
 from protocol.schema import from_map, to_map

@@ -52,3 +52,12 @@ async def test_only_the_simplest_of_equivalent_methods_gets_a_trial(
     with trio.move_on_after(60):
         await chooser.trials.run(runner, lambda: False)
     assert runner.methods == tried
+
+
+@pytest.mark.parametrize(("objective", "chosen"), [("latency", NARROW), ("throughput", FUSED), ("cost", FUSED)])
+async def test_links_count_for_latency_only(objective: str, chosen: Method, virtual_clock: MockClock) -> None:
+    context = replace(CONTEXT, link_s=0.5, objective=objective)
+    chooser = LearnedChooser(PredictionCache(), random.Random(1))
+    request = SelectionRequest(model=ModelId("ab" * 32), context=context, admitted=[BASELINE, NARROW, FUSED])
+    choice = await chooser.choose(request)
+    assert choice.order[0] == chosen

@@ -64,8 +64,8 @@ async def test_failed_worker_is_replaced_without_growth_of_the_history(
     predictions = PredictionCache()
     workers: list[Worker] = []
 
-    async def train(learner: Learner, nursery: trio.Nursery) -> Worker:
-        del learner, nursery
+    async def train(learner: Learner, nursery: trio.Nursery, tables: object) -> Worker:
+        del learner, nursery, tables
         await trio.sleep(1)
         workers.append(Worker())
         predictions.set_predictor(sure if len(workers) > 1 else broken, 10)

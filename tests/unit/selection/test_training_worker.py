@@ -15,8 +15,8 @@ from selector.task_buckets import Viewpoint
 def test_only_the_training_thread_has_the_lowest_priority(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
 
-    def train(samples: object, viewpoint: object) -> None:
-        del samples, viewpoint
+    def train(samples: object, viewpoint: object, tables: object) -> None:
+        del samples, viewpoint, tables
         seen.append((os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)))
 
     monkeypatch.setattr(prediction, "train", train)
@@ -24,7 +24,7 @@ def test_only_the_training_thread_has_the_lowest_priority(monkeypatch: pytest.Mo
     before = os.getpriority(os.PRIO_PROCESS, 0)
     viewpoint = Viewpoint(peer="me", hardware="test", software="1", hour=1)
 
-    thread = threading.Thread(target=training_worker._train, args=("nowhere", viewpoint))
+    thread = threading.Thread(target=training_worker._train, args=("nowhere", viewpoint, ()))
     thread.start()
     thread.join()
     assert seen == [(19, os.SCHED_OTHER)]

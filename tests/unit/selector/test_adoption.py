@@ -1,8 +1,10 @@
 """Only confirmed methods are adopted, and the cost of exploration is bounded."""
 
+import random
+
 import pytest
 
-from selector.adoption import RETRY_S, UNAVAILABLE_RETRY_S, Adoption, ExplorationAllowance
+from selector.adoption import MAX_ROUNDS, RETRY_S, UNAVAILABLE_RETRY_S, Adoption, ExplorationAllowance, is_decided
 from selector.task import BASELINE, parse_method
 
 PLAIN = BASELINE.name
@@ -28,13 +30,43 @@ def test_baseline_replaces_a_method_in_use_that_is_not_offered(offered: list[str
         ([-0.51, -0.51, -0.51], "a"),  # better, but not by the margin
         ([-3.0, -0.4, -0.4], "a"),  # by one round alone
         ([-0.4, -0.4, -0.4], "a"),
+        ([-1.0, -0.7, -0.4], "a"),  # it may be the noise
+        ([-1.0, -0.9, -0.8], "b"),
     ],
 )
-def test_candidate_is_adopted_if_better_by_a_margin_in_most_rounds(ratios: list[float], adopted: str) -> None:
+def test_candidate_is_adopted_if_better_by_margin_and_noise(ratios: list[float], adopted: str) -> None:
     adoption = Adoption()
     assert adoption.record_trial("bucket", "a", {"a": [-0.5] * 3, "b": ratios}, 0.0) == adopted
     assert adoption.in_use("bucket", ALL, "c") == adopted
     assert adoption.in_use("another bucket", ALL, "c") == "c"
+
+
+def adopted_share(log_gain: float, noise: float, trials: int = 4000) -> float:
+    """Return how often a candidate is adopted that costs e^log_gain times as much, in trials with noise."""
+    rng, adopted = random.Random(1), 0
+    for _ in range(trials):
+        ratios: dict[str, list[float]] = {"a": [], "b": []}
+        while len(ratios["a"]) < 3 or not is_decided("a", ratios):
+            ratios["a"].append(rng.gauss(-5.0, noise))
+            ratios["b"].append(rng.gauss(log_gain - 5.0, noise))
+        assert len(ratios["a"]) <= MAX_ROUNDS
+        adopted += Adoption().record_trial("bucket", "a", {"a": ratios["a"], "b": ratios["b"]}, 0.0) == "b"
+    return adopted / trials
+
+
+def test_error_of_a_trial_is_as_stated_and_clear_gains_are_found() -> None:
+    assert adopted_share(0.1, 0.2) < 0.03  # worse by a tenth, under 20 % noise
+    assert adopted_share(0.0, 0.2) < 0.06
+    assert adopted_share(-0.3, 0.05) > 0.98
+    assert adopted_share(-0.7, 0.2) > 0.95
+
+
+def test_clear_trial_ends_after_three_rounds() -> None:
+    assert not is_decided("a", {"a": [0.0] * 2, "b": [-1.0] * 2})
+    assert is_decided("a", {"a": [0.0] * 3, "b": [-1.0, -0.9, -0.95]})
+    assert is_decided("a", {"a": [0.0] * 3, "b": [0.5, 0.4, 0.6]})
+    assert not is_decided("a", {"a": [0.0] * 3, "b": [-0.4, -0.1, -0.3]})
+    assert is_decided("a", {"a": [0.0] * MAX_ROUNDS, "b": [-0.4, 0.3] * (MAX_ROUNDS // 2)})
 
 
 def test_methods_of_gguf_packages_are_tried_against_their_own_baseline() -> None:

@@ -9,9 +9,11 @@ import pytest
 
 from selector.heuristic import MIN_SAMPLES, heuristic_table, predicted_cost
 from selector.prediction import train
+from selector.sample import Sample
 from selector.task import BASELINE, PORTFOLIO, TaskContext, baseline_of, method
 from selector.task_buckets import Viewpoint, canonicalise, task_bucket
-from selector.training_set import ContextColumns, Sample, build_training_set
+from selector.task_features import tabulate
+from selector.training_set import build_training_set
 
 FUSED = method(engine="fused")
 CHUNKED = method(engine="fused", prefill_chunk="64")
@@ -32,6 +34,7 @@ VIEWPOINT = Viewpoint(peer="me", hardware="cpu", software="1", hour=100)
 def sample(name: str, log_ratio: float | None, level: float = 0.0, cost: float | None = None, **changes: Any) -> Sample:
     """Return a sample; `level`: common slowdown at the time."""
     at: dict[str, Any] = {
+        "model": "m",
         "context": CONTEXT,
         "observer": "me",
         "route": "a/b/c",
@@ -118,7 +121,7 @@ def test_long_route_names_are_hashed() -> None:
     long = "+".join(f"{i:064}" for i in range(64))
     others = [f"{long}{i}" for i in range(2)]
     contexts = [CONTEXT] * 100 + [replace(CONTEXT, hardware=name, architecture=name) for name in others]
-    table = ContextColumns.of(contexts).table(contexts)
+    table = tabulate(contexts)
     assert sum(names.nbytes for names in table.names.values()) < 300_000
     for names in table.names.values():
         assert names[0] == names[1]
@@ -156,10 +159,10 @@ def test_methods_of_gguf_packages_are_compared_with_their_own_baseline() -> None
 
 def test_contexts_of_a_history_without_weight_types_are_still_learned_from() -> None:
     contexts = [CONTEXT, replace(CONTEXT, weight_type="q4_k"), replace(CONTEXT, weight_type="bf16")]
-    table = ContextColumns.of(contexts).table(contexts)
+    table = tabulate(contexts)
     bits = table.features[:, table.columns.index("l_weight_bits")]
     assert math.isnan(bits[0])
-    assert bits[1:].tolist() == [2.0, 4.0]
+    assert bits[1:].tolist() == [math.log2(4.5), 4.0]
     old = measured({FUSED.name: -1.0}, 40)
     assert expected_ratio(old, FUSED.name, contexts[2]) == pytest.approx(-1.0, abs=0.3)
 

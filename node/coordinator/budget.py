@@ -1,0 +1,48 @@
+"""Budget and objective of a job: the routes that are compared for it, and the error where all cost too much."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+from node.coordinator.job import Job
+from node.coordinator.method_choice import OverBudget
+from node.coordinator.planner import RouteNeed
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest
+from protocol.figures import USUAL_PRICE
+from protocol.measurements import Objective, StageObservation
+from protocol.stage_facts import StageFacts
+
+_ONLY_COMPUTING: Final = 1e4
+"""A weight beside which time counts for nothing."""
+
+_WEIGHTS: Final = (0.1, 1.0, 10.0, _ONLY_COMPUTING)
+"""Weights of the routes between the fastest and the cheapest."""
+
+
+def needs_of(request: JobRequest, need: RouteNeed) -> Sequence[RouteNeed]:
+    """Return what is asked of the routes that come into question, the one that serves the objective best first.
+
+    Without a budget there is one. With a budget others follow that cost less.
+    """
+    if request.objective is not Objective.LATENCY:
+        need = replace(need, objective=request.objective, compute_weight=_ONLY_COMPUTING)
+    if request.budget is None:
+        return [need]
+    weights = _WEIGHTS if request.objective is Objective.LATENCY else _WEIGHTS[-1:]
+    return [need, *(replace(need, objective=Objective.COST, compute_weight=weight) for weight in weights)]
+
+
+def over_budget(job: Job, cheapest: OverBudget) -> JobError:
+    """Return the error for a job that every route and method is predicted to cost too much for."""
+    return JobError(
+        JobErrorCode.OVER_BUDGET,
+        f"the budget {job.request.budget:.4g} is below the predicted cost of this job with {job.model.name}: the "
+        f"cheapest is {cheapest.cost:.4g}, with {cheapest.method.name}; allow more, or ask for fewer tokens",
+        param="budget",
+    )
+
+
+def cost_of(route: Sequence[StageObservation], facts: Sequence[StageFacts]) -> float:
+    """Return what a job cost: the seconds of computing on each stage times the price of its peer."""
+    prices = [each.price for each in facts] if len(facts) == len(route) else [USUAL_PRICE] * len(route)
+    return sum(stage.statistics.compute_s * price for stage, price in zip(route, prices, strict=True))

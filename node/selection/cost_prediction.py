@@ -1,0 +1,105 @@
+"""Predicts what jobs take and cost: the meta-model's predictions, calibrated by the jobs that were served."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from cachetools import FIFOCache
+
+from node.coordinator.method_choice import OverBudget, SelectionRequest
+from node.selection.prediction_cache import PredictionCache
+from protocol.figures import USUAL_PRICE
+from protocol.measurements import Objective
+from selector.heuristic import predicted_cost, preference
+from selector.task import PORTFOLIO, TaskContext
+
+MAX_CALIBRATIONS: Final = 1000
+CALIBRATION_RATE: Final = 0.2
+"""Smoothing factor of the calibration's moving average."""
+
+
+class Calibration:
+    """Moving average of the log ratio of measured to predicted cost, by model, hardware and number of stages.
+
+    Predictions are in the seconds of the heuristic's reference machine. Time and computing are apart.
+    """
+
+    def __init__(self) -> None:
+        self._offsets: FIFOCache[tuple[object, ...], float] = FIFOCache(MAX_CALIBRATIONS)
+
+    def of(self, context: TaskContext) -> float:
+        """Return the offset of predicted logarithms of cost; 0 before the first job."""
+        return self._offsets.get(self._key(context), 0.0)
+
+    def update(self, context: TaskContext, error: float) -> None:
+        """Add the error of one prediction without offset."""
+        key = self._key(context)
+        known = self._offsets.get(key)
+        self._offsets[key] = error if known is None else known + CALIBRATION_RATE * (error - known)
+
+    @staticmethod
+    def _key(context: TaskContext) -> tuple[object, ...]:
+        model = (context.architecture, context.hidden_size, context.block_count, context.weight_bytes)
+        return *model, context.hardware, context.stage_count, context.objective == Objective.LATENCY
+
+
+@dataclass(frozen=True, slots=True)
+class PredictedCompute:
+    """The seconds of computing that a task takes on all stages of a route, by method.
+
+    `log_s`: natural logarithms, before calibration, at the speed of the route's peers. `offset`: the calibration.
+    `price`: of a second, on average.
+    """
+
+    context: TaskContext
+    log_s: Mapping[str, float]
+    offset: float
+    price: float
+
+    def cost(self, method: str, tokens: int | None = None) -> float:
+        """Return the predicted cost. `tokens`: that were generated, if not all."""
+        log_s = self.log_s[method] + self.offset
+        if tokens is not None:
+            log_s += shortened(self.context, method, tokens)
+        return self.price * math.exp(log_s)
+
+    def within(self, request: SelectionRequest) -> SelectionRequest:
+        """Return the request with the methods that are predicted to stay within its budget. Raises OverBudget."""
+        if request.budget is None:
+            return request
+        admitted = [method for method in request.admitted if self.cost(method.name) <= request.budget]
+        if not admitted:
+            cheapest = min(request.admitted, key=lambda method: self.cost(method.name))
+            raise OverBudget(self.cost(cheapest.name), cheapest)
+        return replace(request, admitted=admitted)
+
+
+async def predict_compute(
+    request: SelectionRequest, predictions: PredictionCache, calibration: Calibration
+) -> PredictedCompute:
+    """Predict the computing of a request.
+
+    The planner knows how fast the peers of the route are, measured or as they report; the meta-model, how methods
+    differ; and the calibration, by how much both together are wrong.
+    """
+    context = replace(request.context, objective=Objective.THROUGHPUT.value)
+    prediction = await predictions.predict(context, request.admitted, request.model)
+    usual = preference(context, request.admitted)[0].name
+    level = math.log(request.compute_s) - prediction.table[usual].log_cost if request.compute_s > 0 else 0.0
+    log_s = {name: level + estimate.log_cost for name, estimate in prediction.table.items()}
+    return PredictedCompute(context, log_s, calibration.of(context), _mean_price(context))
+
+
+def shortened(context: TaskContext, method: str, tokens: int) -> float:
+    """Return what a text that ended early saves: the logarithm of the predicted cost over that of the whole text."""
+    known = PORTFOLIO.get(method)
+    if known is None:
+        return 0.0
+    return predicted_cost(replace(context, max_tokens=tokens), known) - predicted_cost(context, known)
+
+
+def _mean_price(context: TaskContext) -> float:
+    """Return the price of a second of computing on the route, block by block."""
+    blocks = sum(each.blocks for each in context.stage_facts)
+    return sum(each.blocks * each.price for each in context.stage_facts) / blocks if blocks else USUAL_PRICE

@@ -1,0 +1,62 @@
+"""Reads observations as samples for training: what was signed, as task contexts with their measured costs."""
+
+import math
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import quote
+
+from node.coordinator.observation import WEIGHTS_SWITCH, software_name
+from protocol.errors import RemoteProtocolError
+from protocol.measurements import MIN_TOTAL_S, Objective, Observation
+from protocol.observations import bucket_of, decode_verified_observation
+from selector.sample import Sample
+from selector.task import UNKNOWN_WEIGHT_TYPE, TaskContext
+from selector.task_features import transfer_s
+from selector.training_set import MAX_SAMPLES
+
+
+def read_samples(database: Path) -> Iterator[Sample]:
+    """Yield samples of the newest observations of a history, without unreadable ones."""
+    query = "SELECT envelope FROM observations ORDER BY bucket DESC, id LIMIT ?"
+    with closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True)) as connection:
+        for (envelope,) in connection.execute(query, (MAX_SAMPLES,)):
+            try:
+                observation = decode_verified_observation(envelope).observation
+            except RemoteProtocolError:
+                continue
+            if (sample := sample_of(observation)) is not None:
+                yield sample
+
+
+def sample_of(observation: Observation) -> Sample | None:
+    """Return the sample of an observation; None for a replayed job, or a route that does not cover the model."""
+    workload, model, measured = observation.workload, observation.model, observation.measurements
+    route = observation.route
+    if measured.replays or route[0].blocks.start != 0 or route[-1].blocks.end != model.block_count:
+        return None
+    is_latency = workload.objective is Objective.LATENCY or measured.log_ratio_to_baseline is not None
+    compute_s = sum(stage.statistics.compute_s for stage in route)
+    context = TaskContext.from_parts(
+        model,
+        workload,
+        weight_type=observation.method.stage_policy.get(WEIGHTS_SWITCH, UNKNOWN_WEIGHT_TYPE),
+        max_tokens=workload.completion_tokens,
+        stage_count=len(route),
+        stage_facts=observation.stage_facts,
+        hardware="+".join(stage.hardware for stage in route),
+    )
+    return Sample(
+        model=model.model,
+        context=replace(context, transfer_s=transfer_s(context)),
+        method=observation.method.name,
+        log_cost=math.log(measured.total_s if is_latency else max(MIN_TOTAL_S, compute_s)),
+        log_ratio=measured.log_ratio_to_baseline,
+        observer=observation.observer,
+        route="/".join([model.model, *(f"{stage.peer}:{stage.blocks}" for stage in route)]),
+        hour=bucket_of(observation.issued_at_s),
+        software=software_name(observation.software),
+        countersigned=observation.is_countersigned,
+    )

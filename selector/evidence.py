@@ -1,0 +1,164 @@
+"""Evidence: how much each measurement counts when a meta-model is trained.
+
+The daemon, the simulation and the benchmark of the consensus all ask `weigh`. First comes the agreed table: a firm
+cell, which enough peers measured alike, has the full weight of an own measurement; a hint has little, by its support.
+Then come free observations, by their observer's reputation. While peers choose what to report, no statistics help:
+colluders become the majority in the cells that decide. So what contradicts the table counts for nothing, unless this
+peer measured it itself.
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple
+
+from protocol.consensus_values import VALUE_SCALE, Cell
+from protocol.forms import Digest
+from selector.consensus.table import TOLERANCE, AgreedCell
+from selector.sample import Sample
+from selector.task import TaskContext
+from selector.task_buckets import Viewpoint, canonicalise
+from selector.workloads import WORKLOADS
+
+HALF_LIFE_HOURS: Final = 7 * 24
+MIN_PEER_LIMIT: Final = 10.0
+"""Total weight that another peer's samples may have, however few the viewpoint's own are."""
+
+HINT_WEIGHT: Final = 0.12
+"""Weight of a hint for each reading that supports it: two make a quarter of a firm cell."""
+
+_SERVED_WEIGHT: Final = 0.5
+"""Of a served job relative to a ratio to the baseline, which is free of drift."""
+
+_PEER_WEIGHT: Final = 0.5
+_UNSIGNED_WEIGHT: Final = 0.2
+_OTHER_HARDWARE_WEIGHT: Final = 0.3
+_OTHER_SOFTWARE_WEIGHT: Final = 0.4
+
+AGREED: Final = ""
+"""In place of an observer: the swarm."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgreedTable:
+    """What the swarm agreed about a model. `model`: its id. `epoch`, `digest`: of the statement's table."""
+
+    model: str
+    epoch: int
+    digest: Digest
+    cells: Mapping[Cell, AgreedCell]
+
+
+class Evidence(NamedTuple):
+    """A sample and its weight, 1 for an own measurement."""
+
+    sample: Sample
+    weight: float
+
+
+Contexts = Mapping[Cell, TaskContext]
+"""The task contexts in which cells were measured."""
+
+
+def weigh(
+    samples: Sequence[Sample], viewpoint: Viewpoint, tables: Iterable[tuple[AgreedTable, Contexts]] = ()
+) -> list[Evidence]:
+    """Return the evidence: the agreed cells whose context is known, then the samples, without those that weigh 0."""
+    agreed: list[Evidence] = []
+    known: defaultdict[Hashable, list[tuple[str, int]]] = defaultdict(list)
+    for table, contexts in tables:
+        for cell, entry in table.cells.items():
+            if (context := contexts.get(cell)) is None:
+                continue
+            sample = _agreed_sample(table, cell, entry, context, viewpoint)
+            agreed.append(Evidence(sample, 1.0 if entry.firm else HINT_WEIGHT * entry.support))
+            known[_key(sample)].append((cell.hardware, entry.value))
+    found = []
+    for sample, weight in zip(samples, _weights(samples, viewpoint), strict=True):
+        if sample.observer != viewpoint.peer and _contradicts(sample, known.get(_key(sample), ())):
+            continue
+        found.append(Evidence(sample, weight))
+    return [each for each in (*agreed, *found) if each.weight > 0]
+
+
+def contexts_of_cells(table: AgreedTable, samples: Iterable[Sample]) -> dict[Cell, TaskContext]:
+    """Return the contexts of a table's cells, as the history knows them.
+
+    That is the route of a sample of the model on a cell's hardware, the newest under the same workload if there is
+    one, with the workload of the cell. A cell whose hardware no sample has is left out.
+    """
+    routes: dict[tuple[str, str | None], TaskContext] = {}
+    names = {_sizes(TaskContext(**workload.task)): name for name, workload in WORKLOADS.items()}
+    for sample in sorted(samples, key=lambda sample: sample.hour):
+        if sample.model == table.model:
+            for hardware in {*sample.context.hardware.split("+")}:
+                routes[hardware, names.get(_sizes(sample.context))] = sample.context
+                routes[hardware, None] = sample.context
+    found: dict[Cell, TaskContext] = {}
+    for cell in table.cells:
+        context = routes.get((cell.hardware, cell.workload)) or routes.get((cell.hardware, None))
+        if context is not None and (workload := WORKLOADS.get(cell.workload)) is not None:
+            found[cell] = replace(context, **workload.task)
+    return found
+
+
+def _agreed_sample(
+    table: AgreedTable, cell: Cell, entry: AgreedCell, context: TaskContext, viewpoint: Viewpoint
+) -> Sample:
+    log_ratio = entry.value / VALUE_SCALE
+    return Sample(
+        model=table.model,
+        context=context,
+        method=cell.method,
+        log_cost=log_ratio,  # only the ratio counts
+        log_ratio=log_ratio,
+        observer=AGREED,
+        route=table.digest.hex(),
+        hour=viewpoint.hour,
+        software=viewpoint.software,
+        countersigned=True,
+    )
+
+
+def _key(sample: Sample) -> Hashable:
+    """Return what samples of one cell have in common, hardware apart."""
+    return sample.model, sample.context.architecture, sample.method, _sizes(sample.context)
+
+
+def _sizes(context: TaskContext) -> Hashable:
+    context = canonicalise(context)
+    shares = (context.shared_prefix_share, context.repetitiveness)
+    return context.prompt_tokens, context.max_tokens, context.concurrency, *shares
+
+
+def _contradicts(sample: Sample, agreed: Iterable[tuple[str, int]]) -> bool:
+    if sample.log_ratio is None:
+        return False
+    hardware = sample.context.hardware.split("+")
+    return any(name in hardware and abs(sample.log_ratio * VALUE_SCALE - value) > TOLERANCE for name, value in agreed)
+
+
+def _weights(samples: Sequence[Sample], viewpoint: Viewpoint) -> list[float]:
+    """Return the weight of each sample.
+
+    The samples of another peer weigh at most half as much in total as the viewpoint's own, or MIN_PEER_LIMIT.
+    """
+    weights: list[float] = []
+    of_observer: defaultdict[str, float] = defaultdict(float)
+    for sample in samples:
+        weight = 0.5 ** (max(0, viewpoint.hour - sample.hour) / HALF_LIFE_HOURS)
+        weight *= _SERVED_WEIGHT if sample.log_ratio is None else 1.0
+        if sample.observer != viewpoint.peer:
+            weight *= _PEER_WEIGHT if sample.countersigned else _UNSIGNED_WEIGHT
+            weight *= viewpoint.trust.get(sample.observer, viewpoint.default_trust)
+        if viewpoint.hardware not in sample.context.hardware.split("+"):
+            weight *= _OTHER_HARDWARE_WEIGHT
+        if sample.software != viewpoint.software:
+            weight *= _OTHER_SOFTWARE_WEIGHT
+        weights.append(weight)
+        of_observer[sample.observer] += weight
+    limit = max(MIN_PEER_LIMIT, of_observer[viewpoint.peer] / 2)
+    return [
+        weight if sample.observer == viewpoint.peer else weight * limit / max(limit, of_observer[sample.observer])
+        for sample, weight in zip(samples, weights, strict=True)
+    ]

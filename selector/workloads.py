@@ -1,0 +1,51 @@
+"""The workloads of trials, and those under which the swarm measures methods for its agreed table."""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialWorkload:
+    """One run of a trial: jobs that are submitted together.
+
+    `shared_prefix_share`: part of the prompt, 0 to 1, that all of them begin with. `repetitiveness`: part of the
+    prompt, 0 to 1, that repeats one phrase, which the answer then continues.
+    """
+
+    concurrency: int = 1
+    prompt_tokens: int = 64
+    max_tokens: int = 32
+    shared_prefix_share: float = 0.0
+    repetitiveness: float = 0.0
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """The fields of a task context that it decides."""
+        return {
+            "concurrency": self.concurrency,
+            "prompt_tokens": self.prompt_tokens,
+            "max_tokens": self.max_tokens,
+            "shared_prefix_share": self.shared_prefix_share,
+            "repetitiveness": self.repetitiveness,
+            "objective": "latency" if self.concurrency == 1 else "throughput",
+        }
+
+
+def workload_name(workload: TrialWorkload) -> str:
+    """Return the name of a workload in the agreed table."""
+    return (
+        f"jobs={workload.concurrency} prompt={workload.prompt_tokens} new={workload.max_tokens} "
+        f"shared={workload.shared_prefix_share:.0%} repeated={workload.repetitiveness:.0%}"
+    )
+
+
+WORKLOADS: Final = {
+    workload_name(workload): workload
+    for workload in (
+        TrialWorkload(prompt_tokens=64, max_tokens=32),
+        TrialWorkload(prompt_tokens=512, max_tokens=8),
+        TrialWorkload(prompt_tokens=192, max_tokens=32, repetitiveness=0.9),
+        TrialWorkload(concurrency=4, prompt_tokens=256, max_tokens=16, shared_prefix_share=0.9),
+    )
+}
+"""Few and different: a different method is best for each."""

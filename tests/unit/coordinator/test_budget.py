@@ -1,0 +1,98 @@
+"""Budget and objective decide which peers and methods a job is served by, and what it may cost."""
+
+import random
+import statistics
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult
+from node.selection.chooser import LearnedChooser
+from node.selection.prediction_cache import PredictionCache
+from protocol.measurements import Objective
+from tests.support.capabilities import EPYC
+from tests.support.job_peers import Peer, open_swarm
+
+FAST_S, SLOW_S = 0.01, 0.04
+FAST_PRICE, SLOW_PRICE = 40.0, 1.0
+
+
+class Market:
+    """A fast, expensive peer, a slow, cheap one, and a node without blocks that submits jobs."""
+
+    def __init__(self, fast: Peer, slow: Peer, client: Peer) -> None:
+        self.fast, self.slow, self._client = fast, slow, client
+        self.results: list[JobResult] = []
+
+    async def run(self, prompt_tokens: int = 40, **wanted: Any) -> JobResult:
+        prompt = tuple(range(len(self.results), len(self.results) + prompt_tokens))
+        request = JobRequest(model="fake", prompt_tokens=prompt, max_tokens=16, ignore_eos=True, **wanted)
+        self.results.append(await self._client.run(request))
+        return self.results[-1]
+
+
+@asynccontextmanager
+async def market() -> AsyncIterator[Market]:
+    chooser = LearnedChooser(PredictionCache(), random.Random(1), share=0.0)
+    async with open_swarm() as swarm:
+        fast, slow = [
+            await swarm.join((0, 9), step_s=step_s, capabilities=replace(EPYC, price=price))
+            for step_s, price in ((FAST_S, FAST_PRICE), (SLOW_S, SLOW_PRICE))
+        ]
+        found = Market(fast, slow, await swarm.join(chooser=chooser))
+        await swarm.settle()
+        for objective in (Objective.LATENCY, Objective.COST) * 3:  # both peers were measured
+            await found.run(objective=objective)
+        yield found
+
+
+async def test_objective_decides_between_a_fast_and_a_cheap_peer(virtual_clock: MockClock) -> None:
+    async with market() as swarm:
+        quick, frugal = await swarm.run(objective=Objective.LATENCY), await swarm.run(objective=Objective.COST)
+        assert [each.peer for each in quick.route] == [swarm.fast.id]
+        assert [each.peer for each in frugal.route] == [swarm.slow.id]
+        assert quick.cost is not None
+        assert frugal.cost is not None
+        assert quick.timing.total_s < frugal.timing.total_s
+        assert quick.cost.actual > frugal.cost.actual
+        least = await swarm.run(objective=Objective.THROUGHPUT)  # whatever its price, it computes least
+        assert [each.peer for each in least.route] == [swarm.fast.id]
+
+
+async def test_budget_binds_and_costs_are_predicted(virtual_clock: MockClock) -> None:
+    async with market() as swarm:
+        quick, frugal = await swarm.run(objective=Objective.LATENCY), await swarm.run(objective=Objective.COST)
+        assert quick.cost is not None
+        assert frugal.cost is not None
+        rich = await swarm.run(budget=1.5 * quick.cost.actual)
+        assert [each.peer for each in rich.route] == [swarm.fast.id]
+        poor = await swarm.run(budget=1.5 * frugal.cost.actual)
+        assert [each.peer for each in poor.route] == [swarm.slow.id]
+        assert poor.cost is not None
+        assert poor.cost.budget == 1.5 * frugal.cost.actual
+        with pytest.raises(JobError, match="the cheapest is") as refused:
+            await swarm.run(budget=0.1 * frugal.cost.actual)
+        assert refused.value.code is JobErrorCode.OVER_BUDGET
+        costs = [each.cost for each in swarm.results[6:] if each.cost is not None]
+        off = [abs(each.predicted / each.actual - 1) for each in costs if each.predicted is not None]
+        assert len(off) == len(costs)
+        assert statistics.median(off) < 0.25
+
+
+async def test_first_job_of_a_node_is_judged_by_what_its_stages_report(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9), step_s=SLOW_S, capabilities=replace(EPYC, price=2.0))
+        await swarm.settle()
+        await trio.sleep(1)
+        chooser = LearnedChooser(PredictionCache(), random.Random(1), share=0.0)
+        client = await swarm.join(chooser=chooser)
+        await swarm.settle()
+        await peer.run(JobRequest(model="fake", prompt_tokens=(1,) * 8, max_tokens=16, ignore_eos=True))
+        await trio.sleep(5)  # it announces how long its steps took
+        with pytest.raises(JobError, match="budget"):
+            await client.run(JobRequest(model="fake", prompt_tokens=(1,) * 8, max_tokens=64, budget=0.05))

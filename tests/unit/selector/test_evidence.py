@@ -1,0 +1,96 @@
+"""Agreed cells have full weight; free observations count by reputation, unless they contradict the table."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from protocol.consensus_values import Cell
+from protocol.forms import Digest
+from selector.consensus.table import AgreedCell
+from selector.evidence import AGREED, HINT_WEIGHT, AgreedTable, contexts_of_cells, weigh
+from selector.prediction import train
+from selector.sample import Sample
+from selector.task import BASELINE, TaskContext, method
+from selector.task_buckets import Viewpoint
+from selector.workloads import WORKLOADS
+
+HARDWARE, MODEL = "two cores", "ab" * 32
+WORKLOAD, *OTHERS = WORKLOADS
+FUSED, ONNX = method(engine="fused").name, method(engine="onnxruntime").name
+CONTEXT = TaskContext(
+    architecture="llama",
+    block_count=30,
+    hidden_size=576,
+    weight_bytes=500_000_000,
+    hardware=HARDWARE,
+    **WORKLOADS[WORKLOAD].task,
+)
+VIEWPOINT = Viewpoint(peer="me", hardware=HARDWARE, software="1", hour=100, trust={"honest": 1.0}, default_trust=0.0)
+
+
+def table(*cells: tuple[str, float, int, bool], digest: int = 1) -> AgreedTable:
+    """Return a table of cells (method, log ratio, support, firm) under the first workload."""
+    found = {
+        Cell(HARDWARE, WORKLOAD, name): AgreedCell(round(ratio * 1e6), support, firm)
+        for name, ratio, support, firm in cells
+    }
+    return AgreedTable(model=MODEL, epoch=7, digest=Digest(bytes([digest]) * 32), cells=found)
+
+
+def sample(observer: str, name: str = FUSED, log_ratio: float | None = -0.5, **changes: Any) -> Sample:
+    at = {"context": CONTEXT, "route": "r", "hour": 100, "software": "1", "countersigned": True, **changes}
+    return Sample(model=MODEL, observer=observer, method=name, log_cost=log_ratio or 0.0, log_ratio=log_ratio, **at)
+
+
+def weights(agreed: AgreedTable, *samples: Sample) -> dict[tuple[str, float | None], float]:
+    """Return the weight of each piece of evidence by observer and ratio."""
+    contexts = dict.fromkeys(agreed.cells, CONTEXT)
+    return {(each.observer, each.log_ratio): weight for each, weight in weigh(samples, VIEWPOINT, [(agreed, contexts)])}
+
+
+def test_firm_cells_have_full_weight_and_hints_by_support() -> None:
+    found = weights(table((FUSED, -0.5, 5, True), (ONNX, 0.25, 2, False)))
+    assert found == {(AGREED, -0.5): 1.0, (AGREED, 0.25): pytest.approx(2 * HINT_WEIGHT)}
+    assert 3 * HINT_WEIGHT < 0.5
+
+
+def test_free_observations_count_by_reputation_and_only_where_they_agree() -> None:
+    agreed = table((FUSED, -0.5, 5, True))
+    found = weights(
+        agreed, sample("honest", log_ratio=-0.6), sample("honest", log_ratio=0.4), sample("liar", log_ratio=-0.55)
+    )
+    assert set(found) == {(AGREED, -0.5), ("honest", -0.6)}
+    assert found["honest", -0.6] < 1.0
+    elsewhere = sample("honest", log_ratio=0.4, context=replace(CONTEXT, hardware="gpu"))
+    assert ("honest", 0.4) in weights(agreed, elsewhere)  # the table says nothing of other hardware
+
+
+def test_own_measurement_counts_against_the_table() -> None:
+    assert weights(table((FUSED, -0.5, 5, True)), sample("me", log_ratio=0.4))["me", 0.4] == 1.0
+
+
+def test_cells_take_the_route_of_the_history_and_the_workload_of_their_own() -> None:
+    cell = Cell(HARDWARE, OTHERS[0], FUSED)
+    agreed = AgreedTable(model=MODEL, epoch=1, digest=Digest(bytes(32)), cells={cell: AgreedCell(0, 3, firm=True)})
+    known = sample("honest", context=replace(CONTEXT, stage_count=3, link_s=0.5))
+    found = contexts_of_cells(agreed, [known])[cell]
+    assert (found.stage_count, found.link_s) == (3, 0.5)
+    assert (found.prompt_tokens, found.max_tokens) == (512, 8)
+    assert not contexts_of_cells(agreed, [replace(known, model="other")])
+
+
+def best(agreed: AgreedTable, *samples: Sample) -> str:
+    """Return the method that a model learned from a table prefers in the cells' own context."""
+    predictor = train(samples, VIEWPOINT, [agreed])
+    assert predictor is not None
+    assert predictor.learned_from == {MODEL}
+    predicted = predictor.table(CONTEXT)
+    return min((FUSED, ONNX, BASELINE.name), key=lambda name: predicted[name].log_cost)
+
+
+def test_another_table_changes_the_predicted_best() -> None:
+    known = [sample("stranger", log_ratio=None) for _ in range(5)]  # the context of the cells, and nothing else
+    others = [(method(engine="fused", prefill_chunk=chunk).name, 0.5, 5, True) for chunk in ("64", "128", "256")]
+    for winner, loser in ((FUSED, ONNX), (ONNX, FUSED)):
+        assert best(table((winner, -2.0, 5, True), (loser, 1.0, 5, True), *others), *known) == winner
