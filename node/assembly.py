@@ -14,6 +14,7 @@ from node.config import APPLICATION, NodeConfig, StartError
 from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.consensus.followed_chains import FollowedChains
 from node.consensus.measurement_runner import MeasurementRunner, measurement_plan
+from node.consensus.measuring_allowance import MeasuringAllowance
 from node.consensus.service import ConsensusService, swarm_name
 from node.coordinator.coordinator import Coordinator
 from node.coordinator.observation import Recorder, software_name, software_versions, weight_type
@@ -338,9 +339,18 @@ def build_consensus(
         served = {span.info.model for span in stages.spans()} if not stages.is_draining else set()
         return {model: model in served for model in (*swarm.membership.directory.models(), *served)}
 
+    allowance = MeasuringAllowance(config.exploration, lambda: stages.served_s)
+
     def meter(model: ModelId) -> MeasurementRunner:
-        busy = partial(is_busy, client.coordinator, stages)
-        return MeasurementRunner(client.trials, client.recorder, model, busy, network.jitter)
+        return MeasurementRunner(
+            client.trials,
+            client.recorder,
+            model,
+            partial(is_busy, client.coordinator, stages),
+            network.jitter,
+            allowance=allowance,
+            quality=partial(client.quality_store.quality, model),
+        )
 
     environment = ConsensusEnvironment(
         identity=network.identity,

@@ -8,6 +8,7 @@ from typing import Final
 import structlog
 import trio
 
+from node.consensus.measuring_allowance import MeasuringAllowance
 from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError
 from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec
@@ -15,7 +16,7 @@ from protocol.consensus_values import Cell
 from protocol.identity import ModelId
 from protocol.measurements import Objective, Observation, ObservationKind, QualityBound
 from selector.consensus.sortition import MeasurementPlan
-from selector.task import PORTFOLIO, UNKNOWN_WEIGHT_TYPE, portfolio
+from selector.task import PORTFOLIO, UNKNOWN_WEIGHT_TYPE, MeasuredQuality, Method, admits, portfolio
 from selector.workloads import WORKLOADS
 
 ROUNDS: Final = 2
@@ -49,19 +50,31 @@ class MeasurementRunner:
         model: ModelId,
         is_busy: Callable[[], bool],
         rng: random.Random,
+        *,
+        allowance: MeasuringAllowance,
+        quality: Callable[[Method], MeasuredQuality | None],
     ) -> None:
-        """`is_busy`: returns whether this node has other jobs, which are not disturbed."""
+        """`is_busy`: returns whether this node has other jobs, which are not disturbed.
+
+        `quality`: of a lossy method, as far as it was measured here for users' jobs; others are not measured.
+        """
         self._trials = trials
         self._recorder = recorder
         self._model = model
         self._is_busy = is_busy
         self._rng = rng
+        self._allowance = allowance
+        self._quality = quality
         self._unrevealed: list[Observation] = []
 
     async def measure(self, cell: Cell) -> float | None:
         """Return the natural logarithm of the method's cost over the baseline's; None if it cannot be measured now."""
         workload = WORKLOADS.get(cell.workload)
-        if workload is None or cell.method not in PORTFOLIO:
+        method = PORTFOLIO.get(cell.method)
+        if workload is None or method is None or not self._allowance.is_left:
+            return None
+        bound = QualityBound.EXACT if method.exact else QualityBound.ANY
+        if not admits(bound, method, self._quality(method)):
             return None
         objective = Objective.LATENCY if workload.concurrency == 1 else Objective.THROUGHPUT
         while self._is_busy():  # noqa: ASYNC110  # other peers' sessions end without notice
@@ -72,13 +85,14 @@ class MeasurementRunner:
             workload=workload,
             rounds=ROUNDS,
             kind=ObservationKind.ASSIGNED,
-            quality=QualityBound.ANY,
+            quality=bound,
         )
         try:
             trial = await self._trials.run(spec, self._withhold)
         except JobError as error:
             _logger.info("cell not measured", method=cell.method, workload=cell.workload, reason=error.message)
             return None
+        self._allowance.spend(sum(run.compute_s for each in (trial.baseline, *trial.methods) for run in each.runs))
         [tried] = trial.methods
         if tried.error is not None:
             _logger.info("cell not measured", method=cell.method, workload=cell.workload, reason=tried.error)

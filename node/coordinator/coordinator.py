@@ -121,8 +121,9 @@ class Coordinator:
         return self._planner.records()
 
     def _in_flight(self) -> Counter[PeerId]:
-        """Return the number of this node's jobs on each peer."""
-        return Counter(peer for route in self._routes.values() for peer in route.peers)
+        """Return the number of this node's jobs on each peer, without those that give way to others."""
+        routes = [route for route in self._routes.values() if not route.is_background]
+        return Counter(peer for route in routes for peer in route.peers)
 
     async def wait_idle(self) -> None:
         """Wait until no job is running."""

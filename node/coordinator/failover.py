@@ -106,6 +106,11 @@ class ResilientRoute:
         """The peers that serve the job now."""
         return {stage.peer for stage in self._stages}
 
+    @property
+    def is_background(self) -> bool:
+        """Whether the job gives way to others."""
+        return self._job.request.background
+
     async def open(self) -> None:
         """Open a route for the rest of the job and send the tokens so far; try others where stages refuse.
 

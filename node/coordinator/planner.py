@@ -1,5 +1,6 @@
 """Plans routes: turns the live peers into offers, and keeps a record of their measured speed and their failures."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -36,6 +37,9 @@ SHARING_BEYOND_OWN = 3
 
 BELIEVED_SLOWNESS = 50
 """An unmeasured peer that claims to be slow is believed up to this multiple of the expected time."""
+
+REPORT_AGE_S = 6.0
+"""For how long a peer's report of its sessions may count one that has ended."""
 
 PROMPT_ROWS_PER_STEP = 12
 """Prompt rows that take as long as one decode step, which reads all weights for a single row."""
@@ -186,6 +190,8 @@ class Planner:
         self._rows = Measurements()
         """and for one row of a prompt."""
         self._exploration = Exploration(rng)
+        self._ended: dict[PeerId, tuple[float, int]] = {}
+        """When a job of ours last ended on a peer, and how many we had there."""
 
     async def route(self, need: RouteNeed, *, may_explore: bool = False, only_trusted: bool = False) -> PlannedRoute:
         """Return the best route. Raises NoRouteError.
@@ -255,6 +261,19 @@ class Planner:
     def _avoided(self) -> frozenset[str]:
         return self._reliability.avoided(trio.current_time())
 
+    def concurrency(self, stages: Sequence[Stage], loads: Sequence[Load]) -> int:
+        """Return the most jobs on any stage of a route, with the one that is planned.
+
+        Reports are some seconds old, so that jobs of ours that have ended since are left out.
+        """
+        own, now_s = self._in_flight(), trio.current_time()
+        most = 0
+        for stage, load in zip(stages, loads, strict=True):
+            ended_s, count = self._ended.get(stage.peer, (-math.inf, 0))
+            reported = max(own[stage.peer], count if now_s - ended_s < REPORT_AGE_S else 0)
+            most = max(most, own[stage.peer] + max(0, load.sessions - reported))
+        return 1 + most
+
     def round_s(self, stages: Sequence[Stage]) -> float:
         """Return the links' latency per token: once around the route."""
         peers = [stage.peer for stage in stages]
@@ -294,6 +313,9 @@ class Planner:
 
     def measured(self, need: RouteNeed, stages: Sequence[Stage], loads: Sequence[Load], timing: RouteTiming) -> None:
         """Learn the speed of a route's stages from a job. `loads`: each stage's report when it was opened."""
+        own, now_s = self._in_flight(), trio.current_time()
+        self._ended = {peer: found for peer, found in self._ended.items() if now_s - found[0] < REPORT_AGE_S}
+        self._ended |= {stage.peer: (now_s, own[stage.peer]) for stage in stages}
         sharing = [self._sharing(stage.peer, load) for stage, load in zip(stages, loads, strict=True)]
         ones = (1,) * len(stages)
         prompt_links_s = self.round_s(stages) + self.transfer_s(stages, need.demand)

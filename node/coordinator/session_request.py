@@ -98,7 +98,7 @@ def _describe(services: RouteServices, job: Job, planned: PlannedRoute) -> TaskC
         max_tokens=job.tokens_left,
         shared_prefix_share=job.claim.shared_share,
         repetitiveness=repetitiveness(job.prompt[-LOOKED_AT_TOKENS:]),
-        concurrency=1 + max((load.sessions for load in planned.loads), default=0),
+        concurrency=services.planner.concurrency(stages, planned.loads),
         stage_count=max(1, len(stages)),
         stage_facts=swarm.stage_facts(stages),
         hardware="+".join(swarm.hardware(stage.peer) for stage in stages) or "unknown",

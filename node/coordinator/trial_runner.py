@@ -11,7 +11,7 @@ import random
 import secrets
 import statistics
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import trio
@@ -36,6 +36,9 @@ RETRY_S: Final = 1.0
 BACKGROUND_RETRY_S: Final = 10.0
 """and for background measurements, which give way to jobs."""
 
+GIVE_WAY_S: Final = 0.05
+"""Interval at which a background measurement looks whether it is in the way of a user's job."""
+
 MAX_INVALID: Final = 3
 """Rounds that may be invalid, by a changed route or a lost stage, before the trial gives up."""
 
@@ -44,6 +47,14 @@ PHRASE_TOKENS: Final = 24
 """Length of the phrase that a repetitive prompt repeats."""
 NONCE_TOKENS: Final = 12
 """Random tokens at the start of a prompt, so that no run finds another's pages in the prefix cache."""
+
+
+@dataclass(slots=True)
+class Spending:
+    """The seconds that a trial runs jobs, waiting apart. `limit_s`: after which it is given up."""
+
+    limit_s: float = math.inf
+    spent_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +71,15 @@ class TrialSpec:
     workload: TrialWorkload
     rounds: int = 3
     is_decided: Callable[[Sequence[Mapping[str, "Run"]]], bool] | None = None
+    spending: Spending = field(default_factory=Spending)
     kind: ObservationKind = ObservationKind.BENCH
     quality: QualityBound = QualityBound.EXACT
     seed: int | None = None
+
+    @property
+    def is_background(self) -> bool:
+        """Whether its jobs give way to others: nobody waits for the result."""
+        return self.kind in {ObservationKind.ASSIGNED, ObservationKind.PROBE}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +281,7 @@ class _TrialRuns:
     async def _run_with_retry(self, workload: TrialWorkload, method: Method) -> Run:
         """Run a method once it is ready and the peers have room: peers build a variant when it is asked for."""
         deadline_s = trio.current_time() + READY_TIMEOUT_S
-        pause_s = BACKGROUND_RETRY_S if self.spec.kind is ObservationKind.ASSIGNED else RETRY_S
+        pause_s = BACKGROUND_RETRY_S if self.spec.is_background else RETRY_S
         while True:
             try:
                 return await self._run(workload, method)
@@ -277,6 +294,14 @@ class _TrialRuns:
         """Have a method do a workload once, with new prompts."""
         done: list[ServedJob] = []
         errors: list[JobError] = []
+        spending = self.spec.spending
+
+        async def give_way() -> None:
+            statistics = self.coordinator.statistics
+            while statistics.running == statistics.trials_running:  # noqa: ASYNC110  # jobs begin without notice
+                await trio.sleep(GIVE_WAY_S)
+            errors.append(JobError(JobErrorCode.FULL, "users' jobs came", retry_after_s=BACKGROUND_RETRY_S))
+            nursery.cancel_scope.cancel()
 
         async def run_job(prompt: tuple[int, ...]) -> None:
             request = JobRequest(
@@ -286,7 +311,7 @@ class _TrialRuns:
                 ignore_eos=True,
                 quality=self.spec.quality,
                 method=method.name,
-                background=self.spec.kind is ObservationKind.ASSIGNED,
+                background=self.spec.is_background,
             )
             try:
                 async with self.coordinator.submit(request, done.append) as events:
@@ -297,9 +322,21 @@ class _TrialRuns:
                 nursery.cancel_scope.cancel()
 
         prompts = make_prompts(self.text, workload, self.rng, self.common)
-        async with self.lock, trio.open_nursery() as nursery:
-            for prompt in prompts:
-                nursery.start_soon(run_job, prompt)
+        async with self.lock:
+            began_s = trio.current_time()
+            try:
+                with trio.move_on_after(spending.limit_s - spending.spent_s) as limit:
+                    async with trio.open_nursery() as watching:
+                        if self.spec.is_background:
+                            watching.start_soon(give_way)
+                        async with trio.open_nursery() as nursery:
+                            for prompt in prompts:
+                                nursery.start_soon(run_job, prompt)
+                        watching.cancel_scope.cancel()
+            finally:
+                spending.spent_s += trio.current_time() - began_s
+        if limit.cancelled_caught:
+            raise JobError(JobErrorCode.FAILED, f"the trial took longer than the {spending.limit_s:.0f} s that it may")
         if errors:
             raise errors[0]
         return Run(jobs=done)

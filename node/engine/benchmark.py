@@ -15,6 +15,7 @@ import fcntl
 import json
 import mmap
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -33,6 +34,9 @@ DISK_WRITE_S = 0.5
 DISK_READ_S = 0.5
 PIECE_BYTES = 4 << 20
 
+MAX_CPU_S = 120
+"""Processor time after which the kernel ends it: it takes ten seconds, more with many cores or accelerators."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the document, and return the exit code."""
@@ -42,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     yield_to_others()
     end_with_parent()
+    cores = psutil.cpu_count() or 1
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S * cores, resource.RLIM_INFINITY))
     if sys.platform == "linux":
         with suppress(OSError, psutil.Error):  # a sandbox may forbid it
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

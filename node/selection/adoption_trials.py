@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from node.coordinator.trial_runner import BenchmarkRunner, Run, TrialSpec
+from node.coordinator.trial_runner import BenchmarkRunner, Run, Spending, TrialSpec
 from node.selection.trial_scheduler import TrialRequest
 from protocol.measurements import MIN_TOTAL_S, Objective, ObservationKind, QualityBound
 from selector.adoption import ROUNDS_WITH_LOOKS, is_decided
@@ -27,7 +27,7 @@ class AdoptionTrials:
     def __init__(self, trials: BenchmarkRunner) -> None:
         self._trials = trials
 
-    async def run(self, request: TrialRequest) -> Mapping[str, Sequence[float]]:
+    async def run(self, request: TrialRequest, spending: Spending) -> Mapping[str, Sequence[float]]:
         """Compare methods with the baseline; see TrialRunner.
 
         The cost of a whole job is extrapolated from the short jobs' TTFT and TPOT.
@@ -58,6 +58,7 @@ class AdoptionTrials:
                 ),
                 rounds=MIN_ROUNDS,
                 is_decided=enough,
+                spending=spending,
                 kind=ObservationKind.PROBE,
                 quality=QualityBound(context.quality),
             )

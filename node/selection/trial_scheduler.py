@@ -10,6 +10,7 @@ import structlog
 import trio
 
 from node.coordinator.submission import JobError
+from node.coordinator.trial_runner import Spending
 from node.storage.adoption_store import AdoptionStore
 from node.storage.database import StorageError
 from protocol.identity import ModelId
@@ -43,10 +44,10 @@ class TrialRequest:
 class TrialRunner(Protocol):
     """Runs trials; `node.selection.adoption_trials` has the implementation."""
 
-    async def run(self, request: TrialRequest) -> Mapping[str, Sequence[float]]:
+    async def run(self, request: TrialRequest, spending: Spending) -> Mapping[str, Sequence[float]]:
         """Return, for each available method and round, the logarithm of its cost over the baseline's.
 
-        Raises JobError.
+        Raises JobError, also for a trial that takes longer than it may.
         """
 
 
@@ -89,26 +90,22 @@ class TrialScheduler:
             self._pending.discard(bucket)
 
     async def _run_trial(self, runner: TrialRunner, bucket: str, request: TrialRequest) -> None:
-        began_s, in_use = trio.current_time(), request.in_use
-        log_ratios: Mapping[str, Sequence[float]] = {}
+        in_use, spending = request.in_use, Spending(self._allowance.left_s + MAX_OVERDRAFT_S)
+        names = {method.name for method in request.methods} - {in_use, baseline_of(in_use).name}
         try:
-            with trio.move_on_after(self._allowance.left_s + MAX_OVERDRAFT_S) as limit:
-                log_ratios = await runner.run(request)
+            log_ratios = await runner.run(request, spending)
         except JobError as error:
             _logger.info("trial failed", bucket=bucket, reason=error.message)
+            if spending.spent_s >= spending.limit_s:
+                self._adoption.record_unavailable(bucket, names, trio.current_time())
             return
         finally:
             # A failed trial is charged, too: one that always fails would otherwise be repeated for ever.
-            duration_s = trio.current_time() - began_s
-            self._allowance.trial_s += duration_s
+            self._allowance.trial_s += spending.spent_s
         self._allowance.trials += 1
         now_s = trio.current_time()
-        if limit.cancelled_caught:
-            _logger.info("trial given up: its allowance is used up", bucket=bucket, seconds=round(duration_s, 2))
         missing = {method.name for method in request.methods} - {*log_ratios, baseline_of(in_use).name}
         self._adoption.record_unavailable(bucket, missing, now_s)
-        if not log_ratios:
-            return
         effects = switches_in_effect(request.context, request.methods)
         adopted = self._adoption.record_trial(bucket, in_use, log_ratios, now_s, effects)
         await self._save(bucket)
@@ -118,7 +115,7 @@ class TrialScheduler:
             before=in_use,
             now=adopted,
             log_ratios={name: round(statistics.fmean(ratios), 3) for name, ratios in log_ratios.items() if ratios},
-            seconds=round(duration_s, 2),
+            seconds=round(spending.spent_s, 2),
         )
 
     def _start_of_clock(self) -> float:

@@ -104,7 +104,7 @@ class Span(EngineLoop):
         statistics = self.engine.statistics()
         times_s = sorted(self._step_times_s)
         return Load(
-            sessions=len(self.sessions),
+            sessions=sum(not session.request.background for session in self.sessions.values()),
             queued_rows=self.scheduler.rows,
             free_positions=max(0, self.info.kv_positions - statistics.reserved_positions),
             step_s=times_s[len(times_s) // 2] if times_s else 0.0,

@@ -71,6 +71,8 @@ class StageServer:
         self._private_key = private_key
         self._hardware = hardware
         self._session_ended = trio.lowlevel.ParkingLot()
+        self.served_s = 0.0
+        """Seconds of computing for users' jobs since the start, measurements apart."""
 
     # What is served
 
@@ -263,11 +265,10 @@ class StageServer:
         span, closing = found
         await closing.admitted.wait()
         span.end(closing)
+        statistics = closing.state.counters.statistics()
+        self.served_s += 0.0 if closing.request.background else statistics.compute_s
         observed = StageObservation(
-            peer=self.link_pool.peer_id,
-            blocks=closing.info.blocks,
-            hardware=self._hardware(),
-            statistics=closing.state.counters.statistics(),
+            peer=self.link_pool.peer_id, blocks=closing.info.blocks, hardware=self._hardware(), statistics=statistics
         )
         if closing.method is not None:
             observed = countersign(

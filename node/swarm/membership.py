@@ -10,6 +10,7 @@ An announcement counts once the peer was reached: see `node.swarm.directory`.
 import itertools
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 import structlog
@@ -28,6 +29,9 @@ from protocol.identity import ModelId, PeerId
 from selector.cuts import Cuts
 
 PING_ROUND_S = 10.0
+ROUND_TRIPS = 6
+"""Latest round trips of which the shortest counts."""
+
 """Interval at which the round-trip times to the connected peers are measured."""
 
 _logger = structlog.get_logger(__name__)
@@ -61,7 +65,7 @@ class Membership:
         self._network = network
         self._jitter = jitter
         self._on_round_trip = on_round_trip
-        self._round_trips_s: dict[PeerId, float] = {}
+        self._round_trips_s: dict[PeerId, deque[float]] = {}
         self.announce = self.heartbeats.announce
         self.leave = self.heartbeats.leave
 
@@ -74,8 +78,8 @@ class Membership:
         return tuple(self.directory.models())
 
     def round_trip_s(self, peer: PeerId) -> float | None:
-        """Return the last measured round-trip time to a peer, in seconds."""
-        return self._round_trips_s.get(peer)
+        """Return the shortest of the last round trips to a peer, in seconds: a busy machine answers late at times."""
+        return min(self._round_trips_s.get(peer, ()), default=None)
 
     async def run(self) -> None:
         """Take part until cancelled; the network must be running."""
@@ -139,6 +143,6 @@ class Membership:
                 except NetworkError as error:
                     _logger.debug("ping failed", peer=peer, reason=str(error))
                     continue
-                self._round_trips_s[peer] = round_trip_s
+                self._round_trips_s.setdefault(peer, deque(maxlen=ROUND_TRIPS)).append(round_trip_s)
                 self._on_round_trip(peer, round_trip_s)
             await trio.sleep(PING_ROUND_S * self._jitter.uniform(0.8, 1.2))

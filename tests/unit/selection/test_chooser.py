@@ -10,6 +10,7 @@ from trio.testing import MockClock
 
 from node.coordinator.method_choice import SelectionRequest
 from node.coordinator.submission import JobOutcome
+from node.coordinator.trial_runner import Spending
 from node.selection.chooser import LearnedChooser
 from node.selection.prediction_cache import PredictionCache
 from node.selection.trial_scheduler import TrialRequest
@@ -30,7 +31,8 @@ class RecordingRunner:
     def __init__(self) -> None:
         self.methods: list[Method] = []
 
-    async def run(self, request: TrialRequest) -> Mapping[str, Sequence[float]]:
+    async def run(self, request: TrialRequest, spending: Spending) -> Mapping[str, Sequence[float]]:
+        del spending
         await trio.lowlevel.checkpoint()
         self.methods.extend(request.methods)
         return {each.name: [0.0] * 3 for each in request.methods}

@@ -7,6 +7,7 @@ import trio
 from trio.testing import MockClock
 
 from node.coordinator.submission import JobError, JobErrorCode
+from node.coordinator.trial_runner import Spending
 from node.selection.chooser import INITIAL_ALLOWANCE_S
 from node.selection.trial_scheduler import MAX_OVERDRAFT_S, TrialRequest, TrialScheduler
 from node.storage.adoption_store import AdoptionStore, StoredTrials
@@ -32,10 +33,13 @@ class SlowRunner:
         self._takes_s = takes_s
         self.trials = 0
 
-    async def run(self, request: TrialRequest) -> Mapping[str, Sequence[float]]:
+    async def run(self, request: TrialRequest, spending: Spending) -> Mapping[str, Sequence[float]]:
         assert request == REQUEST
         self.trials += 1
-        await trio.sleep(self._takes_s)
+        spending.spent_s = min(spending.limit_s, self._takes_s)
+        await trio.sleep(spending.spent_s)
+        if spending.spent_s == spending.limit_s:
+            raise JobError(JobErrorCode.FAILED, "the trial took longer than it may")
         if self._fails:
             raise JobError(JobErrorCode.FAILED, "the stages keep changing")
         return {FUSED.name: [-1.0] * 3}

@@ -1,0 +1,37 @@
+"""Bounds what measurements for the swarm cost: a share of the computing that users had done here, and a rate."""
+
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from node.util.token_bucket import Allowance
+
+RATE: Final = Allowance(per_s=2 / 60, burst=20.0)
+"""Seconds of computing, on all stages of the measured routes."""
+
+INITIAL_S: Final = 60.0
+"""Seconds of computing before users had any done, so that a new swarm can begin."""
+
+
+class MeasuringAllowance:
+    """What is left for measurements: a node that nobody uses does not measure for ever."""
+
+    def __init__(self, share: float, served_s: Callable[[], float]) -> None:
+        """`share`: of the computing for users, 0 for no measurements at all. `served_s`: seconds of it so far."""
+        self._share = share
+        self._served_s = served_s
+        self._spent_s = 0.0
+        self._bucket = RATE.bucket(trio.current_time())
+
+    @property
+    def is_left(self) -> bool:
+        """Whether a measurement may begin."""
+        if self._share <= 0 or self._bucket.level(trio.current_time()) <= 0:
+            return False
+        return self._spent_s < INITIAL_S + self._share * self._served_s()
+
+    def spend(self, seconds: float) -> None:
+        """Record what a measurement took; what it took too much delays the next ones."""
+        self._spent_s += seconds
+        self._bucket.spend(seconds, trio.current_time())

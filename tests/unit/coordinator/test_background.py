@@ -1,0 +1,86 @@
+"""Trials are background work: they are not in the way of jobs, and make up no kinds of tasks."""
+
+from collections.abc import Sequence
+
+import trio
+from trio.testing import MockClock
+
+from node.coordinator.observation import Recorder
+from node.coordinator.submission import JobRequest
+from node.coordinator.trial_runner import BenchmarkRunner, Spending, TrialSpec
+from node.identity import Identity
+from node.stages.voter import StageVote
+from protocol.identity import ModelId
+from protocol.measurements import ObservationKind
+from protocol.observations import SignedObservation
+from selector.task import Method, TaskContext, method
+from selector.task_buckets import task_bucket
+from selector.workloads import TrialWorkload
+from tests.support.heuristic_selection import HeuristicVoter
+from tests.support.job_peers import open_swarm
+
+FUSED = method(engine="fused")
+STEP_S = 0.05
+
+
+class RecordingVoter(HeuristicVoter):
+    """Records the contexts that it votes on."""
+
+    def __init__(self) -> None:
+        self.contexts: list[TaskContext] = []
+
+    async def vote(self, model: ModelId, context: TaskContext, methods: Sequence[Method]) -> StageVote:
+        self.contexts.append(context)
+        return await super().vote(model, context, methods)
+
+
+async def ignore(observation: SignedObservation) -> None:
+    del observation
+    await trio.lowlevel.checkpoint()
+
+
+def job(number: int, tokens: int = 20) -> JobRequest:
+    return JobRequest(model="fake", prompt_tokens=tuple(range(number, number + 40)), max_tokens=tokens, ignore_eos=True)
+
+
+async def test_serial_client_beside_trials_has_one_kind_of_task(virtual_clock: MockClock) -> None:
+    voter, recorder = RecordingVoter(), Recorder(Identity(b"3" * 32), ignore)
+    async with open_swarm() as swarm:
+        await swarm.join((0, 5), voter=voter, step_s=STEP_S)
+        await swarm.join((5, 9), voter=voter, step_s=STEP_S)
+        client = await swarm.join()
+        await swarm.settle()
+        trials = BenchmarkRunner(client.coordinator, recorder)
+        workload = TrialWorkload(concurrency=3, prompt_tokens=16, max_tokens=8)
+        spec = TrialSpec(model="fake", methods=[FUSED.name], workload=workload, kind=ObservationKind.PROBE)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trials.run, spec)
+            for number in range(20):
+                voter.contexts.clear()
+                await client.run(job(number))
+                assert {each.concurrency for each in voter.contexts if each.prompt_tokens == 40} == {1}
+                assert len({task_bucket(each) for each in voter.contexts if each.prompt_tokens == 40}) == 1
+                await trio.sleep(0.3)
+            nursery.cancel_scope.cancel()
+
+
+async def test_trial_gives_way_to_a_job_at_once(virtual_clock: MockClock) -> None:
+    recorder = Recorder(Identity(b"3" * 32), ignore)
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9), step_s=STEP_S)
+        await swarm.settle()
+        alone = await peer.run(job(1))
+        trials, spending = BenchmarkRunner(peer.coordinator, recorder), Spending()
+        workload = TrialWorkload(concurrency=8, prompt_tokens=16, max_tokens=400)
+        spec = TrialSpec(
+            model="fake", methods=[FUSED.name], workload=workload, kind=ObservationKind.PROBE, spending=spending
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trials.run, spec)
+            await trio.sleep(10)
+            assert peer.coordinator.statistics.trials_running == 8
+            beside = await peer.run(job(2))
+            assert peer.coordinator.statistics.trials_running == 0
+            nursery.cancel_scope.cancel()
+        assert beside.timing.total_s < 1.5 * alone.timing.total_s
+        assert 0 < spending.spent_s < 11
