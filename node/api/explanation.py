@@ -24,6 +24,7 @@ from node.selection.chooser import LearnedChoice, LearnedChooser
 from node.selection.learner import ModelStatus
 from protocol.limits import MAX_PARALLEL_JOBS
 from protocol.measurements import QualityBound
+from protocol.schema import to_map
 
 RECENT: Final = 20
 """Past choices that are listed."""
@@ -103,14 +104,40 @@ def explain(considered: Considered, chooser: LearnedChooser, model: ModelStatus 
     return {
         "model": considered.model,
         "task": {name: value for name, value in considered.context.values().items() if name != "objective"},
-        "route": [
-            {"peer": stage.peer, "start": stage.blocks.start, "end": stage.blocks.end} for stage in considered.route
-        ],
+        "route": _describe_route(considered),
         "selection": selection_status(chooser, model),
         "methods": methods,
         "agreed": considered.agreed,
+        "reason": _reason(considered.agreed, next(iter(selection.predictions)), choice),
+        "table_digest": choice.learned_from.digest.hex() if choice.learned_from else None,
         "past": _past_decisions(chooser.decisions),
     }
+
+
+def _describe_route(considered: Considered) -> list[dict[str, Any]]:
+    """Return the stages with the facts of their machines and links, where these are known."""
+    stages: list[dict[str, Any]] = [
+        {"peer": stage.peer, "start": stage.blocks.start, "end": stage.blocks.end} for stage in considered.route
+    ]
+    for stage, facts in zip(stages, considered.context.stage_facts, strict=False):
+        stage.update(to_map(facts))
+    return stages
+
+
+def _reason(chosen: str, best: str, choice: LearnedChoice) -> str:
+    """Return why a method was chosen, and not the one that is predicted to be best."""
+    trials = choice.adoption.trials(choice.bucket)
+    if choice.explored is not None:
+        return "this job would explore it: it may be better than the method in use"
+    if chosen in choice.agreed_better:
+        return "better by what the swarm agreed on; a trial here will confirm or reject it"
+    if chosen == best:
+        return "lowest predicted cost" + (", and confirmed by a trial here" if chosen in trials else "")
+    if best not in trials:
+        return "in use for tasks like this one; the best by prediction is not used before it won a trial here"
+    if trials[best].log_ratio > trials[chosen].log_ratio if chosen in trials else False:
+        return "the fastest in a trial here of tasks like this one, whatever is predicted"
+    return "the best of the methods that all stages offer and that this node accepts"
 
 
 def _past_decisions(decisions: Collection[tuple[JobOutcome, Selection]]) -> PastDecisions:

@@ -160,6 +160,8 @@ class Explanation(TypedDict):
     selection: SelectionStatus
     methods: list[ExplainedMethod]
     agreed: str
+    reason: str
+    table_digest: str | None
     past: PastDecisions
 
 

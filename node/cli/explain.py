@@ -86,7 +86,9 @@ def render_explanation(answer: "Explanation") -> "RenderableType":
     )
     error = past["typical_error"]
     facts = {
-        "based on": basis,
+        "chosen": answer["reason"],
+        "based on": basis + (", and the table that the swarm agreed on" if answer["table_digest"] else ""),
+        "votes": "natural logarithm of the predicted seconds, one of each stage; the lowest wins",
         "tried": f"{selection['trials']} trials in {format_duration(selection['trial_s'])}, "
         f"{selection['explored_jobs']} of {selection['jobs']} jobs for {format_duration(selection['regret_s'])}",
         "past": "no jobs yet"

@@ -57,7 +57,7 @@ async def test_peer_without_model_files_submits(
     answer = json.loads(stdout)
     assert set(answer) == {
         *("job_id", "model", "text", "token_ids", "finish_reason", "usage", "timing"),
-        *("route", "method", "selection", "consensus", "replays"),
+        *("route", "method", "selection", "consensus", "cost", "replays"),
     }
     assert "Paris" in answer["text"]
     assert answer["route"] == [

@@ -18,6 +18,7 @@ from node.coordinator.observation import ServedJob
 from node.coordinator.submission import (
     ChatFormat,
     Consensus,
+    Cost,
     JobError,
     JobErrorCode,
     JobEvent,
@@ -32,7 +33,7 @@ from node.coordinator.submission import (
 )
 from node.coordinator.trial_runner import MethodTrial, Run, Trial, TrialSpec
 from protocol.identity import BlockRange, JobId, ModelId, peer_id_from_public_key
-from protocol.measurements import MethodInForce, StageObservation
+from protocol.measurements import MethodInForce, Objective, StageObservation
 from protocol.messages import FinishReason, SessionStatistics
 from selector.task import BASELINE, MethodError, method, parse_method, portfolio
 
@@ -90,6 +91,7 @@ def make_result(text: str, token_ids: tuple[int, ...]) -> JobResult:
             weighed=False,
         ),
         replays=1,
+        cost=Cost(objective=Objective.LATENCY, budget=None, predicted=0.4, actual=0.3),
     )
 
 
@@ -296,6 +298,8 @@ class FakeNode:
                 }
             ],
             "agreed": FASTER,
+            "reason": "lowest predicted cost",
+            "table_digest": None,
             "past": {"jobs": 0, "typical_error": None, "mean_regret_s": 0.0, "recent": []},
         }
 

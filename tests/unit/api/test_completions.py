@@ -15,6 +15,7 @@ from node.coordinator.submission import ChatMessage, JobError, JobErrorCode
 from protocol.measurements import QualityBound
 from tests.unit.api.fakes import JOB, PEERS, FakeNode, chat_body, send_request, serve_node
 
+COST = {"objective": "latency", "budget": None, "predicted": 0.4, "actual": 0.3}
 METASWARM = {
     "job_id": JOB,
     "route": [
@@ -27,13 +28,14 @@ METASWARM = {
         "stage_policy": {"batching": "continuous"},
     },
     "consensus": {
-        "votes": [{"peer": PEERS[0], "scores": {"arithmetic=fp32": -1.5}}],
+        "votes": [{"peer": PEERS[0], "scores": {"arithmetic=fp32": -1.5}, "table_digest": None}],
         "agreed": "arithmetic=fp32",
         "epoch": None,
         "table_digest": None,
         "weighed": False,
     },
     "timing": {"ttft_s": 0.25, "tpot_s": 0.03, "total_s": 0.5},
+    "cost": COST,
     "selection": None,
     "replays": 1,
     "token_ids": [0, 1, 2],

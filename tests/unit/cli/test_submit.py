@@ -16,6 +16,7 @@ from protocol.measurements import QualityBound
 from tests.unit.api.fakes import JOB, MODEL, PEERS, FakeNode
 from tests.unit.cli.conftest import ServeNode
 
+COST = {"objective": "latency", "budget": None, "predicted": 0.4, "actual": 0.3}
 DOCUMENT = {
     "job_id": JOB,
     "model": "tiny",
@@ -24,6 +25,7 @@ DOCUMENT = {
     "finish_reason": "stop",
     "usage": {"prompt_tokens": 5, "completion_tokens": 3, "cached_tokens": 2, "accepted_draft_tokens": 1},
     "timing": {"ttft_s": 0.25, "tpot_s": 0.03, "total_s": 0.5},
+    "cost": COST,
     "route": [{"peer": PEERS[0], "start": 0, "end": 4}, {"peer": PEERS[1], "start": 4, "end": 8}],
     "method": {
         "name": "arithmetic=fp32",
@@ -31,7 +33,7 @@ DOCUMENT = {
         "stage_policy": {"batching": "continuous"},
     },
     "consensus": {
-        "votes": [{"peer": PEERS[0], "scores": {"arithmetic=fp32": -1.5}}],
+        "votes": [{"peer": PEERS[0], "scores": {"arithmetic=fp32": -1.5}, "table_digest": None}],
         "agreed": "arithmetic=fp32",
         "epoch": None,
         "table_digest": None,
