@@ -179,8 +179,7 @@ class Open:
     next stage; None for the last stage, which sends each token to the coordinator and to `feedback`, the first stage's
     peer. `sampling`: for the last stage only. `continues`: a session of the previous attempt at this job on the same
     stream; it ends, and this session takes over its KV cache. `background`: a measurement, which yields to users' jobs.
-    `stage_facts`: of the route's stages, in order, as part of the context; empty where not all are known. Since version
-    1.2.
+    `stage_facts` (since 1.2): of the route's stages, in order, part of the context; empty where not all are known.
     """
 
     session: SessionId

@@ -157,7 +157,7 @@ def test_observations_expire_by_whole_buckets() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "version is 2"),
+        ({"version": 3}, "version is 3"),
         ({"version": True}, "version is not an integer"),
         ({"extra": 1}, "unknown field"),
         ({"kind": "guessed"}, "is not one of"),
@@ -297,6 +297,7 @@ def test_rejects_malformed_stored_observations() -> None:
 EXAMPLE_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 EXAMPLE = sign_observation(
     Observation(
+        version=1,
         observer=peer_id_from_public_key(EXAMPLE_KEY.public_key().public_bytes_raw()),
         job=JobId(bytes(range(16)).hex()),
         kind=ObservationKind.SERVED,
