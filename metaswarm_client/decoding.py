@@ -13,7 +13,10 @@ from metaswarm_client.errors import UnexpectedAnswerError
 
 T = TypeVar("T")
 
-_field_types = cache(get_type_hints)
+
+@cache
+def _field_types(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def decode(kind: type[T], value: Any, where: str = "the answer") -> T:
@@ -25,7 +28,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
         return value
     if is_dataclass(kind):
-        return _decode_fields(cast("type[Any]", kind), value, where)
+        return _decode_fields(kind, value, where)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):  # X | None
         (inner,) = (each for each in arguments if each is not type(None))
@@ -44,7 +47,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     raise UnexpectedAnswerError(f"{where}: expected {kind}, not {value!r:.80}")
 
 
-def _decode_fields(kind: type[Any], value: Any, where: str) -> Any:
+def _decode_fields(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise UnexpectedAnswerError(f"{where}: expected an object, not {value!r:.80}")
     given = {}

@@ -37,7 +37,10 @@ async def thirds(folder: Path, model: str) -> AsyncIterator[list[Daemon]]:
             data_dir = folder / flags[1].replace(":", "-")
             return await stack.enter_async_context(running_daemon(data_dir, *flags))
 
-        yield await complete_swarm(start, *THIRDS, model=model)
+        daemons = await complete_swarm(start, *THIRDS, model=model)
+        yield daemons
+        for daemon in daemons:  # nothing here is worth draining
+            await daemon.kill()
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +82,11 @@ def test_notebook() -> None:
 def run_cell(source: str, names: dict[str, Any]) -> str:
     """Run a cell; return what it shows: what it prints, and its last expression."""
     tree = ast.parse(source)
-    shown = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    last = tree.body.pop()
     with redirect_stdout(io.StringIO()) as printed:
         exec(compile(tree, "cell", "exec"), names)
-        value = eval(compile(ast.Expression(shown.value), "cell", "eval"), names) if shown else None
+        if not isinstance(last, ast.Expr):
+            exec(compile(ast.Module([last], []), "cell", "exec"), names)
+            return printed.getvalue()
+        value = eval(compile(ast.Expression(last.value), "cell", "eval"), names)
     return printed.getvalue() + ("" if value is None else repr(value))

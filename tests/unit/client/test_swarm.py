@@ -258,5 +258,5 @@ async def test_embeddings_come_in_the_order_of_their_texts() -> None:
 
     with Swarm("http://127.0.0.1", transport=httpx.MockTransport(answer)) as swarm:
         assert swarm.embed(["a", "b"], model="tiny") == ((1.0, 0.5), (0.0, 1.0))
-    async with AsyncSwarm("http://127.0.0.1", transport=httpx.MockTransport(answer)) as swarm:
-        assert await swarm.embed(["a", "b"], model="tiny") == ((1.0, 0.5), (0.0, 1.0))
+    async with AsyncSwarm("http://127.0.0.1", transport=httpx.MockTransport(answer)) as awaited:
+        assert await awaited.embed(["a", "b"], model="tiny") == ((1.0, 0.5), (0.0, 1.0))
