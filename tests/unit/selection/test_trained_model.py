@@ -1,0 +1,60 @@
+"""A model that is not asked sleeps in a file, and answers as before when it is asked again."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+import pytest
+import trio
+
+from node.selection import trained_model
+from node.selection.trained_model import TrainedModel
+from node.storage.database import DATABASE_FILE, open_database
+from node.storage.history import HistoryStore
+from selector.heuristic import MIN_SAMPLES
+from selector.task import TaskContext
+from selector.task_buckets import Viewpoint
+from tests.support.observations import signed
+
+CONTEXT = TaskContext.of({})
+VIEWPOINT = Viewpoint(peer="me", hardware="test", software="1", hour=480_000)
+
+
+def workers() -> list[psutil.Process]:
+    children = psutil.Process(os.getpid()).children()
+    return [child for child in children if "node.selection.training_worker" in child.cmdline()]
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+async def test_sleeps_when_idle_and_answers_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trained_model, "IDLE_S", 0.0)
+    async with open_database(tmp_path / DATABASE_FILE) as database:
+        await HistoryStore(database).add_many([signed(number) for number in range(2 * MIN_SAMPLES)])
+    async with trio.open_nursery() as nursery:
+        model = TrainedModel(tmp_path, nursery)
+        files = names_in(tmp_path)
+        result = await model.train(tmp_path / DATABASE_FILE, asdict(VIEWPOINT))
+        assert result["samples"] > 0
+        assert result["kept"]
+        answer = await model.predict(CONTEXT)
+        assert len(workers()) == 1
+        await model.sleep_if_idle()
+        assert not workers()
+        assert not model.is_awake
+        assert names_in(tmp_path) == files, "the file has no name"
+        assert await model.predict(CONTEXT) == answer
+        assert len(workers()) == 1
+        await model.stop()
+        assert not workers()
+
+
+async def test_process_that_fails_is_an_error(tmp_path: Path) -> None:
+    async with trio.open_nursery() as nursery:
+        model = TrainedModel(tmp_path, nursery)
+        with pytest.raises(OSError, match="training worker"):
+            await model.predict(CONTEXT)  # there is nothing in the file
+        await model.stop()
