@@ -1,7 +1,7 @@
 """A model that is not asked sleeps in a file, and answers as before when it is asked again."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -12,18 +12,29 @@ from node.selection import trained_model
 from node.selection.trained_model import TrainedModel
 from node.storage.database import DATABASE_FILE, open_database
 from node.storage.history import HistoryStore
-from selector.heuristic import MIN_SAMPLES
-from selector.task import TaskContext
+from protocol.measurements import MethodInForce, ObservationKind
+from protocol.observations import SignedObservation, bucket_of, sign_observation
+from selector.task import TaskContext, method
 from selector.task_buckets import Viewpoint
-from tests.support.observations import signed
+from tests.support.observations import NOW_S, key, observation, peer
 
 CONTEXT = TaskContext.of({})
-VIEWPOINT = Viewpoint(peer="me", hardware="test", software="1", hour=480_000)
+VIEWPOINT = Viewpoint(peer=peer(0), hardware="test", software="1", hour=bucket_of(NOW_S))
+FASTER = method(engine="fused")
 
 
 def workers() -> list[psutil.Process]:
     children = psutil.Process(os.getpid()).children()
     return [child for child in children if "node.selection.training_worker" in child.cmdline()]
+
+
+def measured(number: int) -> SignedObservation:
+    """Return an observation of a method that took half as long as the baseline."""
+    made = observation(number)
+    switches = MethodInForce(switches=dict(FASTER.switches), stage_policy={})
+    measurements = replace(made.measurements, log_ratio_to_baseline=-0.7)
+    kind = ObservationKind.BENCH
+    return sign_observation(replace(made, kind=kind, method=switches, measurements=measurements), key(0))
 
 
 def names_in(folder: Path) -> set[str]:
@@ -33,7 +44,7 @@ def names_in(folder: Path) -> set[str]:
 async def test_sleeps_when_idle_and_answers_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trained_model, "IDLE_S", 0.0)
     async with open_database(tmp_path / DATABASE_FILE) as database:
-        await HistoryStore(database).add_many([signed(number) for number in range(2 * MIN_SAMPLES)])
+        await HistoryStore(database).add_many([measured(number) for number in range(40)])
     async with trio.open_nursery() as nursery:
         model = TrainedModel(tmp_path, nursery)
         files = names_in(tmp_path)
