@@ -1,19 +1,19 @@
 """A model that is not asked sleeps in a file, and answers as before when it is asked again."""
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import trio
 
-from node.selection import trained_model
+from node.selection import trained_model, training_worker
 from node.selection.trained_model import TrainedModel
-from node.storage.database import DATABASE_FILE, open_database
-from node.storage.history import HistoryStore
+from node.selection.training_worker import sample_of
 from protocol.measurements import MethodInForce, ObservationKind
 from protocol.observations import SignedObservation, bucket_of, sign_observation
+from selector.prediction import train
 from selector.task import TaskContext, method
 from selector.task_buckets import Viewpoint
 from tests.support.observations import NOW_S, key, observation, peer
@@ -43,20 +43,19 @@ def names_in(folder: Path) -> set[str]:
 
 async def test_sleeps_when_idle_and_answers_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trained_model, "IDLE_S", 0.0)
-    async with open_database(tmp_path / DATABASE_FILE) as database:
-        await HistoryStore(database).add_many([measured(number) for number in range(40)])
+    samples = [sample for number in range(40) if (sample := sample_of(measured(number).observation)) is not None]
+    predictor = train(samples, VIEWPOINT)  # here, as the worker trains at the lowest priority
+    assert predictor is not None
     async with trio.open_nursery() as nursery:
         model = TrainedModel(tmp_path, nursery)
-        files = names_in(tmp_path)
-        result = await model.train(tmp_path / DATABASE_FILE, asdict(VIEWPOINT))
-        assert result["samples"] > 0
-        assert result["kept"]
+        assert not names_in(tmp_path), "the file has no name"
+        model._is_kept = training_worker._keep(predictor, model._file)
         answer = await model.predict(CONTEXT)
+        assert answer == training_worker._answer(predictor, CONTEXT.values())
         assert len(workers()) == 1
         await model.sleep_if_idle()
         assert not workers()
         assert not model.is_awake
-        assert names_in(tmp_path) == files, "the file has no name"
         assert await model.predict(CONTEXT) == answer
         assert len(workers()) == 1
         await model.stop()
