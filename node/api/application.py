@@ -16,6 +16,8 @@ from node.api.endpoint import GenerationEndpoint, Parse
 from node.api.errors import ApiError
 from node.api.guard import Guard
 from node.api.interface import NodeView
+from node.api.measured import Measured
+from node.api.metrics import MetricsPage
 from node.api.ollama.requests import parse_chat, parse_generate
 from node.api.openai.requests import parse_chat_request, parse_completion_request
 from node.api.openai.responses import parse_response_request
@@ -25,7 +27,7 @@ from node.coordinator.submission import JobError
 
 
 def make_app(node: NodeView, access: Access) -> ASGIApp:
-    """Return the ASGI application of a node. With API keys, every page but `/health` requires one."""
+    """Return the ASGI application of a node. With API keys, every page but those of health requires one."""
     protocols: dict[str, Parse] = {
         "/v1/chat/completions": parse_chat_request,
         "/v1/completions": parse_completion_request,
@@ -40,6 +42,7 @@ def make_app(node: NodeView, access: Access) -> ASGIApp:
             for path, parse in protocols.items()
         ),
         *Pages(node).routes(),
+        *MetricsPage(node, node.telemetry.metrics).routes(),
         Route("/swarm/bench", BenchEndpoint(node.bench), methods=["POST"]),
     ]
     handlers: dict[Any, Any] = {
@@ -48,7 +51,8 @@ def make_app(node: NodeView, access: Access) -> ASGIApp:
         HTTPException: _on_http_exception,
         Exception: _on_defect,
     }
-    return RequestIds(Guard(Starlette(routes=routes, exception_handlers=handlers), access, frozenset(protocols)))
+    guarded = Guard(Starlette(routes=routes, exception_handlers=handlers), access, frozenset(protocols))
+    return RequestIds(Measured(guarded, routes, node.telemetry))
 
 
 async def _on_api_error(request: Request, error: ApiError) -> JSONResponse:
