@@ -31,6 +31,8 @@ from protocol.messages import (
     Reroute,
     Slice,
     Step,
+    Timings,
+    TimingsRequest,
     TokenHistory,
 )
 from protocol.states import Role, SessionState
@@ -75,6 +77,9 @@ class SessionHandler(Protocol):
 
     def progress(self, session: SessionId, link: "InboundLink") -> Progress:
         """Return the progress of a session that this link opened."""
+
+    def timings(self, session: SessionId, link: "InboundLink") -> Timings:
+        """Return the timing of a session that this link opened, and record more of it; see TimingsRequest."""
 
     async def close(self, session: SessionId, link: "InboundLink") -> Closed:
         """Free a session that this link opened and return what it cost; an unknown one costs nothing."""
@@ -155,6 +160,8 @@ class InboundLink(JobLink):
                 nursery.start_soon(self._handler.begin, message, self)
             case ProgressRequest():
                 self._send_now(self._handler.progress(message.session, self))
+            case TimingsRequest():
+                self._send_now(self._handler.timings(message.session, self))
             case Close():
                 nursery.start_soon(self._close, message)
             case _:

@@ -284,7 +284,7 @@ class Span(EngineLoop):
             if fault := failed_in.get(work.session):
                 self._fail_slice(work, fault)
         if result is not None:
-            self._on_computed([work for work in batch if work.session not in failed_in], result)
+            self._on_computed([work for work in batch if work.session not in failed_in], result, now_s)
 
     def _fail_slice(self, work: Work[InboundLink], fault: SliceFault) -> None:
         """Give up the session of a slice that failed in the engine."""
@@ -296,7 +296,7 @@ class Span(EngineLoop):
         else:
             self.fail(session, FailureReason.ENGINE, fault.message)
 
-    def _on_computed(self, batch: Sequence[Work[InboundLink]], result: StepResult) -> None:
+    def _on_computed(self, batch: Sequence[Work[InboundLink]], result: StepResult, began_s: float) -> None:
         """Send a step's outputs, and return credit for its rows."""
         rows = sum(work.rows for work in batch)
         if not any(work.is_prefill for work in batch):
@@ -312,7 +312,9 @@ class Span(EngineLoop):
             outputs += session.outputs_of(work.part, output.tensor)
             computed.append((session, work))
         send_outputs(outputs)
+        sent_s = trio.current_time()
         for session, work in computed:
+            session.on_sent(work, began_s, result.compute_s, sent_s)
             if not session.is_ended:
                 session.outbox.on_computed(work)
 

@@ -35,6 +35,7 @@ from protocol.messages import (
     Progress,
     Refused,
     SessionStatistics,
+    Timings,
     TokenHistory,
 )
 from protocol.observations import countersign
@@ -255,6 +256,12 @@ class StageServer:
         if found := self._table.find(session, link):
             return found[1].progress()
         return Progress(session=session, received=0, computed=0, sent=0)
+
+    def timings(self, session: SessionId, link: InboundLink) -> Timings:
+        """Return the timing of a session that this link opened since the last call; nothing where there is none."""
+        if found := self._table.find(session, link):
+            return found[1].collect_timings()
+        return Timings(session=session, clock_s=trio.current_time())
 
     async def close(self, session: SessionId, link: InboundLink) -> Closed:
         """Free a session that this link opened and return what it cost, signed, as its coordinator may publish it."""

@@ -30,6 +30,9 @@ from protocol.messages import (
     SessionStatistics,
     Slice,
     Step,
+    StepTiming,
+    Timings,
+    TimingsRequest,
     TokenHistory,
 )
 from protocol.states import Role
@@ -193,6 +196,10 @@ MESSAGES: dict[str, ControlMessage] = {
     "credit": Credit(session=SESSION, consumed_bytes=1),
     "progress_request": ProgressRequest(session=SESSION),
     "progress": Progress(session=SESSION, received=MAX_POSITIONS, computed=3, sent=0),
+    "timings_request": TimingsRequest(session=SESSION),
+    "timings": Timings(
+        session=SESSION, clock_s=1234.5, steps=(StepTiming(64, 32, 1234.0, 0.0, 0.25, 0.125),), dropped=1
+    ),
     "reroute": Reroute(session=SESSION, reason=FailureReason.DOWNSTREAM, message="cut off", peer=PEER),
     "failed": Failed(session=SESSION, reason=FailureReason.DOWNSTREAM, message="gone", peer=PEER),
     "close": Close(session=SESSION),

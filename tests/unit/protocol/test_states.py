@@ -24,6 +24,8 @@ from protocol.messages import (
     Refused,
     Reroute,
     Step,
+    Timings,
+    TimingsRequest,
     TokenHistory,
 )
 from protocol.states import CONNECTION_TABLE, SESSION_TABLE, ConnectionState, Direction, Role, SessionState
@@ -164,6 +166,8 @@ def _prepare(connection: JobConnection, message: Message) -> None:
         TokenHistory: [open_message(), opened()],
         ProgressRequest: [open_message(), opened(), begin()],
         Progress: [open_message(), opened(), begin()],
+        TimingsRequest: [open_message(), opened(), begin()],
+        Timings: [open_message(), opened(), begin()],
         Reroute: [open_message(), opened(), begin()],
     }
     for earlier in needs.get(type(message), []):
