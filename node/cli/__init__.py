@@ -14,20 +14,20 @@ from node.util.suggestions import did_you_mean
 VERBS: Final[Mapping[str, tuple[str, str]]] = {
     "demo": ("node.cli.demo:demo", "Run a small swarm on this machine and ask it a question."),
     "node": ("node.cli.daemon:node", "Run the daemon: join a swarm and serve blocks of models."),
-    "run": ("node.cli.run_model:run", "Answer a prompt, or converse, with a model; start what is needed."),
+    "run": ("node.cli.run_model:run", "Run a model: start what is needed, and answer."),
     "chat": ("node.cli.chat:chat", "Converse with a model of the swarm."),
     "submit": ("node.cli.submit:submit", "Submit a prompt, or a file of them."),
     "status": ("node.cli.status:status", "Show the status of a node."),
     "peers": ("node.cli.status:peers", "Show the peers of the swarm and what they serve."),
     "models": ("node.cli.status:models", "Show which models of the swarm are complete, block by block."),
     "explain": ("node.cli.explain:explain", "Show which method a task would be served with, and why."),
-    "model": ("node.cli.models:model", "Import, list, show, verify and remove model packages of this machine."),
+    "model": ("node.cli.models:model", "Import, list, show, verify and remove packages on this machine."),
     "bench": ("node.cli.bench:bench", "Measure methods over a grid of workloads."),
     "history": ("node.cli.history:history_group", "Export, import and verify the history of observations."),
     "doctor": ("node.cli.doctor:doctor", "Diagnose a node that cannot join, be reached or serve."),
     "evaluate": ("node.cli.evaluate:evaluate", "Evaluate the meta-model and baselines on a dataset."),
     "keygen": ("node.cli.keygen:keygen", "Write the key of a private swarm, or an API key."),
-    "completion": ("node.cli.completion:completion", "Print the completion script of a shell."),
+    "completion": ("node.cli.completion_script:completion", "Print the completion script of a shell."),
 }
 """Module and help of each verb: `metaswarm --help` imports none of them."""
 

@@ -1,4 +1,4 @@
-"""Shell completion: `metaswarm completion SHELL` prints the script; models and peers are those that are known here.
+"""What a shell completes beside verbs and options: models and peers that are known here.
 
 The names come from the node on this machine and from the user's cache. Whatever fails completes nothing, in silence:
 the shell shows what is printed while the user types. Imports nothing but the standard library before it is asked.
@@ -16,36 +16,6 @@ from click.shell_completion import CompletionItem
 
 TIMEOUT_S: Final = 0.4
 """How long the node on this machine may take to answer."""
-
-SHELLS: Final = ("bash", "zsh", "fish")
-
-VARIABLE: Final = "_METASWARM_COMPLETE"
-"""Set by the shells' scripts; see click's documentation."""
-
-
-_HELP: Final = """Print the completion script of a shell: of verbs, options, models and peers.
-
-\b
-bash: metaswarm completion bash > ~/.local/share/bash-completion/completions/metaswarm
-zsh:  metaswarm completion zsh > ~/.zfunc/_metaswarm
-      and in ~/.zshrc, before compinit: fpath+=~/.zfunc
-fish: metaswarm completion fish > ~/.config/fish/completions/metaswarm.fish
-"""
-
-
-@click.command(help=_HELP)
-@click.argument("shell", type=click.Choice(SHELLS))
-def completion(shell: str) -> None:
-    """Print the completion script of a shell."""
-    from click.shell_completion import get_completion_class
-
-    from node.cli import cli
-
-    found = get_completion_class(shell)
-    assert found is not None
-    script = found(cli, {}, "metaswarm", VARIABLE)
-    # Without `source()`, which starts the shell to find out its version.
-    click.echo((script.source_template % script.source_vars()).strip())
 
 
 def complete_models(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -92,7 +92,8 @@ def err() -> "Console":
     """Return a console on stderr."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+    width = None if sys.stderr.isatty() or "COLUMNS" in os.environ else WIDTH_OF_A_FILE
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, width=width)
 
 
 def new_table(*columns: str, title: str | None = None) -> "Table":

@@ -72,7 +72,7 @@ async def run_file(
 
     with ExitStack() as bars:
         # Beside documents on the terminal a bar would only be in the way.
-        has_bar = output is not None or not sys.stdout.isatty()
+        has_bar = sys.stderr.isatty() and (output is not None or not sys.stdout.isatty())
         show = bars.enter_context(progress_bars()) if has_bar else None
         try:
             await _run_jobs(client, {line: bodies[line] for line in left}, sink, errors, show, concurrency)
@@ -103,7 +103,7 @@ async def _run_jobs(
 
     from node.cli.client import RefusedError
 
-    limiter = trio.CapacityLimiter(concurrency)
+    left = iter(bodies.items())
     total = len(bodies) + len(sink.done)
     ended = len(sink.done)
 
@@ -111,9 +111,9 @@ async def _run_jobs(
         if show is not None:
             show("jobs", ended, total)
 
-    async def run(line: int, body: dict[str, Any]) -> None:
+    async def run_one_by_one() -> None:
         nonlocal ended
-        async with limiter:
+        for line, body in left:  # which the tasks share
             try:
                 document = (await _complete_with_retry(client, body)).document()
             except RefusedError as error:
@@ -121,13 +121,13 @@ async def _run_jobs(
                 sink.failed(line, error)
             else:
                 sink.add(line, document)
-        ended += 1
-        advance()
+            ended += 1
+            advance()
 
     advance()
     async with trio.open_nursery() as nursery:
-        for line, body in bodies.items():
-            nursery.start_soon(run, line, body)
+        for _ in range(concurrency):
+            nursery.start_soon(run_one_by_one)
 
 
 class _Printed:

@@ -24,7 +24,7 @@ def render_trace(document: Mapping[str, Any]) -> "RenderableType":
     rounds = [each for each in trace["rounds"] if not each["has_prompt"]]
     headings = [f">{part.removesuffix('_s')}" for part in PARTS]
     table = new_table(
-        "stage", "peer", "blocks", *headings, ">total", title=f"milliseconds a step, median / p95 of {len(rounds)}"
+        "stage", "peer", "blocks", *headings, ">total", title=f"milliseconds a step, median/p95 of {len(rounds)}"
     )
     for number, stage in enumerate(trace["stages"]):
         seen = [timing for each in rounds for timing in each["stages"] if timing["stage"] == number]
@@ -72,4 +72,8 @@ def _figures(seconds: Sequence[float]) -> str:
         return "-"
     ordered = sorted(seconds)
     p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
-    return f"{median(ordered) * 1000:.2f} / {p95 * 1000:.2f}"
+    return f"{_milliseconds(median(ordered))}/{_milliseconds(p95)}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.2f}" if seconds < 0.01 else f"{seconds * 1000:.1f}"

@@ -128,8 +128,9 @@ def test_failure_keeps_chat_on_terminal(node: FakeNode, api: list[str]) -> None:
         terminal.wait_for(">>> ")
         terminal.type("Hi\n")
         place = terminal.wait_for("metaswarm: too long a talk")
+        place = terminal.wait_for(">>> ", place)
         terminal.type("Hi again\n")
-        terminal.wait_for("Hello, wörld", place)
+        terminal.wait_for(">>> ", terminal.wait_for("Hello, wörld", place))
         terminal.type("\x04")
         assert terminal.wait_exit() == 0
     assert said(node) == [("user", "Hi again")]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from node.cli import run
-from node.cli.completion import SHELLS
+from node.cli.completion_script import SHELLS
 from tests.unit.api.fakes import PEERS, FakeNode
 from tests.unit.cli.conftest import ServeNode
 

@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -78,6 +79,9 @@ def test_api_is_never_replaced_by_a_node_here(
 
 
 @pytest.mark.usefixtures("nobody")
-def test_unknown_model_suggests_a_known_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_model_suggests_a_known_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("METASWARM_CACHE_DIR", str(tmp_path))
     assert run(["run", "smollm2", "Why?"]) == 1
     assert "there is no model 'smollm2'; did you mean 'smollm2-135m-instruct'?" in capsys.readouterr().err
