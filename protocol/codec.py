@@ -23,20 +23,8 @@ from protocol.limits import (
     MAX_VOCABULARY,
     MAX_WIDTH,
 )
-from protocol.messages import (
-    LATEST_MINOR,
-    ControlMessage,
-    FinishReason,
-    Open,
-    Progress,
-    ProgressRequest,
-    Sampling,
-    Slice,
-    Step,
-    Timings,
-    TimingsRequest,
-    TokenHistory,
-)
+from protocol.messages import LATEST_MINOR, ControlMessage, FinishReason, Open, Sampling, Slice, Step, TokenHistory
+from protocol.reports import Progress, ProgressRequest, Timings, TimingsRequest
 from protocol.schema import MessageTypes
 from protocol.tensors import DType, Tensor
 

@@ -31,92 +31,6 @@ def quality_option(verb: F) -> F:
     )(verb)
 
 
-def job_options(*, temperature: float, max_tokens: int | None) -> Callable[[F], F]:
-    """Return what adds the options of a job, with these defaults; None leaves the limit to the node."""
-    options: Sequence[Callable[[F], F]] = (
-        click.option(
-            "--max-tokens",
-            type=click.IntRange(1),
-            default=max_tokens,
-            show_default=max_tokens is not None,
-            metavar="N",
-            help="Limit of new tokens." if max_tokens else "Limit of new tokens [default: the node's].",
-        ),
-        click.option(
-            "--temperature",
-            type=click.FloatRange(0, 2),
-            default=temperature,
-            show_default=True,
-            metavar="T",
-            help="Sampling temperature; 0 is greedy.",
-        ),
-        click.option(
-            "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="P"
-        ),
-        click.option(
-            "--top-k", type=click.IntRange(0), metavar="K", help="Sample from the K most likely tokens; 0: from all."
-        ),
-        click.option(
-            "--min-p",
-            type=click.FloatRange(0, 1),
-            metavar="P",
-            help="Minimum probability relative to the most likely token.",
-        ),
-        click.option(
-            "--repetition-penalty",
-            type=click.FloatRange(0.01, 100),
-            metavar="F",
-            help="Factor on logits of tokens in prompt and text; 1 is off.",
-        ),
-        click.option(
-            "--frequency-penalty",
-            type=click.FloatRange(-2, 2),
-            metavar="F",
-            help="Penalty for each occurrence in the text.",
-        ),
-        click.option(
-            "--presence-penalty", type=click.FloatRange(-2, 2), metavar="F", help="Penalty for tokens in the text."
-        ),
-        click.option(
-            "--logit-bias",
-            multiple=True,
-            callback=lambda _, __, values: _parse_biases(values),
-            metavar="TOKEN=BIAS",
-            help="Bias on the logit of a token id, -100 to 100; repeatable.",
-        ),
-        click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), metavar="N", help="Seed of sampling."),
-        click.option("--stop", multiple=True, metavar="TEXT", help="Stop text; up to four."),
-        click.option(
-            "--stop-token-id",
-            "stop_token_ids",
-            type=click.IntRange(0),
-            multiple=True,
-            metavar="ID",
-            help="Stop token; repeatable.",
-        ),
-        click.option(
-            "--min-tokens", type=click.IntRange(0), metavar="N", help="Minimum number of tokens before any stop."
-        ),
-        quality_option,
-        click.option(
-            "--method",
-            default="auto",
-            show_default=True,
-            metavar="NAME",
-            shell_complete=complete_methods,
-            help="auto, or switches such as prefix_cache=on|speculation=ngram-8.",
-        ),
-        click.option("--ignore-eos", is_flag=True, help="Continue past the end-of-text token, for measurements."),
-    )
-
-    def add(verb: F) -> F:
-        for option in reversed(options):
-            verb = option(verb)
-        return verb
-
-    return add
-
-
 def _parse_biases(texts: Sequence[str]) -> dict[str, float]:
     biases: dict[str, float] = {}
     for text in texts:
@@ -126,6 +40,97 @@ def _parse_biases(texts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             raise click.BadParameter(f"{text!r} is not TOKEN=BIAS, for example 1234=-100") from None
     return biases
+
+
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_FIXED_OPTIONS: Final[Sequence[_Decorator]] = (
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="P"),
+    click.option(
+        "--top-k", type=click.IntRange(0), metavar="K", help="Sample from the K most likely tokens; 0: from all."
+    ),
+    click.option(
+        "--min-p",
+        type=click.FloatRange(0, 1),
+        metavar="P",
+        help="Minimum probability relative to the most likely token.",
+    ),
+    click.option(
+        "--repetition-penalty",
+        type=click.FloatRange(0.01, 100),
+        metavar="F",
+        help="Factor on logits of tokens in prompt and text; 1 is off.",
+    ),
+    click.option(
+        "--frequency-penalty",
+        type=click.FloatRange(-2, 2),
+        metavar="F",
+        help="Penalty for each occurrence in the text.",
+    ),
+    click.option(
+        "--presence-penalty", type=click.FloatRange(-2, 2), metavar="F", help="Penalty for tokens in the text."
+    ),
+    click.option(
+        "--logit-bias",
+        multiple=True,
+        callback=lambda _, __, values: _parse_biases(values),
+        metavar="TOKEN=BIAS",
+        help="Bias on the logit of a token id, -100 to 100; repeatable.",
+    ),
+    click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), metavar="N", help="Seed of sampling."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="Stop text; up to four."),
+    click.option(
+        "--stop-token-id",
+        "stop_token_ids",
+        type=click.IntRange(0),
+        multiple=True,
+        metavar="ID",
+        help="Stop token; repeatable.",
+    ),
+    click.option("--min-tokens", type=click.IntRange(0), metavar="N", help="Minimum number of tokens before any stop."),
+    quality_option,
+    click.option(
+        "--method",
+        default="auto",
+        show_default=True,
+        metavar="NAME",
+        shell_complete=complete_methods,
+        help="auto, or switches such as prefix_cache=on|speculation=ngram-8.",
+    ),
+    click.option("--ignore-eos", is_flag=True, help="Continue past the end-of-text token, for measurements."),
+)
+"""Those with the same default everywhere."""
+
+
+def job_options(*, temperature: float, max_tokens: int | None) -> Callable[[F], F]:
+    """Return what adds the options of a job, with these defaults; None leaves the limit to the node."""
+    limit = "Limit of new tokens." if max_tokens else "Limit of new tokens [default: the node's]."
+    options: Sequence[Any] = (
+        click.option(
+            "--max-tokens",
+            type=click.IntRange(1),
+            default=max_tokens,
+            show_default=max_tokens is not None,
+            metavar="N",
+            help=limit,
+        ),
+        click.option(
+            "--temperature",
+            type=click.FloatRange(0, 2),
+            default=temperature,
+            show_default=True,
+            metavar="T",
+            help="Sampling temperature; 0 is greedy.",
+        ),
+        *_FIXED_OPTIONS,
+    )
+
+    def add(verb: F) -> F:
+        for option in reversed(options):
+            verb = option(verb)
+        return verb
+
+    return add
 
 
 def make_body(

@@ -28,12 +28,12 @@ from protocol.messages import (
     Load,
     Open,
     Opened,
-    ProgressRequest,
     RefusalReason,
     SessionStatistics,
     Slice,
     Step,
 )
+from protocol.reports import ProgressRequest
 from protocol.tensors import DType, Tensor, TokenLogprobs, drawn_tokens, logprobs_from_tensor, tensor_from_tokens
 from selector.task import Method
 from selector.voting import tally, weights_of

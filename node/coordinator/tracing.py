@@ -15,7 +15,7 @@ from node.coordinator.route import OpenRoute
 from node.coordinator.submission import JobTrace, StageTiming, TracedRound, TracedStage
 from node.links.outbound_link import OutboundLink
 from protocol.identity import SessionId, Stage
-from protocol.messages import StepTiming, Timings
+from protocol.reports import StepTiming, Timings
 
 ANSWER_TIMEOUT_S: Final = 1.0
 """How long a stage may take to report; its part of the trace is missing otherwise."""

@@ -24,17 +24,14 @@ from protocol.messages import (
     Message,
     Open,
     Opened,
-    Progress,
-    ProgressRequest,
     RefusalReason,
     Refused,
     Reroute,
     Slice,
     Step,
-    Timings,
-    TimingsRequest,
     TokenHistory,
 )
+from protocol.reports import Progress, ProgressRequest, Timings, TimingsRequest
 from protocol.states import Role, SessionState
 from protocol.tensors import DType, Tensor
 

@@ -28,16 +28,13 @@ from protocol.messages import (
     Opened,
     Ping,
     Pong,
-    Progress,
-    ProgressRequest,
     Refused,
     Reroute,
     SessionStatistics,
     Step,
-    Timings,
-    TimingsRequest,
     TokenHistory,
 )
+from protocol.reports import Progress, ProgressRequest, Timings, TimingsRequest
 from protocol.states import Role, SessionState
 
 PONG_LIMIT_S: Final = 8.0

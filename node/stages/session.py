@@ -28,7 +28,8 @@ from node.stages.speculation import Drafter, DraftTracker
 from node.stages.step_timings import StepTimings
 from node.stages.voter import Agreement
 from protocol.identity import PeerId, SessionId
-from protocol.messages import Begin, FailureReason, FinishReason, Open, Progress, Slice, Step, StepTiming, Timings
+from protocol.messages import Begin, FailureReason, FinishReason, Open, Slice, Step
+from protocol.reports import Progress, StepTiming, Timings
 from protocol.tensors import DType, Tensor, drawn_tokens, tensor_from_tokens, tokens_from_tensor
 from selector.task import Method
 

@@ -26,19 +26,9 @@ from node.stages.voter import Agreement, Voter, tally_fault
 from protocol.announcements import ServedSpan
 from protocol.identity import ModelId, PeerId, SessionId
 from protocol.measurements import StageObservation
-from protocol.messages import (
-    Begin,
-    Closed,
-    FailureReason,
-    Open,
-    Opened,
-    Progress,
-    Refused,
-    SessionStatistics,
-    Timings,
-    TokenHistory,
-)
+from protocol.messages import Begin, Closed, FailureReason, Open, Opened, Refused, SessionStatistics, TokenHistory
 from protocol.observations import countersign
+from protocol.reports import Progress, Timings
 from selector.task import Method, parse_method
 
 WITHDRAWAL_S = 5.0

@@ -5,7 +5,7 @@ from typing import Final
 
 from protocol.identity import SessionId
 from protocol.limits import MAX_TIMED_STEPS
-from protocol.messages import StepTiming, Timings
+from protocol.reports import StepTiming, Timings
 
 RETAINED_STEPS: Final = 2 * MAX_TIMED_STEPS
 """Steps of a session that await the next request."""

@@ -36,8 +36,6 @@ from protocol.messages import (
     Opened,
     Ping,
     Pong,
-    Progress,
-    ProgressRequest,
     RefusalReason,
     Refused,
     Reroute,
@@ -45,11 +43,9 @@ from protocol.messages import (
     SessionStatistics,
     Slice,
     Step,
-    StepTiming,
-    Timings,
-    TimingsRequest,
     TokenHistory,
 )
+from protocol.reports import Progress, ProgressRequest, StepTiming, Timings, TimingsRequest
 from protocol.tensors import DType, Tensor, tensor_from_tokens
 
 

@@ -345,6 +345,7 @@ class TestFile:
         assert [json.loads(line)["line"] for line in written] == [2, 3, 4]
         output.write_text("".join(f"{line}\n" for line in written[:2]) + written[2][:20])  # a kill in the middle
         node.submitter.requests.clear()
+        node.submitter.refuse = None
         assert run(command) == 0
         assert [job.prompt for job in node.submitter.requests] == ["a", "d"]
         answers = [json.loads(line) for line in output.read_text().splitlines()]

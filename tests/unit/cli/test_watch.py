@@ -48,8 +48,7 @@ def test_q_quits_and_leaves_terminal_as_it_was(serve: ServeNode) -> None:
         place = terminal.wait_for(PEERS[0][:20], place)
         terminal.type("q")
         assert terminal.wait_exit() == 0
-    assert "\x1b[?1049l" in terminal.raw
-    assert terminal.raw.rstrip().endswith("\x1b[?25h")
+    assert terminal.raw.endswith("\x1b[?25h\x1b[?1049l"), "the cursor and the former screen are back"
 
 
 def test_node_that_is_gone_is_waited_for() -> None:

@@ -10,7 +10,7 @@ from node.coordinator.submission import JobRequest, JobResult, JobTrace, TextDel
 from node.stages.step_timings import RETAINED_STEPS, StepTimings
 from node.testing.memory_links import LinkModel
 from protocol.identity import SessionId
-from protocol.messages import Timings
+from protocol.reports import Timings
 from tests.support.job_peers import BLOCKS, Peer, Swarm, open_swarm
 
 REQUEST = JobRequest(model="fake", prompt="3 1 4 1 5 9 2 6", max_tokens=12, trace=True)

@@ -21,8 +21,6 @@ from protocol.messages import (
     Opened,
     Ping,
     Pong,
-    Progress,
-    ProgressRequest,
     RefusalReason,
     Refused,
     Reroute,
@@ -30,11 +28,9 @@ from protocol.messages import (
     SessionStatistics,
     Slice,
     Step,
-    StepTiming,
-    Timings,
-    TimingsRequest,
     TokenHistory,
 )
+from protocol.reports import Progress, ProgressRequest, StepTiming, Timings, TimingsRequest
 from protocol.states import Role
 from protocol.tensors import DType, Tensor
 

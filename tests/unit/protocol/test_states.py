@@ -19,15 +19,12 @@ from protocol.messages import (
     Opened,
     Ping,
     Pong,
-    Progress,
-    ProgressRequest,
     Refused,
     Reroute,
     Step,
-    Timings,
-    TimingsRequest,
     TokenHistory,
 )
+from protocol.reports import Progress, ProgressRequest, Timings, TimingsRequest
 from protocol.states import CONNECTION_TABLE, SESSION_TABLE, ConnectionState, Direction, Role, SessionState
 from tests.unit.protocol.job_streams import (
     EVERY_MESSAGE,
