@@ -1,11 +1,14 @@
 """The options of a job: flags of `submit`, `run` and `chat`, fields of a line of `submit --file`; and its request."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
 
 from node.cli.completion import complete_methods
+from node.cli.output import CommandError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -153,6 +156,16 @@ def make_body(
     if job["chat"]:
         return body | {"messages": [{"role": "user", "content": prompt}]}
     return body | {"prompt": prompt}
+
+
+def read_text(name: str) -> str:
+    """Return the text of a file, `-` for stdin. Raises CommandError."""
+    try:
+        return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode()
+    except OSError as error:
+        raise CommandError(f"cannot read {name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{'the input' if name == '-' else name} is not UTF-8 text: {error}") from None
 
 
 def check_text(prompt: str) -> None:

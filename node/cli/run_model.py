@@ -9,7 +9,7 @@ import click
 
 from node.cli.chat import Conversation, answer, converse, is_there, on_node
 from node.cli.completion import complete_models
-from node.cli.job_options import job_options
+from node.cli.job_options import job_options, read_text
 from node.cli.local_node import local_node
 from node.cli.output import CommandError, api_option, bootstrap_option, json_option, progress_bars
 
@@ -42,8 +42,6 @@ def run(
     Where the node on this machine, or the swarm of --bootstrap, has the model, it is asked. Else the model is imported
     (see `metaswarm model import`), and a node serves it while this command runs.
     """
-    from node.cli.submit import read_text
-
     text = read_text("-") if prompt == "-" else prompt
     with _node_with(model, api, bootstrap) as (url, name):
         conversation = Conversation(name, options, system)

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from node.cli.job_options import job_options, make_body
+from node.cli.job_options import job_options, make_body, read_text
 from node.cli.output import (
-    CommandError,
     api_option,
     bootstrap_option,
     err,
@@ -112,16 +111,6 @@ def _parse_token_ids(text: str) -> list[int]:
     if not pieces or not all(piece.isdecimal() and len(piece) < 10 for piece in pieces):
         raise click.UsageError(f"--token-ids: expected a list such as 1 2 3, not {text[:40]!r}")
     return [int(piece) for piece in pieces]
-
-
-def read_text(name: str) -> str:
-    """Return the text of a file, `-` for stdin. Raises CommandError."""
-    try:
-        return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode()
-    except OSError as error:
-        raise CommandError(f"cannot read {name}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise CommandError(f"{'the input' if name == '-' else name} is not UTF-8 text: {error}") from None
 
 
 async def _submit(run: _Run, jobs: Sequence[Mapping[str, Any]], api: str | None, bootstrap: Sequence[str]) -> None:

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from node.cli.job_options import JOB_OPTIONS, make_body
+from node.cli.job_options import JOB_OPTIONS, make_body, read_text
 from node.cli.json_lines import ResultFile
 from node.cli.output import CommandError, print_error, print_json, progress_bars
-from node.cli.submit import read_text
 from node.util.suggestions import did_you_mean
 
 if TYPE_CHECKING:
