@@ -9,7 +9,7 @@ from typing import Final
 import click
 
 from node.cli.output import CommandError, print_error
-from node.util.suggestions import did_you_mean
+from node.util.suggestions import suggestion
 
 VERBS: Final[Mapping[str, tuple[str, str]]] = {
     "demo": ("node.cli.demo:demo", "Run a small swarm on this machine and ask it a question."),
@@ -64,7 +64,8 @@ class _Verbs(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name not in VERBS and not name.startswith("-") and not ctx.resilient_parsing:
-            hint = f"; did you mean {ELSEWHERE[name]!r}?" if name in ELSEWHERE else did_you_mean(name, VERBS)
+            found = name if name in ELSEWHERE else suggestion(name, [*VERBS, *ELSEWHERE])
+            hint = f"; did you mean {ELSEWHERE.get(found, found)!r}?" if found else ""
             raise click.UsageError(f"no such verb {name!r}{hint}", ctx)
         return super().resolve_command(ctx, args)
 
