@@ -29,6 +29,7 @@ PAGE_POSITIONS: Final = 32  # positions of one page of a KV cache, which a prefi
 PREFIX_HASH_BYTES: Final = 16  # hash of one page of a prompt and of all pages before it
 MAX_PREFIX_BYTES: Final = 32 << 10  # the prefix hashes of one prompt
 MAX_DRAFTS: Final = 16  # draft tokens beside one slice
+MAX_TIMED_STEPS: Final = 512  # steps in one Timings
 MAX_HISTORY_TOKENS: Final = 8192  # token ids in one TokenHistory: 32 KiB, well within a control frame
 
 # Sampling; logit biases as in the OpenAI API

@@ -52,6 +52,7 @@ from protocol.limits import (
     MAX_VOTES,
     MAX_WINDOW_BYTES,
 )
+from protocol.reports import Progress, ProgressRequest, Timings, TimingsRequest
 from protocol.schema import ARRAY, OMIT_DEFAULT, Count, Range, text
 from protocol.tensors import Tensor
 
@@ -329,27 +330,6 @@ class Credit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProgressRequest:
-    """The coordinator requests the progress of a session. Since version 1.1."""
-
-    session: SessionId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """The progress of a session on this stage, in answer to a ProgressRequest. Since version 1.1.
-
-    The first positions not yet `received`, `computed`, and `sent` to the next stage, or, by a last stage, as tokens to
-    the coordinator. A replay makes them smaller.
-    """
-
-    session: SessionId
-    received: PositionCount
-    computed: PositionCount
-    sent: PositionCount
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
     """The session is lost on this stage, which has freed it. `peer`: the peer at fault, if not the stage itself."""
 
@@ -436,6 +416,8 @@ SessionMessage: TypeAlias = (
     | Credit
     | ProgressRequest
     | Progress
+    | TimingsRequest
+    | Timings
     | Reroute
     | Failed
     | Close

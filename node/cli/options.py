@@ -17,6 +17,7 @@ import click
 from click.core import ParameterSource
 
 from node.cli import option_types as types
+from node.cli.completion import complete_models, complete_peers
 from node.config import ENVIRONMENT_PREFIX, NodeConfig, default_cache_dir, default_data_dir
 from node.util.suggestions import did_you_mean
 from protocol.limits import MAX_SPANS
@@ -151,17 +152,20 @@ NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
         *("--bootstrap", types.BOOTSTRAP, "FILE_OR_MULTIADDR"),
         "Peers to dial first: a multiaddr with /p2p/PEER-ID, or a YAML file `peers: [...]`.",
         multiple=True,
+        shell_complete=complete_peers,
         callback=_all_addresses,
     ),
     _option(
         *("--serve", types.SERVE_SPEC, "MODEL[:START-END]"),
         "Model to serve; blocks START to END (exclusive), by default the node's choice.",
         multiple=True,
+        shell_complete=complete_models,
         callback=_check_span_count,
     ),
     _option(
         *("--draft", types.TEXT, "MODEL"),
         "Draft model for speculative decoding (same tokenizer, several times faster).",
+        shell_complete=complete_models,
     ),
     _option("--swarm-key", types.SWARM_KEY, "FILE", "Key of a private swarm, from `metaswarm keygen`."),
     _option(

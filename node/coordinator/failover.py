@@ -7,6 +7,7 @@ with it; only what the lost stage had computed is computed again.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ from node.coordinator.planner import PlannedRoute, RouteNeed
 from node.coordinator.route import OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
 from node.coordinator.session_request import RouteServices, SessionRequest, request_sessions
 from node.coordinator.straggler_monitor import RETRY_AFTER_S, StragglerMonitor
-from node.coordinator.submission import JobError, JobErrorCode
+from node.coordinator.submission import JobError, JobErrorCode, JobTrace
+from node.coordinator.tracing import CLOCK_SAMPLES, JobTracer
 from node.engine.interface import parts_of
 from node.links.outbound_link import SessionLost
 from node.util.backoff import backoff_s
@@ -53,7 +55,8 @@ class ClosedRoute(NamedTuple):
     """The last route of a job that is done, and what all of its routes add up to.
 
     `closed`: the final word of each stage. `rounds`: messages with tokens on all routes. `replays`: stages that were
-    lost and replaced. `cached_tokens`: of the prompt, found in prefix caches by the first route.
+    lost and replaced. `cached_tokens`: of the prompt, found in prefix caches by the first route. `trace`: where the job
+    asked for one.
     """
 
     route: OpenRoute
@@ -62,6 +65,7 @@ class ClosedRoute(NamedTuple):
     rounds: int
     replays: int
     cached_tokens: int
+    trace: JobTrace | None = None
 
 
 class ResilientRoute:
@@ -71,6 +75,7 @@ class ResilientRoute:
         self._job = job
         self._planner = services.planner
         self._services = services
+        self._tracer = JobTracer(job.began_s) if job.request.trace else None
         self._monitor = StragglerMonitor(job, services.planner, self._is_replaceable)
         self._log = _logger.bind(job=job.id, request_id=job.request_id)
         self._route: OpenRoute | None = None
@@ -175,17 +180,23 @@ class ResilientRoute:
                 await self.open()
             else:
                 self._failures_since_token = 0
+                if self._tracer is not None and self._tracer.is_due:
+                    await self._tracer.collect(route)
                 return token
 
     async def finish(self) -> ClosedRoute:
         """Close the route of a job that is done."""
         route = self._open_route()
+        trace: JobTrace | None = None
+        if self._tracer is not None:
+            await self._tracer.collect(route, CLOCK_SAMPLES)
+            trace = self._tracer.trace()
         closed = await route.close()
         self._route = None
         self.is_finished = True
         rounds = self._rounds + route.rounds
         request = self._request or route.request
-        return ClosedRoute(route, request, closed, rounds, self._replays, self._cached_tokens)
+        return ClosedRoute(route, request, closed, rounds, self._replays, self._cached_tokens, trace)
 
     async def close(self) -> None:
         """Close all routes that are still open."""
@@ -219,6 +230,9 @@ class ResilientRoute:
         try:
             await self._monitor.open(route)
             self._begin(route, tokens)
+            if self._tracer is not None:
+                route.on_tokens = partial(self._tracer.on_tokens, route)
+                await self._tracer.collect(route)
             await self._monitor.send_prompt(route, tokens)
         except RouteRejected as rejected:
             for refusal in rejected.refusals:

@@ -28,12 +28,12 @@ from protocol.messages import (
     Load,
     Open,
     Opened,
-    ProgressRequest,
     RefusalReason,
     SessionStatistics,
     Slice,
     Step,
 )
+from protocol.reports import ProgressRequest
 from protocol.tensors import DType, Tensor, TokenLogprobs, drawn_tokens, logprobs_from_tensor, tensor_from_tokens
 from selector.task import Method
 from selector.voting import tally, weights_of
@@ -106,6 +106,8 @@ class OpenRoute:
         """the rows that it computes before the first token,"""
         self.detector: StragglerDetector | None = None
         """and the progress of all stages."""
+        self.on_tokens: Callable[[int, int, float], None] = lambda position, tokens, now_s: None
+        """Called with the position and the number of tokens that arrived, and the time."""
         self.leaving: set[PeerId] = set()
         """Peers on the route that want to leave."""
         self.rounds = 0
@@ -157,6 +159,7 @@ class OpenRoute:
             has_logprobs = self.request.sampling.logprobs > 0
             logprobs = logprobs_from_tensor(tensor) if has_logprobs else [None] * tensor.rows
             tokens = drawn_tokens(tensor)
+            self.on_tokens(part.position, len(tokens), self.last_token_s)
             for number, token in enumerate(tokens, 1):
                 finish = part.finish_reason if number == len(tokens) else None
                 self._tokens_in.send_nowait(SampledToken(token, finish, logprobs[number - 1]))
@@ -291,6 +294,10 @@ class OpenRoute:
             if self._lost is None:
                 raise AssertionError("the channel of tokens ends only when a stage is lost") from None
             raise RouteLost(self._lost) from None
+
+    def linked_stages(self) -> list[tuple[Stage, SessionId, OutboundLink]]:
+        """Return the stages that this node is linked to, with the sessions there."""
+        return [(self.stages[number], SessionId(self.job, number), link) for number, link in self._links.items()]
 
     def unreporting(self) -> set[int]:
         """Return the stages whose version cannot report progress."""

@@ -6,7 +6,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from protocol.identity import JobId, ModelId, PeerId
+from protocol.identity import BlockRange, JobId, ModelId, PeerId
 from protocol.measurements import MethodInForce, QualityBound, StageObservation
 from protocol.messages import FinishReason
 
@@ -133,7 +133,7 @@ class JobRequest:
     `top_logprobs`: report the log probability of each token, and those of so many likeliest ones; None for neither.
     `tools`: that the model may call, as the OpenAI API describes them. `template_options`: for the chat template.
     `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text. `origin`: the API
-    request that it comes from.
+    request that it comes from. `trace`: the stages report where the time of each step went.
     Sampling: `node.engine.sampling`.
     """
 
@@ -161,6 +161,7 @@ class JobRequest:
     echo: bool = False
     top_logprobs: int | None = None
     json_schema: str = ""
+    trace: bool = False
     tools: tuple[Mapping[str, Any], ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
     origin: RequestOrigin = RequestOrigin()
@@ -282,6 +283,53 @@ class JobOutcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TracedStage:
+    """A stage of a traced job. `clock_error_s`: by how much its links may be off; None where it reported nothing."""
+
+    peer: PeerId
+    blocks: BlockRange
+    clock_error_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTiming:
+    """Where the time of one round went on a stage, the number `stage` of the trace, in seconds; see `StepTiming`.
+
+    `link_s`: the way of its input from the stage before, for the first one of the last token; None where the stage
+    before reported nothing.
+    """
+
+    stage: int
+    link_s: float | None
+    queue_s: float
+    compute_s: float
+    serialise_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedRound:
+    """Tokens that were drawn in one step, the first at `position`, and came `arrived_s` after the job began.
+
+    `has_prompt`: the first of a route, before which the stages computed the prompt or replayed the text.
+    """
+
+    position: int
+    tokens: int
+    arrived_s: float
+    has_prompt: bool
+    stages: tuple[StageTiming, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobTrace:
+    """Where the time of a job's tokens went. `dropped_steps`: too many to be retained by their stages."""
+
+    stages: tuple[TracedStage, ...]
+    rounds: tuple[TracedRound, ...]
+    dropped_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobResult:
     """The last event of a completed job."""
 
@@ -300,6 +348,8 @@ class JobResult:
     selection: Selection | None = None
     stop_string: str | None = None
     """The stop string that ended the text, if one did."""
+    trace: JobTrace | None = None
+    """Where the job asked for one."""
 
 
 JobEvent = JobStarted | TextDelta | JobResult

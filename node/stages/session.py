@@ -26,9 +26,11 @@ from node.stages.replay_buffer import ReplayBuffer, ReplayMemory, ResumableState
 from node.stages.scheduler import Work
 from node.stages.session_report import SessionPhases, SessionReport
 from node.stages.speculation import Drafter, DraftTracker
+from node.stages.step_timings import StepTimings
 from node.stages.voter import Agreement
 from protocol.identity import PeerId, SessionId
-from protocol.messages import Begin, FailureReason, FinishReason, Open, Progress, Slice, Step
+from protocol.messages import Begin, FailureReason, FinishReason, Open, Slice, Step
+from protocol.reports import Progress, StepTiming, Timings
 from protocol.tensors import DType, Tensor, drawn_tokens, tensor_from_tokens, tokens_from_tensor
 from selector.task import Method
 
@@ -306,13 +308,15 @@ class StageSession:
             self._queue(part, tensor, link)
 
     def _queue(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
+        now_s = trio.current_time()
         work = Work(
             part=replace(part, session=self.id),
             tensor=tensor,
             coordinator=self.opened_by.peer,
             origin=link,
             payload_bytes=len(tensor.data),
-            arrived_s=trio.current_time(),
+            arrived_s=now_s,
+            received_s=now_s,
             held_rows=part.rows,
         )
         if self._tracker is not None:
@@ -371,6 +375,18 @@ class StageSession:
         counters.compute_s += compute_s
         state.computed = work.part.position + work.rows
         self._reached = max(self._reached, state.computed - len(work.part.drafts))
+
+    def on_sent(self, work: Work[InboundLink], began_s: float, compute_s: float, now_s: float) -> None:
+        """Record where the time of a step went whose outputs were handed to the links, if the job is traced."""
+        if self.state.timings is not None:
+            queue_s, rest_s = began_s - work.received_s, now_s - began_s - compute_s
+            timing = StepTiming(work.part.position, work.rows, work.received_s, queue_s, compute_s, max(0.0, rest_s))
+            self.state.timings.add(timing)
+
+    def collect_timings(self) -> Timings:
+        """Return the timing of the steps since the last call, and record that of further ones."""
+        self.state.timings = self.state.timings or StepTimings()
+        return self.state.timings.collect(self.id, trio.current_time())
 
     def outputs_of(self, part: Slice, output: Tensor) -> list[Output]:
         """Return what a slice's output makes to be sent: rows for the next stage, or tokens for the next round."""

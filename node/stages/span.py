@@ -324,7 +324,9 @@ class Span(EngineLoop):
             outputs += session.outputs_of(work.part, output.tensor)
             computed.append((session, work))
         send_outputs(outputs)
+        sent_s = trio.current_time()
         for session, work in computed:
+            session.on_sent(work, began_s, result.compute_s, sent_s)
             if not session.is_ended:
                 session.outbox.on_computed(work)
 

@@ -27,18 +27,9 @@ from node.stages.voter import Agreement, Voter, tally_fault
 from protocol.announcements import ServedSpan
 from protocol.identity import ModelId, PeerId, SessionId
 from protocol.measurements import StageObservation
-from protocol.messages import (
-    Begin,
-    Closed,
-    FailureReason,
-    Open,
-    Opened,
-    Progress,
-    Refused,
-    SessionStatistics,
-    TokenHistory,
-)
+from protocol.messages import Begin, Closed, FailureReason, Open, Opened, Refused, SessionStatistics, TokenHistory
 from protocol.observations import countersign
+from protocol.reports import Progress, Timings
 from selector.task import Method, parse_method
 
 WITHDRAWAL_S = 5.0
@@ -258,6 +249,12 @@ class StageServer:
         if found := self._table.find(session, link):
             return found[1].progress()
         return Progress(session=session, received=0, computed=0, sent=0)
+
+    def timings(self, session: SessionId, link: InboundLink) -> Timings:
+        """Return the timing of a session that this link opened since the last call; nothing where there is none."""
+        if found := self._table.find(session, link):
+            return found[1].collect_timings()
+        return Timings(session=session, clock_s=trio.current_time())
 
     async def close(self, session: SessionId, link: InboundLink) -> Closed:
         """Free a session that this link opened and return what it cost, signed, as its coordinator may publish it."""

@@ -64,7 +64,7 @@ IGNORED: Final = frozenset({
 
 REASONING_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh")
 
-EXTENSIONS: Final = frozenset({"quality", "method", "ignore_eos"})
+EXTENSIONS: Final = frozenset({"quality", "method", "ignore_eos", "trace"})
 """Fields of `metaswarm`."""
 
 STREAM_OPTIONS: Final = frozenset({"include_usage", "include_obfuscation"})
@@ -237,6 +237,7 @@ def _parse_job(fields: Fields, max_tokens: int | None) -> JobRequest:
         ignore_eos=fields.get("ignore_eos", parse_boolean) or extras.get("ignore_eos", parse_boolean) or False,
         quality=extras.get("quality", parse_quality) or QualityBound.EXACT,
         method=extras.get("method", parse_method) or "auto",
+        trace=extras.get("trace", parse_boolean) or False,
     )
 
 

@@ -79,6 +79,7 @@ def parse_response_request(body: bytes, headers: Headers) -> tuple[Generation, A
         ignore_eos=extras.get("ignore_eos", parse_boolean) or False,
         quality=extras.get("quality", parse_quality) or QualityBound.EXACT,
         method=extras.get("method", parse_method) or "auto",
+        trace=extras.get("trace", parse_boolean) or False,
         tools=choice.tools,
         json_schema=choice.schema or fields.get("text", _parse_text_format) or "",
         template_options={} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"},
