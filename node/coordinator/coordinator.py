@@ -16,6 +16,7 @@ import trio
 
 from node.coordinator.failover import ResilientRoute, no_route
 from node.coordinator.job import Job
+from node.coordinator.job_log import JobLog, JobState, LoggedJob
 from node.coordinator.method_choice import Choice, Chooser, QualityStore, admitted_methods
 from node.coordinator.observation import Recorder, ServedJob
 from node.coordinator.output_text import OutputText
@@ -111,6 +112,7 @@ class Coordinator:
         )
         self._routes: dict[JobId, ResilientRoute] = {}
         self.statistics = CoordinatorStatistics()
+        self.log = JobLog()
         self._idle = trio.Event()
         self._idle.set()
 
@@ -146,17 +148,25 @@ class Coordinator:
         is_trial = on_served is not None or request.background
         self._count(running=1, trials_running=is_trial)
         outcome = "cancelled"
+        message: str | None = None
+        entry: LoggedJob | None = None
         try:
             job = await self._prepare(request, on_served=on_served)
-            async with self._routed(job) as route, aclosing(self._events(job, route)) as events:
+            entry = self.log.begin(
+                job.id, job.model.id, job.model.name, is_trial=is_trial, prompt_tokens=len(job.prompt)
+            )
+            async with self._routed(job) as route, aclosing(self._events(job, route, entry)) as events:
                 yield events
                 outcome = "done" if route.is_finished else "cancelled"
         except JobError as error:
             is_preempted = request.background and error.code is JobErrorCode.FULL
             is_rejected = error.code in CLIENT_MISTAKES
             outcome = "cancelled" if is_preempted else "rejected" if is_rejected else "failed"
+            message = error.message
             raise
         finally:
+            if entry is not None:
+                self.log.end(entry, JobState.FAILED if outcome == "rejected" else JobState(outcome), message)
             if is_trial:
                 outcome = "trials_done" if outcome == "done" else "trials_failed"
             self._count(running=-1, trials_running=-is_trial, **{outcome: 1})
@@ -245,8 +255,9 @@ class Coordinator:
             self._prompts.release(job.claim)
             await route.close()
 
-    async def _events(self, job: Job, route: ResilientRoute) -> AsyncGenerator[JobEvent, None]:
+    async def _events(self, job: Job, route: ResilientRoute, entry: LoggedJob) -> AsyncGenerator[JobEvent, None]:
         """Yield the job's events; after the last one the route is closed."""
+        self._log_progress(job, route, entry)
         yield JobStarted(
             job_id=job.id,
             model=job.model.id,
@@ -261,13 +272,20 @@ class Coordinator:
         while finish is None:
             sampled = await route.next_token()
             job.output.add(sampled.token, trio.current_time())
+            self._log_progress(job, route, entry)
             self._prompts.release(job.claim)
             finish = sampled.finish_reason
             if finish is None and len(job.output.tokens) >= job.sampling.max_tokens:
                 finish = FinishReason.LENGTH  # the last stage should have reported it
             delta, finish = await output.add(sampled, finish)
             yield delta
-        yield replace(await self._finish(job, route, output.text, finish), stop_string=output.stop_string)
+        entry.result = await self._finish(job, route, output.text, finish)
+        yield replace(entry.result, stop_string=output.stop_string)
+
+    def _log_progress(self, job: Job, route: ResilientRoute, entry: LoggedJob) -> None:
+        self.log.progress(
+            entry, stages=route.stages, method=route.method, tokens=len(job.output.tokens), replays=route.replays
+        )
 
     async def _finish(self, job: Job, route: ResilientRoute, text: str, finish: FinishReason) -> JobResult:
         """Close the route, learn from the job, record it, and return its result."""

@@ -104,6 +104,21 @@ class ResilientRoute:
         """The peers that serve the job now."""
         return {stage.peer for stage in self._stages}
 
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """The stages of the route that is open, or was open last."""
+        return self._stages
+
+    @property
+    def method(self) -> str | None:
+        """The name of the method in force, once the votes agreed on one."""
+        return None if self._method is None else self._method.name
+
+    @property
+    def replays(self) -> int:
+        """How many stages were lost and replaced so far."""
+        return self._replays
+
     async def open(self) -> None:
         """Open a route for the rest of the job and send the tokens so far; try others where stages refuse.
 
