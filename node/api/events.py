@@ -13,7 +13,7 @@ from typing import Any, Final
 import trio
 from starlette.types import Receive, Scope, Send
 
-from node.api.endpoint import until_disconnect
+from node.api.endpoint import end_body, until_disconnect
 from node.api.errors import ApiError
 from node.api.interface import NodeView
 
@@ -62,7 +62,7 @@ class EventsEndpoint:
             nursery.start_soon(self._send_events, send)
             await self._node.stopping.wait()
             nursery.cancel_scope.cancel()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await end_body(send)
 
     async def _send_events(self, send: Send) -> None:
         sent: dict[str, str] = {}

@@ -9,6 +9,7 @@ class Samples(Generic[T]):
     """Samples at equal intervals. When they are too many, every second one goes, and the interval doubles."""
 
     def __init__(self, limit: int) -> None:
+        """`limit`: an even number."""
         self._limit = limit
         self._samples: list[T] = []
         self._stride = 1
@@ -23,6 +24,7 @@ class Samples(Generic[T]):
         self._samples.append(sample)
         if len(self._samples) >= self._limit:
             del self._samples[1::2]
+            self._skipped = self._stride  # the last one that stays is that long ago
             self._stride *= 2
 
     def all(self) -> list[T]:

@@ -87,10 +87,11 @@ def test_shows_three_peers_and_their_blocks(page: Page, swarm: list[Daemon]) -> 
     assert page.locator("#map .link").count() >= 2
     description = page.locator("#map-description").text_content() or ""
     assert description.startswith("3 peers")
-    models = panel(page, "Models")
-    expect(models).to_contain_text(MODEL)
-    expect(models).to_contain_text("complete")
-    assert models.locator(".blocks rect").count() == 30
+    model = panel(page, "Models").locator(".model").first
+    expect(model).to_contain_text(MODEL)
+    expect(model).to_contain_text("complete")
+    expect(model).to_contain_text("30 blocks, 1 peer each")
+    assert model.locator(".blocks rect").count() == 30
 
 
 def test_streams_answer_and_shows_job_on_its_way(page: Page) -> None:
@@ -222,7 +223,7 @@ def test_survives_the_death_of_a_peer(page: Page, swarm: list[Daemon]) -> None:
     swarm[2].kill()
     expect(page.locator("#map .peer.lost")).to_have_count(1)
     expect(page.locator("#peers tbody tr")).to_have_count(2)
-    models = panel(page, "Models")
+    models = panel(page, "Models").locator(".model").first
     expect(models).to_contain_text("incomplete")
     expect(models).to_contain_text("Blocks 20-30 are missing")
     expect(models.locator(".command code")).to_contain_text(f"--serve {MODEL}:20-30")

@@ -4,7 +4,7 @@ import { el, svg } from "./dom.js";
 
 const WIDTH = 360;
 const HEIGHT = 150;
-const LEFT = 40;
+const LEFT = 46;
 const RIGHT = 10;
 const TOP = 8;
 const BOTTOM = 18;

@@ -9,7 +9,7 @@ import { clearJobs, drawJobs, runningJobs, takeJobs, whenSelected } from "./jobs
 import "./join.js";
 import { drawLearning } from "./learning.js";
 import { drawMap, drawRoutes } from "./map.js";
-import { drawModels } from "./models.js";
+import { drawModels, isServed } from "./models.js";
 import { drawPeers } from "./peers.js";
 import { peersOf } from "./swarm.js";
 import "./theme.js";
@@ -53,7 +53,7 @@ function drawFigures(status, models) {
   const epochs = consensus.map((chain) => chain.epoch).filter((epoch) => epoch !== null);
   const figures = [
     ["Peers", count(peers.reached + 1), peers.known > peers.reached ? `${peers.known - peers.reached} not reached` : "with this one"],
-    ["Models", count(complete), `complete, of ${models.length}`],
+    ["Models", count(complete), `complete, of ${models.filter(isServed).length}`],
     ["Jobs", count(jobs.running), `running · ${count(jobs.done)} done${jobs.failed ? ` · ${count(jobs.failed)} failed` : ""}`],
     ["Tokens/s now", speed ? rate(speed) : "0", "from this node's jobs"],
     ["History", history ? count(history.count) : "–", history ? "observations" : "unreadable"],

@@ -51,7 +51,7 @@ export function drawRoutes(running) {
   }
   for (const [key, line] of layers.links.nodesByKey ?? []) line.classList.toggle("active", active.has(key));
   reconcile(layers.packets, still.matches ? [] : routes, (route) => route.id,
-    () => svg("circle", { class: "packet", r: 5 }), () => undefined);
+    () => svg("circle", { class: "packet", r: 6 }), () => undefined);
 }
 
 function tellChanges(peers, now) {
@@ -81,15 +81,17 @@ function place(peers, size) {
   const width = map.clientWidth || 800;
   const height = map.clientHeight || 350;
   map.setAttribute("viewBox", `0 0 ${width} ${height}`);
-  const radius = { x: Math.min(380, width / 2 - size.width / 2 - 14), y: height / 2 - size.height / 2 - 16 };
-  return new Map(peers.map((peer, index) => {
-    const angle = (2 * Math.PI * index) / peers.length - Math.PI / 2;
-    const alone = peers.length === 1;
-    return [peer.id, {
-      x: width / 2 + (alone ? 0 : radius.x * Math.cos(angle)),
-      y: height / 2 + (alone ? 0 : radius.y * Math.sin(angle)),
-    }];
-  }));
+  const angles = peers.map((_, index) => (2 * Math.PI * index) / peers.length - Math.PI / 2);
+  const across = spread(angles.map(Math.cos), width / 2, Math.min(380, width / 2 - size.width / 2 - 14));
+  const down = spread(angles.map(Math.sin), height / 2, height / 2 - size.height / 2 - 18);
+  return new Map(peers.map((peer, index) => [peer.id, { x: across[index], y: down[index] }]));
+}
+
+/** Spread values evenly over a range around a middle: a triangle, too, fills the whole height. */
+function spread(values, middle, reach) {
+  const [low, high] = [Math.min(...values), Math.max(...values)];
+  if (high - low < 1e-9) return values.map(() => middle);
+  return values.map((value) => middle + reach * ((2 * (value - low)) / (high - low) - 1));
 }
 
 function drawLinks(links) {

@@ -9,10 +9,21 @@ const LANE = 17;
 
 /** Draw all models. `gaps`: of `/swarm/status`. */
 export const drawModels = onChange((models, peers, gaps) => {
-  const list = models.map((model) => drawModel(model, peers, gaps.filter((gap) => gap.model === model.model)));
-  const empty = el("p", { class: "empty" }, "No peer serves a model yet.");
-  find("model-list").replaceChildren(...(list.length ? list : [empty]));
+  const drawAll = (list) => list.map((model) => drawModel(model, peers, gaps.filter((gap) => gap.model === model.model)));
+  const served = models.filter(isServed);
+  const cached = models.filter((model) => !isServed(model));
+  const list = drawAll(served);
+  if (!list.length) list.push(el("p", { class: "empty" }, "No peer serves a model yet."));
+  if (cached.length) {
+    const open = find("model-list").querySelector("details")?.open ?? !served.length;
+    const summary = el("summary", {}, `${plural(cached.length, "model")} in the cache of this node that nobody serves`);
+    list.push(el("details", { class: "cached", open }, summary, ...drawAll(cached)));
+  }
+  find("model-list").replaceChildren(...list);
 });
+
+/** Return whether any peer serves a part of a model. */
+export const isServed = (model) => model.coverage.some((peers) => peers > 0);
 
 function drawModel(model, peers, gaps) {
   const name = model.name || model.model.slice(0, 12);
@@ -53,7 +64,7 @@ function lanes(model, peers) {
       class: "lane", rx: 3, x: `${(100 * span.start) / total}%`, y: row * LANE + 2,
       width: `${(100 * (span.end - span.start)) / total}%`, height: LANE - 4,
     }),
-    svg("text", { x: `${(100 * (span.start + 0.15)) / total}%`, y: row * LANE + 12.5, dx: 5 }, `${blocks(span)} ${peer.label}`)));
+    svg("text", { x: `${(100 * (span.start + 0.15)) / total}%`, y: row * LANE + 12, dx: 5 }, `${blocks(span)} ${peer.label}`)));
   const text = held.map(([peer, span]) => `${peer.label} ${blocks(span)}`).join(", ");
   return svg("svg", {
     class: "lanes", height: bars.length * LANE, role: "img", "aria-label": `Who serves what: ${text || "nobody"}`,

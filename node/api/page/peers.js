@@ -13,7 +13,7 @@ export function drawPeers(peers) {
 function createRow(peer) {
   return el("tr", { title: peer.id },
     el("th", { scope: "row" }, el("i", { class: "dot" }), el("span", { class: "mono" })),
-    el("td"), ...Array.from({ length: 5 }, () => el("td", { class: "number" })), el("td", { class: "muted" }));
+    el("td", { class: "wrap" }), ...Array.from({ length: 5 }, () => el("td", { class: "number" })), el("td", { class: "muted" }));
 }
 
 function updateRow(row, peer) {

@@ -1,9 +1,9 @@
 """`/swarm/events`, and the documents that came with it."""
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from typing import Any, cast
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import httpx
 import trio
@@ -15,22 +15,32 @@ from protocol.identity import JobId
 from tests.unit.api.fakes import JOB, MODEL, FakeNode
 
 
+class Reader:
+    """Reads events from a connection of its own, as HTTP/1.0, which has no chunks."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self._received = b""
+
+    async def next(self) -> tuple[str, Any] | None:
+        """Return the name and the document of the next event; None at the end."""
+        while True:
+            while b"\n\n" not in self._received:
+                data = await self._stream.receive_some()
+                if not data:
+                    return None
+                self._received += data
+            lines, _, self._received = self._received.partition(b"\n\n")
+            if lines.startswith(b"event: "):
+                name, document = lines.decode().removeprefix("event: ").split("\ndata: ")
+                return name, json.loads(document)
+
+
 @asynccontextmanager
-async def reading(client: httpx.AsyncClient) -> AsyncIterator[AsyncIterator[tuple[str, Any]]]:
-    async with client.stream("GET", "/swarm/events") as answer:
-        assert answer.headers["content-type"].startswith("text/event-stream")
-
-        async def events() -> AsyncGenerator[tuple[str, Any], None]:
-            name = ""
-            async with aclosing(cast("AsyncGenerator[str, None]", answer.aiter_lines())) as lines:
-                async for line in lines:
-                    if line.startswith("event: "):
-                        name = line.removeprefix("event: ")
-                    elif line.startswith("data: "):
-                        yield name, json.loads(line.removeprefix("data: "))
-
-        async with aclosing(events()) as found:
-            yield found
+async def reading(client: httpx.AsyncClient) -> AsyncIterator[Reader]:
+    async with await trio.open_tcp_stream("127.0.0.1", client.base_url.port or 0) as stream:
+        await stream.send_all(b"GET /swarm/events HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
+        yield Reader(stream)
 
 
 async def test_events_begin_with_every_document_then_tell_what_changed(
@@ -40,29 +50,30 @@ async def test_events_begin_with_every_document_then_tell_what_changed(
         async with reading(client) as events:
             first: dict[str, Any] = {}
             while len(first) < 5:
-                name, document = await anext(events)
+                name, document = await events.next() or ("ended", {})
                 first[name] = document
             assert first["status"] == node.status_document()
             assert first["jobs"] == {"jobs": []}
             job = node.log.begin(JOB, MODEL, "tiny", is_trial=False, prompt_tokens=5)
-            name, document = await anext(events)
+            name, document = await events.next() or ("ended", {})
             assert (name, [each["state"] for each in document["jobs"]]) == ("jobs", ["opening"])
             node.log.progress(job, stages=(), method="baseline", tokens=3, replays=1)
-            name, document = await anext(events)
+            name, document = await events.next() or ("ended", {})
             assert [(each["state"], each["tokens"], each["replays"]) for each in document["jobs"]] == [
                 ("running", 3, 1)
             ]
             node.draining = True
-            name, document = await anext(events)
+            name, document = await events.next() or ("ended", {})
             assert (name, document["state"]) == ("status", "draining")
 
 
 async def test_events_end_when_node_stops(node: FakeNode, client: httpx.AsyncClient) -> None:
     with trio.fail_after(5):
         async with reading(client) as events:
-            await anext(events)
+            assert await events.next()
             node.stopping.set()
-            assert [name async for name, _ in events if name == "never"] == []
+            while await events.next():
+                pass
 
 
 async def test_slow_subscriber_gets_only_latest_state() -> None:
@@ -103,7 +114,7 @@ async def test_slow_subscriber_gets_only_latest_state() -> None:
 async def test_limits_subscribers(client: httpx.AsyncClient) -> None:
     async with AsyncExitStack() as stack:
         for _ in range(MAX_SUBSCRIBERS):
-            await stack.enter_async_context(client.stream("GET", "/swarm/events"))
+            assert await (await stack.enter_async_context(reading(client))).next()
         answer = await client.get("/swarm/events")
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "too_many_subscribers")
         assert "Retry-After" in answer.headers
