@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,9 @@ def swarm() -> Iterator[list[Daemon]]:
 
         first = start(0)
         join = ("--bootstrap", first.multiaddr)
-        daemons = [first, start(1, *join, "--api-key", API_KEY), start(2, *join)]
+        with ThreadPoolExecutor() as threads:
+            others = [threads.submit(start, 1, *join, "--api-key", API_KEY), threads.submit(start, 2, *join)]
+            daemons = [first, *(other.result() for other in others)]
         until(lambda: is_complete(first))
         yield daemons
 

@@ -5,7 +5,8 @@
   const nameOf = (element) => {
     const by = element.getAttribute("aria-labelledby")?.split(" ").map(textOf).join(" ").trim();
     const labels = [...(element.labels ?? [])].map((label) => label.textContent.trim()).join(" ");
-    return by || element.getAttribute("aria-label") || labels || element.textContent.trim();
+    const text = element.matches("input, select, textarea") ? "" : element.textContent.trim();
+    return by || element.getAttribute("aria-label") || labels || text;
   };
   for (const element of document.querySelectorAll("button, a, input, select, textarea, dialog, [role=region], [role=img], [role=log], section, aside, nav")) {
     if (!nameOf(element)) faults.push(`no name: ${element.outerHTML.slice(0, 80)}`);

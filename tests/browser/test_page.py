@@ -166,8 +166,10 @@ def test_copies_command_with_which_another_node_joins(browser: Browser, swarm: l
     allowed = ["clipboard-read", "clipboard-write"]
     with watched(browser, swarm[0].api_url, permissions=allowed) as page:
         page.get_by_role("button", name="Add a node").click()
-        page.get_by_role("button", name="Copy the command").click()
-        expect(page.locator("#announcer")).to_have_text("Command copied")
+        copy = page.get_by_role("dialog", name="Add a node").locator(".command button").first
+        expect(copy).to_be_focused()
+        copy.click()
+        expect(copy).to_have_accessible_name("Copied")
         copied = page.evaluate("() => navigator.clipboard.readText()")
         assert f"--bootstrap {swarm[0].multiaddr}" in copied
         assert f"--serve {MODEL}" in copied

@@ -75,24 +75,28 @@ export function announce(text) {
 
 /** Return a line with a command and a button that copies it. */
 export function commandLine(command) {
-  const button = el("button", { type: "button", "aria-label": `Copy the command ${command}` }, "Copy");
-  button.addEventListener("click", async () => {
-    const copied = await copy(command);
-    setText(button, copied ? "Copied" : "Press Ctrl+C");
-    announce(copied ? "Command copied" : "The command is selected");
-    setTimeout(() => setText(button, "Copy"), 2000);
-  });
   const code = el("code", {}, command);
+  const button = el("button", { type: "button" });
+  const show = (text, name) => {
+    setText(button, text);
+    button.setAttribute("aria-label", name);
+  };
+  button.addEventListener("click", async () => {
+    if (await copy(command, code)) show("Copied", "Copied");
+    else show("Press Ctrl+C", "The command is selected: press Control and C");
+    setTimeout(() => show("Copy", `Copy the command ${command}`), 2000);
+  });
+  show("Copy", `Copy the command ${command}`);
   return el("div", { class: "command" }, code, button);
+}
 
-  async function copy(text) {
-    try {
-      await navigator.clipboard.writeText(text);
-      return true;
-    } catch {
-      // Without a clipboard (plain HTTP on another machine) the text is selected for the user to copy.
-      getSelection().selectAllChildren(code);
-      return document.execCommand("copy");
-    }
+async function copy(text, node) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    // Without a clipboard (plain HTTP on another machine) the text is selected for the user to copy.
+    getSelection().selectAllChildren(node);
+    return document.execCommand("copy");
   }
 }
