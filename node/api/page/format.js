@@ -33,8 +33,19 @@ export const shortPeer = (peer) => `…${peer.slice(-6)}`;
 /** Return a range of blocks. */
 export const blocks = (span) => `${span.start}-${span.end}`;
 
-/** Return a method's switches, apart so that lines can break between them. */
-export const method = (name) => name.replaceAll("|", " · ").replaceAll("=", " ");
+/** Return a method in short: its engine, and the switches that are on. The full name has all of them. */
+export function method(name) {
+  const switches = new Map(name.split("|").map((each) => each.split("=")));
+  if (!switches.has("engine")) return name.replaceAll("|", " · ").replaceAll("=", " ");
+  const { engine, arithmetic, activations, ...rest } = Object.fromEntries(switches);
+  const parts = [[engine, arithmetic].filter(Boolean).join(" ")];
+  if (activations && activations !== "fp32") parts.push(`${activations} on the wire`);
+  for (const [key, value] of Object.entries(rest)) {
+    if (value === "on") parts.push(key.replaceAll("_", " "));
+    else if (!["off", "none", "auto"].includes(value)) parts.push(`${key.replaceAll("_", " ")} ${value}`);
+  }
+  return parts.join(" · ");
+}
 
 /** Return a time of day. */
 export const timeOfDay = (unixSeconds) => new Date(unixSeconds * 1000).toLocaleTimeString("en-GB");

@@ -96,6 +96,7 @@ function updateRow(row, job) {
   const now = timing ? (timing.tpot_s > 0 ? 1 / timing.tpot_s : 0) : job.state === "running" ? currentRate(job) : 0;
   setText(speed, now ? rate(now) : "–");
   setText(first, timing ? duration(timing.ttft_s) : "–");
+  how.title = job.method ?? "";
   how.classList.toggle("bad", Boolean(job.error));
   setText(how, job.error ?? (job.method ? method(job.method) : "–"));
 }

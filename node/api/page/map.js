@@ -32,7 +32,7 @@ export function drawMap(peers, models) {
   const shown = inOrder([...peers, ...farewells(peers, now)]).slice(0, MAX_PEERS);
   const size = shown.length > MAX_CARDS ? SMALL : CARD;
   places = place(shown, size);
-  const links = linksOf(shown.filter((peer) => !peer.lost));
+  const links = withRoutes(linksOf(shown.filter((peer) => !peer.lost)));
   drawLinks(links);
   drawLabels(links);
   const count = new Map(models.map((model) => [model.model, model.block_count]));
@@ -45,13 +45,25 @@ export function drawMap(peers, models) {
 export function drawRoutes(running) {
   const phases = new Map(routes.map((route) => [route.id, route.phase]));
   routes = running.filter((job) => job.peers.length > 0).map((job) => ({ ...job, phase: phases.get(job.id) ?? 0 }));
-  const active = new Set();
-  for (const route of routes) {
-    route.peers.forEach((peer, index) => active.add(keyOf(peer, route.peers[(index + 1) % route.peers.length])));
-  }
+  const active = new Set(hops().map(([a, b]) => keyOf(a, b)));
   for (const [key, line] of layers.links.nodesByKey ?? []) line.classList.toggle("active", active.has(key));
   reconcile(layers.packets, still.matches ? [] : routes, (route) => route.id,
     () => svg("circle", { class: "packet", r: 6 }), () => undefined);
+}
+
+/** Return the pairs of peers between which tokens pass now: a route is a cycle. */
+function hops() {
+  const pairs = routes.flatMap(({ peers }) => peers.map((peer, index) => [peer, peers[(index + 1) % peers.length]]));
+  return pairs.filter(([a, b]) => a !== b);
+}
+
+/** Add the hops of running jobs whose round trip nobody has announced yet. */
+function withRoutes(links) {
+  const known = new Map(links.map((link) => [keyOf(link.a, link.b), link]));
+  for (const [a, b] of hops()) {
+    if (!known.has(keyOf(a, b)) && places.has(a) && places.has(b)) known.set(keyOf(a, b), { a, b, rtt_s: null, announced: true });
+  }
+  return [...known.values()];
 }
 
 function tellChanges(peers, now) {

@@ -25,7 +25,7 @@ function describe({ consensus, selection, timing }) {
 function verdict(consensus, selection, timing) {
   const by = consensus.epoch === null ? "equal weights" : `${consensus.weighed ? "weighed by" : "not weighed by"} the reputations of epoch ${consensus.epoch}`;
   const facts = [
-    el("span", {}, "Agreed: ", el("b", { class: "mono" }, method(consensus.agreed))),
+    el("span", {}, "Agreed: ", el("b", { class: "mono", title: consensus.agreed }, method(consensus.agreed))),
     el("span", {}, `${consensus.votes.length} votes, ${by}`),
     el("span", {}, "Measured: ", el("b", {}, duration(timing.total_s))),
   ];
@@ -46,7 +46,7 @@ function table(consensus, selection, timing) {
   const rows = names.slice(0, MAX_METHODS).map((name) => {
     const each = predictions[name];
     return el("tr", { class: name === consensus.agreed ? "selected" : null },
-      el("th", { scope: "row", class: "method" }, method(name), name === consensus.agreed ? el("span", { class: "good" }, " ✓ agreed") : null),
+      el("th", { scope: "row", class: "method", title: name }, method(name), name === consensus.agreed ? el("span", { class: "good" }, " ✓ agreed") : null),
       el("td", { class: "number" }, each ? duration(each.cost_s) : "–"),
       el("td", {}, each ? range(each, worst, name === consensus.agreed ? timing.total_s : null) : "–"),
       el("td", { class: "number" }, each ? `${each.speedup.toFixed(2)}×` : "–"),
