@@ -106,6 +106,8 @@ def minor_of(message: ControlMessage) -> int:
     """Return the earliest version 1.x of the job protocol that can express a message."""
     if isinstance(message, TokenHistory | ProgressRequest | Progress):
         return 1
+    if isinstance(message, Open) and (message.request_id or message.trace_parent):
+        return 2
     if isinstance(message, Open) and message.sampling is not None:
         sampling = message.sampling
         if sampling.logprobs or sampling.json_schema:

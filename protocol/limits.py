@@ -40,6 +40,10 @@ MAX_TEMPERATURE: Final = 100.0
 MAX_LOGPROBS: Final = 21  # the log probability of a drawn token, and those of up to 20 likeliest tokens
 MAX_JSON_SCHEMA_BYTES: Final = 16 << 10  # a JSON Schema that the text of a job follows
 
+# For logs and traces
+MAX_REQUEST_ID_BYTES: Final = 128  # the id of the API request that a session is for
+MAX_TRACE_PARENT_BYTES: Final = 55  # a `traceparent` of W3C Trace Context
+
 # Votes on the method of a job
 MAX_BALLOTS: Final = MAX_STAGES + 1  # ballots on one job: of every stage, and the coordinator's
 MAX_VOTES: Final = 128  # methods in one vote

@@ -17,6 +17,8 @@ from node.api.errors import ApiError
 from node.api.events import EventsEndpoint
 from node.api.guard import Guard
 from node.api.interface import NodeView
+from node.api.measured import Measured
+from node.api.metrics import MetricsPage
 from node.api.ollama.requests import parse_chat, parse_generate
 from node.api.openai.requests import parse_chat_request, parse_completion_request
 from node.api.openai.responses import parse_response_request
@@ -27,7 +29,7 @@ from node.coordinator.submission import JobError
 
 
 def make_app(node: NodeView, access: Access) -> ASGIApp:
-    """Return the ASGI application of a node. With API keys, all but `/health` and the page's files require one."""
+    """Return the ASGI application of a node. With API keys, all but health and the page's files require one."""
     protocols: dict[str, Parse] = {
         "/v1/chat/completions": parse_chat_request,
         "/v1/completions": parse_completion_request,
@@ -44,6 +46,7 @@ def make_app(node: NodeView, access: Access) -> ASGIApp:
         *Pages(node).routes(),
         *PageFiles().routes(),
         Route("/swarm/events", EventsEndpoint(node), methods=["GET"]),
+        *MetricsPage(node, node.telemetry.metrics).routes(),
         Route("/swarm/bench", BenchEndpoint(node.bench), methods=["POST"]),
     ]
     handlers: dict[Any, Any] = {
@@ -52,7 +55,8 @@ def make_app(node: NodeView, access: Access) -> ASGIApp:
         HTTPException: _on_http_exception,
         Exception: _on_defect,
     }
-    return RequestIds(Guard(Starlette(routes=routes, exception_handlers=handlers), access, frozenset(protocols)))
+    guarded = Guard(Starlette(routes=routes, exception_handlers=handlers), access, frozenset(protocols))
+    return RequestIds(Measured(guarded, routes, node.telemetry))
 
 
 async def _on_api_error(request: Request, error: ApiError) -> JSONResponse:

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from node.api.errors import ApiError
 from node.api.generation import ChoiceStarted, Generation, GenerationEvent, Outcome, run_generation
-from node.coordinator.submission import JobError, Submitter
+from node.coordinator.submission import JobError, RequestOrigin, Submitter
 
 UNACCEPTED_S: Final = 9.0
 """Longest wait of the first keep-alive for a job's route to open: until then an error can still be a status."""
@@ -64,6 +64,7 @@ class GenerationEndpoint:
         """Answer one request. Raises ApiError before the response starts."""
         request = Request(scope, receive)
         generation, writer = self._parse(await request.body(), request.headers)
+        generation = generation.from_request(origin_of(scope))
         answer = self._stream if generation.stream else self._answer_whole
         await until_disconnect(receive, partial(answer, generation, writer, scope, receive, send))
 
@@ -110,6 +111,14 @@ class GenerationEndpoint:
                 elif waiting:
                     await stream.send(waiting)
                     waiting = b""
+
+
+def origin_of(scope: Scope) -> RequestOrigin:
+    """Return what logs and traces name a job's request by."""
+    state = scope["state"]
+    return RequestOrigin(
+        request_id=state["request_id"], endpoint=scope["path"], trace_parent=state.get("trace_parent", "")
+    )
 
 
 class EventStream:

@@ -19,6 +19,7 @@ from node.coordinator.submission import (
     JobRequest,
     JobResult,
     JobStarted,
+    RequestOrigin,
     Submitter,
     TextDelta,
     TokenLogprob,
@@ -45,6 +46,10 @@ class Generation:
     stream: bool = False
     details: bool = False
     rules: ParserRules = PLAIN_TEXT
+
+    def from_request(self, origin: RequestOrigin) -> "Generation":
+        """Return the same, with the request that it comes from."""
+        return replace(self, jobs=tuple(replace(job, origin=origin) for job in self.jobs))
 
 
 @dataclass(frozen=True, slots=True)

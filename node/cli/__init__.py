@@ -23,11 +23,12 @@ VERBS: Final[Mapping[str, tuple[str, str]]] = {
     "history": ("node.cli.history:history_group", "Export, import and verify the history of observations."),
     "doctor": ("node.cli.doctor:doctor", "Diagnose a node that cannot join, be reached or serve."),
     "evaluate": ("node.cli.evaluate:evaluate", "Evaluate the meta-model and baselines on a dataset."),
+    "config": ("node.cli.config:config", "Show or check the configuration of a node."),
     "keygen": ("node.cli.keygen:keygen", "Write the key of a private swarm."),
 }
 """Module and help of each verb: `metaswarm --help` imports none of them."""
 
-_CONFIGURED: Final = frozenset({"node", "doctor"})
+_CONFIGURED: Final = frozenset({"node", "doctor", "config"})
 """Verbs that refuse unknown METASWARM_… variables; others print a warning."""
 
 EXIT_FAILED: Final = 1

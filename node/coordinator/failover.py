@@ -72,6 +72,7 @@ class ResilientRoute:
         self._planner = services.planner
         self._services = services
         self._monitor = StragglerMonitor(job, services.planner, self._is_replaceable)
+        self._log = _logger.bind(job=job.id, request_id=job.request_id)
         self._route: OpenRoute | None = None
         self._method: Method | None = None
         """What the votes agreed on; kept on every later route, without speculation once a drafter was missing."""
@@ -100,23 +101,23 @@ class ResilientRoute:
         """When a replacement for a lagging stage was last searched for."""
 
     @property
+    def stages(self) -> Sequence[Stage]:
+        """The stages of the last route that was open."""
+        return self._stages
+
+    @property
     def peers(self) -> set[PeerId]:
         """The peers that serve the job now."""
         return {stage.peer for stage in self._stages}
 
     @property
-    def stages(self) -> Sequence[Stage]:
-        """The stages of the route that is open, or was open last."""
-        return self._stages
-
-    @property
-    def method(self) -> str | None:
-        """The name of the method in force, once the votes agreed on one."""
-        return None if self._method is None else self._method.name
+    def method(self) -> Method | None:
+        """The method in use; None before the votes."""
+        return self._method
 
     @property
     def replays(self) -> int:
-        """How many stages were lost and replaced so far."""
+        """Stages that were lost and replaced so far."""
         return self._replays
 
     async def open(self) -> None:
@@ -150,8 +151,9 @@ class ResilientRoute:
                 raise no_route(self._job, NoRouteError(()), self._avoided, self._outdated)
         if search.is_logged:
             waited_s = round(trio.current_time() - search.began_s, 1)
-            _logger.info("route found again", job=self._job.id, waited_s=waited_s)
+            self._log.info("route found again", waited_s=waited_s)
         self._is_accepted = True
+        self._job.output.routed_s = self._job.output.routed_s or trio.current_time()
         await self._close_previous()
 
     async def next_token(self) -> SampledToken:
@@ -240,8 +242,8 @@ class ResilientRoute:
     def _avoid(self, refusal: StageRefusal) -> None:
         """Keep the job away from a peer; an unreachable one counts as dead until its next heartbeat."""
         peer = refusal.peer
-        log = _logger.debug if peer in self._logged else _logger.info
-        log("stage not available", job=self._job.id, peer=peer, reason=refusal.message)
+        log = self._log.debug if peer in self._logged else self._log.info
+        log("stage not available", peer=peer, reason=refusal.message)
         self._logged.add(peer)
         if refusal.outdated:
             self._outdated[peer] = refusal
@@ -257,7 +259,7 @@ class ResilientRoute:
         not reach each other both live.
         """
         culprit = lost.blamed if lost.blamed in {stage.peer for stage in route.stages} else lost.reporter
-        _logger.info("stage lost", job=self._job.id, peer=culprit, reason=lost.reason, message=lost.message)
+        self._log.info("stage lost", peer=culprit, reason=lost.reason, message=lost.message)
         self._avoided[culprit] = StageRefusal(culprit, None, lost.message, lagged=lost.lagged)
         link_pool = self._services.link_pool
         is_ours = lost.reason is FailureReason.EXPIRED or lost.blamed == link_pool.peer_id != culprit
@@ -273,9 +275,7 @@ class ResilientRoute:
         try:
             await self._planner.route(self._need(leaving, self._open_route()))
         except NoRouteError:
-            _logger.info(
-                "leaving peer not replaced: no other serves its blocks", job=self._job.id, peers=sorted(leaving)
-            )
+            self._log.info("leaving peer not replaced: no other serves its blocks", peers=sorted(leaving))
             return
         self._replays += 1
         for peer in leaving:
@@ -308,7 +308,7 @@ class ResilientRoute:
         if not search.is_logged:
             search.is_logged = True
             missing = ", ".join(map(str, error.missing))
-            _logger.warning("no route left; waiting for a peer", job=job.id, model=job.model.name, blocks=missing)
+            self._log.warning("no route left; waiting for a peer", model=job.model.name, blocks=missing)
         if self._planner.could_serve(job.need(), self._services.swarm.expected(job.model.id)):
             search.candidates_seen_s = now_s
             return False

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -40,6 +40,9 @@ from selector.voting import tally, weights_of
 
 CLOSE_TIMEOUT_S = 1.0
 """How long the end of a job waits for its stages; a stage that misses it frees the session when the link breaks."""
+
+TRACED_SINCE_MINOR = 2
+"""The version of the job protocol since which stages get the request id and the trace of a job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +339,8 @@ class OpenRoute:
             try:
                 link = await self._link_pool.link_to(peer)
                 message = self._open_message(stage)
+                if link.minor < TRACED_SINCE_MINOR:
+                    message = replace(message, request_id="", trace_parent="")
                 if minor_of(message) > link.minor:
                     why = f"speaks version 1.{link.minor} of the job protocol, which lacks a sampling option of the job"
                     refusals[stage] = StageRefusal(peer, RefusalReason.UNABLE, why, outdated=True)
@@ -400,6 +405,8 @@ class OpenRoute:
             sampling=request.sampling if is_last else None,
             continues=self._continued.get(self.stages[stage]),
             background=request.background,
+            request_id=request.request_id,
+            trace_parent=request.trace_parent,
         )
 
 

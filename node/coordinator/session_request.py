@@ -26,7 +26,7 @@ class SessionRequest:
     """The request for a session on every stage of a route.
 
     `methods`: by name, the coordinator's preference first. `choice`: votes for the coordinator once the stages have.
-    `agreed`: what the swarm has agreed about the model.
+    `agreed`: what the swarm has agreed about the model. `request_id`, `trace_parent`: see `Open`.
     """
 
     model: ModelId
@@ -38,6 +38,8 @@ class SessionRequest:
     sampling: Sampling
     background: bool = False
     agreed: Agreement | None = None
+    request_id: str = ""
+    trace_parent: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +80,8 @@ async def request_sessions(
         sampling=replace(job.sampling, max_tokens=job.tokens_left),
         background=job.request.background,
         agreed=services.swarm.agreed(job.model.id),
+        request_id=job.request_id,
+        trace_parent=job.trace_parent,
     )
 
 

@@ -112,6 +112,15 @@ class ChatMessage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOrigin:
+    """The API request that a job comes from, for logs and traces: its id, its path, and its span as `traceparent`."""
+
+    request_id: str = ""
+    endpoint: str = ""
+    trace_parent: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobRequest:
     """A user's request. Exactly one of `prompt`, `prompt_tokens` and `messages` is given.
 
@@ -123,7 +132,8 @@ class JobRequest:
     a method by its switches. `background`: gives way to other jobs. `echo`: whether JobStarted has the prompt's text.
     `top_logprobs`: report the log probability of each token, and those of so many likeliest ones; None for neither.
     `tools`: that the model may call, as the OpenAI API describes them. `template_options`: for the chat template.
-    `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text.
+    `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text. `origin`: the API
+    request that it comes from.
     Sampling: `node.engine.sampling`.
     """
 
@@ -153,6 +163,7 @@ class JobRequest:
     json_schema: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    origin: RequestOrigin = RequestOrigin()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from node.links.inbound_link import InboundLink
 from node.stages.outbox import Outbox, Output, StepLoop, max_rows
 from node.stages.replay_buffer import ReplayBuffer, ReplayMemory, ResumableState
 from node.stages.scheduler import Work
+from node.stages.session_report import SessionPhases, SessionReport
 from node.stages.speculation import Drafter, DraftTracker
 from node.stages.voter import Agreement
 from protocol.identity import PeerId, SessionId
@@ -69,6 +70,10 @@ class StageSession:
         """Set when the request is answered."""
         self.opened_s = 0.0
         """When it was opened, from which on it may begin."""
+        self.phases = SessionPhases()
+        """What was done for it."""
+        self.cached_rows = 0
+        """Positions that the engine held when it began."""
         self.votes: Mapping[str, float] = {}
         self.agreement: Agreement | None = None
         """What the swarm had agreed when it was opened."""
@@ -160,7 +165,7 @@ class StageSession:
             )
         self.method = self.state.method = method
         self._forward_from = message.onward
-        self._reached = message.start
+        self._reached = self.cached_rows = message.start
         self._queued = self.state.computed
         early, self._early = self._early, []
         for part, tensor, link in early:
@@ -181,6 +186,26 @@ class StageSession:
             self._tracker.close()
         for source in self._sources - {self.opened_by}:
             source.forget(self.id)
+
+    def report(self) -> SessionReport | None:
+        """Return what was done for the session; None if it never began."""
+        if self.method is None:
+            return None
+        return SessionReport(
+            job=self.id.job,
+            request_id=self.request.request_id,
+            trace_parent=self.request.trace_parent,
+            coordinator=self.opened_by.peer,
+            model=self.info.model,
+            blocks=self.info.blocks,
+            method=self.method.name,
+            opened_s=self.opened_s,
+            ended_s=trio.current_time(),
+            cached_rows=self.cached_rows,
+            phases=self.phases,
+            bytes_in=self.state.counters.bytes_in,
+            bytes_out=self.state.counters.bytes_out,
+        )
 
     def progress(self) -> Progress:
         """Return how far the session has come: what has not left yet is in the outbox."""
@@ -335,10 +360,12 @@ class StageSession:
             history=history,
         )
 
-    def on_computed(self, work: Work[InboundLink], compute_s: float) -> None:
-        """Count rows that were computed. `compute_s`: their share of the step."""
+    def on_computed(self, work: Work[InboundLink], compute_s: float, queue_s: float) -> None:
+        """Count rows that were computed. `compute_s`: their share of the step, for which they waited `queue_s`."""
         state, counters = self.state, self.state.counters
-        self.active_s = trio.current_time()
+        self.active_s = now_s = trio.current_time()
+        phase = self.phases.prefill if work.is_prefill else self.phases.decode
+        phase.add(work.rows, compute_s, queue_s, work.arrived_s, now_s)
         counters.steps += 1
         counters.rows += work.rows
         counters.compute_s += compute_s

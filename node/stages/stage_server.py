@@ -20,6 +20,7 @@ from node.stages.replay_buffer import REPLAY_BYTES
 from node.stages.scheduler import PolicyController
 from node.stages.session import StageSession
 from node.stages.session_admission import SessionAdmission
+from node.stages.session_report import NoStageObserver, StageObserver
 from node.stages.span import Span, SpanTable
 from node.stages.speculation import Drafter, PromptLookup
 from node.stages.voter import Agreement, Voter, tally_fault
@@ -64,6 +65,8 @@ class StageServer:
         returns what the swarm has agreed about a model.
         """
         self.link_pool = LinkPool(network, agent, self)
+        self.observer: StageObserver = NoStageObserver()
+        """Of the spans that are served from now on."""
         self._table = SpanTable()
         self._records = PeerPenalties()
         self._admission = SessionAdmission(self._table, self.link_pool, self._records, voter, agreed)
@@ -120,7 +123,7 @@ class StageServer:
         if key in spans:
             raise EngineError(f"blocks {engine.info.blocks} are served already")
         span = spans[key] = Span(
-            engine, self.link_pool, self._session_ended, self._controller(), replay_bytes, self._records
+            engine, self.link_pool, self._session_ended, self._controller(), replay_bytes, self._records, self.observer
         )
         try:
             async with trio.open_nursery() as nursery:

@@ -135,6 +135,8 @@ def opens(draw: st.DrawFn) -> Open:
         feedback=feedback,
         sampling=sampling,
         background=draw(st.booleans()),
+        request_id=draw(st.sampled_from(["", "req_1"])),
+        trace_parent=draw(st.sampled_from(["", f"00-{'ab' * 16}-{'cd' * 8}-01"])),
     )
 
 

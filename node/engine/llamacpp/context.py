@@ -34,7 +34,7 @@ PASS_ROWS: Final = 60
 """Of those that it computes at once (n_ubatch). From 64 rows on its flash attention, which calculates row by row, takes
 another way with other rounding: a prompt would have other keys and values in chunks, or beside other sessions."""
 
-FIRST_POSITIONS: Final = 2048
+FIRST_POSITIONS: Final = 512
 """KV memory has room for so many at first, and doubles when sessions fill it: llama.cpp writes to all of it at once, so
 that it is resident whether or not a session ever needs it."""
 

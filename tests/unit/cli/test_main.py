@@ -28,7 +28,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"metaswarm {verb}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", sorted({*VERBS} - {"history", "model"}))
+@pytest.mark.parametrize("verb", sorted({*VERBS} - {"config", "history", "model"}))
 def test_every_verb_has_json(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([verb, "--help"]) == 0
     assert "--json" in capsys.readouterr().out
