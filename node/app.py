@@ -1,6 +1,7 @@
 """The daemon: one tree of tasks, from the checks at the start to the drain at the end."""
 
 import os
+import shlex
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -13,11 +14,13 @@ import trio
 
 from node.api.access import Access
 from node.api.application import make_app
+from node.api.interface import JoinDocument
 from node.api.server import serve as serve_api
 from node.api.server import url_of
 from node.assembly import NodeParts, build_node, is_busy
-from node.config import APPLICATION, READY_FILE, ApiKey, NodeConfig, NodeReady, StartError, hash_api_key
+from node.config import APPLICATION, READY_FILE, ApiKey, NodeConfig, NodeReady, ServeSpec, StartError, hash_api_key
 from node.engine.device import Device, DeviceError, find_devices
+from node.joining import join_elsewhere, join_here
 from node.models.files import Progress, ignore_progress
 from node.network.interface import NetworkError
 from node.selection.adoption_trials import AdoptionTrials
@@ -56,13 +59,14 @@ class Node:
         self._telemetry = Telemetry(parts.serving.library.name_of, tracer)
         parts.client.coordinator.observer = self._telemetry
         parts.serving.stages.observer = self._telemetry
-        self._view = StatusView(parts, [str(spec) for spec in config.serve], self._telemetry)
+        self._ready: NodeReady | None = None
+        self._view = StatusView(parts, [str(spec) for spec in config.serve], self._telemetry, self._join_commands)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[NodeReady]:
         """Run the node inside the block, which begins once the API answers and every span is loaded."""
         config, network = self._config, self._parts.network.network
-        api_stop, started = trio.Event(), trio.Event()
+        api_stop, started = self._view.stopping, trio.Event()
         async with self._telemetry.running(), network.running(), trio.open_nursery() as api_nursery:
             serve = partial(serve_api, make_app(self._view, _access(config)), config.api_host, config.api_port)
             port = await api_nursery.start(partial(serve, stop=api_stop))
@@ -76,11 +80,22 @@ class Node:
                 if not config.serve:
                     _logger.warning("this node serves no blocks; --serve MODEL serves some")
                 started.set()
-                yield NodeReady(
+                self._ready = NodeReady(
                     peer_id=network.peer_id, multiaddrs=network.multiaddrs, api_url=self._view.api_url, pid=os.getpid()
                 )
+                yield self._ready
                 nursery.cancel_scope.cancel()
             api_stop.set()
+
+    def _join_commands(self, serve: ServeSpec | None) -> JoinDocument:
+        """Return the commands with which another node joins; none before this one is ready."""
+        if self._ready is None or not self._ready.multiaddrs:
+            return {"here": None, "elsewhere": None}
+        elsewhere = join_elsewhere(self._config, self._ready, serve)
+        return {
+            "here": shlex.join(join_here(self._config, self._ready, serve)),
+            "elsewhere": None if elsewhere is None else shlex.join(elsewhere),
+        }
 
     def _tasks(self, started: trio.Event) -> list[tuple[Callable[..., Awaitable[None]], *tuple[object, ...]]]:
         """Return the tasks that run as long as the node."""
@@ -88,6 +103,7 @@ class Node:
         network, swarm, selection = parts.network, parts.swarm, parts.selection
         busy = partial(is_busy, parts.client.coordinator, parts.serving.stages)
         tasks: list[tuple[Callable[..., Awaitable[None]], *tuple[object, ...]]] = [
+            (self._view.sample_loop,),
             (swarm.membership.run,),
             (swarm.announce_placements,),
             (swarm.announcer.run,),

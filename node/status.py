@@ -1,30 +1,38 @@
 """The documents of `/swarm/…`, from the parts of a node."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, cast
+from typing import Any, Final, TypedDict, cast
 
 import trio
 
-from node.api.explanation import explain, selection_status
+from node.api.explanation import explain, past_decisions, selection_status
 from node.api.interface import (
     BanDocument,
     ChainStatus,
     Explanation,
     GapDocument,
     HistoryStatus,
+    JobDocument,
+    JoinDocument,
+    LearningDocument,
     LineageQuality,
     ModelDocument,
     NodeStatus,
     PeerCounts,
     PeerJobs,
     PeerSessions,
+    PeerSpan,
     PeerStatus,
+    Sample,
     SpanDocument,
     SpanSummary,
+    StatementDocument,
 )
+from node.api.job_document import describe_logged_job
 from node.assembly import AGENT, NodeParts
+from node.config import ServeSpec
 from node.consensus.chain_node import ChainNode
 from node.coordinator.submission import JobRequest
 from node.stages.memory_admission import span_bytes_for
@@ -32,18 +40,42 @@ from node.stages.peer_penalties import StagePeerStatistics
 from node.stages.span import Span
 from node.storage.database import StorageError
 from node.telemetry.observer import Telemetry
+from node.util.samples import Samples
+from protocol.announcements import ServedSpan
+from protocol.capabilities import hardware_class
+from protocol.consensus_values import Statement
 from protocol.identity import BlockRange, ModelId, PeerId
+from selector.consensus.chain import ChainEntry
 from selector.consensus.reputation import WEIGHT_SCALE
 from selector.cuts import Cuts
 from selector.reliability import PeerRecord
+
+SAMPLE_INTERVAL_S: Final = 10.0
+MAX_SAMPLES: Final = 360
+CHARTED_DECISIONS: Final = 200
+
+
+class _Announced(TypedDict):
+    """The part of PeerStatus that comes from a peer's capabilities."""
+
+    neighbours: dict[str, float]
+    hardware: str | None
 
 
 class StatusView:
     """Implements `NodeView`."""
 
-    def __init__(self, parts: NodeParts, serve: Sequence[str], telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        parts: NodeParts,
+        serve: Sequence[str],
+        telemetry: Telemetry,
+        join: Callable[[ServeSpec | None], JoinDocument],
+    ) -> None:
         self.api_url = ""
+        self.stopping = trio.Event()
         self.telemetry = telemetry
+        self.join = join
         self.submitter = parts.client.coordinator
         self.bench = parts.client.trials.run
         self._parts = parts
@@ -53,6 +85,7 @@ class StatusView:
         self._stages = parts.serving.stages
         self._library = parts.serving.library
         self._started_s = time.monotonic()
+        self._samples: Samples[Sample] = Samples(MAX_SAMPLES)
 
     async def status(self) -> NodeStatus:
         """Return the status of this node."""
@@ -144,7 +177,7 @@ class StatusView:
         }
 
     def _chain_status(self, model: ModelId, chain: ChainNode) -> ChainStatus:
-        agreement = chain.agreement
+        agreement, now_s = chain.agreement, chain.now_s()
         weight = agreement.weights.get(self._network.peer_id) if agreement else None
         return {
             "model": model,
@@ -157,6 +190,10 @@ class StatusView:
             "firm_cells": sum(entry.firm for entry in agreement.table.values()) if agreement else 0,
             "weight": None if weight is None else round(weight / WEIGHT_SCALE, 3),
             "measured": chain.measured,
+            "current_epoch": chain.clock.epoch_at(now_s),
+            "epoch_s": chain.clock.epoch_s,
+            "phase": chain.clock.phase_at(now_s),
+            "statements": [_statement(entry, entry.statement) for entry in chain.recent if entry.statement],
         }
 
     def _bans(self) -> dict[PeerId, BanDocument]:
@@ -200,14 +237,63 @@ class StatusView:
                     "reached": peer in reached,
                     "leaving": peer in leaving,
                     "rtt_s": self._membership.round_trip_s(peer),
+                    **self._announced(peer),
                     "last_seen_s": round(now_s - entry.last_heard_s, 3) if entry else None,
-                    "spans": [self._span_summary(span.model, span.blocks) for span in (entry.spans if entry else ())],
+                    "spans": [self._peer_span(span) for span in (entry.spans if entry else ())],
                     "banned": bans.get(peer),
                     "sessions": _sessions(sessions[peer]) if peer in sessions else None,
                     "jobs": _jobs(jobs[peer]) if peer in jobs else None,
                 }
             )
         return peers
+
+    def _peer_span(self, span: ServedSpan) -> PeerSpan:
+        load = span.load
+        return {
+            **self._span_summary(span.model, span.blocks),
+            "sessions": load.sessions,
+            "queued_rows": load.queued_rows,
+            "free_positions": load.free_positions,
+            "step_s": load.step_s,
+        }
+
+    def _announced(self, peer: PeerId) -> _Announced:
+        """Return what a peer announces of its links and its hardware."""
+        known = self._parts.swarm.announcer.known(peer)
+        links = known.links if known else None
+        return {
+            "neighbours": {
+                each.peer: each.round_trip_s for each in (links.neighbours if links else ()) if each.round_trip_s
+            },
+            "hardware": hardware_class(known) if known else None,
+        }
+
+    def jobs(self, after: int = 0) -> tuple[list[JobDocument], int]:
+        """Return the recent jobs that changed after a revision, and the revision now."""
+        log = self.submitter.log
+        return [describe_logged_job(job) for job in log.changed_since(after)], log.revision
+
+    def learning(self) -> LearningDocument:
+        """Return how the history grew, and how past choices turned out."""
+        return {
+            "samples": self._samples.all(),
+            "past": past_decisions(self._parts.selection.chooser.decisions, CHARTED_DECISIONS),
+        }
+
+    async def sample_loop(self) -> None:
+        """Sample the node's figures until cancelled."""
+        while True:
+            history, decisions = await self._history_status(), self._parts.selection.chooser.decisions
+            if history is not None:
+                sample: Sample = {
+                    "at": round(time.time(), 1),
+                    "observations": history["count"],
+                    "peers": len(self._membership.directory.reached()),
+                    "jobs": self.submitter.statistics.done,
+                    "regret_s": round(sum(selection.regret_s for _, selection in decisions), 3),
+                }
+                self._samples.add(sample)
+            await trio.sleep(SAMPLE_INTERVAL_S)
 
     def models(self) -> list[ModelDocument]:
         """Return the models that peers serve or that are in the local cache."""
@@ -243,11 +329,13 @@ class StatusView:
 
     def _served_span(self, span: Span) -> SpanDocument:
         info = span.info
-        statistics = span.engine.statistics()
+        statistics, load = span.engine.statistics(), span.load()
         return {
             **self._span_summary(info.model, info.blocks),
             "block_count": info.block_count,
-            "sessions": len(span.sessions),
+            "sessions": load.sessions,
+            "queued_rows": load.queued_rows,
+            "step_s": load.step_s,
             "device": info.device,
             "reserved_positions": statistics.reserved_positions,
             "kv_positions": info.kv_positions,
@@ -274,3 +362,18 @@ def _sessions(asked: StagePeerStatistics) -> PeerSessions:
 def _jobs(shown: PeerRecord) -> PeerJobs:
     rounded = replace(shown, trust=round(shown.trust, 3), avoided_s=round(shown.avoided_s, 3))
     return cast("PeerJobs", asdict(rounded))
+
+
+def _statement(entry: ChainEntry, statement: Statement) -> StatementDocument:
+    return {
+        "epoch": entry.epoch,
+        "statement": entry.id.hex(),
+        "proposer": statement.proposer,
+        "committee": len(entry.committee),
+        "signatures": len(entry.signers),
+        "members": len(entry.members),
+        "joined": len(statement.joined),
+        "left": len(statement.left),
+        "expelled": len(statement.expelled),
+        "commits": len(statement.commits),
+    }

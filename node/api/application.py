@@ -14,6 +14,7 @@ from node.api.anthropic.requests import parse_message_request
 from node.api.bench import BenchEndpoint
 from node.api.endpoint import GenerationEndpoint, Parse
 from node.api.errors import ApiError
+from node.api.events import EventsEndpoint
 from node.api.guard import Guard
 from node.api.interface import NodeView
 from node.api.measured import Measured
@@ -21,13 +22,14 @@ from node.api.metrics import MetricsPage
 from node.api.ollama.requests import parse_chat, parse_generate
 from node.api.openai.requests import parse_chat_request, parse_completion_request
 from node.api.openai.responses import parse_response_request
+from node.api.page_files import PageFiles
 from node.api.pages import Pages
 from node.api.request_id import RequestIds
 from node.coordinator.submission import JobError
 
 
 def make_app(node: NodeView, access: Access) -> ASGIApp:
-    """Return the ASGI application of a node. With API keys, every page but those of health requires one."""
+    """Return the ASGI application of a node. With API keys, all but health and the page's files require one."""
     protocols: dict[str, Parse] = {
         "/v1/chat/completions": parse_chat_request,
         "/v1/completions": parse_completion_request,
@@ -42,6 +44,8 @@ def make_app(node: NodeView, access: Access) -> ASGIApp:
             for path, parse in protocols.items()
         ),
         *Pages(node).routes(),
+        *PageFiles().routes(),
+        Route("/swarm/events", EventsEndpoint(node), methods=["GET"]),
         *MetricsPage(node, node.telemetry.metrics).routes(),
         Route("/swarm/bench", BenchEndpoint(node.bench), methods=["POST"]),
     ]

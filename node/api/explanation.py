@@ -109,11 +109,12 @@ def explain(considered: Considered, chooser: LearnedChooser, model: ModelStatus 
         "selection": selection_status(chooser, model),
         "methods": methods,
         "agreed": considered.agreed,
-        "past": _past_decisions(chooser.decisions),
+        "past": past_decisions(chooser.decisions, RECENT),
     }
 
 
-def _past_decisions(decisions: Collection[tuple[JobOutcome, Selection]]) -> PastDecisions:
+def past_decisions(decisions: Collection[tuple[JobOutcome, Selection]], limit: int) -> PastDecisions:
+    """Return how past choices turned out, with the last `limit` ones."""
     recent: list[PastDecision] = [
         {
             "job_id": outcome.job_id,
@@ -124,7 +125,7 @@ def _past_decisions(decisions: Collection[tuple[JobOutcome, Selection]]) -> Past
             "actual_s": outcome.total_s,
             "regret_s": selection.regret_s,
         }
-        for outcome, selection in reversed(list(decisions)[-RECENT:])
+        for outcome, selection in reversed(list(decisions)[-limit:])
     ]
     errors = [abs(math.log(outcome.total_s / selection.predicted_s)) for outcome, selection in decisions]
     return {

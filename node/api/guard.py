@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from node.api.access import Access, KeyRing, KeyUse
 from node.api.errors import ApiError
+from node.api.page_files import is_page
 from node.config import is_loopback
 
 MAX_BODY_BYTES: Final = 8 << 20
@@ -88,7 +89,7 @@ class Guard:
 
     def _check(self, path: str, headers: Headers) -> KeyUse | None:
         """Return the use of the key that a request has, if keys are needed. Raises ApiError."""
-        if path in PUBLIC:
+        if path in PUBLIC or is_page(path):
             return None
         if self._keys is not None:
             scheme, _, key = headers.get("authorization", "").partition(" ")

@@ -3,6 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
+from node.api.interface import JobDocument
+from node.coordinator.job_log import LoggedJob
 from node.coordinator.submission import JobResult, JobTrace
 
 
@@ -23,6 +25,25 @@ def describe_job(result: JobResult) -> dict[str, Any]:
         "replays": result.replays,
         "token_ids": list(result.token_ids),
         "trace": None if result.trace is None else _describe_trace(result.trace),
+    }
+
+
+def describe_logged_job(job: LoggedJob) -> JobDocument:
+    """Return a job as `/swarm/jobs` lists it."""
+    return {
+        "job_id": job.id,
+        "model": job.model,
+        "name": job.model_name,
+        "state": job.state.value,
+        "trial": job.is_trial,
+        "submitted_at": round(job.submitted_s, 3),
+        "prompt_tokens": job.prompt_tokens,
+        "tokens": job.tokens,
+        "route": [{"peer": stage.peer, "start": stage.blocks.start, "end": stage.blocks.end} for stage in job.stages],
+        "method": job.method,
+        "replays": job.replays,
+        "error": job.error,
+        "details": None if job.result is None else describe_job(job.result),
     }
 
 

@@ -16,6 +16,7 @@ import trio
 
 from node.coordinator.failover import ResilientRoute, no_route
 from node.coordinator.job import Job
+from node.coordinator.job_log import JobLog, JobState, LoggedJob
 from node.coordinator.job_report import JobObserver, NoJobObserver, RunningJob
 from node.coordinator.method_choice import Choice, Chooser, QualityStore, admitted_methods
 from node.coordinator.observation import Recorder, ServedJob
@@ -113,6 +114,7 @@ class Coordinator:
         )
         self._routes: dict[JobId, ResilientRoute] = {}
         self.statistics = CoordinatorStatistics()
+        self.log = JobLog()
         self._idle = trio.Event()
         self._idle.set()
 
@@ -152,10 +154,14 @@ class Coordinator:
         outcome = "cancelled"
         code: JobErrorCode | None = None
         reason = ""
+        entry: LoggedJob | None = None
         try:
             running.job = job = replace(await self._prepare(request, on_served=on_served), trace_parent=trace_parent)
             running.prepared_s = trio.current_time()
-            async with self._routed(job, running) as route, aclosing(self._events(job, route)) as events:
+            entry = self.log.begin(
+                job.id, job.model.id, job.model.name, is_trial=is_trial, prompt_tokens=len(job.prompt)
+            )
+            async with self._routed(job, running) as route, aclosing(self._events(job, route, entry)) as events:
                 yield events
                 outcome = "done" if route.is_finished else "cancelled"
         except JobError as error:
@@ -164,6 +170,8 @@ class Coordinator:
             outcome = "cancelled" if is_preempted else "rejected" if code in CLIENT_MISTAKES else "failed"
             raise
         finally:
+            if entry is not None:
+                self.log.end(entry, JobState.FAILED if outcome == "rejected" else JobState(outcome), reason or None)
             self.observer.on_job_ended(running.report(outcome, trio.current_time(), code, reason))
             if is_trial:
                 outcome = "trials_done" if outcome == "done" else "trials_failed"
@@ -253,8 +261,9 @@ class Coordinator:
             self._prompts.release(job.claim)
             await route.close()
 
-    async def _events(self, job: Job, route: ResilientRoute) -> AsyncGenerator[JobEvent, None]:
+    async def _events(self, job: Job, route: ResilientRoute, entry: LoggedJob) -> AsyncGenerator[JobEvent, None]:
         """Yield the job's events; after the last one the route is closed."""
+        self._log_progress(job, route, entry)
         yield JobStarted(
             job_id=job.id,
             model=job.model.id,
@@ -269,13 +278,21 @@ class Coordinator:
         while finish is None:
             sampled = await route.next_token()
             job.output.add(sampled.token, trio.current_time())
+            self._log_progress(job, route, entry)
             self._prompts.release(job.claim)
             finish = sampled.finish_reason
             if finish is None and len(job.output.tokens) >= job.sampling.max_tokens:
                 finish = FinishReason.LENGTH  # the last stage should have reported it
             delta, finish = await output.add(sampled, finish)
             yield delta
-        yield replace(await self._finish(job, route, output.text, finish), stop_string=output.stop_string)
+        entry.result = await self._finish(job, route, output.text, finish)
+        yield replace(entry.result, stop_string=output.stop_string)
+
+    def _log_progress(self, job: Job, route: ResilientRoute, entry: LoggedJob) -> None:
+        method = route.method.name if route.method else None
+        self.log.progress(
+            entry, stages=route.stages, method=method, tokens=len(job.output.tokens), replays=route.replays
+        )
 
     async def _finish(self, job: Job, route: ResilientRoute, text: str, finish: FinishReason) -> JobResult:
         """Close the route, learn from the job, record it, and return its result."""

@@ -11,9 +11,21 @@ import trio
 
 from node.api.access import Access
 from node.api.application import make_app
-from node.api.interface import Explanation, ModelDocument, NodeStatus, PeerStatus, SelectionStatus
+from node.api.interface import (
+    Explanation,
+    JobDocument,
+    JoinDocument,
+    LearningDocument,
+    ModelDocument,
+    NodeStatus,
+    PeerStatus,
+    Sample,
+    SelectionStatus,
+)
+from node.api.job_document import describe_logged_job
 from node.api.server import serve
-from node.config import ApiKey, hash_api_key
+from node.config import ApiKey, ServeSpec, hash_api_key
+from node.coordinator.job_log import JobLog
 from node.coordinator.observation import ServedJob
 from node.coordinator.submission import (
     ChatFormat,
@@ -168,6 +180,18 @@ class FakeNode:
     not_ready: tuple[str, ...] = ()
     """Why it is not ready."""
     telemetry: Telemetry = field(default_factory=lambda: Telemetry(lambda model: "tiny"))
+    stopping: trio.Event = field(default_factory=trio.Event)
+    log: JobLog = field(default_factory=JobLog)
+
+    def jobs(self, after: int = 0) -> tuple[list[JobDocument], int]:
+        return [describe_logged_job(job) for job in self.log.changed_since(after)], self.log.revision
+
+    def learning(self) -> LearningDocument:
+        sample: Sample = {"at": 1_700_000_000.0, "observations": 7, "peers": 2, "jobs": 2, "regret_s": 0.5}
+        return {"samples": [sample], "past": {"jobs": 0, "typical_error": None, "mean_regret_s": 0.0, "recent": []}}
+
+    def join(self, serve: ServeSpec | None) -> JoinDocument:
+        return {"here": f"metaswarm node --serve {serve or 'tiny'}", "elsewhere": None}
 
     async def bench(self, spec: TrialSpec) -> Trial:
         """Measure every job as half as long as the baseline's, to within a tenth."""
@@ -230,6 +254,8 @@ class FakeNode:
                     "end": 4,
                     "block_count": 8,
                     "sessions": 1,
+                    "queued_rows": 0,
+                    "step_s": 0.004,
                     "reserved_positions": 64,
                     "kv_positions": 4096,
                     "engine": None,
@@ -261,6 +287,23 @@ class FakeNode:
                     "firm_cells": 10,
                     "weight": 2.303,
                     "measured": 4,
+                    "current_epoch": 2916667,
+                    "epoch_s": 600.0,
+                    "phase": "measure",
+                    "statements": [
+                        {
+                            "epoch": 2916666,
+                            "statement": "5b" * 32,
+                            "proposer": PEERS[1],
+                            "committee": 3,
+                            "signatures": 3,
+                            "members": 3,
+                            "joined": 1,
+                            "left": 0,
+                            "expelled": 0,
+                            "commits": 3,
+                        }
+                    ],
                 }
             ],
             "selection": SELECTION,
@@ -317,8 +360,21 @@ class FakeNode:
                 "reached": True,
                 "leaving": False,
                 "rtt_s": 0.0012,
+                "neighbours": {},
+                "hardware": "cpu-avx2",
                 "last_seen_s": 0.4,
-                "spans": [{"model": MODEL, "name": "tiny", "start": 4, "end": 8}],
+                "spans": [
+                    {
+                        "model": MODEL,
+                        "name": "tiny",
+                        "start": 4,
+                        "end": 8,
+                        "sessions": 2,
+                        "queued_rows": 0,
+                        "free_positions": 512,
+                        "step_s": 0.003,
+                    }
+                ],
                 "banned": {"left_s": 7.0, "reason": "a bad signature"},
                 "sessions": {
                     "opened": 9,
