@@ -24,13 +24,13 @@ from node.links.inbound_link import InboundLink
 from node.stages.outbox import Outbox, Output, StepLoop, max_rows
 from node.stages.replay_buffer import ReplayBuffer, ReplayMemory, ResumableState
 from node.stages.scheduler import Work
-from node.stages.session_report import SessionPhases, SessionReport
+from node.stages.session_report import SessionPhases
 from node.stages.speculation import Drafter, DraftTracker
-from node.stages.step_timings import StepTimings
+from node.stages.step_timings import StepTimings, step_timing
 from node.stages.voter import Agreement
 from protocol.identity import PeerId, SessionId
 from protocol.messages import Begin, FailureReason, FinishReason, Open, Slice, Step
-from protocol.reports import Progress, StepTiming, Timings
+from protocol.reports import Progress, Timings
 from protocol.tensors import DType, Tensor, drawn_tokens, tensor_from_tokens, tokens_from_tensor
 from selector.task import Method
 
@@ -188,26 +188,6 @@ class StageSession:
             self._tracker.close()
         for source in self._sources - {self.opened_by}:
             source.forget(self.id)
-
-    def report(self) -> SessionReport | None:
-        """Return what was done for the session; None if it never began."""
-        if self.method is None:
-            return None
-        return SessionReport(
-            job=self.id.job,
-            request_id=self.request.request_id,
-            trace_parent=self.request.trace_parent,
-            coordinator=self.opened_by.peer,
-            model=self.info.model,
-            blocks=self.info.blocks,
-            method=self.method.name,
-            opened_s=self.opened_s,
-            ended_s=trio.current_time(),
-            cached_rows=self.cached_rows,
-            phases=self.phases,
-            bytes_in=self.state.counters.bytes_in,
-            bytes_out=self.state.counters.bytes_out,
-        )
 
     def progress(self) -> Progress:
         """Return how far the session has come: what has not left yet is in the outbox."""
@@ -379,9 +359,7 @@ class StageSession:
     def on_sent(self, work: Work[InboundLink], began_s: float, compute_s: float, now_s: float) -> None:
         """Record where the time of a step went whose outputs were handed to the links, if the job is traced."""
         if self.state.timings is not None:
-            queue_s, rest_s = began_s - work.received_s, now_s - began_s - compute_s
-            timing = StepTiming(work.part.position, work.rows, work.received_s, queue_s, compute_s, max(0.0, rest_s))
-            self.state.timings.add(timing)
+            self.state.timings.add(step_timing(work, began_s, compute_s, now_s))
 
     def collect_timings(self) -> Timings:
         """Return the timing of the steps since the last call, and record that of further ones."""

@@ -32,7 +32,7 @@ from node.stages.peer_penalties import PeerPenalties
 from node.stages.replay_buffer import ReplayMemory
 from node.stages.scheduler import PolicyController, Scheduler, Work
 from node.stages.session import StageSession
-from node.stages.session_report import StageObserver
+from node.stages.session_report import StageObserver, report_of
 from node.util.signal import Signal
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId
 from protocol.messages import FailureReason, Load
@@ -175,7 +175,7 @@ class Span(EngineLoop):
     def end(self, session: StageSession) -> None:
         """Free a session: from now on its rows are unknown here."""
         if not session.is_ended:
-            if (report := session.report()) is not None:
+            if (report := report_of(session)) is not None:
                 self._observer.on_session_ended(report)
             self._remove(session)
             session.state.replay.drop()
@@ -193,7 +193,7 @@ class Span(EngineLoop):
     async def carry_on(self, former: StageSession, session: StageSession) -> bool:
         """End a session of a former attempt after the step it is in, and let another take it over if that succeeds."""
         self._continuing[former.id] = former
-        if (report := former.report()) is not None:
+        if (report := report_of(former)) is not None:
             self._observer.on_session_ended(report)
         self._remove(former)
         with trio.CancelScope(shield=True):  # for a step at most: else what the former one holds would leak
