@@ -103,6 +103,28 @@ def test_unknown_field_suggests_closest_name(name: str, meant: str | None) -> No
         assert (caught.value.status, caught.value.param) == (400, name[:256])
 
 
+def tool(**parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
+@pytest.mark.parametrize("value", ["\ud800", 10**20, -(10**20), {"\ud800": 1}, [{"x": "\udfff"}]], ids=ascii)
+def test_refuses_what_no_other_process_could_be_told(value: Any) -> None:
+    call = {"function": {"name": "f", "arguments": json.dumps({"a": value})}}
+    schema = {"type": "json_schema", "json_schema": {"schema": {"const": value}}}
+    bodies: list[dict[str, Any]] = [
+        {"chat_template_kwargs": {"a": value}},
+        {"response_format": schema},
+        {"tools": [tool(maximum=value)]},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": {"description": value}}}}]},
+        {"messages": [{"role": "assistant", "tool_calls": [call]}]},
+    ]
+    for fields in bodies:
+        with pytest.raises(ApiError) as caught:
+            parse_chat_request(chat(**fields))
+        assert caught.value.status == 400
+        assert caught.value.message.isascii()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
