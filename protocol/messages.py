@@ -90,6 +90,8 @@ class FailureReason(enum.StrEnum):
     """The session did not begin in time, or was idle for longer than its limit."""
     LEAVING = "leaving"
     """The peer shuts down."""
+    REQUEST = "request"
+    """What the job asks for cannot be done, here or elsewhere: its JSON Schema admits no text, or costs too much."""
 
 
 class FinishReason(enum.StrEnum):

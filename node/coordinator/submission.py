@@ -10,6 +10,9 @@ from protocol.identity import JobId, ModelId, PeerId
 from protocol.measurements import MethodInForce, QualityBound, StageObservation
 from protocol.messages import FinishReason
 
+DEFAULT_MAX_TOKENS: Final = 512
+"""Default of max_tokens, as far as the model's context allows."""
+
 AUTO: Final = "auto"
 """In place of a method: the swarm selects one."""
 
@@ -123,7 +126,8 @@ class JobRequest:
     a method by its switches. `background`: gives way to other jobs. `echo`: whether JobStarted has the prompt's text.
     `top_logprobs`: report the log probability of each token, and those of so many likeliest ones; None for neither.
     `tools`: that the model may call, as the OpenAI API describes them. `template_options`: for the chat template.
-    `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text.
+    `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text; it comes from the
+    field `json_schema_param` of the user's request, which errors name.
     Sampling: `node.engine.sampling`.
     """
 
@@ -151,6 +155,7 @@ class JobRequest:
     echo: bool = False
     top_logprobs: int | None = None
     json_schema: str = ""
+    json_schema_param: str = "response_format"
     tools: tuple[Mapping[str, Any], ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
 
