@@ -48,7 +48,7 @@ def make_app(node: NodeView, access: Access) -> ASGIApp:
         HTTPException: _on_http_exception,
         Exception: _on_defect,
     }
-    return RequestIds(Guard(Starlette(routes=routes, exception_handlers=handlers), access, frozenset(protocols)))
+    return RequestIds(Guard(Starlette(routes=routes, exception_handlers=handlers), access))
 
 
 async def _on_api_error(request: Request, error: ApiError) -> JSONResponse:

@@ -18,7 +18,7 @@ from node.api.generation import (
 )
 from node.api.job_document import describe_job
 from node.api.openai.answers import EVENT_STREAM
-from node.api.output_parser import ToolCall
+from node.api.tool_calls import ToolCall
 from node.coordinator.submission import JobResult, JobStarted
 
 
@@ -41,7 +41,7 @@ class MessageWriter:
             content.append({"type": "thinking", "thinking": choice.reasoning, "signature": ""})
         if choice.text:
             content.append({"type": "text", "text": choice.text})
-        content += [_tool_use(call) | {"input": _input(call)} for call in choice.tool_calls]
+        content += [_tool_use(call) | {"input": call.argument_object} for call in choice.tool_calls]
         message = _message(choice.started) | {"content": content} | _stop(choice)
         message["usage"] = _usage(choice.done)
         return message | ({"metaswarm": describe_job(choice.done)} if self.generation.details else {})
@@ -128,14 +128,6 @@ def _usage(result: JobResult) -> dict[str, Any]:
 
 def _tool_use(call: ToolCall) -> dict[str, Any]:
     return {"type": "tool_use", "id": call.id, "name": call.name}
-
-
-def _input(call: ToolCall) -> Any:
-    """Return arguments as an object."""
-    try:
-        return json.loads(call.arguments)
-    except ValueError:
-        return {"arguments": call.arguments}
 
 
 def _event(kind: str, /, **values: Any) -> bytes:

@@ -22,10 +22,10 @@ from node.api.fields import (
     refuse,
 )
 from node.api.generation import Generation
-from node.api.openai.messages import MAX_MESSAGES, MAX_TOOLS, ToolChoice, call_schema, parse_arguments
+from node.api.openai.messages import MAX_MESSAGES, MAX_TOOLS, parse_arguments
 from node.api.openai.requests import MAX_SEED
-from node.api.output_parser import ParserRules
 from node.api.schemas import schema_text
+from node.api.tool_choice import ToolChoice, choose_tools
 from node.coordinator.submission import ChatMessage, JobRequest, MessageToolCall
 
 IMPLEMENTED: Final = frozenset({
@@ -55,8 +55,8 @@ def parse_message_request(body: bytes, headers: Headers) -> tuple[Generation, An
     if system:
         turns = (ChatMessage(role="system", content=system), *(turns or ()))
     temperature = fields.get("temperature", number_between(0, 1))
-    choice = _parse_tools(fields)
     options, schema = _parse_output(fields)
+    choice = _parse_tools(fields, schema)
     job = JobRequest(
         model=model or "",
         messages=turns,
@@ -65,12 +65,14 @@ def parse_message_request(body: bytes, headers: Headers) -> tuple[Generation, An
         top_p=fields.get("top_p", parse_top_p) or 1.0,
         top_k=fields.get("top_k", count_between(0, MAX_SEED)) or 0,
         stop=fields.get("stop_sequences", parse_stop) or (),
-        tools=choice.tools,
-        json_schema=choice.schema or schema,
         template_options=options,
     )
-    stream = fields.get("stream", parse_boolean) or False
-    generation = Generation(jobs=(job,), stream=stream, rules=choice.rules, details=wants_details(headers))
+    generation = Generation(
+        jobs=(choice.apply(job),),
+        stream=fields.get("stream", parse_boolean) or False,
+        rules=choice.rules,
+        details=wants_details(headers),
+    )
     return generation, MessageWriter(generation)
 
 
@@ -102,27 +104,18 @@ def _parse_output(fields: Fields) -> tuple[dict[str, Any], str]:
     return options, schema
 
 
-def _parse_tools(fields: Fields) -> ToolChoice:
+def _parse_tools(fields: Fields, schema: str) -> ToolChoice:
     tools = fields.get("tools", _parse_tool_list) or ()
     choice = Fields(fields.get("tool_choice", parse_object) or {"type": "auto"}, "tool_choice.")
     choice.refuse_unless_known({"type", "name", "disable_parallel_tool_use"})
     kind = choice.get("type", parse_text)
     if kind not in {"auto", "any", "tool", "none"}:
         refuse("tool_choice.type", "must be auto, any, tool or none")
-    if not tools:
-        if kind in {"any", "tool"}:
-            refuse("tool_choice", "requires tools")
-        return ToolChoice()
+    meant = "required" if kind == "any" else kind
+    if kind == "tool":
+        meant = choice.get("name", parse_text) or refuse("tool_choice.name", "is missing")
     single = choice.get("disable_parallel_tool_use", parse_boolean) or False
-    if kind == "none":
-        return ToolChoice()
-    if kind == "auto":
-        return ToolChoice(tools, ParserRules(reasoning=True, tools=True, single=single))
-    name = choice.get("name", parse_text)
-    chosen = [tool for tool in tools if kind == "any" or tool["function"]["name"] == name]
-    if not chosen:
-        refuse("tool_choice.name", "must name one of the tools")
-    return ToolChoice(tools, ParserRules(tools=True, forced=True, single=True), call_schema(chosen))
+    return choose_tools(tools, meant, single=single, schema=schema, param="output_config.format")
 
 
 def _parse_tool_list(param: str, value: Any) -> tuple[Mapping[str, Any], ...]:

@@ -21,10 +21,11 @@ from node.api.fields import (
 )
 from node.api.generation import Generation
 from node.api.ollama.answers import OllamaWriter
-from node.api.openai.messages import CHAT_TEXT, parse_tool_calls, parse_tools
+from node.api.openai.messages import parse_tool_calls, parse_tools
 from node.api.openai.requests import MAX_SEED, MIN_SEED
 from node.api.output_parser import PLAIN_TEXT
 from node.api.schemas import ANY_OBJECT, schema_text
+from node.api.tool_choice import CHAT_TEXT, ToolChoice
 from node.coordinator.submission import ChatMessage, JobRequest
 from protocol.limits import MAX_LOGPROBS, MAX_PENALTY, MAX_POSITIONS
 
@@ -67,8 +68,8 @@ def parse_chat(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]
     fields = Fields(parse_json(body))
     fields.refuse_misspelt(CHAT_FIELDS | IGNORED)
     messages = fields.get("messages", _parse_messages) or ()
-    choice = parse_tools(fields)
-    job = replace(_parse_job(fields), messages=messages, tools=choice.tools)
+    choice = parse_tools(fields, fields.get("format", _parse_format) or "", "format")
+    job = choice.apply(replace(_parse_job(fields), messages=messages))
     generation = Generation(
         jobs=(job,) if messages else (), stream=_streams(fields), rules=choice.rules, details=wants_details(headers)
     )
@@ -85,7 +86,7 @@ def parse_generate(body: bytes, headers: Headers) -> tuple[Generation, AnswerWri
     is_raw = fields.get("raw", parse_boolean) or False
     if is_raw and system:
         refuse("system", "cannot be combined with raw: true")
-    job = _parse_job(fields)
+    job = ToolChoice(schema=fields.get("format", _parse_format) or "", param="format").apply(_parse_job(fields))
     if is_raw:
         job = replace(job, prompt=prompt, template_options={})
     else:
@@ -137,7 +138,6 @@ def _parse_job(fields: Fields) -> JobRequest:
         seed=options.get("seed", count_between(MIN_SEED, MAX_SEED)),
         stop=options.get("stop", parse_stop) or (),
         top_logprobs=likeliest if wants_logprobs else None,
-        json_schema=fields.get("format", _parse_format) or "",
         template_options=fields.get("think", _parse_think) or {},
     )
 
@@ -155,7 +155,7 @@ def _parse_think(param: str, value: Any) -> dict[str, Any]:
     """Return the template's variables that a wish for reasoning means: true, false, or an effort."""
     if isinstance(value, bool):
         return {"enable_thinking": value}
-    if value not in {"low", "medium", "high"}:
+    if not isinstance(value, str) or value not in {"low", "medium", "high"}:
         refuse(param, "must be true, false, low, medium or high")
     return {"enable_thinking": True, "reasoning_effort": value}
 

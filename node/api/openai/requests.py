@@ -103,17 +103,15 @@ def parse_chat_request(body: bytes, headers: Headers) -> tuple[Generation, Answe
     messages = fields.get("messages", parse_messages)
     if messages is None:
         refuse("messages", "is missing")
-    choice = parse_tools(fields)
+    choice = parse_tools(fields, fields.get("response_format", _parse_response_format) or "")
     max_tokens = fields.get("max_tokens", parse_limit)
     job = replace(
         _parse_job(fields, fields.get("max_completion_tokens", parse_limit) or max_tokens),
         messages=messages,
-        tools=choice.tools,
         template_options=_template_options(fields),
-        json_schema=choice.schema or fields.get("response_format", _parse_response_format) or "",
         top_logprobs=_parse_chat_logprobs(fields),
     )
-    return _parse_form(fields, headers, [job], choice.rules)
+    return _parse_form(fields, headers, [choice.apply(job)], choice.rules)
 
 
 def parse_completion_request(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:

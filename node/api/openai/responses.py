@@ -1,7 +1,8 @@
 """Request bodies of the OpenAI API's `/v1/responses`."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from starlette.datastructures import Headers
@@ -22,10 +23,11 @@ from node.api.fields import (
     refuse,
 )
 from node.api.generation import Generation
-from node.api.openai.messages import MAX_MESSAGES, MAX_TOOLS, ToolChoice, choose_tools, parse_arguments
+from node.api.openai.messages import MAX_MESSAGES, MAX_TOOLS, parse_arguments
 from node.api.openai.requests import EXTENSIONS, REASONING_EFFORTS
 from node.api.openai.response_events import ResponseWriter
 from node.api.schemas import ANY_OBJECT, schema_text
+from node.api.tool_choice import ToolChoice, choose_tools
 from node.coordinator.submission import ChatMessage, JobRequest, MessageToolCall
 from protocol.measurements import QualityBound
 
@@ -40,7 +42,7 @@ IGNORED: Final = frozenset({
 NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("previous_response_id", "conversation", "prompt", "max_tool_calls", "context_management"), ()),
     "background": (False,),
-    "include": ([],),
+    "include": ([], ["reasoning.encrypted_content"]),
     "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
@@ -79,17 +81,18 @@ def parse_response_request(body: bytes, headers: Headers) -> tuple[Generation, A
         ignore_eos=extras.get("ignore_eos", parse_boolean) or False,
         quality=extras.get("quality", parse_quality) or QualityBound.EXACT,
         method=extras.get("method", parse_method) or "auto",
-        tools=choice.tools,
-        json_schema=choice.schema or fields.get("text", _parse_text_format) or "",
         template_options={} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"},
     )
     generation = Generation(
-        jobs=(job,),
+        jobs=(choice.apply(job),),
         stream=fields.get("stream", parse_boolean) or False,
         rules=choice.rules,
         details=fields.get("metaswarm", parse_object) is not None or wants_details(headers),
     )
-    return generation, ResponseWriter(generation, instructions, fields.echo(_ECHOED))
+    echoed = fields.echo(_ECHOED)
+    for name in ("metadata", "user"):
+        check_depth(name, echoed[name])
+    return generation, ResponseWriter(generation, instructions, echoed)
 
 
 _ECHOED: Final[Mapping[str, Any]] = {
@@ -126,7 +129,9 @@ def _parse_text_format(param: str, value: Any) -> str:
 def _parse_tools(fields: Fields) -> ToolChoice:
     tools = fields.get("tools", _parse_tool_list) or ()
     choice = fields.get("tool_choice", _parse_choice) or "auto"
-    return choose_tools(tools, choice, single=fields.get("parallel_tool_calls", parse_boolean) is False)
+    single = fields.get("parallel_tool_calls", parse_boolean) is False
+    schema = fields.get("text", _parse_text_format) or ""
+    return choose_tools(tools, choice, single=single, schema=schema, param="text")
 
 
 def _parse_choice(param: str, value: Any) -> str:
@@ -138,9 +143,9 @@ def _parse_choice(param: str, value: Any) -> str:
         if choice.get("type", parse_text) != "function" or not name:
             refuse(param, 'must be {"type": "function", "name": …}')
         return name
-    if value not in {"none", "auto", "required"}:
+    if not isinstance(value, str) or value not in {"none", "auto", "required"}:
         refuse(param, "must be none, auto, required, or a function")
-    return str(value)
+    return value
 
 
 def _parse_tool_list(param: str, value: Any) -> tuple[Mapping[str, Any], ...]:
@@ -170,7 +175,19 @@ def _parse_input(param: str, value: Any) -> tuple[ChatMessage, ...]:
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_MESSAGES:
         refuse(param, f"must be a text or a list of 1 to {MAX_MESSAGES} items")
     turns = (_parse_item(f"{param}[{index}]", each) for index, each in enumerate(value))
-    return tuple(turn for turn in turns if turn is not None)
+    return _merge_assistant_turns(turn for turn in turns if turn is not None)
+
+
+def _merge_assistant_turns(turns: Iterable[ChatMessage]) -> tuple[ChatMessage, ...]:
+    """Return turns with those of the assistant that follow each other as one: here each call is an item of its own."""
+    merged: list[ChatMessage] = []
+    for turn in turns:
+        if merged and merged[-1].role == turn.role == "assistant":
+            before = merged.pop()
+            calls = (*before.tool_calls, *turn.tool_calls)
+            turn = replace(before, content=before.content + turn.content, tool_calls=calls)
+        merged.append(turn)
+    return tuple(merged)
 
 
 def _parse_item(param: str, value: Any) -> ChatMessage | None:
@@ -197,6 +214,8 @@ def _parse_item(param: str, value: Any) -> ChatMessage | None:
             return ChatMessage(role="tool", content=output, tool_call_id=item.get("call_id", parse_text) or "")
         case "reasoning":
             return None
+        case "item_reference":
+            refuse(f"{param}.type", "item_reference is not supported, as no response is stored: send the items")
     return refuse(f"{param}.type", "must be message, function_call, function_call_output or reasoning")
 
 
