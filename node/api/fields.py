@@ -16,7 +16,9 @@ from protocol.measurements import QualityBound
 
 T = TypeVar("T")
 
-MAX_STOPS: Final = 4
+MAX_STOPS: Final = 64
+"""The OpenAI API has 4 at most; the others name no limit."""
+
 MAX_STOP_CHARACTERS: Final = 256
 
 MAX_VALUE_DEPTH: Final = 64

@@ -33,6 +33,7 @@ from node.engine.interface import (
     source_from_package,
 )
 from node.engine.kv_allocator import KvReservation
+from node.engine.on_demand import OnDemand
 from node.models.layout import GGUF
 from node.models.store import Package
 from node.util.child_process import Child, ChildError, child_environment, python, start
@@ -41,11 +42,8 @@ from node.util.processor import physical_cores
 from node.util.signal import Signal
 from protocol.identity import BlockRange, SessionId
 
-UNLOAD_AFTER_S = 30.0
-"""What is loaded on demand is unloaded when no session has used it for so long."""
-
 UNLOAD_ROUND_S = 5.0
-"""How often that is checked."""
+"""How often it is checked what can be unloaded."""
 
 
 def start_engine(
@@ -126,33 +124,6 @@ class _Call:
     error: EngineError | None = None
 
 
-@dataclass(slots=True)
-class _OnDemand:
-    """Something that the worker has in memory only while sessions use it."""
-
-    is_loaded: bool = False
-    sessions: set[SessionId] = field(default_factory=set)
-    used_s: float = 0.0
-
-    def loaded(self) -> None:
-        self.is_loaded, self.used_s = True, trio.current_time()
-
-    def leave(self, session: SessionId) -> None:
-        if session in self.sessions:
-            self.sessions.remove(session)
-            self.used_s = trio.current_time()
-
-    def rename(self, session: SessionId, successor: SessionId) -> None:
-        if session in self.sessions:
-            self.sessions.remove(session)
-            self.sessions.add(successor)
-
-    @property
-    def is_superfluous(self) -> bool:
-        is_used = self.sessions or trio.current_time() - self.used_s < UNLOAD_AFTER_S
-        return self.is_loaded and not is_used
-
-
 class WorkerEngine(Engine):
     """An engine over a worker process. Made by `start_worker`, which runs its tasks.
 
@@ -172,14 +143,11 @@ class WorkerEngine(Engine):
         self._outbox_filled = Signal()
         self._calls: dict[int, _Call] = {}
         self._numbers = itertools.count()
-        self._reference = _OnDemand()
-        self._constraints = _OnDemand()
+        self._reference = OnDemand()
+        self._constraints = OnDemand()
 
     async def begin(self, session: SessionId, options: SessionOptions) -> int:
-        """Begin a session as Engine describes it; one that uses what is loaded on demand waits until it is there.
-
-        Raises BadRequest, too, where texts of this model cannot follow a JSON Schema.
-        """
+        """Begin a session as Engine describes it, once what it uses is loaded; BadRequest if that cannot be."""
         try:
             if options.variant == REFERENCE and not self._reference.is_loaded:
                 await self._prepare(REFERENCE)

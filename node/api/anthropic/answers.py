@@ -24,9 +24,13 @@ from node.coordinator.submission import JobResult, JobStarted
 
 @dataclass(slots=True)
 class MessageWriter:
-    """Writes one message; implements `AnswerWriter`. In a stream, one content block is open at a time."""
+    """Writes one message; implements `AnswerWriter`. In a stream, one content block is open at a time.
+
+    `thinks`: whether reasoning was asked for; clients that did not ask know no block of it.
+    """
 
     generation: Generation
+    thinks: bool = False
     media_type: str = EVENT_STREAM
     _open: str = field(default="", init=False)
     """Type of the open block."""
@@ -37,7 +41,7 @@ class MessageWriter:
         """Return the answer in one document."""
         choice = outcome.choices[0]
         content: list[dict[str, Any]] = []
-        if choice.reasoning:
+        if choice.reasoning and self.thinks:
             content.append({"type": "thinking", "thinking": choice.reasoning, "signature": ""})
         if choice.text:
             content.append({"type": "text", "text": choice.text})
@@ -53,7 +57,7 @@ class MessageWriter:
                 return _event("message_start", message=_message(job))
             case ChoiceText(text=text) if text:
                 return self._delta("text", {"type": "text", "text": ""}, {"type": "text_delta", "text": text})
-            case ChoiceReasoning(text=text):
+            case ChoiceReasoning(text=text) if self.thinks:
                 empty = {"type": "thinking", "thinking": "", "signature": ""}
                 return self._delta("thinking", empty, {"type": "thinking_delta", "thinking": text})
             case ChoiceToolCall(call=call):

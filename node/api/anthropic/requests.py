@@ -73,7 +73,7 @@ def parse_message_request(body: bytes, headers: Headers) -> tuple[Generation, An
         rules=choice.rules,
         details=wants_details(headers),
     )
-    return generation, MessageWriter(generation)
+    return generation, MessageWriter(generation, thinks=options["enable_thinking"])
 
 
 def _parse_output(fields: Fields) -> tuple[dict[str, Any], str]:
@@ -83,7 +83,7 @@ def _parse_output(fields: Fields) -> tuple[dict[str, Any], str]:
     kind = thinking.get("type", parse_text)
     if kind not in {None, "enabled", "disabled", "adaptive"}:
         refuse("thinking.type", "must be enabled, disabled or adaptive")
-    options: dict[str, Any] = {} if kind is None else {"enable_thinking": kind != "disabled"}
+    options: dict[str, Any] = {"enable_thinking": kind in {"enabled", "adaptive"}}
     config = Fields(fields.get("output_config", parse_object) or {}, "output_config.")
     config.refuse_unless_known({"effort", "format"})
     effort = config.get("effort", parse_text)

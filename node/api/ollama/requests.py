@@ -52,7 +52,7 @@ NEUTRAL_OPTIONS: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("typical_p", "tfs_z"), (1,)),
     **dict.fromkeys(("logits_all", "vocab_only", "embedding_only"), (False,)),
     "mirostat": (0,),
-    "repeat_last_n": (-1,),
+    "repeat_last_n": (-1, 64),  # 64 is the default, which clients send along
     "penalize_newline": (True,),
 }
 
@@ -120,14 +120,12 @@ def _parse_job(fields: Fields) -> JobRequest:
     options.refuse_unless_neutral(NEUTRAL_OPTIONS)
     temperature = options.get("temperature", number_between(0, 100))
     top_k = options.get("top_k", count_between(-1, MAX_SEED))
-    limit = options.get("num_predict", count_between(-2, MAX_POSITIONS))
-    if limit == 0:
-        refuse("options.num_predict", "must be at least 1, or below 0 for no limit")
+    limit = options.get("num_predict", _parse_num_predict)
     wants_logprobs = fields.get("logprobs", parse_boolean) or False
     likeliest = fields.get("top_logprobs", count_between(0, MAX_LOGPROBS - 1)) or 0
     return JobRequest(
         model=model_name(fields),
-        max_tokens=limit if limit is not None and limit > 0 else None,
+        max_tokens=limit,
         temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
         top_k=DEFAULT_TOP_K if top_k is None else max(0, top_k),
         top_p=options.get("top_p", parse_top_p) or DEFAULT_TOP_P,
@@ -140,6 +138,13 @@ def _parse_job(fields: Fields) -> JobRequest:
         top_logprobs=likeliest if wants_logprobs else None,
         template_options=fields.get("think", _parse_think) or {},
     )
+
+
+def _parse_num_predict(param: str, value: Any) -> int | None:
+    """Return a limit of tokens, capped at the largest context; None for none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < -2 or not value:
+        refuse(param, "must be an integer of at least 1, or -1 or -2 for no limit")
+    return min(value, MAX_POSITIONS) if value > 0 else None
 
 
 def _parse_format(param: str, value: Any) -> str:

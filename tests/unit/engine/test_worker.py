@@ -17,7 +17,7 @@ import trio
 import trio.testing
 from tokenizers import decoders, models, pre_tokenizers
 
-from node.engine import client, worker_protocol
+from node.engine import client, on_demand, worker_protocol
 from node.engine.client import SpareWorker, WorkerEngine, start_worker
 from node.engine.interface import (
     REFERENCE,
@@ -349,7 +349,7 @@ async def test_variants_are_built_beside_the_steps(make_tiny_model: MakeTinyMode
 async def test_idle_reference_is_unloaded_and_loaded_again(
     make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "UNLOAD_AFTER_S", 0.0)
+    monkeypatch.setattr(on_demand, "UNLOAD_AFTER_S", 0.0)
     monkeypatch.setattr(client, "UNLOAD_ROUND_S", 0.01)
     tiny, fused = make_tiny_model("llama"), Variant("fused", "fp32")
     posted: list[str] = []
@@ -393,7 +393,7 @@ def ascii_tokenizer() -> str:
 async def test_what_schemas_need_is_started_beside_the_steps_and_ends_when_idle(
     make_tiny_model: MakeTinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "UNLOAD_AFTER_S", 0.0)
+    monkeypatch.setattr(on_demand, "UNLOAD_AFTER_S", 0.0)
     monkeypatch.setattr(client, "UNLOAD_ROUND_S", 0.01)
     tiny, file = make_tiny_model("llama"), tmp_path / "tokenizer.json"
     file.write_text(ascii_tokenizer())
