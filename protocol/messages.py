@@ -101,6 +101,15 @@ class FinishReason(enum.StrEnum):
     """The limit on new tokens."""
 
 
+class Pooling(enum.StrEnum):
+    """How the rows of a prompt become its embedding."""
+
+    MEAN = "mean"
+    """The mean of all rows."""
+    LAST = "last"
+    """The row of the last token."""
+
+
 Switch = Annotated[str, name(MAX_SWITCH_BYTES)]
 Penalty = Annotated[float, Range(-MAX_PENALTY, MAX_PENALTY)]
 
@@ -121,9 +130,10 @@ class Hello:
 class Sampling:
     """How the last stage samples tokens; temperature 0 is greedy. Keyed by (seed, position): a replay draws the same.
 
-    All but the first five fields exist since version 1.1, the last two since 1.2. The penalties are those of the OpenAI
-    API (presence and frequency, of the output) and of transformers (repetition, of prompt and output); they depend on
-    the job's tokens, see `TokenHistory`. `logit_bias`: pairs of a token id, ascending, and the term added to its logit.
+    All but the first five fields exist since version 1.1, the last three since 1.2. The penalties are those of the
+    OpenAI API (presence and frequency, of the output) and of transformers (repetition, of prompt and output); they
+    depend on the job's tokens, see `TokenHistory`. `logit_bias`: pairs of a token id, ascending, and the term added to
+    its logit.
     """
 
     temperature: Annotated[float, Range(0.0, MAX_TEMPERATURE)] = 0.0
@@ -150,6 +160,8 @@ class Sampling:
     """The coordinator gets the log probability of each token, and those of the likeliest `logprobs` - 1 tokens."""
     json_schema: Annotated[str, text(MAX_JSON_SCHEMA_BYTES), OMIT_DEFAULT] = ""
     """The output is JSON that follows this JSON Schema, itself JSON; empty for any output."""
+    pooling: Pooling | None = None
+    """The coordinator gets an embedding of the prompt, and nothing is sampled."""
 
     @property
     def needs_history(self) -> bool:

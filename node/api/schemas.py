@@ -3,14 +3,15 @@
 import json
 from typing import Any, Final
 
-from node.api.fields import check_depth, refuse
+from node.api.fields import check_depth, form, refuse
 from protocol.limits import MAX_JSON_SCHEMA_BYTES
 
 ANY_OBJECT: Final = '{"type": "object"}'
 """Any JSON object."""
 
 
-def schema_text(param: str, schema: Any) -> str:
+@form({"type": "object", "description": "A JSON Schema."})
+def parse_schema(param: str, schema: Any) -> str:
     """Return a JSON Schema as it travels."""
     if not isinstance(schema, dict):
         refuse(param, "must be a JSON Schema, an object")

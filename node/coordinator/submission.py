@@ -1,6 +1,7 @@
 """The interface for submitting jobs: request, events, result and errors."""
 
 import enum
+from array import array
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Any, Final, Protocol
 
 from protocol.identity import JobId, ModelId, PeerId
 from protocol.measurements import MethodInForce, QualityBound, StageObservation
-from protocol.messages import FinishReason
+from protocol.messages import FinishReason, Pooling
 
 AUTO: Final = "auto"
 """In place of a method: the swarm selects one."""
@@ -123,7 +124,9 @@ class JobRequest:
     a method by its switches. `background`: gives way to other jobs. `echo`: whether JobStarted has the prompt's text.
     `top_logprobs`: report the log probability of each token, and those of so many likeliest ones; None for neither.
     `tools`: that the model may call, as the OpenAI API describes them. `template_options`: for the chat template.
-    `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text.
+    `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text. `pooling`: the
+    prompt becomes an embedding, and there is no text: JobStarted is followed by JobResult. `truncate`: cut the prompt
+    to the model's context.
     Sampling: `node.engine.sampling`.
     """
 
@@ -153,6 +156,8 @@ class JobRequest:
     json_schema: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    pooling: Pooling | None = None
+    truncate: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,6 +294,8 @@ class JobResult:
     selection: Selection | None = None
     stop_string: str | None = None
     """The stop string that ended the text, if one did."""
+    embedding: "array[float] | None" = None
+    """Of the prompt, f32, not normalised, where it was asked for."""
 
 
 JobEvent = JobStarted | TextDelta | JobResult

@@ -7,8 +7,9 @@ from starlette.datastructures import Headers
 from node.api.errors import ApiError
 from node.api.generation import MAX_CHOICES, Generation
 from node.api.openai import requests
-from node.api.openai.requests import IGNORED, MAX_SEED, MIN_SEED
+from node.api.openai.requests import IGNORED
 from node.api.output_parser import ParserRules
+from node.api.shared_fields import MAX_SEED, MIN_SEED
 from node.coordinator.submission import ChatMessage, JobRequest
 from protocol.limits import MAX_LOGIT_BIASES, MAX_POSITIONS, MAX_STOP_TOKENS, MAX_VOCABULARY
 
