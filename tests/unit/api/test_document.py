@@ -155,3 +155,12 @@ def test_lists_every_error_code_with_its_status() -> None:
 def test_error_503_says_when_to_retry(code: JobErrorCode) -> None:
     error = ApiError.from_job_error(JobError(code, ""))
     assert (error.status == 503) == (error.headers is not None and "Retry-After" in error.headers)
+
+
+def test_features_name_tests_that_exist() -> None:
+    tests = "".join(
+        (ROOT / f"tests/{name}").read_text() for name in ("unit/api/test_clients.py", "process/test_api.py")
+    )
+    listed = re.findall(r"`(test_\w+)`", (ROOT / "docs/api-features.md").read_text(encoding="utf-8"))
+    defined = re.findall(r"^async def (test_\w+)", tests, re.MULTILINE)
+    assert sorted(listed) == sorted(defined), "every feature has its test, and every test its line"
