@@ -16,6 +16,7 @@ from protocol.limits import MAX_NAME_BYTES, MAX_POSITIONS
 from protocol.measurements import QualityBound
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 MAX_STOPS: Final = 4
 MAX_STOP_CHARACTERS: Final = 256
@@ -31,13 +32,13 @@ Schema = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Form(Generic[T]):
+class Form(Generic[T_co]):
     """How a value is read: `parse` returns it, or refuses what is not of its JSON Schema, naming the field."""
 
-    parse: Callable[[str, Any], T]
+    parse: Callable[[str, Any], T_co]
     schema: Schema
 
-    def __call__(self, param: str, value: Any) -> T:
+    def __call__(self, param: str, value: Any) -> T_co:
         """Return the value. Raises ApiError."""
         return self.parse(param, value)
 
@@ -48,11 +49,11 @@ def form(schema: Schema) -> Callable[[Callable[[str, Any], T]], Form[T]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Field(Generic[T]):
+class Field(Generic[T_co]):
     """A field of a JSON object."""
 
     name: str
-    form: Form[T]
+    form: Form[T_co]
 
 
 class Fields:

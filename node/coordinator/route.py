@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import trio
 
@@ -90,7 +90,7 @@ class SampledToken(NamedTuple):
     logprobs: TokenLogprobs | None = None
 
 
-LastStageOutput = SampledToken | array
+LastStageOutput: TypeAlias = "SampledToken | array[float]"
 """A token, or the prompt's embedding."""
 
 

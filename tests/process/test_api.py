@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from itertools import product
 from typing import Any, TypeVar
 
@@ -85,22 +86,19 @@ async def check_embeddings(daemon: Daemon, dequantised: Package) -> None:
     """Vectors of three stages are those of transformers over the same weights, but for llama.cpp's rounding."""
     texts = ["The cat sat on the mat.", "Stocks fell sharply on Monday.", "A kitten lay on the rug. " * 40]
     with openai.OpenAI(base_url=f"{daemon.api_url}/v1", api_key="unused") as client:
+        create = client.embeddings.create
         for pooling in ("mean", "last"):
-            extra = {"metaswarm": {"pooling": pooling}}
-            answer = await ask(lambda extra=extra: client.embeddings.create(model=MODEL, input=texts, extra_body=extra))
+            answer: Any = await ask(
+                partial(create, model=MODEL, input=texts, extra_body={"metaswarm": {"pooling": pooling}})
+            )
             found = np.array([item.embedding for item in answer.data])
             assert np.linalg.norm(found, axis=1) == pytest.approx([1, 1, 1], abs=1e-5)
-            wanted = await ask(lambda pooling=pooling: reference_embeddings(dequantised, texts, pooling))
+            wanted = await ask(partial(reference_embeddings, dequantised, texts, pooling))
             assert (found * wanted).sum(axis=1).min() > 0.99
-            assert (answer.model_extra or {})["metaswarm"]["pooling"] == pooling
-            [details] = {len(item.metaswarm["route"]) for item in answer.data}
-            assert details == 3
-        mean = np.array([item.embedding for item in (await ask(lambda: embed(client, texts))).data])
-        assert mean[0] @ mean[2] > mean[0] @ mean[1], "cats are nearer to cats than to stocks"
-
-
-def embed(client: openai.OpenAI, texts: list[str]) -> Any:
-    return client.embeddings.create(model=MODEL, input=texts)
+            assert answer.metaswarm == {"pooling": pooling, "normalised": True}
+            assert [len(item.metaswarm["route"]) for item in answer.data] == [3, 3, 3]
+            if pooling == "mean":
+                assert found[0] @ found[2] > found[0] @ found[1], "cats are nearer to cats than to stocks"
 
 
 def reference_embeddings(package: Package, texts: list[str], pooling: str) -> Any:

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, TypeVar
 
 import anthropic
@@ -24,7 +25,7 @@ ARGUMENTS = {"city": "Köln"}
 CALL = json.dumps({"name": "weather", "arguments": ARGUMENTS})
 SAYS_ALL = ("<think>hm", "</think>", "Look: ", f"<tool_call>{CALL}</tool_call>")
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
-USER = [{"role": "user", "content": "Hi"}]
+USER: list[Any] = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ async def test_openai_tool_choice(node: FakeNode, url: str, of_openai: Client) -
     node.submitter.words = (CALL,)
     create = of_openai(url).chat.completions.create
     for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
-        answer = await ask(lambda choice=choice: create(model="tiny", messages=USER, tools=[TOOL], tool_choice=choice))
+        answer = await ask(partial(create, model="tiny", messages=USER, tools=[TOOL], tool_choice=choice))
         [call] = answer.choices[0].message.tool_calls
         assert json.loads(call.function.arguments) == ARGUMENTS
         assert json.loads(node.submitter.requests[-1].json_schema)["properties"]["name"] == {"const": "weather"}
@@ -211,7 +212,7 @@ async def test_openai_embeddings(node: FakeNode, url: str, of_openai: Client) ->
 async def test_openai_asynchronous_client(node: FakeNode, url: str) -> None:
     async def stream() -> str:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused") as client:
-            chunks = await client.chat.completions.create(model="tiny", messages=USER, stream=True)  # type: ignore[call-overload]
+            chunks: Any = await client.chat.completions.create(model="tiny", messages=USER, stream=True)
             return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
 
     assert await ask(lambda: asyncio.run(stream())) == "Hello, wörld"
@@ -223,7 +224,7 @@ async def test_openai_keys_and_limits(node: FakeNode) -> None:
 
         def create(key: str, retries: int) -> Any:
             with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=retries) as client:
-                return client.chat.completions.create(model="tiny", messages=USER)  # type: ignore[call-overload]
+                return client.chat.completions.create(model="tiny", messages=USER)
 
         with pytest.raises(openai.AuthenticationError):
             await ask(lambda: create("wrong", 0))
@@ -239,7 +240,7 @@ async def test_openai_retries_while_peers_are_full(node: FakeNode, url: str) -> 
 
     def create() -> Any:
         with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=1) as client:
-            return client.chat.completions.create(model="tiny", messages=USER)  # type: ignore[call-overload]
+            return client.chat.completions.create(model="tiny", messages=USER)
 
     assert (await ask(create)).choices[0].message.content == "Hello, wörld"
     assert len(node.submitter.requests) == 2
@@ -374,7 +375,7 @@ async def test_anthropic_tool_choice_thinking_and_structured_texts(
     node.submitter.words = (CALL,)
     tool = {"name": "weather", "input_schema": SCHEMA}
     for choice in ({"type": "any"}, {"type": "tool", "name": "weather"}):
-        answer = await ask(lambda choice=choice: create(**call, tools=[tool], tool_choice=choice))
+        answer = await ask(partial(create, **call, tools=[tool], tool_choice=choice))
         assert answer.content[0].input == ARGUMENTS
     node.submitter.words = ('{"city": "Köln"}',)
     form = {"format": {"type": "json_schema", "schema": SCHEMA}, "effort": "low"}

@@ -67,7 +67,7 @@ def url() -> Iterator[str]:
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )
-def test_every_answer_is_described(case: schemathesis.Case, url: str) -> None:
+def test_every_answer_is_described(case: schemathesis.Case[Any], url: str) -> None:
     case.call_and_validate(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, checks=CHECKS)
 
 

@@ -28,7 +28,7 @@ DEEP: dict[str, Any] = {}
 for _ in range(100):
     DEEP = {"a": DEEP}
 SCHEMA = "response_format.json_schema.schema"
-NAMELESS = "messages[0].tool_calls[0].function.name"
+NAMELESS = "messages[0].tool_calls[0].function"
 
 
 def generation_of_chat(body: bytes) -> Generation:
@@ -301,9 +301,9 @@ def test_accepts_neutral_values(fields: dict[str, Any]) -> None:
         ({"logprobs": 1}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"tools": [{"type": "function"}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, "tools[0]"),
         ({"tools": 7}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
