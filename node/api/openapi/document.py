@@ -91,8 +91,10 @@ def _parameters(path: str, operation: Operation) -> list[dict[str, Any]]:
         described = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         parameters.append(described | {"description": "The name of a model, which may have slashes."})
     if operation.body is not None and 429 in operation.statuses:
-        described = {"name": DETAILS_HEADER, "in": "header", "schema": {"enum": ["0", "1"]}}
-        parameters.append(described | {"description": "1: the answer tells how the swarm did the job."})
+        described = {"name": DETAILS_HEADER, "in": "header", "schema": {"type": "string"}, "example": "1"}
+        parameters.append(
+            described | {"description": "The answer tells how the swarm did the job, unless it is 0, no or false."}
+        )
     return parameters
 
 

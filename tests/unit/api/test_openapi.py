@@ -10,6 +10,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.checks import not_a_server_error
+from schemathesis.config import SchemathesisConfig
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     ignored_auth,
@@ -50,7 +51,8 @@ def routes() -> Any:
 
 
 DOCUMENT = describe_api(routes())
-SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
+CONFIG = SchemathesisConfig.from_dict({"phases": {"coverage": {"enabled": False}}})
+SCHEMA = schemathesis.openapi.from_dict(DOCUMENT, config=CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def url() -> Iterator[str]:
 
 @SCHEMA.parametrize()
 @settings(
-    max_examples=20,
+    max_examples=10,
     derandomize=True,
     deadline=None,
     database=None,
