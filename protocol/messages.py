@@ -50,7 +50,7 @@ from protocol.limits import (
     MAX_WINDOW_BYTES,
 )
 from protocol.schema import ARRAY, OMIT_DEFAULT, Count, Range, name, text
-from protocol.tensors import Tensor
+from protocol.tensors import Pooling, Tensor
 
 LATEST_MINOR: Final = 2
 """The latest version of the job protocol is 1.LATEST_MINOR; "since version 1.1" marks additions to 1.0."""
@@ -99,15 +99,6 @@ class FinishReason(enum.StrEnum):
     """A stop token or stop string."""
     LENGTH = "length"
     """The limit on new tokens."""
-
-
-class Pooling(enum.StrEnum):
-    """How the rows of a prompt become its embedding."""
-
-    MEAN = "mean"
-    """The mean of all rows."""
-    LAST = "last"
-    """The row of the last token."""
 
 
 Switch = Annotated[str, name(MAX_SWITCH_BYTES)]
@@ -442,19 +433,9 @@ class Pong:
 
 
 SessionMessage: TypeAlias = (
-    Open
-    | Opened
-    | Refused
-    | TokenHistory
-    | Begin
-    | Credit
-    | ProgressRequest
-    | Progress
-    | Reroute
-    | Failed
-    | Close
+    Open | Opened | Refused | TokenHistory | Begin | Credit | ProgressRequest | Progress | Reroute | Failed | Close
     | Closed
-)
+)  # fmt: skip
 """A control message about one session."""
 
 ControlMessage: TypeAlias = Hello | SessionMessage | Ping | Pong

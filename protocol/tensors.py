@@ -99,6 +99,15 @@ def tokens_from_tensor(tensor: Tensor) -> list[int]:
     return memoryview(tensor.data).cast("B").cast("i").tolist() if tensor.rows else []
 
 
+class Pooling(enum.StrEnum):
+    """How the rows of a prompt become its embedding."""
+
+    MEAN = "mean"
+    """The mean of all rows."""
+    LAST = "last"
+    """The row of the last token."""
+
+
 class TokenLogprobs(NamedTuple):
     """A drawn token with the natural logarithm of its probability, and those of the likeliest tokens."""
 

@@ -1,6 +1,6 @@
 """The endpoints for embeddings: each text is a job of its own, and its vector a piece of the answer.
 
-A model's embedding of a text is pooled over what its final norm gives for the tokens; see `protocol.messages.Pooling`.
+A model's embedding of a text is pooled over what its final norm gives for the tokens; see `protocol.tensors.Pooling`.
 """
 
 import base64

@@ -9,7 +9,8 @@ from typing import Any, Final, Protocol
 
 from protocol.identity import JobId, ModelId, PeerId
 from protocol.measurements import MethodInForce, QualityBound, StageObservation
-from protocol.messages import FinishReason, Pooling
+from protocol.messages import FinishReason
+from protocol.tensors import Pooling
 
 AUTO: Final = "auto"
 """In place of a method: the swarm selects one."""

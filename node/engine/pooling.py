@@ -4,7 +4,8 @@ import numpy as np
 import numpy.typing as npt
 
 from node.engine.interface import EngineError
-from protocol.messages import Pooling, Sampling
+from protocol.messages import Sampling
+from protocol.tensors import Pooling
 
 
 class Pool:

@@ -35,8 +35,8 @@ from node.engine.kv_allocator import KvReservation, check_slice
 from node.engine.pooling import Pool, pool_for
 from node.engine.sampling import history_for
 from protocol.identity import BlockRange, ModelId, SessionId
-from protocol.messages import Pooling, Sampling
-from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
+from protocol.messages import Sampling
+from protocol.tensors import DType, Pooling, Tensor, tensor_from_tokens, tokens_from_tensor
 from selector.task import KV_TYPES, VARIANTS, PackageFormat
 
 FAKE_MODEL = ModelId(hashlib.sha256(b"metaswarm fake model").hexdigest())

@@ -15,7 +15,7 @@ from node.api.ollama.answers import nanoseconds
 from node.api.ollama.requests import IGNORED, OPTIONS, PROMPT, model_name
 from node.api.shared_fields import MODEL
 from node.coordinator.submission import JobRequest, JobResult
-from protocol.messages import Pooling
+from protocol.tensors import Pooling
 
 MAX_INPUTS: Final = 2048
 

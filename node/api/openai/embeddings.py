@@ -14,7 +14,7 @@ from node.api.openai.requests import IGNORED, prompts_of, with_prompt
 from node.api.shared_fields import METHOD, MODEL, QUALITY, asks_details
 from node.coordinator.submission import JobRequest, JobResult
 from protocol.measurements import QualityBound
-from protocol.messages import Pooling
+from protocol.tensors import Pooling
 
 MAX_INPUTS: Final = 2048
 

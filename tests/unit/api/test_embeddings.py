@@ -8,7 +8,7 @@ import pytest
 
 from node.coordinator.submission import JobError, JobErrorCode
 from protocol.measurements import QualityBound
-from protocol.messages import Pooling
+from protocol.tensors import Pooling
 from tests.unit.api.fakes import FakeNode
 
 

@@ -7,7 +7,7 @@ from trio.testing import MockClock
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult
 from node.testing.fake_engine import expected_embedding, fake_span_info
 from protocol.identity import BlockRange
-from protocol.messages import Pooling
+from protocol.tensors import Pooling
 from selector.task import method
 from tests.support.job_peers import BLOCKS, open_swarm
 from tests.unit.coordinator.test_sampling import THIRDS, make_old, swarm_of

@@ -13,8 +13,8 @@ from node.engine.interface import REFERENCE, EngineError, EngineOptions, SliceIn
 from node.engine.pooling import Pool
 from node.engine.torch_shard import TorchShard
 from protocol.identity import BlockRange
-from protocol.messages import Pooling, Sampling
-from protocol.tensors import embedding_from_tensor, tensor_from_tokens, tokens_from_tensor
+from protocol.messages import Sampling
+from protocol.tensors import Pooling, embedding_from_tensor, tensor_from_tokens, tokens_from_tensor
 from tests.unit.engine.driving import DEVICE, AnyEngine, InProcess, decode, session, spans, start, step
 from tests.unit.engine.tiny_models import BLOCKS, PROMPT, TinyModel
 

@@ -13,7 +13,7 @@ from node.engine.llamacpp.context import PASS_ROWS, SequenceRows, _BatchArrays
 from node.engine.llamacpp.graph_variant import GRAPHS
 from node.engine.llamacpp.library import load_library
 from node.engine.llamacpp.shard import LLAMACPP
-from protocol.messages import Pooling
+from protocol.tensors import Pooling
 from tests.unit.engine.driving import InProcess, decode
 from tests.unit.engine.llamacpp.architectures import ARCHITECTURES, VOCABULARY, write_model
 from tests.unit.engine.llamacpp.packages import GgufFiles, write_package
