@@ -50,7 +50,7 @@ from protocol.limits import (
     MAX_WINDOW_BYTES,
 )
 from protocol.schema import ARRAY, OMIT_DEFAULT, Count, Range, name, text
-from protocol.tensors import Tensor
+from protocol.tensors import Pooling, Tensor
 
 LATEST_MINOR: Final = 2
 """The latest version of the job protocol is 1.LATEST_MINOR; "since version 1.1" marks additions to 1.0."""
@@ -122,9 +122,10 @@ class Hello:
 class Sampling:
     """How the last stage samples tokens; temperature 0 is greedy. Keyed by (seed, position): a replay draws the same.
 
-    All but the first five fields exist since version 1.1, the last two since 1.2. The penalties are those of the OpenAI
-    API (presence and frequency, of the output) and of transformers (repetition, of prompt and output); they depend on
-    the job's tokens, see `TokenHistory`. `logit_bias`: pairs of a token id, ascending, and the term added to its logit.
+    All but the first five fields exist since version 1.1, the last three since 1.2. The penalties are those of the
+    OpenAI API (presence and frequency, of the output) and of transformers (repetition, of prompt and output); they
+    depend on the job's tokens, see `TokenHistory`. `logit_bias`: pairs of a token id, ascending, and the term added to
+    its logit.
     """
 
     temperature: Annotated[float, Range(0.0, MAX_TEMPERATURE)] = 0.0
@@ -151,6 +152,8 @@ class Sampling:
     """The coordinator gets the log probability of each token, and those of the likeliest `logprobs` - 1 tokens."""
     json_schema: Annotated[str, text(MAX_JSON_SCHEMA_BYTES), OMIT_DEFAULT] = ""
     """The output is JSON that follows this JSON Schema, itself JSON; empty for any output."""
+    pooling: Pooling | None = None
+    """The coordinator gets an embedding of the prompt, and nothing is sampled."""
 
     @property
     def needs_history(self) -> bool:
@@ -430,19 +433,9 @@ class Pong:
 
 
 SessionMessage: TypeAlias = (
-    Open
-    | Opened
-    | Refused
-    | TokenHistory
-    | Begin
-    | Credit
-    | ProgressRequest
-    | Progress
-    | Reroute
-    | Failed
-    | Close
+    Open | Opened | Refused | TokenHistory | Begin | Credit | ProgressRequest | Progress | Reroute | Failed | Close
     | Closed
-)
+)  # fmt: skip
 """A control message about one session."""
 
 ControlMessage: TypeAlias = Hello | SessionMessage | Ping | Pong

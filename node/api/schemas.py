@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from node.api.fields import check_depth, refuse
+from node.api.fields import check_depth, form, refuse
 from protocol.limits import MAX_JSON_SCHEMA_BYTES
 
 ANY_OBJECT: Final = '{"type": "object"}'
@@ -21,7 +21,8 @@ _MAPS_OF_SCHEMAS: Final = frozenset({
 _VALUES: Final = frozenset({"const", "enum"})
 
 
-def schema_text(param: str, schema: Any) -> str:
+@form({"type": "object", "description": "A JSON Schema."})
+def parse_schema(param: str, schema: Any) -> str:
     """Return a JSON Schema as it travels. Raises ApiError."""
     if not isinstance(schema, dict):
         refuse(param, "must be a JSON Schema, an object")

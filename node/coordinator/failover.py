@@ -5,6 +5,7 @@ deterministic and sampling is keyed by position, the text continues unchanged. S
 with it; only what the lost stage had computed is computed again.
 """
 
+from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -15,7 +16,7 @@ import trio
 
 from node.coordinator.job import Job
 from node.coordinator.planner import PlannedRoute, RouteNeed
-from node.coordinator.route import OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
+from node.coordinator.route import LastStageOutput, OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
 from node.coordinator.session_request import RouteServices, SessionRequest, request_sessions
 from node.coordinator.straggler_monitor import RETRY_AFTER_S, StragglerMonitor
 from node.coordinator.submission import JobError, JobErrorCode
@@ -140,14 +141,26 @@ class ResilientRoute:
         await self._close_previous()
 
     async def next_token(self) -> SampledToken:
-        """Wait for the next token; where a stage is lost or wants to leave, replace it first. Raises JobError."""
+        """Wait for the next token; see `_next_output`."""
+        output = await self._next_output()
+        assert isinstance(output, SampledToken)
+        return output
+
+    async def embedding(self) -> "array[float]":
+        """Wait for the prompt's embedding; see `_next_output`."""
+        output = await self._next_output()
+        assert isinstance(output, array)
+        return output
+
+    async def _next_output(self) -> LastStageOutput:
+        """Wait for the last stage; where a stage is lost or wants to leave, replace it first. Raises JobError."""
         while True:
             route = self._open_route()
             if leaving := route.leaving - self._asked_to_leave:
                 await self._replace_leaving(leaving)
                 continue
             try:
-                token = await self._monitor.token(route)
+                output = await self._monitor.output(route)
             except RouteLost as lost:
                 self._replays += 1
                 self._failures_since_token += 1
@@ -158,7 +171,7 @@ class ResilientRoute:
                 await self.open()
             else:
                 self._failures_since_token = 0
-                return token
+                return output
 
     async def finish(self) -> ClosedRoute:
         """Close the route of a job that is done."""
@@ -313,7 +326,8 @@ class ResilientRoute:
         """Make the open route a previous one, whose stages are continued as far as they still hold the session."""
         if self._route is None:
             return
-        holding = self._route.held()
+        # The last stage of an embedding counts every row once: another route begins anew.
+        holding = {} if self._job.is_embedding else self._route.held()
         for stage, answer in zip(self._route.stages, self._route.answers, strict=True):
             if stage in holding:
                 self._held[stage] = holding[stage]
@@ -354,9 +368,10 @@ def no_route(
     kinds = {refusal.reason for refusal in avoided.values()}
     code = JobErrorCode.UNCOVERED
     if not avoided and outdated:
+        leave_out = "" if job.is_embedding else "leave out top_k, min_p, penalties, logit_bias and min_tokens, or "
         message = (
-            f"no peer that samples the tokens of {name} supports what the job asks for ({reasons}): "
-            "leave out top_k, min_p, penalties, logit_bias and min_tokens, or wait for a peer of a later version"
+            f"no peer that serves the last blocks of {name} supports what the job asks for ({reasons}): "
+            f"{leave_out}wait for a peer of a later version"
         )
     elif not avoided:
         lacking = f"no peer serves blocks {blocks} of {name}"

@@ -56,6 +56,8 @@ async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
             tokens = await model.tokenizer.encode(request.prompt)
         else:
             tokens = request.prompt_tokens or ()
+        if request.truncate:
+            tokens = tokens[: model.max_positions - 1]
     except TokenizerBusyError as error:
         raise JobError(JobErrorCode.FULL, str(error), retry_after_s=BUSY_RETRY_S) from None
     except TokenizerUnavailableError as error:
@@ -153,6 +155,7 @@ def sampling_of(request: JobRequest, model: KnownModel, prompt_length: int) -> S
         logit_bias=request.logit_bias,
         logprobs=0 if request.top_logprobs is None else min(request.top_logprobs, model.vocabulary_size) + 1,
         json_schema=request.json_schema,
+        pooling=request.pooling,
         min_length=min(prompt_length + request.min_tokens, MAX_POSITIONS) if request.min_tokens else 0,
     )
     return replace(sampling, prompt_length=prompt_length) if sampling.needs_history else sampling

@@ -1,6 +1,7 @@
 """The interface for submitting jobs: request, events, result and errors."""
 
 import enum
+from array import array
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any, Final, Protocol
 from protocol.identity import JobId, ModelId, PeerId
 from protocol.measurements import MethodInForce, QualityBound, StageObservation
 from protocol.messages import FinishReason
+from protocol.tensors import Pooling
 
 DEFAULT_MAX_TOKENS: Final = 512
 """Default of max_tokens, as far as the model's context allows."""
@@ -128,6 +130,8 @@ class JobRequest:
     `tools`: that the model may call, as the OpenAI API describes them. `template_options`: for the chat template.
     `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text; it comes from the
     field `json_schema_param` of the user's request, which errors name.
+    `pooling`: the prompt becomes an embedding, and there is no text: JobStarted is followed by JobResult. `truncate`:
+    cut the prompt to the model's context.
     Sampling: `node.engine.sampling`.
     """
 
@@ -158,6 +162,8 @@ class JobRequest:
     json_schema_param: str = "response_format"
     tools: tuple[Mapping[str, Any], ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    pooling: Pooling | None = None
+    truncate: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,6 +300,8 @@ class JobResult:
     selection: Selection | None = None
     stop_string: str | None = None
     """The stop string that ended the text, if one did."""
+    embedding: "array[float] | None" = None
+    """Of the prompt, f32, not normalised, where it was asked for."""
 
 
 JobEvent = JobStarted | TextDelta | JobResult

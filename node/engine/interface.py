@@ -282,7 +282,8 @@ class SliceOutput:
     """The output of a step for one slice.
 
     Hidden states (rows, hidden_size) in the session's codec; on a last span the tokens drawn, i32 (draws,), or with
-    drafts 1 to draws of them; where log probabilities are sampled, too, rows of f32 as in `logprobs_from_tensor`.
+    drafts 1 to draws of them; where log probabilities are sampled, too, rows of f32 as in `logprobs_from_tensor`. Where
+    the prompt's embedding is wanted, it is the output of the slice that draws, f32 (1, hidden_size).
     """
 
     session: SessionId

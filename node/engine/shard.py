@@ -5,8 +5,9 @@ It imports no engine, so that a worker loads only the one that it runs.
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, Generic, TypeVar
@@ -33,6 +34,7 @@ from node.engine.interface import (
     parts_of,
 )
 from node.engine.kv_allocator import KvReservation, check_slice
+from node.engine.pooling import Pool, pool_for
 from node.engine.sampling import TokenCounts, draw_and_verify, history_for, logprob_rows
 from node.util.text import one_line
 from protocol.identity import BlockRange, SessionId
@@ -61,6 +63,8 @@ class ShardSession(Generic[KvT]):
     """Where draws depend on the tokens so far."""
     constraint: Constraint | None = None
     """Where the text follows a JSON Schema."""
+    pool: Pool | None = None
+    """Where the prompt's embedding is wanted, and no text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +149,13 @@ class Shard(ABC, Generic[KvT]):
         What a part finds at its positions and behind them is from before a rollback. Raises whatever the engine raises.
         """
 
+    @abstractmethod
+    def _embed(self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[KvT]]) -> Sequence[Array]:
+        """Return all rows of each part behind the model's final norm, f32 (rows, hidden size), on a last span.
+
+        Otherwise it is as `_compute`.
+        """
+
     def _is_lost(self, _error: Exception) -> bool:
         """Return whether nothing can be computed here any more."""
         return False
@@ -168,7 +179,8 @@ class Shard(ABC, Generic[KvT]):
         except EngineError:
             return
         history = history_for(options.sampling)
-        opened = ShardSession(options, info, reservation.positions, kv, reservation.cached, history)
+        pool = pool_for(options.sampling)
+        opened = ShardSession(options, info, reservation.positions, kv, reservation.cached, history, pool=pool)
         if options.sampling is not None and options.sampling.json_schema:
             opened.constraint = self._constraint_process().open(options.sampling.json_schema)
         self._sessions[session] = opened
@@ -204,9 +216,10 @@ class Shard(ABC, Generic[KvT]):
         started_s = perf_counter()
         batch: _Batch[KvT] = _Batch(slices)
         try:
-            for (variant, blocks), numbers in self._grouped(batch).items():
+            for (variant, blocks, embeds), numbers in self._grouped(batch).items():
+                compute = partial(self._embed if embeds else self._compute, variant, blocks)
                 for part in self._parts(variant, numbers):
-                    self._run(batch, variant, blocks, part)
+                    self._run(batch, compute, part)
         except EngineError:
             for rows in slices:
                 self.close(rows.session)
@@ -219,9 +232,9 @@ class Shard(ABC, Generic[KvT]):
         outputs = tuple(output for _, output in sorted(batch.outputs.items()))
         return StepResult(outputs=outputs, compute_s=perf_counter() - started_s, faults=faults)
 
-    def _grouped(self, batch: _Batch[KvT]) -> dict[tuple[Variant, BlockRange], list[int]]:
-        """Return the valid slices, by number, grouped by variant and blocks."""
-        groups: dict[tuple[Variant, BlockRange], list[int]] = {}
+    def _grouped(self, batch: _Batch[KvT]) -> dict[tuple[Variant, BlockRange, bool], list[int]]:
+        """Return the valid slices, by number, grouped by variant, blocks, and whether an embedding is wanted."""
+        groups: dict[tuple[Variant, BlockRange, bool], list[int]] = {}
         counts = Counter(rows.session for rows in batch.slices)
         for number, rows in enumerate(batch.slices):
             try:
@@ -231,16 +244,22 @@ class Shard(ABC, Generic[KvT]):
                 batch.fail(number, error)
                 continue
             batch.rows[number] = SessionRows(prepared, session.kv, rows.position, rows.draws)
-            groups.setdefault((session.options.variant, session.info.blocks), []).append(number)
+            group = session.options.variant, session.info.blocks, session.pool is not None
+            groups.setdefault(group, []).append(number)
         return groups
 
-    def _run(self, batch: _Batch[KvT], variant: Variant, blocks: BlockRange, numbers: Sequence[int]) -> None:
+    def _run(
+        self,
+        batch: _Batch[KvT],
+        compute: Callable[[Sequence[SessionRows[KvT]]], Sequence[Array]],
+        numbers: Sequence[int],
+    ) -> None:
         """Run slices together; where that fails, each half of them again, until those that fail are alone.
 
         The next pass overwrites the positions that a failed one wrote. Raises EngineError where the device is lost.
         """
         try:
-            computed = self._compute(variant, blocks, [batch.rows[number] for number in numbers])
+            computed = compute([batch.rows[number] for number in numbers])
         except Exception as error:  # engines fail in many ways
             if self._is_lost(error):
                 raise EngineError(f"the forward pass failed: {one_line(error)}") from error
@@ -263,7 +282,7 @@ class Shard(ABC, Generic[KvT]):
             return
         middle = len(numbers) // 2
         for half in (numbers[:middle], numbers[middle:]):
-            self._run(batch, variant, blocks, half)
+            self._run(batch, compute, half)
 
     def _session_of(self, rows: SliceInput, *, alone: bool) -> ShardSession[KvT]:
         if not alone:
@@ -285,10 +304,16 @@ class Shard(ABC, Generic[KvT]):
 
 
 def _output(rows: SliceInput, session: ShardSession[Any], output: Array) -> Tensor:
-    """Return a slice's output: encoded hidden states, or the tokens drawn from logits."""
+    """Return a slice's output: encoded hidden states, the tokens drawn from logits, or the embedding."""
     if not session.info.is_last:
         check_rows(output)
         return encode_rows(output, session.options.activations)
+    if session.pool is not None:
+        if output.shape[1] != session.info.hidden_size:
+            raise EngineError("the model's last states are of another width than its blocks': it gives no embeddings")
+        session.pool.add(rows.position, output)
+        pooled = session.pool.embedding()[: rows.draws]
+        return Tensor(DType.FLOAT32, pooled.shape, pooled.tobytes())
     sampling = session.options.sampling
     assert sampling is not None
     first_drawn = rows.position + rows.tensor.rows - rows.draws + 1

@@ -102,16 +102,17 @@ class OllamaWriter:
 def _counts(result: JobResult) -> dict[str, Any]:
     timing = result.timing
     return {
-        "total_duration": _nanoseconds(timing.total_s),
+        "total_duration": nanoseconds(timing.total_s),
         "load_duration": 0,
         "prompt_eval_count": result.usage.prompt_tokens,
-        "prompt_eval_duration": _nanoseconds(timing.ttft_s),
+        "prompt_eval_duration": nanoseconds(timing.ttft_s),
         "eval_count": result.usage.completion_tokens,
-        "eval_duration": _nanoseconds(max(0.0, timing.total_s - timing.ttft_s)),
+        "eval_duration": nanoseconds(max(0.0, timing.total_s - timing.ttft_s)),
     }
 
 
-def _nanoseconds(seconds: float) -> int:
+def nanoseconds(seconds: float) -> int:
+    """Return a duration as Ollama has it."""
     return round(seconds * 1e9)
 
 

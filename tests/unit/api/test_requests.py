@@ -11,10 +11,11 @@ from node.api.errors import ApiError
 from node.api.generation import MAX_CHOICES, Generation
 from node.api.ollama.requests import parse_chat as parse_ollama_chat
 from node.api.openai import requests
-from node.api.openai.requests import IGNORED, MAX_SEED, MIN_SEED
+from node.api.openai.requests import IGNORED
 from node.api.openai.requests import parse_chat_request as parse_chat
 from node.api.openai.responses import parse_response_request
 from node.api.output_parser import ParserRules
+from node.api.shared_fields import MAX_SEED, MIN_SEED
 from node.coordinator.submission import ChatMessage, JobRequest
 from node.models.json_schema import make_matcher
 from protocol.limits import MAX_LOGIT_BIASES, MAX_POSITIONS, MAX_STOP_TOKENS, MAX_VOCABULARY
@@ -34,7 +35,7 @@ DEEP: dict[str, Any] = {}
 for _ in range(100):
     DEEP = {"a": DEEP}
 SCHEMA = "response_format.json_schema.schema"
-NAMELESS = "messages[0].tool_calls[0].function.name"
+NAMELESS = "messages[0].tool_calls[0].function"
 
 
 def generation_of_chat(body: bytes) -> Generation:
@@ -430,9 +431,9 @@ def test_accepts_neutral_values(fields: dict[str, Any]) -> None:
         ({"logprobs": 1}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"tools": [{"type": "function"}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, "tools[0]"),
         ({"tools": 7}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
