@@ -32,6 +32,7 @@ from node.stages.memory_admission import span_bytes_for
 from node.stages.peer_penalties import StagePeerStatistics
 from node.stages.span import Span
 from node.storage.database import StorageError
+from node.telemetry.observer import Telemetry
 from protocol.identity import BlockRange, ModelId, PeerId
 from selector.consensus.reputation import WEIGHT_SCALE
 from selector.cuts import Cuts
@@ -41,8 +42,9 @@ from selector.reliability import PeerRecord
 class StatusView:
     """Implements `NodeView`."""
 
-    def __init__(self, parts: NodeParts, serve: Sequence[str]) -> None:
+    def __init__(self, parts: NodeParts, serve: Sequence[str], telemetry: Telemetry) -> None:
         self.api_url = ""
+        self.telemetry = telemetry
         self.submitter = parts.client.coordinator
         self.bench = parts.client.trials.run
         self._parts = parts
@@ -57,6 +59,7 @@ class StatusView:
         """Return the status of this node."""
         jobs = self.submitter.statistics
         transfers, selection = self._library.transfers(), self._parts.selection
+        outbound, inbound = self._stages.link_pool.counts()
         return {
             "peer_id": self._network.peer_id,
             "agent": AGENT,
@@ -90,7 +93,24 @@ class StatusView:
                 "served_bytes": transfers.served_bytes,
             },
             "uncovered": [gap for model in self._membership.served_models() for gap in self._gaps(model)],
+            "traffic": {
+                "outbound_links": outbound,
+                "inbound_links": inbound,
+                "sent_bytes": self._network.byte_counts.sent,
+                "received_bytes": self._network.byte_counts.received,
+            },
         }
+
+    def faults(self) -> list[str]:
+        """Return why the node is not ready."""
+        unserved = self._parts.serving.supervisor.unserved
+        faults = [f"{name} is not served: {reason}" for name, reason in sorted(unserved.items())]
+        bootstrap = self._membership.bootstrap()
+        if bootstrap and not self._network.connected_peers():
+            faults.append(f"the swarm is not joined: none of {len(bootstrap)} bootstrap peers was reached")
+        if self._stages.is_draining:
+            faults.append("the node is shutting down")
+        return faults
 
     def _gaps(self, model: ModelId) -> list[GapDocument]:
         """Return the blocks of a model that no peer serves, and how to serve them."""

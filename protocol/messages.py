@@ -18,38 +18,42 @@ from protocol.forms import (
     Digest,
     Explanation,
     Hardware,
+    LogitBias,
     Name,
     Nonce,
     PackedTokens,
+    Penalty,
     Position,
     PositionCount,
     PrefixHashes,
+    RequestId,
     Score,
     Seconds,
     Share,
     Signature,
+    Switch,
     TokenId,
+    TraceParent,
 )
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId
 from protocol.limits import (
     MAX_BALLOTS,
     MAX_CONTEXT,
     MAX_JSON_SCHEMA_BYTES,
-    MAX_LOGIT_BIAS,
     MAX_LOGIT_BIASES,
     MAX_LOGPROBS,
     MAX_PENALTY,
     MAX_POSITIONS,
     MAX_STAGES,
     MAX_STOP_TOKENS,
-    MAX_SWITCH_BYTES,
     MAX_SWITCHES,
     MAX_TEMPERATURE,
     MAX_VOCABULARY,
     MAX_VOTES,
     MAX_WINDOW_BYTES,
 )
-from protocol.schema import ARRAY, OMIT_DEFAULT, Count, Range, name, text
+from protocol.reports import Progress, ProgressRequest, Timings, TimingsRequest
+from protocol.schema import ARRAY, OMIT_DEFAULT, Count, Range, text
 from protocol.tensors import Pooling, Tensor
 
 LATEST_MINOR: Final = 2
@@ -103,10 +107,6 @@ class FinishReason(enum.StrEnum):
     """The limit on new tokens."""
 
 
-Switch = Annotated[str, name(MAX_SWITCH_BYTES)]
-Penalty = Annotated[float, Range(-MAX_PENALTY, MAX_PENALTY)]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
     """The first message of each side.
@@ -140,11 +140,7 @@ class Sampling:
     repetition_penalty: Annotated[float, Range(1 / MAX_PENALTY, MAX_PENALTY), OMIT_DEFAULT] = 1.0
     frequency_penalty: Annotated[Penalty, OMIT_DEFAULT] = 0.0
     presence_penalty: Annotated[Penalty, OMIT_DEFAULT] = 0.0
-    logit_bias: Annotated[
-        tuple[tuple[TokenId, Annotated[float, Range(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)]], ...],
-        Count(MAX_LOGIT_BIASES),
-        OMIT_DEFAULT,
-    ] = ()
+    logit_bias: Annotated[tuple[tuple[TokenId, LogitBias], ...], Count(MAX_LOGIT_BIASES), OMIT_DEFAULT] = ()
     min_length: Annotated[int, Range(1, MAX_POSITIONS), OMIT_DEFAULT] = 0
     """Stop tokens are masked at positions below this one, prompt included: a replay needs no other value."""
     prompt_length: Annotated[int, Range(1, MAX_POSITIONS), OMIT_DEFAULT] = 0
@@ -181,6 +177,7 @@ class Open:
     next stage; None for the last stage, which sends each token to the coordinator and to `feedback`, the first stage's
     peer. `sampling`: for the last stage only. `continues`: a session of the previous attempt at this job on the same
     stream; it ends, and this session takes over its KV cache. `background`: a measurement, which yields to users' jobs.
+    `request_id`, and `trace_parent` (W3C Trace Context), since version 1.2: for logs and traces.
     """
 
     session: SessionId
@@ -196,6 +193,8 @@ class Open:
     sampling: Sampling | None = None
     continues: SessionId | None = None
     background: bool = False
+    request_id: Annotated[RequestId, OMIT_DEFAULT] = ""
+    trace_parent: Annotated[TraceParent, OMIT_DEFAULT] = ""
 
     def check(self) -> None:
         """Raise RemoteProtocolError for a method named twice, and for fields that contradict each other."""
@@ -335,27 +334,6 @@ class Credit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProgressRequest:
-    """The coordinator requests the progress of a session. Since version 1.1."""
-
-    session: SessionId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """The progress of a session on this stage, in answer to a ProgressRequest. Since version 1.1.
-
-    The first positions not yet `received`, `computed`, and `sent` to the next stage, or, by a last stage, as tokens to
-    the coordinator. A replay makes them smaller.
-    """
-
-    session: SessionId
-    received: PositionCount
-    computed: PositionCount
-    sent: PositionCount
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
     """The session is lost on this stage, which has freed it. `peer`: the peer at fault, if not the stage itself."""
 
@@ -433,7 +411,8 @@ class Pong:
 
 
 SessionMessage: TypeAlias = (
-    Open | Opened | Refused | TokenHistory | Begin | Credit | ProgressRequest | Progress | Reroute | Failed | Close
+    Open | Opened | Refused | TokenHistory | Begin | Credit | ProgressRequest | Progress | TimingsRequest | Timings
+    | Reroute | Failed | Close
     | Closed
 )  # fmt: skip
 """A control message about one session."""

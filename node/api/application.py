@@ -19,6 +19,8 @@ from node.api.endpoint import GenerationEndpoint, Parse
 from node.api.errors import ApiError
 from node.api.guard import Guard
 from node.api.interface import NodeView
+from node.api.measured import Measured
+from node.api.metrics import MetricsPage
 from node.api.ollama.embeddings import parse_embed, parse_embeddings
 from node.api.ollama.requests import parse_chat, parse_generate
 from node.api.openai.embeddings import parse_embedding_request
@@ -31,7 +33,7 @@ from node.coordinator.submission import JobError
 
 
 def make_app(node: NodeView, access: Access) -> ASGIApp:
-    """Return the ASGI application of a node. With API keys, every page but `/health` requires one."""
+    """Return the ASGI application of a node. With API keys, every page but those of health requires one."""
     protocols: dict[str, Parse] = {
         "/v1/chat/completions": parse_chat_request,
         "/v1/completions": parse_completion_request,
@@ -55,6 +57,7 @@ def make_app(node: NodeView, access: Access) -> ASGIApp:
             for path, parse in embeddings.items()
         ),
         *Pages(node).routes(),
+        *MetricsPage(node, node.telemetry.metrics).routes(),
         Route("/swarm/bench", BenchEndpoint(node.bench), methods=["POST"]),
     ]
     routes.append(_description(routes))
@@ -64,7 +67,8 @@ def make_app(node: NodeView, access: Access) -> ASGIApp:
         HTTPException: _on_http_exception,
         Exception: _on_defect,
     }
-    return RequestIds(Guard(Starlette(routes=routes, exception_handlers=handlers), access))
+    guarded = Guard(Starlette(routes=routes, exception_handlers=handlers), access)
+    return RequestIds(Measured(guarded, routes, node.telemetry))
 
 
 def _description(routes: Sequence[Route]) -> Route:

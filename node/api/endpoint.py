@@ -23,7 +23,7 @@ from node.api.generation import (
     Outcome,
     run_generation,
 )
-from node.coordinator.submission import JobError, Submitter
+from node.coordinator.submission import JobError, RequestOrigin, Submitter
 
 UNACCEPTED_S: Final = 9.0
 """Longest wait of the first keep-alive for a job's route to open: until then an error can still be a status."""
@@ -76,6 +76,7 @@ class GenerationEndpoint:
             message = f"the answer may have more than {MAX_LOGPROBS_IN_ANSWER} log probabilities: stream it, or ask for"
             raise ApiError(400, f"{message} fewer choices, tokens or top_logprobs", param="top_logprobs")
         begin_answers(scope, len(generation.jobs))
+        generation = generation.from_request(origin_of(scope))
         answer = self._stream if generation.stream else self._answer_whole
         await until_disconnect(receive, partial(answer, generation, writer, scope, receive, send))
 
@@ -122,6 +123,14 @@ class GenerationEndpoint:
                 elif waiting:
                     await stream.send(waiting)
                     waiting = b""
+
+
+def origin_of(scope: Scope) -> RequestOrigin:
+    """Return what logs and traces name a job's request by."""
+    state = scope["state"]
+    return RequestOrigin(
+        request_id=state["request_id"], endpoint=scope["path"], trace_parent=state.get("trace_parent", "")
+    )
 
 
 class EventStream:

@@ -21,6 +21,7 @@ from node.coordinator.submission import (
     JobRequest,
     JobResult,
     JobStarted,
+    RequestOrigin,
     Submitter,
     TextDelta,
     TokenLogprob,
@@ -58,6 +59,10 @@ class Generation:
             for job in self.jobs
             if job.top_logprobs is not None
         )
+
+    def from_request(self, origin: RequestOrigin) -> "Generation":
+        """Return the same, with the request that it comes from."""
+        return replace(self, jobs=tuple(replace(job, origin=origin) for job in self.jobs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ EXPOSED_HEADERS: Final = (
 )
 """What scripts of a page may read of an answer."""
 
-PUBLIC: Final = frozenset({"/health"})
+PUBLIC: Final = frozenset({"/health", "/health/live", "/health/ready"})
 """Public pages: no key, any origin."""
 
 _FOREIGN_SITES: Final = frozenset({"cross-site", "same-site"})

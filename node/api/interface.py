@@ -5,10 +5,13 @@ fields mean is in docs/http-api.md, which a test compares with them.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 from node.coordinator.submission import JobRequest, Submitter
 from node.coordinator.trial_runner import Trial, TrialSpec
+
+if TYPE_CHECKING:  # the command line needs the documents, and not the libraries of telemetry
+    from node.telemetry.observer import Telemetry
 
 
 class SpanSummary(TypedDict):
@@ -176,6 +179,15 @@ class PeerCounts(TypedDict):
     held_bytes: int
 
 
+class TrafficDocument(TypedDict):
+    """Job streams to peers and from them; bytes that all connections with peers have carried since the start."""
+
+    outbound_links: int
+    inbound_links: int
+    sent_bytes: int
+    received_bytes: int
+
+
 class NodeStatus(TypedDict):
     """`GET /swarm/status`."""
 
@@ -196,6 +208,7 @@ class NodeStatus(TypedDict):
     selection: SelectionStatus
     transfers: TransfersDocument
     uncovered: list[GapDocument]
+    traffic: TrafficDocument
 
 
 class BanDocument(TypedDict):
@@ -282,6 +295,13 @@ class NodeView(Protocol):
 
     async def status(self) -> NodeStatus:
         """Return the status of this node."""
+
+    @property
+    def telemetry(self) -> "Telemetry":
+        """What counts, logs and traces."""
+
+    def faults(self) -> list[str]:
+        """Return why the node is not ready: spans that are not served, a swarm that is not joined; empty if it is."""
 
     def peers(self) -> list[PeerStatus]:
         """Return the known peers, without this one."""

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from node.coordinator.submission import JobResult
+from node.coordinator.submission import JobResult, JobTrace
 
 
 def describe_job(result: JobResult) -> dict[str, Any]:
@@ -22,4 +22,13 @@ def describe_job(result: JobResult) -> dict[str, Any]:
         "selection": None if result.selection is None else asdict(result.selection),
         "replays": result.replays,
         "token_ids": list(result.token_ids),
+        "trace": None if result.trace is None else _describe_trace(result.trace),
     }
+
+
+def _describe_trace(trace: JobTrace) -> dict[str, Any]:
+    stages = [
+        {"peer": stage.peer, "start": stage.blocks.start, "end": stage.blocks.end, "clock_error_s": stage.clock_error_s}
+        for stage in trace.stages
+    ]
+    return {"stages": stages, "rounds": [asdict(each) for each in trace.rounds], "dropped_steps": trace.dropped_steps}

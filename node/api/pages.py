@@ -28,7 +28,9 @@ class Pages:
             "/v1/models/{model:path}": self.model,
             "/api/tags": self.tags,
             "/api/version": self.version,
-            "/health": self.health,
+            "/health": self.ready,
+            "/health/live": self.live,
+            "/health/ready": self.ready,
             "/swarm/status": self.status,
             "/swarm/peers": self.peers,
             "/swarm/models": self.swarm_models,
@@ -67,12 +69,15 @@ class Pages:
         """Return the program's version, as Ollama does."""
         return JSONResponse(describe_version())
 
-    async def health(self, _: Request) -> JSONResponse:
-        """Return whether the node serves."""
-        state = (await self._node.status())["state"]
-        if state == "serving":
-            return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": state}, 503)
+    async def live(self, _: Request) -> JSONResponse:
+        """Return that the process answers."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _: Request) -> JSONResponse:
+        """Return whether every span is served and the swarm is joined, or why not."""
+        if faults := self._node.faults():
+            return JSONResponse({"status": "not ready", "reasons": faults}, 503, {"Retry-After": "5"})
+        return JSONResponse({"status": "ok"})
 
     async def status(self, _: Request) -> JSONResponse:
         """Return the status of the node."""

@@ -43,8 +43,9 @@ EFFORT: Final = Field("effort", one_of(*REASONING_EFFORTS))
 IGNORE_EOS: Final = Field("ignore_eos", parse_boolean)
 QUALITY: Final = Field("quality", parse_quality)
 METHOD: Final = Field("method", parse_method)
+TRACE: Final = Field("trace", parse_boolean)
 
-EXTENSIONS: Final = ObjectForm(QUALITY, METHOD, IGNORE_EOS)
+EXTENSIONS: Final = ObjectForm(QUALITY, METHOD, IGNORE_EOS, TRACE)
 METASWARM: Final = Field("metaswarm", EXTENSIONS.form)
 """Extensions of the OpenAI API; its presence also asks how the swarm ran the job."""
 

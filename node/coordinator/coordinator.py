@@ -16,6 +16,7 @@ import trio
 
 from node.coordinator.failover import ResilientRoute, no_route
 from node.coordinator.job import Job
+from node.coordinator.job_report import JobObserver, NoJobObserver, RunningJob
 from node.coordinator.method_choice import Choice, Chooser, QualityStore, admitted_methods
 from node.coordinator.observation import Recorder, ServedJob
 from node.coordinator.output_text import OutputText
@@ -94,6 +95,7 @@ class Coordinator:
     ) -> None:
         """`open_model`: returns the model that a user means, or raises ModelError with one line for the user."""
         self.draining = False
+        self.observer: JobObserver = NoJobObserver()
         self._open_model = open_model
         self._link_pool = link_pool
         self._recorder = recorder
@@ -144,19 +146,25 @@ class Coordinator:
         if self.draining:
             raise JobError(JobErrorCode.LEAVING, "this node is shutting down: submit the job at another peer")
         is_trial = on_served is not None or request.background
+        trace_parent = self.observer.start_trace(request.origin.trace_parent)
+        running = RunningJob(request=request, is_trial=is_trial, trace_parent=trace_parent, began_s=trio.current_time())
         self._count(running=1, trials_running=is_trial)
         outcome = "cancelled"
+        code: JobErrorCode | None = None
+        reason = ""
         try:
-            job = await self._prepare(request, on_served=on_served)
-            async with self._routed(job) as route, aclosing(self._events(job, route)) as events:
+            running.job = job = replace(await self._prepare(request, on_served=on_served), trace_parent=trace_parent)
+            running.prepared_s = trio.current_time()
+            async with self._routed(job, running) as route, aclosing(self._events(job, route)) as events:
                 yield events
                 outcome = "done" if route.is_finished else "cancelled"
         except JobError as error:
-            is_preempted = request.background and error.code is JobErrorCode.FULL
-            is_rejected = error.code in CLIENT_MISTAKES
-            outcome = "cancelled" if is_preempted else "rejected" if is_rejected else "failed"
+            code, reason = error.code, error.message
+            is_preempted = request.background and code is JobErrorCode.FULL
+            outcome = "cancelled" if is_preempted else "rejected" if code in CLIENT_MISTAKES else "failed"
             raise
         finally:
+            self.observer.on_job_ended(running.report(outcome, trio.current_time(), code, reason))
             if is_trial:
                 outcome = "trials_done" if outcome == "done" else "trials_failed"
             self._count(running=-1, trials_running=-is_trial, **{outcome: 1})
@@ -230,9 +238,9 @@ class Coordinator:
         )
 
     @asynccontextmanager
-    async def _routed(self, job: Job) -> AsyncIterator[ResilientRoute]:
+    async def _routed(self, job: Job, running: RunningJob) -> AsyncIterator[ResilientRoute]:
         """Open a job's route, and close it after the block."""
-        route = ResilientRoute(job, self._services)
+        running.route = route = ResilientRoute(job, self._services)
         self._routes[job.id] = route
         try:
             if job.claim.owner is not None and any(method.prefix_cache for method in job.admitted):
@@ -296,6 +304,7 @@ class Coordinator:
         )
         result = replace(result, selection=self._chooser.served(done.request.choice, outcome))
         served = served_of(job, done, result)
+        job.output.result = result
         if job.on_served is not None:
             job.on_served(served)
         elif self._recorder is not None:

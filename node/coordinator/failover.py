@@ -8,6 +8,7 @@ with it; only what the lost stage had computed is computed again.
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ from node.coordinator.planner import PlannedRoute, RouteNeed
 from node.coordinator.route import LastStageOutput, OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
 from node.coordinator.session_request import RouteServices, SessionRequest, request_sessions
 from node.coordinator.straggler_monitor import RETRY_AFTER_S, StragglerMonitor
-from node.coordinator.submission import JobError, JobErrorCode
+from node.coordinator.submission import JobError, JobErrorCode, JobTrace
+from node.coordinator.tracing import CLOCK_SAMPLES, JobTracer
 from node.engine.interface import parts_of
 from node.links.outbound_link import SessionLost
 from node.util.backoff import backoff_s
@@ -54,7 +56,8 @@ class ClosedRoute(NamedTuple):
     """The last route of a job that is done, and what all of its routes add up to.
 
     `closed`: the final word of each stage. `rounds`: messages with tokens on all routes. `replays`: stages that were
-    lost and replaced. `cached_tokens`: of the prompt, found in prefix caches by the first route.
+    lost and replaced. `cached_tokens`: of the prompt, found in prefix caches by the first route. `trace`: where the job
+    asked for one.
     """
 
     route: OpenRoute
@@ -63,6 +66,7 @@ class ClosedRoute(NamedTuple):
     rounds: int
     replays: int
     cached_tokens: int
+    trace: JobTrace | None = None
 
 
 class ResilientRoute:
@@ -72,7 +76,9 @@ class ResilientRoute:
         self._job = job
         self._planner = services.planner
         self._services = services
+        self._tracer = JobTracer(job.began_s) if job.request.trace else None
         self._monitor = StragglerMonitor(job, services.planner, self._is_replaceable)
+        self._log = _logger.bind(job=job.id, request_id=job.request_id)
         self._route: OpenRoute | None = None
         self._method: Method | None = None
         """What the votes agreed on; kept on every later route, without speculation once a drafter was missing."""
@@ -101,9 +107,24 @@ class ResilientRoute:
         """When a replacement for a lagging stage was last searched for."""
 
     @property
+    def stages(self) -> Sequence[Stage]:
+        """The stages of the last route that was open."""
+        return self._stages
+
+    @property
     def peers(self) -> set[PeerId]:
         """The peers that serve the job now."""
         return {stage.peer for stage in self._stages}
+
+    @property
+    def method(self) -> Method | None:
+        """The method in use; None before the votes."""
+        return self._method
+
+    @property
+    def replays(self) -> int:
+        """Stages that were lost and replaced so far."""
+        return self._replays
 
     async def open(self) -> None:
         """Open a route for the rest of the job and send the tokens so far; try others where stages refuse.
@@ -136,8 +157,9 @@ class ResilientRoute:
                 raise no_route(self._job, NoRouteError(()), self._avoided, self._outdated)
         if search.is_logged:
             waited_s = round(trio.current_time() - search.began_s, 1)
-            _logger.info("route found again", job=self._job.id, waited_s=waited_s)
+            self._log.info("route found again", waited_s=waited_s)
         self._is_accepted = True
+        self._job.output.routed_s = self._job.output.routed_s or trio.current_time()
         await self._close_previous()
 
     async def next_token(self) -> SampledToken:
@@ -171,17 +193,23 @@ class ResilientRoute:
                 await self.open()
             else:
                 self._failures_since_token = 0
+                if self._tracer is not None and self._tracer.is_due:
+                    await self._tracer.collect(route)
                 return output
 
     async def finish(self) -> ClosedRoute:
         """Close the route of a job that is done."""
         route = self._open_route()
+        trace: JobTrace | None = None
+        if self._tracer is not None:
+            await self._tracer.collect(route, CLOCK_SAMPLES)
+            trace = self._tracer.trace()
         closed = await route.close()
         self._route = None
         self.is_finished = True
         rounds = self._rounds + route.rounds
         request = self._request or route.request
-        return ClosedRoute(route, request, closed, rounds, self._replays, self._cached_tokens)
+        return ClosedRoute(route, request, closed, rounds, self._replays, self._cached_tokens, trace)
 
     async def close(self) -> None:
         """Close all routes that are still open."""
@@ -215,6 +243,9 @@ class ResilientRoute:
         try:
             await self._monitor.open(route)
             self._begin(route, tokens)
+            if self._tracer is not None:
+                route.on_tokens = partial(self._tracer.on_tokens, route)
+                await self._tracer.collect(route)
             await self._monitor.send_prompt(route, tokens)
         except RouteRejected as rejected:
             for refusal in rejected.refusals:
@@ -238,8 +269,8 @@ class ResilientRoute:
     def _avoid(self, refusal: StageRefusal) -> None:
         """Keep the job away from a peer; an unreachable one counts as dead until its next heartbeat."""
         peer = refusal.peer
-        log = _logger.debug if peer in self._logged else _logger.info
-        log("stage not available", job=self._job.id, peer=peer, reason=refusal.message)
+        log = self._log.debug if peer in self._logged else self._log.info
+        log("stage not available", peer=peer, reason=refusal.message)
         self._logged.add(peer)
         if refusal.outdated:
             self._outdated[peer] = refusal
@@ -256,7 +287,7 @@ class ResilientRoute:
         """
         self._refuse_bad_request(route, lost)
         culprit = lost.blamed if lost.blamed in {stage.peer for stage in route.stages} else lost.reporter
-        _logger.info("stage lost", job=self._job.id, peer=culprit, reason=lost.reason, message=lost.message)
+        self._log.info("stage lost", peer=culprit, reason=lost.reason, message=lost.message)
         self._avoided[culprit] = StageRefusal(culprit, None, lost.message, lagged=lost.lagged)
         link_pool = self._services.link_pool
         is_ours = lost.reason is FailureReason.EXPIRED or lost.blamed == link_pool.peer_id != culprit
@@ -281,9 +312,7 @@ class ResilientRoute:
         try:
             await self._planner.route(self._need(leaving, self._open_route()))
         except NoRouteError:
-            _logger.info(
-                "leaving peer not replaced: no other serves its blocks", job=self._job.id, peers=sorted(leaving)
-            )
+            self._log.info("leaving peer not replaced: no other serves its blocks", peers=sorted(leaving))
             return
         self._replays += 1
         for peer in leaving:
@@ -316,7 +345,7 @@ class ResilientRoute:
         if not search.is_logged:
             search.is_logged = True
             missing = ", ".join(map(str, error.missing))
-            _logger.warning("no route left; waiting for a peer", job=job.id, model=job.model.name, blocks=missing)
+            self._log.warning("no route left; waiting for a peer", model=job.model.name, blocks=missing)
         if self._planner.could_serve(job.need(), self._services.swarm.expected(job.model.id)):
             search.candidates_seen_s = now_s
             return False

@@ -3,7 +3,7 @@
 import secrets
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -29,12 +29,12 @@ from protocol.messages import (
     Load,
     Open,
     Opened,
-    ProgressRequest,
     RefusalReason,
     SessionStatistics,
     Slice,
     Step,
 )
+from protocol.reports import ProgressRequest
 from protocol.tensors import (
     DType,
     Tensor,
@@ -49,6 +49,9 @@ from selector.voting import tally, weights_of
 
 CLOSE_TIMEOUT_S = 1.0
 """How long the end of a job waits for its stages; a stage that misses it frees the session when the link breaks."""
+
+TRACED_SINCE_MINOR = 2
+"""The version of the job protocol since which stages get the request id and the trace of a job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,8 @@ class OpenRoute:
         """the rows that it computes before the first token,"""
         self.detector: StragglerDetector | None = None
         """and the progress of all stages."""
+        self.on_tokens: Callable[[int, int, float], None] = lambda position, tokens, now_s: None
+        """Called with the position and the number of tokens that arrived, and the time."""
         self.leaving: set[PeerId] = set()
         """Peers on the route that want to leave."""
         self.rounds = 0
@@ -162,7 +167,9 @@ class OpenRoute:
         self.last_token_s = trio.current_time()
         self.first_token_s = self.first_token_s or self.last_token_s
         try:
-            for output in self._read(part, tensor):
+            outputs = self._read(part, tensor)
+            self.on_tokens(part.position, len(outputs), self.last_token_s)
+            for output in outputs:
                 self._outputs_in.send_nowait(output)
             if self.detector is not None and tensor.rows:
                 self.detector.token(part.position + tensor.rows - 1, self.last_token_s)
@@ -306,6 +313,10 @@ class OpenRoute:
                 raise AssertionError("the channel of tokens ends only when a stage is lost") from None
             raise RouteLost(self._lost) from None
 
+    def linked_stages(self) -> list[tuple[Stage, SessionId, OutboundLink]]:
+        """Return the stages that this node is linked to, with the sessions there."""
+        return [(self.stages[number], SessionId(self.job, number), link) for number, link in self._links.items()]
+
     def unreporting(self) -> set[int]:
         """Return the stages whose version cannot report progress."""
         needed = minor_of(ProgressRequest(session=self._sink))
@@ -353,6 +364,8 @@ class OpenRoute:
             try:
                 link = await self._link_pool.link_to(peer)
                 message = self._open_message(stage)
+                if link.minor < TRACED_SINCE_MINOR:
+                    message = replace(message, request_id="", trace_parent="")
                 if minor_of(message) > link.minor:
                     why = f"speaks version 1.{link.minor} of the job protocol, which lacks a sampling option of the job"
                     refusals[stage] = StageRefusal(peer, RefusalReason.UNABLE, why, outdated=True)
@@ -417,6 +430,8 @@ class OpenRoute:
             sampling=request.sampling if is_last else None,
             continues=self._continued.get(self.stages[stage]),
             background=request.background,
+            request_id=request.request_id,
+            trace_parent=request.trace_parent,
         )
 
 

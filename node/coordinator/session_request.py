@@ -27,7 +27,7 @@ class SessionRequest:
     """The request for a session on every stage of a route.
 
     `methods`: by name, the coordinator's preference first. `choice`: votes for the coordinator once the stages have.
-    `agreed`: what the swarm has agreed about the model.
+    `agreed`: what the swarm has agreed about the model. `request_id`, `trace_parent`: see `Open`.
     """
 
     model: ModelId
@@ -40,6 +40,8 @@ class SessionRequest:
     hidden_size: int
     background: bool = False
     agreed: Agreement | None = None
+    request_id: str = ""
+    trace_parent: str = ""
 
     @property
     def output_form(self) -> tuple[DType, tuple[int, ...]]:
@@ -89,6 +91,8 @@ async def request_sessions(
         hidden_size=job.model.hidden_size,
         background=job.request.background,
         agreed=services.swarm.agreed(job.model.id),
+        request_id=job.request_id,
+        trace_parent=job.trace_parent,
     )
 
 

@@ -24,10 +24,13 @@ from node.links.inbound_link import InboundLink
 from node.stages.outbox import Outbox, Output, StepLoop, max_rows
 from node.stages.replay_buffer import ReplayBuffer, ReplayMemory, ResumableState
 from node.stages.scheduler import Work
+from node.stages.session_report import SessionPhases, SessionReport
 from node.stages.speculation import Drafter, DraftTracker
+from node.stages.step_timings import StepTimings
 from node.stages.voter import Agreement
 from protocol.identity import PeerId, SessionId
-from protocol.messages import Begin, FailureReason, FinishReason, Open, Progress, Slice, Step
+from protocol.messages import Begin, FailureReason, FinishReason, Open, Slice, Step
+from protocol.reports import Progress, StepTiming, Timings
 from protocol.tensors import DType, Tensor, drawn_tokens, tensor_from_tokens, tokens_from_tensor
 from selector.task import Method
 
@@ -69,6 +72,10 @@ class StageSession:
         """Set when the request is answered."""
         self.opened_s = 0.0
         """When it was opened, from which on it may begin."""
+        self.phases = SessionPhases()
+        """What was done for it."""
+        self.cached_rows = 0
+        """Positions that the engine held when it began."""
         self.votes: Mapping[str, float] = {}
         self.agreement: Agreement | None = None
         """What the swarm had agreed when it was opened."""
@@ -160,7 +167,7 @@ class StageSession:
             )
         self.method = self.state.method = method
         self._forward_from = message.onward
-        self._reached = message.start
+        self._reached = self.cached_rows = message.start
         self._queued = self.state.computed
         early, self._early = self._early, []
         for part, tensor, link in early:
@@ -181,6 +188,26 @@ class StageSession:
             self._tracker.close()
         for source in self._sources - {self.opened_by}:
             source.forget(self.id)
+
+    def report(self) -> SessionReport | None:
+        """Return what was done for the session; None if it never began."""
+        if self.method is None:
+            return None
+        return SessionReport(
+            job=self.id.job,
+            request_id=self.request.request_id,
+            trace_parent=self.request.trace_parent,
+            coordinator=self.opened_by.peer,
+            model=self.info.model,
+            blocks=self.info.blocks,
+            method=self.method.name,
+            opened_s=self.opened_s,
+            ended_s=trio.current_time(),
+            cached_rows=self.cached_rows,
+            phases=self.phases,
+            bytes_in=self.state.counters.bytes_in,
+            bytes_out=self.state.counters.bytes_out,
+        )
 
     def progress(self) -> Progress:
         """Return how far the session has come: what has not left yet is in the outbox."""
@@ -281,13 +308,15 @@ class StageSession:
             self._queue(part, tensor, link)
 
     def _queue(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
+        now_s = trio.current_time()
         work = Work(
             part=replace(part, session=self.id),
             tensor=tensor,
             coordinator=self.opened_by.peer,
             origin=link,
             payload_bytes=len(tensor.data),
-            arrived_s=trio.current_time(),
+            arrived_s=now_s,
+            received_s=now_s,
             held_rows=part.rows,
         )
         if self._tracker is not None:
@@ -335,15 +364,29 @@ class StageSession:
             history=history,
         )
 
-    def on_computed(self, work: Work[InboundLink], compute_s: float) -> None:
-        """Count rows that were computed. `compute_s`: their share of the step."""
+    def on_computed(self, work: Work[InboundLink], compute_s: float, queue_s: float) -> None:
+        """Count rows that were computed. `compute_s`: their share of the step, for which they waited `queue_s`."""
         state, counters = self.state, self.state.counters
-        self.active_s = trio.current_time()
+        self.active_s = now_s = trio.current_time()
+        phase = self.phases.prefill if work.is_prefill else self.phases.decode
+        phase.add(work.rows, compute_s, queue_s, work.arrived_s, now_s)
         counters.steps += 1
         counters.rows += work.rows
         counters.compute_s += compute_s
         state.computed = work.part.position + work.rows
         self._reached = max(self._reached, state.computed - len(work.part.drafts))
+
+    def on_sent(self, work: Work[InboundLink], began_s: float, compute_s: float, now_s: float) -> None:
+        """Record where the time of a step went whose outputs were handed to the links, if the job is traced."""
+        if self.state.timings is not None:
+            queue_s, rest_s = began_s - work.received_s, now_s - began_s - compute_s
+            timing = StepTiming(work.part.position, work.rows, work.received_s, queue_s, compute_s, max(0.0, rest_s))
+            self.state.timings.add(timing)
+
+    def collect_timings(self) -> Timings:
+        """Return the timing of the steps since the last call, and record that of further ones."""
+        self.state.timings = self.state.timings or StepTimings()
+        return self.state.timings.collect(self.id, trio.current_time())
 
     def outputs_of(self, part: Slice, output: Tensor) -> list[Output]:
         """Return what a slice's output makes to be sent: rows for the next stage, or tokens for the next round."""

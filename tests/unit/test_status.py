@@ -8,6 +8,7 @@ from node.replication.peer_limits import Ban
 from node.stages.peer_penalties import StagePeerStatistics
 from node.status import StatusView
 from node.swarm.directory import Directory
+from node.telemetry.observer import Telemetry
 from protocol.announcements import Heartbeat, ServedSpan
 from protocol.identity import BlockRange, ModelId, PeerId, peer_id_from_public_key
 from protocol.messages import Load, RefusalReason
@@ -51,7 +52,7 @@ async def test_peers_shows_refusals_failures_held_bytes_and_bans() -> None:
         client=SimpleNamespace(coordinator=coordinator, trials=SimpleNamespace(run=None)),
         consensus=SimpleNamespace(bans=dict),
     )
-    view = StatusView(cast("Any", parts), [])
+    view = StatusView(cast("Any", parts), [], Telemetry(lambda model: "tiny"))
     peers = {each["peer_id"]: each for each in view.peers()}
     assert peers.keys() == {CONNECTED, HEARSAY, GONE}
     assert [peers[peer]["reached"] for peer in (CONNECTED, HEARSAY, GONE)] == [True, False, False]

@@ -49,6 +49,7 @@ from node.api.shared_fields import (
     TEMPERATURE,
     TOP_LOGPROBS,
     TOP_P,
+    TRACE,
     asks_details,
 )
 from node.coordinator.submission import JobRequest
@@ -340,4 +341,5 @@ def _parse_job(fields: Fields, max_tokens: int | None) -> JobRequest:
         ignore_eos=fields.get(IGNORE_EOS) or extras.get(IGNORE_EOS) or False,
         quality=extras.get(QUALITY) or QualityBound.EXACT,
         method=extras.get(METHOD) or "auto",
+        trace=extras.get(TRACE) or False,
     )

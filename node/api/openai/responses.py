@@ -47,6 +47,7 @@ from node.api.shared_fields import (
     STREAM,
     TEMPERATURE,
     TOP_P,
+    TRACE,
     asks_details,
 )
 from node.api.tool_choice import ToolChoice, choose_tools
@@ -237,6 +238,7 @@ def parse_response_request(body: bytes, headers: Headers) -> tuple[Generation, A
         ignore_eos=extras.get(IGNORE_EOS) or False,
         quality=extras.get(QUALITY) or QualityBound.EXACT,
         method=extras.get(METHOD) or "auto",
+        trace=extras.get(TRACE) or False,
         template_options={} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"},
     )
     generation = Generation(

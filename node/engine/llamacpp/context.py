@@ -37,7 +37,7 @@ another way with other rounding: a prompt would have other keys and values in ch
 _FINAL_NORM: Final = b"result_norm"
 """llama.cpp's name of the tensor that goes into the head."""
 
-FIRST_POSITIONS: Final = 2048
+FIRST_POSITIONS: Final = 512
 """KV memory has room for so many at first, and doubles when sessions fill it: llama.cpp writes to all of it at once, so
 that it is resident whether or not a session ever needs it."""
 

@@ -33,6 +33,7 @@ from node.coordinator.submission import (
     Vote,
 )
 from node.coordinator.trial_runner import MethodTrial, Run, Trial, TrialSpec
+from node.telemetry.observer import Telemetry
 from protocol.identity import BlockRange, JobId, ModelId, peer_id_from_public_key
 from protocol.measurements import MethodInForce, StageObservation
 from protocol.messages import FinishReason, SessionStatistics
@@ -173,6 +174,9 @@ class FakeNode:
     bench_left: trio.Event = field(default_factory=trio.Event)
     """A measurement was left, done or not."""
     bench_hangs: bool = False
+    not_ready: tuple[str, ...] = ()
+    """Why it is not ready."""
+    telemetry: Telemetry = field(default_factory=lambda: Telemetry(lambda model: "tiny"))
 
     async def bench(self, spec: TrialSpec) -> Trial:
         """Measure every job as half as long as the baseline's, to within a tenth."""
@@ -280,7 +284,11 @@ class FakeNode:
                     "serve": "broken:1-3",
                 }
             ],
+            "traffic": {"outbound_links": 2, "inbound_links": 1, "sent_bytes": 5000, "received_bytes": 6000},
         }
+
+    def faults(self) -> list[str]:
+        return ["the node is shutting down"] if self.draining else list(self.not_ready)
 
     async def explain(self, request: JobRequest, overrides: Mapping[str, Any]) -> Explanation:
         await trio.lowlevel.checkpoint()

@@ -16,6 +16,7 @@ from node.api.bench import describe_trial
 from node.api.errors import ApiError
 from node.api.guard import Guard
 from node.api.job_document import describe_job
+from node.api.measured import Measured
 from node.api.ollama import requests as ollama
 from node.api.openai import embeddings, messages, requests, responses
 from node.api.request_id import RequestIds
@@ -54,8 +55,9 @@ def first_column(heading: str) -> set[str]:
 def test_lists_every_endpoint() -> None:
     app = make_app(FakeNode(), Access())
     assert isinstance(app, RequestIds)
-    assert isinstance(app.app, Guard)
-    starlette = app.app._app
+    assert isinstance(app.app, Measured)
+    assert isinstance(app.app.app, Guard)
+    starlette = app.app.app._app
     assert isinstance(starlette, Starlette)
     served = set()
     for route in starlette.routes:

@@ -40,7 +40,7 @@ class FakeNode:
 def fake_node(monkeypatch: pytest.MonkeyPatch) -> FakeNode:
     fake = FakeNode()
     monkeypatch.setattr(app, "run_node", fake.run)
-    monkeypatch.setattr(logs, "configure_logging", lambda level: None)
+    monkeypatch.setattr(logs, "configure_logging", lambda level, log_format: None)
     return fake
 
 
