@@ -34,6 +34,7 @@ from node.api.job_document import describe_logged_job
 from node.assembly import AGENT, NodeParts
 from node.config import ServeSpec
 from node.consensus.chain_node import ChainNode
+from node.coordinator.observation import weight_type
 from node.coordinator.submission import JobRequest
 from node.stages.memory_admission import span_bytes_for
 from node.stages.peer_penalties import StagePeerStatistics
@@ -321,6 +322,10 @@ class StatusView:
             "uncovered": [(gap.start, gap.end) for gap in missing],
             "complete": manifest is not None and not missing,
             "local": manifest is not None,
+            "size_bytes": manifest.size_bytes if manifest else None,
+            "format": manifest.format if manifest else None,
+            "architecture": manifest.model_type if manifest else None,
+            "weight_type": weight_type(manifest) if manifest else None,
             "quality": {
                 kv_key: None if figures is None else cast("LineageQuality", asdict(figures))
                 for kv_key, figures in self._parts.client.quality_store.figures(model).items()

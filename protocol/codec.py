@@ -102,7 +102,7 @@ def minor_of(message: ControlMessage) -> int:
         return 2
     if isinstance(message, Open) and message.sampling is not None:
         sampling = message.sampling
-        if sampling.logprobs or sampling.json_schema:
+        if sampling.logprobs or sampling.json_schema or sampling.pooling:
             return 2
         plain = Sampling(
             temperature=sampling.temperature,

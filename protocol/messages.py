@@ -54,7 +54,7 @@ from protocol.limits import (
 )
 from protocol.reports import Progress, ProgressRequest, Timings, TimingsRequest
 from protocol.schema import ARRAY, OMIT_DEFAULT, Count, Range, text
-from protocol.tensors import Tensor
+from protocol.tensors import Pooling, Tensor
 
 LATEST_MINOR: Final = 2
 """The latest version of the job protocol is 1.LATEST_MINOR; "since version 1.1" marks additions to 1.0."""
@@ -94,6 +94,8 @@ class FailureReason(enum.StrEnum):
     """The session did not begin in time, or was idle for longer than its limit."""
     LEAVING = "leaving"
     """The peer shuts down."""
+    REQUEST = "request"
+    """What the job asks for cannot be done, here or elsewhere: its JSON Schema admits no text, or costs too much."""
 
 
 class FinishReason(enum.StrEnum):
@@ -109,8 +111,7 @@ class FinishReason(enum.StrEnum):
 class Hello:
     """The first message of each side.
 
-    `window_bytes`: the tensor payload of any one session that the sender of this Hello holds unconsumed; the other side
-    pauses there until it receives `Credit`.
+    `window_bytes`: how much of one session its sender holds unconsumed; there the other side pauses until `Credit`.
     """
 
     agent: Name
@@ -121,9 +122,10 @@ class Hello:
 class Sampling:
     """How the last stage samples tokens; temperature 0 is greedy. Keyed by (seed, position): a replay draws the same.
 
-    All but the first five fields exist since version 1.1, the last two since 1.2. The penalties are those of the OpenAI
-    API (presence and frequency, of the output) and of transformers (repetition, of prompt and output); they depend on
-    the job's tokens, see `TokenHistory`. `logit_bias`: pairs of a token id, ascending, and the term added to its logit.
+    All but the first five fields exist since version 1.1, the last three since 1.2. The penalties are those of the
+    OpenAI API (presence and frequency, of the output) and of transformers (repetition, of prompt and output); they
+    depend on the job's tokens, see `TokenHistory`. `logit_bias`: pairs of a token id, ascending, and the term added to
+    its logit.
     """
 
     temperature: Annotated[float, Range(0.0, MAX_TEMPERATURE)] = 0.0
@@ -146,6 +148,8 @@ class Sampling:
     """The coordinator gets the log probability of each token, and those of the likeliest `logprobs` - 1 tokens."""
     json_schema: Annotated[str, text(MAX_JSON_SCHEMA_BYTES), OMIT_DEFAULT] = ""
     """The output is JSON that follows this JSON Schema, itself JSON; empty for any output."""
+    pooling: Pooling | None = None
+    """The coordinator gets an embedding of the prompt, and nothing is sampled."""
 
     @property
     def needs_history(self) -> bool:
@@ -341,10 +345,9 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reroute:
-    """The stage asks the coordinator to continue over another route, and holds the session until it does.
+    """The stage asks the coordinator to continue over another route, and serves the session until it does.
 
-    `reason`: `downstream` where it cannot send its outputs, `leaving` where it drains; meanwhile it continues to serve
-    the session. `peer`: the peer at fault, if not the stage itself.
+    `reason`: `downstream` where it cannot send its outputs, `leaving` where it drains. `peer`: as in `Failed`.
     """
 
     session: SessionId
@@ -408,21 +411,10 @@ class Pong:
 
 
 SessionMessage: TypeAlias = (
-    Open
-    | Opened
-    | Refused
-    | TokenHistory
-    | Begin
-    | Credit
-    | ProgressRequest
-    | Progress
-    | TimingsRequest
-    | Timings
-    | Reroute
-    | Failed
-    | Close
+    Open | Opened | Refused | TokenHistory | Begin | Credit | ProgressRequest | Progress | TimingsRequest | Timings
+    | Reroute | Failed | Close
     | Closed
-)
+)  # fmt: skip
 """A control message about one session."""
 
 ControlMessage: TypeAlias = Hello | SessionMessage | Ping | Pong

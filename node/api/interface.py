@@ -311,6 +311,10 @@ class ModelDocument(TypedDict):
     uncovered: list[tuple[int, int]]
     complete: bool
     local: bool
+    size_bytes: int | None
+    format: str | None
+    architecture: str | None
+    weight_type: str | None
     quality: dict[str, LineageQuality | None]
 
 

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from node.api.access import begin_answers
 from node.api.errors import ApiError
 from node.api.explanation import parse_task
 from node.api.interface import NodeView
@@ -113,7 +114,9 @@ class Pages:
 
     async def explain(self, request: Request) -> JSONResponse:
         """Let the stages vote on a described task."""
-        return JSONResponse(await self._node.explain(*parse_task(await request.body())))
+        task = parse_task(await request.body())
+        begin_answers(request.scope)
+        return JSONResponse(await self._node.explain(*task))
 
 
 def _parse_serve(text: str) -> ServeSpec:

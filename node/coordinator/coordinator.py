@@ -273,6 +273,9 @@ class Coordinator:
             echo=await prompt_text(job.request, job.model) if job.request.echo else "",
             chat_format=job.chat_format,
         )
+        if job.is_embedding:
+            yield await self._embed(job, route)
+            return
         output = OutputText(job.request, job.model)
         finish: FinishReason | None = None
         while finish is None:
@@ -294,6 +297,12 @@ class Coordinator:
             entry, stages=route.stages, method=method, tokens=len(job.output.tokens), replays=route.replays
         )
 
+    async def _embed(self, job: Job, route: ResilientRoute) -> JobResult:
+        """Return the result of a job whose prompt becomes an embedding."""
+        embedding = await route.embedding()
+        job.output.first_token_s = job.output.last_token_s = trio.current_time()
+        return replace(await self._finish(job, route, "", FinishReason.STOP), embedding=embedding)
+
     async def _finish(self, job: Job, route: ResilientRoute, text: str, finish: FinishReason) -> JobResult:
         """Close the route, learn from the job, record it, and return its result."""
         done = await route.finish()
@@ -301,6 +310,8 @@ class Coordinator:
         self._planner.served(stage.peer for stage in stages)
         self._planner.measured(job.need(), stages, done.route.loads(), timing_of(done))
         result = result_of(job, done, text, finish)
+        if job.is_embedding:  # task contexts do not tell kinds of jobs apart: as a short text it would mislead learning
+            return result
         outcome = JobOutcome(
             job_id=job.id,
             method=result.method.name,

@@ -5,6 +5,7 @@ deterministic and sampling is keyed by position, the text continues unchanged. S
 with it; only what the lost stage had computed is computed again.
 """
 
+from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +17,7 @@ import trio
 
 from node.coordinator.job import Job
 from node.coordinator.planner import PlannedRoute, RouteNeed
-from node.coordinator.route import OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
+from node.coordinator.route import LastStageOutput, OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
 from node.coordinator.session_request import RouteServices, SessionRequest, request_sessions
 from node.coordinator.straggler_monitor import RETRY_AFTER_S, StragglerMonitor
 from node.coordinator.submission import JobError, JobErrorCode, JobTrace
@@ -162,14 +163,26 @@ class ResilientRoute:
         await self._close_previous()
 
     async def next_token(self) -> SampledToken:
-        """Wait for the next token; where a stage is lost or wants to leave, replace it first. Raises JobError."""
+        """Wait for the next token; see `_next_output`."""
+        output = await self._next_output()
+        assert isinstance(output, SampledToken)
+        return output
+
+    async def embedding(self) -> "array[float]":
+        """Wait for the prompt's embedding; see `_next_output`."""
+        output = await self._next_output()
+        assert isinstance(output, array)
+        return output
+
+    async def _next_output(self) -> LastStageOutput:
+        """Wait for the last stage; where a stage is lost or wants to leave, replace it first. Raises JobError."""
         while True:
             route = self._open_route()
             if leaving := route.leaving - self._asked_to_leave:
                 await self._replace_leaving(leaving)
                 continue
             try:
-                token = await self._monitor.token(route)
+                output = await self._monitor.output(route)
             except RouteLost as lost:
                 self._replays += 1
                 self._failures_since_token += 1
@@ -182,7 +195,7 @@ class ResilientRoute:
                 self._failures_since_token = 0
                 if self._tracer is not None and self._tracer.is_due:
                     await self._tracer.collect(route)
-                return token
+                return output
 
     async def finish(self) -> ClosedRoute:
         """Close the route of a job that is done."""
@@ -270,8 +283,9 @@ class ResilientRoute:
         """Avoid the peer that a stage blames if it is on the route, else the stage itself: outsiders are not blamed.
 
         Only a peer that we cannot reach ourselves counts as dead: a failed engine restarts, and of two peers that do
-        not reach each other both live.
+        not reach each other both live. Raises JobError where the request is at fault.
         """
+        self._refuse_bad_request(route, lost)
         culprit = lost.blamed if lost.blamed in {stage.peer for stage in route.stages} else lost.reporter
         self._log.info("stage lost", peer=culprit, reason=lost.reason, message=lost.message)
         self._avoided[culprit] = StageRefusal(culprit, None, lost.message, lagged=lost.lagged)
@@ -282,6 +296,15 @@ class ResilientRoute:
             self._planner.failed(culprit, dead=not link_pool.is_linked(culprit), lagged=lost.lagged)
         self._retire_route()
         self._held = {stage: session for stage, session in self._held.items() if stage.peer != culprit}
+
+    def _refuse_bad_request(self, route: OpenRoute, lost: SessionLost) -> None:
+        """Raise JobError where the last stage says that no text follows the JSON Schema: another one would say so, too.
+
+        It is believed, as it draws the text; other stages, and for other jobs, are not.
+        """
+        request = self._job.request
+        if lost.reason is FailureReason.REQUEST and request.json_schema and lost.reporter == route.stages[-1].peer:
+            raise JobError(JobErrorCode.INVALID, lost.message, param=request.json_schema_param)
 
     async def _replace_leaving(self, leaving: Collection[PeerId]) -> None:
         """Replace peers that want to leave, where others can serve their blocks."""
@@ -332,7 +355,8 @@ class ResilientRoute:
         """Make the open route a previous one, whose stages are continued as far as they still hold the session."""
         if self._route is None:
             return
-        holding = self._route.held()
+        # The last stage of an embedding counts every row once: another route begins anew.
+        holding = {} if self._job.is_embedding else self._route.held()
         for stage, answer in zip(self._route.stages, self._route.answers, strict=True):
             if stage in holding:
                 self._held[stage] = holding[stage]
@@ -373,9 +397,10 @@ def no_route(
     kinds = {refusal.reason for refusal in avoided.values()}
     code = JobErrorCode.UNCOVERED
     if not avoided and outdated:
+        leave_out = "" if job.is_embedding else "leave out top_k, min_p, penalties, logit_bias and min_tokens, or "
         message = (
-            f"no peer that samples the tokens of {name} supports what the job asks for ({reasons}): "
-            "leave out top_k, min_p, penalties, logit_bias and min_tokens, or wait for a peer of a later version"
+            f"no peer that serves the last blocks of {name} supports what the job asks for ({reasons}): "
+            f"{leave_out}wait for a peer of a later version"
         )
     elif not avoided:
         lacking = f"no peer serves blocks {blocks} of {name}"

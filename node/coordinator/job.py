@@ -74,6 +74,11 @@ class Job:
         """How many tokens may still come."""
         return self.sampling.max_tokens - len(self.output.tokens)
 
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the prompt's embedding is wanted, and no text."""
+        return self.sampling.pooling is not None
+
     def need(self) -> RouteNeed:
         """Return what the rest of the job needs of a route."""
         demand = Demand(

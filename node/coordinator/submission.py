@@ -1,6 +1,7 @@
 """The interface for submitting jobs: request, events, result and errors."""
 
 import enum
+from array import array
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -9,6 +10,10 @@ from typing import Any, Final, Protocol
 from protocol.identity import BlockRange, JobId, ModelId, PeerId
 from protocol.measurements import MethodInForce, QualityBound, StageObservation
 from protocol.messages import FinishReason
+from protocol.tensors import Pooling
+
+DEFAULT_MAX_TOKENS: Final = 512
+"""Default of max_tokens, as far as the model's context allows."""
 
 AUTO: Final = "auto"
 """In place of a method: the swarm selects one."""
@@ -132,8 +137,11 @@ class JobRequest:
     a method by its switches. `background`: gives way to other jobs. `echo`: whether JobStarted has the prompt's text.
     `top_logprobs`: report the log probability of each token, and those of so many likeliest ones; None for neither.
     `tools`: that the model may call, as the OpenAI API describes them. `template_options`: for the chat template.
-    `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text. `origin`: the API
-    request that it comes from. `trace`: the stages report where the time of each step went.
+    `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text; it comes from the
+    field `json_schema_param` of the user's request, which errors name.
+    `pooling`: the prompt becomes an embedding, and there is no text: JobStarted is followed by JobResult. `truncate`:
+    cut the prompt to the model's context. `origin`: the API request that it comes from. `trace`: the
+    stages report where the time of each step went.
     Sampling: `node.engine.sampling`.
     """
 
@@ -161,9 +169,12 @@ class JobRequest:
     echo: bool = False
     top_logprobs: int | None = None
     json_schema: str = ""
-    trace: bool = False
+    json_schema_param: str = "response_format"
     tools: tuple[Mapping[str, Any], ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    pooling: Pooling | None = None
+    truncate: bool = False
+    trace: bool = False
     origin: RequestOrigin = RequestOrigin()
 
 
@@ -348,6 +359,8 @@ class JobResult:
     selection: Selection | None = None
     stop_string: str | None = None
     """The stop string that ended the text, if one did."""
+    embedding: "array[float] | None" = None
+    """Of the prompt, f32, not normalised, where it was asked for."""
     trace: JobTrace | None = None
     """Where the job asked for one."""
 

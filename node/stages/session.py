@@ -380,6 +380,8 @@ class StageSession:
         if not part.draws:
             return []
         position = part.position + part.rows - part.draws + 1
+        if self.request.sampling.pooling is not None:
+            return self._outputs((Slice(session=following, position=position, rows=1, draws=0), output))
         tokens, finish = self.accept_tokens(drawn_tokens(output))
         self.known_tokens = position + len(tokens)
         drawn = Slice(session=following, position=position, rows=len(tokens), draws=0, finish_reason=finish)

@@ -1,14 +1,9 @@
 """What a stage has done for a session, for the log, metrics and traces: how long rows waited, and were computed."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
-
-import trio
+from typing import Protocol
 
 from protocol.identity import BlockRange, JobId, ModelId, PeerId
-
-if TYPE_CHECKING:
-    from node.stages.session import StageSession
 
 
 @dataclass(slots=True)
@@ -65,27 +60,6 @@ class SessionReport:
     phases: SessionPhases
     bytes_in: int
     bytes_out: int
-
-
-def report_of(session: "StageSession") -> SessionReport | None:
-    """Return what was done for a session that ends now; None if it never began."""
-    if session.method is None:
-        return None
-    return SessionReport(
-        job=session.id.job,
-        request_id=session.request.request_id,
-        trace_parent=session.request.trace_parent,
-        coordinator=session.opened_by.peer,
-        model=session.info.model,
-        blocks=session.info.blocks,
-        method=session.method.name,
-        opened_s=session.opened_s,
-        ended_s=trio.current_time(),
-        cached_rows=session.cached_rows,
-        phases=session.phases,
-        bytes_in=session.state.counters.bytes_in,
-        bytes_out=session.state.counters.bytes_out,
-    )
 
 
 class StageObserver(Protocol):

@@ -32,7 +32,7 @@ from node.stages.peer_penalties import PeerPenalties
 from node.stages.replay_buffer import ReplayMemory
 from node.stages.scheduler import PolicyController, Scheduler, Work
 from node.stages.session import StageSession
-from node.stages.session_report import StageObserver, report_of
+from node.stages.session_report import SessionReport, StageObserver
 from node.util.signal import Signal
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId
 from protocol.messages import FailureReason, Load
@@ -175,7 +175,7 @@ class Span(EngineLoop):
     def end(self, session: StageSession) -> None:
         """Free a session: from now on its rows are unknown here."""
         if not session.is_ended:
-            if (report := report_of(session)) is not None:
+            if (report := _report_of(session)) is not None:
                 self._observer.on_session_ended(report)
             self._remove(session)
             session.state.replay.drop()
@@ -193,7 +193,7 @@ class Span(EngineLoop):
     async def carry_on(self, former: StageSession, session: StageSession) -> bool:
         """End a session of a former attempt after the step it is in, and let another take it over if that succeeds."""
         self._continuing[former.id] = former
-        if (report := report_of(former)) is not None:
+        if (report := _report_of(former)) is not None:
             self._observer.on_session_ended(report)
         self._remove(former)
         with trio.CancelScope(shield=True):  # for a step at most: else what the former one holds would leak
@@ -303,7 +303,8 @@ class Span(EngineLoop):
         if fault.by_rows and not session.info.is_first:  # token ids that the model itself drew are no fault
             self.reject(session, work.origin, fault.message)
         else:
-            self.fail(session, FailureReason.ENGINE, fault.message)
+            reason = FailureReason.REQUEST if fault.by_request else FailureReason.ENGINE
+            self.fail(session, reason, fault.message)
 
     def _on_computed(self, batch: Sequence[Work[InboundLink]], result: StepResult, began_s: float) -> None:
         """Send the outputs of a step that began at `began_s`, and return credit for its rows."""
@@ -376,3 +377,24 @@ class SpanTable:
             if key[0] == model and span.info.blocks.holds(blocks) and span not in self.closed
         ]
         return min(holding, key=lambda span: len(span.info.blocks), default=None)
+
+
+def _report_of(session: StageSession) -> SessionReport | None:
+    """Return what was done for a session that ends now; None if it never began."""
+    if session.method is None:
+        return None
+    return SessionReport(
+        job=session.id.job,
+        request_id=session.request.request_id,
+        trace_parent=session.request.trace_parent,
+        coordinator=session.opened_by.peer,
+        model=session.info.model,
+        blocks=session.info.blocks,
+        method=session.method.name,
+        opened_s=session.opened_s,
+        ended_s=trio.current_time(),
+        cached_rows=session.cached_rows,
+        phases=session.phases,
+        bytes_in=session.state.counters.bytes_in,
+        bytes_out=session.state.counters.bytes_out,
+    )

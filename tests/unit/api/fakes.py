@@ -1,7 +1,9 @@
 """A node without a swarm behind the real HTTP server, on a loopback port."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+import threading
+from array import array
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
@@ -117,6 +119,8 @@ class FakeSubmitter:
     """Seconds before the job is entered or refused."""
     refusals: int | None = None
     """How often at most; None for always."""
+    room: int | None = None
+    """How many jobs may be entered at a time before one is refused, if that is bounded."""
     fail: JobError | None = None
     """Raised after the words."""
     hang: bool = False
@@ -137,7 +141,8 @@ class FakeSubmitter:
         self.requests.append(request)
         self.entered.set()
         await trio.sleep(self.ponders_s)
-        if self.refuse and (self.refusals is None or len(self.requests) <= self.refusals):
+        has_room = self.room is not None and self.running < self.room
+        if self.refuse and not has_room and (self.refusals is None or len(self.requests) <= self.refusals):
             raise self.refuse
         try:
             self.running += 1
@@ -151,6 +156,10 @@ class FakeSubmitter:
         started = JobStarted(job_id=JOB, model=MODEL, model_name="tiny", prompt_tokens=5, created_s=1_700_000_000)
         started = replace(started, chat_format=self.chat_format)
         yield replace(started, echo=(request.prompt or "") if request.echo else "")
+        if request.pooling is not None:
+            length = float(len(request.prompt or request.prompt_tokens or ()))
+            yield replace(make_result("", ()), embedding=array("f", (3.0, 4.0, 0.0, length)))
+            return
         for index, word in enumerate(self.words):
             await trio.sleep(self.pauses.get(index, 0))
             logprobs: tuple[TokenLogprob, ...] = ()
@@ -406,6 +415,10 @@ class FakeNode:
                 "uncovered": [],
                 "complete": True,
                 "local": True,
+                "size_bytes": 90 << 20,
+                "format": "gguf",
+                "architecture": "llama",
+                "weight_type": "q4_k",
                 "quality": {
                     "fused/int8/fp32": {"greedy_agreement": 0.98, "mean_kl": 0.003, "perplexity_change": 0.001}
                 },
@@ -418,6 +431,10 @@ class FakeNode:
                 "uncovered": [(1, 3)],
                 "complete": False,
                 "local": False,
+                "size_bytes": None,
+                "format": None,
+                "architecture": None,
+                "weight_type": None,
                 "quality": {},
             },
         ]
@@ -432,6 +449,32 @@ async def serve_node(node: FakeNode, api_key: str | None = None, access: Access 
         port: int = await nursery.start(partial(serve, app, "127.0.0.1", 0))
         yield f"http://127.0.0.1:{port}"
         nursery.cancel_scope.cancel()
+
+
+@contextmanager
+def serve_in_thread(node: FakeNode, api_key: str | None = None) -> Iterator[str]:
+    """Serve the node in a thread of its own, as another process would; give the URL."""
+    started = threading.Event()
+    url = ""
+    token: trio.lowlevel.TrioToken
+    scope = trio.CancelScope()
+
+    async def run() -> None:
+        nonlocal url, token
+        token = trio.lowlevel.current_trio_token()
+        with scope:
+            async with serve_node(node, api_key) as url:
+                started.set()
+                await trio.sleep_forever()
+
+    thread = threading.Thread(target=trio.run, args=(run,))
+    thread.start()
+    assert started.wait(timeout=10)
+    try:
+        yield url
+    finally:
+        trio.from_thread.run_sync(scope.cancel, trio_token=token)
+        thread.join()
 
 
 async def send_request(url: str, path: str, body: bytes, length: int | None = None) -> trio.SocketStream:

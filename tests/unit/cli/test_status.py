@@ -117,6 +117,10 @@ def test_replaces_control_characters_in_names(api: list[str], capsys: pytest.Cap
         "uncovered": [],
         "complete": True,
         "local": True,
+        "size_bytes": 1 << 20,
+        "format": "gguf",
+        "architecture": "llama",
+        "weight_type": "q4_1",
         "quality": {},
     }
     out().print(render_models({"models": [model]}))

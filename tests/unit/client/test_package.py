@@ -14,6 +14,7 @@ from metaswarm_client.options import ChatOptions, JobOptions, TaskOptions
 from node.api import explanation, interface
 from node.api.job_document import describe_job
 from node.api.openai import requests
+from node.api.shared_fields import EXTENSIONS
 from tests.unit.api.fakes import make_result
 
 ROOT = Path(__file__).parents[3]
@@ -54,10 +55,11 @@ def test_job_is_the_nodes() -> None:
 
 
 def test_options_are_fields_of_the_api() -> None:
-    renamed = {"schema", "extra"} | requests.EXTENSIONS
-    assert JobOptions.__annotations__.keys() - renamed <= requests.IMPLEMENTED
-    assert get_type_hints(ChatOptions).keys() - renamed <= requests.IMPLEMENTED_FOR_CHAT
-    assert TaskOptions.__annotations__.keys() == explanation.TASK_FIELDS
+    renamed = {"schema", "extra"} | EXTENSIONS.implemented
+    common = requests.CHAT.implemented & requests.COMPLETION.implemented
+    assert JobOptions.__annotations__.keys() - renamed <= common
+    assert get_type_hints(ChatOptions).keys() - renamed <= requests.CHAT.implemented
+    assert TaskOptions.__annotations__.keys() == explanation.TASK.implemented
 
 
 def test_both_clients_have_the_same_methods() -> None:
