@@ -90,6 +90,8 @@ class FailureReason(enum.StrEnum):
     """The session did not begin in time, or was idle for longer than its limit."""
     LEAVING = "leaving"
     """The peer shuts down."""
+    REQUEST = "request"
+    """What the job asks for cannot be done, here or elsewhere: its JSON Schema admits no text, or costs too much."""
 
 
 class FinishReason(enum.StrEnum):
@@ -109,8 +111,7 @@ Penalty = Annotated[float, Range(-MAX_PENALTY, MAX_PENALTY)]
 class Hello:
     """The first message of each side.
 
-    `window_bytes`: the tensor payload of any one session that the sender of this Hello holds unconsumed; the other side
-    pauses there until it receives `Credit`.
+    `window_bytes`: how much of one session its sender holds unconsumed; there the other side pauses until `Credit`.
     """
 
     agent: Name
@@ -366,10 +367,9 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reroute:
-    """The stage asks the coordinator to continue over another route, and holds the session until it does.
+    """The stage asks the coordinator to continue over another route, and serves the session until it does.
 
-    `reason`: `downstream` where it cannot send its outputs, `leaving` where it drains; meanwhile it continues to serve
-    the session. `peer`: the peer at fault, if not the stage itself.
+    `reason`: `downstream` where it cannot send its outputs, `leaving` where it drains. `peer`: as in `Failed`.
     """
 
     session: SessionId

@@ -64,8 +64,7 @@ def make_app(node: NodeView, access: Access) -> ASGIApp:
         HTTPException: _on_http_exception,
         Exception: _on_defect,
     }
-    generating = frozenset({*protocols, *embeddings})
-    return RequestIds(Guard(Starlette(routes=routes, exception_handlers=handlers), access, generating))
+    return RequestIds(Guard(Starlette(routes=routes, exception_handlers=handlers), access))
 
 
 def _description(routes: Sequence[Route]) -> Route:

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from node.api.access import begin_answers
 from node.api.endpoint import until_disconnect
 from node.api.explanation import MAX_TOKENS, PROMPT_TOKENS, REPETITIVENESS, SHARED_PREFIX_SHARE
 from node.api.fields import Field, ObjectForm, count_between, list_of, parse_json, parse_method
@@ -40,6 +41,7 @@ class BenchEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises ApiError before the response starts."""
         spec = parse_spec(await Request(scope, receive).body())
+        begin_answers(scope)
 
         async def answer() -> None:
             await JSONResponse(describe_trial(await self._measure(spec)))(scope, receive, send)

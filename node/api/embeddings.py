@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
+from node.api.access import begin_answers
 from node.api.endpoint import until_disconnect
 from node.api.generation import Generation, Outcome, run_generation
 from node.coordinator.submission import JobRequest, JobResult, Submitter
@@ -42,6 +43,7 @@ class EmbeddingEndpoint:
         """Answer one request. Raises ApiError before the response starts."""
         request = Request(scope, receive)
         jobs, writer = self._parse(await request.body(), request.headers)
+        begin_answers(scope, len(jobs))
         await until_disconnect(receive, partial(self._answer, jobs, writer, send))
 
     async def _answer(self, jobs: tuple[JobRequest, ...], writer: EmbeddingWriter, send: Send) -> None:

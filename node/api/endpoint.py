@@ -13,8 +13,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from node.api.access import begin_answers
 from node.api.errors import ApiError
-from node.api.generation import ChoiceStarted, Generation, GenerationEvent, Outcome, run_generation
+from node.api.generation import (
+    MAX_LOGPROBS_IN_ANSWER,
+    ChoiceStarted,
+    Generation,
+    GenerationEvent,
+    Outcome,
+    run_generation,
+)
 from node.coordinator.submission import JobError, Submitter
 
 UNACCEPTED_S: Final = 9.0
@@ -64,6 +72,10 @@ class GenerationEndpoint:
         """Answer one request. Raises ApiError before the response starts."""
         request = Request(scope, receive)
         generation, writer = self._parse(await request.body(), request.headers)
+        if not generation.stream and generation.logprob_count() > MAX_LOGPROBS_IN_ANSWER:
+            message = f"the answer may have more than {MAX_LOGPROBS_IN_ANSWER} log probabilities: stream it, or ask for"
+            raise ApiError(400, f"{message} fewer choices, tokens or top_logprobs", param="top_logprobs")
+        begin_answers(scope, len(generation.jobs))
         answer = self._stream if generation.stream else self._answer_whole
         await until_disconnect(receive, partial(answer, generation, writer, scope, receive, send))
 
@@ -81,7 +93,7 @@ class GenerationEndpoint:
     ) -> None:
         del scope, receive
         stream = EventStream(send, writer)
-        outcome = Outcome()
+        outcome = Outcome(keeps_logprobs=False)
         error: JobError | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stream.keep_alive)

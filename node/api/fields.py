@@ -6,6 +6,7 @@ value and the JSON Schema that says the same to others, from which the OpenAPI d
 """
 
 import json
+import math
 from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Final, Generic, NoReturn, TypeVar
@@ -18,11 +19,17 @@ from protocol.measurements import QualityBound
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-MAX_STOPS: Final = 4
+MAX_STOPS: Final = 64
+"""The OpenAI API has 4 at most; the others name no limit."""
+
 MAX_STOP_CHARACTERS: Final = 256
 
 MAX_VALUE_DEPTH: Final = 64
 """Nesting of tools, schemas and arguments."""
+
+MIN_INTEGER: Final = -(2**63)
+MAX_INTEGER: Final = 2**64 - 1
+"""Integers in them."""
 
 _FEW: Final = 6
 """Fields of an object that are all listed where another one is refused; of more, the closest name is suggested."""
@@ -216,14 +223,25 @@ def parse_object(param: str, value: Any) -> dict[str, Any]:
 
 
 def check_depth(param: str, value: Any) -> None:
-    """Refuse a value that is nested more deeply than what reads it later can take."""
+    """Refuse a value that what reads it later cannot take: nested too deeply, beyond 64 bits, or not valid Unicode."""
     depth, level = 0, [value]
     while level:
         depth += 1
         if depth > MAX_VALUE_DEPTH:
             refuse(param, f"is nested more than {MAX_VALUE_DEPTH} levels deep")
-        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
-        level = [value for values in inner for value in values]
+        for each in level:
+            _check_leaf(param, each)
+        inner = ([*each, *each.values()] if isinstance(each, dict) else each for each in level)
+        level = [value for values in inner if isinstance(values, list) for value in values]
+
+
+def _check_leaf(param: str, value: Any) -> None:
+    if isinstance(value, str):
+        parse_text(param, value)
+    elif isinstance(value, int) and not MIN_INTEGER <= value <= MAX_INTEGER:
+        refuse(param, f"has an integer that is not from {MIN_INTEGER} to {MAX_INTEGER}")
+    elif isinstance(value, float) and not math.isfinite(value):  # 1e999 is JSON
+        refuse(param, "has a number that is too large")
 
 
 @form({"type": "boolean"})

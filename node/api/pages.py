@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from node.api.access import begin_answers
 from node.api.errors import ApiError
 from node.api.explanation import parse_task
 from node.api.interface import NodeView
@@ -87,4 +88,6 @@ class Pages:
 
     async def explain(self, request: Request) -> JSONResponse:
         """Let the stages vote on a described task."""
-        return JSONResponse(await self._node.explain(*parse_task(await request.body())))
+        task = parse_task(await request.body())
+        begin_answers(request.scope)
+        return JSONResponse(await self._node.explain(*task))

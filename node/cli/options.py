@@ -112,7 +112,7 @@ NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
     ),
     _option(
         *("--api-keys", types.API_KEYS, "FILE"),
-        "Hashed API keys with limits, one a line, from `metaswarm keygen --api-key NAME FILE`.",
+        "Hashed API keys with limits, one a line, from `metaswarm keygen --api-key-name NAME FILE`.",
     ),
     _option(
         *("--cors-origin", types.CORS_ORIGIN, "ORIGIN"),

@@ -252,8 +252,9 @@ class ResilientRoute:
         """Avoid the peer that a stage blames if it is on the route, else the stage itself: outsiders are not blamed.
 
         Only a peer that we cannot reach ourselves counts as dead: a failed engine restarts, and of two peers that do
-        not reach each other both live.
+        not reach each other both live. Raises JobError where the request is at fault.
         """
+        self._refuse_bad_request(route, lost)
         culprit = lost.blamed if lost.blamed in {stage.peer for stage in route.stages} else lost.reporter
         _logger.info("stage lost", job=self._job.id, peer=culprit, reason=lost.reason, message=lost.message)
         self._avoided[culprit] = StageRefusal(culprit, None, lost.message, lagged=lost.lagged)
@@ -264,6 +265,15 @@ class ResilientRoute:
             self._planner.failed(culprit, dead=not link_pool.is_linked(culprit), lagged=lost.lagged)
         self._retire_route()
         self._held = {stage: session for stage, session in self._held.items() if stage.peer != culprit}
+
+    def _refuse_bad_request(self, route: OpenRoute, lost: SessionLost) -> None:
+        """Raise JobError where the last stage says that no text follows the JSON Schema: another one would say so, too.
+
+        It is believed, as it draws the text; other stages, and for other jobs, are not.
+        """
+        request = self._job.request
+        if lost.reason is FailureReason.REQUEST and request.json_schema and lost.reporter == route.stages[-1].peer:
+            raise JobError(JobErrorCode.INVALID, lost.message, param=request.json_schema_param)
 
     async def _replace_leaving(self, leaving: Collection[PeerId]) -> None:
         """Replace peers that want to leave, where others can serve their blocks."""

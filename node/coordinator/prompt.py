@@ -5,15 +5,20 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from node.coordinator.submission import ChatFormat, ChatMessage, JobError, JobErrorCode, JobRequest, ToolFormat
+from node.coordinator.submission import (
+    DEFAULT_MAX_TOKENS,
+    ChatFormat,
+    ChatMessage,
+    JobError,
+    JobErrorCode,
+    JobRequest,
+    ToolFormat,
+)
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.tokenizer_service import TokenizerBusyError, TokenizerUnavailableError
 from protocol.limits import MAX_POSITIONS, MAX_STOP_TOKENS
 from protocol.messages import Sampling
-
-DEFAULT_MAX_TOKENS = 512
-"""Default of max_tokens, as far as the model's context allows."""
 
 BUSY_RETRY_S = 2.0
 """When a client should retry while too many prompts wait for the model's tokenizer."""
@@ -81,7 +86,7 @@ async def _check_schema(request: JobRequest, model: KnownModel) -> None:
     except ModelError as error:
         fault = str(error)
     if fault:
-        raise JobError(JobErrorCode.INVALID, f"the JSON Schema is not usable: {fault}", param="response_format")
+        raise JobError(JobErrorCode.INVALID, f"the JSON Schema is not usable: {fault}", param=request.json_schema_param)
 
 
 async def _conversation(request: JobRequest, messages: Sequence[ChatMessage], model: KnownModel) -> str:

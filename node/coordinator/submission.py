@@ -12,6 +12,9 @@ from protocol.measurements import MethodInForce, QualityBound, StageObservation
 from protocol.messages import FinishReason
 from protocol.tensors import Pooling
 
+DEFAULT_MAX_TOKENS: Final = 512
+"""Default of max_tokens, as far as the model's context allows."""
+
 AUTO: Final = "auto"
 """In place of a method: the swarm selects one."""
 
@@ -125,9 +128,9 @@ class JobRequest:
     a method by its switches. `background`: gives way to other jobs. `echo`: whether JobStarted has the prompt's text.
     `top_logprobs`: report the log probability of each token, and those of so many likeliest ones; None for neither.
     `tools`: that the model may call, as the OpenAI API describes them. `template_options`: for the chat template.
-    `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text. `pooling`: the
-    prompt becomes an embedding, and there is no text: JobStarted is followed by JobResult. `truncate`: cut the prompt
-    to the model's context.
+    `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text; it comes from the
+    field `json_schema_param` of the user's request, which errors name. `pooling`: the prompt becomes an embedding, and
+    there is no text: JobStarted is followed by JobResult. `truncate`: cut the prompt to the model's context.
     Sampling: `node.engine.sampling`.
     """
 
@@ -155,6 +158,7 @@ class JobRequest:
     echo: bool = False
     top_logprobs: int | None = None
     json_schema: str = ""
+    json_schema_param: str = "response_format"
     tools: tuple[Mapping[str, Any], ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
     pooling: Pooling | None = None

@@ -60,6 +60,10 @@ class BadRows(EngineError):
     """Rows that no engine could compute: their sender is at fault."""
 
 
+class BadRequest(EngineError):
+    """A text that no engine could go on with: what was asked for is at fault, such as a schema that admits nothing."""
+
+
 class VariantNotReady(EngineError):
     """The session requests a variant that is not built (any more, or yet)."""
 
@@ -287,11 +291,15 @@ class SliceOutput:
 
 
 class SliceFault(NamedTuple):
-    """Why a slice failed; its session is closed. `by_rows`: the sender of the rows is at fault, not this engine."""
+    """Why a slice failed; its session is closed.
+
+    `by_rows`, `by_request`: the sender of the rows is at fault, or the job's request, and not this engine.
+    """
 
     session: SessionId
     message: str
     by_rows: bool = False
+    by_request: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from node.engine.activation_codec import check_rows, decode_rows, encode_rows
 from node.engine.constraint import Constraint, ConstraintProcess
 from node.engine.interface import (
+    BadRequest,
     BadRows,
     EngineError,
     SessionNotOpen,
@@ -90,7 +91,9 @@ class _Batch(Generic[KvT]):
         message = str(error)
         if not isinstance(error, EngineError):
             message = f"the forward pass failed: {one_line(message, 300)}"
-        self.faults[number] = SliceFault(self.slices[number].session, message, isinstance(error, BadRows))
+        self.faults[number] = SliceFault(
+            self.slices[number].session, message, isinstance(error, BadRows), isinstance(error, BadRequest)
+        )
 
 
 class Shard(ABC, Generic[KvT]):
@@ -179,11 +182,7 @@ class Shard(ABC, Generic[KvT]):
         pool = pool_for(options.sampling)
         opened = ShardSession(options, info, reservation.positions, kv, reservation.cached, history, pool=pool)
         if options.sampling is not None and options.sampling.json_schema:
-            try:
-                opened.constraint = self._constrain(options.sampling.json_schema)
-            except EngineError:
-                self._release(kv)
-                return
+            opened.constraint = self._constraint_process().open(options.sampling.json_schema)
         self._sessions[session] = opened
 
     def rename(self, session: SessionId, successor: SessionId) -> None:
@@ -198,11 +197,19 @@ class Shard(ABC, Generic[KvT]):
             if found.constraint is not None:
                 found.constraint.close()
 
-    def _constrain(self, schema: str) -> Constraint:
-        """Return the constraint of a new text. Raises EngineError."""
+    def start_constraints(self) -> None:
+        """Start what texts that follow a JSON Schema need; may run beside `step` in a thread. Raises EngineError."""
+        self._constraint_process().start()
+
+    def end_constraints(self) -> None:
+        """Give its memory back, until a session needs it."""
+        if self._constraints is not None:
+            self._constraints.close()
+
+    def _constraint_process(self) -> ConstraintProcess:
         if self._constraints is None:
             self._constraints = ConstraintProcess(self.tokenizer_file, self.info.vocabulary_size)
-        return self._constraints.open(schema)
+        return self._constraints
 
     def step(self, slices: Sequence[SliceInput]) -> StepResult:
         """Run the slices, those of a variant together. Sessions whose slices fail are closed; see Engine."""
@@ -264,6 +271,9 @@ class Shard(ABC, Generic[KvT]):
                 rows, session = batch.slices[number], batch.sessions[number]
                 try:
                     tensor = _output(rows, session, output)
+                except BadRequest as error:
+                    batch.fail(number, error)
+                    continue
                 except EngineError as error:  # never BadRows: the input was checked, so the fault is here
                     batch.fail(number, EngineError(str(error)))
                     continue

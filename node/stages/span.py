@@ -294,7 +294,8 @@ class Span(EngineLoop):
         if fault.by_rows and not session.info.is_first:  # token ids that the model itself drew are no fault
             self.reject(session, work.origin, fault.message)
         else:
-            self.fail(session, FailureReason.ENGINE, fault.message)
+            reason = FailureReason.REQUEST if fault.by_request else FailureReason.ENGINE
+            self.fail(session, reason, fault.message)
 
     def _on_computed(self, batch: Sequence[Work[InboundLink]], result: StepResult) -> None:
         """Send a step's outputs, and return credit for its rows."""

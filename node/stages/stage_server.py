@@ -10,7 +10,7 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.engine.base import Engine
-from node.engine.interface import EngineError, Variant
+from node.engine.interface import BadRequest, EngineError, Variant
 from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
 from node.network.interface import Network
@@ -216,14 +216,17 @@ class StageServer:
             span.fail(session, FailureReason.TALLY, fault)
             return
         method = parse_method(message.method)
+        reason = FailureReason.ENGINE
         try:
             if (fault := _history_fault(session, message)) is None:
                 await session.begin_on_engine(span.engine, method)
                 fault = None if session.is_ended else _start_fault(session, message, method)
+        except BadRequest as error:
+            fault, reason = str(error), FailureReason.REQUEST
         except EngineError as error:
             fault = str(error)
         if fault is not None:  # an engine's error may have no text
-            span.fail(session, FailureReason.ENGINE, fault)
+            span.fail(session, reason, fault)
             return
         drafter = await self._drafter(session, method)
         if not session.is_ended:

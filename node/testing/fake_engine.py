@@ -19,6 +19,7 @@ from node.engine.base import Engine
 from node.engine.interface import (
     PAGE_POSITIONS,
     REFERENCE,
+    BadRequest,
     BadRows,
     EngineError,
     SessionNotOpen,
@@ -44,6 +45,9 @@ FAKE_MODEL = ModelId(hashlib.sha256(b"metaswarm fake model").hexdigest())
 
 FAKE_GGUF_MODEL = ModelId(hashlib.sha256(b"metaswarm fake GGUF model").hexdigest())
 """The id of an imaginary model whose package has GGUF files."""
+
+UNFULFILLABLE = '{"type": "string", "pattern": "^(.{0,200}a.{0,200}b){1,20}$"}'
+"""A JSON Schema that fails after some tokens: the real library gives up on it, too."""
 
 
 def fake_format(model: ModelId) -> PackageFormat:
@@ -143,7 +147,8 @@ class FakeEngine(Engine):
                 try:
                     outputs.append(SliceOutput(session=rows.session, tensor=self._run(rows)))
                 except EngineError as error:
-                    faults.append(SliceFault(rows.session, str(error), isinstance(error, BadRows)))
+                    by_rows, by_request = isinstance(error, BadRows), isinstance(error, BadRequest)
+                    faults.append(SliceFault(rows.session, str(error), by_rows, by_request))
                     self._close(rows.session, keep=False)
             if faults and not outputs:
                 raise StepFailed(faults)
@@ -237,6 +242,8 @@ class _Session:
         sampling, history = self._sampling, self.history
         if sampling is None:
             return int.from_bytes(_digest("head", row, ())[:8], "big") % self.info.vocabulary_size
+        if sampling.json_schema == UNFULFILLABLE and position >= sampling.prompt_length + 4:
+            raise BadRequest("the JSON Schema cannot be followed: it admits nothing")
         noise: tuple[object, ...] = (sampling.seed, position) if sampling.temperature else ()
         if sampling.temperature and (sampling.top_k or sampling.min_p):
             noise += (sampling.top_k, sampling.min_p)

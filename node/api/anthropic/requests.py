@@ -25,19 +25,10 @@ from node.api.fields import (
     refuse,
 )
 from node.api.generation import Generation
-from node.api.openai.messages import (
-    DESCRIPTION,
-    MAX_MESSAGES,
-    MAX_TOOLS,
-    NAME,
-    ToolChoice,
-    call_schema,
-    described_tool,
-    parse_arguments,
-)
-from node.api.output_parser import ParserRules
+from node.api.openai.messages import DESCRIPTION, MAX_MESSAGES, MAX_TOOLS, NAME, described_tool, parse_arguments
 from node.api.schemas import parse_schema
 from node.api.shared_fields import MAX_SEED, MAX_TOKENS, MODEL, STREAM, TOP_P
+from node.api.tool_choice import ToolChoice, choose_tools
 from node.coordinator.submission import ChatMessage, JobRequest, MessageToolCall
 
 IGNORED: Final = frozenset({"metadata", "service_tier", "cache_control", "user_profile_id", "inference_geo", "speed"})
@@ -192,8 +183,8 @@ def parse_message_request(body: bytes, headers: Headers) -> tuple[Generation, An
     if system:
         turns = (ChatMessage(role="system", content=system), *turns)
     temperature = fields.get(_TEMPERATURE)
-    choice = _parse_tools(fields)
     options, schema = _parse_output(fields)
+    choice = _parse_tools(fields, schema)
     job = JobRequest(
         model=model,
         messages=turns,
@@ -202,20 +193,20 @@ def parse_message_request(body: bytes, headers: Headers) -> tuple[Generation, An
         top_p=fields.get(TOP_P) or 1.0,
         top_k=fields.get(_TOP_K) or 0,
         stop=fields.get(_STOP) or (),
-        tools=choice.tools,
-        json_schema=choice.schema or schema,
         template_options=options,
     )
     stream = fields.get(STREAM) or False
-    generation = Generation(jobs=(job,), stream=stream, rules=choice.rules, details=wants_details(headers))
-    return generation, MessageWriter(generation)
+    generation = Generation(
+        jobs=(choice.apply(job),), stream=stream, rules=choice.rules, details=wants_details(headers)
+    )
+    return generation, MessageWriter(generation, thinks=options["enable_thinking"])
 
 
 def _parse_output(fields: Fields) -> tuple[dict[str, Any], str]:
     """Return the template's variables for reasoning, and the JSON Schema of the text, if there is one."""
     thinking, config = fields.get(_THINKING), fields.get(_OUTPUT_CONFIG)
     kind = thinking.get(_THINKING_TYPE) if thinking else None
-    options: dict[str, Any] = {} if kind is None else {"enable_thinking": kind != "disabled"}
+    options: dict[str, Any] = {"enable_thinking": kind in {"enabled", "adaptive"}}
     if config and (effort := config.get(_EFFORT)):
         options["reasoning_effort"] = effort
     output = config.get(_OUTPUT_FORMAT) if config else None
@@ -225,20 +216,12 @@ def _parse_output(fields: Fields) -> tuple[dict[str, Any], str]:
     return options, output.require(_OUTPUT_SCHEMA)
 
 
-def _parse_tools(fields: Fields) -> ToolChoice:
+def _parse_tools(fields: Fields, schema: str) -> ToolChoice:
     tools, choice = fields.get(_TOOLS) or (), fields.get(_TOOL_CHOICE)
     kind = choice.require(_CHOICE_TYPE) if choice else "auto"
     name = choice.get(NAME) if choice else None
+    meant = "required" if kind == "any" else kind
+    if kind == "tool":
+        meant = name or refuse("tool_choice.name", "is missing")
     single = bool(choice and choice.get(_SINGLE))
-    if not tools:
-        if kind in {"any", "tool"}:
-            refuse("tool_choice", "requires tools")
-        return ToolChoice()
-    if kind == "none":
-        return ToolChoice()
-    if kind == "auto":
-        return ToolChoice(tools, ParserRules(reasoning=True, tools=True, single=single))
-    chosen = [tool for tool in tools if kind == "any" or tool["function"]["name"] == name]
-    if not chosen:
-        refuse("tool_choice.name", "must name one of the tools")
-    return ToolChoice(tools, ParserRules(tools=True, forced=True, single=True), call_schema(chosen))
+    return choose_tools(tools, meant, single=single, schema=schema, param="output_config.format")

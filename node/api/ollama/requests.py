@@ -23,7 +23,7 @@ from node.api.fields import (
 )
 from node.api.generation import Generation
 from node.api.ollama.answers import OllamaWriter
-from node.api.openai.messages import CHAT_TEXT, TOOL_CALLS, TOOLS, choose_tools
+from node.api.openai.messages import TOOL_CALLS, TOOLS
 from node.api.output_parser import PLAIN_TEXT
 from node.api.schemas import ANY_OBJECT, parse_schema
 from node.api.shared_fields import (
@@ -38,6 +38,7 @@ from node.api.shared_fields import (
     TOP_LOGPROBS,
     TOP_P,
 )
+from node.api.tool_choice import CHAT_TEXT, ToolChoice, choose_tools
 from node.coordinator.submission import ChatMessage, JobRequest
 from protocol.limits import MAX_PENALTY, MAX_POSITIONS
 
@@ -57,7 +58,7 @@ NEUTRAL_OPTIONS: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("typical_p", "tfs_z"), (1,)),
     **dict.fromkeys(("logits_all", "vocab_only", "embedding_only"), (False,)),
     "mirostat": (0,),
-    "repeat_last_n": (-1,),
+    "repeat_last_n": (-1, 64),  # 64 is the default, which clients send along
     "penalize_newline": (True,),
 }
 
@@ -68,13 +69,12 @@ _MAX_TURNS: Final = 4096
 _EFFORTS: Final = ("low", "medium", "high")
 
 
-@form({"anyOf": [{"type": "integer", "enum": [-2, -1]}, count_between(1, MAX_POSITIONS).schema]})
+@form({"anyOf": [{"enum": [-2, -1]}, {"type": "integer", "minimum": 1}]})
 def _parse_num_predict(param: str, value: Any) -> int | None:
-    """Return a limit of tokens; None for none."""
-    limit = count_between(-2, MAX_POSITIONS)(param, value)
-    if limit == 0:
-        refuse(param, "must be at least 1, or below 0 for no limit")
-    return limit if limit > 0 else None
+    """Return a limit of tokens, capped at the largest context; None for none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < -2 or not value:
+        refuse(param, "must be an integer of at least 1, or -1 or -2 for no limit")
+    return min(value, MAX_POSITIONS) if value > 0 else None
 
 
 _NUM_PREDICT: Final = Field("num_predict", _parse_num_predict)
@@ -102,7 +102,7 @@ def _parse_think(param: str, value: Any) -> dict[str, Any]:
     """Return the template's variables that a wish for reasoning means: true, false, or an effort."""
     if isinstance(value, bool):
         return {"enable_thinking": value}
-    if value not in _EFFORTS:
+    if not isinstance(value, str) or value not in _EFFORTS:
         refuse(param, "must be true, false, low, medium or high")
     return {"enable_thinking": True, "reasoning_effort": value}
 
@@ -150,8 +150,8 @@ def parse_chat(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]
     """Return the body of `POST /api/chat` as a request. Raises ApiError."""
     fields = CHAT.read(parse_json(body))
     messages = fields.get(_MESSAGES) or ()
-    choice = choose_tools(fields.get(TOOLS) or (), "auto", single=False)
-    job = replace(_parse_job(fields), messages=messages, tools=choice.tools)
+    choice = choose_tools(fields.get(TOOLS) or (), "auto", schema=fields.get(_FORMAT) or "", param="format")
+    job = choice.apply(replace(_parse_job(fields), messages=messages))
     generation = Generation(
         jobs=(job,) if messages else (), stream=_streams(fields), rules=choice.rules, details=wants_details(headers)
     )
@@ -166,7 +166,7 @@ def parse_generate(body: bytes, headers: Headers) -> tuple[Generation, AnswerWri
     is_raw = fields.get(_RAW) or False
     if is_raw and system:
         refuse("system", "cannot be combined with raw: true")
-    job = _parse_job(fields)
+    job = ToolChoice(schema=fields.get(_FORMAT) or "", param="format").apply(_parse_job(fields))
     if is_raw:
         job = replace(job, prompt=prompt, template_options={})
     else:
@@ -209,6 +209,5 @@ def _parse_job(fields: Fields) -> JobRequest:
         seed=options.get(SEED),
         stop=options.get(STOP) or (),
         top_logprobs=likeliest if wants_logprobs else None,
-        json_schema=fields.get(_FORMAT) or "",
         template_options=fields.get(_THINK) or {},
     )

@@ -1,8 +1,7 @@
 """Conversations and tools in the bodies of the OpenAI API."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Final
 
 from node.api.fields import (
@@ -18,8 +17,8 @@ from node.api.fields import (
     parse_text,
     refuse,
 )
-from node.api.output_parser import ParserRules
 from node.api.shared_fields import PARALLEL_TOOL_CALLS
+from node.api.tool_choice import ToolChoice, choose_tools
 from node.coordinator.submission import ChatMessage, MessageToolCall
 
 MAX_MESSAGES: Final = 4096
@@ -35,60 +34,12 @@ NEUTRAL_IN_MESSAGE: Final[Mapping[str, tuple[Any, ...]]] = {
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
-CHAT_TEXT: Final = ParserRules(reasoning=True)
-
-
-@dataclass(frozen=True, slots=True)
-class ToolChoice:
-    """The tools that the model may call, and how the text is read.
-
-    `schema`: a JSON Schema that makes it call one, or empty.
-    """
-
-    tools: tuple[Mapping[str, Any], ...] = ()
-    rules: ParserRules = CHAT_TEXT
-    schema: str = ""
-
-
-def parse_tools(fields: Fields) -> ToolChoice:
-    """Return what a body says of tools."""
+def parse_tools(fields: Fields, schema: str = "", param: str = "response_format") -> ToolChoice:
+    """Return what a body says of tools, beside the JSON Schema of the answer, from the field `param`."""
     tools = fields.get(TOOLS) or ()
     choice = fields.get(TOOL_CHOICE) or "auto"
-    return choose_tools(tools, choice, single=fields.get(PARALLEL_TOOL_CALLS) is False)
-
-
-def choose_tools(tools: tuple[Mapping[str, Any], ...], choice: str, *, single: bool) -> ToolChoice:
-    """Return what `none`, `auto`, `required` or the name of a tool means. Raises ApiError."""
-    if not tools:
-        if choice not in {"auto", "none"}:
-            refuse("tool_choice", "requires tools")
-        return ToolChoice()
-    if choice == "none":
-        return ToolChoice()
-    if choice == "auto":
-        return ToolChoice(tools, ParserRules(reasoning=True, tools=True, single=single))
-    names = [tool["function"]["name"] for tool in tools]
-    if choice != "required" and choice not in names:
-        refuse("tool_choice", f"names {choice!r}, which is not among the tools")
-    chosen = [tool for tool in tools if choice in {"required", tool["function"]["name"]}]
-    return ToolChoice(tools, ParserRules(tools=True, forced=True, single=True), call_schema(chosen))
-
-
-def call_schema(tools: Sequence[Mapping[str, Any]]) -> str:
-    """Return the JSON Schema of a call of one of these tools."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool["function"]["name"]},
-                "arguments": tool["function"].get("parameters") or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool in tools
-    ]
-    return json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})
+    single = fields.get(PARALLEL_TOOL_CALLS) is False
+    return choose_tools(tools, choice, single=single, schema=schema, param=param)
 
 
 NAME: Final = Field("name", parse_name)
@@ -108,9 +59,9 @@ def _parse_choice(param: str, value: Any) -> str:
         fields = _CHOICE.parse(param, value)
         fields.require(IS_FUNCTION)
         return fields.require(_NAMED_FUNCTION).require(NAME)
-    if value not in _MODES["enum"]:
+    if not isinstance(value, str) or value not in _MODES["enum"]:
         refuse(param, "must be none, auto, required, or a function")
-    return str(value)
+    return value
 
 
 _FUNCTION: Final = Field(

@@ -240,17 +240,15 @@ def parse_chat_request(body: bytes, headers: Headers) -> tuple[Generation, Answe
     """Return the body of `POST /v1/chat/completions` as a request. Raises ApiError."""
     fields = CHAT.read(parse_json(body))
     messages = fields.require(MESSAGES)
-    choice = parse_tools(fields)
+    choice = parse_tools(fields, fields.get(_RESPONSE_FORMAT) or "")
     max_tokens = fields.get(MAX_TOKENS)
     job = replace(
         _parse_job(fields, fields.get(_MAX_COMPLETION_TOKENS) or max_tokens),
         messages=messages,
-        tools=choice.tools,
         template_options=_template_options(fields),
-        json_schema=choice.schema or fields.get(_RESPONSE_FORMAT) or "",
         top_logprobs=_chat_logprobs(fields),
     )
-    return _parse_form(fields, headers, [job], choice.rules)
+    return _parse_form(fields, headers, [choice.apply(job)], choice.rules)
 
 
 def parse_completion_request(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:

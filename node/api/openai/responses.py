@@ -1,7 +1,8 @@
 """Request bodies of the OpenAI API's `/v1/responses`."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from starlette.datastructures import Headers
@@ -30,8 +31,6 @@ from node.api.openai.messages import (
     MAX_TOOLS,
     NAME,
     PARAMETERS,
-    ToolChoice,
-    choose_tools,
     described_tool,
 )
 from node.api.openai.response_events import ResponseWriter
@@ -50,6 +49,7 @@ from node.api.shared_fields import (
     TOP_P,
     asks_details,
 )
+from node.api.tool_choice import ToolChoice, choose_tools
 from node.coordinator.submission import ChatMessage, JobRequest, MessageToolCall
 from protocol.measurements import QualityBound
 
@@ -60,7 +60,7 @@ IGNORED: Final = frozenset({
 NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("previous_response_id", "conversation", "prompt", "max_tool_calls", "context_management"), ()),
     "background": (False,),
-    "include": ([],),
+    "include": ([], ["reasoning.encrypted_content"]),
     "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
@@ -97,9 +97,9 @@ def _parse_choice(param: str, value: Any) -> str:
         choice = _CHOICE.parse(param, value)
         choice.require(IS_FUNCTION)
         return choice.require(NAME)
-    if value not in _MODES["enum"]:
+    if not isinstance(value, str) or value not in _MODES["enum"]:
         refuse(param, "must be none, auto, required, or a function")
-    return str(value)
+    return value
 
 
 _TOOL: Final = ObjectForm(IS_FUNCTION, NAME, DESCRIPTION, PARAMETERS, required=[IS_FUNCTION, NAME], ignored=["strict"])
@@ -157,7 +157,9 @@ def _parse_item(param: str, value: Any) -> ChatMessage | None:
     """Return the turn that an item makes; reasoning of earlier turns makes none."""
     kind = parse_object(param, value).get("type")
     kind = "message" if kind is None else kind
-    if kind not in _ITEMS:
+    if kind == "item_reference":
+        refuse(f"{param}.type", "item_reference is not supported, as no response is stored: send the items")
+    if not isinstance(kind, str) or kind not in _ITEMS:
         refuse(f"{param}.type", f"must be one of {', '.join(_ITEMS)}")
     item = _ITEMS[kind].parse(param, value)
     match kind:
@@ -183,7 +185,19 @@ _parse_items: Final = list_of(_parse_item, "items", MAX_MESSAGES, least=1)
 def _parse_input(param: str, value: Any) -> tuple[ChatMessage, ...]:
     if isinstance(value, str):
         return (ChatMessage(role="user", content=parse_text(param, value)),)
-    return tuple(turn for turn in _parse_items(param, value) if turn is not None)
+    return _merge_assistant_turns(turn for turn in _parse_items(param, value) if turn is not None)
+
+
+def _merge_assistant_turns(turns: Iterable[ChatMessage]) -> tuple[ChatMessage, ...]:
+    """Return turns with those of the assistant that follow each other as one: here each call is an item of its own."""
+    merged: list[ChatMessage] = []
+    for turn in turns:
+        if merged and merged[-1].role == turn.role == "assistant":
+            before = merged.pop()
+            calls = (*before.tool_calls, *turn.tool_calls)
+            turn = replace(before, content=before.content + turn.content, tool_calls=calls)
+        merged.append(turn)
+    return tuple(merged)
 
 
 _INPUT: Final = Field("input", _parse_input)
@@ -223,20 +237,25 @@ def parse_response_request(body: bytes, headers: Headers) -> tuple[Generation, A
         ignore_eos=extras.get(IGNORE_EOS) or False,
         quality=extras.get(QUALITY) or QualityBound.EXACT,
         method=extras.get(METHOD) or "auto",
-        tools=choice.tools,
-        json_schema=choice.schema or fields.get(_TEXT_FORMAT) or "",
         template_options={} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"},
     )
     generation = Generation(
-        jobs=(job,), stream=fields.get(STREAM) or False, rules=choice.rules, details=asks_details(fields, headers)
+        jobs=(choice.apply(job),),
+        stream=fields.get(STREAM) or False,
+        rules=choice.rules,
+        details=asks_details(fields, headers),
     )
-    return generation, ResponseWriter(generation, instructions, fields.echo(_ECHOED))
+    echoed = fields.echo(_ECHOED)
+    for name in ("metadata", "user"):
+        check_depth(name, echoed[name])
+    return generation, ResponseWriter(generation, instructions, echoed)
 
 
 def _parse_tools(fields: Fields) -> ToolChoice:
     tools = fields.get(_TOOLS) or ()
     choice = fields.get(_TOOL_CHOICE) or "auto"
-    return choose_tools(tools, choice, single=fields.get(PARALLEL_TOOL_CALLS) is False)
+    single = fields.get(PARALLEL_TOOL_CALLS) is False
+    return choose_tools(tools, choice, single=single, schema=fields.get(_TEXT_FORMAT) or "", param="text")
 
 
 _ECHOED: Final[Mapping[str, Any]] = {

@@ -106,6 +106,8 @@ class FakeSubmitter:
     """Seconds before the job is entered or refused."""
     refusals: int | None = None
     """How often at most; None for always."""
+    room: int | None = None
+    """How many jobs may be entered at a time before one is refused, if that is bounded."""
     fail: JobError | None = None
     """Raised after the words."""
     hang: bool = False
@@ -126,7 +128,8 @@ class FakeSubmitter:
         self.requests.append(request)
         self.entered.set()
         await trio.sleep(self.ponders_s)
-        if self.refuse and (self.refusals is None or len(self.requests) <= self.refusals):
+        has_room = self.room is not None and self.running < self.room
+        if self.refuse and not has_room and (self.refusals is None or len(self.requests) <= self.refusals):
             raise self.refuse
         try:
             self.running += 1

@@ -330,9 +330,15 @@ async def test_anthropic_streams_blocks(node: FakeNode, url: str, of_anthropic: 
     tool = {"name": "weather", "description": "d", "input_schema": SCHEMA}
 
     def stream() -> Any:
-        with of_anthropic(url).messages.stream(model="tiny", max_tokens=9, messages=USER, tools=[tool]) as events:
+        body: dict[str, Any] = {"model": "tiny", "max_tokens": 9, "messages": USER, "tools": [tool]}
+        with of_anthropic(url).messages.stream(**body, thinking=thinks) as events:
             return [event.type for event in events], events.get_final_message()
 
+    thinks: Any = {"type": "disabled"}
+    _, message = await ask(stream)
+    assert [block.type for block in message.content] == ["text", "tool_use"], "reasoning was not asked for"
+    assert node.submitter.requests.pop().template_options == {"enable_thinking": False}
+    thinks = {"type": "enabled", "budget_tokens": 1024}
     kinds, message = await ask(stream)
     assert kinds[0] == "message_start"
     assert kinds[-1] == "message_stop"
@@ -400,12 +406,12 @@ async def test_anthropic_errors(node: FakeNode, url: str, of_anthropic: Client) 
 
 async def test_ollama_chat(node: FakeNode, url: str, of_ollama: Client) -> None:
     client = of_ollama(url)
-    options = {"temperature": 0, "num_predict": 7, "stop": ["x"], "seed": 3, "num_ctx": 4096}
+    options = {"temperature": 0, "num_predict": 7, "stop": ["x"] * 9, "seed": 3, "num_ctx": 4096, "repeat_last_n": 64}
     answer = await ask(lambda: client.chat(model="tiny:latest", messages=USER, options=options, keep_alive="5m"))
     assert (answer.message.content, answer.done, answer.done_reason) == ("Hello, wörld", True, "stop")
     assert (answer.prompt_eval_count, answer.eval_count, answer.total_duration) == (5, 3, 500_000_000)
     (job,) = node.submitter.requests
-    assert (job.model, job.temperature, job.max_tokens, job.stop, job.seed) == ("tiny", 0.0, 7, ("x",), 3)
+    assert (job.model, job.temperature, job.max_tokens, job.stop, job.seed) == ("tiny", 0.0, 7, ("x",) * 9, 3)
 
 
 async def test_ollama_streams_tools_and_thinking(node: FakeNode, url: str, of_ollama: Client) -> None:
