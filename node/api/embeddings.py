@@ -43,7 +43,7 @@ class EmbeddingEndpoint:
         """Answer one request. Raises ApiError before the response starts."""
         request = Request(scope, receive)
         jobs, writer = self._parse(await request.body(), request.headers)
-        begin_answers(scope, len(jobs))
+        begin_answers(scope)
         await until_disconnect(receive, partial(self._answer, jobs, writer, send))
 
     async def _answer(self, jobs: tuple[JobRequest, ...], writer: EmbeddingWriter, send: Send) -> None:

@@ -129,8 +129,9 @@ class JobRequest:
     `top_logprobs`: report the log probability of each token, and those of so many likeliest ones; None for neither.
     `tools`: that the model may call, as the OpenAI API describes them. `template_options`: for the chat template.
     `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text; it comes from the
-    field `json_schema_param` of the user's request, which errors name. `pooling`: the prompt becomes an embedding, and
-    there is no text: JobStarted is followed by JobResult. `truncate`: cut the prompt to the model's context.
+    field `json_schema_param` of the user's request, which errors name.
+    `pooling`: the prompt becomes an embedding, and there is no text: JobStarted is followed by JobResult. `truncate`:
+    cut the prompt to the model's context.
     Sampling: `node.engine.sampling`.
     """
 

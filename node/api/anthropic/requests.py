@@ -219,9 +219,8 @@ def _parse_output(fields: Fields) -> tuple[dict[str, Any], str]:
 def _parse_tools(fields: Fields, schema: str) -> ToolChoice:
     tools, choice = fields.get(_TOOLS) or (), fields.get(_TOOL_CHOICE)
     kind = choice.require(_CHOICE_TYPE) if choice else "auto"
-    name = choice.get(NAME) if choice else None
     meant = "required" if kind == "any" else kind
-    if kind == "tool":
-        meant = name or refuse("tool_choice.name", "is missing")
+    if choice and kind == "tool":
+        meant = choice.require(NAME)
     single = bool(choice and choice.get(_SINGLE))
     return choose_tools(tools, meant, single=single, schema=schema, param="output_config.format")

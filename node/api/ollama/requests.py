@@ -69,7 +69,7 @@ _MAX_TURNS: Final = 4096
 _EFFORTS: Final = ("low", "medium", "high")
 
 
-@form({"anyOf": [{"enum": [-2, -1]}, {"type": "integer", "minimum": 1}]})
+@form({"type": "integer", "minimum": -2, "not": {"const": 0}})
 def _parse_num_predict(param: str, value: Any) -> int | None:
     """Return a limit of tokens, capped at the largest context; None for none."""
     if isinstance(value, bool) or not isinstance(value, int) or value < -2 or not value:
@@ -102,7 +102,7 @@ def _parse_think(param: str, value: Any) -> dict[str, Any]:
     """Return the template's variables that a wish for reasoning means: true, false, or an effort."""
     if isinstance(value, bool):
         return {"enable_thinking": value}
-    if not isinstance(value, str) or value not in _EFFORTS:
+    if value not in _EFFORTS:
         refuse(param, "must be true, false, low, medium or high")
     return {"enable_thinking": True, "reasoning_effort": value}
 

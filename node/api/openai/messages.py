@@ -34,12 +34,11 @@ NEUTRAL_IN_MESSAGE: Final[Mapping[str, tuple[Any, ...]]] = {
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
-def parse_tools(fields: Fields, schema: str = "", param: str = "response_format") -> ToolChoice:
-    """Return what a body says of tools, beside the JSON Schema of the answer, from the field `param`."""
+def parse_tools(fields: Fields, schema: str = "") -> ToolChoice:
+    """Return what a body says of tools, beside the JSON Schema of the answer."""
     tools = fields.get(TOOLS) or ()
     choice = fields.get(TOOL_CHOICE) or "auto"
-    single = fields.get(PARALLEL_TOOL_CALLS) is False
-    return choose_tools(tools, choice, single=single, schema=schema, param=param)
+    return choose_tools(tools, choice, single=fields.get(PARALLEL_TOOL_CALLS) is False, schema=schema)
 
 
 NAME: Final = Field("name", parse_name)
@@ -59,9 +58,9 @@ def _parse_choice(param: str, value: Any) -> str:
         fields = _CHOICE.parse(param, value)
         fields.require(IS_FUNCTION)
         return fields.require(_NAMED_FUNCTION).require(NAME)
-    if not isinstance(value, str) or value not in _MODES["enum"]:
+    if value not in _MODES["enum"]:
         refuse(param, "must be none, auto, required, or a function")
-    return value
+    return str(value)
 
 
 _FUNCTION: Final = Field(

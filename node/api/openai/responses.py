@@ -97,9 +97,9 @@ def _parse_choice(param: str, value: Any) -> str:
         choice = _CHOICE.parse(param, value)
         choice.require(IS_FUNCTION)
         return choice.require(NAME)
-    if not isinstance(value, str) or value not in _MODES["enum"]:
+    if value not in _MODES["enum"]:
         refuse(param, "must be none, auto, required, or a function")
-    return value
+    return str(value)
 
 
 _TOOL: Final = ObjectForm(IS_FUNCTION, NAME, DESCRIPTION, PARAMETERS, required=[IS_FUNCTION, NAME], ignored=["strict"])
@@ -126,7 +126,7 @@ def _parse_content(param: str, value: Any) -> str:
     texts = []
     for index, each in enumerate(value):
         where = f"{param}[{index}]"
-        if parse_object(where, each).get("type") not in {"input_text", "output_text", "text"}:
+        if parse_object(where, each).get("type") not in ("input_text", "output_text", "text"):
             refuse(where, "must be of type input_text or output_text: no other type is supported")
         texts.append(_PART.parse(where, each).require(_TEXT))
     return "".join(texts)
@@ -254,8 +254,8 @@ def parse_response_request(body: bytes, headers: Headers) -> tuple[Generation, A
 def _parse_tools(fields: Fields) -> ToolChoice:
     tools = fields.get(_TOOLS) or ()
     choice = fields.get(_TOOL_CHOICE) or "auto"
-    single = fields.get(PARALLEL_TOOL_CALLS) is False
-    return choose_tools(tools, choice, single=single, schema=fields.get(_TEXT_FORMAT) or "", param="text")
+    single, schema = fields.get(PARALLEL_TOOL_CALLS) is False, fields.get(_TEXT_FORMAT) or ""
+    return choose_tools(tools, choice, single=single, schema=schema, param="text")
 
 
 _ECHOED: Final[Mapping[str, Any]] = {
