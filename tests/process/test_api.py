@@ -85,7 +85,7 @@ async def check_openai(daemon: Daemon) -> None:
 
 async def check_embeddings(daemon: Daemon, dequantised: Package) -> None:
     """Vectors of three stages are those of transformers over the same weights, but for llama.cpp's rounding."""
-    texts = ["The cat sat on the mat.", "Stocks fell sharply on Monday.", "A kitten lay on the rug. " * 40]
+    texts = ["The cat sat on the mat.", "Stocks fell sharply on Monday.", "A kitten lay on the rug. " * 10]
     states = await trio.to_thread.run_sync(partial(last_states, dequantised, texts))
     with openai.OpenAI(base_url=f"{daemon.api_url}/v1", api_key="unused") as client:
         create = client.embeddings.create
@@ -95,7 +95,7 @@ async def check_embeddings(daemon: Daemon, dequantised: Package) -> None:
             found = np.array([item.embedding for item in answer.data])
             assert np.linalg.norm(found, axis=1) == pytest.approx([1, 1, 1], abs=1e-5)
             wanted = np.array([each.mean(axis=0) if pooling == "mean" else each[-1] for each in states])
-            assert ((found * wanted).sum(axis=1) / np.linalg.norm(wanted, axis=1)).min() > 0.99
+            assert ((found * wanted).sum(axis=1) / np.linalg.norm(wanted, axis=1)).min() > 0.999
             assert answer.metaswarm == {"pooling": pooling, "normalised": True}
             assert [len(item.metaswarm["route"]) for item in answer.data] == [3, 3, 3]
             if pooling == "mean":
