@@ -25,7 +25,15 @@ from node.api.fields import (
     refuse,
 )
 from node.api.generation import Generation
-from node.api.openai.messages import DESCRIPTION, MAX_MESSAGES, MAX_TOOLS, NAME, described_tool, parse_arguments
+from node.api.openai.messages import (
+    DESCRIPTION,
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    NAME,
+    described_tool,
+    parse_arguments,
+    refuse_prefill,
+)
 from node.api.schemas import parse_schema
 from node.api.shared_fields import MAX_SEED, MAX_TOKENS, MODEL, STREAM, TOP_P
 from node.api.tool_choice import ToolChoice, choose_tools
@@ -179,6 +187,7 @@ def parse_message_request(body: bytes, headers: Headers) -> tuple[Generation, An
     fields = MESSAGE_REQUEST.read(parse_json(body))
     model, messages, max_tokens = fields.require(MODEL), fields.require(_MESSAGES), fields.require(MAX_TOKENS)
     turns = tuple(turn for turns in messages for turn in turns)
+    refuse_prefill(_MESSAGES.name, turns)
     system = fields.get(_SYSTEM)
     if system:
         turns = (ChatMessage(role="system", content=system), *turns)

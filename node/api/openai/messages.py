@@ -1,7 +1,7 @@
 """Conversations and tools in the bodies of the OpenAI API."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from node.api.fields import (
@@ -32,6 +32,12 @@ NEUTRAL_IN_MESSAGE: Final[Mapping[str, tuple[Any, ...]]] = {
 
 # Chat templates know the older name of the role that instructs the model.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+
+
+def refuse_prefill(param: str, turns: Sequence[ChatMessage]) -> None:
+    """Refuse a conversation whose last turn a server of the protocol would continue, as chat templates end turns."""
+    if turns and turns[-1].role == "assistant":
+        refuse(param, "cannot end with a turn of the assistant: continuing it is not supported")
 
 
 def parse_tools(fields: Fields, schema: str = "") -> ToolChoice:

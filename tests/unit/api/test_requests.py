@@ -7,6 +7,7 @@ from openai import pydantic_function_tool
 from pydantic import BaseModel, Field
 from starlette.datastructures import Headers
 
+from node.api.anthropic.requests import parse_message_request
 from node.api.errors import ApiError
 from node.api.generation import MAX_CHOICES, Generation
 from node.api.ollama.requests import parse_chat as parse_ollama_chat
@@ -308,6 +309,16 @@ def test_what_an_answer_repeats_can_be_sent() -> None:
 
 def response(**fields: Any) -> bytes:
     return json.dumps({"model": "tiny", "input": "Hi", **fields}).encode()
+
+
+def test_turn_of_the_assistant_is_not_continued() -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Once"}]
+    body = {"model": "tiny", "max_tokens": 5, "messages": turns}
+    for parse in (parse_message_request, parse_ollama_chat):
+        fields = body if parse is parse_message_request else {"model": "tiny", "messages": turns}
+        with pytest.raises(ApiError, match="cannot end with a turn of the assistant") as caught:
+            parse(json.dumps(fields).encode(), Headers())
+        assert caught.value.param == "messages"
 
 
 def test_items_of_one_turn_make_one_turn() -> None:
