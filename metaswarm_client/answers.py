@@ -82,7 +82,10 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """How the swarm did a job. `replays`: stages that were lost and replaced."""
+    """How the swarm did a job. `replays`: stages that were lost and replaced.
+
+    `trace`: where the time of each step went, as docs/http-api.md describes it, if it was asked for.
+    """
 
     job_id: str
     route: tuple[Stage, ...]
@@ -92,6 +95,7 @@ class Job:
     selection: Selection | None
     replays: int
     token_ids: tuple[int, ...]
+    trace: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
