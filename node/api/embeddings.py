@@ -8,6 +8,7 @@ import math
 import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from node.api.access import begin_answers
-from node.api.endpoint import until_disconnect
+from node.api.endpoint import origin_of, until_disconnect
 from node.api.generation import Generation, Outcome, run_generation
 from node.coordinator.submission import JobRequest, JobResult, Submitter
 
@@ -44,6 +45,8 @@ class EmbeddingEndpoint:
         request = Request(scope, receive)
         jobs, writer = self._parse(await request.body(), request.headers)
         begin_answers(scope)
+        origin = origin_of(scope)
+        jobs = tuple(replace(job, origin=origin) for job in jobs)
         await until_disconnect(receive, partial(self._answer, jobs, writer, send))
 
     async def _answer(self, jobs: tuple[JobRequest, ...], writer: EmbeddingWriter, send: Send) -> None:

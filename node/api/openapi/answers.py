@@ -47,6 +47,7 @@ def job_schema(types: TypeSchemas) -> dict[str, Any]:
         selection=nullable(types.of(Selection)),
         replays=INTEGER,
         token_ids=array(INTEGER),
+        trace=nullable({"type": "object"}),
     )
 
 

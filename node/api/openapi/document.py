@@ -90,6 +90,13 @@ def _parameters(path: str, operation: Operation) -> list[dict[str, Any]]:
     if "{model}" in path:
         described = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         parameters.append(described | {"description": "The name of a model, which may have slashes."})
+    if "{file}" in path:
+        parameters.append(
+            {"name": "file", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        )
+    if path == "/swarm/join":
+        described = {"name": "serve", "in": "query", "schema": {"type": "string"}}
+        parameters.append(described | {"description": "What the other node should serve: MODEL or MODEL:START-END."})
     if operation.body is not None and 429 in operation.statuses:
         described = {"name": DETAILS_HEADER, "in": "header", "schema": {"type": "string"}, "example": "1"}
         parameters.append(

@@ -8,7 +8,15 @@ from node.api.anthropic.requests import MESSAGE_REQUEST
 from node.api.bench import BENCH
 from node.api.explanation import TASK
 from node.api.fields import ObjectForm
-from node.api.interface import Explanation, ModelDocument, NodeStatus, PeerStatus
+from node.api.interface import (
+    Explanation,
+    JobDocument,
+    JoinDocument,
+    LearningDocument,
+    ModelDocument,
+    NodeStatus,
+    PeerStatus,
+)
 from node.api.ollama.embeddings import EMBED, EMBEDDINGS
 from node.api.ollama.requests import CHAT as OLLAMA_CHAT
 from node.api.ollama.requests import GENERATE, SHOW
@@ -77,17 +85,30 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "POST /swarm/bench": Operation(
         summary="Measure methods by real jobs", tag="Swarm", body=BENCH, answer=answers.BENCH, statuses=(404, 502)
     ),
-    "GET /swarm/events": Operation(summary="What happens, as it happens", tag="Swarm", media_type=EVENTS),
-    "GET /health": Operation(
-        summary="Whether the node serves; 503 while it drains", tag="Operation", answer=answers.HEALTH, is_public=True
+    "GET /swarm/jobs": Operation(summary="The recent jobs", tag="Swarm", answer={"jobs": JobDocument}),
+    "GET /swarm/learning": Operation(
+        summary="How the history grew, and how past choices turned out", tag="Swarm", answer=LearningDocument
+    ),
+    "GET /swarm/join": Operation(
+        summary="The commands with which another node joins", tag="Swarm", answer=JoinDocument, statuses=(400,)
+    ),
+    "GET /swarm/events": Operation(
+        summary="The documents above, again whenever they change", tag="Swarm", media_type=EVENTS
     ),
     "GET /health/live": Operation(
-        summary="Whether the process runs", tag="Operation", answer=answers.HEALTH, is_public=True
+        summary="Whether the process answers", tag="Operation", answer=answers.HEALTH, is_public=True
     ),
     "GET /health/ready": Operation(
-        summary="Whether the node serves all its spans", tag="Operation", answer={}, is_public=True
+        summary="Whether every span is served and the swarm is joined; 503 with reasons", tag="Operation",
+        answer=answers.HEALTH, is_public=True,
+    ),
+    "GET /health": Operation(
+        summary="The same as /health/ready", tag="Operation", answer=answers.HEALTH, is_public=True
     ),
     "GET /metrics": Operation(summary="Metrics for Prometheus", tag="Operation", media_type="text/plain"),
     "GET /openapi.json": Operation(summary="This description", tag="Operation", answer={"type": "object"}),
-    "GET /": Operation(summary="The page of this node", tag="Operation", media_type="text/html", is_public=True),
+    "GET /": Operation(summary="The page of this node", tag="Page", media_type="text/html", is_public=True),
+    "GET /page/{file}": Operation(
+        summary="A file of the page", tag="Page", media_type="*/*", statuses=(404,), is_public=True
+    ),
 }  # fmt: skip

@@ -19,12 +19,11 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
     unsupported_method,
 )
-from starlette.applications import Starlette
 
 from node.api import access, errors, guard
 from node.api.access import Access
 from node.api.application import make_app
-from node.api.guard import Guard
+from node.api.measured import Measured
 from node.api.openapi.document import STATUSES, describe_api, operation_names
 from node.api.openapi.operations import OPERATIONS
 from node.api.request_id import RequestIds
@@ -45,9 +44,8 @@ CHECKS = [
 def routes() -> Any:
     app = make_app(FakeNode(), Access())
     assert isinstance(app, RequestIds)
-    assert isinstance(app.app, Guard)
-    assert isinstance(app.app._app, Starlette)
-    return app.app._app.routes
+    assert isinstance(app.app, Measured)
+    return app.app._routes
 
 
 DOCUMENT = describe_api(routes())
@@ -61,7 +59,7 @@ def url() -> Iterator[str]:
         yield url
 
 
-@SCHEMA.parametrize()
+@SCHEMA.exclude(path="/swarm/events").parametrize()  # it does not end
 @settings(
     max_examples=10,
     derandomize=True,
