@@ -38,6 +38,7 @@ METASWARM = {
     "selection": None,
     "replays": 1,
     "token_ids": [0, 1, 2],
+    "trace": None,
 }
 USAGE = {
     "prompt_tokens": 5,
@@ -329,7 +330,8 @@ async def run_asgi(node: FakeNode, body: dict[str, Any]) -> list[tuple[float, di
     async def send(message: Any) -> None:
         sent.append((trio.current_time(), message))
 
-    scope: dict[str, Any] = {"type": "http", "method": "POST", "headers": []}
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    scope["state"] = {"request_id": "req_1"}
     await GenerationEndpoint(node.submitter, parse_completion_request)(scope, receive, send)
     return sent
 
