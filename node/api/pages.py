@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from node.api.access import begin_answers
+from node.api.anthropic.requests import parse_count_request
 from node.api.errors import ApiError
 from node.api.explanation import parse_task
 from node.api.interface import NodeView
@@ -46,6 +47,7 @@ class Pages:
         return [
             *(Route(path, page, methods=["GET"]) for path, page in pages.items()),
             Route("/api/show", self.show, methods=["POST"]),
+            Route("/v1/messages/count_tokens", self.count_tokens, methods=["POST"]),
             Route("/swarm/explain", self.explain, methods=["POST"]),
         ]
 
@@ -72,6 +74,12 @@ class Pages:
     async def show(self, request: Request) -> JSONResponse:
         """Describe one of them."""
         return JSONResponse(describe_model(await request.body(), self._node.models(), self._created_s))
+
+    async def count_tokens(self, request: Request) -> JSONResponse:
+        """Return how many tokens a conversation has, as the Anthropic API does."""
+        job = parse_count_request(await request.body())
+        begin_answers(request.scope)
+        return JSONResponse({"input_tokens": await self._node.submitter.count_tokens(job)})
 
     async def version(self, _: Request) -> JSONResponse:
         """Return the program's version, as Ollama does."""

@@ -137,6 +137,10 @@ class Coordinator:
         except ModelError as error:
             raise JobError(JobErrorCode.MODEL_NOT_FOUND, str(error)) from None
 
+    async def count_tokens(self, request: JobRequest) -> int:
+        """Return how many tokens the prompt of a request has. Raises JobError."""
+        return len((await read_prompt(request, await self.model(request.model))).tokens)
+
     @asynccontextmanager
     async def submit(
         self, request: JobRequest, on_served: Callable[[ServedJob], None] | None = None

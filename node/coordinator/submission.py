@@ -376,3 +376,6 @@ class Submitter(Protocol):
 
         Raises JobError on entering the block or while iterating.
         """
+
+    async def count_tokens(self, request: JobRequest) -> int:
+        """Return how many tokens the prompt of a request has, without a job. Raises JobError."""

@@ -1,6 +1,7 @@
-"""Request bodies of the Anthropic API's `/v1/messages`."""
+"""Request bodies of the Anthropic API's `/v1/messages` and `/v1/messages/count_tokens`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from starlette.datastructures import Headers
@@ -182,33 +183,47 @@ MESSAGE_REQUEST: Final = ObjectForm(
 )  # fmt: skip
 
 
+COUNT_REQUEST: Final = ObjectForm(
+    MODEL, _MESSAGES, _SYSTEM, _TOOLS, _TOOL_CHOICE, _THINKING, _OUTPUT_CONFIG,
+    required=[MODEL, _MESSAGES], ignored=IGNORED, neutral=NEUTRAL,
+)  # fmt: skip
+
+
 def parse_message_request(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
     """Return the body of `POST /v1/messages` as a request. Raises ApiError."""
     fields = MESSAGE_REQUEST.read(parse_json(body))
-    model, messages, max_tokens = fields.require(MODEL), fields.require(_MESSAGES), fields.require(MAX_TOKENS)
-    turns = tuple(turn for turns in messages for turn in turns)
-    refuse_prefill(_MESSAGES.name, turns)
-    system = fields.get(_SYSTEM)
-    if system:
-        turns = (ChatMessage(role="system", content=system), *turns)
-    temperature = fields.get(_TEMPERATURE)
+    max_tokens = fields.require(MAX_TOKENS)
     options, schema = _parse_output(fields)
     choice = _parse_tools(fields, schema)
-    job = JobRequest(
-        model=model,
-        messages=turns,
+    temperature = fields.get(_TEMPERATURE)
+    job = replace(
+        _parse_conversation(fields, options, choice),
         max_tokens=max_tokens,
         temperature=1.0 if temperature is None else temperature,
         top_p=fields.get(TOP_P) or 1.0,
         top_k=fields.get(_TOP_K) or 0,
         stop=fields.get(_STOP) or (),
-        template_options=options,
     )
-    stream = fields.get(STREAM) or False
     generation = Generation(
-        jobs=(choice.apply(job),), stream=stream, rules=choice.rules, details=wants_details(headers)
+        jobs=(job,), stream=fields.get(STREAM) or False, rules=choice.rules, details=wants_details(headers)
     )
     return generation, MessageWriter(generation, thinks=options["enable_thinking"])
+
+
+def parse_count_request(body: bytes) -> JobRequest:
+    """Return the body of `POST /v1/messages/count_tokens` as a job with that prompt. Raises ApiError."""
+    fields = COUNT_REQUEST.read(parse_json(body))
+    options, schema = _parse_output(fields)
+    return _parse_conversation(fields, options, _parse_tools(fields, schema))
+
+
+def _parse_conversation(fields: Fields, options: Mapping[str, Any], choice: ToolChoice) -> JobRequest:
+    """Return a job with the prompt of a request, and all else as it is by default."""
+    turns = tuple(turn for turns in fields.require(_MESSAGES) for turn in turns)
+    refuse_prefill(_MESSAGES.name, turns)
+    if system := fields.get(_SYSTEM):
+        turns = (ChatMessage(role="system", content=system), *turns)
+    return choice.apply(JobRequest(model=fields.require(MODEL), messages=turns, template_options=options))
 
 
 def _parse_output(fields: Fields) -> tuple[dict[str, Any], str]:

@@ -225,6 +225,7 @@ OLLAMA_SHOW: Final = record(
     model_info={"type": "object"},
     capabilities=array(STRING),
 )
+TOKEN_COUNT: Final = record(input_tokens=INTEGER)
 OLLAMA_VERSION: Final = record(version=STRING)
 
 # This program's own

@@ -152,6 +152,12 @@ class FakeSubmitter:
             self.running -= 1
             self.left.set()
 
+    async def count_tokens(self, request: JobRequest) -> int:
+        self.requests.append(request)
+        if self.refuse:
+            raise self.refuse
+        return sum(len(message.content.split()) for message in request.messages or ())
+
     async def _events(self, request: JobRequest) -> AsyncGenerator[JobEvent, None]:
         started = JobStarted(job_id=JOB, model=MODEL, model_name="tiny", prompt_tokens=5, created_s=1_700_000_000)
         started = replace(started, chat_format=self.chat_format)

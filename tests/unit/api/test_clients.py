@@ -392,6 +392,19 @@ async def test_anthropic_tool_choice_thinking_and_structured_texts(
     assert job.template_options == {"enable_thinking": False, "reasoning_effort": "low"}
 
 
+async def test_anthropic_counts_tokens(node: FakeNode, url: str, of_anthropic: Client) -> None:
+    count = of_anthropic(url).messages.count_tokens
+    tool = {"name": "weather", "input_schema": SCHEMA}
+    answer = await ask(lambda: count(model="tiny", messages=USER, system="Be very brief.", tools=[tool]))
+    (job,) = node.submitter.requests
+    assert [message.role for message in job.messages or ()] == ["system", "user"]
+    assert [each["function"]["name"] for each in job.tools] == ["weather"]
+    assert answer.input_tokens == sum(len(message.content.split()) for message in job.messages or ())
+    node.submitter.refuse = JobError(JobErrorCode.MODEL_NOT_FOUND, "No such model.")
+    with pytest.raises(anthropic.NotFoundError, match="No such model"):
+        await ask(lambda: count(model="tiny", messages=USER))
+
+
 async def test_anthropic_errors(node: FakeNode, url: str, of_anthropic: Client) -> None:
     create = of_anthropic(url).messages.create
     with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
