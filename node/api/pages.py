@@ -2,6 +2,7 @@
 
 import re
 import time
+from contextlib import suppress
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -13,8 +14,9 @@ from node.api.anthropic.requests import parse_count_request
 from node.api.errors import ApiError
 from node.api.explanation import parse_task
 from node.api.interface import NodeView
-from node.api.ollama.models import describe_model, describe_tags, describe_version
+from node.api.ollama.models import describe_model, describe_tags, describe_version, shown_model
 from node.config import ServeSpec
+from node.coordinator.submission import JobError
 from protocol.identity import BlockRange
 
 _SERVE: Final = re.compile(r"([A-Za-z0-9][A-Za-z0-9._/:-]{0,199}?)(?::(\d{1,5})-(\d{1,5}))?")
@@ -73,7 +75,11 @@ class Pages:
 
     async def show(self, request: Request) -> JSONResponse:
         """Describe one of them."""
-        return JSONResponse(describe_model(await request.body(), self._node.models(), self._created_s))
+        model = shown_model(await request.body(), self._node.models())
+        abilities = None
+        with suppress(JobError):  # what is known of it without its tokenizer is an answer, too
+            abilities = await self._node.submitter.abilities_of(model["model"])
+        return JSONResponse(describe_model(model, abilities, self._created_s))
 
     async def count_tokens(self, request: Request) -> JSONResponse:
         """Return how many tokens a conversation has, as the Anthropic API does."""

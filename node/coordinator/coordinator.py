@@ -23,7 +23,7 @@ from node.coordinator.observation import Recorder, ServedJob
 from node.coordinator.output_text import OutputText
 from node.coordinator.planner import Planner, SwarmView
 from node.coordinator.prefix_sharing import RecentPrompts
-from node.coordinator.prompt import prompt_text, read_prompt, sampling_of
+from node.coordinator.prompt import chat_format_of, prompt_text, read_prompt, sampling_of
 from node.coordinator.result import result_of, served_of, timing_of
 from node.coordinator.route import OpenRoute, RouteRejected
 from node.coordinator.session_request import RouteServices, request_sessions
@@ -36,6 +36,7 @@ from node.coordinator.submission import (
     JobRequest,
     JobResult,
     JobStarted,
+    ModelAbilities,
     Vote,
 )
 from node.links.link_pool import LinkPool
@@ -140,6 +141,12 @@ class Coordinator:
     async def count_tokens(self, request: JobRequest) -> int:
         """Return how many tokens the prompt of a request has. Raises JobError."""
         return len((await read_prompt(request, await self.model(request.model))).tokens)
+
+    async def abilities_of(self, model: str) -> ModelAbilities:
+        """Return what can be asked of the model that a user means. Raises JobError."""
+        known = await self.model(model)
+        chat_format = chat_format_of(known) if known.tokenizer.has_chat_template else None
+        return ModelAbilities(max_positions=known.max_positions, chat_format=chat_format)
 
     @asynccontextmanager
     async def submit(

@@ -50,7 +50,7 @@ async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
     try:
         if request.messages is not None:
             text = await _conversation(request, request.messages, model)
-            chat_format = _chat_format(model, text)
+            chat_format = chat_format_of(model, text)
             tokens = await model.tokenizer.encode(text, add_special_tokens=False)
         elif request.prompt is not None:
             tokens = await model.tokenizer.encode(request.prompt)
@@ -98,7 +98,8 @@ async def _conversation(request: JobRequest, messages: Sequence[ChatMessage], mo
     return await model.tokenizer.render_chat_text(turns, request.tools, request.template_options)
 
 
-def _chat_format(model: KnownModel, text: str) -> ChatFormat:
+def chat_format_of(model: KnownModel, text: str = "") -> ChatFormat:
+    """Return how a model continues a conversation, `text` by its chat template."""
     tokenizer = model.tokenizer
     tools = ToolFormat(tokenizer.tool_format) if tokenizer.tool_format else None
     began = tokenizer.reasons and text.rstrip().endswith("<think>")

@@ -38,6 +38,7 @@ from node.coordinator.submission import (
     JobRequest,
     JobResult,
     JobStarted,
+    ModelAbilities,
     TextDelta,
     Timing,
     TokenLogprob,
@@ -157,6 +158,11 @@ class FakeSubmitter:
         if self.refuse:
             raise self.refuse
         return sum(len(message.content.split()) for message in request.messages or ())
+
+    async def abilities_of(self, model: str) -> ModelAbilities:
+        if self.refuse:
+            raise self.refuse
+        return ModelAbilities(max_positions=8192, chat_format=self.chat_format)
 
     async def _events(self, request: JobRequest) -> AsyncGenerator[JobEvent, None]:
         started = JobStarted(job_id=JOB, model=MODEL, model_name="tiny", prompt_tokens=5, created_s=1_700_000_000)

@@ -486,7 +486,14 @@ async def test_ollama_models(node: FakeNode, url: str, of_ollama: Client) -> Non
         "format": "gguf", "family": "llama", "quantization_level": "Q4_K"
     }  # fmt: skip
     shown = await ask(lambda: client.show("tiny"))
-    assert (shown.modelinfo or {})["metaswarm.block_count"] == 8
+    facts = shown.modelinfo or {}
+    assert (facts["metaswarm.block_count"], facts["llama.block_count"], facts["llama.context_length"]) == (8, 8, 8192)
+    assert shown.capabilities == ["completion", "embedding"]
+    node.submitter.chat_format = THINKING
+    shown = await ask(lambda: client.show("tiny"))
+    assert shown.capabilities == ["completion", "embedding", "tools", "thinking"]
+    node.submitter.refuse = JobError(JobErrorCode.FAILED, "Nobody has the tokenizer.")
+    assert (await ask(lambda: client.show("tiny"))).capabilities == ["completion", "embedding"]
     with pytest.raises(ollama.ResponseError) as caught:
         await ask(lambda: client.show("other"))
     assert caught.value.status_code == 404
