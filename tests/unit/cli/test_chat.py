@@ -114,8 +114,11 @@ def test_ctrl_c_stops_answer_and_ctrl_d_leaves(node: FakeNode, api: list[str]) -
         node.submitter.hang = False
         terminal.type("\x1b[A\n")  # arrow up: the line before
         place = terminal.wait_for("3 tokens, 33.3 tokens/s, the first after 0.25 s, over 2 peers", place)
-        terminal.type("half a line\x03")
-        place = terminal.wait_for("(Ctrl-D leaves)", place)
+        place = terminal.wait_for(">>> ", place)
+        terminal.type("half a line")
+        place = terminal.wait_for("half a line", place)  # else the terminal drops it, and nothing is interrupted
+        terminal.type("\x03")
+        terminal.wait_for(">>> ", terminal.wait_for("(Ctrl-D leaves)", place))
         terminal.type("\x04")
         assert terminal.wait_exit() == 0
     assert said(node) == [("user", "Hi"), ("assistant", "Hello, wörld"), ("user", "Hi")]
