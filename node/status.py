@@ -30,7 +30,7 @@ from node.api.interface import (
     SpanSummary,
     StatementDocument,
 )
-from node.api.job_document import describe_logged_job
+from node.api.job_document import describe_recent_job
 from node.assembly import AGENT, NodeParts
 from node.config import ServeSpec
 from node.consensus.chain_node import ChainNode
@@ -271,8 +271,8 @@ class StatusView:
 
     def jobs(self, after: int = 0) -> tuple[list[JobDocument], int]:
         """Return the recent jobs that changed after a revision, and the revision now."""
-        log = self.submitter.log
-        return [describe_logged_job(job) for job in log.changed_since(after)], log.revision
+        recent = self.submitter.recent_jobs
+        return [describe_recent_job(job) for job in recent.changed_since(after)], recent.revision
 
     def learning(self) -> LearningDocument:
         """Return how the history grew, and how past choices turned out."""

@@ -1,7 +1,7 @@
 """`GET /swarm/events`: the documents of `/swarm/…` as server-sent events, again whenever they change.
 
-A subscriber is sent the state as it is when it can take it, not a queue of what happened: a slow one skips what is
-outdated, holds no memory, and delays nobody.
+A subscriber is sent the latest state, not a queue of events: a slow one skips what is outdated, so that it needs no
+buffer and does not block the node.
 """
 
 import json

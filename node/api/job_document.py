@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from node.api.interface import JobDocument
-from node.coordinator.job_log import LoggedJob
+from node.coordinator.recent_jobs import RecentJob
 from node.coordinator.submission import JobResult, JobTrace
 
 
@@ -28,7 +28,7 @@ def describe_job(result: JobResult) -> dict[str, Any]:
     }
 
 
-def describe_logged_job(job: LoggedJob) -> JobDocument:
+def describe_recent_job(job: RecentJob) -> JobDocument:
     """Return a job as `/swarm/jobs` lists it."""
     return {
         "job_id": job.id,

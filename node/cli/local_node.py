@@ -64,7 +64,7 @@ def _wait_ready(child: BlockingChild, what: str) -> NodeReady:
 
 
 def _stop(child: BlockingChild) -> None:
-    """Let the node leave; whoever does not want to wait presses Ctrl-C, and it is killed."""
+    """Shut the node down gracefully; Ctrl-C meanwhile kills it."""
     child.process.terminate()
     with suppress(subprocess.TimeoutExpired):
         child.process.wait(STOP_TIMEOUT_S)

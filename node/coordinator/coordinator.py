@@ -16,7 +16,6 @@ import trio
 
 from node.coordinator.failover import ResilientRoute, no_route
 from node.coordinator.job import Job
-from node.coordinator.job_log import JobLog, JobState, LoggedJob
 from node.coordinator.job_report import JobObserver, NoJobObserver, RunningJob
 from node.coordinator.method_choice import Choice, Chooser, QualityStore, admitted_methods
 from node.coordinator.observation import Recorder, ServedJob
@@ -24,6 +23,7 @@ from node.coordinator.output_text import OutputText
 from node.coordinator.planner import Planner, SwarmView
 from node.coordinator.prefix_sharing import RecentPrompts
 from node.coordinator.prompt import chat_format_of, prompt_text, read_prompt, sampling_of
+from node.coordinator.recent_jobs import JobState, RecentJob, RecentJobs
 from node.coordinator.result import result_of, served_of, timing_of
 from node.coordinator.route import OpenRoute, RouteRejected
 from node.coordinator.session_request import RouteServices, request_sessions
@@ -115,7 +115,7 @@ class Coordinator:
         )
         self._routes: dict[JobId, ResilientRoute] = {}
         self.statistics = CoordinatorStatistics()
-        self.log = JobLog()
+        self.recent_jobs = RecentJobs()
         self._idle = trio.Event()
         self._idle.set()
 
@@ -165,11 +165,11 @@ class Coordinator:
         outcome = "cancelled"
         code: JobErrorCode | None = None
         reason = ""
-        entry: LoggedJob | None = None
+        entry: RecentJob | None = None
         try:
             running.job = job = replace(await self._prepare(request, on_served=on_served), trace_parent=trace_parent)
             running.prepared_s = trio.current_time()
-            entry = self.log.begin(
+            entry = self.recent_jobs.begin(
                 job.id, job.model.id, job.model.name, is_trial=is_trial, prompt_tokens=len(job.prompt)
             )
             async with self._routed(job, running) as route, aclosing(self._events(job, route, entry)) as events:
@@ -182,7 +182,9 @@ class Coordinator:
             raise
         finally:
             if entry is not None:
-                self.log.end(entry, JobState.FAILED if outcome == "rejected" else JobState(outcome), reason or None)
+                self.recent_jobs.end(
+                    entry, JobState.FAILED if outcome == "rejected" else JobState(outcome), reason or None
+                )
             self.observer.on_job_ended(running.report(outcome, trio.current_time(), code, reason))
             if is_trial:
                 outcome = "trials_done" if outcome == "done" else "trials_failed"
@@ -272,9 +274,9 @@ class Coordinator:
             self._prompts.release(job.claim)
             await route.close()
 
-    async def _events(self, job: Job, route: ResilientRoute, entry: LoggedJob) -> AsyncGenerator[JobEvent, None]:
+    async def _events(self, job: Job, route: ResilientRoute, entry: RecentJob) -> AsyncGenerator[JobEvent, None]:
         """Yield the job's events; after the last one the route is closed."""
-        self._log_progress(job, route, entry)
+        self._record_progress(job, route, entry)
         yield JobStarted(
             job_id=job.id,
             model=job.model.id,
@@ -292,7 +294,7 @@ class Coordinator:
         while finish is None:
             sampled = await route.next_token()
             job.output.add(sampled.token, trio.current_time())
-            self._log_progress(job, route, entry)
+            self._record_progress(job, route, entry)
             self._prompts.release(job.claim)
             finish = sampled.finish_reason
             if finish is None and len(job.output.tokens) >= job.sampling.max_tokens:
@@ -302,9 +304,9 @@ class Coordinator:
         entry.result = await self._finish(job, route, output.text, finish)
         yield replace(entry.result, stop_string=output.stop_string)
 
-    def _log_progress(self, job: Job, route: ResilientRoute, entry: LoggedJob) -> None:
+    def _record_progress(self, job: Job, route: ResilientRoute, entry: RecentJob) -> None:
         method = route.method.name if route.method else None
-        self.log.progress(
+        self.recent_jobs.progress(
             entry, stages=route.stages, method=method, tokens=len(job.output.tokens), replays=route.replays
         )
 

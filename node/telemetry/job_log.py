@@ -9,7 +9,7 @@ _logger = structlog.get_logger(__name__)
 
 
 def log_job(report: JobReport) -> None:
-    """Log a job that has ended; trials, which nobody asked for, only for debugging."""
+    """Log a job that has ended: a user's at level info, a trial at level debug."""
     log = _logger.debug if report.is_trial else _logger.warning if report.outcome == "failed" else _logger.info
     fields: dict[str, object] = {
         "job": report.job_id or "-",

@@ -27,7 +27,7 @@ def shown_model(body: bytes, models: Iterable[ModelDocument]) -> ModelDocument:
 
 
 def describe_model(model: ModelDocument, abilities: ModelAbilities | None, since_s: int) -> dict[str, Any]:
-    """Return the answer of `POST /api/show`. `abilities`: None where its tokenizer cannot be had now."""
+    """Return the answer of `POST /api/show`. `abilities`: None if its tokenizer is unavailable."""
     entry, architecture = _entry(model, since_s), model["architecture"] or "unknown"
     chat = abilities.chat_format if abilities else None
     facts = {} if abilities is None else {f"{architecture}.context_length": abilities.max_positions}

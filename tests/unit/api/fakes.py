@@ -24,11 +24,11 @@ from node.api.interface import (
     Sample,
     SelectionStatus,
 )
-from node.api.job_document import describe_logged_job
+from node.api.job_document import describe_recent_job
 from node.api.server import serve
 from node.config import ApiKey, ServeSpec, hash_api_key
-from node.coordinator.job_log import JobLog
 from node.coordinator.observation import ServedJob
+from node.coordinator.recent_jobs import RecentJobs
 from node.coordinator.submission import (
     ChatFormat,
     Consensus,
@@ -202,10 +202,10 @@ class FakeNode:
     """Why it is not ready."""
     telemetry: Telemetry = field(default_factory=lambda: Telemetry(lambda model: "tiny"))
     stopping: trio.Event = field(default_factory=trio.Event)
-    log: JobLog = field(default_factory=JobLog)
+    recent_jobs: RecentJobs = field(default_factory=RecentJobs)
 
     def jobs(self, after: int = 0) -> tuple[list[JobDocument], int]:
-        return [describe_logged_job(job) for job in self.log.changed_since(after)], self.log.revision
+        return [describe_recent_job(job) for job in self.recent_jobs.changed_since(after)], self.recent_jobs.revision
 
     def learning(self) -> LearningDocument:
         sample: Sample = {"at": 1_700_000_000.0, "observations": 7, "peers": 2, "jobs": 2, "regret_s": 0.5}
