@@ -76,10 +76,10 @@ class Pages:
     async def show(self, request: Request) -> JSONResponse:
         """Describe one of them."""
         model = shown_model(await request.body(), self._node.models())
-        abilities = None
+        capabilities = None
         with suppress(JobError):  # what is known of it without its tokenizer is an answer, too
-            abilities = await self._node.submitter.abilities_of(model["model"])
-        return JSONResponse(describe_model(model, abilities, self._created_s))
+            capabilities = await self._node.submitter.capabilities_of(model["model"])
+        return JSONResponse(describe_model(model, capabilities, self._created_s))
 
     async def count_tokens(self, request: Request) -> JSONResponse:
         """Return how many tokens a conversation has, as the Anthropic API does."""

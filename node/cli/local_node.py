@@ -11,7 +11,8 @@ from typing import Final, NoReturn
 
 from node.cli.output import CommandError, err
 from node.config import ENVIRONMENT_PREFIX, NodeReady
-from node.util.child_process import BlockingChild, ChildError, child_environment, python, running
+from node.util.child_process import BlockingChild, ChildError, running
+from node.util.interpreter import child_environment, python
 
 STOP_TIMEOUT_S: Final = 15.0
 """Longest wait for the node to leave before it is killed."""

@@ -36,12 +36,13 @@ from node.coordinator.submission import (
     JobRequest,
     JobResult,
     JobStarted,
-    ModelAbilities,
+    ModelCapabilities,
     Vote,
 )
 from node.links.link_pool import LinkPool
 from node.models.errors import ModelError
 from node.models.library import KnownModel
+from node.util.text import one_line
 from protocol.identity import JobId, ModelId, PeerId, Stage
 from protocol.messages import FinishReason
 from selector.reliability import PeerRecord
@@ -142,11 +143,11 @@ class Coordinator:
         """Return how many tokens the prompt of a request has. Raises JobError."""
         return len((await read_prompt(request, await self.model(request.model))).tokens)
 
-    async def abilities_of(self, model: str) -> ModelAbilities:
+    async def capabilities_of(self, model: str) -> ModelCapabilities:
         """Return what can be asked of the model that a user means. Raises JobError."""
         known = await self.model(model)
         chat_format = chat_format_of(known) if known.tokenizer.has_chat_template else None
-        return ModelAbilities(max_positions=known.max_positions, chat_format=chat_format)
+        return ModelCapabilities(max_positions=known.max_positions, chat_format=chat_format)
 
     @asynccontextmanager
     async def submit(
@@ -180,15 +181,16 @@ class Coordinator:
             is_preempted = request.background and code is JobErrorCode.FULL
             outcome = "cancelled" if is_preempted else "rejected" if code in CLIENT_MISTAKES else "failed"
             raise
+        except Exception as error:
+            outcome, reason = "failed", one_line(error)
+            raise
         finally:
+            counted = outcome if not is_trial else "trials_done" if outcome == "done" else "trials_failed"
+            self._count(running=-1, trials_running=-is_trial, **{counted: 1})
             if entry is not None:
-                self.recent_jobs.end(
-                    entry, JobState.FAILED if outcome == "rejected" else JobState(outcome), reason or None
-                )
+                state = JobState.FAILED if outcome == "rejected" else JobState(outcome)
+                self.recent_jobs.end(entry, state, reason or None)
             self.observer.on_job_ended(running.report(outcome, trio.current_time(), code, reason))
-            if is_trial:
-                outcome = "trials_done" if outcome == "done" else "trials_failed"
-            self._count(running=-1, trials_running=-is_trial, **{outcome: 1})
 
     async def consider(self, request: JobRequest, overrides: Mapping[str, Any]) -> Considered:
         """Have the stages vote on a job without running it. `overrides`: context fields to replace. Raises JobError."""
@@ -287,7 +289,8 @@ class Coordinator:
             chat_format=job.chat_format,
         )
         if job.is_embedding:
-            yield await self._embed(job, route)
+            entry.result = await self._embed(job, route)
+            yield entry.result
             return
         output = OutputText(job.request, job.model)
         finish: FinishReason | None = None
@@ -324,6 +327,7 @@ class Coordinator:
         self._planner.measured(job.need(), stages, done.route.loads(), timing_of(done))
         result = result_of(job, done, text, finish)
         if job.is_embedding:  # task contexts do not tell kinds of jobs apart: as a short text it would mislead learning
+            job.output.result = result
             return result
         outcome = JobOutcome(
             job_id=job.id,

@@ -83,7 +83,7 @@ class RecentJobs:
         """Record how a job ended."""
         job.state, job.error = state, error
         if job.result is not None:  # other users see this list
-            job.result = replace(job.result, text="", token_ids=())
+            job.result = replace(job.result, text="", token_ids=(), trace=None, embedding=None)
         del self._running[job.id]
         self._ended[job.is_trial].append(job)
         self._touch(job)

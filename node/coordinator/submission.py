@@ -85,7 +85,7 @@ class ChatFormat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelAbilities:
+class ModelCapabilities:
     """What can be asked of a model: texts up to `max_positions` tokens; conversations, unless it has no chat format."""
 
     max_positions: int
@@ -388,5 +388,5 @@ class Submitter(Protocol):
     async def count_tokens(self, request: JobRequest) -> int:
         """Return how many tokens the prompt of a request has, without a job. Raises JobError."""
 
-    async def abilities_of(self, model: str) -> ModelAbilities:
+    async def capabilities_of(self, model: str) -> ModelCapabilities:
         """Return what can be asked of the model that a user means. Raises JobError."""

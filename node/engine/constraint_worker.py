@@ -1,6 +1,6 @@
 """Which tokens a JSON Schema admits next, in processes with limits: `python -m node.engine.constraint_worker …`.
 
-A schema is a stranger's, and the library that interprets it walks the vocabulary for each token. Its own limits bound
+A schema is untrusted, and the library that interprets it walks the vocabulary for each token. Its own limits bound
 the steps of that; the kernel bounds time and memory besides, by killing a process, which has no state that could not be
 made again. Loading the tokenizer takes a second: the process that has done so forks the one that serves, and where that
 dies it says so and forks the next one at once.
@@ -72,6 +72,8 @@ def main() -> None:
     signal.setitimer(signal.ITIMER_PROF, LOAD_CPU_S)
     try:
         tokenizer = llguidance.LLTokenizer(sys.argv[2], n_vocab=int(sys.argv[3]))
+    except MemoryError:
+        raise  # another node may have more
     except BaseException as error:  # noqa: BLE001  # a panic of the library's Rust code is not an Exception
         send_frame(connection, {"error": f"its tokenizer cannot be read: {one_line(error)}"})
         return

@@ -15,7 +15,7 @@ def log_job(report: JobReport) -> None:
         "job": report.job_id or "-",
         "request_id": report.request.origin.request_id or report.job_id or "-",
         "endpoint": report.request.origin.endpoint or "-",
-        "model": report.model,
+        "model": report.model or "-",
         "outcome": report.outcome,
         "route": ",".join(f"{stage.peer}:{stage.blocks}" for stage in report.stages) or "-",
         "method": report.method or "-",

@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 from node.models.importer import import_model
 from node.models.store import ModelStore
-from node.util.child_process import child_environment, python
+from node.util.interpreter import child_environment, python
 from tests.support.requirements import unavailable
 
 MODEL: Final = "smollm2-135m-instruct"

@@ -9,7 +9,7 @@ from node.api.errors import ApiError
 from node.api.fields import parse_json
 from node.api.interface import ModelDocument
 from node.api.ollama.requests import SHOW, model_name
-from node.coordinator.submission import ModelAbilities
+from node.coordinator.submission import ModelCapabilities
 
 
 def describe_tags(models: Iterable[ModelDocument], since_s: int) -> dict[str, Any]:
@@ -26,11 +26,11 @@ def shown_model(body: bytes, models: Iterable[ModelDocument]) -> ModelDocument:
     raise ApiError(404, f"model {name!r} not found", param="model", code="model_not_found")
 
 
-def describe_model(model: ModelDocument, abilities: ModelAbilities | None, since_s: int) -> dict[str, Any]:
-    """Return the answer of `POST /api/show`. `abilities`: None if its tokenizer is unavailable."""
+def describe_model(model: ModelDocument, capabilities: ModelCapabilities | None, since_s: int) -> dict[str, Any]:
+    """Return the answer of `POST /api/show`. `capabilities`: None if its tokenizer is unavailable."""
     entry, architecture = _entry(model, since_s), model["architecture"] or "unknown"
-    chat = abilities.chat_format if abilities else None
-    facts = {} if abilities is None else {f"{architecture}.context_length": abilities.max_positions}
+    chat = capabilities.chat_format if capabilities else None
+    facts = {} if capabilities is None else {f"{architecture}.context_length": capabilities.max_positions}
     return {
         "modelfile": "",
         "parameters": "",

@@ -37,7 +37,8 @@ def describe_usage(outcome: Outcome, generation: Generation) -> dict[str, Any]:
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(result.usage.cached_tokens for result in prompts)},
         "completion_tokens_details": {
-            "accepted_prediction_tokens": sum(result.usage.accepted_draft_tokens for result in results)
+            "accepted_prediction_tokens": sum(result.usage.accepted_draft_tokens for result in results),
+            "reasoning_tokens": sum(choice.reasoning_tokens for choice in outcome.ordered()),
         },
     }
 

@@ -38,7 +38,7 @@ from node.coordinator.submission import (
     JobRequest,
     JobResult,
     JobStarted,
-    ModelAbilities,
+    ModelCapabilities,
     TextDelta,
     Timing,
     TokenLogprob,
@@ -159,10 +159,10 @@ class FakeSubmitter:
             raise self.refuse
         return sum(len(message.content.split()) for message in request.messages or ())
 
-    async def abilities_of(self, model: str) -> ModelAbilities:
+    async def capabilities_of(self, model: str) -> ModelCapabilities:
         if self.refuse:
             raise self.refuse
-        return ModelAbilities(max_positions=8192, chat_format=self.chat_format)
+        return ModelCapabilities(max_positions=8192, chat_format=self.chat_format)
 
     async def _events(self, request: JobRequest) -> AsyncGenerator[JobEvent, None]:
         started = JobStarted(job_id=JOB, model=MODEL, model_name="tiny", prompt_tokens=5, created_s=1_700_000_000)

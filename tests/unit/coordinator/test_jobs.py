@@ -22,7 +22,7 @@ from node.models.tokenizer_service import no_tokenizer
 from node.models.vocabulary import TokenKind, Vocabulary
 from node.stages.span import IDLE_LIMIT_S
 from node.swarm.heartbeats import HEARTBEAT_INTERVAL_S
-from node.testing.fake_engine import UNFULFILLABLE, expected_tokens, fake_span_info
+from node.testing.fake_engine import UNSATISFIABLE, expected_tokens, fake_span_info
 from protocol.identity import BlockRange, SessionId
 from protocol.messages import FinishReason, Sampling
 from tests.support.job_peers import BLOCKS, VOCABULARY, Peer, Swarm, a_step, an_opening, open_swarm
@@ -424,7 +424,7 @@ async def test_schema_that_fails_in_mid_text_costs_no_peer_its_trust(virtual_clo
         peer = await swarm.join()
         await swarm.settle()
         request = JobRequest(
-            model="fake", prompt=PROMPT, json_schema=UNFULFILLABLE, json_schema_param="format", stop_token_ids=(999,)
+            model="fake", prompt=PROMPT, json_schema=UNSATISFIABLE, json_schema_param="format", stop_token_ids=(999,)
         )
         with pytest.raises(JobError) as caught:
             await peer.run(request)

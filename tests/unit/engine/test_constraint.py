@@ -17,8 +17,9 @@ from node.engine.constraint import ConstraintProcess
 from node.engine.interface import BadRequest, EngineError
 from node.engine.sampling import draw_and_verify, history_for
 from node.models.json_schema import schema_fault
-from node.testing.fake_engine import UNFULFILLABLE
+from node.testing.fake_engine import UNSATISFIABLE
 from protocol.messages import Sampling
+from tests.support import hostile_directory
 from tests.unit.models.vocabularies import byte_level
 
 SCHEMA = json.dumps(
@@ -83,7 +84,7 @@ def test_text_follows_schema(process: ConstraintProcess, temperature: float) -> 
         assert value["word"] in {"fox", "dog"}
         assert 0 <= value["count"] <= 99
         found.add(value["count"])
-    assert len(found) == (1 if temperature == 0 else 8) or temperature
+    assert len(found) == 1 if temperature == 0 else len(found) > 1
 
 
 def test_replay_draws_the_same(process: ConstraintProcess) -> None:
@@ -165,8 +166,8 @@ def test_process_that_does_not_answer_is_replaced(process: ConstraintProcess, mo
 
 
 def test_schema_that_fails_in_mid_text_is_the_requests_fault(process: ConstraintProcess) -> None:
-    assert schema_fault(UNFULFILLABLE) == "", "nothing shows before"
-    constraint = process.open(UNFULFILLABLE)
+    assert schema_fault(UNSATISFIABLE) == "", "nothing shows before"
+    constraint = process.open(UNSATISFIABLE)
     text = tokenizers.Tokenizer.from_str(byte_level()).encode('"' + "ab" * 40).ids
     assert constraint.allowed(text[:2])[0].any()
     with pytest.raises(BadRequest, match="cannot be followed: lexer error"):
@@ -216,6 +217,16 @@ def test_tokenizer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     file.write_text('{"model": {"type": "unheard of"}}')
     with pytest.raises(BadRequest, match="its tokenizer cannot be read"):
         ConstraintProcess(file, VOCABULARY).start()
+
+
+def test_process_imports_nothing_from_the_current_directory(
+    process: ConstraintProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    mark = hostile_directory.fill(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    process.start()
+    assert not mark.exists()
 
 
 def test_process_that_cannot_be_started_is_an_engine_error(

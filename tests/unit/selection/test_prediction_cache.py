@@ -23,7 +23,7 @@ class Worker:
         await trio.lowlevel.checkpoint()
         self.stopped = True
 
-    async def sleep_if_idle(self) -> None:
+    async def unload_if_idle(self) -> None:
         await trio.lowlevel.checkpoint()
 
 
