@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import llguidance
 import numpy as np
 import psutil
 import pytest
 import tokenizers
 
+from node.engine import constraint_worker
 from node.engine.constraint import ConstraintProcess
 from node.engine.interface import BadRequest, EngineError
 from node.engine.sampling import draw_and_verify, history_for
@@ -150,6 +152,21 @@ def test_schema_that_takes_too_long_fails_its_own_text_only(process: ConstraintP
     timer.join()
     assert (honest.allowed([])[0] == before).all()
     assert generate(process, sampling())[-1] == STOP
+
+
+def test_schema_that_is_slow_at_each_token_fails_its_own_text(
+    process: ConstraintProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each mask is within the limit of one step, but all other texts of the span wait for it."""
+    process.start()
+    tokenizer = llguidance.LLTokenizer(str(tmp_path / "tokenizer.json"), n_vocab=VOCABULARY)
+    clock_s = iter(np.arange(0, 100, 0.4))  # read before and after each mask
+    monkeypatch.setattr(constraint_worker.time, "process_time", lambda: next(clock_s))
+    text = constraint_worker._Text(tokenizer, SCHEMA)
+    text.mask(0, [])
+    text.mask(0, [])
+    with pytest.raises(ValueError, match="too much time"):
+        text.mask(0, [])
 
 
 def test_process_that_does_not_answer_is_replaced(process: ConstraintProcess, monkeypatch: pytest.MonkeyPatch) -> None:
