@@ -161,7 +161,7 @@ def test_schema_that_is_slow_at_each_token_fails_its_own_text(
     process.start()
     tokenizer = llguidance.LLTokenizer(str(tmp_path / "tokenizer.json"), n_vocab=VOCABULARY)
     clock_s = iter(np.arange(0, 100, 0.4))  # read before and after each mask
-    monkeypatch.setattr(constraint_worker.time, "process_time", lambda: next(clock_s))
+    monkeypatch.setattr("time.process_time", lambda: next(clock_s))
     text = constraint_worker._Text(tokenizer, SCHEMA)
     text.mask(0, [])
     text.mask(0, [])
