@@ -58,10 +58,8 @@ async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
             tokens = request.prompt_tokens or ()
         if request.truncate:
             tokens = tokens[: model.max_positions - 1]
-    except TokenizerBusyError as error:
-        raise JobError(JobErrorCode.FULL, str(error), retry_after_s=BUSY_RETRY_S) from None
     except TokenizerUnavailableError as error:
-        raise JobError(JobErrorCode.FAILED, str(error), retry_after_s=BUSY_RETRY_S) from None
+        raise _unavailable(error) from None
     except (ValueError, ModelError) as error:
         raise JobError(JobErrorCode.INVALID, str(error)) from None
     if not tokens:
@@ -74,6 +72,11 @@ async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
     return Prompt(tokens, chat_format)
 
 
+def _unavailable(error: TokenizerUnavailableError) -> JobError:
+    code = JobErrorCode.FULL if isinstance(error, TokenizerBusyError) else JobErrorCode.FAILED
+    return JobError(code, str(error), retry_after_s=BUSY_RETRY_S)
+
+
 async def _check_schema(request: JobRequest, model: KnownModel) -> None:
     """Raise JobError where no text can follow the request's JSON Schema, or none would ever end."""
     if request.ignore_eos or not (model.tokenizer.stop_tokens or request.stop_token_ids):
@@ -82,7 +85,7 @@ async def _check_schema(request: JobRequest, model: KnownModel) -> None:
     try:
         fault = await model.tokenizer.schema_fault(request.json_schema)
     except TokenizerUnavailableError as error:
-        raise JobError(JobErrorCode.FULL, str(error), retry_after_s=BUSY_RETRY_S) from None
+        raise _unavailable(error) from None
     except ModelError as error:
         fault = str(error)
     if fault:
