@@ -36,7 +36,7 @@ from node.api.openai.messages import (
     refuse_prefill,
 )
 from node.api.schemas import parse_schema
-from node.api.shared_fields import MAX_SEED, MAX_TOKENS, MODEL, STREAM, TOP_P
+from node.api.shared_fields import MAX_SEED, MAX_TOKENS, MODEL, STREAM, TOP_P, text_or_parts
 from node.api.tool_choice import ToolChoice, choose_tools
 from node.coordinator.submission import ChatMessage, JobRequest, MessageToolCall
 
@@ -47,23 +47,7 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 
 _TEXT: Final = Field("text", parse_text)
-_IS_TEXT: Final = Field("type", one_of("text"))
-_TEXT_BLOCK: Final = ObjectForm(_IS_TEXT, _TEXT, required=[_IS_TEXT, _TEXT], is_open=True)
-
-
-@form({"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_BLOCK.schema}]})
-def _parse_text_blocks(param: str, value: Any) -> str:
-    """Return the text of a text or of blocks of type `text`."""
-    if not isinstance(value, list):
-        return parse_text(param, value)
-    texts = []
-    for index, each in enumerate(value):
-        where = f"{param}[{index}]"
-        if parse_object(where, each).get("type") != "text":
-            refuse(where, "must be of type text: no other type is supported")
-        texts.append(_TEXT_BLOCK.parse(where, each).require(_TEXT))
-    return "".join(texts)
-
+_parse_text_blocks: Final = text_or_parts("text")
 
 _ID: Final = Field("id", parse_text)
 _INPUT: Final = Field("input", parse_arguments)
