@@ -3,49 +3,20 @@
 Screenshots are in out/screenshots.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Page, expect
 
+from tests.browser.browsing import ask_briefly, keep, panel, watched
 from tests.browser.conftest import API_KEY, MODEL, Daemon
 
-ROOT: Final = Path(__file__).parents[2]
-SCREENSHOTS: Final = ROOT / "out/screenshots"
 CONTRAST: Final = (Path(__file__).parent / "contrast.js").read_text(encoding="utf-8").partition("\n")[2]
 NAMES: Final = (Path(__file__).parent / "names.js").read_text(encoding="utf-8").partition("\n")[2]
 QUESTION: Final = "Name three colours of the rainbow."
-TIMEOUT_MS: Final = 30_000
-
-expect.set_options(timeout=TIMEOUT_MS)
-
-OpenPage = Callable[..., Page]
-
-
-@contextmanager
-def watched(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
-    """Open a page inside the block; at its end the page must have logged no error and asked no other host."""
-    context = browser.new_context(viewport={"width": 1440, "height": 900}, **options)
-    page = context.new_page()
-    faults: list[str] = []
-    page.on("console", lambda message: faults.append(message.text) if message.type in {"error", "warning"} else None)
-    page.on("pageerror", lambda error: faults.append(str(error)))
-
-    def check_host(asked: str) -> None:
-        if urlsplit(asked).netloc != urlsplit(url).netloc:
-            faults.append(f"asked {asked}")
-
-    page.on("request", lambda request: check_host(request.url))
-    page.on("websocket", lambda socket: faults.append(f"opened {socket.url}"))
-    page.goto(url)
-    yield page
-    assert faults == []
-    context.close()
 
 
 @pytest.fixture
@@ -53,26 +24,6 @@ def page(browser: Browser, swarm: list[Daemon]) -> Iterator[Page]:
     with watched(browser, swarm[0].api_url) as page:
         expect(page.get_by_role("status").filter(has_text="live")).to_be_visible()
         yield page
-
-
-def keep(page: Page, name: str) -> None:
-    """Keep a screenshot of the window, and of the whole page."""
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / f"{name}.png")
-    page.screenshot(path=SCREENSHOTS / f"{name}-whole.png", full_page=True)
-
-
-def panel(page: Page, name: str) -> Locator:
-    return page.get_by_role("region", name=name, exact=True)
-
-
-def ask(page: Page, question: str, tokens: int = 24) -> None:
-    page.locator("summary", has_text="Options").click()
-    page.get_by_label("Longest answer").fill(str(tokens))
-    page.get_by_label("Temperature").fill("0")
-    page.locator("summary", has_text="Options").click()
-    page.get_by_label("Message").fill(question)
-    page.get_by_role("button", name="Send").click()
 
 
 def test_shows_three_peers_and_their_blocks(page: Page, swarm: list[Daemon]) -> None:
@@ -95,7 +46,7 @@ def test_shows_three_peers_and_their_blocks(page: Page, swarm: list[Daemon]) -> 
 
 
 def test_streams_answer_and_shows_job_on_its_way(page: Page) -> None:
-    ask(page, QUESTION, tokens=96)
+    ask_briefly(page, QUESTION, tokens=96)
     answer = page.locator(".turn.assistant")
     expect(answer.locator(".said")).not_to_be_empty()
     running = panel(page, "Jobs").locator("tbody tr.running")
@@ -119,7 +70,7 @@ def test_streams_answer_and_shows_job_on_its_way(page: Page) -> None:
 
 
 def test_stop_ends_job_and_retry_asks_again(page: Page, swarm: list[Daemon]) -> None:
-    ask(page, "Write a long story about a lighthouse.", tokens=400)
+    ask_briefly(page, "Write a long story about a lighthouse.", tokens=400)
     expect(page.locator(".turn.assistant .said")).not_to_be_empty()
     page.get_by_role("button", name="Stop").click()
     expect(page.locator(".turn.assistant .cost")).to_contain_text("stopped")
@@ -180,7 +131,7 @@ def test_has_names_and_contrast_in_both_schemes(browser: Browser, swarm: list[Da
     with watched(browser, swarm[0].api_url, color_scheme=scheme, reduced_motion="reduce") as page:
         expect(page.locator("#job-table tbody tr").first).to_be_visible()
         if scheme == "dark":
-            ask(page, QUESTION)
+            ask_briefly(page, QUESTION)
             expect(page.locator(".turn.assistant .cost")).to_contain_text("3 stages")
             keep(page, "dark")
         expect(page.locator("#votes-body table")).to_be_visible()

@@ -88,7 +88,7 @@ function take(chunk, turn, view, meter) {
   if (delta.reasoning_content) addReasoning(view, delta.reasoning_content);
   if (delta.content) {
     turn.text += delta.content;
-    view.querySelector(".said").textContent += delta.content;
+    view.querySelector(":scope > .said").textContent += delta.content;
   }
   setText(view.querySelector(".cost"), costOf(meter, null, false));
   scrollDown();
@@ -126,7 +126,7 @@ function addReasoning(view, text) {
   let box = view.querySelector("details");
   if (!box) {
     box = el("details", {}, el("summary", {}, "Reasoning"), el("div", { class: "said" }));
-    view.querySelector(".said").before(box);
+    view.querySelector(":scope > .said").before(box);
   }
   box.querySelector(".said").textContent += text;
 }
