@@ -41,19 +41,24 @@ async function answer() {
   enable();
   setText(parts.status, "The answer is coming");
   const meter = { began_ms: performance.now(), first_ms: 0, tokens: 0 };
+  let fault = null;
   try {
     await stream(turn, view, meter, abort.signal);
   } catch (error) {
-    if (!abort.signal.aborted) showFault(view, error.message);
+    if (!abort.signal.aborted) fault = error.message;
   }
-  view.classList.remove("writing");
-  const stopped = abort.signal.aborted;
-  setText(view.querySelector(".cost"), costOf(meter, turn.details, stopped));
-  setText(parts.status, `${stopped ? "Stopped" : "The answer is complete"}: ${view.querySelector(".cost").textContent}`);
   running = null;
-  if (turn.text || stopped) turns.push(turn);
+  if (view.isConnected) finish(turn, view, costOf(meter, turn.details, abort.signal.aborted), fault); // else: cleared
   enable();
   if (document.activeElement === document.body) parts.input.focus();
+}
+
+function finish(turn, view, cost, fault) {
+  view.classList.remove("writing");
+  setText(view.querySelector(".cost"), cost);
+  if (fault) view.append(el("p", { class: "fault", role: "alert" }, fault));
+  setText(parts.status, fault ? "The answer failed" : `The answer has ended: ${cost}`);
+  if (turn.text || !fault) turns.push(turn);
 }
 
 async function stream(turn, view, meter, signal) {
@@ -76,6 +81,7 @@ async function stream(turn, view, meter, signal) {
     if (chunk.error) throw new Error(chunk.error.message);
     take(chunk, turn, view, meter);
   }
+  throw new Error("The connection ended before the answer did.");
 }
 
 function take(chunk, turn, view, meter) {
@@ -131,10 +137,6 @@ function addReasoning(view, text) {
   box.querySelector(".said").textContent += text;
 }
 
-function showFault(view, message) {
-  view.append(el("p", { class: "fault", role: "alert" }, message));
-}
-
 /** Follow the text, unless the reader has scrolled up. */
 function scrollDown(always = false) {
   const { scrollHeight, scrollTop, clientHeight } = parts.log;
@@ -174,6 +176,7 @@ parts.retry.addEventListener("click", () => {
 parts.clear.addEventListener("click", () => {
   running?.abort();
   turns.length = 0;
+  setText(parts.status, "The conversation is empty");
   showHint();
   enable();
   parts.input.focus();
