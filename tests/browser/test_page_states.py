@@ -1,14 +1,17 @@
 """The page in a real browser over a node without a swarm, which says and lists what a test wants to see."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from node.coordinator.recent_jobs import RecentJob, RecentJobs
 from node.coordinator.submission import ChatFormat, JobError, JobErrorCode
-from tests.browser.browsing import ask, button, watched
+from protocol.identity import BlockRange, Stage
+from tests.browser.browsing import ask, button, panel, watched
 from tests.browser.conftest import until
-from tests.unit.api.fakes import FakeNode, serve_in_thread
+from tests.unit.api.fakes import FASTER, JOB, MODEL, PEERS, FakeNode, serve_in_thread
 
 
 @pytest.fixture
@@ -26,6 +29,14 @@ def page(browser: Browser, node: FakeNode) -> Iterator[Page]:
 def sent_messages(node: FakeNode) -> list[tuple[str, str]]:
     """Return role and text of each message of the last request."""
     return [(message.role, message.content) for message in node.submitter.requests[-1].messages or ()]
+
+
+def begin_job(node: FakeNode) -> RecentJob:
+    """Let a job run over both peers."""
+    job = node.recent_jobs.begin(JOB, MODEL, "tiny", is_trial=False, prompt_tokens=5)
+    stages = (Stage(PEERS[0], BlockRange(0, 4)), Stage(PEERS[1], BlockRange(4, 8)))
+    node.recent_jobs.progress(job, stages=stages, method=FASTER, tokens=3, replays=0)
+    return job
 
 
 def test_reasoning_is_shown_apart_from_the_answer_and_not_sent_again(page: Page, node: FakeNode) -> None:
@@ -58,7 +69,7 @@ def test_clear_during_an_answer_leaves_nothing_of_it(page: Page, node: FakeNode)
 
 
 def test_failed_answer_says_why_and_retry_asks_again(page: Page, node: FakeNode) -> None:
-    node.submitter.words, node.submitter.fail = (), JobError(JobErrorCode.INTERNAL, "no peer serves blocks 3-4")
+    node.submitter.words, node.submitter.fail = (), JobError(JobErrorCode.FAILED, "no peer serves blocks 3-4")
     ask(page, "What is it?")
     expect(page.get_by_role("alert")).to_contain_text("no peer serves blocks 3-4")
     expect(page.locator("#chat-status")).to_have_text("The answer failed")
@@ -68,3 +79,33 @@ def test_failed_answer_says_why_and_retry_asks_again(page: Page, node: FakeNode)
     expect(page.locator("#chat-status")).to_contain_text("The answer has ended: ")
     expect(page.get_by_role("alert")).to_have_count(0)
     assert sent_messages(node) == [("user", "What is it?")]
+
+
+def test_jobs_of_a_node_that_started_anew_replace_those_before(page: Page, node: FakeNode) -> None:
+    """Also where the page was in the background meanwhile, and saw no connection end."""
+
+    def set_hidden(value: bool) -> None:
+        page.evaluate(
+            """hidden => {
+              Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+              document.dispatchEvent(new Event("visibilitychange"));
+            }""",
+            value,
+        )
+
+    begin_job(node)
+    expect(panel(page, "Jobs").locator("tbody tr")).to_have_count(1)
+    set_hidden(True)
+    node.recent_jobs = RecentJobs()
+    set_hidden(False)
+    expect(panel(page, "Jobs").locator("tbody tr")).to_have_count(0)
+    expect(page.locator("#no-jobs")).to_be_visible()
+    expect(page.locator("#map .packet")).to_have_count(0)
+
+
+@pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+def test_tokens_go_round_the_route_unless_motion_is_reduced(browser: Browser, node: FakeNode, motion: Any) -> None:
+    begin_job(node)
+    with serve_in_thread(node) as url, watched(browser, url, reduced_motion=motion) as page:
+        expect(page.locator("#map .link.active")).to_have_count(1)
+        assert page.locator("#map .packet").count() == (1 if motion == "no-preference" else 0)
