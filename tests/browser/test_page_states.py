@@ -81,6 +81,39 @@ def test_failed_answer_says_why_and_retry_asks_again(page: Page, node: FakeNode)
     assert sent_messages(node) == [("user", "What is it?")]
 
 
+def test_works_by_keyboard_alone(page: Page, node: FakeNode) -> None:
+    keyboard = page.keyboard
+
+    def tab_to(name: str) -> None:
+        for _ in range(60):
+            keyboard.press("Tab")
+            focused = page.evaluate("() => document.activeElement.ariaLabel || document.activeElement.textContent")
+            if focused.strip().startswith(name):
+                outline = page.evaluate("() => getComputedStyle(document.activeElement).outlineStyle")
+                assert outline != "none", f"nobody sees that {name!r} has the focus"
+                return
+        raise AssertionError(f"{name!r} is not reached by the Tab key")
+
+    node.submitter.hang = True
+    begin_job(node)
+    keyboard.press("Tab")
+    keyboard.press("Enter")  # the link that skips to the chat
+    keyboard.type("Say hello.")
+    keyboard.press("Enter")
+    expect(page.locator(".turn.assistant .said")).to_have_text("Hello, wörld")
+    keyboard.press("Escape")
+    expect(page.locator(".turn.assistant .cost")).to_contain_text("stopped")
+    tab_to("Add a node")
+    keyboard.press("Enter")
+    dialog = page.get_by_role("dialog", name="Add a node")
+    expect(dialog).to_contain_text("--serve tiny")
+    keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    tab_to("Show the votes for job")
+    keyboard.press("Enter")
+    expect(page.locator("#job-table tr.selected")).to_have_count(1)
+
+
 def test_jobs_of_a_node_that_started_anew_replace_those_before(page: Page, node: FakeNode) -> None:
     """Also where the page was in the background meanwhile, and saw no connection end."""
 
