@@ -1,6 +1,7 @@
 """The page in a real browser over a node without a swarm, which says and lists what a test wants to see."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from node.coordinator.recent_jobs import RecentJob, RecentJobs
 from node.coordinator.submission import ChatFormat, JobError, JobErrorCode
 from protocol.identity import BlockRange, Stage
 from tests.browser.browsing import ask, button, panel, watched
-from tests.browser.conftest import until
+from tests.browser.conftest import API_KEY, until
 from tests.unit.api.fakes import FASTER, JOB, MODEL, PEERS, FakeNode, serve_in_thread
 
 
@@ -142,3 +143,21 @@ def test_tokens_go_round_the_route_unless_motion_is_reduced(browser: Browser, no
     with serve_in_thread(node) as url, watched(browser, url, reduced_motion=motion) as page:
         expect(page.locator("#map .link.active")).to_have_count(1)
         assert page.locator("#map .packet").count() == (1 if motion == "no-preference" else 0)
+
+
+def test_key_that_no_header_can_carry_is_not_taken(browser: Browser, node: FakeNode) -> None:
+    with serve_in_thread(node, api_key=API_KEY) as url, closing(browser.new_context()) as context:
+        page = context.new_page()
+        page.goto(url)
+        dialog = page.get_by_role("dialog", name="API key")
+        key = dialog.get_by_label("Key")
+        for wrong in ("ключ", "open sesame"):
+            key.fill(wrong)
+            button(page, "Continue").click()
+            expect(dialog).to_be_visible()
+            assert key.evaluate("input => input.validationMessage") != ""
+        page.keyboard.press("Escape")  # closes the dialog whatever it holds
+        assert page.evaluate("() => sessionStorage.length") == 0
+        key.fill(f" {API_KEY} ")
+        button(page, "Continue").click()
+        expect(page.locator("#peers tbody tr")).to_have_count(2)

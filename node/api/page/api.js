@@ -47,7 +47,7 @@ function askForKey(wasWrong) {
   dialog.showModal();
   return new Promise((resolve) => {
     dialog.addEventListener("close", () => {
-      if (input.value) sessionStorage.setItem(KEY, input.value.trim());
+      if (input.validity.valid) sessionStorage.setItem(KEY, input.value.trim()); // Escape closes in any case
       resolve();
     }, { once: true });
   });
