@@ -2,17 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from node.coordinator.recent_jobs import RecentJob, RecentJobs
-from node.coordinator.submission import ChatFormat, JobError, JobErrorCode
+from node.coordinator.recent_jobs import JobState, RecentJob, RecentJobs
+from node.coordinator.submission import ChatFormat, Consensus, JobError, JobErrorCode, Vote
 from protocol.identity import BlockRange, Stage
 from tests.browser.browsing import ask, button, panel, watched
 from tests.browser.conftest import API_KEY, until
-from tests.unit.api.fakes import FASTER, JOB, MODEL, PEERS, FakeNode, serve_in_thread
+from tests.unit.api.fakes import FASTER, JOB, MODEL, PEERS, FakeNode, make_result, serve_in_thread
 
 
 @pytest.fixture
@@ -161,3 +162,16 @@ def test_key_that_no_header_can_carry_is_not_taken(browser: Browser, node: FakeN
         key.fill(f" {API_KEY} ")
         button(page, "Continue").click()
         expect(page.locator("#peers tbody tr")).to_have_count(2)
+
+
+def test_agreed_method_is_among_the_methods_shown(page: Page, node: FakeNode) -> None:
+    methods = [f"engine=fused|top_k={number}" for number in range(20)]
+    vote = Vote(peer=PEERS[0], scores={name: float(number) for number, name in enumerate(methods)})
+    consensus = Consensus(votes=(vote,), agreed=methods[16], epoch=None, table_digest=None, weighed=False)
+    job = begin_job(node)
+    job.result = replace(make_result("", ()), consensus=consensus)
+    node.recent_jobs.end(job, JobState.DONE)
+    votes = panel(page, "Predictions and votes")
+    expect(votes.locator("tbody tr.selected")).to_contain_text("top k 16 ✓ agreed")
+    expect(votes.locator("tbody tr")).to_have_count(13)
+    expect(votes).to_contain_text("and 7 more methods")
