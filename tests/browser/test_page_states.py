@@ -175,3 +175,11 @@ def test_agreed_method_is_among_the_methods_shown(page: Page, node: FakeNode) ->
     expect(votes.locator("tbody tr.selected")).to_contain_text("top k 16 ✓ agreed")
     expect(votes.locator("tbody tr")).to_have_count(13)
     expect(votes).to_contain_text("and 7 more methods")
+
+
+def test_epoch_is_divided_as_the_node_says(page: Page) -> None:
+    chain = panel(page, "Consensus").locator(".chain")
+    expect(chain).to_contain_text("measure, ")
+    parts = chain.locator(".phases i")
+    widths = parts.evaluate_all("parts => parts.map(part => [part.title, Number(getComputedStyle(part).flexGrow)])")
+    assert widths == [["measure", 300], ["reveal", 150], ["propose", 150]]
