@@ -81,7 +81,7 @@ async function stream(turn, view, meter, signal) {
     if (chunk.error) throw new Error(chunk.error.message);
     take(chunk, turn, view, meter);
   }
-  throw new Error("The connection ended before the answer did.");
+  throw new Error("the connection ended before the answer did");
 }
 
 function take(chunk, turn, view, meter) {
