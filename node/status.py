@@ -194,6 +194,7 @@ class StatusView:
             "current_epoch": chain.clock.epoch_at(now_s),
             "epoch_s": chain.clock.epoch_s,
             "phase": chain.clock.phase_at(now_s),
+            "phase_ends_s": chain.clock.phase_ends_s(),
             "statements": [_statement(entry, entry.statement) for entry in chain.recent if entry.statement],
         }
 

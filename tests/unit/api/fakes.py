@@ -311,6 +311,7 @@ class FakeNode:
                     "current_epoch": 2916667,
                     "epoch_s": 600.0,
                     "phase": "measure",
+                    "phase_ends_s": {"measure": 300.0, "reveal": 450.0, "propose": 600.0},
                     "statements": [
                         {
                             "epoch": 2916666,
