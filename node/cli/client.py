@@ -155,7 +155,7 @@ class ApiClient:
         with _faults(self.url):
             async with self._http.stream("POST", path, json=body, timeout=UNLIMITED) as response:
                 await _raise_for_error(response, self.url)
-                async for line in response.aiter_lines():
+                async for line in _lines(response):
                     data = line.removeprefix("data: ")
                     if data != line and data != "[DONE]":  # other lines are keep-alive comments
                         text, reasoning = completion.take(json.loads(data))
@@ -193,6 +193,15 @@ async def open_client(url: str) -> AsyncIterator[ApiClient]:
         trust_env=not is_loopback(urlsplit(url).hostname or ""),  # no proxy for loopback
     ) as http:
         yield ApiClient(url, http)
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+    """Yield the lines of a stream. httpx's own also end at U+2028 and the like, which JSON may have in texts."""
+    rest = ""
+    async for text in response.aiter_text():
+        *lines, rest = (rest + text).split("\n")
+        for line in lines:
+            yield line.removesuffix("\r")
 
 
 @contextmanager

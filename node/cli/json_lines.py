@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from node.cli.output import CommandError
+from node.util.json_line import json_line
 
 
 class ResultFile:
@@ -70,4 +71,4 @@ class ResultFile:
 
 
 def _line(result: Mapping[str, Any]) -> bytes:
-    return json.dumps(result, ensure_ascii=False).encode(errors="replace") + b"\n"
+    return f"{json_line(result)}\n".encode(errors="replace")

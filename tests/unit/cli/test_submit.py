@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,19 @@ def api(node: FakeNode, serve: ServeNode) -> list[str]:
 def test_streams_text_to_stdout(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["submit", "Hi", *api]) == 0
     assert capsys.readouterr() == ("Hello, wörld\n", "")
+
+
+def test_unicode_line_ends_in_a_text(
+    node: FakeNode, api: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A node that sends them as they are, as JSON may."""
+    monkeypatch.setattr("node.api.openai.answers.json_line", partial(json.dumps, ensure_ascii=False))
+    node.submitter.words = ("one\u2028two", "\u2029three\x85four")
+    assert run(["submit", "Hi", *api]) == 0
+    assert capsys.readouterr() == ("one\u2028two\u2029three\x85four\n", "")
+    assert run(["submit", "Hi", "--json", *api]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["text"] == "one\u2028two\u2029three\x85four"
 
 
 @pytest.mark.parametrize("chat", [[], ["--chat"]])

@@ -1,7 +1,9 @@
 """The Python client against the real HTTP server, with a node that plays its jobs."""
 
 import asyncio
+import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import httpx
@@ -109,6 +111,17 @@ async def test_the_only_complete_model_is_the_default(node: FakeNode, monkeypatc
         monkeypatch.setattr(node, "models", lambda: documents[1:])
         with pytest.raises(NotFoundError, match="no model is complete"):
             await ask(url, lambda swarm: swarm.complete("Hi"))
+
+
+async def test_unicode_line_ends_in_a_text(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a node that sends them as they are, as JSON may."""
+    monkeypatch.setattr("node.api.openai.answers.json_line", partial(json.dumps, ensure_ascii=False))
+    node.submitter.words = ("one\u2028two", "\u2029three\x85four")
+    async with serve_node(node) as url:
+        answer = await ask(url, lambda swarm: swarm.chat("Hi", model="tiny"))
+        async with AsyncSwarm(url) as swarm:
+            awaited = await swarm.chat("Hi", model="tiny")
+    assert answer.text == awaited.text == "one\u2028two\u2029three\x85four"
 
 
 def read_part(swarm: Swarm) -> None:
