@@ -47,6 +47,10 @@ def _parse_url(text: str) -> str:
     return url.rstrip("/")
 
 
+class NodeLostError(CommandError):
+    """No node answers, or the connection to it was lost."""
+
+
 class RefusedError(CommandError):
     """The node answered with an error. `code` and `retry_after_s` are None if the answer has none."""
 
@@ -209,11 +213,11 @@ def _faults(url: str) -> Iterator[None]:
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout):
-        raise CommandError(f"no node answers at {url}: start one with `metaswarm node`, or use --api URL") from None
+        raise NodeLostError(f"no node answers at {url}: start one with `metaswarm node`, or use --api URL") from None
     except httpx.TimeoutException:
-        raise CommandError(f"the node at {url} does not answer") from None
+        raise NodeLostError(f"the node at {url} does not answer") from None
     except httpx.TransportError as error:
-        raise CommandError(f"connection to the node at {url} lost: {error}") from None
+        raise NodeLostError(f"connection to the node at {url} lost: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CommandError(f"{url} does not look like a metaswarm API") from None
 

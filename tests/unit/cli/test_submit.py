@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import signal
 import subprocess
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from node.api.generation import Outcome
 from node.api.job_document import describe_job
+from node.api.openai.answers import CompletionWriter
 from node.cli import ephemeral, run, target
 from node.coordinator.submission import ChatMessage, JobError, JobErrorCode, JobEvent, JobRequest
 from protocol.measurements import QualityBound
@@ -292,6 +295,43 @@ class TestFile:
         assert "temperature" in refused["error"]["message"]
         assert done == DOCUMENT
         assert output.err == "metaswarm: 1 of 2 jobs failed: see their lines\n"
+
+    @pytest.mark.parametrize(("fault", "says"), [("cut", "is incomplete"), ("crash", "connection")])
+    def test_broken_answer_costs_its_job_only(
+        self,
+        fault: str,
+        says: str,
+        tmp_path: Path,
+        api: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        end, calls = CompletionWriter.end, itertools.count()
+
+        def break_first(writer: CompletionWriter, outcome: Outcome) -> bytes:
+            if next(calls) > 0:
+                return end(writer, outcome)
+            if fault == "crash":
+                raise RuntimeError(fault)
+            return b""
+
+        monkeypatch.setattr(CompletionWriter, "end", break_first)
+        file = self.write(tmp_path, *(json.dumps({"prompt": word}) for word in "abc"))
+        output = tmp_path / "answers.jsonl"
+        command = ["submit", *file, "--output", str(output), "--concurrency", "1", *api]
+        assert run(command) == 1
+        errors = capsys.readouterr().err
+        assert "line 1: " in errors
+        assert says in errors
+        assert "1 of 3 jobs failed" in errors
+        assert [json.loads(line)["line"] for line in output.read_text().splitlines()] == [2, 3]
+        assert run(command) == 0
+
+    def test_lost_node_ends_the_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        file = self.write(tmp_path, '{"prompt": "a", "model": "tiny"}', '{"prompt": "b", "model": "tiny"}')
+        assert run(["submit", *file, "--api", "127.0.0.1:1"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("metaswarm: no node answers at http://127.0.0.1:1")
 
     @pytest.mark.parametrize("code", [JobErrorCode.FULL, JobErrorCode.MEASURING])
     def test_retries_while_peers_full_or_quality_measured(
