@@ -38,7 +38,7 @@ def read_jobs(path: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     text = read_text(str(path))
     jobs = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # `splitlines` also cuts JSON at U+2028 and the like
         if not line.strip():
             continue
         try:

@@ -285,6 +285,11 @@ class TestFile:
             5,
         )
 
+    def test_unicode_line_ends_in_a_prompt(self, tmp_path: Path, node: FakeNode, api: list[str]) -> None:
+        prompt = "one\u2028two\u2029three\x85four"
+        assert run(["submit", *self.write(tmp_path, json.dumps({"prompt": prompt}, ensure_ascii=False)), *api]) == 0
+        assert [job.prompt for job in node.submitter.requests] == [prompt]
+
     def test_failed_job_does_not_stop_others(
         self, tmp_path: Path, api: list[str], capsys: pytest.CaptureFixture[str]
     ) -> None:
