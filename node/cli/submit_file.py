@@ -180,8 +180,9 @@ class _Saved:
 
     def add(self, line: int, document: dict[str, Any]) -> None:
         """Write a document."""
-        self._results[line] = {"line": line, "request": self._digests[line], **document}
-        self._file.append(self._results[line])
+        result = {"line": line, "request": self._digests[line], **document}
+        self._file.append(result)
+        self._results[line] = result
 
     def failed(self, line: int, error: CommandError) -> None:
         """Do nothing: the next run tries it again."""

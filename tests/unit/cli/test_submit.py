@@ -1,6 +1,8 @@
+import errno
 import io
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -412,6 +414,30 @@ class TestFile:
         assert [{name: answer[name] for name in DOCUMENT} for answer in answers] == [DOCUMENT] * 4
         assert run(command) == 0
         assert len(node.submitter.requests) == 2
+
+    def test_output_that_ends_inside_a_character(self, tmp_path: Path, node: FakeNode, api: list[str]) -> None:
+        file = self.write(tmp_path, '{"prompt": "a"}', '{"prompt": "b"}')
+        output = tmp_path / "answers.jsonl"
+        command = ["submit", *file, "--output", str(output), *api]
+        assert run(command) == 0
+        written = output.read_bytes()
+        output.write_bytes(written[: written.rindex("ö".encode()) + 1])
+        assert run(command) == 0
+        assert output.read_bytes() == written
+        assert [job.prompt for job in node.submitter.requests[2:]] == ["b"]
+
+    def test_answer_that_could_not_be_written_is_not_counted(
+        self, tmp_path: Path, api: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def disk_is_full(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", disk_is_full)
+        output = tmp_path / "answers.jsonl"
+        assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), "--output", str(output), *api]) == 1
+        errors = capsys.readouterr().err
+        assert "No space left" in errors
+        assert "0 of 1 answers are in" in errors
 
     @pytest.mark.parametrize("text", ["notes of a year\n", "[1]\n", '{"line": 1}\n', "notes"])
     def test_output_of_something_else_is_left_alone(
