@@ -84,6 +84,16 @@ async def test_options_reach_the_job(node: FakeNode) -> None:
     assert request.json_schema == '{"type":"object"}'
 
 
+@pytest.mark.parametrize("extra", [{"n": 2}, {"stream": False}, {"stream_options": {}}])
+async def test_fields_of_the_client_are_not_set_by_extra(node: FakeNode, extra: dict[str, Any]) -> None:
+    async with serve_node(node) as url:
+        with pytest.raises(ValueError, match=f"extra cannot set {min(extra)}"):
+            await ask(url, lambda swarm: swarm.chat("Hi", model="tiny", extra=extra))
+        with pytest.raises(ValueError, match=f"extra cannot set {min(extra)}"):
+            await ask(url, lambda swarm: swarm.complete("Hi", model="tiny", extra=extra))
+    assert node.submitter.requests == []
+
+
 async def test_tool_calls_go_back_into_the_conversation(node: FakeNode) -> None:
     node.submitter.chat_format, node.submitter.words = ChatFormat(tools=ToolFormat.HERMES), (CALL,)
     async with serve_node(node) as url:
