@@ -18,8 +18,10 @@ from node.config import DEFAULT_API, ENVIRONMENT_PREFIX, NodeReady, default_data
 
 CONNECT_TIMEOUT_S: Final = 5.0
 REQUEST_TIMEOUT_S: Final = 10.0
+SILENCE_TIMEOUT_S: Final = 30.0
+"""Of streamed answers: a node that sends nothing for so long, not even its keep-alives, is dead."""
 UNLIMITED: Final = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
-"""Of completions and measurements."""
+"""Of measurements, which send nothing until they are done."""
 
 
 def find_api(api: str | None) -> str:
@@ -156,8 +158,9 @@ class ApiClient:
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
         body = {"metaswarm": {}, **body, "stream": True, "stream_options": {"include_usage": True}}
         completion = completion or Completion()
+        timeout = httpx.Timeout(SILENCE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         with _faults(self.url):
-            async with self._http.stream("POST", path, json=body, timeout=UNLIMITED) as response:
+            async with self._http.stream("POST", path, json=body, timeout=timeout) as response:
                 await _raise_for_error(response, self.url)
                 async for line in _lines(response):
                     data = line.removeprefix("data: ")
@@ -215,7 +218,7 @@ def _faults(url: str) -> Iterator[None]:
     except (httpx.ConnectError, httpx.ConnectTimeout):
         raise NodeLostError(f"no node answers at {url}: start one with `metaswarm node`, or use --api URL") from None
     except httpx.TimeoutException:
-        raise NodeLostError(f"the node at {url} does not answer") from None
+        raise NodeLostError(f"the node at {url} is silent: see `metaswarm doctor`") from None
     except httpx.TransportError as error:
         raise NodeLostError(f"connection to the node at {url} lost: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError):

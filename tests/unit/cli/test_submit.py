@@ -184,6 +184,17 @@ def test_error_without_node_says_how_to_start_one(capsys: pytest.CaptureFixture[
     assert "`metaswarm node`" in line
 
 
+def test_silent_node_counts_as_dead(
+    node: FakeNode, api: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("node.cli.client.SILENCE_TIMEOUT_S", 0.2)
+    node.submitter.hang = True
+    assert run(["submit", "Hi", *api]) == 1
+    output = capsys.readouterr()
+    assert output.out == "Hello, wörld\n"
+    assert f"the node at {api[1]} is silent" in output.err
+
+
 def test_api_key_from_environment(
     serve: ServeNode, node: FakeNode, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
