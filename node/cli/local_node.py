@@ -12,6 +12,7 @@ from typing import Final, NoReturn
 from node.cli.options import environment_without
 from node.cli.output import CommandError, err
 from node.config import ENVIRONMENT_PREFIX, NodeReady
+from node.engine.device import CPU
 from node.util.child_process import BlockingChild, ChildError, child_environment, python, running
 
 STOP_TIMEOUT_S: Final = 15.0
@@ -27,17 +28,20 @@ _OF_OWN_NODE: Final = (
 def local_node(serve: str | None, bootstrap: Sequence[str], *, share_data_dir: bool) -> Iterator[str]:
     """Run a node inside the block and yield its API's URL.
 
-    Only this machine reaches it. `serve`: a model, all blocks that fit; without, and with `bootstrap`, it brings no
-    blocks to a swarm. `share_data_dir`: it runs in the user's data directory, where other verbs find it and what it
-    learns is kept; else in a temporary one. Other settings of the user's environment and configuration file hold.
+    Only this machine reaches its API. `serve`: a model, all blocks that fit, for this machine only; without, and with
+    `bootstrap`, it joins a swarm and brings no blocks. `share_data_dir`: it runs in the user's data directory, where
+    other verbs find it and what it learns is kept; else in a temporary one. Other settings of the user's environment
+    and configuration file hold.
     """
-    flags = ["--json", "--api", "127.0.0.1:0", "--listen", "/ip4/127.0.0.1/tcp/0"]
+    flags = ["--json", "--api", "127.0.0.1:0"]
     if not bootstrap:
         flags.append("--no-mdns")
     for each in bootstrap:
         flags += ["--bootstrap", each]
-    if serve is not None:
-        flags += ["--serve", serve]
+    if serve is None:
+        flags += ["--listen", "/ip4/0.0.0.0/tcp/0", "--device", CPU]
+    else:
+        flags += ["--listen", "/ip4/127.0.0.1/tcp/0", "--serve", serve]
     what = f"a node that serves {serve}" if serve else "a node"
     with TemporaryDirectory(prefix="metaswarm-", ignore_cleanup_errors=True) as folder:
         if not share_data_dir:

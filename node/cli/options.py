@@ -24,7 +24,7 @@ from protocol.limits import MAX_SPANS
 
 _KEY: Final = re.compile(r"""\s*["']?([A-Za-z0-9_-]+)["']?\s*=""")
 
-SETTINGS: Final = {"auto_envvar_prefix": ENVIRONMENT_PREFIX.rstrip("_")}
+SETTINGS: Final[dict[str, Any]] = {"auto_envvar_prefix": ENVIRONMENT_PREFIX.rstrip("_")}
 """Context settings of the commands that take these options."""
 
 TEST_VARIABLES: Final = ("REQUIRE_ALL", "TEST_DEVICE")

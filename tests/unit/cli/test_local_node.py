@@ -72,3 +72,13 @@ def test_settings_of_own_node_apply_only_where_they_are_meant(
     assert config.listen == ("/ip4/127.0.0.1/tcp/0",)
     assert (config.cache_dir, config.memory_bytes, config.epoch_s) == (cache, 3 << 30, 60.0)
     assert (config.device, config.no_catalogue, config.log_format) == ("cpu", True, "text")
+
+
+def test_node_without_blocks_joins_from_every_address(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"/ip4/192.0.2.7/tcp/4001/p2p/{PEERS[1]}"
+    monkeypatch.setenv("METASWARM_DEVICE", "cuda")
+    with local_node.local_node(None, (address,), share_data_dir=False):
+        pass
+    config = config_of(record, monkeypatch)
+    assert (config.bootstrap, config.serve, config.device) == ((address,), (), "cpu")
+    assert (config.api_host, config.listen) == ("127.0.0.1", ("/ip4/0.0.0.0/tcp/0",))

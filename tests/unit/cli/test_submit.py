@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 from node.api.generation import Outcome
 from node.api.job_document import describe_job
 from node.api.openai.answers import CompletionWriter
-from node.cli import ephemeral, run, target
+from node.cli import run, target
 from node.coordinator.submission import ChatMessage, JobError, JobErrorCode, JobEvent, JobRequest
 from protocol.measurements import QualityBound
 from tests.unit.api.fakes import JOB, MODEL, PEERS, FakeNode, FakeSubmitter, make_result
@@ -208,23 +208,24 @@ def test_api_key_from_environment(
 class TestBootstrap:
     @pytest.fixture
     def joined(self, serve: ServeNode, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-        """Whom ephemeral peers joined; each is a fake node that hears of its model only after a while."""
+        """Whom nodes of one command joined; each is a fake node that hears of its model only after a while."""
         joined = []
 
-        @asynccontextmanager
-        async def ephemeral_peer(bootstrap: tuple[str, ...]) -> AsyncIterator[str]:
+        @contextmanager
+        def local_node(serve_model: str | None, bootstrap: tuple[str, ...], *, share_data_dir: bool) -> Iterator[str]:
+            assert (serve_model, share_data_dir) == (None, False)
             joined.append(bootstrap)
             node = FakeNode()
             answers = iter([[], [], node.models()])
             monkeypatch.setattr(node, "models", lambda: next(answers))
             yield serve(node)
 
-        monkeypatch.setattr(ephemeral, "ephemeral_peer", ephemeral_peer)
+        monkeypatch.setattr("node.cli.local_node.local_node", local_node)
         monkeypatch.setattr(target, "DISCOVERY_INTERVAL_S", 0)
         return joined
 
     @pytest.mark.parametrize("model", [[], ["--model", "tiny"]])
-    def test_starts_ephemeral_peer_without_node(
+    def test_starts_node_without_one_here(
         self,
         model: list[str],
         joined: list[tuple[str, ...]],
@@ -245,14 +246,14 @@ class TestBootstrap:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        @asynccontextmanager
-        async def ephemeral_peer(bootstrap: tuple[str, ...]) -> AsyncIterator[str]:
+        @contextmanager
+        def local_node(serve_model: str | None, bootstrap: tuple[str, ...], *, share_data_dir: bool) -> Iterator[str]:
             node = FakeNode()
             foreign = node.models()[0] | {"complete": False, "local": False, "name": MODEL[:12]}
             monkeypatch.setattr(node, "models", lambda: [foreign])
             yield serve(node)
 
-        monkeypatch.setattr(ephemeral, "ephemeral_peer", ephemeral_peer)
+        monkeypatch.setattr("node.cli.local_node.local_node", local_node)
         monkeypatch.setattr(target, "DISCOVERY_INTERVAL_S", 0)
         monkeypatch.setattr(target, "DISCOVERY_TIMEOUT_S", 60 if model else 0)
         monkeypatch.setenv("METASWARM_API", "127.0.0.1:1")
@@ -266,7 +267,7 @@ class TestBootstrap:
         assert run(["submit", "Hi", "--bootstrap", "peers.yaml"]) == 0
         assert joined == []
 
-    def test_api_flag_prevents_ephemeral_peer(self, joined: list[tuple[str, ...]]) -> None:
+    def test_api_flag_prevents_another_node(self, joined: list[tuple[str, ...]]) -> None:
         assert run(["submit", "Hi", "--bootstrap", "peers.yaml", "--api", "http://127.0.0.1:1"]) == 1
         assert joined == []
 
