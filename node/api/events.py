@@ -4,7 +4,6 @@ A subscriber is sent the latest state, not a queue of events: a slow one skips w
 buffer and does not block the node.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -16,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from node.api.endpoint import end_body, until_disconnect
 from node.api.errors import ApiError
 from node.api.interface import NodeView
+from node.util.json_line import json_line
 
 JOBS_INTERVAL_S: Final = 0.25
 """Pause between two looks at the jobs."""
@@ -96,4 +96,4 @@ class EventsEndpoint:
 
 
 def _json(document: Any) -> str:
-    return json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+    return json_line(document, compact=True)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import anthropic
+import httpx
 import ollama
 import openai
 import pydantic
@@ -497,6 +498,27 @@ async def test_ollama_models(node: FakeNode, url: str, of_ollama: Client) -> Non
     with pytest.raises(ollama.ResponseError) as caught:
         await ask(lambda: client.show("other"))
     assert caught.value.status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/v1/chat/completions", "messages"),
+        ("/v1/completions", "prompt"),
+        ("/v1/responses", "input"),
+        ("/v1/messages", "messages"),
+        ("/api/chat", "messages"),
+    ],
+)
+async def test_streamed_lines_are_lines_for_every_reader(node: FakeNode, url: str, path: str, field: str) -> None:
+    """`iter_lines` of httpx, by which the Ollama client reads, ends lines at Unicode's line ends, too."""
+    node.submitter.words = ("one\u2028two", "\u2029three\x85four")
+    body: dict[str, Any] = {"model": "tiny", "stream": True} | ({"max_tokens": 9} if path == "/v1/messages" else {})
+    async with httpx.AsyncClient(base_url=url) as client:
+        answer = await client.post(path, json={**body, field: USER if field == "messages" else "Hi"})
+    assert answer.status_code == 200, answer.text
+    assert "one\\u2028two" in answer.text
+    assert answer.text.splitlines() == answer.text.removesuffix("\n").split("\n")
 
 
 async def test_ollama_errors(node: FakeNode, url: str, of_ollama: Client) -> None:

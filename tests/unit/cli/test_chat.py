@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from node.api.interface import ModelDocument
 from node.cli import run
 from node.coordinator.submission import ChatMessage, JobError, JobErrorCode
 from tests.unit.api.fakes import MODEL, FakeNode
@@ -96,6 +97,27 @@ def test_wrong_command_says_what_was_meant(
     pipe(monkeypatch, line)
     assert run(["chat", *api]) in {1, 2}
     assert says in capsys.readouterr().err
+
+
+def test_node_here_is_not_waited_for(
+    node: FakeNode, api: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It knows its swarm: a model that is not there is told at once, whomever --bootstrap names."""
+    asked = 0
+    models = node.models()
+
+    def count_and_answer() -> list[ModelDocument]:
+        nonlocal asked
+        asked += 1
+        return models
+
+    monkeypatch.setattr(node, "models", count_and_answer)
+    monkeypatch.setattr("node.cli.target.DISCOVERY_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("node.cli.target.DISCOVERY_INTERVAL_S", 0.01)
+    monkeypatch.setenv("METASWARM_API", api[1])
+    assert run(["chat", "--model", "tinny", "--bootstrap", "peers.yaml"]) == 1
+    assert "did you mean 'tiny'?" in capsys.readouterr().err
+    assert asked == 2
 
 
 def test_unknown_model_is_refused_before_anything_is_typed(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
