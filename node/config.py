@@ -108,6 +108,8 @@ class NodeConfig:
     price: float = USUAL_PRICE
     """Announced price of a second of computing here, in units that the swarm's owners agree on."""
     log_level: str = "info"
+    log_format: str = "text"
+    """`text` or `json`."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for an open API without a key, and for a draft model that would never be used."""

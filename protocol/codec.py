@@ -29,13 +29,12 @@ from protocol.messages import (
     FinishReason,
     Open,
     Opened,
-    Progress,
-    ProgressRequest,
     Sampling,
     Slice,
     Step,
     TokenHistory,
 )
+from protocol.reports import Progress, ProgressRequest, Timings, TimingsRequest
 from protocol.schema import MessageTypes
 from protocol.tensors import DType, Tensor
 
@@ -107,13 +106,15 @@ def minor_of(message: ControlMessage) -> int:
     """Return the earliest version 1.x of the job protocol that can express a message."""
     if isinstance(message, TokenHistory | ProgressRequest | Progress):
         return 1
+    if isinstance(message, TimingsRequest | Timings):
+        return 2
     if isinstance(message, Opened):
         return 0 if message.table_digest is None else 2
-    if isinstance(message, Open) and message.stage_facts:
+    if isinstance(message, Open) and (message.stage_facts or message.request_id or message.trace_parent):
         return 2
     if isinstance(message, Open) and message.sampling is not None:
         sampling = message.sampling
-        if sampling.logprobs or sampling.json_schema:
+        if sampling.logprobs or sampling.json_schema or sampling.pooling:
             return 2
         plain = Sampling(
             temperature=sampling.temperature,

@@ -18,8 +18,10 @@ from node.config import DEFAULT_API, ENVIRONMENT_PREFIX, NodeReady, default_data
 
 CONNECT_TIMEOUT_S: Final = 5.0
 REQUEST_TIMEOUT_S: Final = 10.0
+SILENCE_TIMEOUT_S: Final = 30.0
+"""Of streamed answers: a node that sends nothing for so long, not even its keep-alives, is dead."""
 UNLIMITED: Final = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
-"""Of completions and measurements."""
+"""Of measurements, which send nothing until they are done."""
 
 
 def find_api(api: str | None) -> str:
@@ -47,6 +49,10 @@ def _parse_url(text: str) -> str:
     return url.rstrip("/")
 
 
+class NodeLostError(CommandError):
+    """No node answers, or the connection to it was lost."""
+
+
 class RefusedError(CommandError):
     """The node answered with an error. `code` and `retry_after_s` are None if the answer has none."""
 
@@ -61,26 +67,30 @@ class Completion:
     """A streamed answer, as received so far."""
 
     text: str = ""
+    reasoning: str = ""
     error: RefusedError | None = None
     model: str = ""
     finish_reason: str | None = None
     usage: dict[str, Any] = field(default_factory=dict)
     metaswarm: dict[str, Any] = field(default_factory=dict)
 
-    def take(self, chunk: dict[str, Any]) -> str:
-        """Add a chunk and return its text."""
+    def take(self, chunk: dict[str, Any]) -> tuple[str, str]:
+        """Add a chunk; return its text and its reasoning."""
         if "error" in chunk:
             self.error = RefusedError(chunk["error"]["message"], chunk["error"]["code"])
-            return ""
+            return "", ""
         self.model = chunk["model"]
         self.usage = chunk.get("usage") or self.usage
         self.metaswarm = chunk.get("metaswarm") or self.metaswarm
-        text = ""
+        text = reasoning = ""
         for choice in chunk["choices"]:
             self.finish_reason = choice["finish_reason"] or self.finish_reason
-            text += choice["delta"].get("content", "") if "delta" in choice else choice["text"]
+            delta = choice.get("delta", {"content": choice.get("text", "")})
+            text += delta.get("content") or ""
+            reasoning += delta.get("reasoning_content") or ""
         self.text += text
-        return text
+        self.reasoning += reasoning
+        return text, reasoning
 
     def document(self) -> dict[str, Any]:
         """Return the JSON document of `metaswarm submit --json`."""
@@ -104,6 +114,7 @@ class Completion:
             "consensus": job["consensus"],
             "selection": job["selection"],
             "replays": job["replays"],
+            **({"trace": job["trace"]} if job.get("trace") else {}),
         }
 
 
@@ -134,18 +145,31 @@ class ApiClient:
         """Return which method a task would be served with, and why."""
         return cast("Explanation", await self.request("POST", "/swarm/explain", json=dict(task)))
 
-    async def complete(self, body: dict[str, Any], show: Callable[[str], None] = lambda text: None) -> Completion:
-        """Submit a job, a chat if the body has messages; `show` gets the text as it is streamed."""
+    async def complete(
+        self,
+        body: dict[str, Any],
+        show: Callable[[str], None] = lambda text: None,
+        show_reasoning: Callable[[str], None] | None = None,
+        completion: Completion | None = None,
+    ) -> Completion:
+        """Submit a job, a chat if the body has messages; `show` gets the text as it is streamed.
+
+        `completion`: what the answer is added to, for a caller that wants what came of one that was stopped.
+        """
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
         body = {"metaswarm": {}, **body, "stream": True, "stream_options": {"include_usage": True}}
-        completion = Completion()
+        completion = completion or Completion()
+        timeout = httpx.Timeout(SILENCE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         with _faults(self.url):
-            async with self._http.stream("POST", path, json=body, timeout=UNLIMITED) as response:
+            async with self._http.stream("POST", path, json=body, timeout=timeout) as response:
                 await _raise_for_error(response, self.url)
-                async for line in response.aiter_lines():
+                async for line in _lines(response):
                     data = line.removeprefix("data: ")
                     if data != line and data != "[DONE]":  # other lines are keep-alive comments
-                        show(completion.take(json.loads(data)))
+                        text, reasoning = completion.take(json.loads(data))
+                        if show_reasoning is not None:
+                            show_reasoning(reasoning)
+                        show(text)
         if completion.error is not None:
             raise completion.error
         if not completion.metaswarm:
@@ -179,16 +203,25 @@ async def open_client(url: str) -> AsyncIterator[ApiClient]:
         yield ApiClient(url, http)
 
 
+async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+    """Yield the lines of a stream. httpx's own also end at U+2028 and the like, which JSON may have in texts."""
+    rest = ""
+    async for text in response.aiter_text():
+        *lines, rest = (rest + text).split("\n")
+        for line in lines:
+            yield line.removesuffix("\r")
+
+
 @contextmanager
 def _faults(url: str) -> Iterator[None]:
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout):
-        raise CommandError(f"no node answers at {url}: start one with `metaswarm node`, or use --api URL") from None
+        raise NodeLostError(f"no node answers at {url}: start one with `metaswarm node`, or use --api URL") from None
     except httpx.TimeoutException:
-        raise CommandError(f"the node at {url} does not answer") from None
+        raise NodeLostError(f"the node at {url} is silent: see `metaswarm doctor`") from None
     except httpx.TransportError as error:
-        raise CommandError(f"connection to the node at {url} lost: {error}") from None
+        raise NodeLostError(f"connection to the node at {url} lost: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CommandError(f"{url} does not look like a metaswarm API") from None
 

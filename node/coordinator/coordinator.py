@@ -15,14 +15,16 @@ from typing import Any
 import trio
 
 from node.coordinator.budget import cost_of, needs_of
-from node.coordinator.failover import ResilientRoute, no_route
+from node.coordinator.failover import ClosedRoute, ResilientRoute, no_route
 from node.coordinator.job import Job
+from node.coordinator.job_report import JobObserver, NoJobObserver, RunningJob
 from node.coordinator.method_choice import Choice, Chooser, QualityStore, admitted_methods
 from node.coordinator.observation import Recorder, ServedJob
 from node.coordinator.output_text import OutputText
 from node.coordinator.planner import Planner, SwarmView
 from node.coordinator.prefix_sharing import RecentPrompts
-from node.coordinator.prompt import prompt_text, read_prompt, sampling_of
+from node.coordinator.prompt import chat_format_of, prompt_text, read_prompt, sampling_of
+from node.coordinator.recent_jobs import JobState, RecentJob, RecentJobs
 from node.coordinator.result import result_of, served_of, timing_of, votes_of
 from node.coordinator.route import OpenRoute, RouteRejected
 from node.coordinator.session_request import RouteServices, request_sessions
@@ -36,11 +38,14 @@ from node.coordinator.submission import (
     JobRequest,
     JobResult,
     JobStarted,
+    ModelCapabilities,
+    Selection,
     Vote,
 )
 from node.links.link_pool import LinkPool
 from node.models.errors import ModelError
 from node.models.library import KnownModel
+from node.util.text import one_line
 from protocol.identity import JobId, ModelId, PeerId, Stage
 from protocol.messages import FinishReason
 from selector.reliability import PeerRecord
@@ -96,6 +101,7 @@ class Coordinator:
     ) -> None:
         """`open_model`: returns the model that a user means, or raises ModelError with one line for the user."""
         self.draining = False
+        self.observer: JobObserver = NoJobObserver()
         self._open_model = open_model
         self._link_pool = link_pool
         self._recorder = recorder
@@ -113,6 +119,7 @@ class Coordinator:
         )
         self._routes: dict[JobId, ResilientRoute] = {}
         self.statistics = CoordinatorStatistics()
+        self.recent_jobs = RecentJobs()
         self._idle = trio.Event()
         self._idle.set()
 
@@ -136,6 +143,16 @@ class Coordinator:
         except ModelError as error:
             raise JobError(JobErrorCode.MODEL_NOT_FOUND, str(error)) from None
 
+    async def count_tokens(self, request: JobRequest) -> int:
+        """Return how many tokens the prompt of a request has. Raises JobError."""
+        return len((await read_prompt(request, await self.model(request.model))).tokens)
+
+    async def capabilities_of(self, model: str) -> ModelCapabilities:
+        """Return what can be asked of the model that a user means. Raises JobError."""
+        known = await self.model(model)
+        chat_format = chat_format_of(known) if known.tokenizer.has_chat_template else None
+        return ModelCapabilities(max_positions=known.max_positions, chat_format=chat_format)
+
     @asynccontextmanager
     async def submit(
         self, request: JobRequest, on_served: Callable[[ServedJob], None] | None = None
@@ -147,22 +164,37 @@ class Coordinator:
         if self.draining:
             raise JobError(JobErrorCode.LEAVING, "this node is shutting down: submit the job at another peer")
         is_trial = on_served is not None or request.background
+        trace_parent = self.observer.start_trace(request.origin.trace_parent)
+        running = RunningJob(request=request, is_trial=is_trial, trace_parent=trace_parent, began_s=trio.current_time())
         self._count(running=1, trials_running=is_trial)
         outcome = "cancelled"
+        code: JobErrorCode | None = None
+        reason = ""
+        entry: RecentJob | None = None
         try:
-            job = await self._prepare(request, on_served=on_served)
-            async with self._routed(job) as route, aclosing(self._events(job, route)) as events:
+            running.job = job = replace(await self._prepare(request, on_served=on_served), trace_parent=trace_parent)
+            running.prepared_s = trio.current_time()
+            entry = self.recent_jobs.begin(
+                job.id, job.model.id, job.model.name, is_trial=is_trial, prompt_tokens=len(job.prompt)
+            )
+            async with self._routed(job, running) as route, aclosing(self._events(job, route, entry)) as events:
                 yield events
                 outcome = "done" if route.is_finished else "cancelled"
         except JobError as error:
-            is_preempted = request.background and error.code is JobErrorCode.FULL
-            is_rejected = error.code in CLIENT_MISTAKES
-            outcome = "cancelled" if is_preempted else "rejected" if is_rejected else "failed"
+            code, reason = error.code, error.message
+            is_preempted = request.background and code is JobErrorCode.FULL
+            outcome = "cancelled" if is_preempted else "rejected" if code in CLIENT_MISTAKES else "failed"
+            raise
+        except Exception as error:
+            outcome, reason = "failed", one_line(error)
             raise
         finally:
-            if is_trial:
-                outcome = "trials_done" if outcome == "done" else "trials_failed"
-            self._count(running=-1, trials_running=-is_trial, **{outcome: 1})
+            counted = outcome if not is_trial else "trials_done" if outcome == "done" else "trials_failed"
+            self._count(running=-1, trials_running=-is_trial, **{counted: 1})
+            if entry is not None:
+                state = JobState.FAILED if outcome == "rejected" else JobState(outcome)
+                self.recent_jobs.end(entry, state, reason or None)
+            self.observer.on_job_ended(running.report(outcome, trio.current_time(), code, reason))
 
     async def consider(self, request: JobRequest, overrides: Mapping[str, Any]) -> Considered:
         """Have the stages vote on a job without running it. `overrides`: context fields to replace. Raises JobError."""
@@ -228,9 +260,9 @@ class Coordinator:
         )
 
     @asynccontextmanager
-    async def _routed(self, job: Job) -> AsyncIterator[ResilientRoute]:
+    async def _routed(self, job: Job, running: RunningJob) -> AsyncIterator[ResilientRoute]:
         """Open a job's route, and close it after the block."""
-        route = ResilientRoute(job, self._services)
+        running.route = route = ResilientRoute(job, self._services)
         self._routes[job.id] = route
         try:
             if job.claim.owner is not None and any(method.prefix_cache for method in job.admitted):
@@ -243,8 +275,9 @@ class Coordinator:
             self._prompts.release(job.claim)
             await route.close()
 
-    async def _events(self, job: Job, route: ResilientRoute) -> AsyncGenerator[JobEvent, None]:
+    async def _events(self, job: Job, route: ResilientRoute, entry: RecentJob) -> AsyncGenerator[JobEvent, None]:
         """Yield the job's events; after the last one the route is closed."""
+        self._record_progress(job, route, entry)
         yield JobStarted(
             job_id=job.id,
             model=job.model.id,
@@ -254,18 +287,36 @@ class Coordinator:
             echo=await prompt_text(job.request, job.model) if job.request.echo else "",
             chat_format=job.chat_format,
         )
+        if job.is_embedding:
+            entry.result = await self._embed(job, route)
+            yield entry.result
+            return
         output = OutputText(job.request, job.model)
         finish: FinishReason | None = None
         while finish is None:
             sampled = await route.next_token()
             job.output.add(sampled.token, trio.current_time())
+            self._record_progress(job, route, entry)
             self._prompts.release(job.claim)
             finish = sampled.finish_reason
             if finish is None and len(job.output.tokens) >= job.sampling.max_tokens:
                 finish = FinishReason.LENGTH  # the last stage should have reported it
             delta, finish = await output.add(sampled, finish)
             yield delta
-        yield replace(await self._finish(job, route, output.text, finish), stop_string=output.stop_string)
+        entry.result = await self._finish(job, route, output.text, finish)
+        yield replace(entry.result, stop_string=output.stop_string)
+
+    def _record_progress(self, job: Job, route: ResilientRoute, entry: RecentJob) -> None:
+        method = route.method.name if route.method else None
+        self.recent_jobs.progress(
+            entry, stages=route.stages, method=method, tokens=len(job.output.tokens), replays=route.replays
+        )
+
+    async def _embed(self, job: Job, route: ResilientRoute) -> JobResult:
+        """Return the result of a job whose prompt becomes an embedding."""
+        embedding = await route.embedding()
+        job.output.first_token_s = job.output.last_token_s = trio.current_time()
+        return replace(await self._finish(job, route, "", FinishReason.STOP), embedding=embedding)
 
     async def _finish(self, job: Job, route: ResilientRoute, text: str, finish: FinishReason) -> JobResult:
         """Close the route, learn from the job, record it, and return its result."""
@@ -274,16 +325,8 @@ class Coordinator:
         self._planner.served(stage.peer for stage in stages)
         self._planner.measured(job.need(), stages, done.route.loads(), timing_of(done))
         result = result_of(job, done, text, finish)
-        compute_s = sum(stage.statistics.compute_s for stage in result.route)
-        outcome = JobOutcome(
-            job_id=job.id,
-            method=result.method.name,
-            completion_tokens=len(job.output.tokens),
-            total_s=result.timing.total_s,
-            replays=done.replays,
-            compute_s=compute_s,
-        )
-        selection = self._chooser.served(done.request.choice, outcome)
+        # Task contexts do not tell kinds of jobs apart: an embedding would be learned from as a short text.
+        selection = None if job.is_embedding else self._assess(job, done, result)
         cost = Cost(
             objective=job.request.objective,
             budget=job.request.budget,
@@ -291,9 +334,23 @@ class Coordinator:
             actual=cost_of(result.route, done.request.context.stage_facts),
         )
         result = replace(result, selection=selection, cost=cost)
-        served = served_of(job, done, result)
-        if job.on_served is not None:
-            job.on_served(served)
-        elif self._recorder is not None:
-            await self._recorder.record(served)
+        job.output.result = result
+        if not job.is_embedding:
+            served = served_of(job, done, result)
+            if job.on_served is not None:
+                job.on_served(served)
+            elif self._recorder is not None:
+                await self._recorder.record(served)
         return result
+
+    def _assess(self, job: Job, done: ClosedRoute, result: JobResult) -> Selection | None:
+        """Learn from a job's outcome; return how its selection looks now."""
+        outcome = JobOutcome(
+            job_id=job.id,
+            method=result.method.name,
+            completion_tokens=len(job.output.tokens),
+            total_s=result.timing.total_s,
+            replays=done.replays,
+            compute_s=sum(stage.statistics.compute_s for stage in result.route),
+        )
+        return self._chooser.served(done.request.choice, outcome)

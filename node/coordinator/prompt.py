@@ -5,15 +5,20 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from node.coordinator.submission import ChatFormat, ChatMessage, JobError, JobErrorCode, JobRequest, ToolFormat
+from node.coordinator.submission import (
+    DEFAULT_MAX_TOKENS,
+    ChatFormat,
+    ChatMessage,
+    JobError,
+    JobErrorCode,
+    JobRequest,
+    ToolFormat,
+)
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.tokenizer_service import TokenizerBusyError, TokenizerUnavailableError
 from protocol.limits import MAX_POSITIONS, MAX_STOP_TOKENS
 from protocol.messages import Sampling
-
-DEFAULT_MAX_TOKENS = 512
-"""Default of max_tokens, as far as the model's context allows."""
 
 BUSY_RETRY_S = 2.0
 """When a client should retry while too many prompts wait for the model's tokenizer."""
@@ -45,16 +50,16 @@ async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
     try:
         if request.messages is not None:
             text = await _conversation(request, request.messages, model)
-            chat_format = _chat_format(model, text)
+            chat_format = chat_format_of(model, text)
             tokens = await model.tokenizer.encode(text, add_special_tokens=False)
         elif request.prompt is not None:
             tokens = await model.tokenizer.encode(request.prompt)
         else:
             tokens = request.prompt_tokens or ()
-    except TokenizerBusyError as error:
-        raise JobError(JobErrorCode.FULL, str(error), retry_after_s=BUSY_RETRY_S) from None
+        if request.truncate:
+            tokens = tokens[: model.max_positions - 1]
     except TokenizerUnavailableError as error:
-        raise JobError(JobErrorCode.FAILED, str(error), retry_after_s=BUSY_RETRY_S) from None
+        raise _unavailable(error) from None
     except (ValueError, ModelError) as error:
         raise JobError(JobErrorCode.INVALID, str(error)) from None
     if not tokens:
@@ -67,6 +72,11 @@ async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
     return Prompt(tokens, chat_format)
 
 
+def _unavailable(error: TokenizerUnavailableError) -> JobError:
+    code = JobErrorCode.FULL if isinstance(error, TokenizerBusyError) else JobErrorCode.FAILED
+    return JobError(code, str(error), retry_after_s=BUSY_RETRY_S)
+
+
 async def _check_schema(request: JobRequest, model: KnownModel) -> None:
     """Raise JobError where no text can follow the request's JSON Schema, or none would ever end."""
     if request.ignore_eos or not (model.tokenizer.stop_tokens or request.stop_token_ids):
@@ -75,11 +85,11 @@ async def _check_schema(request: JobRequest, model: KnownModel) -> None:
     try:
         fault = await model.tokenizer.schema_fault(request.json_schema)
     except TokenizerUnavailableError as error:
-        raise JobError(JobErrorCode.FULL, str(error), retry_after_s=BUSY_RETRY_S) from None
+        raise _unavailable(error) from None
     except ModelError as error:
         fault = str(error)
     if fault:
-        raise JobError(JobErrorCode.INVALID, f"the JSON Schema is not usable: {fault}", param="response_format")
+        raise JobError(JobErrorCode.INVALID, f"the JSON Schema is not usable: {fault}", param=request.json_schema_param)
 
 
 async def _conversation(request: JobRequest, messages: Sequence[ChatMessage], model: KnownModel) -> str:
@@ -91,7 +101,8 @@ async def _conversation(request: JobRequest, messages: Sequence[ChatMessage], mo
     return await model.tokenizer.render_chat_text(turns, request.tools, request.template_options)
 
 
-def _chat_format(model: KnownModel, text: str) -> ChatFormat:
+def chat_format_of(model: KnownModel, text: str = "") -> ChatFormat:
+    """Return how a model continues a conversation, `text` by its chat template."""
     tokenizer = model.tokenizer
     tools = ToolFormat(tokenizer.tool_format) if tokenizer.tool_format else None
     began = tokenizer.reasons and text.rstrip().endswith("<think>")
@@ -148,6 +159,7 @@ def sampling_of(request: JobRequest, model: KnownModel, prompt_length: int) -> S
         logit_bias=request.logit_bias,
         logprobs=0 if request.top_logprobs is None else min(request.top_logprobs, model.vocabulary_size) + 1,
         json_schema=request.json_schema,
+        pooling=request.pooling,
         min_length=min(prompt_length + request.min_tokens, MAX_POSITIONS) if request.min_tokens else 0,
     )
     return replace(sampling, prompt_length=prompt_length) if sampling.needs_history else sampling

@@ -65,6 +65,7 @@ def result_of(job: Job, done: ClosedRoute, text: str, finish: FinishReason) -> J
             table_digest=table.digest.hex() if table else None,
         ),
         replays=done.replays,
+        trace=done.trace,
     )
 
 

@@ -1,6 +1,6 @@
 """Text to tokens and back, in the process that interprets a model's files: `python -m node.models.tokenizer_worker`.
 
-They are a stranger's: jinja2's sandbox isolates a template from Python, but neither it nor the tokenizers library
+They are untrusted: jinja2's sandbox isolates a template from Python, but neither it nor the tokenizers library
 bounds time and memory. So the kernel bounds what they may cost: every request has a limit of processor time and one of
 time, at which the process is killed by a signal that says which; its address space is bounded; it can write no file. It
 has no state to save, and may be killed at any moment.
@@ -33,6 +33,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from node.models.errors import ChatTemplateError, ModelError
 from node.models.manifest import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Json
 from node.models.vocabulary import TokenKind, Vocabulary
+from node.util.heap import trim_heap
 from node.util.text import one_line
 from protocol.limits import MAX_STOP_TOKENS, MAX_VOCABULARY
 
@@ -352,6 +353,7 @@ def main() -> None:
                 if request["do"] == "load":
                     _limit_memory(request["load_bytes"])
                     tokenizer = read_tokenizer(Path(request["folder"]), request["files"], request["eos_token_ids"])
+                    trim_heap()  # parsing took twice what the tokenizer takes
                     answer = _facts(tokenizer) if request["is_first"] else {}
                     _limit_memory(_address_space() + request["work_bytes"])
                 else:

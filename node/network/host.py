@@ -23,7 +23,15 @@ from node.network.broadcast import Broadcast
 from node.network.dht import Dht
 from node.network.gossip import Gossip
 from node.network.guarded_host import GuardedHost, GuardedSwarm, silence_library_log, start_service
-from node.network.interface import NetworkError, PeerConnected, PeerDisconnected, Stream, StreamHandler, TransferReport
+from node.network.interface import (
+    ByteCounts,
+    NetworkError,
+    PeerConnected,
+    PeerDisconnected,
+    Stream,
+    StreamHandler,
+    TransferReport,
+)
 from node.network.limits import NetworkLimits
 from node.network.streams import Libp2pStream, serve
 from node.network.transport import Tcp, bind, reason, secure_upgrader
@@ -83,6 +91,7 @@ class Libp2pNetwork:
         self._limits = limits or NetworkLimits()
         self._on_sent = on_sent
         self._on_received = on_received
+        self.byte_counts = ByteCounts()
         self._book = AddressBook()
         self._handlers: dict[str, StreamHandler] = {}
         self._events: Broadcast[PeerConnected | PeerDisconnected] = Broadcast(EVENT_CAPACITY)
@@ -140,7 +149,7 @@ class Libp2pNetwork:
         swarm = GuardedSwarm(
             ID.from_pubkey(key_pair.public_key),
             secure_upgrader(key_pair, self._multiplex),
-            Tcp(nursery, bound, self._limits.handshakes),
+            Tcp(nursery, bound, self._limits.handshakes, self.byte_counts),
             book=self._book,
             limits=self._limits,
             psk=self._swarm_key,

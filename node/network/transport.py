@@ -28,7 +28,7 @@ from multiaddr import Multiaddr
 
 from node.network.addresses import TcpAddress, parse_address
 from node.network.admission import HandshakeLimiter
-from node.network.interface import NetworkError
+from node.network.interface import ByteCounts, NetworkError
 from node.network.yamux import PROTOCOL_ID as YAMUX_PROTOCOL_ID
 from node.network.yamux import Yamux
 from node.network.yamux_stream import shielded
@@ -46,8 +46,9 @@ UPGRADE_TIMEOUT_S: Final = 5
 class TcpStream(ReadWriteCloser):
     """A TCP connection that reads ahead, so that a small Noise message costs one system call and not two."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: trio.SocketStream, counts: ByteCounts | None = None) -> None:
         self._stream = stream
+        self._counts = counts or ByteCounts()
         self._ahead = bytearray()
         self.closed = trio.Event()
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -63,6 +64,7 @@ class TcpStream(ReadWriteCloser):
                 data = await self._stream.receive_some(READ_BYTES)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise ConnectionClosedError("the TCP connection is gone", transport="tcp") from error
+            self._counts.received += len(data)
             if n is None or len(data) <= n:
                 return bytes(data)
             self._ahead += data
@@ -73,6 +75,7 @@ class TcpStream(ReadWriteCloser):
     async def write(self, data: bytes) -> None:
         """Send everything."""
         try:
+            self._counts.sent += len(data)
             await self._stream.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectionClosedError("the TCP connection is gone", transport="tcp") from error
@@ -109,7 +112,7 @@ class TcpListener(IListener):
 
     async def _serve(self, socket_stream: trio.SocketStream) -> None:
         try:
-            stream = TcpStream(socket_stream)
+            stream = TcpStream(socket_stream, self._transport.counts)
         except OSError:
             return  # closed already
         host, _ = stream.get_remote_address()
@@ -140,8 +143,11 @@ class TcpListener(IListener):
 class Tcp(ITransport):
     """Dials and listens."""
 
-    def __init__(self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]], handshakes: int) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]], handshakes: int, counts: ByteCounts
+    ) -> None:
         self.nursery = nursery
+        self.counts = counts
         self.handshakes = HandshakeLimiter(handshakes)
         self.bound = bound
         """The listening sockets of each address."""
@@ -151,7 +157,7 @@ class Tcp(ITransport):
         try:
             address = parse_address(str(maddr))
             stream = await trio.open_tcp_stream(address.host, address.port)
-            return RawConnection(TcpStream(stream), initiator=True)
+            return RawConnection(TcpStream(stream, self.counts), initiator=True)
         except (OSError, ValueError) as error:
             raise OpenConnectionError(reason(error)) from error
 

@@ -9,7 +9,8 @@ import trio
 
 from node.evaluation.history_dataset import read_history
 from node.selection.samples import read_samples
-from node.util.child_process import python, run
+from node.util.child_process import run
+from node.util.interpreter import python
 from selector.dataset import Pairs
 from selector.features import physics
 from selector.task import PORTFOLIO

@@ -9,7 +9,7 @@ import pytest
 from node import app
 from node.cli import logs, run
 from node.config import NodeConfig, NodeReady, ServeSpec, StartError
-from node.joining import best_address, conflicts, join_elsewhere, join_here
+from node.joining import best_address, join_elsewhere, join_here, port_conflicts
 from node.models.catalogue import DEMO_MODEL
 from node.models.importer import import_model
 from node.models.store import ModelStore
@@ -40,7 +40,7 @@ class FakeNode:
 def fake_node(monkeypatch: pytest.MonkeyPatch) -> FakeNode:
     fake = FakeNode()
     monkeypatch.setattr(app, "run_node", fake.run)
-    monkeypatch.setattr(logs, "configure_logging", lambda level: None)
+    monkeypatch.setattr(logs, "configure_logging", lambda level, log_format: None)
     return fake
 
 
@@ -98,7 +98,7 @@ def test_printed_join_command_starts_second_node(
         assert second.bootstrap == (LOOPBACK,)
         assert second.serve == (ServeSpec(DEMO_MODEL),)
         assert second.data_dir == tmp_path / "my node-2"
-        assert not conflicts(second)
+        assert not port_conflicts(second)
         assert not {port, api_port} & {int(second.listen[0].split("/")[4]), second.api_port}
 
 
@@ -113,6 +113,10 @@ def test_join_command_names_models_by_id(tmp_path: Path) -> None:
     assert option(here, "--serve") == "mine"
     assert option(here, "--cache-dir") == str(tmp_path)
     assert option(elsewhere, "--epoch") == option(here, "--epoch") == "60"
+    gap = ServeSpec("mine", BlockRange(0, 1))
+    elsewhere, here = join_elsewhere(config, ready, gap), join_here(config, ready, gap)
+    assert elsewhere is not None
+    assert (option(elsewhere, "--serve"), option(here, "--serve")) == (f"{model}:0-1", "mine:0-1")
 
 
 @pytest.mark.parametrize("from_environment", [False, True])

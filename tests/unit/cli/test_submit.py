@@ -1,20 +1,28 @@
+import errno
 import io
+import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from node.cli import ephemeral, run, submit
-from node.coordinator.submission import ChatMessage, JobError, JobErrorCode
+from node.api.generation import Outcome
+from node.api.job_document import describe_job
+from node.api.openai.answers import CompletionWriter
+from node.cli import run, target
+from node.coordinator.submission import ChatMessage, JobError, JobErrorCode, JobEvent, JobRequest
 from protocol.measurements import QualityBound
-from tests.unit.api.fakes import JOB, MODEL, PEERS, FakeNode
+from tests.unit.api.fakes import JOB, MODEL, PEERS, FakeNode, FakeSubmitter, make_result
 from tests.unit.cli.conftest import ServeNode
+from tests.unit.cli.terminal import on_terminal
 
 COST = {"objective": "latency", "budget": None, "predicted": 0.4, "actual": 0.3}
 DOCUMENT = {
@@ -57,6 +65,19 @@ def api(node: FakeNode, serve: ServeNode) -> list[str]:
 def test_streams_text_to_stdout(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["submit", "Hi", *api]) == 0
     assert capsys.readouterr() == ("Hello, wörld\n", "")
+
+
+def test_unicode_line_ends_in_a_text(
+    node: FakeNode, api: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A node that sends them as they are, as JSON may."""
+    monkeypatch.setattr("node.api.openai.answers.json_line", partial(json.dumps, ensure_ascii=False))
+    node.submitter.words = ("one\u2028two", "\u2029three\x85four")
+    assert run(["submit", "Hi", *api]) == 0
+    assert capsys.readouterr() == ("one\u2028two\u2029three\x85four\n", "")
+    assert run(["submit", "Hi", "--json", *api]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["text"] == "one\u2028two\u2029three\x85four"
 
 
 @pytest.mark.parametrize("chat", [[], ["--chat"]])
@@ -165,6 +186,17 @@ def test_error_without_node_says_how_to_start_one(capsys: pytest.CaptureFixture[
     assert "`metaswarm node`" in line
 
 
+def test_silent_node_counts_as_dead(
+    node: FakeNode, api: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("node.cli.client.SILENCE_TIMEOUT_S", 0.2)
+    node.submitter.hang = True
+    assert run(["submit", "Hi", *api]) == 1
+    output = capsys.readouterr()
+    assert output.out == "Hello, wörld\n"
+    assert f"the node at {api[1]} is silent" in output.err
+
+
 def test_api_key_from_environment(
     serve: ServeNode, node: FakeNode, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,23 +210,24 @@ def test_api_key_from_environment(
 class TestBootstrap:
     @pytest.fixture
     def joined(self, serve: ServeNode, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-        """Whom ephemeral peers joined; each is a fake node that hears of its model only after a while."""
+        """Whom nodes of one command joined; each is a fake node that hears of its model only after a while."""
         joined = []
 
-        @asynccontextmanager
-        async def ephemeral_peer(bootstrap: tuple[str, ...]) -> AsyncIterator[str]:
+        @contextmanager
+        def local_node(serve_model: str | None, bootstrap: tuple[str, ...], *, share_data_dir: bool) -> Iterator[str]:
+            assert (serve_model, share_data_dir) == (None, False)
             joined.append(bootstrap)
             node = FakeNode()
             answers = iter([[], [], node.models()])
             monkeypatch.setattr(node, "models", lambda: next(answers))
             yield serve(node)
 
-        monkeypatch.setattr(ephemeral, "ephemeral_peer", ephemeral_peer)
-        monkeypatch.setattr(submit, "DISCOVERY_INTERVAL_S", 0)
+        monkeypatch.setattr("node.cli.local_node.local_node", local_node)
+        monkeypatch.setattr(target, "DISCOVERY_INTERVAL_S", 0)
         return joined
 
     @pytest.mark.parametrize("model", [[], ["--model", "tiny"]])
-    def test_starts_ephemeral_peer_without_node(
+    def test_starts_node_without_one_here(
         self,
         model: list[str],
         joined: list[tuple[str, ...]],
@@ -215,16 +248,16 @@ class TestBootstrap:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        @asynccontextmanager
-        async def ephemeral_peer(bootstrap: tuple[str, ...]) -> AsyncIterator[str]:
+        @contextmanager
+        def local_node(serve_model: str | None, bootstrap: tuple[str, ...], *, share_data_dir: bool) -> Iterator[str]:
             node = FakeNode()
             foreign = node.models()[0] | {"complete": False, "local": False, "name": MODEL[:12]}
             monkeypatch.setattr(node, "models", lambda: [foreign])
             yield serve(node)
 
-        monkeypatch.setattr(ephemeral, "ephemeral_peer", ephemeral_peer)
-        monkeypatch.setattr(submit, "DISCOVERY_INTERVAL_S", 0)
-        monkeypatch.setattr(submit, "DISCOVERY_TIMEOUT_S", 60 if model else 0)
+        monkeypatch.setattr("node.cli.local_node.local_node", local_node)
+        monkeypatch.setattr(target, "DISCOVERY_INTERVAL_S", 0)
+        monkeypatch.setattr(target, "DISCOVERY_TIMEOUT_S", 60 if model else 0)
         monkeypatch.setenv("METASWARM_API", "127.0.0.1:1")
         assert run(["submit", "Hi", "--bootstrap", "peers.yaml", *model]) == code
         assert (f"choose one that you trust with --model: {MODEL[:12]}" in capsys.readouterr().err) is (code == 1)
@@ -236,7 +269,7 @@ class TestBootstrap:
         assert run(["submit", "Hi", "--bootstrap", "peers.yaml"]) == 0
         assert joined == []
 
-    def test_api_flag_prevents_ephemeral_peer(self, joined: list[tuple[str, ...]]) -> None:
+    def test_api_flag_prevents_another_node(self, joined: list[tuple[str, ...]]) -> None:
         assert run(["submit", "Hi", "--bootstrap", "peers.yaml", "--api", "http://127.0.0.1:1"]) == 1
         assert joined == []
 
@@ -268,6 +301,11 @@ class TestFile:
             5,
         )
 
+    def test_unicode_line_ends_in_a_prompt(self, tmp_path: Path, node: FakeNode, api: list[str]) -> None:
+        prompt = "one\u2028two\u2029three\x85four"
+        assert run(["submit", *self.write(tmp_path, json.dumps({"prompt": prompt}, ensure_ascii=False)), *api]) == 0
+        assert [job.prompt for job in node.submitter.requests] == [prompt]
+
     def test_failed_job_does_not_stop_others(
         self, tmp_path: Path, api: list[str], capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -279,6 +317,43 @@ class TestFile:
         assert done == DOCUMENT
         assert output.err == "metaswarm: 1 of 2 jobs failed: see their lines\n"
 
+    @pytest.mark.parametrize(("fault", "says"), [("cut", "is incomplete"), ("crash", "connection")])
+    def test_broken_answer_costs_its_job_only(
+        self,
+        fault: str,
+        says: str,
+        tmp_path: Path,
+        api: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        end, calls = CompletionWriter.end, itertools.count()
+
+        def break_first(writer: CompletionWriter, outcome: Outcome) -> bytes:
+            if next(calls) > 0:
+                return end(writer, outcome)
+            if fault == "crash":
+                raise RuntimeError(fault)
+            return b""
+
+        monkeypatch.setattr(CompletionWriter, "end", break_first)
+        file = self.write(tmp_path, *(json.dumps({"prompt": word}) for word in "abc"))
+        output = tmp_path / "answers.jsonl"
+        command = ["submit", *file, "--output", str(output), "--concurrency", "1", *api]
+        assert run(command) == 1
+        errors = capsys.readouterr().err
+        assert "line 1: " in errors
+        assert says in errors
+        assert "1 of 3 jobs failed" in errors
+        assert [json.loads(line)["line"] for line in output.read_text().splitlines()] == [2, 3]
+        assert run(command) == 0
+
+    def test_lost_node_ends_the_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        file = self.write(tmp_path, '{"prompt": "a", "model": "tiny"}', '{"prompt": "b", "model": "tiny"}')
+        assert run(["submit", *file, "--api", "127.0.0.1:1"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("metaswarm: no node answers at http://127.0.0.1:1")
+
     @pytest.mark.parametrize("code", [JobErrorCode.FULL, JobErrorCode.MEASURING])
     def test_retries_while_peers_full_or_quality_measured(
         self,
@@ -289,7 +364,7 @@ class TestFile:
         monkeypatch: pytest.MonkeyPatch,
         code: JobErrorCode,
     ) -> None:
-        monkeypatch.setattr("node.cli.submit.RETRY_JITTER", (0.0, 0.0))
+        monkeypatch.setattr("node.cli.submit_file.RETRY_JITTER", (0.0, 0.0))
         node.submitter.refuse = JobError(code, "not now", retry_after_s=2)
         node.submitter.refusals = 2
         assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), *api]) == 0
@@ -304,8 +379,8 @@ class TestFile:
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("node.cli.submit.RETRY_TIMEOUT_S", 0.0)
-        monkeypatch.setattr("node.cli.submit.RETRY_JITTER", (0.0, 0.0))
+        monkeypatch.setattr("node.cli.submit_file.RETRY_TIMEOUT_S", 0.0)
+        monkeypatch.setattr("node.cli.submit_file.RETRY_JITTER", (0.0, 0.0))
         node.submitter.refuse = JobError(JobErrorCode.FULL, "no room now", retry_after_s=2)
         assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), *api]) == 1
         [document] = self.documents(capsys)
@@ -328,6 +403,140 @@ class TestFile:
         assert "line 2" in error
         assert says in error
         assert node.submitter.requests == []
+
+    def test_output_goes_on_where_it_was(
+        self, tmp_path: Path, node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = self.write(tmp_path, *(json.dumps({"prompt": word}) for word in "abcd"))
+        output = tmp_path / "answers.jsonl"
+        command = ["submit", *file, "--output", str(output), "--concurrency", "1", *api]
+        node.submitter.refuse = JobError(JobErrorCode.FAILED, "a stage failed")
+        node.submitter.refusals = 1
+        assert run(command) == 1
+        errors = capsys.readouterr().err
+        assert "line 1: a stage failed" in errors
+        assert "1 of 4 jobs failed: the same command tries them again" in errors
+        written = output.read_text().splitlines()
+        assert [json.loads(line)["line"] for line in written] == [2, 3, 4]
+        output.write_text("".join(f"{line}\n" for line in written[:2]) + written[2][:20])  # a kill in the middle
+        node.submitter.requests.clear()
+        node.submitter.refuse = None
+        assert run(command) == 0
+        assert [job.prompt for job in node.submitter.requests] == ["a", "d"]
+        answers = [json.loads(line) for line in output.read_text().splitlines()]
+        assert [answer.pop("line") for answer in answers] == [1, 2, 3, 4]
+        assert [{name: answer[name] for name in DOCUMENT} for answer in answers] == [DOCUMENT] * 4
+        assert run(command) == 0
+        assert len(node.submitter.requests) == 2
+
+    def test_output_that_ends_inside_a_character(self, tmp_path: Path, node: FakeNode, api: list[str]) -> None:
+        file = self.write(tmp_path, '{"prompt": "a"}', '{"prompt": "b"}')
+        output = tmp_path / "answers.jsonl"
+        command = ["submit", *file, "--output", str(output), *api]
+        assert run(command) == 0
+        written = output.read_bytes()
+        output.write_bytes(written[: written.rindex("ö".encode()) + 1])
+        assert run(command) == 0
+        assert output.read_bytes() == written
+        assert [job.prompt for job in node.submitter.requests[2:]] == ["b"]
+
+    def test_answer_that_could_not_be_written_is_not_counted(
+        self, tmp_path: Path, api: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def disk_is_full(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", disk_is_full)
+        output = tmp_path / "answers.jsonl"
+        assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), "--output", str(output), *api]) == 1
+        errors = capsys.readouterr().err
+        assert "No space left" in errors
+        assert "0 of 1 answers are in" in errors
+
+    @pytest.mark.parametrize("text", ["notes of a year\n", "[1]\n", '{"line": 1}\n', "notes"])
+    def test_output_of_something_else_is_left_alone(
+        self, text: str, tmp_path: Path, node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        output = tmp_path / "notes"
+        output.write_text(text)
+        assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), "--output", str(output), *api]) == 1
+        assert "choose another file" in capsys.readouterr().err
+        assert (output.read_text(), node.submitter.requests) == (text, [])
+
+    def test_output_of_other_prompts_is_refused(
+        self, tmp_path: Path, api: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        output = ["--output", str(tmp_path / "answers.jsonl")]
+        assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), *output, *api]) == 0
+        for changed in (["--max-tokens", "9"], ["--temperature", "1"]):
+            assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), *output, *changed, *api]) == 1
+            assert "answers other prompts or options, first in line 1" in capsys.readouterr().err
+
+    def test_ctrl_c_loses_no_answer(self, tmp_path: Path, node: FakeNode, serve: ServeNode) -> None:
+        class StuckSubmitter(FakeSubmitter):
+            async def _events(self, request: JobRequest) -> AsyncGenerator[JobEvent, None]:
+                self.hang = len(self.requests) == 3
+                async for event in super()._events(request):
+                    yield event
+
+        node.submitter = StuckSubmitter()
+        output = tmp_path / "answers.jsonl"
+        file = self.write(tmp_path, *(json.dumps({"prompt": word}) for word in "abcd"))
+        command = ["submit", *file, "--output", str(output), "--concurrency", "1", "--api", serve(node)]
+        with on_terminal(*command) as terminal:
+            terminal.wait_for("50%")
+            terminal.type("\x03")
+            assert terminal.wait_exit() == 130
+        assert "2 of 4 answers are in" in terminal.text
+        assert "Traceback" not in terminal.text
+        assert run(command) == 0
+        assert [job.prompt for job in node.submitter.requests[3:]] == ["c", "d"]
+        assert len(output.read_text().splitlines()) == 4
+
+
+TRACE = {
+    "stages": [
+        {"peer": PEERS[0], "start": 0, "end": 4, "clock_error_s": 0.0005},
+        {"peer": PEERS[1], "start": 4, "end": 8, "clock_error_s": 0.001},
+    ],
+    "rounds": [
+        {
+            "position": 5 + number,
+            "tokens": 1,
+            "arrived_s": 0.2 + 0.03 * number,
+            "has_prompt": number == 0,
+            "stages": [
+                {"stage": 0, "link_s": 0.001, "queue_s": 0.0, "compute_s": 0.012, "serialise_s": 0.0005},
+                {"stage": 1, "link_s": 0.002, "queue_s": 0.003, "compute_s": 0.01, "serialise_s": 0.0005},
+            ],
+        }
+        for number in range(3)
+    ],
+    "dropped_steps": 0,
+}
+
+
+def test_trace_shows_medians_of_every_stage(
+    node: FakeNode, api: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    described = describe_job(make_result("x", (1,))) | {"trace": TRACE}
+    monkeypatch.setattr("node.api.openai.answers.describe_job", lambda result: described)
+    assert run(["submit", "Hi", "--trace", *api]) == 0
+    assert node.submitter.requests[0].trace
+    output = capsys.readouterr()
+    assert output.out == "Hello, wörld\n"
+    rows = [line.split() for line in output.err.splitlines()]
+    first, second = (next(row for row in rows if peer[-8:] in row) for peer in PEERS)
+    assert first[2:] == ["0-4", "1.00/1.00", "0.00/0.00", "12.0/12.0", "0.50/0.50", "13.5/13.5"]
+    assert second[-1] == "15.5/15.5"
+    assert next(row for row in rows if row and row[0] == "all")[-1] == "29.0/29.0"
+    assert run(["submit", "Hi", "--trace", "--json", *api]) == 0
+    assert json.loads(capsys.readouterr().out)["trace"] == TRACE
+
+
+def test_trace_of_stages_that_report_none(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["submit", "Hi", "--trace", *api]) == 0
+    assert "no trace" in capsys.readouterr().err
 
 
 def test_ctrl_c_cancels_job(node: FakeNode, serve: ServeNode) -> None:
