@@ -31,10 +31,14 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """How a peer voted: natural log of the predicted cost of each method, lower is better."""
+    """How a peer voted: natural log of the predicted seconds of each method, lower is better.
+
+    `table_digest`: of the agreed table that it was learned from.
+    """
 
     peer: str
     scores: Mapping[str, float]
+    table_digest: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,17 @@ class Selection:
     predicted_s: float
     predicted_speedup: float
     regret_s: float
+    predicted_cost: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds of computing on each stage times the price of its peer. `predicted`: None where nothing was."""
+
+    objective: str
+    budget: float | None
+    predicted: float | None
+    actual: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +107,7 @@ class Job:
     method: Method
     consensus: Consensus
     timing: Timing
+    cost: Cost | None
     selection: Selection | None
     replays: int
     token_ids: tuple[int, ...]

@@ -13,11 +13,18 @@ OWN_FIELDS: Final = frozenset({"n", "stream", "stream_options"})
 COMPLETIONS: Final = "/v1/completions"
 CHAT: Final = "/v1/chat/completions"
 
+_EXTENSIONS: Final = ("quality", "method", "objective", "budget")
+"""Fields of `metaswarm` in the body."""
+
 Message: TypeAlias = Mapping[str, Any]
 """A turn of a conversation as the OpenAI API has it: `{"role": "user", "content": "…"}`."""
 
 Quality: TypeAlias = Literal["exact", "near", "any"]
 """Bound on lossy methods; `exact`: the greedy tokens of the model's reference."""
+
+
+Objective: TypeAlias = Literal["latency", "throughput", "cost"]
+"""What route and method are chosen for: the time of this job, the computing, or its cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +40,16 @@ class JobOptions(TypedDict, total=False):
     """Options of a job; what is not given is the node's default. docs/http-api.md has their values.
 
     `model`: default: the client's, else the only one that is complete in the swarm. `method`: `auto` (the swarm votes),
-    `baseline`, or switches. `schema`: a JSON Schema that the text follows. `logprobs`: report the log probability of
-    each token, and of so many likeliest ones. `extra`: further fields of the request, as they are, but OWN_FIELDS.
+    `baseline`, or switches. `budget`: a job that is predicted to cost more is refused. `schema`: a JSON Schema that the
+    text follows. `logprobs`: report the log probability of each token, and of so many likeliest ones. `extra`: further
+    fields of the request, as they are, but OWN_FIELDS.
     """
 
     model: str
     quality: Quality
     method: str
+    objective: Objective
+    budget: float
     max_tokens: int
     min_tokens: int
     temperature: float
@@ -113,7 +123,7 @@ def _extra(options: JobOptions) -> dict[str, Any]:
 
 def _job_body(options: dict[str, Any]) -> dict[str, Any]:
     """Return what both kinds of job share. They are streamed: keep-alives tell a slow node from a dead one."""
-    extensions = {name: options.pop(name) for name in ("quality", "method") if name in options}
+    extensions = {name: options.pop(name) for name in _EXTENSIONS if name in options}
     options.pop("extra", None)
     schema = options.pop("schema", None)
     if schema is not None:

@@ -182,6 +182,8 @@ class Explanation:
     selection: SelectionStatus
     methods: tuple[ExplainedMethod, ...]
     agreed: str
+    reason: str
+    table_digest: str | None
     past: PastDecisions
 
 

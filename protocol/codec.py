@@ -6,7 +6,7 @@ send what we would reject.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, get_args
 
 from protocol.canonical import Value, decode, encode
@@ -100,6 +100,11 @@ def decode_control(body: bytes | memoryview, minor: int = LATEST_MINOR) -> Contr
             f"{_MESSAGES.name_of(type(message))}: unknown in version 1.{minor} of the job protocol"
         )
     return message
+
+
+def adapted(message: Open, minor: int) -> Open:
+    """Return a message without the facts that version 1.`minor` lacks; a stage serves the session without them."""
+    return message if minor >= 2 else replace(message, stage_facts=(), request_id="", trace_parent="")
 
 
 def minor_of(message: ControlMessage) -> int:

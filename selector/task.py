@@ -5,6 +5,7 @@ change slowly, because a policy per job would split batches.
 """
 
 import enum
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -431,7 +432,9 @@ class TaskContext:
         taken: dict[str, Any] = {}
         for name, kind in _PLAIN.items():
             value = values.get(name)
-            if value is not None and (kind is str if isinstance(value, str) else kind is not str and value >= 0):
+            if value is None:
+                continue
+            if kind is str if isinstance(value, str) else kind is not str and 0 <= value <= _MOST.get(name, math.inf):
                 taken[name] = value if kind in {str, float} else int(value)
         return cls(**taken, stage_facts=tuple(stage_facts))
 
@@ -440,6 +443,8 @@ _PLAIN: Final[Mapping[str, Any]] = {
     field.name: field.type for field in fields(TaskContext) if field.name != "stage_facts"
 }
 """The names of a context's plain values and their types."""
+
+_MOST: Final = {"shared_prefix_share": 1.0, "repetitiveness": 1.0}
 
 
 def _plain(value: Any) -> Any:

@@ -117,7 +117,7 @@ FEATURES: Final[Mapping[str, Callable[[TaskContext], float]]] = {
     "l_block_bytes": lambda task: log2(task.block_bytes),
     "l_params": lambda task: log2((task.block_parameters or 0) * task.block_count / BILLION),
     "l_active": lambda task: log2((task.active_block_parameters or 0) * task.block_count / BILLION),
-    "layers": lambda task: float(task.block_count),
+    "layers": lambda task: float(task.block_count or math.nan),
     "l_hidden": lambda task: log2(task.hidden_size),
     "l_vocabulary": lambda task: log2(task.vocabulary_size),
     "l_intermediate": lambda task: log2(task.intermediate_size),

@@ -13,9 +13,9 @@ from node.cli.output import CommandError
 F = TypeVar("F", bound=Callable[..., Any])
 
 JOB_OPTIONS: Final = (
-    "model", "chat", "max_tokens", "temperature", "top_p", "seed", "stop", "quality", "method", "ignore_eos",
-    "min_tokens", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias",
-    "stop_token_ids",
+    "model", "chat", "max_tokens", "temperature", "top_p", "seed", "stop", "quality", "method", "objective",
+    "budget", "ignore_eos", "min_tokens", "top_k", "min_p", "repetition_penalty", "frequency_penalty",
+    "presence_penalty", "logit_bias", "stop_token_ids",
 )  # fmt: skip
 """Options that a line of a --file may set for itself."""
 
@@ -100,6 +100,19 @@ _FIXED_OPTIONS: Final[Sequence[_Decorator]] = (
         shell_complete=complete_methods,
         help="auto, or switches such as prefix_cache=on|speculation=ngram-8.",
     ),
+    click.option(
+        "--objective",
+        type=click.Choice(["latency", "throughput", "cost"]),
+        default="latency",
+        show_default=True,
+        help="Prefer the fastest job, the least computing, or the lowest cost.",
+    ),
+    click.option(
+        "--budget",
+        type=click.FloatRange(0, min_open=True),
+        metavar="COST",
+        help="Highest predicted cost: seconds of computing on each peer times its --price.",
+    ),
     click.option("--ignore-eos", is_flag=True, help="Continue past the end-of-text token, for measurements."),
 )
 """Those with the same default everywhere."""
@@ -144,7 +157,9 @@ def make_body(
     body["model"] = job.get("model") or default_model
     body["stop"] = list(job["stop"]) if isinstance(job["stop"], tuple) else job["stop"]
     body |= {name: job[name] for name in _OPTIONAL_FIELDS if job.get(name) not in (None, (), {})}
-    body["metaswarm"] = {name: job[name] for name in ("quality", "method", "ignore_eos")}
+    body["metaswarm"] = {name: job[name] for name in ("quality", "method", "objective", "ignore_eos")}
+    if job["budget"] is not None:
+        body["metaswarm"]["budget"] = job["budget"]
     if messages is not None:
         return body | {"messages": list(messages)}
     prompt = job["prompt"]

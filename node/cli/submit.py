@@ -185,5 +185,14 @@ def summary(completion: "Completion") -> str:
     rate = f"{1 / timing['tpot_s']:.1f} tokens/s" if timing["tpot_s"] > 0 else f"{format_duration(timing['total_s'])}"
     return (
         f"{tokens} token{'' if tokens == 1 else 's'}, {rate}, the first after {format_duration(timing['ttft_s'])}, "
-        f"over {peers} peer{'' if peers == 1 else 's'}"
+        f"over {peers} peer{'' if peers == 1 else 's'}{_cost_summary(document['cost'])}"
     )
+
+
+def _cost_summary(cost: Mapping[str, Any] | None) -> str:
+    """Return what a job cost, where that was asked for."""
+    if cost is None or (cost["budget"] is None and cost["objective"] != "cost"):
+        return ""
+    predicted = "" if cost["predicted"] is None else f", predicted {cost['predicted']:.3g}"
+    within = "" if cost["budget"] is None else f", budget {cost['budget']:.3g}"
+    return f"; cost {cost['actual']:.3g}{predicted}{within}"

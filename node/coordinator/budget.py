@@ -1,13 +1,11 @@
-"""Budget and objective of a job: the routes that are compared for it, and the error where all cost too much."""
+"""Budget and objective of a job: the routes that are compared for it, and what it cost."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from node.coordinator.job import Job
-from node.coordinator.method_choice import OverBudget
 from node.coordinator.planner import RouteNeed
-from node.coordinator.submission import JobError, JobErrorCode, JobRequest
+from node.coordinator.submission import JobRequest
 from protocol.figures import USUAL_PRICE
 from protocol.measurements import Objective, StageObservation
 from protocol.stage_facts import StageFacts
@@ -30,16 +28,6 @@ def needs_of(request: JobRequest, need: RouteNeed) -> Sequence[RouteNeed]:
         return [need]
     weights = _WEIGHTS if request.objective is Objective.LATENCY else _WEIGHTS[-1:]
     return [need, *(replace(need, objective=Objective.COST, compute_weight=weight) for weight in weights)]
-
-
-def over_budget(job: Job, cheapest: OverBudget) -> JobError:
-    """Return the error for a job that every route and method is predicted to cost too much for."""
-    return JobError(
-        JobErrorCode.OVER_BUDGET,
-        f"the budget {job.request.budget:.4g} is below the predicted cost of this job with {job.model.name}: the "
-        f"cheapest is {cheapest.cost:.4g}, with {cheapest.method.name}; allow more, or ask for fewer tokens",
-        param="budget",
-    )
 
 
 def cost_of(route: Sequence[StageObservation], facts: Sequence[StageFacts]) -> float:

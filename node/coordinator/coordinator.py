@@ -15,7 +15,7 @@ from typing import Any
 import trio
 
 from node.coordinator.budget import cost_of, needs_of
-from node.coordinator.failover import ClosedRoute, ResilientRoute, no_route
+from node.coordinator.failover import ClosedRoute, ResilientRoute
 from node.coordinator.job import Job
 from node.coordinator.job_report import JobObserver, NoJobObserver, RunningJob
 from node.coordinator.method_choice import Choice, Chooser, QualityStore, admitted_methods
@@ -25,8 +25,9 @@ from node.coordinator.planner import Planner, SwarmView
 from node.coordinator.prefix_sharing import RecentPrompts
 from node.coordinator.prompt import chat_format_of, prompt_text, read_prompt, sampling_of
 from node.coordinator.recent_jobs import JobState, RecentJob, RecentJobs
+from node.coordinator.refusals import RouteRejected, no_route
 from node.coordinator.result import result_of, served_of, timing_of, votes_of
-from node.coordinator.route import OpenRoute, RouteRejected
+from node.coordinator.route import OpenRoute
 from node.coordinator.session_request import RouteServices, request_sessions
 from node.coordinator.submission import (
     CLIENT_MISTAKES,

@@ -6,7 +6,7 @@ with it; only what the lost stage had computed is computed again.
 """
 
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -15,13 +15,14 @@ from typing import NamedTuple
 import structlog
 import trio
 
-from node.coordinator.budget import needs_of, over_budget
+from node.coordinator.budget import needs_of
 from node.coordinator.job import Job
 from node.coordinator.method_choice import OverBudget
 from node.coordinator.planner import PlannedRoute, RouteNeed
-from node.coordinator.route import LastStageOutput, OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
+from node.coordinator.refusals import RouteRejected, StageRefusal, no_route, over_budget
+from node.coordinator.route import LastStageOutput, OpenRoute, RouteLost, SampledToken
 from node.coordinator.session_request import RouteServices, SessionRequest, request_sessions
-from node.coordinator.straggler_monitor import RETRY_AFTER_S, StragglerMonitor
+from node.coordinator.straggler_monitor import StragglerMonitor
 from node.coordinator.submission import JobError, JobErrorCode, JobTrace
 from node.coordinator.tracing import CLOCK_SAMPLES, JobTracer
 from node.engine.interface import parts_of
@@ -425,39 +426,3 @@ class _RouteSearch:
     candidates_seen_s: float
     is_logged: bool = False
     refusals: dict[PeerId, StageRefusal] = field(default_factory=dict)
-
-
-def no_route(
-    job: Job, error: NoRouteError, avoided: Mapping[PeerId, StageRefusal], outdated: Mapping[PeerId, StageRefusal]
-) -> JobError:
-    """Return the error for a job without a route: no peer serves its blocks, or none could take its stages.
-
-    `avoided`: why peers were not used. `outdated`: peers of older versions, which cannot be the last stage.
-    """
-    name, blocks = job.model.name, ", ".join(map(str, error.missing))
-    reasons = "; ".join(f"{refusal.peer}: {refusal.message}" for refusal in (avoided or outdated).values())
-    peers, methods = f"the peers that serve {name}", " or ".join(method.name for method in job.admitted)
-    kinds = {refusal.reason for refusal in avoided.values()}
-    code = JobErrorCode.UNCOVERED
-    if not avoided and outdated:
-        leave_out = "" if job.is_embedding else "leave out top_k, min_p, penalties, logit_bias and min_tokens, or "
-        message = (
-            f"no peer that serves the last blocks of {name} supports what the job asks for ({reasons}): "
-            f"{leave_out}wait for a peer of a later version"
-        )
-    elif not avoided:
-        lacking = f"no peer serves blocks {blocks} of {name}"
-        unfit = f"the peers serve spans of {name} that do not meet, and {methods} runs them as a whole only"
-        message = f"{lacking}: start a node with --serve" if blocks else f"{unfit}: use another method"
-    elif RefusalReason.FULL in kinds:
-        code = JobErrorCode.FULL
-        message = f"{peers} have no room now ({reasons}): try again later"
-    elif RefusalReason.NOT_READY in kinds:
-        message = f"{methods} is not ready on {peers} ({reasons}): try again later"
-    elif kinds == {RefusalReason.UNABLE}:
-        message = f"{methods} is not available on {peers} ({reasons}): use another method"
-        return JobError(JobErrorCode.INVALID, message)
-    else:
-        missing = f"blocks {blocks}" if blocks else "some blocks"
-        message = f"no peer is left to serve {missing} of {name} ({reasons}): try again later"
-    return JobError(code, message, retry_after_s=RETRY_AFTER_S)

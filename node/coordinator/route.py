@@ -3,12 +3,12 @@
 import secrets
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import trio
 
+from node.coordinator.refusals import RouteRejected, StageRefusal
 from node.coordinator.session_request import SessionRequest
 from node.coordinator.straggler_detector import Progress, StragglerDetector
 from node.coordinator.submission import JobError
@@ -18,7 +18,7 @@ from node.links.link_pool import LinkPool
 from node.links.outbound_link import OutboundLink, SessionLost, SessionRefused
 from node.stages.replay_buffer import ResumePoint, plan_resume
 from node.stages.voter import TableVersion
-from protocol.codec import minor_of
+from protocol.codec import adapted, minor_of
 from protocol.identity import JobId, PeerId, SessionId, Stage
 from protocol.limits import MAX_STEP_BYTES
 from protocol.messages import (
@@ -50,32 +50,6 @@ from selector.voting import tally, weights_of
 
 CLOSE_TIMEOUT_S = 1.0
 """How long the end of a job waits for its stages; a stage that misses it frees the session when the link breaks."""
-
-TRACED_SINCE_MINOR = 2
-"""The version of the job protocol since which stages get the request id and the trace of a job."""
-
-
-@dataclass(frozen=True, slots=True)
-class StageRefusal:
-    """Why a peer could not take its stage. `reason` is None where the peer could not be reached at all.
-
-    `lagged`: it can be reached, but made no progress. `outdated`: its version lacks a sampling option of the job, so
-    that it may serve any stage but the last.
-    """
-
-    peer: PeerId
-    reason: RefusalReason | None
-    message: str
-    lagged: bool = False
-    outdated: bool = False
-
-
-class RouteRejected(Exception):
-    """Some stages did not open."""
-
-    def __init__(self, refusals: Sequence[StageRefusal]) -> None:
-        super().__init__("; ".join(f"{refusal.peer}: {refusal.message}" for refusal in refusals))
-        self.refusals = tuple(refusals)
 
 
 class RouteLost(Exception):
@@ -371,9 +345,7 @@ class OpenRoute:
             peer = self.stages[stage].peer
             try:
                 link = await self._link_pool.link_to(peer)
-                message = self._open_message(stage)
-                if link.minor < TRACED_SINCE_MINOR:
-                    message = replace(message, request_id="", trace_parent="")
+                message = adapted(self._open_message(stage), link.minor)
                 if minor_of(message) > link.minor:
                     why = f"speaks version 1.{link.minor} of the job protocol, which lacks a sampling option of the job"
                     refusals[stage] = StageRefusal(peer, RefusalReason.UNABLE, why, outdated=True)

@@ -10,7 +10,8 @@ import trio
 
 from node.coordinator.job import Job
 from node.coordinator.planner import Planner
-from node.coordinator.route import LastStageOutput, OpenRoute, RouteLost, RouteRejected, StageRefusal
+from node.coordinator.refusals import RETRY_AFTER_S, RouteRejected, StageRefusal
+from node.coordinator.route import LastStageOutput, OpenRoute, RouteLost
 from node.coordinator.straggler_detector import Lag, StragglerDetector
 from node.coordinator.submission import JobError, JobErrorCode
 from node.links.outbound_link import SessionLost
@@ -28,9 +29,6 @@ STALL_LIMIT_S = 120.0
 
 STALL_FACTOR = 6.0
 """or this multiple of what is expected of it."""
-
-RETRY_AFTER_S = 2.0
-"""When a client should retry a job whose blocks are not served or whose peers are full."""
 
 FIRST_TIMEOUT_S = 1.0
 """Wait for the first token: prefill takes its time, and asking for progress costs little."""

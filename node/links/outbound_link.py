@@ -5,7 +5,7 @@ Pings tell a dead peer from one that is still receiving what was sent before.
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 import trio
@@ -148,8 +148,7 @@ class OutboundLink(JobLink):
 
     async def open(self, message: Open) -> Opened:
         """Open a session. Raises SessionRefused, or LinkBroken also when no answer arrives in time."""
-        # A peer of an earlier version votes without them.
-        answer = await self._request(message if self.minor >= 2 else replace(message, stage_facts=()))
+        answer = await self._request(message)
         if isinstance(answer, Refused):
             raise SessionRefused(self.peer, answer)
         if not isinstance(answer, Opened):

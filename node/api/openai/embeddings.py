@@ -11,9 +11,9 @@ from node.api.embeddings import EmbeddingWriter, as_base64, as_json, embedding_o
 from node.api.fields import Field, Form, ObjectForm, one_of, parse_json
 from node.api.job_document import describe_job
 from node.api.openai.requests import IGNORED, prompts_of, with_prompt
-from node.api.shared_fields import METHOD, MODEL, QUALITY, asks_details
+from node.api.shared_fields import BUDGET, METHOD, MODEL, OBJECTIVE, QUALITY, asks_details
 from node.coordinator.submission import JobRequest, JobResult
-from protocol.measurements import QualityBound
+from protocol.measurements import Objective, QualityBound
 from protocol.tensors import Pooling
 
 MAX_INPUTS: Final = 2048
@@ -26,7 +26,7 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
 
 _pooling: Final = one_of(*Pooling)
 POOLING: Final = Field("pooling", Form(lambda param, value: Pooling(_pooling(param, value)), _pooling.schema))
-EXTENSIONS: Final = ObjectForm(QUALITY, METHOD, POOLING)
+EXTENSIONS: Final = ObjectForm(QUALITY, METHOD, OBJECTIVE, BUDGET, POOLING)
 _METASWARM: Final = Field("metaswarm", EXTENSIONS.form)
 _INPUT: Final = Field("input", prompts_of(MAX_INPUTS))
 _ENCODING: Final = Field("encoding_format", one_of("float", "base64"))
@@ -45,6 +45,8 @@ def parse_embedding_request(body: bytes, headers: Headers) -> tuple[tuple[JobReq
         pooling=pooling,
         max_tokens=1,
         quality=extras.get(QUALITY) or QualityBound.EXACT,
+        objective=extras.get(OBJECTIVE) or Objective.LATENCY,
+        budget=extras.get(BUDGET),
         method=extras.get(METHOD) or "auto",
     )
     jobs = tuple(with_prompt(job, prompt) for prompt in fields.require(_INPUT))

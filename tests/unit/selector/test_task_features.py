@@ -5,8 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from protocol.capabilities import Capabilities, Throughput, stage_facts
+from protocol.limits import MAX_NUMBER
 from protocol.stage_facts import DeviceKind, StageFacts
 from selector.dataset import FloatArray, Pairs
 from selector.features import PHYSICS, physics
@@ -123,3 +126,15 @@ def test_facts_of_a_machine_with_a_gpu_are_the_gpus() -> None:
     limited = replace(EPYC, processor=replace(EPYC.processor, threads=1))
     assert (facts(limited, 30).threads, facts(EPYC, 30).threads) == (1, 2)
     assert (found.vector_bits, found.bf16, found.int8, found.matrix_unit) == (512, True, False, False)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(TaskContext().values())), st.floats(0, MAX_NUMBER) | st.sampled_from([0.0, MAX_NUMBER])
+    )
+)
+def test_whatever_a_peer_says_has_features_that_are_finite_or_unknown(values: dict[str, float]) -> None:
+    table = tabulate([TaskContext.of(values)])
+    estimates = physics(Pairs(table, (WIDE.name,), np.array([0]), np.array([0])))
+    assert not np.isinf(table.features).any()
+    assert not np.isinf(estimates).any()
