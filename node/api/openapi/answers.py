@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from node.api.fields import Schema, nullable
 from node.api.openapi.types import TypeSchemas
-from node.coordinator.submission import Consensus, Selection, Timing
+from node.coordinator.submission import Consensus, Cost, Selection, Timing
 
 STRING: Final[Schema] = {"type": "string"}
 INTEGER: Final[Schema] = {"type": "integer"}
@@ -44,6 +44,7 @@ def job_schema(types: TypeSchemas) -> dict[str, Any]:
         method=record(name=STRING, switches=texts, stage_policy=texts),
         consensus=types.of(Consensus),
         timing=types.of(Timing),
+        cost=nullable(types.of(Cost)),
         selection=nullable(types.of(Selection)),
         replays=INTEGER,
         token_ids=array(INTEGER),

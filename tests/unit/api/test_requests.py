@@ -483,9 +483,9 @@ def test_accepts_neutral_values(fields: dict[str, Any]) -> None:
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
         ({"metaswarm": {"speed": 1}}, "metaswarm.speed"),
-        ({"metaswarm": {"objective": "latency"}}, "metaswarm.objective"),
+        ({"metaswarm": {"objective": "speed"}}, "metaswarm.objective"),
         ({"metaswarm": {"quality": ["exact"]}}, "metaswarm.quality"),
-        ({"metaswarm": {"budget": 1}}, "metaswarm.budget"),
+        ({"metaswarm": {"budget": 0}}, "metaswarm.budget"),
         ({"metaswarm": {"method": "x" * 257}}, "metaswarm.method"),
     ],
 )

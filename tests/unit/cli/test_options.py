@@ -88,6 +88,7 @@ def test_reads_every_option_from_environment_and_from_file(tmp_path: Path) -> No
         "METASWARM_EPOCH": "30",
         "METASWARM_CHECKPOINT": "cd" * 32,
         "METASWARM_EXPLORATION": "0.25",
+        "METASWARM_PRICE": "2.5",
         "METASWARM_LOG_LEVEL": "DEBUG",
         "METASWARM_LOG_FORMAT": "json",
     }
@@ -118,6 +119,7 @@ def test_reads_every_option_from_environment_and_from_file(tmp_path: Path) -> No
         epoch_s=30.0,
         checkpoints=(b"\xcd" * 32,),
         exploration=0.25,
+        price=2.5,
         log_level="debug",
         log_format="json",
     )
@@ -146,6 +148,7 @@ def test_reads_every_option_from_environment_and_from_file(tmp_path: Path) -> No
         epoch = 30
         checkpoint = ["{"cd" * 32}"]
         exploration = 0.25
+        price = 2.5
         log_level = "debug"
         log_format = "json"
         """
