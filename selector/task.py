@@ -431,17 +431,15 @@ class TaskContext:
         """Return the context in plain values from a peer; missing, unknown and invalid ones are left out."""
         taken: dict[str, Any] = {}
         for name, kind in _PLAIN.items():
-            value = values.get(name)
-            if value is None:
-                continue
-            if kind is str if isinstance(value, str) else kind is not str and 0 <= value <= _MOST.get(name, math.inf):
+            value, most = values.get(name), _MOST.get(name, math.inf)
+            if value is not None and (
+                kind is str if isinstance(value, str) else kind is not str and 0 <= value <= most
+            ):
                 taken[name] = value if kind in {str, float} else int(value)
         return cls(**taken, stage_facts=tuple(stage_facts))
 
 
-_PLAIN: Final[Mapping[str, Any]] = {
-    field.name: field.type for field in fields(TaskContext) if field.name != "stage_facts"
-}
+_PLAIN: Final[Mapping[str, Any]] = {each.name: each.type for each in fields(TaskContext) if each.name != "stage_facts"}
 """The names of a context's plain values and their types."""
 
 _MOST: Final = {"shared_prefix_share": 1.0, "repetitiveness": 1.0}
