@@ -1,0 +1,36 @@
+"""Budget and objective over real daemons: one peer is dear, another cheap."""
+
+import httpx
+
+from tests.process.daemons import MODEL, StartDaemon, is_complete, until
+
+
+async def test_objective_and_budget_choose_between_a_dear_and_a_cheap_peer(start_daemon: StartDaemon) -> None:
+    dear = await start_daemon("--serve", MODEL, "--price", "1000")
+    cheap = await start_daemon("--serve", MODEL, "--price", "0.5", "--bootstrap", dear.multiaddr)
+    client = await start_daemon("--bootstrap", dear.multiaddr)
+
+    async def route(**wishes: object) -> tuple[str, dict[str, float]]:
+        done = (await client.complete(prompt="Once", max_tokens=4, metaswarm={"ignore_eos": True, **wishes}))[
+            "metaswarm"
+        ]
+        return done["route"][0]["peer"], done["cost"]
+
+    async def prefers_cheap() -> bool:
+        """Whether the signed prices of both peers have arrived."""
+        return await is_complete(client) and (await route(objective="cost"))[0] == cheap.peer_id
+
+    await until(prefers_cheap, timeout_s=120)
+    peer, cost = await route(objective="cost")
+    assert peer == cheap.peer_id
+    peer, cost = await route(budget=100.0)  # below what the dear one takes for this
+    assert peer == cheap.peer_id
+    assert cost["actual"] < 100.0
+    assert cost["predicted"] <= cost["budget"] == 100.0
+    body = {"model": MODEL, "prompt": "Once", "max_tokens": 4, "metaswarm": {"budget": 1e-6}}
+    async with httpx.AsyncClient(base_url=client.api_url, timeout=60) as http:
+        refused = await http.post("/v1/completions", json=body)
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert (error["code"], error["param"]) == ("over_budget", "budget")
+    assert "the cheapest is" in error["message"]
