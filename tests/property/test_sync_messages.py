@@ -218,7 +218,7 @@ INSIDE = Summary("00000007ab", 3, bytes(32))
         Listing(((7, PackedIds(b"")),)),
         Listing(((7, PackedIds(ID)), (7, PackedIds(ID)))),
     ],
-    ids=str,
+    ids=lambda answer: type(answer).__name__,
 )
 def test_answer_outside_the_queried_prefix_is_refused(answer: Answer) -> None:
     with pytest.raises(RemoteProtocolError):
