@@ -1,0 +1,165 @@
+"""A lab of network namespaces: public machines, and homes behind NATs of several kinds, over one delaying switch.
+
+    pub 50.0.0.10, pub2 60.0.0.10 ── switch ── gateway 50.0.1.N | 192.168.1.1 ── home 192.168.1.2
+
+Both homes have the same private range. Every name begins with a prefix of this process; nothing outside is touched.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PUBLIC = {"pub": "50.0.0.10", "pub2": "60.0.0.10"}
+"""Public machines, in two ranges."""
+GATEWAYS = {"a": "70.0.0.1", "b": "80.0.0.1"}
+
+
+class Nat(StrEnum):
+    """What is between a home and the internet."""
+
+    OPEN = "open"
+    """A public address, and nothing in between."""
+    FULL_CONE = "full-cone"
+    """A mapped port is open to everybody."""
+    RESTRICTED = "restricted"
+    """A mapped port is open to whom the home has sent something; other packets are dropped."""
+    RESETTING = "resetting"
+    """The same, and other packets are refused."""
+    SYMMETRIC = "symmetric"
+    """Another port for each destination."""
+
+
+_RULES = """
+table ip home {{
+  set mapped {{ type inet_service; flags dynamic,timeout; timeout 10m; }}
+  chain arriving {{
+    type nat hook prerouting priority dstnat;
+    {full_cone}
+  }}
+  chain leaving {{ type nat hook postrouting priority srcnat; oifname "wan" masquerade {random}; }}
+  chain own {{
+    type filter hook input priority 0;
+    iifname "wan" ct state established,related accept
+    iifname "wan" ip protocol icmp accept
+    iifname "wan" {refuse}
+  }}
+  chain through {{
+    type filter hook forward priority 0;
+    iifname "lan" oifname "wan" ip protocol tcp add @mapped {{ tcp sport }}
+    iifname "wan" ct state established,related accept
+    iifname "wan" ct status dnat accept
+    iifname "wan" drop
+  }}
+}}
+"""
+
+
+def missing() -> str | None:
+    """Return why the lab cannot be built here."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    for program in ("ip", "nft", "ethtool"):
+        if shutil.which(program) is None:
+            return f"{program} is not installed"
+    tried = subprocess.run(["unshare", "-n", "nft", "add", "table", "ip", "t"], capture_output=True, check=False)
+    return None if tried.returncode == 0 else "this kernel has no nftables, or namespaces are not allowed"
+
+
+class Lab:
+    """The namespaces of one test."""
+
+    def __init__(self) -> None:
+        self._prefix = f"nat{os.getpid()}-"
+        self._spaces: list[str] = []
+
+    def inside(self, space: str, *command: str) -> list[str]:
+        """Return the command that runs another one in a namespace."""
+        return ["ip", "netns", "exec", self._prefix + space, *command]
+
+    def run(self, space: str, *command: str, stdin: str = "") -> None:
+        """Run a command in a namespace."""
+        subprocess.run(self.inside(space, *command), input=stdin, text=True, check=True, capture_output=True)
+
+    def forward(self, home: str, port: int) -> None:
+        """Forward a port of a home's gateway to it."""
+        rule = f"iifname wan tcp dport {port} dnat to 192.168.1.2:{port}"
+        self.run(f"gate-{home}", "nft", f"add rule ip home arriving {rule}")
+
+    def _add(self, space: str) -> None:
+        subprocess.run(["ip", "netns", "add", self._prefix + space], check=True)
+        self._spaces.append(space)
+        self.run(space, "ip", "link", "set", "lo", "up")
+
+    def _cable(self, first: tuple[str, str], second: tuple[str, str]) -> None:
+        """Connect an interface of a namespace with one of another."""
+        ends = [("netns", self._prefix + space, "name", name) for space, name in (first, second)]
+        command = ["ip", "link", "add", first[1], *ends[0][:2], "type", "veth", "peer", *ends[1][2:], *ends[1][:2]]
+        subprocess.run(command, check=True)
+        for space, name in (first, second):
+            # The switch sees frames as they are: nothing may be left to hardware that is not there.
+            self.run(space, "ethtool", "-K", name, "tso", "off", "gso", "off", "gro", "off", "tx", "off")
+            self.run(space, "ip", "link", "set", name, "up")
+
+    def _build(self, kinds: dict[str, Nat]) -> list[str]:
+        """Build everything; return the ports of the switch."""
+        self._add("switch")
+        ports = []
+        for space, host in (*PUBLIC.items(), *((f"gate-{home}", GATEWAYS[home]) for home in kinds)):
+            self._add(space)
+            port = f"p-{space}"
+            self._cable((space, "wan"), ("switch", port))
+            ports.append(port)
+            self.run(space, "ip", "addr", "add", f"{host}/32", "dev", "wan")
+            self.run(space, "ip", "route", "add", "default", "dev", "wan")  # all of the internet is one link
+        for home, kind in kinds.items():
+            self._add(home)
+            self._cable((f"gate-{home}", "lan"), (home, "eth0"))
+            self._connect_home(home, kind)
+        return ports
+
+    def _connect_home(self, home: str, kind: Nat) -> None:
+        gate = f"gate-{home}"
+        self.run(gate, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+        if kind is Nat.OPEN:
+            inner = GATEWAYS[home].rpartition(".")[0]
+            self.run(gate, "sysctl", "-qw", "net.ipv4.conf.all.proxy_arp=1", "net.ipv4.conf.wan.proxy_arp=1")
+            self.run(gate, "ip", "route", "add", f"{inner}.2/32", "dev", "lan")
+            self.run(gate, "ip", "addr", "add", "192.168.1.1/24", "dev", "lan")
+            self.run(home, "ip", "addr", "add", f"{inner}.2/32", "dev", "eth0")
+            self.run(home, "ip", "route", "add", "192.168.1.1", "dev", "eth0")
+            self.run(home, "ip", "route", "add", "default", "via", "192.168.1.1")
+            return
+        self.run(gate, "ip", "addr", "add", "192.168.1.1/24", "dev", "lan")
+        self.run(home, "ip", "addr", "add", "192.168.1.2/24", "dev", "eth0")
+        self.run(home, "ip", "route", "add", "default", "via", "192.168.1.1")
+        rules = _RULES.format(
+            full_cone='iifname "wan" tcp dport @mapped dnat to 192.168.1.2' if kind is Nat.FULL_CONE else "",
+            random="fully-random" if kind is Nat.SYMMETRIC else "",
+            refuse="ip protocol tcp reject with tcp reset" if kind is Nat.RESETTING else "drop",
+        )
+        self.run(gate, "nft", "-f", "-", stdin=rules)
+
+    @contextmanager
+    def built(self, *, delay_ms: float = 5, **kinds: Nat) -> Iterator["Lab"]:
+        """Build the lab with homes `a` and `b` of these kinds; remove it at the end."""
+        switch: subprocess.Popen[str] | None = None
+        try:
+            ports = self._build(kinds)
+            command = self.inside("switch", sys.executable, str(HERE / "switch.py"), str(delay_ms), *ports)
+            switch = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            assert switch.stdout is not None
+            assert switch.stdout.readline() == "ready\n"
+            yield self
+        finally:
+            if switch is not None:
+                switch.kill()
+                switch.communicate()
+            for space in self._spaces:
+                subprocess.run(["ip", "netns", "del", self._prefix + space], check=False)
+            self._spaces.clear()

@@ -1,0 +1,156 @@
+"""Peers behind every pair of NATs reach each other: directly, through a hole, or through a relay."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import product
+from typing import Any
+
+import pytest
+
+from .lab import PUBLIC, Lab, Nat, missing
+
+REASON = missing()
+pytestmark = [
+    pytest.mark.nat,
+    pytest.mark.skipif(REASON is not None and not os.environ.get("METASWARM_REQUIRE_ALL"), reason=REASON or ""),
+]
+
+PORT_PRESERVING = {Nat.RESTRICTED, Nat.RESETTING}
+
+
+class Peer:
+    """A peer in a namespace."""
+
+    def __init__(self, lab: Lab, space: str, seed: int, *announce: str) -> None:
+        command = lab.inside(space, sys.executable, "-m", "tests.nat.peer", str(seed), *announce)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.space = space
+        self.id: str = self._read()
+
+    def _read(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the peer in {self.space} has died"
+        return json.loads(line)
+
+    def ask(self, *words: object) -> Any:
+        """Return the answer to a command. Raises AssertionError for an error."""
+        answer = self.try_ask(*words)
+        assert "error" not in answer, answer["error"]
+        return answer["ok"]
+
+    def try_ask(self, *words: object) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        print(*words, file=self.process.stdin, flush=True)
+        answer: dict[str, Any] = self._read()
+        return answer
+
+    def end(self) -> None:
+        """Kill the peer, which has not said farewell to anybody."""
+        self.process.kill()
+        self.process.communicate()
+
+    def address(self, host: str) -> str:
+        return f"/ip4/{host}/tcp/4001/p2p/{self.id}"
+
+
+def wait(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+    end_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end_s, "it took too long"
+        time.sleep(0.1)
+
+
+@contextmanager
+def swarm(kinds: tuple[Nat, Nat], *, delay_ms: float = 5, relays: int = 1) -> Iterator[tuple[Lab, list[Peer]]]:
+    """Run public relays and a peer in each of two homes, which know the relays only."""
+    with ExitStack() as stack:
+        lab = stack.enter_context(Lab().built(delay_ms=delay_ms, a=kinds[0], b=kinds[1]))
+        peers: list[Peer] = []
+
+        def start(space: str, *announce: str) -> Peer:
+            peer = Peer(lab, space, len(peers) + 1, *announce)
+            stack.callback(peer.end)
+            peers.append(peer)
+            return peer
+
+        public = [start(space) for space in list(PUBLIC)[:relays]]
+        for home in "ab":
+            peer = start(home)
+            for relay in public:
+                peer.ask("connect", relay.address(PUBLIC[relay.space]))
+        yield lab, peers
+
+
+def settled(peer: Peer, kind: Nat, relays: int = 1) -> bool:
+    """Return whether a peer knows whether it can be dialled, and has its relays if not."""
+    reach = peer.ask("reach")
+    if kind in {Nat.OPEN, Nat.FULL_CONE}:
+        return bool(reach["verdict"] == "public")
+    return bool(reach["verdict"] == "private" and len(reach["relays"]) == relays)
+
+
+def expected(kinds: tuple[Nat, Nat]) -> set[str]:
+    """Return the ways that are good enough for a pair."""
+    if {Nat.OPEN, Nat.FULL_CONE} & set(kinds):
+        return {"direct", "punched"}
+    return {"relayed"} if Nat.SYMMETRIC in kinds else {"punched"}
+
+
+@pytest.mark.parametrize("kinds", list(product(Nat, Nat)), ids=lambda kinds: "-to-".join(kinds))
+def test_homes_behind_every_pair_of_nats_reach_each_other(kinds: tuple[Nat, Nat]) -> None:
+    with swarm(kinds, delay_ms=15) as (_, (_, one, two)):
+        for peer, kind in zip((one, two), kinds, strict=True):
+            wait(lambda peer=peer, kind=kind: settled(peer, kind))  # type: ignore[misc]
+        one.ask("learn", two.id, *two.ask("addresses"))
+        took_s = one.ask("echo", two.id, 1000)
+        way = one.ask("way", two.id)
+        print(f"{kinds[0]} to {kinds[1]}: {way}, first byte after {took_s:.2f} s")
+        assert way in expected(kinds)
+        assert two.ask("way", one.id) == way
+        assert two.ask("echo", one.id, 1000) < 1
+
+
+def test_peer_behind_a_second_relay_is_reached_when_the_first_dies() -> None:
+    with swarm((Nat.SYMMETRIC, Nat.SYMMETRIC), relays=2) as (_, (first, second, one, two)):
+        wait(lambda: settled(one, Nat.SYMMETRIC, 2) and settled(two, Nat.SYMMETRIC, 2))
+        one.ask("learn", two.id, *two.ask("addresses"))
+        one.ask("echo", two.id, 1000)
+        assert one.ask("way", two.id) == "relayed"
+        for relay in (first, second):
+            relay.end()
+            one.try_ask("echo", two.id, 1000)  # the first may have carried the circuit
+            assert one.ask("echo", two.id, 1000) < 3
+            break
+
+
+def test_nobody_notices_the_death_of_a_relay_after_a_hole_was_punched() -> None:
+    with swarm((Nat.RESTRICTED, Nat.RESTRICTED)) as (_, (relay, one, two)):
+        wait(lambda: settled(one, Nat.RESTRICTED) and settled(two, Nat.RESTRICTED))
+        one.ask("learn", two.id, *two.ask("addresses"))
+        one.ask("echo", two.id, 1000)
+        assert one.ask("way", two.id) == "punched"
+        relay.end()
+        assert one.ask("echo", two.id, 100_000) < 1
+        assert two.ask("echo", one.id, 100_000) < 1
+
+
+def test_forwarded_port_is_dialled_directly() -> None:
+    with Lab().built(a=Nat.RESTRICTED, b=Nat.RESTRICTED) as lab, ExitStack() as stack:
+        lab.forward("a", 4001)
+        relay, one, two = (Peer(lab, "pub", 1), Peer(lab, "a", 2, "/ip4/70.0.0.1/tcp/4001"), Peer(lab, "b", 3))
+        for peer in (relay, one, two):
+            stack.callback(peer.end)
+        for peer in (one, two):
+            peer.ask("connect", relay.address(PUBLIC["pub"]))
+        wait(lambda: one.ask("reach")["verdict"] == "public")
+        two.ask("learn", one.id, *one.ask("addresses"))
+        two.ask("echo", one.id, 1000)
+        assert two.ask("way", one.id) == "direct"
+        assert one.ask("reach")["relays"] == []
+        assert not [address for address in one.ask("addresses") if "/127.0.0.1/" in address]
