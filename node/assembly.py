@@ -30,6 +30,8 @@ from node.models.store import ModelStore
 from node.network.host import Libp2pNetwork
 from node.network.interface import Network
 from node.network.limits import NetworkLimits
+from node.network.relay_ledger import RelayLimits
+from node.network.traversal import TraversalOptions
 from node.replication.observations import ObservationReplicator
 from node.selection.chooser import LearnedChooser, LearnedVoter
 from node.selection.learner import Learner
@@ -120,6 +122,7 @@ class ServingParts:
 class ClientParts:
     """What runs this node's own jobs."""
 
+    links: LinkEstimates
     quality_store: LocalQualityStore
     recorder: Recorder
     coordinator: Coordinator
@@ -166,8 +169,13 @@ def build_network(config: NodeConfig, database: Database, devices: Sequence[Devi
         network = Libp2pNetwork(
             identity.seed,
             listen=config.listen,
+            announce=config.announce,
             swarm_key=config.swarm_key,
             limits=NetworkLimits.within(open_file_limit()),
+            traversal=TraversalOptions(
+                relay=RelayLimits(bytes_per_s=config.relay_bytes_per_s) if config.relay else None,
+                port_mapping=config.port_mapping,
+            ),
             on_sent=traffic.sent,
             on_received=traffic.received,
         )
@@ -305,11 +313,18 @@ def build_client(
         capabilities = announcer.known(peer)
         return None if capabilities is None else capabilities.links
 
+    def relay_to(peer: PeerId) -> PeerId | None:
+        way = network.network.way_to(peer)
+        return None if way is None else way.relay
+
+    links = LinkEstimates(
+        membership.directory, network.identity.peer_id, membership.round_trip_s, links_of, relay_to=relay_to
+    )
     recorder = Recorder(network.identity, swarm.replicator.publish)
     quality_store = LocalQualityStore(serving.library, config.cache_dir)
     view = SwarmView(
         finder=membership,
-        links=LinkEstimates(network.identity.peer_id, membership.round_trip_s, links_of).between,
+        links=links.between,
         hardware=hardware_of,
         bandwidth=bandwidth_of,
         expected=membership.directory.expected,
@@ -324,7 +339,7 @@ def build_client(
         quality_store=quality_store,
         chooser=selection.chooser,
     )
-    return ClientParts(quality_store, recorder, coordinator, BenchmarkRunner(coordinator, recorder))
+    return ClientParts(links, quality_store, recorder, coordinator, BenchmarkRunner(coordinator, recorder))
 
 
 def build_consensus(

@@ -176,12 +176,24 @@ class PeerCounts(TypedDict):
     held_bytes: int
 
 
+class ReachabilityDocument(TypedDict):
+    """How this node can be reached, as far as it is known."""
+
+    verdict: Literal["public", "private", "unknown"]
+    observed: list[str]
+    endpoint_dependent: bool
+    port_mapped: bool
+    relays: list[str]
+    relay_bytes_per_s: float
+
+
 class NodeStatus(TypedDict):
     """`GET /swarm/status`."""
 
     peer_id: str
     agent: str
     multiaddrs: list[str]
+    reachability: ReachabilityDocument
     api_url: str
     state: Literal["serving", "draining"]
     uptime_s: float
@@ -236,6 +248,8 @@ class PeerStatus(TypedDict):
     agent: str
     connected: bool
     reached: bool
+    way: Literal["direct", "punched", "relayed"] | None
+    relay: str | None
     leaving: bool
     rtt_s: float | None
     last_seen_s: float | None
@@ -261,6 +275,7 @@ class ModelDocument(TypedDict):
     block_count: int
     coverage: list[int]
     uncovered: list[tuple[int, int]]
+    apart: list[tuple[str, str]]
     complete: bool
     local: bool
     quality: dict[str, LineageQuality | None]

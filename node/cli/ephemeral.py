@@ -17,7 +17,7 @@ from node.engine.device import CPU
 async def ephemeral_peer(bootstrap: Sequence[str]) -> AsyncIterator[str]:
     """Run a peer inside the block and yield its API's URL. It shares the user's model cache."""
     with TemporaryDirectory(prefix="metaswarm-", ignore_cleanup_errors=True) as data_dir:
-        flags = [f"--data-dir={data_dir}", "--api=127.0.0.1:0", "--listen=/ip4/0.0.0.0/tcp/0"]
+        flags = [f"--data-dir={data_dir}", "--api=127.0.0.1:0", "--listen=/ip4/0.0.0.0/tcp/0", "--no-port-mapping"]
         flags.append(f"--log-level={os.environ.get(f'{ENVIRONMENT_PREFIX}LOG_LEVEL', 'warning')}")
         config = read_config(*flags, *(f"--bootstrap={each}" for each in bootstrap))
         configure_logging(config.log_level)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         NodeStatus,
         PeerCounts,
         PeerStatus,
+        ReachabilityDocument,
         SelectionStatus,
     )
 
@@ -106,6 +107,7 @@ def render_status(status: "NodeStatus") -> "RenderableType":
         "state": f"{status['state']} for {format_duration(status['uptime_s'])}",
         "api": status["api_url"],
         "addresses": "\n          ".join(status["multiaddrs"]),
+        "reach": _describe_reachability(status["reachability"]),
         "connected": f"{status['connected_peers']} peers",
         "peers": _describe_peers(status["peers"]),
         "jobs": _describe_jobs(jobs),
@@ -150,6 +152,26 @@ def render_status(status: "NodeStatus") -> "RenderableType":
             )
         )
     return Group(summary, Text(), table)
+
+
+def _describe_reachability(reach: "ReachabilityDocument") -> str:
+    """Return how this node is reached, in one line."""
+    relays = f"through {len(reach['relays'])} relays" if reach["relays"] else "through no relay"
+    what = {
+        "public": "anyone can dial this node",
+        "private": f"behind a NAT or firewall, reached {relays}",
+        "unknown": "not tested yet: no peer outside of this network has tried to dial this node",
+    }[reach["verdict"]]
+    parts = [what]
+    if reach["observed"]:
+        parts.append(f"seen at {', '.join(reach['observed'])}")
+    if reach["endpoint_dependent"]:
+        parts.append("symmetric NAT")
+    if reach["port_mapped"]:
+        parts.append("port mapped (UPnP)")
+    if reach["relay_bytes_per_s"]:
+        parts.append(f"relays for others up to {format_bytes(int(reach['relay_bytes_per_s']))}/s")
+    return "; ".join(parts)
 
 
 def _describe_jobs(jobs: "JobCounts") -> str:
@@ -217,6 +239,10 @@ def render_peers(answer: dict[str, list["PeerStatus"]]) -> "RenderableType":
         state = "leaving" if peer["leaving"] else "connected" if peer["connected"] else "known"
         if not peer["reached"]:
             state = "not reached"
+        elif peer["connected"] and peer["way"] == "relayed":
+            state = f"relayed by {(peer['relay'] or '')[-8:]}"
+        elif peer["connected"] and peer["way"] == "punched":
+            state = "connected (punched)"
         spans = (f"{span['name'] or span['model'][:12]}:{span['start']}-{span['end']}" for span in peer["spans"])
         table.add_row(
             *_texts(
@@ -269,10 +295,17 @@ def render_models(answer: dict[str, list["ModelDocument"]]) -> "RenderableType":
                 model["block_count"],
                 coverage_bar(model["coverage"]),
                 ", ".join(f"{start}-{end}" for start, end in model["uncovered"]),
-                "complete" if model["complete"] else "incomplete",
+                _describe_completeness(model),
             )
         )
     return table
+
+
+def _describe_completeness(model: "ModelDocument") -> str:
+    if model["apart"]:
+        pairs = ", ".join(f"{a[-8:]} and {b[-8:]}" for a, b in model["apart"][:3])
+        return f"incomplete: its peers cannot reach each other ({pairs})"
+    return "complete" if model["complete"] else "incomplete"
 
 
 def coverage_bar(coverage: list[int]) -> str:

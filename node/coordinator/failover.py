@@ -40,6 +40,9 @@ or to end other jobs. What the remaining stages have computed is held meanwhile.
 HOPELESS_LIMIT_S = 4.0
 """How long it waits while no known peer could: the lost peer may return, or another be discovered, within it."""
 
+MAX_PAIRS = 3
+"""Pairs of peers that an error names which cannot reach each other."""
+
 BACKOFF_S = (0.1, 1.0)
 """First and longest pause before another route is tried."""
 
@@ -293,7 +296,9 @@ class ResilientRoute:
         if not search.is_logged:
             search.is_logged = True
             missing = ", ".join(map(str, error.missing))
-            _logger.warning("no route left; waiting for a peer", job=job.id, model=job.model.name, blocks=missing)
+            _logger.warning(
+                "no route left; waiting for a peer", job=job.id, model=job.model.name, blocks=missing, apart=error.apart
+            )
         if self._planner.could_serve(job.need(), self._services.swarm.expected(job.model.id)):
             search.candidates_seen_s = now_s
             return False
@@ -347,6 +352,12 @@ def no_route(
         message = (
             f"no peer that samples the tokens of {name} supports what the job asks for ({reasons}): "
             "leave out top_k, min_p, penalties, logit_bias and min_tokens, or wait for a peer of a later version"
+        )
+    elif not avoided and error.apart:
+        pairs = ", ".join(f"{a} and {b}" for a, b in error.apart[:MAX_PAIRS])
+        message = (
+            f"{peers} cannot reach each other ({pairs}): one of each pair needs a forwarded port (--announce) or a "
+            "relay; see `metaswarm doctor` there"
         )
     elif not avoided:
         lacking = f"no peer serves blocks {blocks} of {name}"

@@ -1,5 +1,6 @@
 """Plans routes: turns the live peers into offers, and keeps a record of their measured speed and their failures."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from protocol.messages import Load
 from selector.cuts import Cuts, Parts
 from selector.peer_speed import UNKNOWN_BLOCK_S, Claim, Exploration, Measurements, Share, Speed, judge, least_block_s
 from selector.reliability import PeerRecord, Reliability
-from selector.routing import Demand, Links, NoRouteError, Offer, find_replacement, find_route
+from selector.routing import Demand, Links, NoRouteError, Offer, check_complete, find_replacement, find_route
 
 SLOW_BYTES_PER_S = 2e9
 """Weights of a block that a step reads per second at worst, where no peer was measured with it: a slow processor."""
@@ -214,7 +215,9 @@ class Planner:
     def round_s(self, stages: Sequence[Stage]) -> float:
         """Return the links' latency per token: once around the route."""
         peers = [stage.peer for stage in stages]
-        return sum(self._links(a, b).round_trip_s / 2 for a, b in zip(peers, [*peers[1:], peers[0]], strict=True))
+        links = (self._links(a, b) for a, b in zip(peers, [*peers[1:], peers[0]], strict=True))
+        # Infinite where the route was opened, and its peers have since said that they cannot be reached.
+        return sum(link.round_trip_s / 2 for link in links if math.isfinite(link.round_trip_s))
 
     def transfer_s(self, stages: Sequence[Stage], demand: Demand) -> float:
         """Return the transfer time that the links' bandwidth adds to a job: of all its rows, stage by stage."""
@@ -304,8 +307,14 @@ class Planner:
     def could_serve(self, need: RouteNeed, promised: Iterable[BlockRange] = ()) -> bool:
         """Return whether the known live peers, and `promised` spans that are being loaded, cover all blocks."""
         found = self._finder.known_candidates(need.model, without=need.without)
-        spans = (candidate.stage.blocks for candidate in found)
-        return not need.demand.cuts.uncovered([*spans, *promised])
+        spans = [candidate.stage.blocks for candidate in found]
+        if need.demand.cuts.uncovered(spans):
+            return not need.demand.cuts.uncovered([*spans, *promised])
+        try:
+            check_complete(need.demand.cuts, [candidate.stage for candidate in found], self._links)
+        except NoRouteError as error:
+            return not error.apart
+        return True
 
     def record(self, peer: PeerId) -> PeerRecord:
         """Return this node's record of a peer."""

@@ -140,6 +140,7 @@ class Heartbeats:
             placements=announced.placements,
             placed_at_ms=announced.since_ms,
             leaving=self._leaving,
+            reachability=self._network.reachability,
         )
         try:
             envelope = seal(heartbeat, self._identity.private_key)

@@ -337,7 +337,7 @@ class Swarm:
         return membership.directory.expected(model)
 
     def _links(self, network: Network, membership: Membership) -> Links:
-        return LinkEstimates(network.peer_id, membership.round_trip_s, lambda _: None).between
+        return LinkEstimates(membership.directory, network.peer_id, membership.round_trip_s, lambda _: None).between
 
     async def _carry(
         self,
