@@ -19,8 +19,12 @@ async def check_reach(config: NodeConfig, running: RunningNode) -> AsyncIterator
     addresses = [parse_peer_address(text)[1] for text in running.status["multiaddrs"]]
     direct = [address for address in addresses if address.relay is None]
     reach = running.status["reachability"]
-    if not addresses:
-        message = "this node has no address that others could dial: see --listen"
+    if not direct:
+        message = (
+            "reachable through relays only, which are slow: see --listen"
+            if addresses
+            else "this node has no address that others could dial: see --listen"
+        )
         yield Finding(Fault.RELAY_ONLY, Consequence.REACH, message)
     elif reach["verdict"] == "private":
         for finding in _private(config, reach, direct):

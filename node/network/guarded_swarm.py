@@ -37,6 +37,12 @@ DIAL_STAGGER_S: Final = 0.25
 """Head start of each address of a peer over the next one (happy eyeballs)."""
 
 MAX_CONCURRENT_DIALS: Final = 32
+SIMULTANEOUS_S: Final = 5.0
+"""Two connections between the same peers within this time were opened at the same time."""
+
+KEEP_S: Final = 2.0
+"""How long a connection is kept that another has replaced, for what is still on its way."""
+
 MAX_DIALLED: Final = 8
 MAX_CIRCUITS_DIALLED: Final = 3
 """Addresses of one peer that are dialled."""
@@ -70,7 +76,6 @@ class GuardedSwarm(Swarm):
         book: AddressBook,
         limits: NetworkLimits,
         psk: str | None,
-        is_own: Callable[[TcpAddress], bool],
         on_connected: Callable[[ID], None],
         on_disconnected: Callable[[ID], None],
     ) -> None:
@@ -85,7 +90,8 @@ class GuardedSwarm(Swarm):
         )
         super().__init__(peer_id, BoundedPeerStore(), upgrader, list(transports), connection_config=config)
         self._swarm_key = psk
-        self._is_own = is_own
+        self.is_own: Callable[[TcpAddress], bool] = lambda address: False
+        """Whether to dial an address would be to dial ourselves."""
         self._book = book
         self._on_connected = on_connected
         self._on_disconnected = on_disconnected
@@ -146,11 +152,39 @@ class GuardedSwarm(Swarm):
         await super().notify_disconnected(conn)
 
     def _select_connection(self, connections: list[INetConn], peer_id: ID) -> INetConn:
-        """Choose the latest connection: an older one may be left over from a peer that has crashed and come back.
+        """Choose a direct connection before one through a relay, and the latest one.
 
-        One through a relay only where there is no direct one.
+        An older one may be left over from a peer that has crashed and come back. Of two that the peers opened at the
+        same time, to each other, both choose the same: that of the peer with the lower id.
         """
-        return next(filter(_is_direct, reversed(connections)), connections[-1])
+        muxed = [(each, each.muxed_conn) for each in connections]
+        ours = [(each, one) for each, one in muxed if isinstance(one, Yamux)]
+        direct = [pair for pair in ours if pair[1].relay is None] or ours
+        if not direct:
+            return connections[-1]
+        latest_s = max(one.established_s for _, one in direct)
+        is_lower = self.self_id.to_bytes() < peer_id.to_bytes()
+
+        def order(pair: tuple[INetConn, Yamux]) -> tuple[bool, bool, float]:
+            _, one = pair
+            is_late = one.established_s > latest_s - SIMULTANEOUS_S
+            return is_late, is_late and one.is_initiator is is_lower, one.established_s
+
+        return max(direct, key=order)[0]
+
+    def surplus(self) -> list[Yamux]:
+        """Return connections that others have replaced, and that carry no stream of our own protocols any more."""
+        now_s = trio.current_time()
+        found: list[Yamux] = []
+        for peer_id in list(self.connections):
+            live = self.live_connections(peer_id)
+            if len(live) < 2:
+                continue
+            kept = self._select_connection(live, peer_id).muxed_conn
+            if isinstance(kept, Yamux) and now_s - kept.established_s > KEEP_S:
+                others = [each.muxed_conn for each in live if each.muxed_conn is not kept]
+                found += [one for one in others if isinstance(one, Yamux) and not one.users]
+        return found
 
     def live_connections(self, peer_id: ID) -> list[INetConn]:
         """Return the open connections to a peer."""
@@ -174,7 +208,7 @@ class GuardedSwarm(Swarm):
                         nursery.cancel_scope.cancel()
 
                 for address in addresses:
-                    if address.relay is None and not self._is_own(address):
+                    if address.relay is None and not self.is_own(address):
                         nursery.start_soon(dial_one, address)
         return self.direct_connection(peer_id) is not None
 
@@ -260,7 +294,7 @@ class GuardedSwarm(Swarm):
                 address = parse_address(str(multiaddr))
             except ValueError:
                 continue
-            if not self._is_own(address):
+            if not self.is_own(address):
                 found[address.endpoint] = address
         direct = [address for address in found.values() if address.relay is None]
         circuits = [address for address in found.values() if address.relay is not None]

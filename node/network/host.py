@@ -67,7 +67,7 @@ class Libp2pNetwork:
         on_sent: TransferReport = lambda peer, size, seconds: None,
         on_received: TransferReport = lambda peer, size, seconds: None,
     ) -> None:
-        """Describe a host; `running` starts it.
+        """Describe a host; `running` starts it. Raises ValueError, with one line, for a malformed address or key.
 
         Args:
             seed: the Ed25519 private key, 32 bytes.
@@ -78,9 +78,6 @@ class Libp2pNetwork:
             traversal: relaying for others, and port mapping.
             on_sent: called with transfers to peers that filled the connection, as they happen.
             on_received: the same of transfers from peers.
-
-        Raises:
-            ValueError: with one line, when an address or a key is malformed.
         """
         if len(seed) != 32:
             raise ValueError(f"an Ed25519 seed has 32 bytes, not {len(seed)}")
@@ -158,10 +155,10 @@ class Libp2pNetwork:
             book=self._book,
             limits=self._limits,
             psk=self._swarm_key,
-            is_own=self._own.is_own,
             on_connected=self._on_connected,
             on_disconnected=self._on_disconnected,
         )
+        swarm.is_own = self._own.is_own
         swarm.peerstore.add_key_pair(swarm.self_id, key_pair)
         host = GuardedHost(swarm, nursery, self._endpoints, self._traversal.observer)
         for protocol, handler in self._handlers.items():

@@ -50,8 +50,7 @@ RECHECK_S: Final = {Verdict.UNKNOWN: 15.0, Verdict.PRIVATE: 60.0, Verdict.PUBLIC
 HOLE_WAIT_S: Final = 2.0
 """How long a stream to a peer behind a relay waits for a direct connection: on a circuit it would stay there."""
 
-KEEP_S: Final = 2.0
-"""How long a circuit is kept that a direct connection has replaced, for what is still on its way."""
+SURPLUS_ROUND_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +114,7 @@ class Traversal:
             host.set_stream_handler(TProtocol(protocol), handler)
         nursery.start_soon(self._relays.run)
         nursery.start_soon(self._check_loop, client)
-        nursery.start_soon(self._close_replaced_circuits)
+        nursery.start_soon(self._close_surplus, host)
         if self._options.port_mapping:
             nursery.start_soon(keep_port_mapping, self._own.gateway_candidates, self._on_mapped)
 
@@ -262,20 +261,12 @@ class Traversal:
                 found[PeerId(muxed.peer_id.to_base58())] = connection
         return list(found.items())
 
-    async def _close_replaced_circuits(self) -> None:
-        """Close circuits that a direct connection has replaced, once no session of ours is on them any more."""
+    async def _close_surplus(self, host: GuardedHost) -> None:
+        """Close circuits that a direct connection has replaced, and one of two that peers opened to each other."""
         while True:
-            await trio.sleep(KEEP_S)
-            if self._host is None:
-                continue
-            swarm, now_s = self._host.swarm, trio.current_time()
-            for connection in swarm.get_connections():
-                muxed = connection.muxed_conn
-                if isinstance(muxed, Yamux) and muxed.relay is not None and not muxed.users:
-                    direct = swarm.direct_connection(muxed.peer_id)
-                    other = direct.muxed_conn if direct is not None else None
-                    if isinstance(other, Yamux) and now_s - other.established_s > KEEP_S:
-                        await muxed.close()
+            await trio.sleep(SURPLUS_ROUND_S)
+            for connection in host.swarm.surplus():
+                await connection.close()
 
 
 class _Observer(ObservedAddrManager):

@@ -76,81 +76,28 @@ class Lab:
 
     def __init__(self) -> None:
         self._prefix = f"nat{os.getpid()}-"
-        self._spaces: list[str] = []
 
     def inside(self, space: str, *command: str) -> list[str]:
         """Return the command that runs another one in a namespace."""
         return ["ip", "netns", "exec", self._prefix + space, *command]
 
-    def run(self, space: str, *command: str, stdin: str = "") -> None:
-        """Run a command in a namespace."""
-        subprocess.run(self.inside(space, *command), input=stdin, text=True, check=True, capture_output=True)
-
     def forward(self, home: str, port: int) -> None:
         """Forward a port of a home's gateway to it."""
         rule = f"iifname wan tcp dport {port} dnat to 192.168.1.2:{port}"
-        self.run(f"gate-{home}", "nft", f"add rule ip home arriving {rule}")
-
-    def _add(self, space: str) -> None:
-        subprocess.run(["ip", "netns", "add", self._prefix + space], check=True)
-        self._spaces.append(space)
-        self.run(space, "ip", "link", "set", "lo", "up")
-
-    def _cable(self, first: tuple[str, str], second: tuple[str, str]) -> None:
-        """Connect an interface of a namespace with one of another."""
-        ends = [("netns", self._prefix + space, "name", name) for space, name in (first, second)]
-        command = ["ip", "link", "add", first[1], *ends[0][:2], "type", "veth", "peer", *ends[1][2:], *ends[1][:2]]
-        subprocess.run(command, check=True)
-        for space, name in (first, second):
-            # The switch sees frames as they are: nothing may be left to hardware that is not there.
-            self.run(space, "ethtool", "-K", name, "tso", "off", "gso", "off", "gro", "off", "tx", "off")
-            self.run(space, "ip", "link", "set", name, "up")
-
-    def _build(self, kinds: dict[str, Nat]) -> list[str]:
-        """Build everything; return the ports of the switch."""
-        self._add("switch")
-        ports = []
-        for space, host in (*PUBLIC.items(), *((f"gate-{home}", GATEWAYS[home]) for home in kinds)):
-            self._add(space)
-            port = f"p-{space}"
-            self._cable((space, "wan"), ("switch", port))
-            ports.append(port)
-            self.run(space, "ip", "addr", "add", f"{host}/32", "dev", "wan")
-            self.run(space, "ip", "route", "add", "default", "dev", "wan")  # all of the internet is one link
-        for home, kind in kinds.items():
-            self._add(home)
-            self._cable((f"gate-{home}", "lan"), (home, "eth0"))
-            self._connect_home(home, kind)
-        return ports
-
-    def _connect_home(self, home: str, kind: Nat) -> None:
-        gate = f"gate-{home}"
-        self.run(gate, "sysctl", "-qw", "net.ipv4.ip_forward=1")
-        if kind is Nat.OPEN:
-            inner = GATEWAYS[home].rpartition(".")[0]
-            self.run(gate, "sysctl", "-qw", "net.ipv4.conf.all.proxy_arp=1", "net.ipv4.conf.wan.proxy_arp=1")
-            self.run(gate, "ip", "route", "add", f"{inner}.2/32", "dev", "lan")
-            self.run(gate, "ip", "addr", "add", "192.168.1.1/24", "dev", "lan")
-            self.run(home, "ip", "addr", "add", f"{inner}.2/32", "dev", "eth0")
-            self.run(home, "ip", "route", "add", "192.168.1.1", "dev", "eth0")
-            self.run(home, "ip", "route", "add", "default", "via", "192.168.1.1")
-            return
-        self.run(gate, "ip", "addr", "add", "192.168.1.1/24", "dev", "lan")
-        self.run(home, "ip", "addr", "add", "192.168.1.2/24", "dev", "eth0")
-        self.run(home, "ip", "route", "add", "default", "via", "192.168.1.1")
-        rules = _RULES.format(
-            full_cone='iifname "wan" tcp dport @mapped dnat to 192.168.1.2' if kind is Nat.FULL_CONE else "",
-            random="fully-random" if kind is Nat.SYMMETRIC else "",
-            refuse="ip protocol tcp reject with tcp reset" if kind is Nat.RESETTING else "drop",
-        )
-        self.run(gate, "nft", "-f", "-", stdin=rules)
+        subprocess.run(self.inside(f"gate-{home}", "nft", f"add rule ip home arriving {rule}"), check=True)
 
     @contextmanager
     def built(self, *, delay_ms: float = 5, **kinds: Nat) -> Iterator["Lab"]:
         """Build the lab with homes `a` and `b` of these kinds; remove it at the end."""
+        machines = {**PUBLIC, **{f"gate-{home}": GATEWAYS[home] for home in kinds}}
+        spaces = ["switch", *machines, *kinds]
         switch: subprocess.Popen[str] | None = None
         try:
-            ports = self._build(kinds)
+            script = [f"ip netns add {self._prefix}{space}" for space in spaces]
+            script += [line for space, host in machines.items() for line in self._on_the_wan(space, host)]
+            script += [line for home, kind in kinds.items() for line in self._home(home, kind)]
+            subprocess.run(["sh", "-e"], input="\n".join(script), text=True, check=True)
+            ports = [f"p-{space}" for space in machines]
             command = self.inside("switch", sys.executable, str(HERE / "switch.py"), str(delay_ms), *ports)
             switch = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             assert switch.stdout is not None
@@ -160,6 +107,42 @@ class Lab:
             if switch is not None:
                 switch.kill()
                 switch.communicate()
-            for space in self._spaces:
-                subprocess.run(["ip", "netns", "del", self._prefix + space], check=False)
-            self._spaces.clear()
+            for space in spaces:
+                subprocess.run(["ip", "netns", "del", self._prefix + space], check=False, capture_output=True)
+
+    def _cable(self, first: tuple[str, str], second: tuple[str, str]) -> Iterator[str]:
+        """Yield commands that connect an interface of a namespace with one of another."""
+        (a, a_name), (b, b_name) = first, second
+        yield (f"ip link add {a_name} netns {self._prefix}{a} type veth peer name {b_name} netns {self._prefix}{b}")
+        for space, name in (first, second):
+            # The switch sees frames as they are: nothing may be left to hardware that is not there.
+            yield f"ip netns exec {self._prefix}{space} ethtool -K {name} tso off gso off gro off tx off > /dev/null"
+            yield f"ip -n {self._prefix}{space} link set {name} up"
+
+    def _on_the_wan(self, space: str, host: str) -> Iterator[str]:
+        yield from self._cable((space, "wan"), ("switch", f"p-{space}"))
+        yield f"ip -n {self._prefix}{space} link set lo up"
+        yield f"ip -n {self._prefix}{space} addr add {host}/32 dev wan"
+        yield f"ip -n {self._prefix}{space} route add default dev wan"  # all of the internet is one link
+
+    def _home(self, home: str, kind: Nat) -> Iterator[str]:
+        gate, inner = f"{self._prefix}gate-{home}", f"{self._prefix}{home}"
+        yield from self._cable((f"gate-{home}", "lan"), (home, "eth0"))
+        yield f"ip -n {inner} link set lo up"
+        yield f"ip -n {gate} addr add 192.168.1.1/24 dev lan"
+        yield f"ip netns exec {gate} sysctl -qw net.ipv4.ip_forward=1"
+        if kind is Nat.OPEN:
+            public = f"{GATEWAYS[home].rpartition('.')[0]}.2"
+            yield f"ip netns exec {gate} sysctl -qw net.ipv4.conf.all.proxy_arp=1 net.ipv4.conf.wan.proxy_arp=1"
+            yield f"ip -n {gate} route add {public}/32 dev lan"
+            yield f"ip -n {inner} addr add {public}/32 dev eth0"
+            yield f"ip -n {inner} route add 192.168.1.1 dev eth0"
+        else:
+            yield f"ip -n {inner} addr add 192.168.1.2/24 dev eth0"
+            rules = _RULES.format(
+                full_cone='iifname "wan" tcp dport @mapped dnat to 192.168.1.2' if kind is Nat.FULL_CONE else "",
+                random="fully-random" if kind is Nat.SYMMETRIC else "",
+                refuse="ip protocol tcp reject with tcp reset" if kind is Nat.RESETTING else "drop",
+            )
+            yield f"ip netns exec {gate} nft -f - <<'RULES'\n{rules}\nRULES"
+        yield f"ip -n {inner} route add default via 192.168.1.1"

@@ -30,7 +30,7 @@ from node.network.yamux import Yamux
 from node.network.yamux_stream import YamuxLimits
 from protocol.identity import PeerId
 
-from .conftest import limited, until
+from .conftest import limited, receive_exactly, until
 from .hosts import (
     ECHO,
     GARBAGE,
@@ -151,6 +151,24 @@ async def test_announced_addresses_come_before_those_of_interfaces_and_loopback_
             async with network.running():
                 hosts = [address.split("/")[2] for address in network.multiaddrs]
                 assert hosts == ["node.example", *(["192.168.1.2"] if "0.0.0.0" in listen else [])]
+
+
+async def test_simultaneous_dials_end_in_one_connection() -> None:
+    one, two = our_host(1), our_host(2)
+    with limited(20):
+        async with one.running(), two.running():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(one.connect, two.multiaddrs[0])
+                nursery.start_soon(two.connect, one.multiaddrs[0])
+
+            def counts() -> list[int]:
+                return [len(host._swarm.get_connections()) for host in (one, two) if host._swarm is not None]
+
+            await until(lambda: counts() == [1, 1])
+            for host, other in ((one, two), (two, one)):
+                stream = await host.open_stream(other.peer_id, ECHO)
+                await stream.send_all(b"once")
+                assert await receive_exactly(stream, 4) == b"once"
 
 
 async def test_own_address_is_not_dialled_for_another_peer() -> None:
