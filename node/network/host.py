@@ -172,7 +172,7 @@ class Libp2pNetwork:
         await self._dht.start(nursery, host)
         # Only now: every handler is in place.
         await swarm.listen(*addresses)
-        host.addresses_changed()
+        self._traversal.listening(nursery)
 
     def _endpoints(self) -> list[str]:
         return [address.endpoint for address in self._own.advertised()]

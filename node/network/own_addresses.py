@@ -28,8 +28,15 @@ class OwnAddresses:
 
     def direct(self) -> list[TcpAddress]:
         """Return the addresses at which TCP connections are accepted, or should be."""
+        return self._told(self.confirmed)
+
+    def fixed(self) -> list[TcpAddress]:
+        """Return those of them that stay without our own dials: not what a NAT maps for a while."""
+        return self._told(())
+
+    def _told(self, confirmed: Sequence[TcpAddress]) -> list[TcpAddress]:
         mapped = [self.mapped] if self.mapped is not None else []
-        found = [*self.announced, *mapped, *self.confirmed, *self._interfaces()]
+        found = [*self.announced, *mapped, *confirmed, *self._interfaces()]
         return list(dict.fromkeys(without_loopback(found)))
 
     def advertised(self) -> list[TcpAddress]:

@@ -115,6 +115,10 @@ class Traversal:
         nursery.start_soon(self._relays.run)
         nursery.start_soon(self._check_loop, client)
         nursery.start_soon(self._close_surplus, host)
+
+    def listening(self, nursery: trio.Nursery) -> None:
+        """Note that the host listens: its addresses are known from now on."""
+        self._addresses_changed()
         if self._options.port_mapping:
             nursery.start_soon(keep_port_mapping, self._own.gateway_candidates, self._on_mapped)
 
@@ -232,7 +236,8 @@ class Traversal:
         observed = [each for each in self._observed.addresses() if each.is_public]
         self._own.confirmed = [each for each in observed if self._verdicts.of(each, now_s) is Verdict.PUBLIC]
         if self._tcp is not None:
-            self._tcp.dials_from_port = verdict is not Verdict.PUBLIC
+            # A mapping that makes a node public lives on its dials.
+            self._tcp.dials_from_port = self._verdicts.overall(self._own.fixed(), now_s) is not Verdict.PUBLIC
         self._addresses_changed()
         if verdict is not before:
             logger.info("this node is %s", verdict)

@@ -133,7 +133,7 @@ class Lab:
         yield f"ip netns exec {gate} sysctl -qw net.ipv4.ip_forward=1"
         if kind is Nat.OPEN:
             public = f"{GATEWAYS[home].rpartition('.')[0]}.2"
-            yield f"ip netns exec {gate} sysctl -qw net.ipv4.conf.all.proxy_arp=1 net.ipv4.conf.wan.proxy_arp=1"
+            yield f"ip netns exec {gate} sysctl -qw net.ipv4.conf.wan.proxy_arp=1 net.ipv4.neigh.wan.proxy_delay=0"
             yield f"ip -n {gate} route add {public}/32 dev lan"
             yield f"ip -n {inner} addr add {public}/32 dev eth0"
             yield f"ip -n {inner} route add 192.168.1.1 dev eth0"

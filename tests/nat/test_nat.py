@@ -20,7 +20,8 @@ pytestmark = [
     pytest.mark.skipif(REASON is not None and not os.environ.get("METASWARM_REQUIRE_ALL"), reason=REASON or ""),
 ]
 
-PORT_PRESERVING = {Nat.RESTRICTED, Nat.RESETTING}
+SOON_S = 5.0
+"""Over a connection that is there already, also on a busy machine."""
 
 
 class Peer:
@@ -113,7 +114,7 @@ def test_homes_behind_every_pair_of_nats_reach_each_other(kinds: tuple[Nat, Nat]
         print(f"{kinds[0]} to {kinds[1]}: {way}, first byte after {took_s:.2f} s")
         assert way in expected(kinds)
         assert two.ask("way", one.id) == way
-        assert two.ask("echo", one.id, 1000) < 1
+        assert two.ask("echo", one.id, 1000) < SOON_S
 
 
 def test_peer_behind_a_second_relay_is_reached_when_the_first_dies() -> None:
@@ -136,8 +137,8 @@ def test_nobody_notices_the_death_of_a_relay_after_a_hole_was_punched() -> None:
         one.ask("echo", two.id, 1000)
         assert one.ask("way", two.id) == "punched"
         relay.end()
-        assert one.ask("echo", two.id, 100_000) < 1
-        assert two.ask("echo", one.id, 100_000) < 1
+        assert one.ask("echo", two.id, 100_000) < SOON_S
+        assert two.ask("echo", one.id, 100_000) < SOON_S
 
 
 def test_forwarded_port_is_dialled_directly() -> None:

@@ -1,10 +1,13 @@
 """What a gateway is asked for, and what is made of its answers."""
 
-from typing import Any
+import json
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+from typing import Any, ClassVar
 
 import pytest
 
-from node.network.port_mapping import LEASE_S, change_mapping
+from node.network.port_mapping import LEASE_S, change_mapping, main
 
 HOST, PORT = "192.168.1.2", 4001
 
@@ -58,3 +61,61 @@ def test_gateway_with_permanent_leases_only_gets_one() -> None:
     gateway = Gateway(permanent_only=True)
     change_mapping(gateway, "add", HOST, PORT, PORT)
     assert gateway.leases == {PORT: 0}
+
+
+_SERVICE = "urn:schemas-upnp-org:service:WANIPConnection:1"
+_DESCRIPTION = f"""<?xml version="1.0"?>
+<root xmlns="urn:schemas-upnp-org:device-1-0"><specVersion><major>1</major><minor>0</minor></specVersion><device>
+<deviceType>urn:schemas-upnp-org:device:InternetGatewayDevice:1</deviceType><deviceList><device>
+<deviceType>urn:schemas-upnp-org:device:WANDevice:1</deviceType><deviceList><device>
+<deviceType>urn:schemas-upnp-org:device:WANConnectionDevice:1</deviceType><serviceList><service>
+<serviceType>{_SERVICE}</serviceType><serviceId>urn:upnp-org:serviceId:WANIPConn1</serviceId>
+<controlURL>/control</controlURL><eventSubURL>/event</eventSubURL><SCPDURL>/scpd.xml</SCPDURL>
+</service></serviceList></device></deviceList></device></deviceList></device></root>"""
+_ANSWERS = {
+    "GetStatusInfo": "<NewConnectionStatus>Connected</NewConnectionStatus><NewUptime>1</NewUptime>",
+    "GetExternalIPAddress": "<NewExternalIPAddress>9.9.9.9</NewExternalIPAddress>",
+    "AddPortMapping": "",
+}
+
+
+class _GatewayServer(BaseHTTPRequestHandler):
+    """A gateway that speaks UPnP over HTTP."""
+
+    asked: ClassVar[dict[str, str]] = {}
+
+    def do_GET(self) -> None:  # the name is the library's
+        self._reply(200, _DESCRIPTION)
+
+    def do_POST(self) -> None:
+        action = self.headers["SOAPAction"].strip('"').rpartition("#")[2]
+        self.asked[action] = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        if action not in _ANSWERS:
+            self._reply(500, "<s:Envelope><s:Body><s:Fault><errorCode>714</errorCode></s:Fault></s:Body></s:Envelope>")
+            return
+        body = f'<u:{action}Response xmlns:u="{_SERVICE}">{_ANSWERS[action]}</u:{action}Response>'
+        envelope = 's:Envelope xmlns:s="http://schemas.xmlsoap.org/soap/envelope/"'
+        self._reply(200, f"<{envelope}><s:Body>{body}</s:Body></s:Envelope>")
+
+    def _reply(self, code: int, text: str) -> None:
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(text)))
+        self.send_header("Content-Type", "text/xml")
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Print nothing."""
+
+
+def test_mapping_is_made_at_a_gateway_that_speaks_upnp(capsys: pytest.CaptureFixture[str]) -> None:
+    with HTTPServer(("127.0.0.1", 0), _GatewayServer) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            main(["add", HOST, str(PORT), str(PORT), f"http://127.0.0.1:{server.server_port}/description.xml"])
+        finally:
+            server.shutdown()
+    assert json.loads(capsys.readouterr().out) == {"host": "9.9.9.9", "port": PORT}
+    asked = _GatewayServer.asked["AddPortMapping"]
+    for part in (f">{HOST}<", f">{PORT}<", ">TCP<", f">{LEASE_S}<"):
+        assert part in asked
