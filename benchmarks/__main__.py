@@ -17,6 +17,7 @@ QUICK = ("hop", "ping", "memory", "connections", "flood", "spread")
 LONG = (
     *("crash", "mutations", "growth", "failover", "churn", "wan", "joining", "pipeline", "wan_methods", "selector"),
     *(
+        "idle",
         "engine",
         "methods",
         "learning",

@@ -1,128 +1,102 @@
-"""Memory of a daemon: idle, with 10 blocks, with all 30; and what blocks add relative to their size on disk.
+"""Memory of nodes with all their processes: one that serves nothing, one with the whole model, three with a third each.
 
-    python -m benchmarks.memory [--json]
+    python -m benchmarks.memory [--settle SECONDS] [--json]
 
-Proportional set sizes from /proc: shared pages are divided among the processes that map them, except those of model
-files. A job runs before each reading, because mapped weights occupy memory only once they are used. The blocks' share
-is the difference between a worker with all blocks (and the embedding) and one with the 10 in the middle. Another daemon
-serves the remaining blocks throughout, so that all measured workers share libraries with the same number of
-processes.
+Proportional set sizes from /proc: pages that several processes map are divided among them, so that the processes of a
+row may be added up. A job of 64 tokens goes through the model before each reading, because mapped weights occupy memory
+only once they are used.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
-import httpx
 import psutil
 import trio
 
 from benchmarks.common import demo_package, describe_machine, verdict
 from node.models.catalogue import DEMO_MODEL
-from node.models.store import Package
-from protocol.identity import BlockRange
-from tests.process.daemons import Daemon, running_daemon
+from tests.process.daemons import THIRDS, Daemon, is_complete, running_daemon, until
 
-TARGET = 0.15
-MIDDLE = BlockRange(10, 20)
-WHOLE = BlockRange(0, 30)
 QUIET = ("--log-level", "error")
 MIB = 2**20
+TARGETS_MIB = {"serves nothing": 150.0, "whole model": 350.0, "three nodes, a third each": 600.0}
+PARTS = {
+    "node.engine.worker": "engine",
+    "node.models.tokenizer_worker": "tokenizer",
+    "node.selection.training_worker": "selection",
+}
+"""Which process a module runs in; all others are the daemon's own."""
 
 
 @click.command()
+@click.option("--settle", type=click.FloatRange(0), default=10.0, show_default=True, help="Seconds before a reading.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def main(as_json: bool) -> None:
-    """Measure the memory of a daemon."""
-    result = trio.run(measure, demo_package())
+def main(settle: float, as_json: bool) -> None:
+    """Measure the memory of nodes."""
+    result = trio.run(measure, settle)
     click.echo(json.dumps(result) if as_json else report(result))
 
 
-async def measure(package: Package) -> dict[str, Any]:
-    """Return all figures, in MiB."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder)
-        rest = (f"{DEMO_MODEL}:0-{MIDDLE.start}", f"{DEMO_MODEL}:{MIDDLE.end}-{WHOLE.end}")
-        async with running_daemon(path / "rest", *QUIET, "--serve", rest[0], "--serve", rest[1]) as neighbour:
-            bootstrap = (*QUIET, "--bootstrap", neighbour.multiaddr)
-            async with running_daemon(path / "idle", *bootstrap) as daemon:
-                idle = weigh(daemon, package, None)
-            rows = [idle]
-            for blocks in (MIDDLE, WHOLE):
-                flags = (*bootstrap, "--serve", f"{DEMO_MODEL}:{blocks}")
-                async with running_daemon(path / str(blocks), *flags) as daemon:
-                    await run_job_through(daemon, neighbour)
-                    rows.append(weigh(daemon, package, blocks))
-    _, middle, whole = rows
-    added, on_disk = whole["worker_mib"] - middle["worker_mib"], whole["files_mib"] - middle["files_mib"]
-    excess = added / on_disk - 1
-    return {
-        **describe_machine(),
-        "daemons": rows,
-        "worker_fixed_mib": middle["worker_mib"] - middle["files_mib"] * (1 + excess),
-        "blocks": {"added_mib": added, "files_mib": on_disk, "excess": excess},
-        "target": TARGET,
-        "verdict": verdict(abs(excess), TARGET),
+async def measure(settle_s: float) -> dict[str, Any]:
+    """Return the memory of each arrangement, in MiB."""
+    demo_package()  # the daemons find it in the store
+    arrangements: Mapping[str, Sequence[str | None]] = {
+        "serves nothing": (None,),
+        "whole model": ("0-30",),
+        "three nodes, a third each": THIRDS,
     }
+    rows = {}
+    for name, spans in arrangements.items():
+        with TemporaryDirectory() as folder:
+            rows[name] = await _weigh_nodes(Path(folder), spans, settle_s)
+    verdicts = {name: verdict(row["total"], TARGETS_MIB[name]) for name, row in rows.items()}
+    return {**describe_machine(), "mib": rows, "targets_mib": TARGETS_MIB, "verdicts": verdicts}
 
 
-async def run_job_through(daemon: Daemon, neighbour: Daemon) -> None:
-    """Submit short jobs to the neighbour until one went through the daemon."""
-    body = {"model": DEMO_MODEL, "prompt": "Once", "max_tokens": 8, "metaswarm": {"ignore_eos": True}}
-    async with httpx.AsyncClient(timeout=120) as client:
-        with trio.fail_after(60):
-            while True:
-                answer = await client.post(f"{neighbour.api_url}/v1/completions", json=body)
-                route = () if answer.is_error else answer.json()["metaswarm"]["route"]
-                if any(stage["peer"] == daemon.peer_id for stage in route):
-                    return
-                await trio.sleep(0.2)  # it is not known there yet, or one that has left still is
+async def _weigh_nodes(folder: Path, spans: Sequence[str | None], settle_s: float) -> dict[str, float]:
+    async with AsyncExitStack() as stack:
+        nodes: list[Daemon] = []
+        for number, span in enumerate(spans):
+            flags = ("--serve", f"{DEMO_MODEL}:{span}") if span else ()
+            bootstrap = ("--bootstrap", nodes[0].multiaddr) if nodes else ()
+            node = running_daemon(folder / str(number), *QUIET, *flags, *bootstrap)
+            nodes.append(await stack.enter_async_context(node))
+        if spans != (None,):
+            await until(lambda: is_complete(nodes[0]), timeout_s=60)
+            await nodes[0].complete(prompt="Once upon a time", max_tokens=64, metaswarm={"ignore_eos": True})
+        await trio.sleep(settle_s)
+        return weigh([node.process.pid for node in nodes])
 
 
-def weigh(daemon: Daemon, package: Package, blocks: BlockRange | None) -> dict[str, Any]:
-    """Return the memory of a daemon and its worker, and the size of their files."""
-    pid = daemon.process.pid
-    workers = [child.pid for child in psutil.Process(pid).children() if "node.engine.worker" in child.cmdline()]
-    return {
-        "blocks": str(blocks) if blocks else None,
-        "daemon_mib": proportional_set_size(pid) / MIB,
-        "worker_mib": sum(map(proportional_set_size, workers)) / MIB,
-        "files_mib": package.manifest.bytes_of(blocks) / MIB if blocks else 0.0,
-    }
+def weigh(pids: Sequence[int]) -> dict[str, float]:
+    """Return the memory of daemons and all their descendants in MiB: by kind of process, and in `total`."""
+    parts = dict.fromkeys(("daemon", *PARTS.values(), "other"), 0.0)
+    for pid in pids:
+        daemon = psutil.Process(pid)
+        parts["daemon"] += _memory_mib(daemon)
+        for child in daemon.children(recursive=True):
+            modules = [name for module, name in PARTS.items() if module in child.cmdline()]
+            parts[modules[0] if modules else "other"] += _memory_mib(child)
+    return {**parts, "total": sum(parts.values())}
 
 
-def proportional_set_size(pid: int) -> int:
-    """Return a process's proportional set size in bytes, with the pages of model files counted whole.
-
-    Other processes that map the same files must not make this process look smaller.
-    """
-    total_bytes = 0
-    is_weights = False
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        field, _, value = line.partition(":")
-        if field == ("Rss" if is_weights else "Pss"):
-            total_bytes += int(value.split()[0]) * 1024
-        elif "-" in field.split(" ")[0]:
-            is_weights = line.endswith((".safetensors", ".gguf"))
-    return total_bytes
+def _memory_mib(process: psutil.Process) -> float:
+    return float(process.memory_full_info().pss) / MIB
 
 
 def report(result: Mapping[str, Any]) -> str:
     """Return the figures as a table."""
-    lines = ["MiB              daemon   worker   files of the span"]
-    for row in result["daemons"]:
-        name = f"blocks {row['blocks']}" if row["blocks"] else "idle"
-        lines.append(f"{name:14} {row['daemon_mib']:8.0f} {row['worker_mib']:8.0f} {row['files_mib']:19.0f}")
-    blocks = result["blocks"]
-    lines += [
-        "",
-        f"a worker without any blocks: {result['worker_fixed_mib']:.0f} MiB",
-        f"20 blocks and the embedding add {blocks['added_mib']:.0f} MiB and are {blocks['files_mib']:.0f} MiB on disk",
-        f"that is {blocks['excess']:+.1%}; target: within {result['target']:.0%}: {result['verdict']}",
-    ]
+    rows = result["mib"]
+    columns = list(next(iter(rows.values())))
+    lines = [f"{'MiB':26}" + "".join(f"{column:>11}" for column in (*columns, "target"))]
+    for name, row in rows.items():
+        figures = "".join(f"{row[column]:11.0f}" for column in columns)
+        lines.append(f"{name:26}{figures}{result['targets_mib'][name]:11.0f} {result['verdicts'][name]}")
     return "\n".join(lines)
 
 

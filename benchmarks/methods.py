@@ -1,7 +1,7 @@
 """Fastest method under each workload, on one node and on three, with its speed-up.
 
     python -m benchmarks.methods [--peers 1|3 …] [--delay-ms N] [--bytes-per-s N] [--rounds N] [--workload N …]
-                                 [--method NAME …] [--resume FILE] [--json]
+                                 [--method NAME …] [--output FILE] [--json]
 
 Real daemons, measured as by `metaswarm bench`: in each round every method and the baseline run once, in random order,
 and nothing is timed before everything is built. Several peers are connected through relays of `benchmarks.link` with
@@ -31,8 +31,9 @@ from benchmarks.common import demo_package, describe_machine, whole_model
 from benchmarks.learning import judge
 from benchmarks.link import LinkShape
 from benchmarks.wan import distant_daemons
-from node.cli.bench import WORKLOADS, MethodResult, describe, keep, ranked, read_kept
+from node.cli.bench import WORKLOADS, MethodResult, describe, ranked
 from node.cli.explain import short_method as short
+from node.cli.json_lines import ResultFile
 from node.config import NodeReady
 from node.demo import split_evenly
 from node.evaluation.paired_stats import Speedup, speedup_of
@@ -65,7 +66,7 @@ class Setting:
 class Kept:
     """Cells measured before, and the file to append to."""
 
-    file: Path | None
+    file: ResultFile | None
     cells: Sequence[dict[str, Any]]
 
 
@@ -77,7 +78,7 @@ class Kept:
 @click.option("--workload", "numbers", type=click.IntRange(0, len(WORKLOADS) - 1), multiple=True, help="Of the grid.")
 @click.option("--method", "methods", multiple=True, help="Of the portfolio (default: all).")
 @click.option(
-    "--resume", type=click.Path(dir_okay=False, path_type=Path), help="Keep what is measured here, and skip what is."
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write what is measured here; skip what is there."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(
@@ -87,7 +88,7 @@ def main(
     rounds: int,
     numbers: Sequence[int],
     methods: Sequence[str],
-    resume: Path | None,
+    output: Path | None,
     as_json: bool,
 ) -> None:
     """Measure the portfolio over a grid of workloads."""
@@ -100,7 +101,7 @@ def main(
         raise click.BadParameter(str(error)) from None
     link = LinkShape(delay_s=delay_ms / 1000, bytes_per_s=bytes_per_s)
     settings = [Setting(count, link) for count in dict.fromkeys(peers)]
-    result = trio.run(measure, settings, workloads, tried, rounds, resume)
+    result = trio.run(measure, settings, workloads, tried, rounds, output)
     click.echo(json.dumps(result) if as_json else report(result))
 
 
@@ -109,12 +110,13 @@ async def measure(
     workloads: Sequence[Workload],
     methods: Sequence[Method],
     rounds: int,
-    resume: Path | None,
+    output: Path | None,
 ) -> dict[str, Any]:
     """Return the final of every workload, in every setting."""
     demo_package()
     machine = describe_machine()
-    kept = Kept(resume, read_kept(resume))
+    file = None if output is None else ResultFile(output, ("cell", "result"), "python -m benchmarks.methods")
+    kept = Kept(file, [] if file is None else file.read())
     finals: list[dict[str, Any]] = []
     for setting in settings:
         async with running(setting) as first, httpx.AsyncClient(base_url=first.api_url, timeout=None) as client:
@@ -146,7 +148,7 @@ async def running(setting: Setting) -> AsyncIterator[NodeReady]:
 async def run_cell(
     client: httpx.AsyncClient, kept: Kept, setting: Setting, workload: Workload, methods: Sequence[str], rounds: int
 ) -> dict[str, Any]:
-    """Return the times of methods under a workload, measured unless a resumed file has them."""
+    """Return the times of methods under a workload, measured unless the file has them."""
     asked = {"model": DEMO_MODEL, "methods": methods, "quality": "any", "rounds": rounds, "workload": workload}
     cell = {**asdict(setting), **asked}
     for each in kept.cells:
@@ -155,7 +157,8 @@ async def run_cell(
     answer = await client.post("/swarm/bench", json=asked)
     if answer.is_error:
         raise click.ClickException(answer.json()["error"]["message"])
-    keep(kept.file, cell, answer.json())
+    if kept.file is not None:
+        kept.file.append({"cell": cell, "result": answer.json()})
     return {"cell": cell, "result": answer.json()}
 
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from benchmarks.common import Spread, spread_of, times_ms
 from node.engine import worker_protocol
 from node.engine.client import start_engine
-from node.engine.interface import REFERENCE, EngineOptions, SessionOptions, SliceInput
+from node.engine.interface import EngineOptions, SessionOptions, SliceInput, reference_variant
 from node.models.store import Package
 from node.network.host import Libp2pNetwork
 from node.network.interface import Stream
@@ -111,7 +111,7 @@ async def _worker_detours_ms(package: Package, blocks: BlockRange, count: int) -
     detours_ms = []
     async with start_engine(package, blocks, EngineOptions(threads=1, kv_positions=count)) as engine:
         await engine.open(SESSION, count)
-        await engine.begin(SESSION, SessionOptions(variant=REFERENCE))
+        await engine.begin(SESSION, SessionOptions(variant=reference_variant(package.manifest.format)))
         for position in range(count):
             start_s = time.perf_counter()
             result = await engine.step([SliceInput(session=SESSION, position=position, tensor=ROW, draws=0)])

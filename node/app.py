@@ -1,43 +1,41 @@
 """The daemon: one tree of tasks, from the checks at the start to the drain at the end."""
 
-import fcntl
 import os
 import shlex
 import signal
-import stat
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
+from importlib.metadata import version
 
 import structlog
 import trio
 
 from node.api.access import Access
 from node.api.application import make_app
+from node.api.interface import JoinDocument
 from node.api.server import serve as serve_api
 from node.api.server import url_of
 from node.assembly import NodeParts, build_node, is_busy
-from node.capabilities.probe import total_memory
-from node.config import LOCK_FILE, MEMORY_SHARE, READY_FILE, ApiKey, NodeConfig, NodeReady, StartError, hash_api_key
+from node.config import APPLICATION, READY_FILE, ApiKey, NodeConfig, NodeReady, ServeSpec, StartError, hash_api_key
 from node.engine.device import Device, DeviceError, find_devices
-from node.joining import conflicts, second_node
+from node.joining import join_elsewhere, join_here
 from node.models.files import Progress, ignore_progress
 from node.network.interface import NetworkError
 from node.selection.adoption_trials import AdoptionTrials
+from node.start_checks import check_start, own_data_dir
 from node.status import StatusView
 from node.storage.database import DATABASE_FILE, StorageError, open_database
 from node.storage.history import HistoryStore
 from node.swarm.known_peers import maintain_known_peers
 from node.swarm.mdns import find_neighbours
+from node.telemetry.observer import Telemetry
+from node.telemetry.tracing import make_tracer
 from node.util.open_files import raise_open_file_limit, retry_on_file_shortage
 
 DRAIN_LIMIT_S = 30.0
 """Longest wait for jobs and sessions at shutdown."""
-
-MIN_MEMORY_BYTES = 1 << 20
-"""A lower memory limit is taken for a typing error."""
 
 RETENTION_INTERVAL_S = 60.0
 """Pause between prunings of the history."""
@@ -57,17 +55,24 @@ class Node:
     def __init__(self, config: NodeConfig, parts: NodeParts) -> None:
         self._config = config
         self._parts = parts
-        self._view = StatusView(parts, [str(spec) for spec in config.serve])
+        tracer = make_tracer(parts.network.network.peer_id, version(APPLICATION))
+        self._telemetry = Telemetry(parts.serving.library.name_of, tracer)
+        parts.client.coordinator.observer = self._telemetry
+        parts.serving.stages.observer = self._telemetry
+        self._ready: NodeReady | None = None
+        self._view = StatusView(parts, [str(spec) for spec in config.serve], self._telemetry, self._join_commands)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[NodeReady]:
         """Run the node inside the block, which begins once the API answers and every span is loaded."""
         config, network = self._config, self._parts.network.network
-        api_stop, started = trio.Event(), trio.Event()
-        async with network.running(), trio.open_nursery() as api_nursery:
+        api_stop, started = self._view.stopping, trio.Event()
+        async with self._telemetry.running(), network.running(), trio.open_nursery() as api_nursery:
             serve = partial(serve_api, make_app(self._view, _access(config)), config.api_host, config.api_port)
             port = await api_nursery.start(partial(serve, stop=api_stop))
             self._view.api_url = url_of(config.api_host, port)
+            addresses = list(network.multiaddrs)
+            _logger.info("listening", api=self._view.api_url, addresses=addresses, bootstrap=list(config.bootstrap))
             async with self._parts.serving.stages.link_pool.running(), trio.open_nursery() as nursery:
                 for task in self._tasks(started):
                     nursery.start_soon(retry_on_file_shortage, *task)
@@ -75,11 +80,22 @@ class Node:
                 if not config.serve:
                     _logger.warning("this node serves no blocks; --serve MODEL serves some")
                 started.set()
-                yield NodeReady(
+                self._ready = NodeReady(
                     peer_id=network.peer_id, multiaddrs=network.multiaddrs, api_url=self._view.api_url, pid=os.getpid()
                 )
+                yield self._ready
                 nursery.cancel_scope.cancel()
             api_stop.set()
+
+    def _join_commands(self, serve: ServeSpec | None) -> JoinDocument:
+        """Return the commands with which another node joins; none before this one is ready."""
+        if self._ready is None or not self._ready.multiaddrs:
+            return {"here": None, "elsewhere": None}
+        elsewhere = join_elsewhere(self._config, self._ready, serve)
+        return {
+            "here": shlex.join(join_here(self._config, self._ready, serve)),
+            "elsewhere": None if elsewhere is None else shlex.join(elsewhere),
+        }
 
     def _tasks(self, started: trio.Event) -> list[tuple[Callable[..., Awaitable[None]], *tuple[object, ...]]]:
         """Return the tasks that run as long as the node."""
@@ -87,6 +103,7 @@ class Node:
         network, swarm, selection = parts.network, parts.swarm, parts.selection
         busy = partial(is_busy, parts.client.coordinator, parts.serving.stages)
         tasks: list[tuple[Callable[..., Awaitable[None]], *tuple[object, ...]]] = [
+            (self._view.sample_loop,),
             (swarm.membership.run,),
             (swarm.announce_placements,),
             (swarm.announcer.run,),
@@ -136,19 +153,17 @@ async def _retention_loop(history: HistoryStore) -> None:
 
 @asynccontextmanager
 async def running_node(
-    config: NodeConfig, progress: Progress = ignore_progress
+    config: NodeConfig, progress: Progress = ignore_progress, devices: Sequence[Device] | None = None
 ) -> AsyncIterator[tuple[Node, NodeReady]]:
-    """Open the data directory's database and run a node on it inside the block."""
+    """Open the data directory's database and run a node on it inside the block, on the devices that were found."""
     async with open_database(config.data_dir / DATABASE_FILE) as database:
         if database.set_aside is not None:
             _logger.warning("corrupt history renamed; the swarm refills it", file=str(database.set_aside))
-        try:
-            # Also where nothing is served: the capabilities that are announced name the devices.
-            devices = await find_devices(config.device)
-        except DeviceError as error:
-            raise StartError(f"cannot compute on {config.device}: {error}; see --device") from None
-        for device in devices:
-            _check_memory(config, device)
+        if devices is None:
+            try:
+                devices = await find_devices(config.device)
+            except DeviceError as error:
+                raise StartError(f"cannot compute on {config.device}: {error}; see --device") from None
         node = Node(config, build_node(config, database, devices, progress))
         async with node.running() as ready:
             yield node, ready
@@ -163,15 +178,17 @@ async def run_node(
     of `config.serve` is loaded; from then on `node.json` is in the data directory. Raises StartError.
     """
     raise_open_file_limit()
-    _check_conflicts(config)
+    devices = await check_start(config)
+    _log_start(config, devices)
     try:
-        with _own(config):
+        with own_data_dir(config):
             async with trio.open_nursery() as nursery:
                 asked = trio.Event()
                 is_ready = trio.Event()
                 await nursery.start(_on_signals, asked, is_ready, nursery.cancel_scope)
-                async with running_node(config, progress) as (node, ready):
+                async with running_node(config, progress, devices) as (node, ready):
                     ready.write(config.data_dir)
+                    _logger.info("node ready", peer=ready.peer_id, api=ready.api_url)
                     try:
                         is_ready.set()
                         if on_ready:
@@ -187,6 +204,19 @@ async def run_node(
             if isinstance(error, StartError | NetworkError | StorageError):
                 raise StartError(str(error)) from None
         raise
+
+
+def _log_start(config: NodeConfig, devices: Sequence[Device]) -> None:
+    """Log what is about to start: loading may take minutes, in which nothing else is said without a terminal."""
+    _logger.info(
+        "node starting",
+        version=version(APPLICATION),
+        data_dir=str(config.data_dir),
+        cache_dir=str(config.cache_dir),
+        serve=[str(spec) for spec in config.serve],
+        devices=[device.name for device in devices],
+        memory_bytes=config.memory_bytes or "auto",
+    )
 
 
 async def _on_signals(
@@ -212,68 +242,3 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
             yield from _leaves(inner)
     else:
         yield error
-
-
-def _keep_private(data_dir: Path) -> None:
-    """Restrict a data directory to its owner, unless it is shared, like /tmp or a home folder."""
-    status = data_dir.stat()
-    is_shared = status.st_mode & stat.S_ISVTX or data_dir.resolve() in {Path.home().resolve(), Path("/")}
-    if status.st_uid == os.getuid() and status.st_mode & 0o077 and not is_shared:
-        data_dir.chmod(0o700)
-
-
-def _check_memory(config: NodeConfig, device: Device) -> None:
-    """Raise StartError for a memory limit above what the device has, or too small for anything."""
-    limit_bytes = config.memory_bytes
-    if limit_bytes is None:
-        return
-    total_bytes = total_memory()
-    where = "this machine"
-    if device.accelerator is not None:
-        total_bytes, where = device.accelerator.memory_bytes, device.accelerator.name
-    if limit_bytes > total_bytes:
-        raise StartError(
-            f"--memory: {_mebibytes(limit_bytes)} is more than {where} has, {_mebibytes(total_bytes)}; "
-            f"lower it, or leave it out to use {MEMORY_SHARE:.0%} of the free memory"
-        )
-    if limit_bytes < MIN_MEMORY_BYTES:
-        raise StartError(
-            f"--memory: {limit_bytes} bytes are too few to serve anything; expected at least "
-            f"{_mebibytes(MIN_MEMORY_BYTES)}, for example 4GiB"
-        )
-
-
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.0f} MiB"
-
-
-def _check_conflicts(config: NodeConfig) -> None:
-    """Raise StartError where another node has both ports or directory: all conflicts at once, and free options."""
-    found = conflicts(config)
-    try:
-        with _own(config):
-            pass
-    except StartError as error:
-        found.append(str(error))
-    if len(found) > 1:
-        options = shlex.join(second_node(config))
-        raise StartError(f"{'; '.join(found)}; a second node on this machine takes {options}")
-
-
-@contextmanager
-def _own(config: NodeConfig) -> Iterator[None]:
-    """Create the data directory and lock it: two nodes must not share an identity."""
-    try:
-        config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _keep_private(config.data_dir)
-        lock = (config.data_dir / LOCK_FILE).open("w")
-    except OSError as error:
-        raise StartError(f"cannot use the data directory {config.data_dir}: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StartError(
-                f"another node uses {config.data_dir}: stop it, or choose another directory with --data-dir"
-            ) from None
-        yield

@@ -113,6 +113,8 @@ class NodeConfig:
     exploration: float = 0.1
     """Fraction of job time that may be spent on exploring methods, 0 to 1."""
     log_level: str = "info"
+    log_format: str = "text"
+    """`text` or `json`."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for an open API without a key, and for a draft model that would never be used."""

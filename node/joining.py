@@ -5,11 +5,12 @@ import os
 import shutil
 import socket
 import sys
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Final
 
-from node.config import NodeConfig, NodeReady, default_cache_dir, is_loopback, is_unspecified
+from node.config import NodeConfig, NodeReady, ServeSpec, default_cache_dir, is_loopback, is_unspecified
 from node.models.catalogue import CATALOGUE, DEMO_MODEL
 from node.models.errors import ModelError
 from node.models.store import ModelStore
@@ -38,12 +39,16 @@ def is_loopback_address(multiaddr: str) -> bool:
     return len(parts) > 2 and is_loopback(parts[2])
 
 
-def join_here(config: NodeConfig, ready: NodeReady) -> list[str]:
-    """Return the command that joins from this machine, with a free data directory and free ports."""
+def join_here(config: NodeConfig, ready: NodeReady, serve: ServeSpec | None = None) -> list[str]:
+    """Return the command that joins from this machine, with a free data directory and free ports.
+
+    `serve`: what it serves; None for the models of this node.
+    """
     address = max(ready.multiaddrs, key=is_loopback_address)
     command = [_program(), "node", "--bootstrap", address]
-    for model in config.serve or (DEMO_MODEL,):
-        command += ["--serve", str(getattr(model, "model", model))]
+    served = [str(serve)] if serve else [spec.model for spec in config.serve] or [DEMO_MODEL]
+    for each in served:
+        command += ["--serve", each]
     command += second_node(config)
     if config.cache_dir != default_cache_dir():
         command += ["--cache-dir", str(config.cache_dir)]
@@ -52,14 +57,15 @@ def join_here(config: NodeConfig, ready: NodeReady) -> list[str]:
     return command + _shared(config)
 
 
-def join_elsewhere(config: NodeConfig, ready: NodeReady) -> list[str] | None:
-    """Return the command that joins from another machine; None if this node is not reachable."""
+def join_elsewhere(config: NodeConfig, ready: NodeReady, serve: ServeSpec | None = None) -> list[str] | None:
+    """Return the command that joins from another machine; None if this node is not reachable. `serve`: as above."""
     address = best_address(ready.multiaddrs)
     if address is None or is_loopback_address(address):
         return None
     command = ["metaswarm", "node", "--bootstrap", address]
-    for name in dict.fromkeys(spec.model for spec in config.serve) or (DEMO_MODEL,):
-        command += ["--serve", _name_for_others(name, config.cache_dir)]
+    names = dict.fromkeys(spec.model for spec in config.serve) or [DEMO_MODEL]
+    for each in [serve] if serve else [ServeSpec(name) for name in names]:
+        command += ["--serve", str(replace(each, model=_name_for_others(each.model, config.cache_dir)))]
     if config.swarm_key_file is not None:
         command += ["--swarm-key", config.swarm_key_file.name]
     return command + _shared(config)

@@ -1,51 +1,85 @@
 """The documents of `/swarm/…`, from the parts of a node."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal, cast
+from typing import Any, Final, Literal, TypedDict, cast
 
 import trio
 
-from node.api.explanation import explain, selection_status
+from node.api.explanation import explain, past_decisions, selection_status
 from node.api.interface import (
     BanDocument,
     ChainStatus,
     Explanation,
     GapDocument,
     HistoryStatus,
+    JobDocument,
+    JoinDocument,
+    LearningDocument,
     LineageQuality,
     ModelDocument,
     NodeStatus,
     PeerCounts,
     PeerJobs,
     PeerSessions,
+    PeerSpan,
     PeerStatus,
     ReachabilityDocument,
+    Sample,
     SpanDocument,
     SpanSummary,
+    StatementDocument,
 )
+from node.api.job_document import describe_logged_job
 from node.assembly import AGENT, NodeParts
+from node.config import ServeSpec
 from node.consensus.chain_node import ChainNode
+from node.coordinator.observation import weight_type
 from node.coordinator.submission import JobRequest
 from node.network.interface import Way
 from node.stages.memory_admission import span_bytes_for
 from node.stages.peer_penalties import StagePeerStatistics
 from node.stages.span import Span
 from node.storage.database import StorageError
-from protocol.announcements import Reachability
+from node.telemetry.observer import Telemetry
+from node.util.samples import Samples
+from protocol.announcements import Reachability, ServedSpan
+from protocol.capabilities import hardware_class
+from protocol.consensus_values import Statement
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
+from selector.consensus.chain import ChainEntry
 from selector.consensus.reputation import WEIGHT_SCALE
 from selector.cuts import Cuts
 from selector.reliability import PeerRecord
 from selector.routing import NoRouteError, check_complete
 
+SAMPLE_INTERVAL_S: Final = 10.0
+MAX_SAMPLES: Final = 360
+CHARTED_DECISIONS: Final = 200
+
+
+class _Announced(TypedDict):
+    """The part of PeerStatus that comes from a peer's capabilities."""
+
+    neighbours: dict[str, float]
+    hardware: str | None
+
 
 class StatusView:
     """Implements `NodeView`."""
 
-    def __init__(self, parts: NodeParts, serve: Sequence[str]) -> None:
+    def __init__(
+        self,
+        parts: NodeParts,
+        serve: Sequence[str],
+        telemetry: Telemetry,
+        join: Callable[[ServeSpec | None], JoinDocument],
+    ) -> None:
         self.api_url = ""
+        self.stopping = trio.Event()
+        self.telemetry = telemetry
+        self.join = join
         self.submitter = parts.client.coordinator
         self.bench = parts.client.trials.run
         self._parts = parts
@@ -55,11 +89,13 @@ class StatusView:
         self._stages = parts.serving.stages
         self._library = parts.serving.library
         self._started_s = time.monotonic()
+        self._samples: Samples[Sample] = Samples(MAX_SAMPLES)
 
     async def status(self) -> NodeStatus:
         """Return the status of this node."""
         jobs = self.submitter.statistics
         transfers, selection = self._library.transfers(), self._parts.selection
+        outbound, inbound = self._stages.link_pool.counts()
         return {
             "peer_id": self._network.peer_id,
             "agent": AGENT,
@@ -94,7 +130,24 @@ class StatusView:
                 "served_bytes": transfers.served_bytes,
             },
             "uncovered": [gap for model in self._membership.served_models() for gap in self._gaps(model)],
+            "traffic": {
+                "outbound_links": outbound,
+                "inbound_links": inbound,
+                "sent_bytes": self._network.byte_counts.sent,
+                "received_bytes": self._network.byte_counts.received,
+            },
         }
+
+    def faults(self) -> list[str]:
+        """Return why the node is not ready."""
+        unserved = self._parts.serving.supervisor.unserved
+        faults = [f"{name} is not served: {reason}" for name, reason in sorted(unserved.items())]
+        bootstrap = self._membership.bootstrap()
+        if bootstrap and not self._network.connected_peers():
+            faults.append(f"the swarm is not joined: none of {len(bootstrap)} bootstrap peers was reached")
+        if self._stages.is_draining:
+            faults.append("the node is shutting down")
+        return faults
 
     def _gaps(self, model: ModelId) -> list[GapDocument]:
         """Return the blocks of a model that no peer serves, and how to serve them."""
@@ -129,7 +182,7 @@ class StatusView:
         }
 
     def _chain_status(self, model: ModelId, chain: ChainNode) -> ChainStatus:
-        agreement = chain.agreement
+        agreement, now_s = chain.agreement, chain.now_s()
         weight = agreement.weights.get(self._network.peer_id) if agreement else None
         return {
             "model": model,
@@ -142,6 +195,10 @@ class StatusView:
             "firm_cells": sum(entry.firm for entry in agreement.table.values()) if agreement else 0,
             "weight": None if weight is None else round(weight / WEIGHT_SCALE, 3),
             "measured": chain.measured,
+            "current_epoch": chain.clock.epoch_at(now_s),
+            "epoch_s": chain.clock.epoch_s,
+            "phase": chain.clock.phase_at(now_s),
+            "statements": [_statement(entry, entry.statement) for entry in chain.recent if entry.statement],
         }
 
     def _bans(self) -> dict[PeerId, BanDocument]:
@@ -187,14 +244,63 @@ class StatusView:
                     "relay": None if way is None else way.relay,
                     "leaving": peer in leaving,
                     "rtt_s": self._membership.round_trip_s(peer),
+                    **self._announced(peer),
                     "last_seen_s": round(now_s - entry.last_heard_s, 3) if entry else None,
-                    "spans": [self._span_summary(span.model, span.blocks) for span in (entry.spans if entry else ())],
+                    "spans": [self._peer_span(span) for span in (entry.spans if entry else ())],
                     "banned": bans.get(peer),
                     "sessions": _sessions(sessions[peer]) if peer in sessions else None,
                     "jobs": _jobs(jobs[peer]) if peer in jobs else None,
                 }
             )
         return peers
+
+    def _peer_span(self, span: ServedSpan) -> PeerSpan:
+        load = span.load
+        return {
+            **self._span_summary(span.model, span.blocks),
+            "sessions": load.sessions,
+            "queued_rows": load.queued_rows,
+            "free_positions": load.free_positions,
+            "step_s": load.step_s,
+        }
+
+    def _announced(self, peer: PeerId) -> _Announced:
+        """Return what a peer announces of its links and its hardware."""
+        known = self._parts.swarm.announcer.known(peer)
+        links = known.links if known else None
+        return {
+            "neighbours": {
+                each.peer: each.round_trip_s for each in (links.neighbours if links else ()) if each.round_trip_s
+            },
+            "hardware": hardware_class(known) if known else None,
+        }
+
+    def jobs(self, after: int = 0) -> tuple[list[JobDocument], int]:
+        """Return the recent jobs that changed after a revision, and the revision now."""
+        log = self.submitter.log
+        return [describe_logged_job(job) for job in log.changed_since(after)], log.revision
+
+    def learning(self) -> LearningDocument:
+        """Return how the history grew, and how past choices turned out."""
+        return {
+            "samples": self._samples.all(),
+            "past": past_decisions(self._parts.selection.chooser.decisions, CHARTED_DECISIONS),
+        }
+
+    async def sample_loop(self) -> None:
+        """Sample the node's figures until cancelled."""
+        while True:
+            history, decisions = await self._history_status(), self._parts.selection.chooser.decisions
+            if history is not None:
+                sample: Sample = {
+                    "at": round(time.time(), 1),
+                    "observations": history["count"],
+                    "peers": len(self._membership.directory.reached()),
+                    "jobs": self.submitter.statistics.done,
+                    "regret_s": round(sum(selection.regret_s for _, selection in decisions), 3),
+                }
+                self._samples.add(sample)
+            await trio.sleep(SAMPLE_INTERVAL_S)
 
     def models(self) -> list[ModelDocument]:
         """Return the models that peers serve or that are in the local cache."""
@@ -224,6 +330,10 @@ class StatusView:
             "apart": list(apart),
             "complete": manifest is not None and not missing and not apart,
             "local": manifest is not None,
+            "size_bytes": manifest.size_bytes if manifest else None,
+            "format": manifest.format if manifest else None,
+            "architecture": manifest.model_type if manifest else None,
+            "weight_type": weight_type(manifest) if manifest else None,
             "quality": {
                 kv_key: None if figures is None else cast("LineageQuality", asdict(figures))
                 for kv_key, figures in self._parts.client.quality_store.figures(model).items()
@@ -242,11 +352,13 @@ class StatusView:
 
     def _served_span(self, span: Span) -> SpanDocument:
         info = span.info
-        statistics = span.engine.statistics()
+        statistics, load = span.engine.statistics(), span.load()
         return {
             **self._span_summary(info.model, info.blocks),
             "block_count": info.block_count,
-            "sessions": len(span.sessions),
+            "sessions": load.sessions,
+            "queued_rows": load.queued_rows,
+            "step_s": load.step_s,
             "device": info.device,
             "reserved_positions": statistics.reserved_positions,
             "kv_positions": info.kv_positions,
@@ -292,3 +404,18 @@ def _sessions(asked: StagePeerStatistics) -> PeerSessions:
 def _jobs(shown: PeerRecord) -> PeerJobs:
     rounded = replace(shown, trust=round(shown.trust, 3), avoided_s=round(shown.avoided_s, 3))
     return cast("PeerJobs", asdict(rounded))
+
+
+def _statement(entry: ChainEntry, statement: Statement) -> StatementDocument:
+    return {
+        "epoch": entry.epoch,
+        "statement": entry.id.hex(),
+        "proposer": statement.proposer,
+        "committee": len(entry.committee),
+        "signatures": len(entry.signers),
+        "members": len(entry.members),
+        "joined": len(statement.joined),
+        "left": len(statement.left),
+        "expelled": len(statement.expelled),
+        "commits": len(statement.commits),
+    }

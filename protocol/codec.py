@@ -23,18 +23,8 @@ from protocol.limits import (
     MAX_VOCABULARY,
     MAX_WIDTH,
 )
-from protocol.messages import (
-    LATEST_MINOR,
-    ControlMessage,
-    FinishReason,
-    Open,
-    Progress,
-    ProgressRequest,
-    Sampling,
-    Slice,
-    Step,
-    TokenHistory,
-)
+from protocol.messages import LATEST_MINOR, ControlMessage, FinishReason, Open, Sampling, Slice, Step, TokenHistory
+from protocol.reports import Progress, ProgressRequest, Timings, TimingsRequest
 from protocol.schema import MessageTypes
 from protocol.tensors import DType, Tensor
 
@@ -106,9 +96,13 @@ def minor_of(message: ControlMessage) -> int:
     """Return the earliest version 1.x of the job protocol that can express a message."""
     if isinstance(message, TokenHistory | ProgressRequest | Progress):
         return 1
+    if isinstance(message, TimingsRequest | Timings):
+        return 2
+    if isinstance(message, Open) and (message.request_id or message.trace_parent):
+        return 2
     if isinstance(message, Open) and message.sampling is not None:
         sampling = message.sampling
-        if sampling.logprobs or sampling.json_schema:
+        if sampling.logprobs or sampling.json_schema or sampling.pooling:
             return 2
         plain = Sampling(
             temperature=sampling.temperature,

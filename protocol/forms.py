@@ -9,14 +9,19 @@ from protocol.limits import (
     MAX_HARDWARE_BYTES,
     MAX_HISTORY_TOKENS,
     MAX_INTEGER,
+    MAX_LOGIT_BIAS,
     MAX_NAME_BYTES,
     MAX_NUMBER,
+    MAX_PENALTY,
     MAX_POSITIONS,
     MAX_PREFIX_BYTES,
     MAX_RECORD_BYTES,
+    MAX_REQUEST_ID_BYTES,
     MAX_SCORE,
     MAX_SECONDS,
+    MAX_SWITCH_BYTES,
     MAX_TEXT_BYTES,
+    MAX_TRACE_PARENT_BYTES,
     MAX_UINT64,
     MAX_VOCABULARY,
     PREFIX_HASH_BYTES,
@@ -77,15 +82,20 @@ Envelope = Annotated[bytes, Form(_envelope)]
 Explanation = Annotated[str, text(MAX_TEXT_BYTES)._replace(dump=_presentable)]
 """Text for people, which is made presentable when it is sent."""
 Hardware = Annotated[str, name(MAX_HARDWARE_BYTES)]
+LogitBias = Annotated[float, Range(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)]
 Name = Annotated[str, name(MAX_NAME_BYTES)]
 Nonce = Annotated[int, Range(0, MAX_UINT64)]
 PackedTokens = Annotated[tuple[int, ...], Form(_packed_tokens, _pack_tokens)]
 """Token ids, which travel as 4 bytes each, little-endian."""
+Penalty = Annotated[float, Range(-MAX_PENALTY, MAX_PENALTY)]
 Position = Annotated[int, Range(0, MAX_POSITIONS - 1)]
 PositionCount = Annotated[int, Range(0, MAX_POSITIONS)]
 PrefixHashes = Annotated[bytes, Form(_prefix)]
+RequestId = Annotated[str, text(MAX_REQUEST_ID_BYTES)]
 Score = Annotated[float, Range(-MAX_SCORE, MAX_SCORE)]
 Seconds = Annotated[float, Range(0.0, MAX_SECONDS)]
 Share = Annotated[float, Range(0.0, 1.0)]
 Signature = Annotated[bytes, raw(SIGNATURE_BYTES)]
+Switch = Annotated[str, name(MAX_SWITCH_BYTES)]
 TokenId = Annotated[int, Range(0, MAX_VOCABULARY - 1)]
+TraceParent = Annotated[str, text(MAX_TRACE_PARENT_BYTES)]

@@ -29,6 +29,7 @@ PAGE_POSITIONS: Final = 32  # positions of one page of a KV cache, which a prefi
 PREFIX_HASH_BYTES: Final = 16  # hash of one page of a prompt and of all pages before it
 MAX_PREFIX_BYTES: Final = 32 << 10  # the prefix hashes of one prompt
 MAX_DRAFTS: Final = 16  # draft tokens beside one slice
+MAX_TIMED_STEPS: Final = 512  # steps in one Timings
 MAX_HISTORY_TOKENS: Final = 8192  # token ids in one TokenHistory: 32 KiB, well within a control frame
 
 # Sampling; logit biases as in the OpenAI API
@@ -39,6 +40,10 @@ MAX_PENALTY: Final = 100.0  # presence and frequency penalty of either sign, rep
 MAX_TEMPERATURE: Final = 100.0
 MAX_LOGPROBS: Final = 21  # the log probability of a drawn token, and those of up to 20 likeliest tokens
 MAX_JSON_SCHEMA_BYTES: Final = 16 << 10  # a JSON Schema that the text of a job follows
+
+# For logs and traces
+MAX_REQUEST_ID_BYTES: Final = 128  # the id of the API request that a session is for
+MAX_TRACE_PARENT_BYTES: Final = 55  # a `traceparent` of W3C Trace Context
 
 # Votes on the method of a job
 MAX_BALLOTS: Final = MAX_STAGES + 1  # ballots on one job: of every stage, and the coordinator's

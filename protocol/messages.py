@@ -18,39 +18,43 @@ from protocol.forms import (
     Digest,
     Explanation,
     Hardware,
+    LogitBias,
     Name,
     Nonce,
     PackedTokens,
+    Penalty,
     Position,
     PositionCount,
     PrefixHashes,
+    RequestId,
     Score,
     Seconds,
     Share,
     Signature,
+    Switch,
     TokenId,
+    TraceParent,
 )
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId
 from protocol.limits import (
     MAX_BALLOTS,
     MAX_CONTEXT,
     MAX_JSON_SCHEMA_BYTES,
-    MAX_LOGIT_BIAS,
     MAX_LOGIT_BIASES,
     MAX_LOGPROBS,
     MAX_PENALTY,
     MAX_POSITIONS,
     MAX_STAGES,
     MAX_STOP_TOKENS,
-    MAX_SWITCH_BYTES,
     MAX_SWITCHES,
     MAX_TEMPERATURE,
     MAX_VOCABULARY,
     MAX_VOTES,
     MAX_WINDOW_BYTES,
 )
-from protocol.schema import ARRAY, OMIT_DEFAULT, Count, Range, name, text
-from protocol.tensors import Tensor
+from protocol.reports import Progress, ProgressRequest, Timings, TimingsRequest
+from protocol.schema import ARRAY, OMIT_DEFAULT, Count, Range, text
+from protocol.tensors import Pooling, Tensor
 
 LATEST_MINOR: Final = 2
 """The latest version of the job protocol is 1.LATEST_MINOR; "since version 1.1" marks additions to 1.0."""
@@ -90,6 +94,8 @@ class FailureReason(enum.StrEnum):
     """The session did not begin in time, or was idle for longer than its limit."""
     LEAVING = "leaving"
     """The peer shuts down."""
+    REQUEST = "request"
+    """What the job asks for cannot be done, here or elsewhere: its JSON Schema admits no text, or costs too much."""
 
 
 class FinishReason(enum.StrEnum):
@@ -101,16 +107,11 @@ class FinishReason(enum.StrEnum):
     """The limit on new tokens."""
 
 
-Switch = Annotated[str, name(MAX_SWITCH_BYTES)]
-Penalty = Annotated[float, Range(-MAX_PENALTY, MAX_PENALTY)]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
     """The first message of each side.
 
-    `window_bytes`: the tensor payload of any one session that the sender of this Hello holds unconsumed; the other side
-    pauses there until it receives `Credit`.
+    `window_bytes`: how much of one session its sender holds unconsumed; there the other side pauses until `Credit`.
     """
 
     agent: Name
@@ -121,9 +122,10 @@ class Hello:
 class Sampling:
     """How the last stage samples tokens; temperature 0 is greedy. Keyed by (seed, position): a replay draws the same.
 
-    All but the first five fields exist since version 1.1, the last two since 1.2. The penalties are those of the OpenAI
-    API (presence and frequency, of the output) and of transformers (repetition, of prompt and output); they depend on
-    the job's tokens, see `TokenHistory`. `logit_bias`: pairs of a token id, ascending, and the term added to its logit.
+    All but the first five fields exist since version 1.1, the last three since 1.2. The penalties are those of the
+    OpenAI API (presence and frequency, of the output) and of transformers (repetition, of prompt and output); they
+    depend on the job's tokens, see `TokenHistory`. `logit_bias`: pairs of a token id, ascending, and the term added to
+    its logit.
     """
 
     temperature: Annotated[float, Range(0.0, MAX_TEMPERATURE)] = 0.0
@@ -138,11 +140,7 @@ class Sampling:
     repetition_penalty: Annotated[float, Range(1 / MAX_PENALTY, MAX_PENALTY), OMIT_DEFAULT] = 1.0
     frequency_penalty: Annotated[Penalty, OMIT_DEFAULT] = 0.0
     presence_penalty: Annotated[Penalty, OMIT_DEFAULT] = 0.0
-    logit_bias: Annotated[
-        tuple[tuple[TokenId, Annotated[float, Range(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)]], ...],
-        Count(MAX_LOGIT_BIASES),
-        OMIT_DEFAULT,
-    ] = ()
+    logit_bias: Annotated[tuple[tuple[TokenId, LogitBias], ...], Count(MAX_LOGIT_BIASES), OMIT_DEFAULT] = ()
     min_length: Annotated[int, Range(1, MAX_POSITIONS), OMIT_DEFAULT] = 0
     """Stop tokens are masked at positions below this one, prompt included: a replay needs no other value."""
     prompt_length: Annotated[int, Range(1, MAX_POSITIONS), OMIT_DEFAULT] = 0
@@ -150,6 +148,8 @@ class Sampling:
     """The coordinator gets the log probability of each token, and those of the likeliest `logprobs` - 1 tokens."""
     json_schema: Annotated[str, text(MAX_JSON_SCHEMA_BYTES), OMIT_DEFAULT] = ""
     """The output is JSON that follows this JSON Schema, itself JSON; empty for any output."""
+    pooling: Pooling | None = None
+    """The coordinator gets an embedding of the prompt, and nothing is sampled."""
 
     @property
     def needs_history(self) -> bool:
@@ -177,6 +177,7 @@ class Open:
     next stage; None for the last stage, which sends each token to the coordinator and to `feedback`, the first stage's
     peer. `sampling`: for the last stage only. `continues`: a session of the previous attempt at this job on the same
     stream; it ends, and this session takes over its KV cache. `background`: a measurement, which yields to users' jobs.
+    `request_id`, and `trace_parent` (W3C Trace Context), since version 1.2: for logs and traces.
     """
 
     session: SessionId
@@ -192,6 +193,8 @@ class Open:
     sampling: Sampling | None = None
     continues: SessionId | None = None
     background: bool = False
+    request_id: Annotated[RequestId, OMIT_DEFAULT] = ""
+    trace_parent: Annotated[TraceParent, OMIT_DEFAULT] = ""
 
     def check(self) -> None:
         """Raise RemoteProtocolError for a method named twice, and for fields that contradict each other."""
@@ -331,27 +334,6 @@ class Credit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProgressRequest:
-    """The coordinator requests the progress of a session. Since version 1.1."""
-
-    session: SessionId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """The progress of a session on this stage, in answer to a ProgressRequest. Since version 1.1.
-
-    The first positions not yet `received`, `computed`, and `sent` to the next stage, or, by a last stage, as tokens to
-    the coordinator. A replay makes them smaller.
-    """
-
-    session: SessionId
-    received: PositionCount
-    computed: PositionCount
-    sent: PositionCount
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
     """The session is lost on this stage, which has freed it. `peer`: the peer at fault, if not the stage itself."""
 
@@ -363,10 +345,9 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reroute:
-    """The stage asks the coordinator to continue over another route, and holds the session until it does.
+    """The stage asks the coordinator to continue over another route, and serves the session until it does.
 
-    `reason`: `downstream` where it cannot send its outputs, `leaving` where it drains; meanwhile it continues to serve
-    the session. `peer`: the peer at fault, if not the stage itself.
+    `reason`: `downstream` where it cannot send its outputs, `leaving` where it drains. `peer`: as in `Failed`.
     """
 
     session: SessionId
@@ -430,19 +411,10 @@ class Pong:
 
 
 SessionMessage: TypeAlias = (
-    Open
-    | Opened
-    | Refused
-    | TokenHistory
-    | Begin
-    | Credit
-    | ProgressRequest
-    | Progress
-    | Reroute
-    | Failed
-    | Close
+    Open | Opened | Refused | TokenHistory | Begin | Credit | ProgressRequest | Progress | TimingsRequest | Timings
+    | Reroute | Failed | Close
     | Closed
-)
+)  # fmt: skip
 """A control message about one session."""
 
 ControlMessage: TypeAlias = Hello | SessionMessage | Ping | Pong

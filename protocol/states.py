@@ -30,13 +30,12 @@ from protocol.messages import (
     Opened,
     Ping,
     Pong,
-    Progress,
-    ProgressRequest,
     Refused,
     Reroute,
     Step,
     TokenHistory,
 )
+from protocol.reports import Progress, ProgressRequest, Timings, TimingsRequest
 
 
 class Role(enum.StrEnum):
@@ -117,8 +116,8 @@ _HELLOS: Final = {
 }
 # The initiator need not await the responder's Hello, except for steps, which depend on its window.
 _EARLY: Final = (Open, Close, Ping)
-_WORK: Final = (Open, TokenHistory, Begin, Step, ProgressRequest, Close, Ping)
-_ANSWERS: Final = (Opened, Refused, Credit, Progress, Reroute, Failed, Closed, Pong)
+_WORK: Final = (Open, TokenHistory, Begin, Step, ProgressRequest, TimingsRequest, Close, Ping)
+_ANSWERS: Final = (Opened, Refused, Credit, Progress, Timings, Reroute, Failed, Closed, Pong)
 
 _ConnectionTable: TypeAlias = Mapping[tuple[Role, ConnectionState, MessageType, Direction], ConnectionState]
 
@@ -148,38 +147,48 @@ _SESSIONS: Final[Mapping[tuple[Role, SessionState], tuple[_Events, _Events]]] = 
     (_I, _OPENING): ({Close: _CLOSING}, {Opened: _OPEN, Refused: _IDLE}),
     (_I, _OPEN): ({TokenHistory: _OPEN, Begin: _BEGUN, Close: _CLOSING}, {Failed: _FAILED}),
     (_I, _BEGUN): (
-        {Step: _BEGUN, ProgressRequest: _BEGUN, Close: _CLOSING},
-        {Credit: _BEGUN, Progress: _BEGUN, Reroute: _BEGUN, Failed: _FAILED},
+        {Step: _BEGUN, ProgressRequest: _BEGUN, TimingsRequest: _BEGUN, Close: _CLOSING},
+        {Credit: _BEGUN, Progress: _BEGUN, Timings: _BEGUN, Reroute: _BEGUN, Failed: _FAILED},
     ),
     # Forwarded becomes idle by itself once everything sent has been credited.
     (_I, _FORWARDED): ({Step: _FORWARDED}, {Credit: _FORWARDED, Failed: _IDLE}),
     # Sent by the responder before our Close arrived; one of Refused, Failed and Closed comes, and is the last.
     (_I, _CLOSING): (
         {},
-        {Opened: _Q, Credit: _Q, Progress: _Q, Reroute: _Q, Refused: _IDLE, Failed: _IDLE, Closed: _IDLE},
+        {Opened: _Q, Credit: _Q, Progress: _Q, Timings: _Q, Reroute: _Q, Refused: _IDLE, Failed: _IDLE, Closed: _IDLE},
     ),
     (_I, _FAILED): ({Close: _IDLE}, {}),
     # Rows were consumed, or found to be of an unknown session, after it was forgotten: there is no credit to settle. A
     # Close comes from an initiator that has not yet received our Refused.
-    (_R, _IDLE): ({Credit: _Q, Progress: _Q, Reroute: _Q, Failed: _Q}, {Open: _OPENING, Step: _FORWARDED, Close: _Q}),
+    (_R, _IDLE): (
+        {Credit: _Q, Progress: _Q, Timings: _Q, Reroute: _Q, Failed: _Q},
+        {Open: _OPENING, Step: _FORWARDED, Close: _Q},
+    ),
     # Lost before it was admitted: the answer to the Open is still due, which is Refused.
     (_R, _OPENING): ({Opened: _OPEN, Refused: _IDLE, Failed: _Q}, {Close: _CLOSING}),
     (_R, _OPEN): ({Failed: _FAILED}, {TokenHistory: _OPEN, Begin: _BEGUN, Close: _CLOSING}),
     (_R, _BEGUN): (
-        {Credit: _BEGUN, Progress: _BEGUN, Reroute: _BEGUN, Failed: _FAILED},
-        {Step: _BEGUN, ProgressRequest: _BEGUN, Close: _CLOSING},
+        {Credit: _BEGUN, Progress: _BEGUN, Timings: _BEGUN, Reroute: _BEGUN, Failed: _FAILED},
+        {Step: _BEGUN, ProgressRequest: _BEGUN, TimingsRequest: _BEGUN, Close: _CLOSING},
     ),
     (_R, _FORWARDED): ({Credit: _FORWARDED, Failed: _IDLE}, {Step: _FORWARDED}),
     # Rows that another task of the initiator sent late are delivered; no credit is due for them.
     (_R, _CLOSING): (
-        {Opened: _Q, Credit: _Q, Progress: _Q, Reroute: _Q, Refused: _IDLE, Failed: _IDLE, Closed: _IDLE},
+        {Opened: _Q, Credit: _Q, Progress: _Q, Timings: _Q, Reroute: _Q, Refused: _IDLE, Failed: _IDLE, Closed: _IDLE},
         {Step: _CLOSING},
     ),
-    # TokenHistory, Begin, rows, ProgressRequest and a second Failed or Reroute cross our Failed. The Close that
-    # confirms it needs no answer.
+    # TokenHistory, Begin, rows, requests of progress and timings and a second Failed or Reroute cross our Failed. The
+    # Close that confirms it needs no answer.
     (_R, _FAILED): (
-        {Credit: _Q, Progress: _Q, Reroute: _Q, Failed: _Q},
-        {TokenHistory: _Q, Begin: _Q, Step: _FAILED, ProgressRequest: _Q, Close: Transition(_IDLE, quiet=True)},
+        {Credit: _Q, Progress: _Q, Timings: _Q, Reroute: _Q, Failed: _Q},
+        {
+            TokenHistory: _Q,
+            Begin: _Q,
+            Step: _FAILED,
+            ProgressRequest: _Q,
+            TimingsRequest: _Q,
+            Close: Transition(_IDLE, quiet=True),
+        },
     ),
 }
 

@@ -7,6 +7,8 @@ rows into a batch are slicing of bytes.
 import enum
 import math
 import struct
+import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -97,6 +99,15 @@ def tokens_from_tensor(tensor: Tensor) -> list[int]:
     return memoryview(tensor.data).cast("B").cast("i").tolist() if tensor.rows else []
 
 
+class Pooling(enum.StrEnum):
+    """How the rows of a prompt become its embedding."""
+
+    MEAN = "mean"
+    """The mean of all rows."""
+    LAST = "last"
+    """The row of the last token."""
+
+
 class TokenLogprobs(NamedTuple):
     """A drawn token with the natural logarithm of its probability, and those of the likeliest tokens."""
 
@@ -122,6 +133,18 @@ def logprobs_from_tensor(tensor: Tensor) -> list[TokenLogprobs]:
         (first, *others) = zip(map(int, ids), logprobs, strict=True)
         found.append(TokenLogprobs(*first, tuple(others)))
     return found
+
+
+def embedding_from_tensor(tensor: Tensor) -> "array[float]":
+    """Return an embedding, one row of f32; raise ValueError for any other tensor, and for what is not finite."""
+    if tensor.dtype is not DType.FLOAT32 or len(tensor.shape) != 2 or tensor.rows != 1:
+        raise ValueError(f"an embedding is one row of f32, not {tensor.dtype}{list(tensor.shape)}")
+    embedding = array("f", bytes(tensor.data))
+    if sys.byteorder == "big":
+        embedding.byteswap()
+    if not all(map(math.isfinite, embedding)):
+        raise ValueError("an element of an embedding is not finite")
+    return embedding
 
 
 def drawn_tokens(tensor: Tensor) -> list[int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import trio
+from starlette.types import Scope
 
 from node.api.errors import ApiError
 from node.config import ApiKey, hash_api_key
@@ -35,16 +36,20 @@ class KeyUse:
     bucket: TokenBucket | None
     running: int = 0
 
-    def begin(self) -> dict[str, str]:
-        """Count a request that generates text; return the headers that tell what is left. Raises ApiError."""
+    def begin(self, answers: int) -> dict[str, str]:
+        """Count answers that begin; return the headers that tell what is left. Raises ApiError."""
         concurrency, per_minute = self.key.concurrency, self.key.requests_per_minute
-        if concurrency is not None and self.running >= concurrency:
+        most = min(concurrency or answers, per_minute or answers)
+        if answers > most:
+            message = f"the request wants {answers} answers; the API key {self.key.name!r} admits {most}: ask for fewer"
+            raise ApiError(400, message, param="n")
+        if concurrency is not None and self.running + answers > concurrency:
             message = f"the API key {self.key.name!r} admits {concurrency} answers at a time: wait for one to end"
             raise ApiError(429, message, code="too_many_requests", headers={"Retry-After": str(BUSY_RETRY_S)})
         headers: dict[str, str] = {}
         if self.bucket is not None and per_minute is not None:
             now_s = trio.current_time()
-            admitted = self.bucket.take(1, now_s)
+            admitted = self.bucket.take(answers, now_s)
             left = self.bucket.level(now_s)
             headers = {
                 "X-RateLimit-Limit-Requests": str(per_minute),
@@ -52,16 +57,52 @@ class KeyUse:
                 "X-RateLimit-Reset-Requests": f"{(per_minute - left) * 60 / per_minute:.0f}s",
             }
             if not admitted:
-                retry_s = math.ceil((1 - left) * 60 / per_minute)
+                retry_s = math.ceil((answers - left) * 60 / per_minute)
                 message = f"the API key {self.key.name!r} admits {per_minute} requests a minute: retry in {retry_s} s"
                 headers["Retry-After"] = str(max(1, retry_s))
                 raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)
-        self.running += 1
+        self.running += answers
         return headers
 
+    def end(self, answers: int) -> None:
+        """Count the end of answers."""
+        self.running -= answers
+
+
+class RequestUse:
+    """What one request uses of its key, as far as it is known: how many answers it wants is in its body."""
+
+    def __init__(self, use: KeyUse | None) -> None:
+        self._use = use
+        self._running = 0
+        self.headers: dict[str, str] = {}
+        """Of the answer."""
+
+    def begin(self, answers: int) -> None:
+        """Count answers. Raises ApiError where the key does not admit them now."""
+        if self._use is not None:
+            self.headers |= self._use.begin(answers)
+            self._running += answers
+
     def end(self) -> None:
-        """Count the end of an answer."""
-        self.running -= 1
+        """Count the end of the request."""
+        if self._use is not None:
+            self._use.end(self._running)
+
+
+_IN_SCOPE: Final = "metaswarm.use"
+
+
+def with_use(scope: Scope, use: RequestUse) -> Scope:
+    """Return the scope of a request whose application counts what it uses."""
+    return {**scope, _IN_SCOPE: use}
+
+
+def begin_answers(scope: Scope, answers: int = 1) -> None:
+    """Count the answers that a request wants against its key; each job is one. Raises ApiError."""
+    use = scope.get(_IN_SCOPE)
+    if isinstance(use, RequestUse):
+        use.begin(answers)
 
 
 class KeyRing:

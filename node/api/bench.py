@@ -11,19 +11,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from node.api.access import begin_answers
 from node.api.endpoint import until_disconnect
-from node.api.fields import (
-    Fields,
-    count_between,
-    number_between,
-    parse_count,
-    parse_json,
-    parse_method,
-    parse_object,
-    parse_quality,
-    parse_text,
-    refuse,
-)
+from node.api.explanation import MAX_TOKENS, PROMPT_TOKENS, REPETITIVENESS, SHARED_PREFIX_SHARE
+from node.api.fields import Field, ObjectForm, count_between, list_of, parse_json, parse_method
+from node.api.shared_fields import MODEL, QUALITY
 from node.coordinator.trial_runner import MethodTrial, Run, Trial, TrialSpec, TrialWorkload
 from protocol.measurements import Objective, QualityBound
 
@@ -31,10 +23,13 @@ MAX_ROUNDS: Final = 100
 MAX_CONCURRENCY: Final = 64
 MAX_METHODS: Final = 64
 
-BENCH_FIELDS: Final = frozenset({"model", "methods", "workload", "rounds", "quality", "seed"})
-WORKLOAD_FIELDS: Final = frozenset(
-    {"concurrency", "prompt_tokens", "max_tokens", "shared_prefix_share", "repetitiveness"}
-)
+_CONCURRENCY: Final = Field("concurrency", count_between(1, MAX_CONCURRENCY))
+_METHODS: Final = Field("methods", list_of(parse_method, "methods", MAX_METHODS, least=1))
+_ROUNDS: Final = Field("rounds", count_between(1, MAX_ROUNDS))
+_SEED: Final = Field("seed", count_between(1, 2**31 - 1))
+WORKLOAD: Final = ObjectForm(_CONCURRENCY, PROMPT_TOKENS, MAX_TOKENS, SHARED_PREFIX_SHARE, REPETITIVENESS)
+_WORKLOAD: Final = Field("workload", WORKLOAD.form)
+BENCH: Final = ObjectForm(MODEL, _METHODS, _WORKLOAD, _ROUNDS, QUALITY, _SEED, required=[MODEL])
 
 
 class BenchEndpoint:
@@ -46,6 +41,7 @@ class BenchEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises ApiError before the response starts."""
         spec = parse_spec(await Request(scope, receive).body())
+        begin_answers(scope)
 
         async def answer() -> None:
             await JSONResponse(describe_trial(await self._measure(spec)))(scope, receive, send)
@@ -55,27 +51,22 @@ class BenchEndpoint:
 
 def parse_spec(body: bytes) -> TrialSpec:
     """Return the trial. Raises ApiError."""
-    fields = Fields(parse_json(body))
-    fields.refuse_unless_known(BENCH_FIELDS)
-    model = fields.get("model", parse_text)
-    if not model:
-        refuse("model", "is missing")
-    workload = Fields(fields.get("workload", parse_object) or {}, "workload.")
-    workload.refuse_unless_known(WORKLOAD_FIELDS)
+    fields = BENCH.read(parse_json(body))
+    model, workload = fields.require(MODEL), fields.get(_WORKLOAD) or WORKLOAD.read({})
     plain = TrialWorkload()
     return TrialSpec(
         model=model,
-        methods=fields.get("methods", _parse_methods) or (),
+        methods=fields.get(_METHODS) or (),
         workload=TrialWorkload(
-            concurrency=workload.get("concurrency", count_between(1, MAX_CONCURRENCY)) or plain.concurrency,
-            prompt_tokens=workload.get("prompt_tokens", parse_count) or plain.prompt_tokens,
-            max_tokens=workload.get("max_tokens", parse_count) or plain.max_tokens,
-            shared_prefix_share=workload.get("shared_prefix_share", number_between(0, 1)) or 0.0,
-            repetitiveness=workload.get("repetitiveness", number_between(0, 1)) or 0.0,
+            concurrency=workload.get(_CONCURRENCY) or plain.concurrency,
+            prompt_tokens=workload.get(PROMPT_TOKENS) or plain.prompt_tokens,
+            max_tokens=workload.get(MAX_TOKENS) or plain.max_tokens,
+            shared_prefix_share=workload.get(SHARED_PREFIX_SHARE) or 0.0,
+            repetitiveness=workload.get(REPETITIVENESS) or 0.0,
         ),
-        rounds=fields.get("rounds", count_between(1, MAX_ROUNDS)) or 3,
-        quality=fields.get("quality", parse_quality) or QualityBound.EXACT,
-        seed=fields.get("seed", count_between(1, 2**31 - 1)),
+        rounds=fields.get(_ROUNDS) or 3,
+        quality=fields.get(QUALITY) or QualityBound.EXACT,
+        seed=fields.get(_SEED),
     )
 
 
@@ -101,9 +92,3 @@ def _describe(trial: Trial, tried: MethodTrial) -> dict[str, Any]:
         "tokens_per_s": mean(lambda run: run.tokens_per_s),
         "makespan_s": mean(lambda run: run.makespan_s),
     }
-
-
-def _parse_methods(param: str, value: Any) -> list[str]:
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_METHODS:
-        refuse(param, f"must be a list of 1 to {MAX_METHODS} methods")
-    return [parse_method(f"{param}[{index}]", each) for index, each in enumerate(value)]

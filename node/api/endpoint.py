@@ -13,9 +13,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from node.api.access import begin_answers
 from node.api.errors import ApiError
-from node.api.generation import ChoiceStarted, Generation, GenerationEvent, Outcome, run_generation
-from node.coordinator.submission import JobError, Submitter
+from node.api.generation import (
+    MAX_LOGPROBS_IN_ANSWER,
+    ChoiceStarted,
+    Generation,
+    GenerationEvent,
+    Outcome,
+    run_generation,
+)
+from node.coordinator.submission import JobError, RequestOrigin, Submitter
 
 UNACCEPTED_S: Final = 9.0
 """Longest wait of the first keep-alive for a job's route to open: until then an error can still be a status."""
@@ -64,6 +72,11 @@ class GenerationEndpoint:
         """Answer one request. Raises ApiError before the response starts."""
         request = Request(scope, receive)
         generation, writer = self._parse(await request.body(), request.headers)
+        if not generation.stream and generation.logprob_count() > MAX_LOGPROBS_IN_ANSWER:
+            message = f"the answer may have more than {MAX_LOGPROBS_IN_ANSWER} log probabilities: stream it, or ask for"
+            raise ApiError(400, f"{message} fewer choices, tokens or top_logprobs", param="top_logprobs")
+        begin_answers(scope, len(generation.jobs))
+        generation = generation.from_request(origin_of(scope))
         answer = self._stream if generation.stream else self._answer_whole
         await until_disconnect(receive, partial(answer, generation, writer, scope, receive, send))
 
@@ -81,7 +94,7 @@ class GenerationEndpoint:
     ) -> None:
         del scope, receive
         stream = EventStream(send, writer)
-        outcome = Outcome()
+        outcome = Outcome(keeps_logprobs=False)
         error: JobError | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stream.keep_alive)
@@ -110,6 +123,14 @@ class GenerationEndpoint:
                 elif waiting:
                     await stream.send(waiting)
                     waiting = b""
+
+
+def origin_of(scope: Scope) -> RequestOrigin:
+    """Return what logs and traces name a job's request by."""
+    state = scope["state"]
+    return RequestOrigin(
+        request_id=state["request_id"], endpoint=scope["path"], trace_parent=state.get("trace_parent", "")
+    )
 
 
 class EventStream:
@@ -161,7 +182,16 @@ class EventStream:
 
     async def close(self) -> None:
         """End the stream."""
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        await end_body(self._send)
+
+
+async def end_body(send: Send) -> None:
+    """End a streamed answer.
+
+    Shielded, as hypercorn reports the end to `until_disconnect` before it has closed a connection of HTTP/1.0.
+    """
+    with trio.CancelScope(shield=True):
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def until_disconnect(receive: Receive, answer: Callable[[], Awaitable[None]]) -> None:

@@ -7,17 +7,9 @@ from typing import Any, Final
 
 import trio
 
-from node.api.fields import (
-    Fields,
-    count_between,
-    number_between,
-    parse_count,
-    parse_json,
-    parse_quality,
-    parse_text,
-    refuse,
-)
+from node.api.fields import Field, ObjectForm, count_between, number_between, parse_count, parse_json
 from node.api.interface import ExplainedMethod, Explanation, PastDecision, PastDecisions, SelectionStatus
+from node.api.shared_fields import MODEL, QUALITY
 from node.coordinator.coordinator import Considered
 from node.coordinator.submission import JobOutcome, JobRequest, Selection
 from node.selection.chooser import LearnedChoice, LearnedChooser
@@ -34,29 +26,30 @@ DEFAULT_TOKENS: Final = 64
 _TOKEN_IDS: Final = 256
 """Distinct ids in the prompt, which is never computed."""
 
-TASK_FIELDS: Final = frozenset(
-    {"model", "prompt_tokens", "max_tokens", "shared_prefix_share", "repetitiveness", "concurrency", "quality"}
+PROMPT_TOKENS: Final = Field("prompt_tokens", parse_count)
+MAX_TOKENS: Final = Field("max_tokens", parse_count)
+SHARED_PREFIX_SHARE: Final = Field("shared_prefix_share", number_between(0, 1))
+REPETITIVENESS: Final = Field("repetitiveness", number_between(0, 1))
+_CONCURRENCY: Final = Field("concurrency", count_between(1, MAX_PARALLEL_JOBS))
+TASK: Final = ObjectForm(
+    MODEL, PROMPT_TOKENS, MAX_TOKENS, SHARED_PREFIX_SHARE, REPETITIVENESS, _CONCURRENCY, QUALITY, required=[MODEL]
 )
 
 
 def parse_task(body: bytes) -> tuple[JobRequest, dict[str, Any]]:
     """Return the job, and the fields of its context that are overridden. Raises ApiError."""
-    fields = Fields(parse_json(body))
-    fields.refuse_misspelt(TASK_FIELDS)
-    model = fields.get("model", parse_text)
-    if not model:
-        refuse("model", "is missing")
-    prompt_tokens = fields.get("prompt_tokens", parse_count) or DEFAULT_TOKENS
+    fields = TASK.read(parse_json(body))
+    model, prompt_tokens = fields.require(MODEL), fields.get(PROMPT_TOKENS) or DEFAULT_TOKENS
     request = JobRequest(
         model=model,
         prompt_tokens=tuple(place % _TOKEN_IDS for place in range(prompt_tokens)),
-        max_tokens=fields.get("max_tokens", parse_count) or DEFAULT_TOKENS,
-        quality=fields.get("quality", parse_quality) or QualityBound.EXACT,
+        max_tokens=fields.get(MAX_TOKENS) or DEFAULT_TOKENS,
+        quality=fields.get(QUALITY) or QualityBound.EXACT,
     )
     overrides: dict[str, Any] = {
-        name: fields.get(name, number_between(0, 1)) or 0.0 for name in ("shared_prefix_share", "repetitiveness")
+        field.name: fields.get(field) or 0.0 for field in (SHARED_PREFIX_SHARE, REPETITIVENESS)
     }
-    concurrency = fields.get("concurrency", count_between(1, MAX_PARALLEL_JOBS))
+    concurrency = fields.get(_CONCURRENCY)
     if concurrency is not None:
         overrides["concurrency"] = concurrency
     return request, overrides
@@ -109,11 +102,12 @@ def explain(considered: Considered, chooser: LearnedChooser, model: ModelStatus 
         "selection": selection_status(chooser, model),
         "methods": methods,
         "agreed": considered.agreed,
-        "past": _past_decisions(chooser.decisions),
+        "past": past_decisions(chooser.decisions, RECENT),
     }
 
 
-def _past_decisions(decisions: Collection[tuple[JobOutcome, Selection]]) -> PastDecisions:
+def past_decisions(decisions: Collection[tuple[JobOutcome, Selection]], limit: int) -> PastDecisions:
+    """Return how past choices turned out, with the last `limit` ones."""
     recent: list[PastDecision] = [
         {
             "job_id": outcome.job_id,
@@ -124,7 +118,7 @@ def _past_decisions(decisions: Collection[tuple[JobOutcome, Selection]]) -> Past
             "actual_s": outcome.total_s,
             "regret_s": selection.regret_s,
         }
-        for outcome, selection in reversed(list(decisions)[-RECENT:])
+        for outcome, selection in reversed(list(decisions)[-limit:])
     ]
     errors = [abs(math.log(outcome.total_s / selection.predicted_s)) for outcome, selection in decisions]
     return {

@@ -1,12 +1,15 @@
 """Fields of JSON bodies: read one by one, validated, and refused by name.
 
 A field is implemented, or ignored as it cannot change the answer, or accepted only with its neutral value; every other
-field is refused: a wrong answer is worse than none. docs/http-api.md lists all of them.
+field is refused: a wrong answer is worse than none. docs/http-api.md lists all of them. A `Form` has both what reads a
+value and the JSON Schema that says the same to others, from which the OpenAPI description is made.
 """
 
 import json
-from collections.abc import Callable, Mapping, Set
-from typing import Any, Final, NoReturn, TypeVar
+import math
+from collections.abc import Callable, Collection, Mapping, Set
+from dataclasses import dataclass
+from typing import Any, Final, Generic, NoReturn, TypeVar
 
 from node.api.errors import ApiError
 from node.util.suggestions import LONGEST_NAME, did_you_mean
@@ -14,12 +17,50 @@ from protocol.limits import MAX_NAME_BYTES, MAX_POSITIONS
 from protocol.measurements import QualityBound
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
-MAX_STOPS: Final = 4
+MAX_STOPS: Final = 64
+"""The OpenAI API has 4 at most; the others name no limit."""
+
 MAX_STOP_CHARACTERS: Final = 256
 
 MAX_VALUE_DEPTH: Final = 64
 """Nesting of tools, schemas and arguments."""
+
+MIN_INTEGER: Final = -(2**63)
+MAX_INTEGER: Final = 2**64 - 1
+"""Integers in them."""
+
+_FEW: Final = 6
+"""Fields of an object that are all listed where another one is refused; of more, the closest name is suggested."""
+
+Schema = Mapping[str, Any]
+"""A JSON Schema."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form(Generic[T_co]):
+    """How a value is read: `parse` returns it, or refuses what is not of its JSON Schema, naming the field."""
+
+    parse: Callable[[str, Any], T_co]
+    schema: Schema
+
+    def __call__(self, param: str, value: Any) -> T_co:
+        """Return the value. Raises ApiError."""
+        return self.parse(param, value)
+
+
+def form(schema: Schema) -> Callable[[Callable[[str, Any], T]], Form[T]]:
+    """Return a decorator that makes a parser the form with this JSON Schema."""
+    return lambda parse: Form(parse, schema)
+
+
+@dataclass(frozen=True, slots=True)
+class Field(Generic[T_co]):
+    """A field of a JSON object."""
+
+    name: str
+    form: Form[T_co]
 
 
 class Fields:
@@ -29,10 +70,21 @@ class Fields:
         self._values = values
         self._prefix = prefix
 
-    def get(self, name: str, parse: Callable[[str, Any], T]) -> T | None:
+    def get(self, field: Field[T]) -> T | None:
         """Return a parsed field, or None if it is absent."""
-        value = self._values.get(name)
-        return None if value is None else parse(self._prefix + name, value)
+        value = self._values.get(field.name)
+        return None if value is None else field.form.parse(self._prefix + field.name, value)
+
+    def require(self, field: Field[T]) -> T:
+        """Return a parsed field, which must not be absent."""
+        value = self.get(field)
+        if value is None:
+            refuse(self._prefix + field.name, "is missing")
+        return value
+
+    def has(self, name: str) -> bool:
+        """Return whether a field is there."""
+        return self._values.get(name) is not None
 
     def echo(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """Return fields as they are, or their defaults where they are absent; for answers that repeat them."""
@@ -52,20 +104,75 @@ class Fields:
                 why = f"is not supported; accepted values: {allowed}"
                 refuse(self._prefix + name, why)
 
-    def refuse_misspelt(self, names: Set[str]) -> None:
-        """Refuse unknown fields, suggesting the closest name; for objects with many fields."""
-        for name in self._values:
-            if name not in names:
-                param = self._prefix + name[:MAX_NAME_BYTES]
-                where = f" in {self._prefix.removesuffix('.')}" if self._prefix else ""
-                message = f"unknown field {name[:LONGEST_NAME]!r}{where}{did_you_mean(name, names)}"
-                raise ApiError(400, message, param=param)
-
     def refuse_unless_known(self, names: Set[str]) -> None:
-        """Refuse unknown fields, listing the known ones; for objects with few fields."""
+        """Refuse unknown fields, listing a few known ones, or suggesting the closest of many."""
         unknown = self._values.keys() - names
-        if unknown:
-            refuse(self._prefix + min(unknown)[:MAX_NAME_BYTES], f"is unknown; expected {', '.join(sorted(names))}")
+        if not unknown:
+            return
+        name = next(name for name in self._values if name in unknown)
+        param = self._prefix + name[:MAX_NAME_BYTES]
+        if len(names) <= _FEW:
+            refuse(param, f"is unknown; expected {', '.join(sorted(names))}")
+        where = f" in {self._prefix.removesuffix('.')}" if self._prefix else ""
+        raise ApiError(400, f"unknown field {name[:LONGEST_NAME]!r}{where}{did_you_mean(name, names)}", param=param)
+
+
+class ObjectForm:
+    """The fields of a JSON object. Also a form, of the object as it is read."""
+
+    def __init__(
+        self,
+        *fields: Field[Any],
+        required: Collection[Field[Any]] = (),
+        ignored: Collection[str] = (),
+        neutral: Mapping[str, tuple[Any, ...]] | None = None,
+        is_open: bool = False,
+    ) -> None:
+        """`neutral`: fields, and the values besides null at which they do nothing. `is_open`: others are ignored."""
+        self._fields = fields
+        self._required = frozenset(field.name for field in required)
+        self._ignored = frozenset(ignored)
+        self._neutral = neutral or {}
+        self._is_open = is_open
+        self.implemented = frozenset(field.name for field in fields)
+        self.names = self.implemented | self._ignored | self._neutral.keys()
+
+    def read(self, values: Mapping[str, Any], prefix: str = "") -> Fields:
+        """Return the fields of an object, unknown ones refused. Raises ApiError."""
+        fields = Fields(values, prefix)
+        if not self._is_open:
+            fields.refuse_unless_known(self.names)
+        fields.refuse_unless_neutral(self._neutral)
+        return fields
+
+    def parse(self, param: str, value: Any) -> Fields:
+        """Return the fields of a value. Raises ApiError."""
+        return self.read(parse_object(param, value), f"{param}.")
+
+    @property
+    def form(self) -> Form[Fields]:
+        """The form of a field that has such a value."""
+        return Form(self.parse, self.schema)
+
+    @property
+    def schema(self) -> Schema:
+        """The JSON Schema. Values of required fields are not null, which equals absent."""
+        properties: dict[str, Any] = {name: {} for name in sorted(self._ignored)}
+        properties |= {name: {"enum": [None, *values]} for name, values in sorted(self._neutral.items())}
+        for field in self._fields:
+            is_required = field.name in self._required
+            properties[field.name] = field.form.schema if is_required else nullable(field.form.schema)
+        schema: dict[str, Any] = {"type": "object", "properties": properties}
+        if self._required:
+            schema["required"] = sorted(self._required)
+        return schema if self._is_open else schema | {"additionalProperties": False}
+
+
+def nullable(schema: Schema) -> Schema:
+    """Return the schema of a value that may be null."""
+    if isinstance(schema.get("type"), str) and not {"enum", "const"} & schema.keys():
+        return {**schema, "type": [schema["type"], "null"]}
+    return {"anyOf": [schema, {"type": "null"}]} if schema else schema
 
 
 def refuse(param: str, fault: str) -> NoReturn:
@@ -89,6 +196,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+@form({"type": "string"})
 def parse_text(param: str, value: Any) -> str:
     """Return a string that is valid Unicode."""
     if not isinstance(value, str):
@@ -100,6 +208,13 @@ def parse_text(param: str, value: Any) -> str:
     return value
 
 
+@form({"type": "string", "minLength": 1})
+def parse_name(param: str, value: Any) -> str:
+    """Return a string that is not empty."""
+    return parse_text(param, value) or refuse(param, "is missing")
+
+
+@form({"type": "object"})
 def parse_object(param: str, value: Any) -> dict[str, Any]:
     """Return a JSON object."""
     if not isinstance(value, dict):
@@ -108,16 +223,28 @@ def parse_object(param: str, value: Any) -> dict[str, Any]:
 
 
 def check_depth(param: str, value: Any) -> None:
-    """Refuse a value that is nested more deeply than what reads it later can take."""
+    """Refuse a value that what reads it later cannot take: nested too deeply, beyond 64 bits, or not valid Unicode."""
     depth, level = 0, [value]
     while level:
         depth += 1
         if depth > MAX_VALUE_DEPTH:
             refuse(param, f"is nested more than {MAX_VALUE_DEPTH} levels deep")
-        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
-        level = [value for values in inner for value in values]
+        for each in level:
+            _check_leaf(param, each)
+        inner = ([*each, *each.values()] if isinstance(each, dict) else each for each in level)
+        level = [value for values in inner if isinstance(values, list) for value in values]
 
 
+def _check_leaf(param: str, value: Any) -> None:
+    if isinstance(value, str):
+        parse_text(param, value)
+    elif isinstance(value, int) and not MIN_INTEGER <= value <= MAX_INTEGER:
+        refuse(param, f"has an integer that is not from {MIN_INTEGER} to {MAX_INTEGER}")
+    elif isinstance(value, float) and not math.isfinite(value):  # 1e999 is JSON
+        refuse(param, "has a number that is too large")
+
+
+@form({"type": "boolean"})
 def parse_boolean(param: str, value: Any) -> bool:
     """Return true or false."""
     if not isinstance(value, bool):
@@ -125,6 +252,7 @@ def parse_boolean(param: str, value: Any) -> bool:
     return value
 
 
+@form({"type": "integer", "minimum": 1})
 def parse_limit(param: str, value: Any) -> int:
     """Return a limit of tokens, capped at the largest context."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -132,9 +260,10 @@ def parse_limit(param: str, value: Any) -> int:
     return min(value, MAX_POSITIONS)
 
 
-def count_between(low: int, high: int) -> Callable[[str, Any], int]:
-    """Return a parser of integers within bounds."""
+def count_between(low: int, high: int) -> Form[int]:
+    """Return the form of integers within bounds."""
 
+    @form({"type": "integer", "minimum": low, "maximum": high})
     def parse(param: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             refuse(param, f"must be an integer from {low} to {high}")
@@ -147,9 +276,10 @@ parse_count: Final = count_between(1, MAX_POSITIONS)
 """A number of tokens."""
 
 
-def number_between(low: float, high: float) -> Callable[[str, Any], float]:
-    """Return a parser of numbers within bounds."""
+def number_between(low: float, high: float) -> Form[float]:
+    """Return the form of numbers within bounds."""
 
+    @form({"type": "number", "minimum": low, "maximum": high})
     def parse(param: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             refuse(param, f"must be a number from {low:g} to {high:g}")
@@ -158,6 +288,32 @@ def number_between(low: float, high: float) -> Callable[[str, Any], float]:
     return parse
 
 
+def one_of(*values: str) -> Form[str]:
+    """Return the form of one of some words."""
+
+    @form({"enum": list(values)})
+    def parse(param: str, value: Any) -> str:
+        if value not in values:
+            refuse(param, f"must be one of {', '.join(values)}")
+        return str(value)
+
+    return parse
+
+
+def list_of(item: Form[T], what: str, most: int, least: int = 0) -> Form[tuple[T, ...]]:
+    """Return the form of lists. `what`: their elements, in the words of an error."""
+    bounds = f"at most {most}" if least == 0 else f"{least} to {most}"
+
+    @form({"type": "array", "items": item.schema, "minItems": least, "maxItems": most})
+    def parse(param: str, value: Any) -> tuple[T, ...]:
+        if not isinstance(value, list) or not least <= len(value) <= most:
+            refuse(param, f"must be a list of {bounds} {what}")
+        return tuple(item(f"{param}[{index}]", each) for index, each in enumerate(value))
+
+    return parse
+
+
+@form({"enum": [bound.value for bound in QualityBound]})
 def parse_quality(param: str, value: Any) -> QualityBound:
     """Return a quality bound."""
     try:
@@ -166,6 +322,7 @@ def parse_quality(param: str, value: Any) -> QualityBound:
         refuse(param, f"must be one of {', '.join(QualityBound)}")
 
 
+@form({"type": "string", "minLength": 1, "maxLength": MAX_NAME_BYTES})
 def parse_method(param: str, value: Any) -> str:
     """Return the name of a method, not resolved."""
     method = parse_text(param, value)
@@ -174,6 +331,7 @@ def parse_method(param: str, value: Any) -> str:
     return method
 
 
+@form({"type": "number", "exclusiveMinimum": 0, "maximum": 1})
 def parse_top_p(param: str, value: Any) -> float:
     """Return a share of the probability, which is not 0."""
     share = number_between(0, 1)(param, value)
@@ -182,6 +340,10 @@ def parse_top_p(param: str, value: Any) -> float:
     return share
 
 
+_STOP: Final = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+
+
+@form({"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}]})
 def parse_stop(param: str, value: Any) -> tuple[str, ...]:
     """Return texts that end the answer."""
     values = [value] if isinstance(value, str) else value

@@ -7,18 +7,21 @@ knows nothing of HTTP.
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Final
 
 import trio
 
-from node.api.output_parser import PLAIN_TEXT, OutputParser, Parsed, ParsedReasoning, ParsedText, ParserRules, ToolCall
+from node.api.output_parser import PLAIN_TEXT, OutputParser, Parsed, ParsedReasoning, ParsedText, ParserRules
+from node.api.tool_calls import ToolCall
 from node.coordinator.submission import (
+    DEFAULT_MAX_TOKENS,
     JobError,
+    JobErrorCode,
     JobEvent,
     JobRequest,
     JobResult,
     JobStarted,
+    RequestOrigin,
     Submitter,
     TextDelta,
     TokenLogprob,
@@ -30,6 +33,9 @@ MAX_CHOICES: Final = 64
 
 PARALLEL_CHOICES: Final = 8
 """Jobs of one request that run at a time."""
+
+MAX_LOGPROBS_IN_ANSWER: Final = 1 << 18
+"""Log probabilities that an answer may have that is not streamed: they are held until it is complete."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +51,18 @@ class Generation:
     stream: bool = False
     details: bool = False
     rules: ParserRules = PLAIN_TEXT
+
+    def logprob_count(self) -> int:
+        """Return how many log probabilities its answer may have."""
+        return sum(
+            (job.max_tokens or DEFAULT_MAX_TOKENS) * (job.top_logprobs + 1)
+            for job in self.jobs
+            if job.top_logprobs is not None
+        )
+
+    def from_request(self, origin: RequestOrigin) -> "Generation":
+        """Return the same, with the request that it comes from."""
+        return replace(self, jobs=tuple(replace(job, origin=origin) for job in self.jobs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +138,8 @@ class Outcome:
     """The choices of an answer, as far as they have come, by index."""
 
     choices: dict[int, Choice] = field(default_factory=dict)
+    keeps_logprobs: bool = True
+    """Whether log probabilities are kept for the whole answer: they can be a hundred times its text."""
 
     def take(self, event: GenerationEvent) -> Choice:
         """Add an event; return its choice."""
@@ -128,7 +148,7 @@ class Outcome:
                 self.choices[index] = Choice(index, job)
             case ChoiceText(choice=index, text=text, logprobs=logprobs):
                 self.choices[index].text += text
-                self.choices[index].logprobs += logprobs
+                self.choices[index].logprobs += logprobs if self.keeps_logprobs else ()
             case ChoiceReasoning(choice=index, text=text):
                 self.choices[index].reasoning += text
             case ChoiceToolCall(choice=index, call=call):
@@ -166,11 +186,11 @@ async def run_generation(
         return
     error: JobError | None = None
     sender, receiver = trio.open_memory_channel[GenerationEvent | JobError](0)
-    limiter = trio.CapacityLimiter(PARALLEL_CHOICES)
+    choices = _Choices(submitter, generation)
     async with trio.open_nursery() as nursery, receiver:
         async with sender:
             for index in range(len(generation.jobs)):
-                nursery.start_soon(partial(_run_choice, submitter, index, generation, sender.clone(), limiter))
+                nursery.start_soon(choices.run, index, sender.clone())
         try:
             async with aclosing(_merged(receiver)) as merged:
                 yield merged
@@ -181,23 +201,47 @@ async def run_generation(
         raise error
 
 
-async def _run_choice(
-    submitter: Submitter,
-    index: int,
-    generation: Generation,
-    sender: "trio.MemorySendChannel[GenerationEvent | JobError]",
-    limiter: trio.CapacityLimiter,
-) -> None:
-    async with sender, limiter:
+class _Choices:
+    """Runs the choices of one answer beside each other, as many at a time as the peers have room for."""
+
+    def __init__(self, submitter: Submitter, generation: Generation) -> None:
+        self._submitter = submitter
+        self._generation = generation
+        self._limiter = trio.CapacityLimiter(PARALLEL_CHOICES)
+        self._trying = 0
+        """Jobs that run, or have not been refused yet."""
+        self._ended = trio.lowlevel.ParkingLot()
+
+    async def run(self, index: int, sender: "trio.MemorySendChannel[GenerationEvent | JobError]") -> None:
+        """Run one choice; where the peers are full, once more when another one has ended."""
+        async with sender, self._limiter:
+            while (error := await self._try(index, sender)) is not None:
+                if error.code is not JobErrorCode.FULL or not self._trying:
+                    await sender.send(error)
+                    return
+                await self._ended.park()
+
+    async def _try(self, index: int, sender: "trio.MemorySendChannel[GenerationEvent | JobError]") -> JobError | None:
+        """Run a choice; return why it could not begin. An error after that is sent."""
+        began = False
+        self._trying += 1
         try:
             async with (
-                submitter.submit(generation.jobs[index]) as events,
-                aclosing(_choice_events(index, generation, events)) as ours,
+                self._submitter.submit(self._generation.jobs[index]) as events,
+                aclosing(_choice_events(index, self._generation, events)) as ours,
             ):
                 async for event in ours:
+                    began = True
                     await sender.send(event)
         except JobError as error:
+            if not began:
+                return error
             await sender.send(error)
+        finally:
+            self._trying -= 1
+            if began:
+                self._ended.unpark_all()
+        return None
 
 
 async def _merged(

@@ -15,8 +15,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from node.api.access import Access, KeyRing, KeyUse
+from node.api.access import Access, KeyRing, KeyUse, RequestUse, with_use
 from node.api.errors import ApiError
+from node.api.page_files import is_page
 from node.config import is_loopback
 
 MAX_BODY_BYTES: Final = 8 << 20
@@ -29,7 +30,7 @@ EXPOSED_HEADERS: Final = (
 )
 """What scripts of a page may read of an answer."""
 
-PUBLIC: Final = frozenset({"/health"})
+PUBLIC: Final = frozenset({"/health", "/health/live", "/health/ready"})
 """Public pages: no key, any origin."""
 
 _FOREIGN_SITES: Final = frozenset({"cross-site", "same-site"})
@@ -44,12 +45,10 @@ class Guard:
     carry a foreign Origin, a foreign Host (DNS rebinding), or a foreign Sec-Fetch-Site.
     """
 
-    def __init__(self, app: ASGIApp, access: Access, generating: frozenset[str]) -> None:
-        """`generating`: the paths that the limits of a key count."""
+    def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app = app
         self._keys = KeyRing(access.keys) if access.keys else None
         self._origins = frozenset(access.cors_origins)
-        self._generating = generating
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -61,15 +60,13 @@ class Guard:
         if origin and self._is_admitted(origin):
             send = _with_headers(send, _cors_headers(origin))
         preflight = self._preflight(scope["method"], headers)
-        use: KeyUse | None = None
+        use = RequestUse(None)
         try:
             try:
                 if preflight is None:
-                    found = self._check(scope["path"], headers)
+                    use = RequestUse(self._check(scope["path"], headers))
+                    send = _with_headers(send, use.headers)
                     _check_form(scope["method"], scope["path"], headers)
-                    if found is not None and scope["path"] in self._generating and scope["method"] == "POST":
-                        send = _with_headers(send, found.begin())
-                        use = found
                 body = await _read_body(receive)
             except ApiError as error:
                 await _refuse(error, scope, receive, send)
@@ -77,10 +74,9 @@ class Guard:
             if preflight is not None:
                 await preflight(scope, receive, send)
             elif body is not None:
-                await self._app(scope, _replay(body, receive), send)
+                await self._app(with_use(scope, use), _replay(body, receive), send)
         finally:
-            if use is not None:
-                use.end()
+            use.end()
 
     def _is_admitted(self, origin: str) -> bool:
         """Return whether pages of an origin may use the API."""
@@ -88,13 +84,13 @@ class Guard:
 
     def _check(self, path: str, headers: Headers) -> KeyUse | None:
         """Return the use of the key that a request has, if keys are needed. Raises ApiError."""
-        if path in PUBLIC:
+        if path in PUBLIC or is_page(path):
             return None
         if self._keys is not None:
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            if "x-api-key" in headers:  # as clients of the Anthropic API send it
-                scheme, key = "bearer", headers["x-api-key"]
             use = self._keys.find(key.strip()) if scheme.lower() == "bearer" else None
+            # Clients of the Anthropic API send a header of their own, some of them both.
+            use = use or self._keys.find(headers.get("x-api-key", "").strip())
             if use is None:
                 raise ApiError(
                     401,
@@ -142,7 +138,7 @@ def _cors_headers(origin: str) -> dict[str, str]:
 
 
 def _with_headers(send: Send, added: Mapping[str, str]) -> Send:
-    """Return a `send` that adds headers to the answer."""
+    """Return a `send` that adds headers to the answer, those that are there when it starts."""
 
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -5,10 +5,16 @@ fields mean is in docs/http-api.md, which a test compares with them.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
+import trio
+
+from node.config import ServeSpec
 from node.coordinator.submission import JobRequest, Submitter
 from node.coordinator.trial_runner import Trial, TrialSpec
+
+if TYPE_CHECKING:  # the command line needs the documents, and not the libraries of telemetry
+    from node.telemetry.observer import Telemetry
 
 
 class SpanSummary(TypedDict):
@@ -20,11 +26,22 @@ class SpanSummary(TypedDict):
     end: int
 
 
+class PeerSpan(SpanSummary):
+    """A span of a peer, with its load as of the last heartbeat."""
+
+    sessions: int
+    queued_rows: int
+    free_positions: int
+    step_s: float
+
+
 class SpanDocument(SpanSummary):
     """A span that this node serves."""
 
     block_count: int
     sessions: int
+    queued_rows: int
+    step_s: float
     device: str
     engine: str | None
     reserved_positions: int
@@ -79,6 +96,21 @@ class HistoryStatus(TypedDict):
     last_equal_s: float | None
 
 
+class StatementDocument(TypedDict):
+    """An agreed statement of a chain."""
+
+    epoch: int
+    statement: str
+    proposer: str
+    committee: int
+    signatures: int
+    members: int
+    joined: int
+    left: int
+    expelled: int
+    commits: int
+
+
 class ChainStatus(TypedDict):
     """Head of a model's chain, as far as this node has verified it."""
 
@@ -92,6 +124,10 @@ class ChainStatus(TypedDict):
     firm_cells: int
     weight: float | None
     measured: int
+    current_epoch: int
+    epoch_s: float
+    phase: Literal["measure", "reveal", "propose"]
+    statements: list[StatementDocument]
 
 
 class GapDocument(SpanSummary):
@@ -187,6 +223,15 @@ class ReachabilityDocument(TypedDict):
     relay_bytes_per_s: float
 
 
+class TrafficDocument(TypedDict):
+    """Job streams to peers and from them; bytes that all connections with peers have carried since the start."""
+
+    outbound_links: int
+    inbound_links: int
+    sent_bytes: int
+    received_bytes: int
+
+
 class NodeStatus(TypedDict):
     """`GET /swarm/status`."""
 
@@ -208,6 +253,7 @@ class NodeStatus(TypedDict):
     selection: SelectionStatus
     transfers: TransfersDocument
     uncovered: list[GapDocument]
+    traffic: TrafficDocument
 
 
 class BanDocument(TypedDict):
@@ -252,8 +298,10 @@ class PeerStatus(TypedDict):
     relay: str | None
     leaving: bool
     rtt_s: float | None
+    neighbours: dict[str, float]
+    hardware: str | None
     last_seen_s: float | None
-    spans: list[SpanSummary]
+    spans: list[PeerSpan]
     banned: BanDocument | None
     sessions: PeerSessions | None
     jobs: PeerJobs | None
@@ -278,11 +326,69 @@ class ModelDocument(TypedDict):
     apart: list[tuple[str, str]]
     complete: bool
     local: bool
+    size_bytes: int | None
+    format: str | None
+    architecture: str | None
+    weight_type: str | None
     quality: dict[str, LineageQuality | None]
+
+
+class StageDocument(TypedDict):
+    """One stage of a job."""
+
+    peer: str
+    start: int
+    end: int
+
+
+class JobDocument(TypedDict):
+    """A job that was submitted at this node, without its texts."""
+
+    job_id: str
+    model: str
+    name: str
+    state: Literal["opening", "running", "done", "failed", "cancelled"]
+    trial: bool
+    submitted_at: float
+    prompt_tokens: int
+    tokens: int
+    route: list[StageDocument]
+    method: str | None
+    replays: int
+    error: str | None
+    details: dict[str, Any] | None
+
+
+class Sample(TypedDict):
+    """Figures of this node at one time."""
+
+    at: float
+    observations: int
+    peers: int
+    jobs: int
+    regret_s: float
+
+
+class LearningDocument(TypedDict):
+    """How the history grew, and how past choices turned out."""
+
+    samples: list[Sample]
+    past: PastDecisions
+
+
+class JoinDocument(TypedDict):
+    """Commands with which another node joins."""
+
+    here: str | None
+    elsewhere: str | None
 
 
 class NodeView(Protocol):
     """The node as the HTTP API sees it. Only `bench` and `explain` ask other peers."""
+
+    @property
+    def stopping(self) -> trio.Event:
+        """Set once the node stops: answers without an end end then."""
 
     @property
     def submitter(self) -> Submitter:
@@ -294,11 +400,27 @@ class NodeView(Protocol):
     async def status(self) -> NodeStatus:
         """Return the status of this node."""
 
+    @property
+    def telemetry(self) -> "Telemetry":
+        """What counts, logs and traces."""
+
+    def faults(self) -> list[str]:
+        """Return why the node is not ready: spans that are not served, a swarm that is not joined; empty if it is."""
+
     def peers(self) -> list[PeerStatus]:
         """Return the known peers, without this one."""
 
     def models(self) -> list[ModelDocument]:
         """Return the known models."""
+
+    def jobs(self, after: int = 0) -> tuple[list[JobDocument], int]:
+        """Return the recent jobs that changed after a revision, and the revision now."""
+
+    def learning(self) -> LearningDocument:
+        """Return how the history grew, and how past choices turned out."""
+
+    def join(self, serve: ServeSpec | None) -> JoinDocument:
+        """Return the commands with which another node joins. `serve`: what it serves; None for the same models."""
 
     async def explain(self, request: JobRequest, overrides: Mapping[str, Any]) -> Explanation:
         """Collect the stages' votes on a job without running it; `overrides` overrides its context. Raises JobError."""

@@ -3,7 +3,9 @@
 from dataclasses import asdict
 from typing import Any
 
-from node.coordinator.submission import JobResult
+from node.api.interface import JobDocument
+from node.coordinator.job_log import LoggedJob
+from node.coordinator.submission import JobResult, JobTrace
 
 
 def describe_job(result: JobResult) -> dict[str, Any]:
@@ -22,4 +24,32 @@ def describe_job(result: JobResult) -> dict[str, Any]:
         "selection": None if result.selection is None else asdict(result.selection),
         "replays": result.replays,
         "token_ids": list(result.token_ids),
+        "trace": None if result.trace is None else _describe_trace(result.trace),
     }
+
+
+def describe_logged_job(job: LoggedJob) -> JobDocument:
+    """Return a job as `/swarm/jobs` lists it."""
+    return {
+        "job_id": job.id,
+        "model": job.model,
+        "name": job.model_name,
+        "state": job.state.value,
+        "trial": job.is_trial,
+        "submitted_at": round(job.submitted_s, 3),
+        "prompt_tokens": job.prompt_tokens,
+        "tokens": job.tokens,
+        "route": [{"peer": stage.peer, "start": stage.blocks.start, "end": stage.blocks.end} for stage in job.stages],
+        "method": job.method,
+        "replays": job.replays,
+        "error": job.error,
+        "details": None if job.result is None else describe_job(job.result),
+    }
+
+
+def _describe_trace(trace: JobTrace) -> dict[str, Any]:
+    stages = [
+        {"peer": stage.peer, "start": stage.blocks.start, "end": stage.blocks.end, "clock_error_s": stage.clock_error_s}
+        for stage in trace.stages
+    ]
+    return {"stages": stages, "rounds": [asdict(each) for each in trace.rounds], "dropped_steps": trace.dropped_steps}

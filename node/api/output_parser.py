@@ -4,35 +4,18 @@ Models write all of it into one text, each family in its own way; `ChatFormat` t
 template. Text goes on as soon as it cannot be the beginning of a mark any more.
 """
 
-import json
-import re
-import secrets
-import string
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Final
 
+from node.api.tool_calls import MAX_CALLS, MISTRAL_BEGIN, ToolCall, Tools, may_become_call, new_id, parse_calls
 from node.coordinator.submission import ChatFormat, ToolFormat
 
 THINK_BEGIN: Final = "<think>"
 THINK_END: Final = "</think>"
 _HERMES_BEGIN: Final = "<tool_call>"
 _HERMES_END: Final = "</tool_call>"
-_MISTRAL_BEGIN: Final = "[TOOL_CALLS]"
 _LLAMA_TAG: Final = "<|python_tag|>"
-_MISTRAL_CALL: Final = re.compile(r"\s*([\w.-]+)\s*(?:\[ARGS\])?\s*(?=\{)")
-
-MAX_CALLS: Final = 128
-"""Tool calls of one answer that are read; the rest stays text."""
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A call of a tool. `arguments` is JSON."""
-
-    id: str
-    name: str
-    arguments: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +39,13 @@ Parsed = ParsedText | ParsedReasoning | ToolCall
 class ParserRules:
     """What is read from a text.
 
-    `reasoning`: whether it is told from the answer. `tools`: whether tool calls are. `forced`: the whole text is a tool
-    call, as a JSON Schema has made sure. `single`: no more than one call.
+    `reasoning`: whether it is told from the answer. `tools`: those that may be called; without any no call is read.
+    `forced`: a JSON Schema has made sure that the whole text is a call, or else follows another schema. `single`: no
+    more than one call.
     """
 
     reasoning: bool = False
-    tools: bool = False
+    tools: Tools = field(default_factory=dict)
     forced: bool = False
     single: bool = False
 
@@ -132,7 +116,7 @@ class OutputParser:
         if self._format is not None:
             marks += {
                 ToolFormat.HERMES: [_HERMES_BEGIN],
-                ToolFormat.MISTRAL: [_MISTRAL_BEGIN],
+                ToolFormat.MISTRAL: [MISTRAL_BEGIN],
                 ToolFormat.LLAMA3: [_LLAMA_TAG] if self._has_text else [_LLAMA_TAG, "{"],
             }.get(self._format, [])
         text, found = self._take_until(marks, last=last)
@@ -148,16 +132,19 @@ class OutputParser:
                 self._held = found + self._held
 
     def _read_call(self, *, last: bool) -> Iterator[Parsed]:
-        begin, end = {ToolFormat.HERMES: (_HERMES_BEGIN, _HERMES_END), ToolFormat.MISTRAL: (_MISTRAL_BEGIN, None)}.get(
+        begin, end = {ToolFormat.HERMES: (_HERMES_BEGIN, _HERMES_END), ToolFormat.MISTRAL: (MISTRAL_BEGIN, None)}.get(
             self._format or ToolFormat.JSON, ("", None)
         )
         position = self._held.find(end) if end else -1
+        if self._format is ToolFormat.JSON and not may_become_call(self._held):
+            self._format, self._in_call = None, False
+            return
         if position < 0 and not last:
             return
         body = self._held if position < 0 else self._held[:position]
         self._held = "" if position < 0 else self._held[position + len(end or "") :]
         self._in_call = False
-        calls = _parse_calls(body, self._format)
+        calls = parse_calls(body, self._format, self._rules.tools)
         if not calls or self._calls + len(calls) > MAX_CALLS:
             if body:
                 yield from self._answer(begin + body + (end or "" if position >= 0 else ""))
@@ -165,7 +152,7 @@ class OutputParser:
         for call in calls:
             if not (self._rules.single and self._calls):
                 self._calls += 1
-                yield ToolCall(_new_id(self._format), *call)
+                yield ToolCall(new_id(self._format), *call)
 
     def _answer(self, text: str) -> Iterator[Parsed]:
         """Yield text without the white space around it that belongs to marks."""
@@ -193,42 +180,3 @@ class OutputParser:
 def _overlap(text: str, mark: str) -> int:
     """Return how many characters at the end of a text begin a mark."""
     return next((size for size in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:size])), 0)
-
-
-def _parse_calls(body: str, tool_format: ToolFormat | None) -> list[tuple[str, str]]:
-    """Return names and arguments of the calls in a text; none where it is anything else."""
-    calls: list[tuple[str, str]] = []
-    rest = body.strip()
-    decoder = json.JSONDecoder()
-    while rest:
-        named = _MISTRAL_CALL.match(rest) if tool_format is ToolFormat.MISTRAL else None
-        try:
-            value, end = decoder.raw_decode(rest, named.end() if named else 0)
-        except (ValueError, RecursionError):
-            return []
-        if named:
-            values: list[Any] = [{"name": named[1], "arguments": value}]
-        else:
-            values = value if isinstance(value, list) else [value]
-        for each in values:
-            call = _call_of(each)
-            if call is None:
-                return []
-            calls.append(call)
-        rest = rest[end:].lstrip(" \t\r\n;,").removeprefix(_MISTRAL_BEGIN).lstrip()
-    return calls
-
-
-def _call_of(value: Any) -> tuple[str, str] | None:
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return None
-    arguments = value.get("arguments", value.get("parameters", {}))
-    if isinstance(arguments, str):
-        return value["name"], arguments
-    return value["name"], json.dumps(arguments, ensure_ascii=False)
-
-
-def _new_id(tool_format: ToolFormat | None) -> str:
-    if tool_format is ToolFormat.MISTRAL:  # its templates take ids of nine letters and digits only
-        return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
-    return f"call_{secrets.token_hex(12)}"

@@ -1,16 +1,22 @@
 """What a node tells of itself, its peers and models: every endpoint but those that generate text."""
 
+import re
 import time
-from typing import Any
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from node.api.access import begin_answers
 from node.api.errors import ApiError
 from node.api.explanation import parse_task
 from node.api.interface import NodeView
 from node.api.ollama.models import describe_model, describe_tags, describe_version
+from node.config import ServeSpec
+from protocol.identity import BlockRange
+
+_SERVE: Final = re.compile(r"([A-Za-z0-9][A-Za-z0-9._/:-]{0,199}?)(?::(\d{1,5})-(\d{1,5}))?")
 
 
 class Pages:
@@ -27,10 +33,15 @@ class Pages:
             "/v1/models/{model:path}": self.model,
             "/api/tags": self.tags,
             "/api/version": self.version,
-            "/health": self.health,
+            "/health": self.ready,
+            "/health/live": self.live,
+            "/health/ready": self.ready,
             "/swarm/status": self.status,
             "/swarm/peers": self.peers,
             "/swarm/models": self.swarm_models,
+            "/swarm/jobs": self.jobs,
+            "/swarm/learning": self.learning,
+            "/swarm/join": self.join,
         }
         return [
             *(Route(path, page, methods=["GET"]) for path, page in pages.items()),
@@ -66,12 +77,15 @@ class Pages:
         """Return the program's version, as Ollama does."""
         return JSONResponse(describe_version())
 
-    async def health(self, _: Request) -> JSONResponse:
-        """Return whether the node serves."""
-        state = (await self._node.status())["state"]
-        if state == "serving":
-            return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": state}, 503)
+    async def live(self, _: Request) -> JSONResponse:
+        """Return that the process answers."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _: Request) -> JSONResponse:
+        """Return whether every span is served and the swarm is joined, or why not."""
+        if faults := self._node.faults():
+            return JSONResponse({"status": "not ready", "reasons": faults}, 503, {"Retry-After": "5"})
+        return JSONResponse({"status": "ok"})
 
     async def status(self, _: Request) -> JSONResponse:
         """Return the status of the node."""
@@ -85,6 +99,32 @@ class Pages:
         """List the known models, block by block."""
         return JSONResponse({"models": self._node.models()})
 
+    async def jobs(self, _: Request) -> JSONResponse:
+        """List the recent jobs."""
+        return JSONResponse({"jobs": self._node.jobs()[0]})
+
+    async def learning(self, _: Request) -> JSONResponse:
+        """Return how the history grew, and how past choices turned out."""
+        return JSONResponse(self._node.learning())
+
+    async def join(self, request: Request) -> JSONResponse:
+        """Return the commands with which another node joins."""
+        serve = request.query_params.get("serve")
+        return JSONResponse(self._node.join(None if serve is None else _parse_serve(serve)))
+
     async def explain(self, request: Request) -> JSONResponse:
         """Let the stages vote on a described task."""
-        return JSONResponse(await self._node.explain(*parse_task(await request.body())))
+        task = parse_task(await request.body())
+        begin_answers(request.scope)
+        return JSONResponse(await self._node.explain(*task))
+
+
+def _parse_serve(text: str) -> ServeSpec:
+    match = _SERVE.fullmatch(text)
+    if match is None:
+        raise ApiError(400, f"serve: {text[:80]!r} is not valid, expected MODEL or MODEL:START-END", param="serve")
+    name, start, end = match.groups()
+    try:
+        return ServeSpec(name, None if start is None else BlockRange(int(start), int(end)))
+    except ValueError as error:
+        raise ApiError(400, f"serve: {error}", param="serve") from None

@@ -2,32 +2,45 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Final
 
 import click
 
 from node.cli.output import CommandError, print_error
+from node.util.suggestions import suggestion
 
 VERBS: Final[Mapping[str, tuple[str, str]]] = {
     "demo": ("node.cli.demo:demo", "Run a small swarm on this machine and ask it a question."),
     "node": ("node.cli.daemon:node", "Run the daemon: join a swarm and serve blocks of models."),
-    "submit": ("node.cli.submit:submit", "Submit a prompt and stream the text."),
+    "run": ("node.cli.run_model:run", "Run a model: start what is needed, and answer."),
+    "chat": ("node.cli.chat:chat", "Converse with a model of the swarm."),
+    "submit": ("node.cli.submit:submit", "Submit a prompt, or a file of them."),
     "status": ("node.cli.status:status", "Show the status of a node."),
     "peers": ("node.cli.status:peers", "Show the peers of the swarm and what they serve."),
-    "models": ("node.cli.status:models", "Show which models are complete, block by block."),
+    "models": ("node.cli.status:models", "Show which models of the swarm are complete, block by block."),
     "explain": ("node.cli.explain:explain", "Show which method a task would be served with, and why."),
-    "model": ("node.cli.models:model", "Import, list, show, verify and remove model packages."),
+    "model": ("node.cli.models:model", "Import, list, show, verify and remove packages on this machine."),
     "bench": ("node.cli.bench:bench", "Measure methods over a grid of workloads."),
     "history": ("node.cli.history:history_group", "Export, import and verify the history of observations."),
     "doctor": ("node.cli.doctor:doctor", "Diagnose a node that cannot join, be reached or serve."),
     "evaluate": ("node.cli.evaluate:evaluate", "Evaluate the meta-model and baselines on a dataset."),
-    "keygen": ("node.cli.keygen:keygen", "Write the key of a private swarm."),
+    "config": ("node.cli.config:config", "Show or check the configuration of a node."),
+    "keygen": ("node.cli.keygen:keygen", "Write the key of a private swarm, or an API key."),
+    "completion": ("node.cli.completion_script:completion", "Print the completion script of a shell."),
 }
 """Module and help of each verb: `metaswarm --help` imports none of them."""
 
-_CONFIGURED: Final = frozenset({"node", "doctor"})
+ELSEWHERE: Final[Mapping[str, str]] = {
+    "serve": "node", "start": "node", "join": "node --bootstrap", "pull": "model import", "import": "model import",
+    "list": "model list", "ls": "model list", "rm": "model remove", "show": "model show", "ps": "status",
+    "top": "status --watch", "generate": "submit", "complete": "submit", "ask": "run", "help": "--help",
+    "version": "--version", "export": "history export", "plot": "evaluate --plot",
+}  # fmt: skip
+"""What other tools' verbs are called here."""
+
+_CONFIGURED: Final = frozenset({"node", "doctor", "config"})
 """Verbs that refuse unknown METASWARM_… variables; others print a warning."""
 
 EXIT_FAILED: Final = 1
@@ -46,6 +59,16 @@ class _Verbs(click.Group):
         command = getattr(import_module(module), name)
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in VERBS and not name.startswith("-") and not ctx.resilient_parsing:
+            found = name if name in ELSEWHERE else suggestion(name, [*VERBS, *ELSEWHERE])
+            hint = f"; did you mean {ELSEWHERE.get(found, found)!r}?" if found else ""
+            raise click.UsageError(f"no such verb {name!r}{hint}", ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):
@@ -85,7 +108,7 @@ def run(arguments: Sequence[str]) -> int:
         return EXIT_FAILED
     except click.ClickException as error:
         verb = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "metaswarm"
-        print_error(f"{error.format_message().rstrip('.')}; see `{verb} --help`")
+        print_error(f"{_message(error).rstrip('.')}; see `{verb} --help`")
         return EXIT_USAGE
     except BrokenPipeError:
         # The reader closed the pipe. Python would raise again when it flushes at exit.
@@ -99,6 +122,17 @@ def run(arguments: Sequence[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _message(error: click.ClickException) -> str:
+    """Return the message of a usage error, with what was most likely meant."""
+    if isinstance(error, click.NoSuchOption):
+        hint = f"; did you mean {error.possibilities[0]!r}?" if error.possibilities else ""
+        return f"no such option {error.option_name!r}{hint}"
+    if isinstance(error, click.exceptions.NoSuchCommand):
+        hint = f"; did you mean {error.possibilities[0]!r}?" if error.possibilities else ""
+        return f"no such verb {error.command_name!r}{hint}"
+    return error.format_message()
+
+
 def _report(error: BaseException) -> int | None:
     """Print an error that is meant for the user and return its exit code; None for anything else, a bug."""
     from node.config import ConfigError, StartError
@@ -106,11 +140,21 @@ def _report(error: BaseException) -> int | None:
     from node.models.errors import ModelError
     from node.network.interface import NetworkError
 
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:  # nurseries wrap what passes them
-        error = error.exceptions[0]
-    if isinstance(error, KeyboardInterrupt):
+    known = (CommandError, ConfigError, StartError, EngineError, ModelError, NetworkError)
+    leaves = list(_leaves(error))
+    if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):
         return EXIT_INTERRUPTED
-    if isinstance(error, CommandError | ConfigError | StartError | EngineError | ModelError | NetworkError):
-        print_error(str(error))
-        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
-    return None
+    if not all(isinstance(leaf, known) for leaf in leaves):
+        return None
+    for message in dict.fromkeys(map(str, leaves)):  # of jobs that ran together each reports that the node is gone
+        print_error(message)
+    return EXIT_USAGE if isinstance(leaves[0], ConfigError) else EXIT_FAILED
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """Yield the exceptions in nested groups: nurseries wrap what passes them."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

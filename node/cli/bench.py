@@ -1,7 +1,6 @@
 """`metaswarm bench`: measures the portfolio over a grid of workloads, by real jobs of a running node."""
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from node.cli.explain import short_method
+from node.cli.job_options import quality_option
+from node.cli.json_lines import ResultFile
 from node.cli.output import (
     CommandError,
     api_option,
@@ -55,9 +56,6 @@ WORKLOADS: Final[Sequence[Workload]] = tuple(
 )
 """The default grid: few and different workloads."""
 
-LINE_BEGINS: Final = '{"cell": '
-"""Beginning of every line of a --resume file."""
-
 
 @dataclass(frozen=True, slots=True)
 class MethodResult:
@@ -86,13 +84,13 @@ def _axis(name: str, what: str, kind: "click.ParamType[Any]") -> Callable[[F], F
 @click.option(
     "--method", "methods", multiple=True, metavar="NAME", help="Method to measure; repeatable [default: all]."
 )
-@click.option("--quality", type=click.Choice(["exact", "near", "any"]), default="exact", show_default=True)
+@quality_option
 @click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Runs of each method.")
 @click.option(
-    "--resume",
+    "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Store measurements in FILE and skip those in it, to resume an interrupted bench.",
+    help="Write the measurements to FILE; run again, it goes on after those that are there.",
 )
 @click.option(
     "--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Plot as PNG, SVG or PDF."
@@ -104,7 +102,7 @@ def bench(
     methods: tuple[str, ...],
     quality: str,
     rounds: int,
-    resume: Path | None,
+    output: Path | None,
     plot: Path | None,
     as_json: bool,
     **axes: tuple[float, ...],
@@ -127,7 +125,7 @@ def bench(
             {"methods": list(methods) or None, "quality": quality, "rounds": rounds, "workload": workload}
             for workload in grid(axes)
         ]
-        results = trio.run(_measure, find_api(api), model, cells, resume)
+        results = trio.run(_measure, find_api(api), model, cells, output)
         if plot:
             draw(results, plot)
     except PlotError as error:
@@ -148,20 +146,17 @@ def grid(axes: Mapping[str, Sequence[float]]) -> list[Workload]:
 
 
 async def _measure(
-    url: str, model: str | None, cells: Sequence[dict[str, Any]], resume: Path | None
+    url: str, model: str | None, cells: Sequence[dict[str, Any]], output: Path | None
 ) -> list[dict[str, Any]]:
     """Return each cell with its result, written to the file at once."""
     from node.cli.client import open_client
+    from node.cli.target import choose_model
 
     results: list[dict[str, Any]] = []
     async with open_client(url) as client:
-        if model is None:
-            complete = [each["name"] or each["model"] for each in await client.models() if each["complete"]]
-            if len(complete) != 1:
-                which = f"there are {', '.join(complete)}" if complete else "the swarm has none that is complete"
-                raise CommandError(f"which model? {which}; name one with --model")
-            model = complete[0]
-        kept = read_kept(resume)
+        model = await choose_model(client, model)
+        file = None if output is None else ResultFile(output, ("cell", "result"), "metaswarm bench")
+        kept = [] if file is None else file.read()
         with progress_bars() as show:
             for number, cell in enumerate(cells):
                 show("measuring", number, len(cells))
@@ -173,45 +168,13 @@ async def _measure(
                     except CommandError as error:
                         err().print(f"{describe(cell['workload'])}: {printable(error.format_message())}")
                         continue
-                    keep(resume, cell, result)
+                    if file is not None:
+                        file.append({"cell": cell, "result": result})
                 results.append({"cell": cell, "result": result})
             show("measuring", len(cells), len(cells))
     if not results:
         raise CommandError("nothing could be measured")
     return results
-
-
-def read_kept(file: Path | None) -> list[dict[str, Any]]:
-    """Return the cells and results in a file. Raises CommandError for other files."""
-    if file is None or not file.exists():
-        return []
-    try:
-        # An incomplete last line is dropped and measured again.
-        *lines, cut_off = file.read_text(encoding="utf-8").split("\n")
-        kept = [json.loads(line) for line in lines if line]
-    except (OSError, ValueError) as error:
-        raise CommandError(f"cannot resume from {file}: {error}") from None
-    ours = all(isinstance(each, dict) and each.keys() == {"cell", "result"} for each in kept)
-    if not ours or not cut_off.startswith(LINE_BEGINS[: len(cut_off)]):
-        raise CommandError(f"cannot resume from {file}: not written by `metaswarm bench`; choose another file")
-    return kept
-
-
-def keep(file: Path | None, cell: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-    """Append a cell and its result to a file. Raises CommandError."""
-    if file is None:
-        return
-    try:
-        with file.open("a+b") as opened:
-            end = opened.tell()
-            if end:
-                opened.seek(end - 1)
-                if opened.read(1) != b"\n":  # drop an incomplete line
-                    opened.seek(0)
-                    opened.truncate(opened.read().rfind(b"\n") + 1)
-            opened.write(json.dumps({"cell": cell, "result": result}).encode() + b"\n")
-    except OSError as error:
-        raise CommandError(f"cannot write {file}: {error.strerror}") from None
 
 
 def ranked(cell: Mapping[str, Any]) -> list[MethodResult]:

@@ -61,26 +61,30 @@ class Completion:
     """A streamed answer, as received so far."""
 
     text: str = ""
+    reasoning: str = ""
     error: RefusedError | None = None
     model: str = ""
     finish_reason: str | None = None
     usage: dict[str, Any] = field(default_factory=dict)
     metaswarm: dict[str, Any] = field(default_factory=dict)
 
-    def take(self, chunk: dict[str, Any]) -> str:
-        """Add a chunk and return its text."""
+    def take(self, chunk: dict[str, Any]) -> tuple[str, str]:
+        """Add a chunk; return its text and its reasoning."""
         if "error" in chunk:
             self.error = RefusedError(chunk["error"]["message"], chunk["error"]["code"])
-            return ""
+            return "", ""
         self.model = chunk["model"]
         self.usage = chunk.get("usage") or self.usage
         self.metaswarm = chunk.get("metaswarm") or self.metaswarm
-        text = ""
+        text = reasoning = ""
         for choice in chunk["choices"]:
             self.finish_reason = choice["finish_reason"] or self.finish_reason
-            text += choice["delta"].get("content", "") if "delta" in choice else choice["text"]
+            delta = choice.get("delta", {"content": choice.get("text", "")})
+            text += delta.get("content") or ""
+            reasoning += delta.get("reasoning_content") or ""
         self.text += text
-        return text
+        self.reasoning += reasoning
+        return text, reasoning
 
     def document(self) -> dict[str, Any]:
         """Return the JSON document of `metaswarm submit --json`."""
@@ -103,6 +107,7 @@ class Completion:
             "consensus": job["consensus"],
             "selection": job["selection"],
             "replays": job["replays"],
+            **({"trace": job["trace"]} if job.get("trace") else {}),
         }
 
 
@@ -133,18 +138,30 @@ class ApiClient:
         """Return which method a task would be served with, and why."""
         return cast("Explanation", await self.request("POST", "/swarm/explain", json=dict(task)))
 
-    async def complete(self, body: dict[str, Any], show: Callable[[str], None] = lambda text: None) -> Completion:
-        """Submit a job, a chat if the body has messages; `show` gets the text as it is streamed."""
+    async def complete(
+        self,
+        body: dict[str, Any],
+        show: Callable[[str], None] = lambda text: None,
+        show_reasoning: Callable[[str], None] | None = None,
+        completion: Completion | None = None,
+    ) -> Completion:
+        """Submit a job, a chat if the body has messages; `show` gets the text as it is streamed.
+
+        `completion`: what the answer is added to, for a caller that wants what came of one that was stopped.
+        """
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
         body = {"metaswarm": {}, **body, "stream": True, "stream_options": {"include_usage": True}}
-        completion = Completion()
+        completion = completion or Completion()
         with _faults(self.url):
             async with self._http.stream("POST", path, json=body, timeout=UNLIMITED) as response:
                 await _raise_for_error(response, self.url)
                 async for line in response.aiter_lines():
                     data = line.removeprefix("data: ")
                     if data != line and data != "[DONE]":  # other lines are keep-alive comments
-                        show(completion.take(json.loads(data)))
+                        text, reasoning = completion.take(json.loads(data))
+                        if show_reasoning is not None:
+                            show_reasoning(reasoning)
+                        show(text)
         if completion.error is not None:
             raise completion.error
         if not completion.metaswarm:

@@ -1,6 +1,7 @@
 """`metaswarm node`: the daemon."""
 
 import shlex
+import sys
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -33,10 +34,11 @@ def node(as_json: bool, **options: Any) -> None:
     import trio
 
     from node.app import run_node
-    from node.cli.logs import configure_logging
+    from node.cli.logs import ProgressLog, configure_logging
 
-    configure_logging(config.log_level)
-    with progress_bars(transient=True) as progress:
+    configure_logging(config.log_level, config.log_format)
+    with progress_bars(transient=True) as bars:
+        progress = bars if sys.stderr.isatty() and config.log_format == "text" else ProgressLog()
         trio.run(run_node, config, partial(_announce, config, as_json), progress)
 
 

@@ -85,7 +85,7 @@ async def _run(swarm: tuple[str, int, int, Path], *, prompt: str, max_tokens: in
             body = {"model": model, "messages": [message], "temperature": 0, "max_tokens": max_tokens}
             if not as_json:
                 click.secho(f"> {prompt}", bold=True)
-            completion = await client.complete(body, *([] if as_json else [_show_text]))
+            completion = await (client.complete(body) if as_json else client.complete(body, _show_text))
             speedup = await _measure_speedup(client, body, completion)
             report = make_report(completion, peers, start_s) | {"speedup": speedup}
             if as_json:
@@ -204,8 +204,8 @@ def _print_commands(peers: Sequence["LocalPeer"]) -> None:
     lines = [
         "",
         "The peers run until Ctrl-C. Use them from another terminal:",
-        f'  metaswarm submit --chat "Tell me a joke." --api {ready.api_url}',
-        f"  metaswarm models --watch --api {ready.api_url}",
+        f"  metaswarm chat --api {ready.api_url}",
+        f"  metaswarm status --watch --api {ready.api_url}",
         f"  metaswarm node --listen /ip4/127.0.0.1/tcp/0 --bootstrap {ready.multiaddrs[0]}",
         f"or with any client of the OpenAI API at {ready.api_url}/v1",
     ]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from node.cli.job_options import quality_option
 from node.cli.output import (
     api_option,
     format_duration,
@@ -35,7 +36,7 @@ _share_option = partial(click.option, type=click.FloatRange(0, 1), default=0.0)
 @_share_option("--shared-prefix", "shared_prefix_share", metavar="S", help="Fraction of a shared prefix.")
 @_share_option("--repetitiveness", metavar="R", help="Fraction that repeats earlier text.")
 @click.option("--concurrency", type=click.IntRange(1), metavar="N", help="Concurrent jobs [default: as now].")
-@click.option("--quality", type=click.Choice(["exact", "near", "any"]), default="exact", show_default=True)
+@quality_option
 @json_option
 def explain(as_json: bool, api: str | None, **task: Any) -> None:
     """Show which method a task would be served with, and why.
@@ -46,7 +47,7 @@ def explain(as_json: bool, api: str | None, **task: Any) -> None:
     import trio
 
     from node.cli.client import find_api, open_client
-    from node.cli.submit import choose_model
+    from node.cli.target import choose_model
 
     async def ask() -> "Explanation":
         async with open_client(find_api(api)) as client:

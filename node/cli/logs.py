@@ -4,12 +4,18 @@ import logging
 import os
 import sys
 import time
+from threading import Lock
 
 import structlog
 
+from node.util import child_process
 
-def configure_logging(level: str) -> None:
-    """Log from `level` on (debug, info, warning or error); libraries from warnings on."""
+
+def configure_logging(level: str, log_format: str = "text") -> None:
+    """Log from `level` on (debug, info, warning or error); libraries from warnings on.
+
+    `log_format`: `text`, which is for people on a terminal and `key=value` elsewhere, or `json`, an object a line.
+    """
     threshold = getattr(logging, level.upper())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -17,10 +23,12 @@ def configure_logging(level: str) -> None:
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
     ]
-    if sys.stderr.isatty():
-        renderer: structlog.typing.Processor = structlog.dev.ConsoleRenderer(
-            colors="NO_COLOR" not in os.environ, timestamp_key="time"
-        )
+    if log_format == "json":
+        shared.append(structlog.processors.format_exc_info)
+        renderer: structlog.typing.Processor = structlog.processors.JSONRenderer(ensure_ascii=False)
+        child_process.relay_output = _log_child_output
+    elif sys.stderr.isatty():
+        renderer = structlog.dev.ConsoleRenderer(colors="NO_COLOR" not in os.environ, timestamp_key="time")
     else:
         shared.append(structlog.processors.format_exc_info)
         renderer = structlog.processors.LogfmtRenderer(key_order=["time", "level", "event"], bool_as_flag=False)
@@ -42,6 +50,38 @@ def configure_logging(level: str) -> None:
     root.setLevel(max(threshold, logging.WARNING))
     for name in ("node", "protocol", "selector", "metaswarm"):
         logging.getLogger(name).setLevel(threshold)
+
+
+def _log_child_output(what: str, data: bytes | bytearray) -> None:
+    for line in data.decode(errors="replace").splitlines():
+        if line.strip():
+            structlog.get_logger(__name__).info("child output", child=what, line=line)
+
+
+class ProgressLog:
+    """Logs the progress of downloads and the like where no terminal shows bars: when a stage begins, moves and ends.
+
+    Called with (stage, done, total), from any thread.
+    """
+
+    def __init__(self, pause_s: float = 10.0) -> None:
+        self._pause_s = pause_s
+        self._next_s: dict[str, float] = {}
+        self._lock = Lock()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Log a line if one is due."""
+        with self._lock:
+            now_s = time.monotonic()
+            is_done = done >= total > 0
+            if now_s < self._next_s.get(stage, 0.0) and not is_done:
+                return
+            if is_done:
+                self._next_s.pop(stage, None)
+            else:
+                self._next_s[stage] = now_s + self._pause_s
+        fields = {"percent": done * 100 // total} if total else {"done": done}
+        structlog.get_logger(__name__).info("progress", stage=stage, **fields)
 
 
 class _SeldomWithoutTraceback(logging.Filter):

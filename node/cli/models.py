@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from node.cli.completion import complete_local_models, complete_sources
 from node.cli.option_types import Parsed
 from node.cli.output import (
     CommandError,
@@ -40,7 +41,7 @@ def model() -> None:
 
 
 @model.command("import")
-@click.argument("source")
+@click.argument("source", shell_complete=complete_sources)
 @click.option("--name", help="Local name of the model [default: the name of its source].")
 @click.option(
     "--blocks", type=Parsed(parse_block_range), metavar="START-END", help="Keep only the files that these blocks need."
@@ -119,7 +120,7 @@ def list_(cache_dir: str | None, as_json: bool) -> None:
 
 
 @model.command()
-@click.argument("which", metavar="MODEL")
+@click.argument("which", metavar="MODEL", shell_complete=complete_local_models)
 @_cache_option
 @json_option
 def show(which: str, cache_dir: str | None, as_json: bool) -> None:
@@ -156,7 +157,7 @@ def show(which: str, cache_dir: str | None, as_json: bool) -> None:
 
 
 @model.command()
-@click.argument("which", metavar="MODEL")
+@click.argument("which", metavar="MODEL", shell_complete=complete_local_models)
 @_cache_option
 @json_option
 def verify(which: str, cache_dir: str | None, as_json: bool) -> None:
@@ -180,7 +181,7 @@ def verify(which: str, cache_dir: str | None, as_json: bool) -> None:
 
 
 @model.command()
-@click.argument("which", metavar="MODEL")
+@click.argument("which", metavar="MODEL", shell_complete=complete_local_models)
 @_cache_option
 @json_option
 def remove(which: str, cache_dir: str | None, as_json: bool) -> None:

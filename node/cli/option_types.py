@@ -9,6 +9,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import click
+from click.shell_completion import CompletionItem
 
 from node.config import ApiKey, ServeSpec
 from node.network.addresses import parse_address
@@ -48,6 +49,10 @@ class Parsed(click.ParamType[Any]):
             return self._parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Complete files where the value is a path."""
+        return [CompletionItem(incomplete, type="file")] if self.is_path else []
 
     def split_envvar_value(self, rv: str) -> Sequence[str]:
         """Split the values of an environment variable at commas."""

@@ -6,6 +6,7 @@ one line that names the place.
 """
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from itertools import chain
@@ -16,9 +17,12 @@ import click
 from click.core import ParameterSource
 
 from node.cli import option_types as types
+from node.cli.completion import complete_models, complete_peers
 from node.config import ENVIRONMENT_PREFIX, NodeConfig, default_cache_dir, default_data_dir
 from node.util.suggestions import did_you_mean
 from protocol.limits import MAX_SPANS
+
+_KEY: Final = re.compile(r"""\s*["']?([A-Za-z0-9_-]+)["']?\s*=""")
 
 SETTINGS: Final = {"auto_envvar_prefix": ENVIRONMENT_PREFIX.rstrip("_")}
 """Context settings of the commands that take these options."""
@@ -36,27 +40,51 @@ class NodeOption(click.Option):
         if source is ParameterSource.ENVIRONMENT:
             return f"{ENVIRONMENT_PREFIX}{self.name.upper()}"
         if ctx and source is ParameterSource.DEFAULT_MAP:
-            return f"{self.name} in {ctx.meta[__name__]}"
+            return f"{self.name} in {ctx.meta[__name__].place_of(self.name)}"
         return self.opts[0]
+
+
+class ConfigurationFile:
+    """The configuration file of a command: its path, and on which line each option stands."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path = path
+        self._lines: dict[str, int] = {}
+        for number, line in enumerate(text.splitlines(), 1):
+            if match := _KEY.match(line):
+                self._lines.setdefault(match[1], number)
+
+    def place_of(self, name: str) -> str:
+        """Return the file, and the line if it is known: keys may also stand in ways that this does not read."""
+        return f"{self.path}, line {self._lines[name]}" if name in self._lines else str(self.path)
+
+
+def file_of(context: click.Context) -> ConfigurationFile | None:
+    """Return the configuration file that a command has read, if any."""
+    found = context.meta.get(__name__)
+    return found if isinstance(found, ConfigurationFile) else None
 
 
 def _use_file(context: click.Context, option: click.Parameter, path: Path | None) -> None:
     """Make the configuration file the source of options that neither flag nor environment gives."""
     if path is None:
         return
-    context.meta[__name__] = path
     try:
-        table = tomllib.loads(types.read_text(path))
+        text = types.read_text(path)
+        file = context.meta[__name__] = ConfigurationFile(path, text)
+        table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise click.BadParameter(f"{path} is not valid TOML: {error}", context, option) from None
     except ValueError as error:
         raise click.BadParameter(str(error), context, option) from None
     known = {each.name: each for each in NODE_OPTIONS if each is not option}
-    for name in table:
-        if name not in known:
-            fault = f"{path}: unknown option {name!r}{did_you_mean(name, known)}; the options are {', '.join(known)}"
-            raise click.UsageError(fault, context)
-    context.default_map = {name: _value_in_file(known[name], value, path.parent) for name, value in table.items()}
+    unknown = [name for name in table if name not in known]
+    context.default_map = {
+        name: _value_in_file(known[name], value, path.parent) for name, value in table.items() if name in known
+    }
+    if unknown:
+        faults = [f"{file.place_of(name)}: unknown option {name!r}{did_you_mean(name, known)}" for name in unknown]
+        raise click.UsageError(f"{'; '.join(faults)}; the options are {', '.join(known)}", context)
 
 
 def _value_in_file(option: click.Option, value: Any, folder: Path) -> Any:
@@ -88,6 +116,7 @@ def _option(flag: str, kind: click.ParamType[Any], metavar: str, text: str, **se
 
 
 _BATCHING: Final = click.Choice(["one", "static", "continuous"], case_sensitive=False)
+_LOG_FORMAT: Final = click.Choice(["text", "json"], case_sensitive=False)
 _LOG_LEVEL: Final = click.Choice(["debug", "info", "warning", "error"], case_sensitive=False)
 
 NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
@@ -124,7 +153,7 @@ NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
     ),
     _option(
         *("--api-keys", types.API_KEYS, "FILE"),
-        "Hashed API keys with limits, one a line, from `metaswarm keygen --api-key NAME FILE`.",
+        "Hashed API keys with limits, one a line, from `metaswarm keygen --api-key-name NAME FILE`.",
     ),
     _option(
         *("--cors-origin", types.CORS_ORIGIN, "ORIGIN"),
@@ -135,17 +164,20 @@ NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
         *("--bootstrap", types.BOOTSTRAP, "FILE_OR_MULTIADDR"),
         "Peers to dial first: a multiaddr with /p2p/PEER-ID, or a YAML file `peers: [...]`.",
         multiple=True,
+        shell_complete=complete_peers,
         callback=_all_addresses,
     ),
     _option(
         *("--serve", types.SERVE_SPEC, "MODEL[:START-END]"),
         "Model to serve; blocks START to END (exclusive), by default the node's choice.",
         multiple=True,
+        shell_complete=complete_models,
         callback=_check_span_count,
     ),
     _option(
         *("--draft", types.TEXT, "MODEL"),
         "Draft model for speculative decoding (same tokenizer, several times faster).",
+        shell_complete=complete_models,
     ),
     _option("--swarm-key", types.SWARM_KEY, "FILE", "Key of a private swarm, from `metaswarm keygen`."),
     _option(
@@ -182,6 +214,7 @@ NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
         "Fraction of job time that may be spent exploring methods, 0 to 1 [default: 0.1].",
     ),
     _option("--log-level", _LOG_LEVEL, "LEVEL", "Log level: debug, info (default), warning or error."),
+    _option("--log-format", _LOG_FORMAT, "FORMAT", "Log format: text (default) or json, an object a line."),
 )
 
 _FIELD_OF: Final[Mapping[str, str]] = {

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from node.cli.completion import complete_models, complete_peers
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
@@ -36,12 +38,23 @@ json_option = click.option(
 )
 """The `--json` that every verb has; the verb's argument is `as_json`."""
 
-api_option = click.option("--api", metavar="URL", help="URL of the node's API (default: the node on this machine).")
+api_option = click.option("--api", metavar="URL", help="URL of the node's API [default: the node on this machine].")
 """The `--api` of every verb that talks to a running node."""
 
+bootstrap_option = click.option(
+    "--bootstrap",
+    multiple=True,
+    metavar="FILE_OR_MULTIADDR",
+    shell_complete=complete_peers,
+    help="If no node runs here, join the swarm there for this command. Honours METASWARM_SWARM_KEY.",
+)
+"""The `--bootstrap` of every verb that runs jobs."""
 
 model_option = click.option(
-    "--model", metavar="MODEL", help="Name or id (8 digits or more); optional if exactly one model is fully served."
+    "--model",
+    metavar="MODEL",
+    shell_complete=complete_models,
+    help="Name or id (8 digits or more); optional if exactly one model is fully served.",
 )
 """The `--model` of every verb that runs jobs."""
 
@@ -79,7 +92,8 @@ def err() -> "Console":
     """Return a console on stderr."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+    width = None if sys.stderr.isatty() or "COLUMNS" in os.environ else WIDTH_OF_A_FILE
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, width=width)
 
 
 def new_table(*columns: str, title: str | None = None) -> "Table":

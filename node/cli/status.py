@@ -1,327 +1,80 @@
 """`metaswarm status`, `peers` and `models`: the status pages of a node."""
 
-import shlex
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from node.cli.output import (
-    api_option,
-    format_bytes,
-    format_duration,
-    json_option,
-    new_table,
-    out,
-    print_json,
-    printable,
-)
+from node.cli.output import api_option, json_option, out, print_json
+from node.cli.status_tables import render_models, render_peers, render_status
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from node.api.interface import (
-        ChainStatus,
-        GapDocument,
-        HistoryStatus,
-        JobCounts,
-        ModelDocument,
-        NodeStatus,
-        PeerCounts,
-        PeerStatus,
-        ReachabilityDocument,
-        SelectionStatus,
-    )
-
 WATCH_INTERVAL_S: Final = 2.0
 
 _Verb = Callable[[str | None, bool, bool], None]
+_Render = Callable[[Any], "RenderableType"]
 
 
 def _page_options(verb: _Verb) -> _Verb:
     """Add the options of a verb that shows a page."""
-    watch_option = click.option("--watch", is_flag=True, help="Refresh every two seconds, until Ctrl-C.")
+    watch_option = click.option("--watch", is_flag=True, help="Refresh every two seconds, until q or Ctrl-C.")
     return api_option(watch_option(json_option(verb)))
 
 
 @click.command()
 @_page_options
 def status(api: str | None, watch: bool, as_json: bool) -> None:
-    """Show the status of a node."""
-    _show("/swarm/status", api, watch, print_json if as_json else _printer(render_status))
+    """Show the status of a node.
+
+    With --watch on a terminal: peers, blocks, jobs, tokens per second and load, as they change.
+    """
+    _show("/swarm/status", api, render_status, watch=watch, as_json=as_json)
 
 
 @click.command()
 @_page_options
 def peers(api: str | None, watch: bool, as_json: bool) -> None:
     """Show the peers of the swarm and what they serve."""
-    _show("/swarm/peers", api, watch, print_json if as_json else _printer(render_peers))
+    _show("/swarm/peers", api, render_peers, watch=watch, as_json=as_json)
 
 
 @click.command()
 @_page_options
 def models(api: str | None, watch: bool, as_json: bool) -> None:
-    """Show which models are complete, block by block.
+    """Show which models of the swarm are complete, block by block.
 
-    One digit for each block: the number of peers that serve it.
+    One digit for each block: the number of peers that serve it. `metaswarm model list` shows the packages of this
+    machine.
     """
-    _show("/swarm/models", api, watch, print_json if as_json else _printer(render_models))
+    _show("/swarm/models", api, render_models, watch=watch, as_json=as_json)
 
 
-def _printer(render: Callable[[Any], "RenderableType"]) -> Callable[[Any], None]:
-    return lambda document: out().print(render(document))
-
-
-def _show(path: str, api: str | None, watch: bool, show: Callable[[Any], None]) -> None:
-    """Show a page of the API; with `watch` again and again."""
+def _show(path: str, api: str | None, render: _Render, *, watch: bool, as_json: bool) -> None:
+    """Show a page of the API; with `watch` again and again: as a live view on a terminal."""
     import trio
 
     from node.cli.client import find_api, open_client
 
     async def run() -> None:
         async with open_client(find_api(api)) as client:
+
+            async def fetch() -> "RenderableType":
+                return render(await client.request("GET", path))
+
+            if watch and sys.stdout.isatty() and not as_json:
+                from node.cli.watch import Overview
+                from node.cli.watch import watch as watch_live
+
+                await watch_live(Overview(client).fetch if path == "/swarm/status" else fetch)
+                return
             while True:
                 document = await client.request("GET", path)
-                if watch and sys.stdout.isatty():
-                    click.clear()
-                show(document)
+                print_json(document) if as_json else out().print(render(document))
                 if not watch:
                     return
                 await trio.sleep(WATCH_INTERVAL_S)
 
     trio.run(run)
-
-
-def render_status(status: "NodeStatus") -> "RenderableType":
-    """Render a node's status."""
-    from rich.console import Group
-    from rich.text import Text
-
-    from node.cli.daemon import SERVES_NOTHING
-
-    jobs, received = status["jobs"], status["transfers"]["received_bytes"]
-    facts = {
-        "peer": status["peer_id"],
-        "agent": status["agent"],
-        "state": f"{status['state']} for {format_duration(status['uptime_s'])}",
-        "api": status["api_url"],
-        "addresses": "\n          ".join(status["multiaddrs"]),
-        "reach": _describe_reachability(status["reachability"]),
-        "connected": f"{status['connected_peers']} peers",
-        "peers": _describe_peers(status["peers"]),
-        "jobs": _describe_jobs(jobs),
-        "history": _describe_history(status["history"]),
-        "agreed": "\n          ".join(map(_describe_chain, status["consensus"])) or "nothing",
-        "methods": _describe_selection(status["selection"]),
-        "fetched": ", ".join(f"{format_bytes(count)} of model files from {peer}" for peer, count in received.items())
-        or "no model files from peers",
-        "served": f"{format_bytes(status['transfers']['served_bytes'])} of model files to peers",
-    }
-    facts_and_gaps = [*facts.items(), *(("missing", _describe_gap(gap, status)) for gap in status["uncovered"])]
-    summary = Text("\n".join(f"{name:<9} {printable(value)}" for name, value in facts_and_gaps))
-    if not status["spans"]:
-        waiting = f"no blocks yet of {', '.join(status['serve'])}: the log says what is missing"
-        return Group(summary, Text(f"serves    {waiting if status['serve'] else SERVES_NOTHING}"))
-    headings = (
-        "model",
-        ">blocks",
-        ">of",
-        "device",
-        ">sessions",
-        ">positions",
-        ">weights",
-        ">steps",
-        ">compute",
-        ">worker",
-    )
-    table = new_table(*headings)
-    for span in status["spans"]:
-        table.add_row(
-            *_texts(
-                span["name"] or span["model"][:12],
-                f"{span['start']}-{span['end']}",
-                span["block_count"],
-                span["device"],
-                span["sessions"],
-                f"{span['reserved_positions']}/{span['kv_positions']}",
-                format_bytes(span["weight_bytes"]),
-                span["steps"],
-                format_duration(span["compute_s"]),
-                span["worker_pid"] or "",
-            )
-        )
-    return Group(summary, Text(), table)
-
-
-def _describe_reachability(reach: "ReachabilityDocument") -> str:
-    """Return how this node is reached, in one line."""
-    relays = f"through {len(reach['relays'])} relays" if reach["relays"] else "through no relay"
-    what = {
-        "public": "anyone can dial this node",
-        "private": f"behind a NAT or firewall, reached {relays}",
-        "unknown": "not tested yet: no peer outside of this network has tried to dial this node",
-    }[reach["verdict"]]
-    parts = [what]
-    if reach["observed"]:
-        parts.append(f"seen at {', '.join(reach['observed'])}")
-    if reach["endpoint_dependent"]:
-        parts.append("symmetric NAT")
-    if reach["port_mapped"]:
-        parts.append("port mapped (UPnP)")
-    if reach["relay_bytes_per_s"]:
-        parts.append(f"relays for others up to {format_bytes(int(reach['relay_bytes_per_s']))}/s")
-    return "; ".join(parts)
-
-
-def _describe_jobs(jobs: "JobCounts") -> str:
-    trials = jobs["trials"]
-    counts = [(jobs["running"], "running"), (jobs["done"], "done"), (jobs["failed"], "failed")]
-    counts += [(jobs["cancelled"], "cancelled"), (jobs["rejected"], "rejected as client errors")]
-    text = ", ".join(f"{count} {kind}" for count, kind in counts)
-    return f"{text}; trials: {trials['running']} running, {trials['done']} done, {trials['failed']} failed"
-
-
-def _describe_peers(peers: "PeerCounts") -> str:
-    text = f"{peers['reached']} of {peers['known']} known reached, {peers['banned']} banned"
-    return (
-        f"{text}; their sessions here: {peers['sessions_opened']} opened, {peers['sessions_refused']} refused, "
-        f"{peers['sessions_failed']} failed, {peers['sessions_held']} held with {format_bytes(peers['held_bytes'])}"
-    )
-
-
-def _describe_gap(gap: "GapDocument", status: "NodeStatus") -> str:
-    """Return which blocks no peer serves, and the command that would."""
-    from node.joining import best_address
-
-    address = best_address(tuple(status["multiaddrs"]))
-    command = ["metaswarm", "node", *(("--bootstrap", address) if address else ()), "--serve", gap["serve"]]
-    needs = "" if gap["memory_bytes"] is None else f" that can give it {gap['memory_bytes'] >> 20} MiB (--memory)"
-    return f"{gap['serve']} is not served; to serve it on a node{needs}:\n          {shlex.join(command)}"
-
-
-def _describe_history(history: "HistoryStatus | None") -> str:
-    if history is None:
-        return "the database cannot be read"
-    equal_s = history["last_equal_s"]
-    agrees = "not yet in sync" if equal_s is None else f"in sync with a neighbour {format_duration(equal_s)} ago"
-    return f"{history['count']} observations, digest {history['digest'][:12]}, {agrees}"
-
-
-def _describe_chain(chain: "ChainStatus") -> str:
-    name = chain["name"] or chain["model"][:12]
-    if chain["epoch"] is None or chain["table_digest"] is None:
-        return f"{name}: no statement yet"
-    weight = "not a member" if chain["weight"] is None else f"weight {chain['weight']:.2f}"
-    return (
-        f"{name}: epoch {chain['epoch']}, table {chain['table_digest'][:12]} with {chain['firm_cells']} of "
-        f"{chain['cells']} cells firm, {chain['members']} members, {weight}"
-    )
-
-
-def _describe_selection(selection: "SelectionStatus") -> str:
-    basis = f"by a model of {selection['experiences']} observations" if selection["experiences"] else "by rule"
-    return (
-        f"chosen {basis}; {selection['trials']} trials took {format_duration(selection['trial_s'])}, "
-        f"{selection['explored_jobs']} of {selection['jobs']} jobs explored"
-    )
-
-
-def render_peers(answer: dict[str, list["PeerStatus"]]) -> "RenderableType":
-    """Render the peers."""
-    from rich.text import Text
-
-    peers = answer["peers"]
-    if not peers:
-        return Text("no peers known")
-    table = new_table("peer", "address", "agent", "state", ">round trip", ">last seen", "serves", "problems")
-    for peer in peers:
-        state = "leaving" if peer["leaving"] else "connected" if peer["connected"] else "known"
-        if not peer["reached"]:
-            state = "not reached"
-        elif peer["connected"] and peer["way"] == "relayed":
-            state = f"relayed by {(peer['relay'] or '')[-8:]}"
-        elif peer["connected"] and peer["way"] == "punched":
-            state = "connected (punched)"
-        spans = (f"{span['name'] or span['model'][:12]}:{span['start']}-{span['end']}" for span in peer["spans"])
-        table.add_row(
-            *_texts(
-                peer["peer_id"],
-                short_address(peer["addresses"]),
-                peer["agent"],
-                state,
-                "" if peer["rtt_s"] is None else f"{peer['rtt_s'] * 1000:.1f} ms",
-                "" if peer["last_seen_s"] is None else f"{format_duration(peer['last_seen_s'])} ago",
-                ", ".join(spans),
-                _describe_problems(peer),
-            )
-        )
-    return table
-
-
-def _describe_problems(peer: "PeerStatus") -> str:
-    """Return refusals, failures and bans: of its sessions here, and of our jobs there."""
-    parts: list[str] = []
-    if ban := peer["banned"]:
-        parts.append(f"banned for {format_duration(ban['left_s'])}: {ban['reason']}")
-    if sessions := peer["sessions"]:
-        for what in ("refused", "failed"):
-            parts += [f"{count} sessions {what}: {reason}" for reason, count in sessions[what].items()]
-        if sessions["faults"]:
-            parts.append(f"{sessions['faults']} faults")
-        if sessions["held_sessions"]:
-            held = f"{sessions['held_positions']} positions and {format_bytes(sessions['held_bytes'])}"
-            parts.append(f"holds {held} in {sessions['held_sessions']} sessions")
-    if jobs := peer["jobs"]:
-        parts += [f"{jobs[what]} jobs {what}" for what in ("failed", "lagged") if jobs[what]]
-        if jobs["avoided_s"]:
-            parts.append(f"avoided for {format_duration(jobs['avoided_s'])}")
-    return "; ".join(parts)
-
-
-def render_models(answer: dict[str, list["ModelDocument"]]) -> "RenderableType":
-    """Render the models."""
-    from rich.text import Text
-
-    models = answer["models"]
-    if not models:
-        return Text("no models known: serve one with `metaswarm node --serve MODEL`")
-    table = new_table("model", "id", ">blocks", "peers for each block", "missing", "state")
-    for model in models:
-        table.add_row(
-            *_texts(
-                model["name"],
-                model["model"][:12],
-                model["block_count"],
-                coverage_bar(model["coverage"]),
-                ", ".join(f"{start}-{end}" for start, end in model["uncovered"]),
-                _describe_completeness(model),
-            )
-        )
-    return table
-
-
-def _describe_completeness(model: "ModelDocument") -> str:
-    if model["apart"]:
-        pairs = ", ".join(f"{a[-8:]} and {b[-8:]}" for a, b in model["apart"][:3])
-        return f"incomplete: its peers cannot reach each other ({pairs})"
-    return "complete" if model["complete"] else "incomplete"
-
-
-def coverage_bar(coverage: list[int]) -> str:
-    """Return one character for each block: the number of peers, `.` for none, `+` from ten on."""
-    return "".join("." if count == 0 else str(count) if count < 10 else "+" for count in coverage)
-
-
-def short_address(addresses: list[str]) -> str:
-    """Return the first address, as HOST:PORT if possible."""
-    if not addresses:
-        return ""
-    parts = addresses[0].split("/")
-    return f"{parts[2]}:{parts[4]}" if len(parts) > 4 else addresses[0]
-
-
-def _texts(*cells: object) -> list[Any]:
-    from rich.text import Text
-
-    return [Text(printable(str(cell)), overflow="fold") for cell in cells]

@@ -5,6 +5,7 @@ that a node that is killed at any instant never equivocates.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Final
 
 import structlog
@@ -22,9 +23,13 @@ from protocol.chains import StatePart
 from protocol.consensus import SignedMessage
 from protocol.consensus_values import Commit, Reveal, Signature, Statement
 from protocol.forms import Digest
+from selector.consensus.chain import ChainEntry
 
 MAX_INBOX: Final = 4096
 """Messages that wait for the next turn; further ones are dropped, and fetched later."""
+
+RECENT_STATEMENTS: Final = 8
+"""The last statements of the canonical branch, for display."""
 
 TURN_PAUSE_S: Final = 0.02
 """Between two turns, however much is received: what arrives meanwhile is applied together."""
@@ -63,6 +68,8 @@ class ChainNode:
         self._publish = publish
         self._inbox: list[SignedMessage] = []
         self._wake = Signal()
+        self.recent: tuple[ChainEntry, ...] = ()
+        """The last entries of the canonical branch, the newest first."""
         self._agreement: Agreement | None = None
         self._pruned_epoch = -1
 
@@ -241,6 +248,8 @@ class ChainNode:
 
     def _update_agreement(self) -> None:
         head, state = self.replica.chain.head, self.replica.participant.state()
+        if not self.recent or self.recent[0] is not head:
+            self.recent = tuple(islice(head.path(), RECENT_STATEMENTS))
         if head.statement is None or state is None:
             return
         if self._agreement is None or self._agreement.statement != head.id:

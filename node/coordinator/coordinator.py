@@ -16,6 +16,8 @@ import trio
 
 from node.coordinator.failover import ResilientRoute, no_route
 from node.coordinator.job import Job
+from node.coordinator.job_log import JobLog, JobState, LoggedJob
+from node.coordinator.job_report import JobObserver, NoJobObserver, RunningJob
 from node.coordinator.method_choice import Choice, Chooser, QualityStore, admitted_methods
 from node.coordinator.observation import Recorder, ServedJob
 from node.coordinator.output_text import OutputText
@@ -94,6 +96,7 @@ class Coordinator:
     ) -> None:
         """`open_model`: returns the model that a user means, or raises ModelError with one line for the user."""
         self.draining = False
+        self.observer: JobObserver = NoJobObserver()
         self._open_model = open_model
         self._link_pool = link_pool
         self._recorder = recorder
@@ -111,6 +114,7 @@ class Coordinator:
         )
         self._routes: dict[JobId, ResilientRoute] = {}
         self.statistics = CoordinatorStatistics()
+        self.log = JobLog()
         self._idle = trio.Event()
         self._idle.set()
 
@@ -144,19 +148,31 @@ class Coordinator:
         if self.draining:
             raise JobError(JobErrorCode.LEAVING, "this node is shutting down: submit the job at another peer")
         is_trial = on_served is not None or request.background
+        trace_parent = self.observer.start_trace(request.origin.trace_parent)
+        running = RunningJob(request=request, is_trial=is_trial, trace_parent=trace_parent, began_s=trio.current_time())
         self._count(running=1, trials_running=is_trial)
         outcome = "cancelled"
+        code: JobErrorCode | None = None
+        reason = ""
+        entry: LoggedJob | None = None
         try:
-            job = await self._prepare(request, on_served=on_served)
-            async with self._routed(job) as route, aclosing(self._events(job, route)) as events:
+            running.job = job = replace(await self._prepare(request, on_served=on_served), trace_parent=trace_parent)
+            running.prepared_s = trio.current_time()
+            entry = self.log.begin(
+                job.id, job.model.id, job.model.name, is_trial=is_trial, prompt_tokens=len(job.prompt)
+            )
+            async with self._routed(job, running) as route, aclosing(self._events(job, route, entry)) as events:
                 yield events
                 outcome = "done" if route.is_finished else "cancelled"
         except JobError as error:
-            is_preempted = request.background and error.code is JobErrorCode.FULL
-            is_rejected = error.code in CLIENT_MISTAKES
-            outcome = "cancelled" if is_preempted else "rejected" if is_rejected else "failed"
+            code, reason = error.code, error.message
+            is_preempted = request.background and code is JobErrorCode.FULL
+            outcome = "cancelled" if is_preempted else "rejected" if code in CLIENT_MISTAKES else "failed"
             raise
         finally:
+            if entry is not None:
+                self.log.end(entry, JobState.FAILED if outcome == "rejected" else JobState(outcome), reason or None)
+            self.observer.on_job_ended(running.report(outcome, trio.current_time(), code, reason))
             if is_trial:
                 outcome = "trials_done" if outcome == "done" else "trials_failed"
             self._count(running=-1, trials_running=-is_trial, **{outcome: 1})
@@ -230,9 +246,9 @@ class Coordinator:
         )
 
     @asynccontextmanager
-    async def _routed(self, job: Job) -> AsyncIterator[ResilientRoute]:
+    async def _routed(self, job: Job, running: RunningJob) -> AsyncIterator[ResilientRoute]:
         """Open a job's route, and close it after the block."""
-        route = ResilientRoute(job, self._services)
+        running.route = route = ResilientRoute(job, self._services)
         self._routes[job.id] = route
         try:
             if job.claim.owner is not None and any(method.prefix_cache for method in job.admitted):
@@ -245,8 +261,9 @@ class Coordinator:
             self._prompts.release(job.claim)
             await route.close()
 
-    async def _events(self, job: Job, route: ResilientRoute) -> AsyncGenerator[JobEvent, None]:
+    async def _events(self, job: Job, route: ResilientRoute, entry: LoggedJob) -> AsyncGenerator[JobEvent, None]:
         """Yield the job's events; after the last one the route is closed."""
+        self._log_progress(job, route, entry)
         yield JobStarted(
             job_id=job.id,
             model=job.model.id,
@@ -256,18 +273,35 @@ class Coordinator:
             echo=await prompt_text(job.request, job.model) if job.request.echo else "",
             chat_format=job.chat_format,
         )
+        if job.is_embedding:
+            yield await self._embed(job, route)
+            return
         output = OutputText(job.request, job.model)
         finish: FinishReason | None = None
         while finish is None:
             sampled = await route.next_token()
             job.output.add(sampled.token, trio.current_time())
+            self._log_progress(job, route, entry)
             self._prompts.release(job.claim)
             finish = sampled.finish_reason
             if finish is None and len(job.output.tokens) >= job.sampling.max_tokens:
                 finish = FinishReason.LENGTH  # the last stage should have reported it
             delta, finish = await output.add(sampled, finish)
             yield delta
-        yield replace(await self._finish(job, route, output.text, finish), stop_string=output.stop_string)
+        entry.result = await self._finish(job, route, output.text, finish)
+        yield replace(entry.result, stop_string=output.stop_string)
+
+    def _log_progress(self, job: Job, route: ResilientRoute, entry: LoggedJob) -> None:
+        method = route.method.name if route.method else None
+        self.log.progress(
+            entry, stages=route.stages, method=method, tokens=len(job.output.tokens), replays=route.replays
+        )
+
+    async def _embed(self, job: Job, route: ResilientRoute) -> JobResult:
+        """Return the result of a job whose prompt becomes an embedding."""
+        embedding = await route.embedding()
+        job.output.first_token_s = job.output.last_token_s = trio.current_time()
+        return replace(await self._finish(job, route, "", FinishReason.STOP), embedding=embedding)
 
     async def _finish(self, job: Job, route: ResilientRoute, text: str, finish: FinishReason) -> JobResult:
         """Close the route, learn from the job, record it, and return its result."""
@@ -276,6 +310,8 @@ class Coordinator:
         self._planner.served(stage.peer for stage in stages)
         self._planner.measured(job.need(), stages, done.route.loads(), timing_of(done))
         result = result_of(job, done, text, finish)
+        if job.is_embedding:  # task contexts do not tell kinds of jobs apart: as a short text it would mislead learning
+            return result
         outcome = JobOutcome(
             job_id=job.id,
             method=result.method.name,
@@ -285,6 +321,7 @@ class Coordinator:
         )
         result = replace(result, selection=self._chooser.served(done.request.choice, outcome))
         served = served_of(job, done, result)
+        job.output.result = result
         if job.on_served is not None:
             job.on_served(served)
         elif self._recorder is not None:

@@ -5,8 +5,10 @@ deterministic and sampling is keyed by position, the text continues unchanged. S
 with it; only what the lost stage had computed is computed again.
 """
 
+from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 
@@ -15,10 +17,11 @@ import trio
 
 from node.coordinator.job import Job
 from node.coordinator.planner import PlannedRoute, RouteNeed
-from node.coordinator.route import OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
+from node.coordinator.route import LastStageOutput, OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
 from node.coordinator.session_request import RouteServices, SessionRequest, request_sessions
 from node.coordinator.straggler_monitor import RETRY_AFTER_S, StragglerMonitor
-from node.coordinator.submission import JobError, JobErrorCode
+from node.coordinator.submission import JobError, JobErrorCode, JobTrace
+from node.coordinator.tracing import CLOCK_SAMPLES, JobTracer
 from node.engine.interface import parts_of
 from node.links.outbound_link import SessionLost
 from node.util.backoff import backoff_s
@@ -56,7 +59,8 @@ class ClosedRoute(NamedTuple):
     """The last route of a job that is done, and what all of its routes add up to.
 
     `closed`: the final word of each stage. `rounds`: messages with tokens on all routes. `replays`: stages that were
-    lost and replaced. `cached_tokens`: of the prompt, found in prefix caches by the first route.
+    lost and replaced. `cached_tokens`: of the prompt, found in prefix caches by the first route. `trace`: where the job
+    asked for one.
     """
 
     route: OpenRoute
@@ -65,6 +69,7 @@ class ClosedRoute(NamedTuple):
     rounds: int
     replays: int
     cached_tokens: int
+    trace: JobTrace | None = None
 
 
 class ResilientRoute:
@@ -74,7 +79,9 @@ class ResilientRoute:
         self._job = job
         self._planner = services.planner
         self._services = services
+        self._tracer = JobTracer(job.began_s) if job.request.trace else None
         self._monitor = StragglerMonitor(job, services.planner, self._is_replaceable)
+        self._log = _logger.bind(job=job.id, request_id=job.request_id)
         self._route: OpenRoute | None = None
         self._method: Method | None = None
         """What the votes agreed on; kept on every later route, without speculation once a drafter was missing."""
@@ -103,9 +110,24 @@ class ResilientRoute:
         """When a replacement for a lagging stage was last searched for."""
 
     @property
+    def stages(self) -> Sequence[Stage]:
+        """The stages of the last route that was open."""
+        return self._stages
+
+    @property
     def peers(self) -> set[PeerId]:
         """The peers that serve the job now."""
         return {stage.peer for stage in self._stages}
+
+    @property
+    def method(self) -> Method | None:
+        """The method in use; None before the votes."""
+        return self._method
+
+    @property
+    def replays(self) -> int:
+        """Stages that were lost and replaced so far."""
+        return self._replays
 
     async def open(self) -> None:
         """Open a route for the rest of the job and send the tokens so far; try others where stages refuse.
@@ -138,19 +160,32 @@ class ResilientRoute:
                 raise no_route(self._job, NoRouteError(()), self._avoided, self._outdated)
         if search.is_logged:
             waited_s = round(trio.current_time() - search.began_s, 1)
-            _logger.info("route found again", job=self._job.id, waited_s=waited_s)
+            self._log.info("route found again", waited_s=waited_s)
         self._is_accepted = True
+        self._job.output.routed_s = self._job.output.routed_s or trio.current_time()
         await self._close_previous()
 
     async def next_token(self) -> SampledToken:
-        """Wait for the next token; where a stage is lost or wants to leave, replace it first. Raises JobError."""
+        """Wait for the next token; see `_next_output`."""
+        output = await self._next_output()
+        assert isinstance(output, SampledToken)
+        return output
+
+    async def embedding(self) -> "array[float]":
+        """Wait for the prompt's embedding; see `_next_output`."""
+        output = await self._next_output()
+        assert isinstance(output, array)
+        return output
+
+    async def _next_output(self) -> LastStageOutput:
+        """Wait for the last stage; where a stage is lost or wants to leave, replace it first. Raises JobError."""
         while True:
             route = self._open_route()
             if leaving := route.leaving - self._asked_to_leave:
                 await self._replace_leaving(leaving)
                 continue
             try:
-                token = await self._monitor.token(route)
+                output = await self._monitor.output(route)
             except RouteLost as lost:
                 self._replays += 1
                 self._failures_since_token += 1
@@ -161,17 +196,23 @@ class ResilientRoute:
                 await self.open()
             else:
                 self._failures_since_token = 0
-                return token
+                if self._tracer is not None and self._tracer.is_due:
+                    await self._tracer.collect(route)
+                return output
 
     async def finish(self) -> ClosedRoute:
         """Close the route of a job that is done."""
         route = self._open_route()
+        trace: JobTrace | None = None
+        if self._tracer is not None:
+            await self._tracer.collect(route, CLOCK_SAMPLES)
+            trace = self._tracer.trace()
         closed = await route.close()
         self._route = None
         self.is_finished = True
         rounds = self._rounds + route.rounds
         request = self._request or route.request
-        return ClosedRoute(route, request, closed, rounds, self._replays, self._cached_tokens)
+        return ClosedRoute(route, request, closed, rounds, self._replays, self._cached_tokens, trace)
 
     async def close(self) -> None:
         """Close all routes that are still open."""
@@ -205,6 +246,9 @@ class ResilientRoute:
         try:
             await self._monitor.open(route)
             self._begin(route, tokens)
+            if self._tracer is not None:
+                route.on_tokens = partial(self._tracer.on_tokens, route)
+                await self._tracer.collect(route)
             await self._monitor.send_prompt(route, tokens)
         except RouteRejected as rejected:
             for refusal in rejected.refusals:
@@ -228,8 +272,8 @@ class ResilientRoute:
     def _avoid(self, refusal: StageRefusal) -> None:
         """Keep the job away from a peer; an unreachable one counts as dead until its next heartbeat."""
         peer = refusal.peer
-        log = _logger.debug if peer in self._logged else _logger.info
-        log("stage not available", job=self._job.id, peer=peer, reason=refusal.message)
+        log = self._log.debug if peer in self._logged else self._log.info
+        log("stage not available", peer=peer, reason=refusal.message)
         self._logged.add(peer)
         if refusal.outdated:
             self._outdated[peer] = refusal
@@ -242,10 +286,11 @@ class ResilientRoute:
         """Avoid the peer that a stage blames if it is on the route, else the stage itself: outsiders are not blamed.
 
         Only a peer that we cannot reach ourselves counts as dead: a failed engine restarts, and of two peers that do
-        not reach each other both live.
+        not reach each other both live. Raises JobError where the request is at fault.
         """
+        self._refuse_bad_request(route, lost)
         culprit = lost.blamed if lost.blamed in {stage.peer for stage in route.stages} else lost.reporter
-        _logger.info("stage lost", job=self._job.id, peer=culprit, reason=lost.reason, message=lost.message)
+        self._log.info("stage lost", peer=culprit, reason=lost.reason, message=lost.message)
         self._avoided[culprit] = StageRefusal(culprit, None, lost.message, lagged=lost.lagged)
         link_pool = self._services.link_pool
         is_ours = lost.reason is FailureReason.EXPIRED or lost.blamed == link_pool.peer_id != culprit
@@ -255,15 +300,22 @@ class ResilientRoute:
         self._retire_route()
         self._held = {stage: session for stage, session in self._held.items() if stage.peer != culprit}
 
+    def _refuse_bad_request(self, route: OpenRoute, lost: SessionLost) -> None:
+        """Raise JobError where the last stage says that no text follows the JSON Schema: another one would say so, too.
+
+        It is believed, as it draws the text; other stages, and for other jobs, are not.
+        """
+        request = self._job.request
+        if lost.reason is FailureReason.REQUEST and request.json_schema and lost.reporter == route.stages[-1].peer:
+            raise JobError(JobErrorCode.INVALID, lost.message, param=request.json_schema_param)
+
     async def _replace_leaving(self, leaving: Collection[PeerId]) -> None:
         """Replace peers that want to leave, where others can serve their blocks."""
         self._asked_to_leave.update(leaving)
         try:
             await self._planner.route(self._need(leaving, self._open_route()))
         except NoRouteError:
-            _logger.info(
-                "leaving peer not replaced: no other serves its blocks", job=self._job.id, peers=sorted(leaving)
-            )
+            self._log.info("leaving peer not replaced: no other serves its blocks", peers=sorted(leaving))
             return
         self._replays += 1
         for peer in leaving:
@@ -296,8 +348,8 @@ class ResilientRoute:
         if not search.is_logged:
             search.is_logged = True
             missing = ", ".join(map(str, error.missing))
-            _logger.warning(
-                "no route left; waiting for a peer", job=job.id, model=job.model.name, blocks=missing, apart=error.apart
+            self._log.warning(
+                "no route left; waiting for a peer", model=job.model.name, blocks=missing, apart=error.apart
             )
         if self._planner.could_serve(job.need(), self._services.swarm.expected(job.model.id)):
             search.candidates_seen_s = now_s
@@ -308,7 +360,8 @@ class ResilientRoute:
         """Make the open route a previous one, whose stages are continued as far as they still hold the session."""
         if self._route is None:
             return
-        holding = self._route.held()
+        # The last stage of an embedding counts every row once: another route begins anew.
+        holding = {} if self._job.is_embedding else self._route.held()
         for stage, answer in zip(self._route.stages, self._route.answers, strict=True):
             if stage in holding:
                 self._held[stage] = holding[stage]
@@ -349,9 +402,10 @@ def no_route(
     kinds = {refusal.reason for refusal in avoided.values()}
     code = JobErrorCode.UNCOVERED
     if not avoided and outdated:
+        leave_out = "" if job.is_embedding else "leave out top_k, min_p, penalties, logit_bias and min_tokens, or "
         message = (
-            f"no peer that samples the tokens of {name} supports what the job asks for ({reasons}): "
-            "leave out top_k, min_p, penalties, logit_bias and min_tokens, or wait for a peer of a later version"
+            f"no peer that serves the last blocks of {name} supports what the job asks for ({reasons}): "
+            f"{leave_out}wait for a peer of a later version"
         )
     elif not avoided and error.apart:
         pairs = ", ".join(f"{a} and {b}" for a, b in error.apart[:MAX_PAIRS])

@@ -7,7 +7,7 @@ from typing import Any
 from node.coordinator.observation import ServedJob
 from node.coordinator.planner import RouteNeed
 from node.coordinator.prefix_sharing import PrefixClaim
-from node.coordinator.submission import ChatFormat, JobRequest
+from node.coordinator.submission import ChatFormat, JobRequest, JobResult
 from node.engine.interface import parts_of
 from node.models.library import KnownModel
 from protocol.identity import JobId
@@ -19,11 +19,15 @@ from selector.task import Method
 
 @dataclass(slots=True)
 class JobOutput:
-    """The tokens of a job so far, and when the first and the last of them came."""
+    """What has come of a job so far, and when."""
 
     tokens: list[int] = field(default_factory=list)
+    routed_s: float = 0.0
+    """When its first route was open and had the prompt; 0 before."""
     first_token_s: float = 0.0
     last_token_s: float = 0.0
+    result: JobResult | None = None
+    """Once it is done."""
 
     def add(self, token: int, now_s: float) -> None:
         """Append a token."""
@@ -38,7 +42,7 @@ class Job:
 
     `chat_format`: how the model writes, where the prompt is a conversation. `admitted`: the methods that it may be
     served with. `overrides`: context fields overridden by the caller.
-    `on_served`: receives the served job in place of the recorder.
+    `on_served`: receives the served job in place of the recorder. `trace_parent`: the job's own span in a trace.
     """
 
     id: JobId
@@ -52,7 +56,13 @@ class Job:
     chat_format: ChatFormat | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     on_served: Callable[[ServedJob], None] | None = None
+    trace_parent: str = ""
     output: JobOutput = field(default_factory=JobOutput)
+
+    @property
+    def request_id(self) -> str:
+        """What the logs of all peers name the job by: the id of the API request, else its own."""
+        return self.request.origin.request_id or self.id
 
     @property
     def tokens(self) -> list[int]:
@@ -63,6 +73,11 @@ class Job:
     def tokens_left(self) -> int:
         """How many tokens may still come."""
         return self.sampling.max_tokens - len(self.output.tokens)
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the prompt's embedding is wanted, and no text."""
+        return self.sampling.pooling is not None
 
     def need(self) -> RouteNeed:
         """Return what the rest of the job needs of a route."""

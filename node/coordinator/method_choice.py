@@ -77,11 +77,16 @@ def admitted_methods(request: JobRequest, model: KnownModel, store: QualityStore
     if request.method == AUTO:
         offered = portfolio(package_format, weight_type(model.manifest))
         admitted = [each for each in offered if admits(bound, each, store.quality(model.id, each))]
+        if request.pooling is not None:
+            admitted = [each for each in admitted if _embeds(each)]
         return admitted[:MAX_VOTES]
     try:
         named = parse_method(request.method, package_format)
     except MethodError as error:
         raise JobError(JobErrorCode.INVALID, f"{error}; or use auto") from None
+    if request.pooling is not None and not _embeds(named):
+        message = f"{named.name} is not for embeddings, which need every row: use prefix_cache=off|speculation=off"
+        raise JobError(JobErrorCode.INVALID, message)
     quality = store.quality(model.id, named)
     if not admits(bound, named, quality):
         if quality is None and is_pending:
@@ -89,6 +94,11 @@ def admitted_methods(request: JobRequest, model: KnownModel, store: QualityStore
             raise JobError(JobErrorCode.MEASURING, message, retry_after_s=MEASURING_RETRY_S)
         raise JobError(JobErrorCode.INVALID, _why_not(named, bound, quality))
     return [named]
+
+
+def _embeds(method: Method) -> bool:
+    """Return whether a method computes each row of a prompt, and only these: their states make the embedding."""
+    return not method.prefix_cache and method.drafter == "off"
 
 
 def _why_not(method: Method, bound: QualityBound, quality: MeasuredQuality | None) -> str:

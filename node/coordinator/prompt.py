@@ -5,15 +5,20 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from node.coordinator.submission import ChatFormat, ChatMessage, JobError, JobErrorCode, JobRequest, ToolFormat
+from node.coordinator.submission import (
+    DEFAULT_MAX_TOKENS,
+    ChatFormat,
+    ChatMessage,
+    JobError,
+    JobErrorCode,
+    JobRequest,
+    ToolFormat,
+)
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.tokenizer_service import TokenizerBusyError, TokenizerUnavailableError
 from protocol.limits import MAX_POSITIONS, MAX_STOP_TOKENS
 from protocol.messages import Sampling
-
-DEFAULT_MAX_TOKENS = 512
-"""Default of max_tokens, as far as the model's context allows."""
 
 BUSY_RETRY_S = 2.0
 """When a client should retry while too many prompts wait for the model's tokenizer."""
@@ -51,6 +56,8 @@ async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
             tokens = await model.tokenizer.encode(request.prompt)
         else:
             tokens = request.prompt_tokens or ()
+        if request.truncate:
+            tokens = tokens[: model.max_positions - 1]
     except TokenizerBusyError as error:
         raise JobError(JobErrorCode.FULL, str(error), retry_after_s=BUSY_RETRY_S) from None
     except TokenizerUnavailableError as error:
@@ -79,7 +86,7 @@ async def _check_schema(request: JobRequest, model: KnownModel) -> None:
     except ModelError as error:
         fault = str(error)
     if fault:
-        raise JobError(JobErrorCode.INVALID, f"the JSON Schema is not usable: {fault}", param="response_format")
+        raise JobError(JobErrorCode.INVALID, f"the JSON Schema is not usable: {fault}", param=request.json_schema_param)
 
 
 async def _conversation(request: JobRequest, messages: Sequence[ChatMessage], model: KnownModel) -> str:
@@ -148,6 +155,7 @@ def sampling_of(request: JobRequest, model: KnownModel, prompt_length: int) -> S
         logit_bias=request.logit_bias,
         logprobs=0 if request.top_logprobs is None else min(request.top_logprobs, model.vocabulary_size) + 1,
         json_schema=request.json_schema,
+        pooling=request.pooling,
         min_length=min(prompt_length + request.min_tokens, MAX_POSITIONS) if request.min_tokens else 0,
     )
     return replace(sampling, prompt_length=prompt_length) if sampling.needs_history else sampling

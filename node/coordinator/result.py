@@ -69,6 +69,7 @@ def result_of(job: Job, done: ClosedRoute, text: str, finish: FinishReason) -> J
             table_digest=agreed.table_digest.hex() if agreed else None,
         ),
         replays=done.replays,
+        trace=done.trace,
     )
 
 

@@ -1,10 +1,11 @@
 """An open route: the sessions of one job on all its stages, and the receiver of its tokens."""
 
 import secrets
+from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import trio
 
@@ -28,18 +29,29 @@ from protocol.messages import (
     Load,
     Open,
     Opened,
-    ProgressRequest,
     RefusalReason,
     SessionStatistics,
     Slice,
     Step,
 )
-from protocol.tensors import DType, Tensor, TokenLogprobs, drawn_tokens, logprobs_from_tensor, tensor_from_tokens
+from protocol.reports import ProgressRequest
+from protocol.tensors import (
+    DType,
+    Tensor,
+    TokenLogprobs,
+    drawn_tokens,
+    embedding_from_tensor,
+    logprobs_from_tensor,
+    tensor_from_tokens,
+)
 from selector.task import Method
 from selector.voting import tally, weights_of
 
 CLOSE_TIMEOUT_S = 1.0
 """How long the end of a job waits for its stages; a stage that misses it frees the session when the link breaks."""
+
+TRACED_SINCE_MINOR = 2
+"""The version of the job protocol since which stages get the request id and the trace of a job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +93,10 @@ class SampledToken(NamedTuple):
     logprobs: TokenLogprobs | None = None
 
 
+LastStageOutput: TypeAlias = "SampledToken | array[float]"
+"""A token, or the prompt's embedding."""
+
+
 class OpenRoute:
     """The stages of one job, and the receiver of the last stage's tokens. `close` follows every `open`."""
 
@@ -103,6 +119,8 @@ class OpenRoute:
         """the rows that it computes before the first token,"""
         self.detector: StragglerDetector | None = None
         """and the progress of all stages."""
+        self.on_tokens: Callable[[int, int, float], None] = lambda position, tokens, now_s: None
+        """Called with the position and the number of tokens that arrived, and the time."""
         self.leaving: set[PeerId] = set()
         """Peers on the route that want to leave."""
         self.rounds = 0
@@ -120,7 +138,7 @@ class OpenRoute:
         self._unwatch: list[Callable[[], None]] = []
         self._sources: set[InboundLink] = set()
         # The last stage may send this many tokens and no more: the channel is full only if it lies.
-        self._tokens_in, self._tokens = trio.open_memory_channel[SampledToken](request.sampling.max_tokens)
+        self._outputs_in, self._outputs = trio.open_memory_channel[LastStageOutput](request.sampling.max_tokens)
         self._lost: SessionLost | None = None
         self._sending = trio.CancelScope()
         self._opening = trio.CancelScope()
@@ -134,16 +152,14 @@ class OpenRoute:
         return peer == self.stages[-1].peer
 
     def admit(self, part: Slice, dtype: DType, width: tuple[int, ...], link: InboundLink) -> bool:
-        """Return whether a message has the form of the job's tokens; if not, its sender is lost."""
-        sampling = self.request.sampling
-        form = (DType.FLOAT32, (2 * sampling.logprobs,)) if sampling.logprobs else (DType.INT32, ())
-        if (dtype, width) == form and part.rows <= sampling.max_tokens:
+        """Return whether a message has the form of the job's output; if not, its sender is lost."""
+        if (dtype, width) == self.request.output_form and part.rows <= self.request.sampling.max_tokens:
             return True
-        self.lose(SessionLost(link.peer, link.peer, FailureReason.ENGINE, "sent invalid tokens"))
+        self.lose(SessionLost(link.peer, link.peer, FailureReason.ENGINE, "sent invalid output"))
         return False
 
     def receive(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
-        """Receive tokens of the last stage."""
+        """Receive what the last stage sends: tokens, or an embedding."""
         if self._lost or self._stalled:
             return
         self._sources.add(link)
@@ -151,33 +167,41 @@ class OpenRoute:
         self.last_token_s = trio.current_time()
         self.first_token_s = self.first_token_s or self.last_token_s
         try:
-            has_logprobs = self.request.sampling.logprobs > 0
-            logprobs = logprobs_from_tensor(tensor) if has_logprobs else [None] * tensor.rows
-            tokens = drawn_tokens(tensor)
-            for number, token in enumerate(tokens, 1):
-                finish = part.finish_reason if number == len(tokens) else None
-                self._tokens_in.send_nowait(SampledToken(token, finish, logprobs[number - 1]))
-            if self.detector is not None and tokens:
-                self.detector.token(part.position + len(tokens) - 1, self.last_token_s)
+            outputs = self._read(part, tensor)
+            self.on_tokens(part.position, len(outputs), self.last_token_s)
+            for output in outputs:
+                self._outputs_in.send_nowait(output)
+            if self.detector is not None and tensor.rows:
+                self.detector.token(part.position + tensor.rows - 1, self.last_token_s)
         except (ValueError, trio.WouldBlock):
-            self.lose(SessionLost(link.peer, link.peer, FailureReason.ENGINE, "sent invalid tokens"))
+            self.lose(SessionLost(link.peer, link.peer, FailureReason.ENGINE, "sent invalid output"))
         link.consumed(part.session, len(tensor.data))
 
+    def _read(self, part: Slice, tensor: Tensor) -> Sequence[LastStageOutput]:
+        """Return the outputs in a message. Raises ValueError."""
+        sampling = self.request.sampling
+        if sampling.pooling is not None:
+            return [embedding_from_tensor(tensor)]
+        logprobs = logprobs_from_tensor(tensor) if sampling.logprobs else [None] * tensor.rows
+        tokens = drawn_tokens(tensor)
+        finish = [*[None] * (len(tokens) - 1), part.finish_reason]
+        return [SampledToken(*each) for each in zip(tokens, finish, logprobs, strict=True)] if tokens else []
+
     def lose(self, lost: SessionLost) -> None:
-        """Record that a stage is lost: the next `next_token` raises RouteLost."""
+        """Record that a stage is lost: the next `next_output` raises RouteLost."""
         self._lost = self._lost or lost
         self._sending.cancel()
-        self._tokens_in.close()
+        self._outputs_in.close()
 
     def stall(self, error: JobError) -> None:
-        """Give the job up: `next_token` raises the error after the tokens that have come."""
+        """Give the job up: `next_output` raises the error after the tokens that have come."""
         self._stalled = error
-        self._tokens_in.close()
+        self._outputs_in.close()
 
     @property
-    def has_token(self) -> bool:
+    def has_output(self) -> bool:
         """Whether a token is waiting."""
-        return self._tokens.statistics().current_buffer_used > 0
+        return self._outputs.statistics().current_buffer_used > 0
 
     def held(self) -> dict[Stage, SessionId]:
         """Return the sessions that stages have opened and, as far as is known, still hold."""
@@ -278,16 +302,20 @@ class OpenRoute:
         if self._lost is not None:
             raise RouteLost(self._lost)
 
-    async def next_token(self) -> SampledToken:
-        """Wait for the next token; raise RouteLost when a stage is lost."""
+    async def next_output(self) -> LastStageOutput:
+        """Wait for the next token, or the embedding; raise RouteLost when a stage is lost."""
         try:
-            return await self._tokens.receive()
+            return await self._outputs.receive()
         except trio.EndOfChannel:
             if self._stalled is not None:
                 raise self._stalled from None
             if self._lost is None:
                 raise AssertionError("the channel of tokens ends only when a stage is lost") from None
             raise RouteLost(self._lost) from None
+
+    def linked_stages(self) -> list[tuple[Stage, SessionId, OutboundLink]]:
+        """Return the stages that this node is linked to, with the sessions there."""
+        return [(self.stages[number], SessionId(self.job, number), link) for number, link in self._links.items()]
 
     def unreporting(self) -> set[int]:
         """Return the stages whose version cannot report progress."""
@@ -336,6 +364,8 @@ class OpenRoute:
             try:
                 link = await self._link_pool.link_to(peer)
                 message = self._open_message(stage)
+                if link.minor < TRACED_SINCE_MINOR:
+                    message = replace(message, request_id="", trace_parent="")
                 if minor_of(message) > link.minor:
                     why = f"speaks version 1.{link.minor} of the job protocol, which lacks a sampling option of the job"
                     refusals[stage] = StageRefusal(peer, RefusalReason.UNABLE, why, outdated=True)
@@ -400,6 +430,8 @@ class OpenRoute:
             sampling=request.sampling if is_last else None,
             continues=self._continued.get(self.stages[stage]),
             background=request.background,
+            request_id=request.request_id,
+            trace_parent=request.trace_parent,
         )
 
 

@@ -15,6 +15,7 @@ from node.stages.speculation import repetitiveness
 from node.stages.voter import Agreement
 from protocol.identity import ModelId
 from protocol.messages import Sampling
+from protocol.tensors import DType
 from selector.task import Method, TaskContext
 
 LOOKED_AT_TOKENS = 2048
@@ -26,7 +27,7 @@ class SessionRequest:
     """The request for a session on every stage of a route.
 
     `methods`: by name, the coordinator's preference first. `choice`: votes for the coordinator once the stages have.
-    `agreed`: what the swarm has agreed about the model.
+    `agreed`: what the swarm has agreed about the model. `request_id`, `trace_parent`: see `Open`.
     """
 
     model: ModelId
@@ -36,8 +37,18 @@ class SessionRequest:
     positions: int
     prefix: bytes
     sampling: Sampling
+    hidden_size: int
     background: bool = False
     agreed: Agreement | None = None
+    request_id: str = ""
+    trace_parent: str = ""
+
+    @property
+    def output_form(self) -> tuple[DType, tuple[int, ...]]:
+        """The type and width of the rows that the last stage sends to the coordinator."""
+        if self.sampling.pooling is not None:
+            return DType.FLOAT32, (self.hidden_size,)
+        return (DType.FLOAT32, (2 * self.sampling.logprobs,)) if self.sampling.logprobs else (DType.INT32, ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +75,8 @@ async def request_sessions(
     admitted = job.admitted
     if begun is not None:  # a replacement may lack the draft model; speculation never changes the text
         admitted = [begun, begun.without_speculation] if begun.drafter == "draft" else [begun]
-    is_free = job.request.method == AUTO and begun is None
+    # Embeddings are no kind of task yet that is learned from: nothing is tried out with them.
+    is_free = job.request.method == AUTO and begun is None and not job.is_embedding
     selection = SelectionRequest(model=job.model.id, context=context, admitted=admitted, is_free=is_free)
     choice = await services.chooser.choose(selection)
     uses_prefixes = any(method.prefix_cache for method in choice.order)
@@ -76,8 +88,11 @@ async def request_sessions(
         positions=len(job.prompt) + job.sampling.max_tokens,
         prefix=b"".join(job.claim.pages) if uses_prefixes else b"",
         sampling=replace(job.sampling, max_tokens=job.tokens_left),
+        hidden_size=job.model.hidden_size,
         background=job.request.background,
         agreed=services.swarm.agreed(job.model.id),
+        request_id=job.request_id,
+        trace_parent=job.trace_parent,
     )
 
 

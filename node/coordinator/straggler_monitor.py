@@ -10,7 +10,7 @@ import trio
 
 from node.coordinator.job import Job
 from node.coordinator.planner import Planner
-from node.coordinator.route import OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
+from node.coordinator.route import LastStageOutput, OpenRoute, RouteLost, RouteRejected, StageRefusal
 from node.coordinator.straggler_detector import Lag, StragglerDetector
 from node.coordinator.submission import JobError, JobErrorCode
 from node.links.outbound_link import SessionLost
@@ -135,20 +135,20 @@ class StragglerMonitor:
         least_s, most_s = TIMEOUT_S
         return min(most_s, max(least_s, TIMEOUT_FACTOR * median(self._waits_s)))
 
-    async def token(self, route: OpenRoute) -> SampledToken:
-        """Wait for the next token. Raises RouteLost where a stage is lost or lags, JobError for a stall."""
+    async def output(self, route: OpenRoute) -> LastStageOutput:
+        """Wait for the last stage. Raises RouteLost where a stage is lost or lags, JobError for a stall."""
         detector, asked_s = route.detector, trio.current_time()
         if detector is None:
             raise AssertionError("a route is watched once it has begun")
-        if not route.has_token:
+        if not route.has_output:
             detector.wait(asked_s)
-        token: SampledToken | None = None
+        output: LastStageOutput | None = None
         with trio.move_on_after(self._timeout_s):
-            token = await route.next_token()
-        if token is None:
-            token = await _run_watched(lambda: self._watch(route, detector), route.next_token)
+            output = await route.next_output()
+        if output is None:
+            output = await _run_watched(lambda: self._watch(route, detector), route.next_output)
         self._waits_s.append(trio.current_time() - asked_s)
-        return token
+        return output
 
     async def _watch(self, route: OpenRoute, detector: StragglerDetector) -> None:
         """Ask the stages of a route for their progress, until one of them is given up."""

@@ -1,14 +1,19 @@
 """The interface for submitting jobs: request, events, result and errors."""
 
 import enum
+from array import array
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from protocol.identity import JobId, ModelId, PeerId
+from protocol.identity import BlockRange, JobId, ModelId, PeerId
 from protocol.measurements import MethodInForce, QualityBound, StageObservation
 from protocol.messages import FinishReason
+from protocol.tensors import Pooling
+
+DEFAULT_MAX_TOKENS: Final = 512
+"""Default of max_tokens, as far as the model's context allows."""
 
 AUTO: Final = "auto"
 """In place of a method: the swarm selects one."""
@@ -112,6 +117,15 @@ class ChatMessage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOrigin:
+    """The API request that a job comes from, for logs and traces: its id, its path, and its span as `traceparent`."""
+
+    request_id: str = ""
+    endpoint: str = ""
+    trace_parent: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobRequest:
     """A user's request. Exactly one of `prompt`, `prompt_tokens` and `messages` is given.
 
@@ -123,7 +137,11 @@ class JobRequest:
     a method by its switches. `background`: gives way to other jobs. `echo`: whether JobStarted has the prompt's text.
     `top_logprobs`: report the log probability of each token, and those of so many likeliest ones; None for neither.
     `tools`: that the model may call, as the OpenAI API describes them. `template_options`: for the chat template.
-    `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text.
+    `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text; it comes from the
+    field `json_schema_param` of the user's request, which errors name.
+    `pooling`: the prompt becomes an embedding, and there is no text: JobStarted is followed by JobResult. `truncate`:
+    cut the prompt to the model's context. `origin`: the API request that it comes from. `trace`: the
+    stages report where the time of each step went.
     Sampling: `node.engine.sampling`.
     """
 
@@ -151,8 +169,13 @@ class JobRequest:
     echo: bool = False
     top_logprobs: int | None = None
     json_schema: str = ""
+    json_schema_param: str = "response_format"
     tools: tuple[Mapping[str, Any], ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    pooling: Pooling | None = None
+    truncate: bool = False
+    trace: bool = False
+    origin: RequestOrigin = RequestOrigin()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,6 +294,53 @@ class JobOutcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TracedStage:
+    """A stage of a traced job. `clock_error_s`: by how much its links may be off; None where it reported nothing."""
+
+    peer: PeerId
+    blocks: BlockRange
+    clock_error_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTiming:
+    """Where the time of one round went on a stage, the number `stage` of the trace, in seconds; see `StepTiming`.
+
+    `link_s`: the way of its input from the stage before, for the first one of the last token; None where the stage
+    before reported nothing.
+    """
+
+    stage: int
+    link_s: float | None
+    queue_s: float
+    compute_s: float
+    serialise_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedRound:
+    """Tokens that were drawn in one step, the first at `position`, and came `arrived_s` after the job began.
+
+    `has_prompt`: the first of a route, before which the stages computed the prompt or replayed the text.
+    """
+
+    position: int
+    tokens: int
+    arrived_s: float
+    has_prompt: bool
+    stages: tuple[StageTiming, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobTrace:
+    """Where the time of a job's tokens went. `dropped_steps`: too many to be retained by their stages."""
+
+    stages: tuple[TracedStage, ...]
+    rounds: tuple[TracedRound, ...]
+    dropped_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobResult:
     """The last event of a completed job."""
 
@@ -289,6 +359,10 @@ class JobResult:
     selection: Selection | None = None
     stop_string: str | None = None
     """The stop string that ended the text, if one did."""
+    embedding: "array[float] | None" = None
+    """Of the prompt, f32, not normalised, where it was asked for."""
+    trace: JobTrace | None = None
+    """Where the job asked for one."""
 
 
 JobEvent = JobStarted | TextDelta | JobResult

@@ -17,6 +17,7 @@ from node.engine import worker_protocol
 from node.engine.base import Engine
 from node.engine.interface import (
     REFERENCE,
+    BadRequest,
     EngineCrashed,
     EngineError,
     EngineOptions,
@@ -32,6 +33,7 @@ from node.engine.interface import (
     source_from_package,
 )
 from node.engine.kv_allocator import KvReservation
+from node.engine.on_demand import OnDemand
 from node.models.layout import GGUF
 from node.models.store import Package
 from node.util.child_process import Child, ChildError, child_environment, python, start
@@ -40,11 +42,8 @@ from node.util.processor import physical_cores
 from node.util.signal import Signal
 from protocol.identity import BlockRange, SessionId
 
-UNLOAD_AFTER_S = 30.0
-"""Without a session on it for so long, the reference is unloaded."""
-
 UNLOAD_ROUND_S = 5.0
-"""How often that is checked."""
+"""How often it is checked what can be unloaded."""
 
 
 def start_engine(
@@ -130,8 +129,8 @@ class WorkerEngine(Engine):
 
     `_sessions` keeps the frame that began a session, which tells it from an earlier one with the same id.
 
-    The reference is available always, but in memory only while sessions want it: the first of them waits until it is
-    loaded, beside the steps of others.
+    The reference is available always, but in memory only while sessions want it, and so is what texts that follow a
+    JSON Schema need: the first of them waits until it is loaded, beside the steps of others.
     """
 
     _sessions: dict[SessionId, _Frame]
@@ -144,31 +143,33 @@ class WorkerEngine(Engine):
         self._outbox_filled = Signal()
         self._calls: dict[int, _Call] = {}
         self._numbers = itertools.count()
-        self._is_reference_loaded = False
-        self._on_reference: set[SessionId] = set()
-        self._reference_used_s = 0.0
+        self._reference = OnDemand()
+        self._constraints = OnDemand()
 
     async def begin(self, session: SessionId, options: SessionOptions) -> int:
-        """Begin a session as Engine describes it; one on the reference waits until that is loaded."""
-        if options.variant == REFERENCE and not self._is_reference_loaded:
-            try:
+        """Begin a session as Engine describes it, once what it uses is loaded; BadRequest if that cannot be."""
+        try:
+            if options.variant == REFERENCE and not self._reference.is_loaded:
                 await self._prepare(REFERENCE)
-            except EngineError:
-                self._close(session, keep=False)
-                raise
-            self._reference_used_s = trio.current_time()
-            self._is_reference_loaded = True
+                self._reference.loaded()
+            if _is_constrained(options) and not self._constraints.is_loaded:
+                await self._request({"do": "constrain"})
+                self._constraints.loaded()
+        except EngineError:
+            self._close(session, keep=False)
+            raise
         return await super().begin(session, options)
 
     async def unload_loop(self) -> None:
-        """Have the reference unloaded when nothing has used it for a while, and something else can serve."""
+        """Have what nothing has used for a while unloaded; the reference only where something else can serve."""
         while True:
             await trio.sleep(UNLOAD_ROUND_S)
-            if not self._is_reference_loaded or self._on_reference or self._variants == {REFERENCE}:
-                continue
-            if trio.current_time() - self._reference_used_s >= UNLOAD_AFTER_S:
-                self._is_reference_loaded = False
+            if self._reference.is_superfluous and self._variants != {REFERENCE}:
+                self._reference.is_loaded = False
                 self._post(worker_protocol.encode_frame({"do": "unload"}))
+            if self._constraints.is_superfluous:
+                self._constraints.is_loaded = False
+                self._post(worker_protocol.encode_frame({"do": "unconstrain"}))
 
     async def prepare(self, variant: Variant) -> None:
         """Have the worker build a variant. If the caller is cancelled, it is built all the same."""
@@ -177,11 +178,16 @@ class WorkerEngine(Engine):
             await self._prepare(variant)
 
     async def _prepare(self, variant: Variant) -> None:
+        await self._request({"do": "prepare", "variant": variant}, building=variant)
+
+    async def _request(self, header: worker_protocol.Header, building: Variant | None = None) -> None:
+        """Have the worker load or build something beside its steps."""
         self._raise_if_crashed()
         number = next(self._numbers)
         call = self._calls[number] = _Call()
-        self._building[number] = variant
-        self._post(worker_protocol.encode_frame({"do": "prepare", "call": number, "variant": variant}))
+        if building is not None:
+            self._building[number] = building
+        self._post(worker_protocol.encode_frame({**header, "call": number}))
         await call.answered.wait()
         if call.error is not None:
             raise call.error
@@ -222,9 +228,8 @@ class WorkerEngine(Engine):
     async def rename(self, session: SessionId, successor: SessionId) -> None:
         """Carry a session on under another id, here and in the worker."""
         await super().rename(session, successor)
-        if session in self._on_reference:
-            self._on_reference.remove(session)
-            self._on_reference.add(successor)
+        for loaded in (self._reference, self._constraints):
+            loaded.rename(session, successor)
         if successor in self._sessions:
             self._post(worker_protocol.encode_frame({"do": "rename", "session": session, "successor": successor}))
 
@@ -261,10 +266,11 @@ class WorkerEngine(Engine):
         building = self._building.pop(number, None)
         if header["did"] == "error":
             faults = worker_protocol.decode_faults(header)
-            call.error = StepFailed(faults) if faults else EngineError(header["error"])
+            kind = BadRequest if header.get("by_request") else EngineError
+            call.error = StepFailed(faults) if faults else kind(header["error"])
             self._settle(call, failed=call.begun.keys())
-        elif building is not None:
-            self._variants.add(building)
+        elif header["did"] == "ready":
+            self._variants |= set() if building is None else {building}
         else:
             call.result = worker_protocol.decode_result(header, payload, call.order)
             self._settle(call, failed={fault.session for fault in call.result.faults})
@@ -278,7 +284,7 @@ class WorkerEngine(Engine):
             if self._sessions.get(session) is not begun:
                 continue
             if session in failed:
-                self._leave_reference(session)
+                self._leave(session)
                 super()._close(session, keep=False)
             else:
                 self._pages.advance(session, call.ends[session])
@@ -291,14 +297,16 @@ class WorkerEngine(Engine):
 
     def _begun(self, session: SessionId, options: SessionOptions, reservation: KvReservation) -> _Frame:
         if options.variant == REFERENCE:
-            self._on_reference.add(session)
+            self._reference.sessions.add(session)
+        if _is_constrained(options):
+            self._constraints.sessions.add(session)
         frame = self._post(worker_protocol.encode_begin(session, options, reservation))
         frame.dropped = reservation.dropped
         return frame
 
     def _close(self, session: SessionId, *, keep: bool) -> None:
         begun = self._sessions.get(session)
-        self._leave_reference(session)
+        self._leave(session)
         super()._close(session, keep=keep)
         if begun is None:  # the worker has no such session
             return
@@ -308,13 +316,16 @@ class WorkerEngine(Engine):
             self._outbox.remove(begun)
             self._pages.drop_again(begun.dropped)
 
-    def _leave_reference(self, session: SessionId) -> None:
-        if session in self._on_reference:
-            self._on_reference.remove(session)
-            self._reference_used_s = trio.current_time()
+    def _leave(self, session: SessionId) -> None:
+        self._reference.leave(session)
+        self._constraints.leave(session)
 
     def _worker_pid(self) -> int | None:
         return None if self._crashed.is_set() else self._process.child.process.pid
+
+
+def _is_constrained(options: SessionOptions) -> bool:
+    return options.sampling is not None and bool(options.sampling.json_schema)
 
 
 class WorkerExited(Exception):

@@ -1,16 +1,19 @@
-"""Which tokens a JSON Schema admits next, in a process with limits: `python -m node.engine.constraint_worker …`.
+"""Which tokens a JSON Schema admits next, in processes with limits: `python -m node.engine.constraint_worker …`.
 
 A schema is a stranger's, and the library that interprets it walks the vocabulary for each token. Its own limits bound
-the steps of that; the kernel bounds time and memory besides, by killing this process, which has no state that could not
-be made again. Started by `constraint.py`; frames are a length and a map of msgpack.
+the steps of that; the kernel bounds time and memory besides, by killing a process, which has no state that could not be
+made again. Loading the tokenizer takes a second: the process that has done so forks the one that serves, and where that
+dies it says so and forks the next one at once.
+
+Started by `constraint.py`; frames are a length and a map of msgpack. The first one says that it is ready, or why not.
 
 | request | answer |
 |---|---|
-| open: id, schema | none |
-| mask: id, keep, tokens | mask, a bit for each token, the lowest first, and ends; or error |
+| mask: call, id, schema where it is new here, keep, tokens | call, mask, and ends; or error; or died |
 | close: id | none |
 
-`keep`: so many of the tokens given so far stay. `ends`: whether the text is complete.
+`keep`: so many of the tokens given so far stay. `mask`: a bit for each token, the lowest first. `ends`: whether the
+text is complete.
 """
 
 import os
@@ -25,8 +28,9 @@ from typing import Any, Final
 import llguidance
 import msgpack
 
-from node.engine.constraint import LENGTH
+from node.engine.constraint import LENGTH, OUT_OF_TIME, send_frame
 from node.models.json_schema import make_matcher
+from node.util.text import one_line
 
 LOAD_CPU_S: Final = 30.0
 STEP_CPU_S: Final = 1.0
@@ -66,38 +70,56 @@ def main() -> None:
         resource.setrlimit(kind, (bound, bound))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_PROF, LOAD_CPU_S)
-    tokenizer = llguidance.LLTokenizer(sys.argv[2], n_vocab=int(sys.argv[3]))
+    try:
+        tokenizer = llguidance.LLTokenizer(sys.argv[2], n_vocab=int(sys.argv[3]))
+    except BaseException as error:  # noqa: BLE001  # a panic of the library's Rust code is not an Exception
+        send_frame(connection, {"error": f"its tokenizer cannot be read: {one_line(error)}"})
+        return
+    signal.setitimer(signal.ITIMER_PROF, 0)
     _limit_memory()
-    texts: dict[int, _Text | str] = {}
+    send_frame(connection, {"ready": True})
+    while why := _serve_in_child(connection, tokenizer):
+        send_frame(connection, {"died": why})
+
+
+def _serve_in_child(connection: socket.socket, tokenizer: llguidance.LLTokenizer) -> str:
+    """Serve requests in a process of their own; return why it died, or nothing where no more come."""
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            _serve(connection, tokenizer)
+            status = 0
+        finally:
+            os._exit(status)
+    _, ended = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(ended):
+        number = os.WTERMSIG(ended)
+        return OUT_OF_TIME if number == signal.SIGPROF else signal.Signals(number).name
+    return "out of memory" if os.WEXITSTATUS(ended) else ""
+
+
+def _serve(connection: socket.socket, tokenizer: llguidance.LLTokenizer) -> None:
+    texts: dict[int, _Text] = {}
     frames = connection.makefile("rb")
     while prefix := frames.read(LENGTH.size):
         request = msgpack.unpackb(frames.read(*LENGTH.unpack(prefix)))
+        if request["do"] == "close":
+            texts.pop(request["id"], None)
+            continue
         signal.setitimer(signal.ITIMER_PROF, STEP_CPU_S)
         answer = _answer(tokenizer, texts, request)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        if answer is not None:
-            data = msgpack.packb(answer)
-            connection.sendall(LENGTH.pack(len(data)) + data)
-    os._exit(0)
+        send_frame(connection, answer | {"call": request["call"]})
 
 
-def _answer(
-    tokenizer: llguidance.LLTokenizer, texts: dict[int, "_Text | str"], request: dict[str, Any]
-) -> dict[str, Any] | None:
-    key = request["id"]
-    match request["do"]:
-        case "open":
-            try:
-                texts[key] = _Text(tokenizer, request["schema"])
-            except ValueError as error:
-                texts[key] = str(error)
-            return None
-        case "close":
-            texts.pop(key, None)
-            return None
-    text = texts[key]
+def _answer(tokenizer: llguidance.LLTokenizer, texts: dict[int, _Text], request: dict[str, Any]) -> dict[str, Any]:
     try:
-        return {"error": text} if isinstance(text, str) else text.mask(request["keep"], request["tokens"])
+        if "schema" not in request and request["id"] not in texts:
+            return {"died": "the process before held the text"}
+        if "schema" in request:
+            texts[request["id"]] = _Text(tokenizer, request["schema"])
+        return texts[request["id"]].mask(request["keep"], request["tokens"])
     except ValueError as error:
         return {"error": str(error)}
 

@@ -60,6 +60,10 @@ class BadRows(EngineError):
     """Rows that no engine could compute: their sender is at fault."""
 
 
+class BadRequest(EngineError):
+    """A text that no engine could go on with: what was asked for is at fault, such as a schema that admits nothing."""
+
+
 class VariantNotReady(EngineError):
     """The session requests a variant that is not built (any more, or yet)."""
 
@@ -278,7 +282,8 @@ class SliceOutput:
     """The output of a step for one slice.
 
     Hidden states (rows, hidden_size) in the session's codec; on a last span the tokens drawn, i32 (draws,), or with
-    drafts 1 to draws of them; where log probabilities are sampled, too, rows of f32 as in `logprobs_from_tensor`.
+    drafts 1 to draws of them; where log probabilities are sampled, too, rows of f32 as in `logprobs_from_tensor`. Where
+    the prompt's embedding is wanted, it is the output of the slice that draws, f32 (1, hidden_size).
     """
 
     session: SessionId
@@ -286,11 +291,15 @@ class SliceOutput:
 
 
 class SliceFault(NamedTuple):
-    """Why a slice failed; its session is closed. `by_rows`: the sender of the rows is at fault, not this engine."""
+    """Why a slice failed; its session is closed.
+
+    `by_rows`, `by_request`: the sender of the rows is at fault, or the job's request, and not this engine.
+    """
 
     session: SessionId
     message: str
     by_rows: bool = False
+    by_request: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from node.engine.interface import EngineError
+from node.engine.interface import BadRequest, EngineError
 from protocol.messages import Sampling
 
 Logits = npt.NDArray[np.float32]
@@ -212,13 +212,13 @@ def _without(scores: Scores, stop_tokens: Sequence[int]) -> Scores:
 
 
 def _constrained(scores: Scores, sampling: Sampling, allowed: npt.NDArray[np.bool_], may_end: bool) -> Scores:
-    """Return scores of the allowed tokens alone, stop tokens where the text may end. Raises EngineError for none."""
+    """Return scores of the allowed tokens alone, stop tokens where the text may end. Raises BadRequest for none."""
     admitted = np.zeros(len(scores), np.bool_)  # a manifest may state another size of the vocabulary
     admitted[: len(allowed)] = allowed[: len(scores)]
     admitted[[token for token in sampling.stop_tokens if token < len(scores)]] = may_end
     constrained = np.where(admitted, scores, -np.inf)
     if not np.isfinite(constrained.max()):
-        raise EngineError("no token can follow: the JSON Schema and the model's stop tokens leave none")
+        raise BadRequest("no token can follow: the JSON Schema and the model's stop tokens leave none")
     return constrained
 
 

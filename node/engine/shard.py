@@ -5,8 +5,9 @@ It imports no engine, so that a worker loads only the one that it runs.
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, Generic, TypeVar
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from node.engine.activation_codec import check_rows, decode_rows, encode_rows
 from node.engine.constraint import Constraint, ConstraintProcess
 from node.engine.interface import (
+    BadRequest,
     BadRows,
     EngineError,
     SessionNotOpen,
@@ -32,6 +34,7 @@ from node.engine.interface import (
     parts_of,
 )
 from node.engine.kv_allocator import KvReservation, check_slice
+from node.engine.pooling import Pool, pool_for
 from node.engine.sampling import TokenCounts, draw_and_verify, history_for, logprob_rows
 from node.util.text import one_line
 from protocol.identity import BlockRange, SessionId
@@ -60,6 +63,8 @@ class ShardSession(Generic[KvT]):
     """Where draws depend on the tokens so far."""
     constraint: Constraint | None = None
     """Where the text follows a JSON Schema."""
+    pool: Pool | None = None
+    """Where the prompt's embedding is wanted, and no text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,9 @@ class _Batch(Generic[KvT]):
         message = str(error)
         if not isinstance(error, EngineError):
             message = f"the forward pass failed: {one_line(message, 300)}"
-        self.faults[number] = SliceFault(self.slices[number].session, message, isinstance(error, BadRows))
+        self.faults[number] = SliceFault(
+            self.slices[number].session, message, isinstance(error, BadRows), isinstance(error, BadRequest)
+        )
 
 
 class Shard(ABC, Generic[KvT]):
@@ -142,6 +149,13 @@ class Shard(ABC, Generic[KvT]):
         What a part finds at its positions and behind them is from before a rollback. Raises whatever the engine raises.
         """
 
+    @abstractmethod
+    def _embed(self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[KvT]]) -> Sequence[Array]:
+        """Return all rows of each part behind the model's final norm, f32 (rows, hidden size), on a last span.
+
+        Otherwise it is as `_compute`.
+        """
+
     def _is_lost(self, _error: Exception) -> bool:
         """Return whether nothing can be computed here any more."""
         return False
@@ -165,13 +179,10 @@ class Shard(ABC, Generic[KvT]):
         except EngineError:
             return
         history = history_for(options.sampling)
-        opened = ShardSession(options, info, reservation.positions, kv, reservation.cached, history)
+        pool = pool_for(options.sampling)
+        opened = ShardSession(options, info, reservation.positions, kv, reservation.cached, history, pool=pool)
         if options.sampling is not None and options.sampling.json_schema:
-            try:
-                opened.constraint = self._constrain(options.sampling.json_schema)
-            except EngineError:
-                self._release(kv)
-                return
+            opened.constraint = self._constraint_process().open(options.sampling.json_schema)
         self._sessions[session] = opened
 
     def rename(self, session: SessionId, successor: SessionId) -> None:
@@ -186,20 +197,29 @@ class Shard(ABC, Generic[KvT]):
             if found.constraint is not None:
                 found.constraint.close()
 
-    def _constrain(self, schema: str) -> Constraint:
-        """Return the constraint of a new text. Raises EngineError."""
+    def start_constraints(self) -> None:
+        """Start what texts that follow a JSON Schema need; may run beside `step` in a thread. Raises EngineError."""
+        self._constraint_process().start()
+
+    def end_constraints(self) -> None:
+        """Give its memory back, until a session needs it."""
+        if self._constraints is not None:
+            self._constraints.close()
+
+    def _constraint_process(self) -> ConstraintProcess:
         if self._constraints is None:
             self._constraints = ConstraintProcess(self.tokenizer_file, self.info.vocabulary_size)
-        return self._constraints.open(schema)
+        return self._constraints
 
     def step(self, slices: Sequence[SliceInput]) -> StepResult:
         """Run the slices, those of a variant together. Sessions whose slices fail are closed; see Engine."""
         started_s = perf_counter()
         batch: _Batch[KvT] = _Batch(slices)
         try:
-            for (variant, blocks), numbers in self._grouped(batch).items():
+            for (variant, blocks, embeds), numbers in self._grouped(batch).items():
+                compute = partial(self._embed if embeds else self._compute, variant, blocks)
                 for part in self._parts(variant, numbers):
-                    self._run(batch, variant, blocks, part)
+                    self._run(batch, compute, part)
         except EngineError:
             for rows in slices:
                 self.close(rows.session)
@@ -212,9 +232,9 @@ class Shard(ABC, Generic[KvT]):
         outputs = tuple(output for _, output in sorted(batch.outputs.items()))
         return StepResult(outputs=outputs, compute_s=perf_counter() - started_s, faults=faults)
 
-    def _grouped(self, batch: _Batch[KvT]) -> dict[tuple[Variant, BlockRange], list[int]]:
-        """Return the valid slices, by number, grouped by variant and blocks."""
-        groups: dict[tuple[Variant, BlockRange], list[int]] = {}
+    def _grouped(self, batch: _Batch[KvT]) -> dict[tuple[Variant, BlockRange, bool], list[int]]:
+        """Return the valid slices, by number, grouped by variant, blocks, and whether an embedding is wanted."""
+        groups: dict[tuple[Variant, BlockRange, bool], list[int]] = {}
         counts = Counter(rows.session for rows in batch.slices)
         for number, rows in enumerate(batch.slices):
             try:
@@ -224,16 +244,22 @@ class Shard(ABC, Generic[KvT]):
                 batch.fail(number, error)
                 continue
             batch.rows[number] = SessionRows(prepared, session.kv, rows.position, rows.draws)
-            groups.setdefault((session.options.variant, session.info.blocks), []).append(number)
+            group = session.options.variant, session.info.blocks, session.pool is not None
+            groups.setdefault(group, []).append(number)
         return groups
 
-    def _run(self, batch: _Batch[KvT], variant: Variant, blocks: BlockRange, numbers: Sequence[int]) -> None:
+    def _run(
+        self,
+        batch: _Batch[KvT],
+        compute: Callable[[Sequence[SessionRows[KvT]]], Sequence[Array]],
+        numbers: Sequence[int],
+    ) -> None:
         """Run slices together; where that fails, each half of them again, until those that fail are alone.
 
         The next pass overwrites the positions that a failed one wrote. Raises EngineError where the device is lost.
         """
         try:
-            computed = self._compute(variant, blocks, [batch.rows[number] for number in numbers])
+            computed = compute([batch.rows[number] for number in numbers])
         except Exception as error:  # engines fail in many ways
             if self._is_lost(error):
                 raise EngineError(f"the forward pass failed: {one_line(error)}") from error
@@ -245,6 +271,9 @@ class Shard(ABC, Generic[KvT]):
                 rows, session = batch.slices[number], batch.sessions[number]
                 try:
                     tensor = _output(rows, session, output)
+                except BadRequest as error:
+                    batch.fail(number, error)
+                    continue
                 except EngineError as error:  # never BadRows: the input was checked, so the fault is here
                     batch.fail(number, EngineError(str(error)))
                     continue
@@ -253,7 +282,7 @@ class Shard(ABC, Generic[KvT]):
             return
         middle = len(numbers) // 2
         for half in (numbers[:middle], numbers[middle:]):
-            self._run(batch, variant, blocks, half)
+            self._run(batch, compute, half)
 
     def _session_of(self, rows: SliceInput, *, alone: bool) -> ShardSession[KvT]:
         if not alone:
@@ -275,10 +304,16 @@ class Shard(ABC, Generic[KvT]):
 
 
 def _output(rows: SliceInput, session: ShardSession[Any], output: Array) -> Tensor:
-    """Return a slice's output: encoded hidden states, or the tokens drawn from logits."""
+    """Return a slice's output: encoded hidden states, the tokens drawn from logits, or the embedding."""
     if not session.info.is_last:
         check_rows(output)
         return encode_rows(output, session.options.activations)
+    if session.pool is not None:
+        if output.shape[1] != session.info.hidden_size:
+            raise EngineError("the model's last states are of another width than its blocks': it gives no embeddings")
+        session.pool.add(rows.position, output)
+        pooled = session.pool.embedding()[: rows.draws]
+        return Tensor(DType.FLOAT32, pooled.shape, pooled.tobytes())
     sampling = session.options.sampling
     assert sampling is not None
     first_drawn = rows.position + rows.tensor.rows - rows.draws + 1

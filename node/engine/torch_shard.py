@@ -209,10 +209,20 @@ class TorchShard(Shard[SlotMapping]):
     def _compute(
         self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[SlotMapping]]
     ) -> Sequence[npt.NDArray[np.float32]]:
+        return self._run_parts(variant, blocks, parts, embeds=False)
+
+    def _embed(
+        self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[SlotMapping]]
+    ) -> Sequence[npt.NDArray[np.float32]]:
+        return self._run_parts(variant, blocks, parts, embeds=True)
+
+    def _run_parts(
+        self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[SlotMapping]], *, embeds: bool
+    ) -> Sequence[npt.NDArray[np.float32]]:
         run = range(blocks.start - self.info.blocks.start, blocks.end - self.info.blocks.start)
         runner = self._load_reference() if variant == REFERENCE else self._runners[variant]
         given = [Rows(torch.from_numpy(p.rows).to(self._device), p.kv, p.position, p.draws) for p in parts]
-        computed = runner.run(given, self._kv_of(variant), run)
+        computed = runner.run(given, self._kv_of(variant), run, embeds=embeds)
         synchronize(self._device)  # it may still be running, and fail
         return [output.float().cpu().numpy() for output in computed]
 

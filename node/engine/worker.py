@@ -1,8 +1,9 @@
 """The worker process: `python -m node.engine.worker FD`, started by `client.py`, which has the other end of FD.
 
 It does one thing at a time, in order of the requests, except for variants, which it builds in a thread beside them, and
-the reference, which it loads in another one, as a session waits for it. It has no state to save, and may be killed at
-any moment. It exits when the other end of its socket closes, also in the middle of a forward pass.
+the reference and what interprets JSON Schemas, which it loads in another one, as a session waits for them. It has no
+state to save, and may be killed at any moment. It exits when the other end of its socket closes, also in the middle of
+a forward pass.
 """
 
 import gc
@@ -11,11 +12,13 @@ import select
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BufferedReader
 from typing import Any, NoReturn
 
-from node.engine.interface import REFERENCE, EngineError, EngineLost, Variant
+from node.engine.interface import REFERENCE, BadRequest, EngineError, EngineLost, Variant
 from node.engine.open_shard import open_shard
 from node.engine.shard import Shard
 from node.engine.worker_protocol import (
@@ -61,21 +64,13 @@ def main() -> None:
     while True:
         header, payload = _receive(frames)
         match header["do"]:
-            case "begin":
-                try:
-                    shard.begin(*decode_values(header))
-                except EngineLost as error:
-                    _exit_if_lost(error)
-            case "rename":
-                shard.rename(decode_session(header["session"]), decode_session(header["successor"]))
-            case "close":
-                shard.close(decode_session(header["session"]))
             case "prepare":
                 variant = Variant(*header["variant"])
                 shard.start_threads(variant)
-                (loader if variant == REFERENCE else builder).submit(_prepare, shard, header, connection)
-            case "unload":
-                shard.unload_reference()
+                thread = loader if variant == REFERENCE else builder
+                thread.submit(_answer_when_done, partial(shard.prepare, variant), header, connection)
+            case "constrain":
+                loader.submit(_answer_when_done, shard.start_constraints, header, connection)
             case "step":
                 try:
                     result = shard.step(decode_step(header, payload))
@@ -84,14 +79,34 @@ def main() -> None:
                     _send(connection, encode_error(header["call"], error))
                     continue
                 _send(connection, encode_result(header["call"], result))
+            case _:
+                _do_unanswered(shard, header)
 
 
-def _prepare(shard: Shard[Any], header: Header, connection: socket.socket) -> None:
+def _do_unanswered(shard: Shard[Any], header: Header) -> None:
+    match header["do"]:
+        case "begin":
+            try:
+                shard.begin(*decode_values(header))
+            except EngineLost as error:
+                _exit_if_lost(error)
+        case "rename":
+            shard.rename(decode_session(header["session"]), decode_session(header["successor"]))
+        case "close":
+            shard.close(decode_session(header["session"]))
+        case "unload":
+            shard.unload_reference()
+        case "unconstrain":
+            shard.end_constraints()
+
+
+def _answer_when_done(work: Callable[[], None], header: Header, connection: socket.socket) -> None:
     try:
-        shard.prepare(Variant(*header["variant"]))
-    except Exception as error:  # noqa: BLE001  # the span is served without this variant
+        work()
+    except Exception as error:  # noqa: BLE001  # the span is served without this variant, or this session
         _exit_if_lost(error)
         answer = {"did": "error", "call": header["call"], "error": one_line(error)}
+        answer["by_request"] = isinstance(error, BadRequest)
     else:
         answer = {"did": "ready", "call": header["call"]}
     _send(connection, encode_frame(answer))

@@ -12,6 +12,8 @@ shapes.
 | load | values*: source, blocks, options |
 | prepare | call, variant; answered by `ready` when it is built, or the reference loaded |
 | unload | the reference, until it is prepared again; never answered |
+| constrain | call; answered by `ready` when texts can follow a JSON Schema |
+| unconstrain | until it is wanted again; never answered |
 | begin | values*: session, options, reservation; never answered: the node has reserved the pages already |
 | rename | session, successor; never answered |
 | close | session; never answered |
@@ -20,12 +22,12 @@ shapes.
 | from the worker | header |
 |---|---|
 | loaded | the span's info, variants |
-| ready | call: the variant is built |
+| ready | call: the variant is built, or what was wanted is loaded |
 | failed | error, a line: the span cannot be loaded |
 | result | call, compute_s, tensors, each [dtype, shape], in the order of the slices; faults |
-| error | call, error, a line: the sessions of the step are closed, or the variant is unavailable; faults |
+| error | call, error, a line: the step's sessions are closed, or what was wanted is not there; faults, by_request |
 
-faults: of each slice that failed, and has no tensor, [session, error, by_rows]; its session is closed.
+faults: of each slice that failed, and has no tensor, [session, error, by_rows, by_request]; its session is closed.
 """
 
 import pickle
@@ -164,4 +166,4 @@ def encode_error(call: int, error: EngineError) -> list[Buffer]:
 def decode_faults(header: Header) -> tuple[SliceFault, ...]:
     """Return which slices of a step failed, and why."""
     found = header.get("faults", ())
-    return tuple(SliceFault(decode_session(session), message, by_rows) for session, message, by_rows in found)
+    return tuple(SliceFault(decode_session(session), *fault) for session, *fault in found)

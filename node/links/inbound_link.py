@@ -24,8 +24,6 @@ from protocol.messages import (
     Message,
     Open,
     Opened,
-    Progress,
-    ProgressRequest,
     RefusalReason,
     Refused,
     Reroute,
@@ -33,6 +31,7 @@ from protocol.messages import (
     Step,
     TokenHistory,
 )
+from protocol.reports import Progress, ProgressRequest, Timings, TimingsRequest
 from protocol.states import Role, SessionState
 from protocol.tensors import DType, Tensor
 
@@ -75,6 +74,9 @@ class SessionHandler(Protocol):
 
     def progress(self, session: SessionId, link: "InboundLink") -> Progress:
         """Return the progress of a session that this link opened."""
+
+    def timings(self, session: SessionId, link: "InboundLink") -> Timings:
+        """Return the timing of a session that this link opened, and record more of it; see TimingsRequest."""
 
     async def close(self, session: SessionId, link: "InboundLink") -> Closed:
         """Free a session that this link opened and return what it cost; an unknown one costs nothing."""
@@ -155,6 +157,8 @@ class InboundLink(JobLink):
                 nursery.start_soon(self._handler.begin, message, self)
             case ProgressRequest():
                 self._send_now(self._handler.progress(message.session, self))
+            case TimingsRequest():
+                self._send_now(self._handler.timings(message.session, self))
             case Close():
                 nursery.start_soon(self._close, message)
             case _:

@@ -61,6 +61,10 @@ class LinkPool:
                 self._nursery = None
                 nursery.cancel_scope.cancel()
 
+    def counts(self) -> tuple[int, int]:
+        """Return the numbers of links to peers and from them."""
+        return len(self._links), sum(self._inbound.values())
+
     def is_linked(self, peer: PeerId) -> bool:
         """Whether there is a link to a peer that is not broken."""
         return self._live_link(peer) is not None

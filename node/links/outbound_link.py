@@ -13,6 +13,7 @@ import trio
 from node.links.base_link import ANSWER_TIMEOUT_S, PING_INTERVAL_S, SILENCE_LIMIT_S, JobLink, LinkBroken
 from node.links.buffers import LinkBuffers
 from node.network.interface import NetworkError, Stream
+from protocol.codec import minor_of
 from protocol.identity import PeerId, SessionId
 from protocol.limits import MAX_HISTORY_TOKENS
 from protocol.messages import (
@@ -27,14 +28,13 @@ from protocol.messages import (
     Opened,
     Ping,
     Pong,
-    Progress,
-    ProgressRequest,
     Refused,
     Reroute,
     SessionStatistics,
     Step,
     TokenHistory,
 )
+from protocol.reports import Progress, ProgressRequest, Timings, TimingsRequest
 from protocol.states import Role, SessionState
 
 PONG_LIMIT_S: Final = 8.0
@@ -141,6 +141,7 @@ class OutboundLink(JobLink):
         super().__init__(stream, Role.INITIATOR, agent, buffers)
         self._replies: dict[SessionId, _Reply[Opened | Refused | Closed | Failed]] = {}
         self._progress_replies: dict[SessionId, _Reply[Progress]] = {}
+        self._timings_replies: dict[SessionId, _Reply[Timings]] = {}
         self._watchers: dict[SessionId, dict[object, Callable[[SessionLost], None]]] = {}
         self._credit = trio.lowlevel.ParkingLot()
         self._pings = PingTracker()
@@ -246,15 +247,25 @@ class OutboundLink(JobLink):
 
     async def request_progress(self, session: SessionId, timeout_s: float) -> Progress | None:
         """Return the progress of a begun session; None without a timely answer, and from a peer of version 1.0."""
+        return await self._ask(ProgressRequest(session=session), self._progress_replies, timeout_s)
+
+    async def request_timings(self, session: SessionId, timeout_s: float) -> Timings | None:
+        """Return the timing of a begun session; None without a timely answer, and from a peer before version 1.2."""
+        return await self._ask(TimingsRequest(session=session), self._timings_replies, timeout_s)
+
+    async def _ask(
+        self, message: ProgressRequest | TimingsRequest, replies: dict[SessionId, _Reply[T]], timeout_s: float
+    ) -> T | None:
+        session = message.session
         is_begun = self._connection.session_state(session) is SessionState.BEGUN
-        if self.broken or self._connection.minor < 1 or not is_begun:
+        if self.broken or self._connection.minor < minor_of(message) or not is_begun:
             return None
-        reply = self._progress_replies.setdefault(session, _Reply())
-        self._send_now(ProgressRequest(session=session))
+        reply = replies.setdefault(session, _Reply())
+        self._send_now(message)
         with trio.move_on_after(timeout_s):
             await reply.arrived.wait()
-        if self._progress_replies.get(session) is reply:
-            del self._progress_replies[session]
+        if replies.get(session) is reply:
+            del replies[session]
         return reply.value
 
     def watch(self, session: SessionId, on_lost: Callable[[SessionLost], None]) -> Callable[[], None]:
@@ -283,6 +294,9 @@ class OutboundLink(JobLink):
             case Progress():
                 if (reply := self._progress_replies.pop(message.session, None)) is not None:
                     reply.deliver(message)
+            case Timings():
+                if (timings := self._timings_replies.pop(message.session, None)) is not None:
+                    timings.deliver(message)
             case Reroute() | Failed():
                 watchers = self._watchers.get(message.session, {})
                 if isinstance(message, Failed):

@@ -47,6 +47,7 @@ from node.models.files import (
 )
 from node.models.manifest import MANIFEST_FILE, FileEntry, Manifest, parse_manifest
 from node.models.verification_record import FileStamp, VerificationRecord
+from node.util.suggestions import did_you_mean
 from protocol.identity import BlockRange, ModelId, parse_model_id
 
 FETCHED_MARK = ".fetched"
@@ -195,11 +196,9 @@ class ModelStore:
         if matches:
             which = ", ".join(sorted(model[:16] for model in matches))
             raise AmbiguousModelError(f"{text!r} matches several models ({which}): give more digits of the id")
-        known_names = ", ".join(sorted({*names, *CATALOGUE}))
-        raise UnknownModelError(
-            f"there is no model {text[:80]!r}: expected an id's prefix of at least 8 hexadecimal digits, or one of "
-            f"{known_names}"
-        )
+        known_names = sorted({*names, *CATALOGUE})
+        expected = f"expected an id's prefix of at least 8 hexadecimal digits, or one of {', '.join(known_names)}"
+        raise UnknownModelError(f"there is no model {text[:80]!r}{did_you_mean(text, known_names) or f': {expected}'}")
 
     def names(self) -> Mapping[str, ModelId]:
         """Return the names that the user gave to models."""

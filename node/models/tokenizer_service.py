@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import msgpack
 import structlog
 import trio
 
@@ -25,6 +26,7 @@ from node.models.tokenizer_process import COMMAND, RequestFailed, TokenizerProce
 from node.models.vocabulary import NO_TOKENS, Vocabulary
 from node.util.child_process import Child, ChildError
 from node.util.signal import Signal
+from node.util.text import one_line
 from protocol.limits import MAX_POSITIONS
 
 MAX_PROCESSES: Final = 4
@@ -315,6 +317,10 @@ class _Worker:
     async def ask(self, subject: str, request: Mapping[str, Any], cpu_s: float, *, priority: int = 1) -> dict[str, Any]:
         """Return the answer to a request; raise ModelError, or ChatTemplateError where a template is at fault."""
         await self._service.wait_running()
+        try:
+            msgpack.packb(request)
+        except (ValueError, OverflowError) as error:  # half a surrogate pair, an integer beyond 64 bits
+            raise ModelError(f"{subject} cannot take this input: {one_line(error)}") from None
         if priority and len(self._waiting) >= MAX_WAITING:  # texts under way, one for each job, are never refused
             raise TokenizerBusyError(f"{MAX_WAITING} requests wait for the model's tokenizer; try again later")
         if not self._serving:
@@ -380,6 +386,10 @@ class _Worker:
                     await self._end()
                 if failure.may_retry:
                     continue
+            except Exception as error:  # a defect costs its own request: others wait for this task
+                _logger.exception("tokenizer request failed")
+                call.outcome = TokenizerUnavailableError(f"{call.subject} failed: {one_line(error)}")
+                await self._end()
             return
 
     async def _exchange(self, call: _Call) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from node.network.gossip import Gossip
 from node.network.guarded_host import GuardedHost, silence_library_log, start_service
 from node.network.guarded_swarm import GuardedSwarm
 from node.network.interface import (
+    ByteCounts,
     NetworkError,
     PeerConnected,
     PeerDisconnected,
@@ -94,6 +95,7 @@ class Libp2pNetwork:
         self._limits = limits or NetworkLimits()
         self._on_sent = on_sent
         self._on_received = on_received
+        self.byte_counts = ByteCounts()
         self._book = AddressBook()
         self._handlers: dict[str, StreamHandler] = {}
         self._events: Broadcast[PeerConnected | PeerDisconnected] = Broadcast(EVENT_CAPACITY)
@@ -146,7 +148,7 @@ class Libp2pNetwork:
     async def _start(self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]]) -> None:
         addresses = [Multiaddr(text) for text in bound]
         key_pair = create_new_key_pair(self._seed)
-        tcp = Tcp(nursery, bound, self._limits.handshakes)
+        tcp = Tcp(nursery, bound, self._limits.handshakes, self.byte_counts)
         circuits = self._traversal.circuits(tcp)
         swarm = GuardedSwarm(
             ID.from_pubkey(key_pair.public_key),

@@ -55,6 +55,14 @@ StreamHandler = Callable[[Stream], Awaitable[None]]
 """Serves one inbound stream, which is closed when it returns and reset when it raises. It may not harm the host."""
 
 
+@dataclass(slots=True)
+class ByteCounts:
+    """Bytes that all connections have sent and received since the start."""
+
+    sent: int = 0
+    received: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class GossipMessage:
     """A message that passed the topic's validator."""
@@ -115,6 +123,10 @@ class Network(Protocol):
     @property
     def multiaddrs(self) -> tuple[str, ...]:
         """Addresses, each ending in /p2p/<our id>, at which others may dial us."""
+
+    @property
+    def byte_counts(self) -> ByteCounts:
+        """What all connections have carried; a simulated network counts nothing."""
 
     def running(self) -> AbstractAsyncContextManager[None]:
         """Listen and serve inside the block; close all connections at its end. Handlers and topics are set before."""

@@ -30,7 +30,7 @@ from multiaddr import Multiaddr
 
 from node.network.addresses import TcpAddress, parse_address
 from node.network.admission import HandshakeLimiter
-from node.network.interface import NetworkError
+from node.network.interface import ByteCounts, NetworkError
 from node.network.yamux import PROTOCOL_ID as YAMUX_PROTOCOL_ID
 from node.network.yamux import Yamux
 from node.network.yamux_stream import shielded
@@ -49,8 +49,9 @@ MAX_UNMAPPED: Final = 1024
 class TcpStream(ReadWriteCloser):
     """A TCP connection that reads ahead, so that a small Noise message costs one system call and not two."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: trio.SocketStream, counts: ByteCounts | None = None) -> None:
         self.socket_stream = stream
+        self._counts = counts or ByteCounts()
         self._ahead = bytearray()
         self.closed = trio.Event()
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -66,6 +67,7 @@ class TcpStream(ReadWriteCloser):
                 data = await self.socket_stream.receive_some(READ_BYTES)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise ConnectionClosedError("the TCP connection is gone", transport="tcp") from error
+            self._counts.received += len(data)
             if n is None or len(data) <= n:
                 return bytes(data)
             self._ahead += data
@@ -76,6 +78,7 @@ class TcpStream(ReadWriteCloser):
     async def write(self, data: bytes) -> None:
         """Send everything."""
         try:
+            self._counts.sent += len(data)
             await self.socket_stream.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectionClosedError("the TCP connection is gone", transport="tcp") from error
@@ -112,7 +115,7 @@ class TcpListener(IListener):
 
     async def _serve(self, socket_stream: trio.SocketStream) -> None:
         try:
-            stream = TcpStream(socket_stream)
+            stream = TcpStream(socket_stream, self._transport.counts)
         except OSError:
             return  # closed already
         host, _ = stream.get_remote_address()
@@ -148,8 +151,11 @@ class Tcp(ITransport):
     that dial each other from their ports at the same moment would get a single connection in which both began.
     """
 
-    def __init__(self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]], handshakes: int) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]], handshakes: int, counts: ByteCounts
+    ) -> None:
         self.nursery = nursery
+        self.counts = counts
         self.handshakes = HandshakeLimiter(handshakes)
         self.bound = bound
         """The listening sockets of each address."""
@@ -178,7 +184,7 @@ class Tcp(ITransport):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             await sock.bind(source)
             await sock.connect((address.host, address.port))
-            return TcpStream(trio.SocketStream(sock))
+            return TcpStream(trio.SocketStream(sock), self.counts)
         except BaseException:
             sock.close()
             raise
@@ -191,7 +197,7 @@ class Tcp(ITransport):
                 # The port is bound to another address, or the last connection between the two endpoints is not over.
                 if error.errno not in {errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EINVAL, errno.ENETUNREACH}:
                     raise
-        stream = TcpStream(await trio.open_tcp_stream(address.host, address.port))
+        stream = TcpStream(await trio.open_tcp_stream(address.host, address.port), self.counts)
         self._unmapped[stream.get_remote_address()] = None
         return stream
 

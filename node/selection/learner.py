@@ -1,23 +1,23 @@
 """Keeps this node's model of the history fresh: starts a worker process that trains whenever the history has grown.
 
-The worker trains at the lowest priority, then answers predictions until the next worker replaces it. Between two
-trainings the learner rests for several times the duration of the last one, which bounds its share of a core.
+The worker trains at the lowest priority, then answers predictions until the next worker replaces it, or until it was
+not asked for a while: then the model sleeps in a file (`trained_model`). Between two trainings the learner rests for
+several times the duration of the last one, which bounds its share of a core.
 """
 
-import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import structlog
 import trio
 
 from node.selection.prediction_cache import PredictionCache
+from node.selection.trained_model import TrainedModel
 from node.storage.database import StorageError
-from node.util.child_process import Child, ChildError, child_environment, python, start
+from node.util.child_process import ChildError
 from selector.heuristic import MIN_SAMPLES
-from selector.task import TaskContext
 from selector.task_buckets import Viewpoint
 
 POLL_S: Final = 2.0
@@ -35,10 +35,6 @@ REST: Final = 4.0
 TRAINING_LIMIT_S: Final = 3600.0
 """Timeout of a training, which gets about a hundredth of a core where all are always busy."""
 
-ANSWER_LIMIT_S: Final = 10.0
-"""Timeout of a prediction, after which the worker is given up."""
-
-MAX_LINE_BYTES: Final = 1 << 20
 _logger = structlog.get_logger(__name__)
 
 
@@ -71,7 +67,7 @@ class Learner:
         self._predictions = predictions
         self._count = count
         self._viewpoint = viewpoint
-        self._worker: _Worker | None = None
+        self._model: TrainedModel | None = None
         self._trained_count = 0
         """Size of the history at the last training."""
         self._began_s = 0.0
@@ -86,14 +82,16 @@ class Learner:
                     await self._refresh(nursery)
                     await trio.sleep(POLL_S)
             finally:
-                await self._replace_worker(None)
+                await self._replace_model(None)
 
     async def _refresh(self, nursery: trio.Nursery) -> None:
         """Train a new model if one is due, then rest."""
-        if self._worker is not None and not self._predictions.sample_count:
-            # The worker failed and its model is lost: train again, though the history has not grown.
-            await self._replace_worker(None)
-            self._trained_count = 0
+        if self._model is not None:
+            await self._model.sleep_if_idle()
+            if not self._predictions.sample_count:
+                # The model is lost, as its process failed: train again, though the history has not grown.
+                await self._replace_model(None)
+                self._trained_count = 0
         try:
             count = await self._count()
         except StorageError:
@@ -102,28 +100,27 @@ class Learner:
         if count < MIN_SAMPLES or (count < self._trained_count * (1 + GROWTH) and not is_old):
             return
         self._began_s = trio.current_time()
-        worker = await self._train(nursery)
-        if worker is not None:
-            await self._replace_worker(worker)
+        model = await self._train(nursery)
+        if model is not None:
+            await self._replace_model(model)
         self._trained_count = count
         await trio.sleep(REST * (trio.current_time() - self._began_s))
 
-    async def _replace_worker(self, worker: "_Worker | None") -> None:
-        old, self._worker = self._worker, worker
+    async def _replace_model(self, model: TrainedModel | None) -> None:
+        old, self._model = self._model, model
         if old is not None:
             await old.stop()
 
-    async def _train(self, nursery: trio.Nursery) -> "_Worker | None":
-        """Return a worker with a trained model, which the predictions use from now on; None if training failed."""
-        worker: _Worker | None = None
+    async def _train(self, nursery: trio.Nursery) -> TrainedModel | None:
+        """Return a trained model, which the predictions use from now on; None if training failed."""
+        model: TrainedModel | None = None
         trained = False
         try:
-            worker = await _Worker.start()
-            nursery.start_soon(worker.relay_stderr)
+            model = TrainedModel(self._database.parent, nursery)
             with trio.fail_after(TRAINING_LIMIT_S):
-                result = await worker.ask({"database": str(self._database), "viewpoint": asdict(self._viewpoint())})
+                result = await model.train(self._database, asdict(self._viewpoint()))
             if result.get("samples"):
-                self._predictions.set_predictor(worker.predict, result["samples"])
+                self._predictions.set_predictor(model.predict, result["samples"])
                 self.status = ModelStatus(
                     version=self.status.version + 1 if self.status else 1,
                     sample_count=result["samples"],
@@ -137,65 +134,6 @@ class Learner:
         except (ChildError, OSError, ValueError, KeyError, trio.TooSlowError) as error:
             _logger.warning("training failed", reason=str(error))
         finally:
-            if worker is not None and not trained:
-                await worker.stop()
-        return worker if trained else None
-
-
-class _Worker:
-    """A worker process with one request at a time."""
-
-    def __init__(self, child: Child) -> None:
-        self._child = child
-        self._buffer = bytearray()
-        self._turn = trio.Lock()
-
-    @classmethod
-    async def start(cls) -> "_Worker":
-        """Start a process. Raises ChildError."""
-        child = await start(
-            python("-m", "node.selection.training_worker"),
-            what="the training worker",
-            environment=child_environment({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}),
-            stdin=True,
-            stdout=True,
-        )
-        return cls(child)
-
-    async def relay_stderr(self) -> None:
-        """Copy the worker's stderr to ours until it ends."""
-        await self._child.relay_stderr()
-
-    async def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the answer to a request. Raises OSError, ValueError."""
-        try:
-            async with self._turn:
-                await self._child.stdin.send_all(json.dumps(request).encode() + b"\n")
-                while (end := self._buffer.find(b"\n")) < 0:
-                    chunk = await self._child.stdout.receive_some()
-                    if not chunk:
-                        raise OSError(str(await self._child.exit_reason()))
-                    if len(self._buffer) > MAX_LINE_BYTES:
-                        raise OSError(f"response from the training worker exceeds {MAX_LINE_BYTES} bytes")
-                    self._buffer += chunk
-                line = bytes(self._buffer[:end])
-                del self._buffer[: end + 1]
-                answer = json.loads(line)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise OSError(str(await self._child.exit_reason())) from error
-        if not isinstance(answer, dict):
-            raise OSError("malformed response from the training worker: not an object")
-        return answer
-
-    async def predict(self, context: TaskContext) -> Mapping[str, tuple[float, float]]:
-        """Return the model's predictions; see `prediction_cache.Predictor`."""
-        try:
-            with trio.fail_after(ANSWER_LIMIT_S):
-                values = await self.ask(context.values())
-        except (ValueError, trio.TooSlowError) as error:
-            raise OSError(str(error)) from None
-        return {name: (cost, deviation) for name, (cost, deviation) in values.items()}
-
-    async def stop(self) -> None:
-        """Kill the process, which holds no state worth saving."""
-        await self._child.kill()
+            if model is not None and not trained:
+                await model.stop()
+        return model if trained else None

@@ -1,13 +1,15 @@
 """The training process: `python -m node.selection.training_worker`, started by `learner.py`.
 
 Lines of JSON: it reads the database and the viewpoint, trains at the lowest priority, and writes the result; then it
-answers each context with the predictions for every method, until its standard input ends. The trained model never
-leaves the process that made it, and no other model is ever loaded.
+answers each context with the predictions for every method, until its standard input ends. The trained model is written
+to an unlinked file of the node, whose descriptor is the argument, and a later process takes it from there (`wake`): no
+model is ever loaded that this node has not trained.
 """
 
 import json
 import math
 import os
+import pickle
 import resource
 import sqlite3
 import sys
@@ -16,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from node.coordinator.observation import WEIGHTS_SWITCH, software_name
@@ -40,7 +42,18 @@ def main() -> None:
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keeps libraries that print out of the answers
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY_BYTES, resource.RLIM_INFINITY))
+    file = os.fdopen(int(sys.argv[1]), "r+b")
     request = json.loads(sys.stdin.readline())
+    predictor, result = (_wake(file), {}) if "wake" in request else _train_and_keep(request, file)
+    out.write(json.dumps(result) + "\n")
+    if predictor is None:
+        return
+    for line in sys.stdin:
+        out.write(json.dumps(_answer(predictor, json.loads(line))) + "\n")
+
+
+def _train_and_keep(request: dict[str, Any], file: IO[bytes]) -> tuple["Predictor | None", dict[str, Any]]:
+    """Return the trained predictor, which is also in the file then, and how it went."""
     viewpoint = Viewpoint(**request["viewpoint"])
     began_s = time.monotonic()
     found: list[Predictor | None] = []
@@ -52,17 +65,31 @@ def main() -> None:
     set_session_nice(0)
     predictor = found[0] if found else None
     if predictor is None:
-        out.write(json.dumps({"samples": 0}) + "\n")
-        return
-    result = {
+        return None, {"samples": 0}
+    return predictor, {
+        "kept": _keep(predictor, file),
         "samples": predictor.sample_count,
         "share": predictor.share,
         "seconds": time.monotonic() - began_s,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    out.write(json.dumps(result) + "\n")
-    for line in sys.stdin:
-        out.write(json.dumps(_answer(predictor, json.loads(line))) + "\n")
+
+
+def _keep(predictor: "Predictor", file: IO[bytes]) -> bool:
+    """Write the predictor to the file; return whether there was room for it."""
+    try:
+        pickle.dump(predictor, file, protocol=pickle.HIGHEST_PROTOCOL)
+        file.flush()
+    except OSError:
+        return False
+    return True
+
+
+def _wake(file: IO[bytes]) -> "Predictor":
+    """Return the predictor in the file, which only a process of this node has written."""
+    file.seek(0)
+    predictor: Predictor = pickle.load(file)  # noqa: S301
+    return predictor
 
 
 def _answer(predictor: "Predictor", values: dict[str, Any]) -> dict[str, tuple[float, float]]:

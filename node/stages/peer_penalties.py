@@ -72,19 +72,21 @@ class PeerPenalties:
         """Count a session that was opened."""
         self._of(peer).opened += 1
 
-    def refused(self, peer: PeerId, reason: RefusalReason, *, session: SessionId, why: str) -> None:
+    def refused(self, peer: PeerId, reason: RefusalReason, *, session: SessionId, request_id: str, why: str) -> None:
         """Count a session that was refused."""
         refused = self._of(peer).refused
         refused[reason] += 1
         if is_worth_logging(count := refused[reason]):
-            _logger.info("session refused", peer=peer, session=str(session), reason=why, count=count)
+            fields = {"session": str(session), "request_id": request_id or "-", "reason": why, "count": count}
+            _logger.info("session refused", peer=peer, **fields)
 
-    def failed(self, peer: PeerId, reason: FailureReason, *, session: SessionId, why: str) -> None:
+    def failed(self, peer: PeerId, reason: FailureReason, *, session: SessionId, request_id: str, why: str) -> None:
         """Count a session of a peer that failed, whatever was at fault."""
         failed = self._of(peer).failed
         failed[reason] += 1
         if is_worth_logging(count := failed[reason]):
-            _logger.info("session failed", peer=peer, session=str(session), reason=reason, message=why, count=count)
+            fields = {"session": str(session), "request_id": request_id or "-", "message": why, "count": count}
+            _logger.info("session failed", peer=peer, reason=reason, **fields)
 
     def fault(self, peer: PeerId, now_s: float, **fields: str) -> None:
         """Charge a peer with invalid rows: its next Opens wait. `fields`: for the log."""

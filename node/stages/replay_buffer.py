@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Final
 
 from node.engine.interface import KvCompatibilityKey
+from node.stages.step_timings import StepTimings
 from protocol.messages import SessionStatistics
 from protocol.tensors import Tensor
 from selector.task import Method
@@ -142,6 +143,8 @@ class ResumableState:
     computed: int = 0
     reserved_positions: int = 0
     counters: SessionCounters = field(default_factory=SessionCounters)
+    timings: StepTimings | None = None
+    """Once the coordinator has asked for them."""
 
     @property
     def replay_from(self) -> int:

@@ -69,8 +69,9 @@ class Work(Generic[L]):
     """Rows that wait for the engine.
 
     `part.session` is the session's id here. `coordinator`: whose job they belong to. `origin`: where their credit is
-    returned; `payload_bytes`: how much that is, which need not be the tensor's size. `held_rows`: rows as they arrived,
-    whose memory is free once these are computed.
+    returned; `payload_bytes`: how much that is, which need not be the tensor's size. `received_s`: when they arrived;
+    `arrived_s`: when they could be queued, with their drafts. `held_rows`: rows as they arrived, whose memory is free
+    once these are computed.
     """
 
     part: Slice
@@ -79,6 +80,7 @@ class Work(Generic[L]):
     origin: L
     payload_bytes: int
     arrived_s: float
+    received_s: float = 0.0
     held_rows: int = 0
 
     @property

@@ -24,10 +24,13 @@ from node.links.inbound_link import InboundLink
 from node.stages.outbox import Outbox, Output, StepLoop, max_rows
 from node.stages.replay_buffer import ReplayBuffer, ReplayMemory, ResumableState
 from node.stages.scheduler import Work
+from node.stages.session_report import SessionPhases
 from node.stages.speculation import Drafter, DraftTracker
+from node.stages.step_timings import StepTimings, step_timing
 from node.stages.voter import Agreement
 from protocol.identity import PeerId, SessionId
-from protocol.messages import Begin, FailureReason, FinishReason, Open, Progress, Slice, Step
+from protocol.messages import Begin, FailureReason, FinishReason, Open, Slice, Step
+from protocol.reports import Progress, Timings
 from protocol.tensors import DType, Tensor, drawn_tokens, tensor_from_tokens, tokens_from_tensor
 from selector.task import Method
 
@@ -69,6 +72,10 @@ class StageSession:
         """Set when the request is answered."""
         self.opened_s = 0.0
         """When it was opened, from which on it may begin."""
+        self.phases = SessionPhases()
+        """What was done for it."""
+        self.cached_rows = 0
+        """Positions that the engine held when it began."""
         self.votes: Mapping[str, float] = {}
         self.agreement: Agreement | None = None
         """What the swarm had agreed when it was opened."""
@@ -160,7 +167,7 @@ class StageSession:
             )
         self.method = self.state.method = method
         self._forward_from = message.onward
-        self._reached = message.start
+        self._reached = self.cached_rows = message.start
         self._queued = self.state.computed
         early, self._early = self._early, []
         for part, tensor, link in early:
@@ -281,13 +288,15 @@ class StageSession:
             self._queue(part, tensor, link)
 
     def _queue(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
+        now_s = trio.current_time()
         work = Work(
             part=replace(part, session=self.id),
             tensor=tensor,
             coordinator=self.opened_by.peer,
             origin=link,
             payload_bytes=len(tensor.data),
-            arrived_s=trio.current_time(),
+            arrived_s=now_s,
+            received_s=now_s,
             held_rows=part.rows,
         )
         if self._tracker is not None:
@@ -335,15 +344,27 @@ class StageSession:
             history=history,
         )
 
-    def on_computed(self, work: Work[InboundLink], compute_s: float) -> None:
-        """Count rows that were computed. `compute_s`: their share of the step."""
+    def on_computed(self, work: Work[InboundLink], compute_s: float, queue_s: float) -> None:
+        """Count rows that were computed. `compute_s`: their share of the step, for which they waited `queue_s`."""
         state, counters = self.state, self.state.counters
-        self.active_s = trio.current_time()
+        self.active_s = now_s = trio.current_time()
+        phase = self.phases.prefill if work.is_prefill else self.phases.decode
+        phase.add(work.rows, compute_s, queue_s, work.arrived_s, now_s)
         counters.steps += 1
         counters.rows += work.rows
         counters.compute_s += compute_s
         state.computed = work.part.position + work.rows
         self._reached = max(self._reached, state.computed - len(work.part.drafts))
+
+    def on_sent(self, work: Work[InboundLink], began_s: float, compute_s: float, now_s: float) -> None:
+        """Record where the time of a step went whose outputs were handed to the links, if the job is traced."""
+        if self.state.timings is not None:
+            self.state.timings.add(step_timing(work, began_s, compute_s, now_s))
+
+    def collect_timings(self) -> Timings:
+        """Return the timing of the steps since the last call, and record that of further ones."""
+        self.state.timings = self.state.timings or StepTimings()
+        return self.state.timings.collect(self.id, trio.current_time())
 
     def outputs_of(self, part: Slice, output: Tensor) -> list[Output]:
         """Return what a slice's output makes to be sent: rows for the next stage, or tokens for the next round."""
@@ -359,6 +380,8 @@ class StageSession:
         if not part.draws:
             return []
         position = part.position + part.rows - part.draws + 1
+        if self.request.sampling.pooling is not None:
+            return self._outputs((Slice(session=following, position=position, rows=1, draws=0), output))
         tokens, finish = self.accept_tokens(drawn_tokens(output))
         self.known_tokens = position + len(tokens)
         drawn = Slice(session=following, position=position, rows=len(tokens), draws=0, finish_reason=finish)

@@ -68,7 +68,9 @@ class SessionAdmission:
                     await trio.sleep(penalty_s)
                 opened = await self._admit(message, link)
         except _Refusal as refusal:
-            self._records.refused(peer, refusal.reason, session=message.session, why=str(refusal))
+            self._records.refused(
+                peer, refusal.reason, session=message.session, request_id=message.request_id, why=str(refusal)
+            )
             load = refusal.span.load() if refusal.span else Load()
             return Refused(session=message.session, reason=refusal.reason, message=str(refusal), load=load)
         self._records.opened(peer)

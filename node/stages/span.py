@@ -32,6 +32,7 @@ from node.stages.peer_penalties import PeerPenalties
 from node.stages.replay_buffer import ReplayMemory
 from node.stages.scheduler import PolicyController, Scheduler, Work
 from node.stages.session import StageSession
+from node.stages.session_report import SessionReport, StageObserver
 from node.util.signal import Signal
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId
 from protocol.messages import FailureReason, Load
@@ -73,8 +74,10 @@ class Span(EngineLoop):
         controller: PolicyController,
         replay_bytes: int,
         records: PeerPenalties,
+        observer: StageObserver,
     ) -> None:
         super().__init__(engine)
+        self._observer = observer
         self.sessions: dict[SessionId, StageSession] = {}
         self.unavailable: set[Variant] = set()
         """Variants that were requested and cannot be built here."""
@@ -146,7 +149,8 @@ class Span(EngineLoop):
     def fail(self, session: StageSession, reason: FailureReason, message: str, blamed: PeerId | None = None) -> None:
         """Report to the coordinator that the session is lost here, and free it."""
         if not session.is_ended:
-            self._records.failed(session.opened_by.peer, reason, session=session.id, why=message)
+            request_id = session.request.request_id
+            self._records.failed(session.opened_by.peer, reason, session=session.id, request_id=request_id, why=message)
             session.opened_by.fail(session.id, reason, message, blamed)
             self.end(session)
 
@@ -162,6 +166,7 @@ class Span(EngineLoop):
             sender.peer if by_sender else session.opened_by.peer,
             trio.current_time(),
             session=str(session.id),
+            request_id=session.request.request_id or "-",
             sender=sender.peer,
             reason=fault,
         )
@@ -170,6 +175,8 @@ class Span(EngineLoop):
     def end(self, session: StageSession) -> None:
         """Free a session: from now on its rows are unknown here."""
         if not session.is_ended:
+            if (report := _report_of(session)) is not None:
+                self._observer.on_session_ended(report)
             self._remove(session)
             session.state.replay.drop()
             if session.id not in self._in_step:
@@ -186,6 +193,8 @@ class Span(EngineLoop):
     async def carry_on(self, former: StageSession, session: StageSession) -> bool:
         """End a session of a former attempt after the step it is in, and let another take it over if that succeeds."""
         self._continuing[former.id] = former
+        if (report := _report_of(former)) is not None:
+            self._observer.on_session_ended(report)
         self._remove(former)
         with trio.CancelScope(shield=True):  # for a step at most: else what the former one holds would leak
             while former.id in self._in_step:
@@ -284,7 +293,7 @@ class Span(EngineLoop):
             if fault := failed_in.get(work.session):
                 self._fail_slice(work, fault)
         if result is not None:
-            self._on_computed([work for work in batch if work.session not in failed_in], result)
+            self._on_computed([work for work in batch if work.session not in failed_in], result, now_s)
 
     def _fail_slice(self, work: Work[InboundLink], fault: SliceFault) -> None:
         """Give up the session of a slice that failed in the engine."""
@@ -294,10 +303,11 @@ class Span(EngineLoop):
         if fault.by_rows and not session.info.is_first:  # token ids that the model itself drew are no fault
             self.reject(session, work.origin, fault.message)
         else:
-            self.fail(session, FailureReason.ENGINE, fault.message)
+            reason = FailureReason.REQUEST if fault.by_request else FailureReason.ENGINE
+            self.fail(session, reason, fault.message)
 
-    def _on_computed(self, batch: Sequence[Work[InboundLink]], result: StepResult) -> None:
-        """Send a step's outputs, and return credit for its rows."""
+    def _on_computed(self, batch: Sequence[Work[InboundLink]], result: StepResult, began_s: float) -> None:
+        """Send the outputs of a step that began at `began_s`, and return credit for its rows."""
         rows = sum(work.rows for work in batch)
         if not any(work.is_prefill for work in batch):
             self._step_times_s.append(result.compute_s * self._whole_span_ratio(batch))
@@ -308,11 +318,16 @@ class Span(EngineLoop):
             session = self.sessions.get(work.session) or self._continuing.get(work.session)
             if session is None:
                 continue
-            session.on_computed(work, result.compute_s * work.rows / rows)
+            queue_s = max(0.0, began_s - work.arrived_s)
+            session.on_computed(work, result.compute_s * work.rows / rows, queue_s)
+            phase = "prefill" if work.is_prefill else "decode"
+            self._observer.on_slice(self.info.model, phase, queue_s, result.compute_s)
             outputs += session.outputs_of(work.part, output.tensor)
             computed.append((session, work))
         send_outputs(outputs)
+        sent_s = trio.current_time()
         for session, work in computed:
+            session.on_sent(work, began_s, result.compute_s, sent_s)
             if not session.is_ended:
                 session.outbox.on_computed(work)
 
@@ -362,3 +377,24 @@ class SpanTable:
             if key[0] == model and span.info.blocks.holds(blocks) and span not in self.closed
         ]
         return min(holding, key=lambda span: len(span.info.blocks), default=None)
+
+
+def _report_of(session: StageSession) -> SessionReport | None:
+    """Return what was done for a session that ends now; None if it never began."""
+    if session.method is None:
+        return None
+    return SessionReport(
+        job=session.id.job,
+        request_id=session.request.request_id,
+        trace_parent=session.request.trace_parent,
+        coordinator=session.opened_by.peer,
+        model=session.info.model,
+        blocks=session.info.blocks,
+        method=session.method.name,
+        opened_s=session.opened_s,
+        ended_s=trio.current_time(),
+        cached_rows=session.cached_rows,
+        phases=session.phases,
+        bytes_in=session.state.counters.bytes_in,
+        bytes_out=session.state.counters.bytes_out,
+    )

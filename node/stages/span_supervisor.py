@@ -129,6 +129,8 @@ class SpanSupervisor:
         self._jitter = jitter
         self._start_engine = start_engine
         self._offload = offload
+        self.unserved: dict[str, str] = {str(spec): "being loaded" for spec in options.specs}
+        """Why a span of the configuration is not served now."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; started once every span is loaded. Raises StartError where one never can be."""
@@ -164,11 +166,14 @@ class SpanSupervisor:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(serve)
                     failures = 1
+                    self.unserved.pop(name, None)
                     if not loaded:
                         loaded = True
                         task_status.started()
             except* retried as group:
                 reason = _reasons(group)
+            if name != self._options.draft:  # jobs do without a draft model
+                self.unserved[name] = reason
             pause_s = backoff_s(failures, RETRY_S, self._jitter)
             _logger.warning("failed to serve span, retrying", span=name, reason=reason, again_in_s=round(pause_s, 1))
             self._membership.announce()

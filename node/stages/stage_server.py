@@ -10,7 +10,7 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.engine.base import Engine
-from node.engine.interface import EngineError, Variant
+from node.engine.interface import BadRequest, EngineError, Variant
 from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
 from node.network.interface import Network
@@ -20,24 +20,16 @@ from node.stages.replay_buffer import REPLAY_BYTES
 from node.stages.scheduler import PolicyController
 from node.stages.session import StageSession
 from node.stages.session_admission import SessionAdmission
+from node.stages.session_report import NoStageObserver, StageObserver
 from node.stages.span import Span, SpanTable
 from node.stages.speculation import Drafter, PromptLookup
 from node.stages.voter import Agreement, Voter, tally_fault
 from protocol.announcements import ServedSpan
 from protocol.identity import ModelId, PeerId, SessionId
 from protocol.measurements import StageObservation
-from protocol.messages import (
-    Begin,
-    Closed,
-    FailureReason,
-    Open,
-    Opened,
-    Progress,
-    Refused,
-    SessionStatistics,
-    TokenHistory,
-)
+from protocol.messages import Begin, Closed, FailureReason, Open, Opened, Refused, SessionStatistics, TokenHistory
 from protocol.observations import countersign
+from protocol.reports import Progress, Timings
 from selector.task import Method, parse_method
 
 WITHDRAWAL_S = 5.0
@@ -64,6 +56,8 @@ class StageServer:
         returns what the swarm has agreed about a model.
         """
         self.link_pool = LinkPool(network, agent, self)
+        self.observer: StageObserver = NoStageObserver()
+        """Of the spans that are served from now on."""
         self._table = SpanTable()
         self._records = PeerPenalties()
         self._admission = SessionAdmission(self._table, self.link_pool, self._records, voter, agreed)
@@ -120,7 +114,7 @@ class StageServer:
         if key in spans:
             raise EngineError(f"blocks {engine.info.blocks} are served already")
         span = spans[key] = Span(
-            engine, self.link_pool, self._session_ended, self._controller(), replay_bytes, self._records
+            engine, self.link_pool, self._session_ended, self._controller(), replay_bytes, self._records, self.observer
         )
         try:
             async with trio.open_nursery() as nursery:
@@ -216,14 +210,17 @@ class StageServer:
             span.fail(session, FailureReason.TALLY, fault)
             return
         method = parse_method(message.method)
+        reason = FailureReason.ENGINE
         try:
             if (fault := _history_fault(session, message)) is None:
                 await session.begin_on_engine(span.engine, method)
                 fault = None if session.is_ended else _start_fault(session, message, method)
+        except BadRequest as error:
+            fault, reason = str(error), FailureReason.REQUEST
         except EngineError as error:
             fault = str(error)
         if fault is not None:  # an engine's error may have no text
-            span.fail(session, FailureReason.ENGINE, fault)
+            span.fail(session, reason, fault)
             return
         drafter = await self._drafter(session, method)
         if not session.is_ended:
@@ -255,6 +252,12 @@ class StageServer:
         if found := self._table.find(session, link):
             return found[1].progress()
         return Progress(session=session, received=0, computed=0, sent=0)
+
+    def timings(self, session: SessionId, link: InboundLink) -> Timings:
+        """Return the timing of a session that this link opened since the last call; nothing where there is none."""
+        if found := self._table.find(session, link):
+            return found[1].collect_timings()
+        return Timings(session=session, clock_s=trio.current_time())
 
     async def close(self, session: SessionId, link: InboundLink) -> Closed:
         """Free a session that this link opened and return what it cost, signed, as its coordinator may publish it."""

@@ -19,6 +19,7 @@ from node.engine.base import Engine
 from node.engine.interface import (
     PAGE_POSITIONS,
     REFERENCE,
+    BadRequest,
     BadRows,
     EngineError,
     SessionNotOpen,
@@ -32,10 +33,11 @@ from node.engine.interface import (
     Variant,
 )
 from node.engine.kv_allocator import KvReservation, check_slice
+from node.engine.pooling import Pool, pool_for
 from node.engine.sampling import history_for
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
-from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
+from protocol.tensors import DType, Pooling, Tensor, tensor_from_tokens, tokens_from_tensor
 from selector.task import KV_TYPES, VARIANTS, PackageFormat
 
 FAKE_MODEL = ModelId(hashlib.sha256(b"metaswarm fake model").hexdigest())
@@ -43,6 +45,9 @@ FAKE_MODEL = ModelId(hashlib.sha256(b"metaswarm fake model").hexdigest())
 
 FAKE_GGUF_MODEL = ModelId(hashlib.sha256(b"metaswarm fake GGUF model").hexdigest())
 """The id of an imaginary model whose package has GGUF files."""
+
+UNFULFILLABLE = '{"type": "string", "pattern": "^(.{0,200}a.{0,200}b){1,20}$"}'
+"""A JSON Schema that fails after some tokens: the real library gives up on it, too."""
 
 
 def fake_format(model: ModelId) -> PackageFormat:
@@ -142,7 +147,8 @@ class FakeEngine(Engine):
                 try:
                     outputs.append(SliceOutput(session=rows.session, tensor=self._run(rows)))
                 except EngineError as error:
-                    faults.append(SliceFault(rows.session, str(error), isinstance(error, BadRows)))
+                    by_rows, by_request = isinstance(error, BadRows), isinstance(error, BadRequest)
+                    faults.append(SliceFault(rows.session, str(error), by_rows, by_request))
                     self._close(rows.session, keep=False)
             if faults and not outputs:
                 raise StepFailed(faults)
@@ -175,6 +181,10 @@ class FakeEngine(Engine):
         if not session.info.is_last:
             states = np.frombuffer(b"".join(hidden), np.float32).reshape(-1, self.info.hidden_size)
             return encode_rows(states, session.activations)
+        if session.pool is not None:
+            session.pool.add(rows.position, np.frombuffer(b"".join(hidden), np.float32).reshape(len(hidden), -1))
+            pooled = session.pool.embedding()[: rows.draws]
+            return Tensor(DType.FLOAT32, pooled.shape, pooled.tobytes())
         if session.history is not None and rows.history is not None:
             session.history.reset(rows.history)
         first_drawn = len(hidden) - rows.draws
@@ -200,6 +210,7 @@ class _Session:
         self._memory = memory
         self._pages = reservation.pages
         self.history = history_for(options.sampling)
+        self.pool = pool_for(options.sampling)
         self.activations = options.activations
         self.variant = options.variant
         self.positions = reservation.positions
@@ -231,6 +242,8 @@ class _Session:
         sampling, history = self._sampling, self.history
         if sampling is None:
             return int.from_bytes(_digest("head", row, ())[:8], "big") % self.info.vocabulary_size
+        if sampling.json_schema == UNFULFILLABLE and position >= sampling.prompt_length + 4:
+            raise BadRequest("the JSON Schema cannot be followed: it admits nothing")
         noise: tuple[object, ...] = (sampling.seed, position) if sampling.temperature else ()
         if sampling.temperature and (sampling.top_k or sampling.min_p):
             noise += (sampling.top_k, sampling.min_p)
@@ -286,6 +299,19 @@ def expected_tokens(
         tokens.append(session.draw(position, rows[-1]))
         rows = session.run(position, [_embed(info, tokens[-1])])
     return tuple(tokens)
+
+
+def expected_embedding(info: SpanInfo, prompt: Sequence[int], pooling: Pooling) -> list[float]:
+    """Return the embedding that a model yields of a prompt; `info` describes any of its spans."""
+    pages = tuple(range(-(-len(prompt) // PAGE_POSITIONS)))
+    whole = replace(info, blocks=BlockRange(0, info.block_count))
+    reservation = KvReservation(positions=len(prompt), pages=pages)
+    session = _Session(whole, SessionOptions(variant=REFERENCE), {}, reservation)
+    rows = session.run(0, [_embed(info, token) for token in prompt])
+    pool = Pool(pooling)
+    pool.add(0, np.frombuffer(b"".join(rows), np.float32).reshape(len(rows), -1))
+    embedding: list[float] = pool.embedding()[0].tolist()
+    return embedding
 
 
 def _digest(*parts: object) -> bytes:

@@ -17,6 +17,7 @@ import trio
 from node.network.addresses import AddressBook, TcpAddress, parse_peer_address
 from node.network.broadcast import Broadcast
 from node.network.interface import (
+    ByteCounts,
     GossipMessage,
     GossipValidator,
     NetworkError,
@@ -66,6 +67,7 @@ class MemoryNetwork:
         self.peer_id = peer_id
         self.connections: dict[PeerId, _Connection] = {}
         self.address = address
+        self.byte_counts = ByteCounts()
         self.position = _position(peer_id.encode())
         self._book = hub.address_book or AddressBook()
         self._handlers: dict[str, StreamHandler] = {}

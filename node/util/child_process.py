@@ -12,7 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,16 @@ _ADVICE: Final = "note: run with `RUST_BACKTRACE"
 
 # They make an interpreter stay after its work, run files that nobody asked for, or write pages to stderr.
 _UNWANTED: Final = ("PYTHONINSPECT", "PYTHONPROFILEIMPORTTIME", "PYTHONSTARTUP", "PYTHONVERBOSE")
+
+
+def _write_to_stderr(what: str, data: bytes | bytearray) -> None:
+    del what
+    with suppress(OSError):
+        os.write(_STDERR, data)
+
+
+relay_output: Callable[[str, bytes | bytearray], None] = _write_to_stderr
+"""Shows what a child wrote to its stderr; a log in JSON replaces it, as that must have nothing else."""
 
 
 class ChildError(Exception):
@@ -151,8 +161,7 @@ class Child:
             while data := await self._stderr.receive_some():
                 self._tail = (self._tail + data)[-_TAIL_BYTES:]
                 if show:
-                    with suppress(OSError):
-                        os.write(_STDERR, data)
+                    relay_output(self.what, data)
             self._stderr_ended.set()
         except trio.ClosedResourceError:
             self._stderr_ended.set()

@@ -1,7 +1,7 @@
 """The phases of an epoch: measure and commit, reveal, propose and sign. Clocks may differ by a small part of it."""
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 EPOCH_S: Final = 600.0
 """The length of an epoch, seconds; epoch 0 began at Unix time 0."""
@@ -15,6 +15,8 @@ REVEAL_FROM: Final = 0.7
 PROPOSE_FROM: Final = 0.8
 TURN: Final = 0.04
 """The first of the committee proposes; without a valid proposal the second, and so on."""
+
+Phase = Literal["measure", "reveal", "propose"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,13 @@ class EpochClock:
     def proposes_s(self, epoch: int, turn: int) -> float:
         """Return when a member of the committee may propose; `turn` counts from 0."""
         return (epoch + PROPOSE_FROM + TURN * turn) * self.epoch_s
+
+    def phase_at(self, now_s: float) -> Phase:
+        """Return what members do at a time."""
+        epoch = self.epoch_at(now_s)
+        if now_s < self.reveals_begin_s(epoch):
+            return "measure"
+        return "reveal" if now_s < self.proposes_s(epoch, 0) else "propose"
 
     def turns(self) -> int:
         """Return how many members of the committee get their turn in an epoch."""

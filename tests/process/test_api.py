@@ -3,16 +3,24 @@
 import json
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from itertools import product
 from typing import Any, TypeVar
 
 import anthropic
 import httpx
+import numpy as np
+import numpy.typing as npt
 import ollama
 import openai
+import pytest
+import torch
 import trio
 
+from node.models.store import Package
 from tests.process.daemons import MODEL, THIRDS, Daemon, StartDaemon, complete_swarm
+from tests.process.test_parity import whole_model
+from tests.support.tokenizers import load_tokenizer
 
 T = TypeVar("T")
 SCHEMA = {
@@ -35,7 +43,7 @@ async def ask(work: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(work)
 
 
-async def test_clients_of_all_protocols(start_daemon: StartDaemon) -> None:
+async def test_clients_of_all_protocols(start_daemon: StartDaemon, package: Package, dequantised: Package) -> None:
     daemons = await complete_swarm(start_daemon, *THIRDS)
     await check_openai(daemons[0])
     await check_structured_texts(daemons[1])
@@ -50,7 +58,9 @@ async def test_clients_of_all_protocols(start_daemon: StartDaemon) -> None:
         assert answer.message.content == "".join(getattr(block, "text", "") for block in message.content)
         parts = await ask(lambda: list(client.generate(MODEL, "Once", raw=True, options=options, stream=True)))
         assert parts[-1].eval_count == 8
-        assert [model.model for model in (await ask(client.list)).models] == [MODEL]
+        [model] = (await ask(client.list)).models
+        assert (model.model, model.size) == (MODEL, package.manifest.size_bytes)
+    await check_embeddings(daemons[0], dequantised)
 
 
 async def check_openai(daemon: Daemon) -> None:
@@ -71,6 +81,32 @@ async def check_openai(daemon: Daemon) -> None:
         assert [choice.text for choice in seeded[0].choices] == [choice.text for choice in seeded[1].choices]
         response = await ask(lambda: client.responses.create(model=MODEL, input="Hi", max_output_tokens=5))
         assert (response.status, response.usage and response.usage.output_tokens) == ("incomplete", 5)
+
+
+async def check_embeddings(daemon: Daemon, dequantised: Package) -> None:
+    """Vectors of three stages are those of transformers over the same weights, but for llama.cpp's rounding."""
+    texts = ["The cat sat on the mat.", "Stocks fell sharply on Monday.", "A kitten lay on the rug. " * 10]
+    states = await trio.to_thread.run_sync(partial(last_states, dequantised, texts))
+    with openai.OpenAI(base_url=f"{daemon.api_url}/v1", api_key="unused") as client:
+        create = client.embeddings.create
+        for pooling in ("mean", "last"):
+            extra = {"metaswarm": {"pooling": pooling}}
+            answer: Any = await ask(partial(create, model=MODEL, input=texts, extra_body=extra))
+            found = np.array([item.embedding for item in answer.data])
+            assert np.linalg.norm(found, axis=1) == pytest.approx([1, 1, 1], abs=1e-5)
+            wanted = np.array([each.mean(axis=0) if pooling == "mean" else each[-1] for each in states])
+            assert ((found * wanted).sum(axis=1) / np.linalg.norm(wanted, axis=1)).min() > 0.999
+            assert answer.metaswarm == {"pooling": pooling, "normalised": True}
+            assert [len(item.metaswarm["route"]) for item in answer.data] == [3, 3, 3]
+            if pooling == "mean":
+                assert found[0] @ found[2] > found[0] @ found[1], "cats are nearer to cats than to stocks"
+
+
+def last_states(package: Package, texts: list[str]) -> list[npt.NDArray[Any]]:
+    """Return transformers' last hidden states of each text."""
+    model, tokenizer = whole_model(package.path, dict(package.manifest.config)).model, load_tokenizer(package)
+    with torch.inference_mode():
+        return [model(torch.tensor([tokenizer.encode(text)])).last_hidden_state[0].numpy() for text in texts]
 
 
 async def check_structured_texts(daemon: Daemon) -> None:

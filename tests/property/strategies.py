@@ -36,8 +36,6 @@ from protocol.messages import (
     Opened,
     Ping,
     Pong,
-    Progress,
-    ProgressRequest,
     RefusalReason,
     Refused,
     Reroute,
@@ -47,6 +45,7 @@ from protocol.messages import (
     Step,
     TokenHistory,
 )
+from protocol.reports import Progress, ProgressRequest, StepTiming, Timings, TimingsRequest
 from protocol.tensors import DType, Tensor, tensor_from_tokens
 
 
@@ -135,6 +134,8 @@ def opens(draw: st.DrawFn) -> Open:
         feedback=feedback,
         sampling=sampling,
         background=draw(st.booleans()),
+        request_id=draw(st.sampled_from(["", "req_1"])),
+        trace_parent=draw(st.sampled_from(["", f"00-{'ab' * 16}-{'cd' * 8}-01"])),
     )
 
 
@@ -179,6 +180,22 @@ control_messages: st.SearchStrategy[ControlMessage] = st.one_of(
     st.builds(ProgressRequest, session=sessions),
     st.builds(
         Progress, session=sessions, **dict.fromkeys(("received", "computed", "sent"), st.integers(0, MAX_POSITIONS))
+    ),
+    st.builds(TimingsRequest, session=sessions),
+    st.builds(
+        Timings,
+        session=sessions,
+        clock_s=st.floats(0, MAX_SECONDS),
+        steps=st.lists(
+            st.builds(
+                StepTiming,
+                st.integers(0, MAX_POSITIONS - 1),
+                st.integers(0, MAX_POSITIONS),
+                *[st.floats(0, MAX_SECONDS)] * 4,
+            ),
+            max_size=3,
+        ).map(tuple),
+        dropped=st.integers(0, MAX_INTEGER),
     ),
     st.builds(Credit, session=sessions, consumed_bytes=st.integers(1, MAX_WINDOW_BYTES)),
     st.builds(

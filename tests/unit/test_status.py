@@ -4,11 +4,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
+from node.api.interface import JoinDocument
 from node.network.interface import Way
 from node.replication.peer_limits import Ban
 from node.stages.peer_penalties import StagePeerStatistics
 from node.status import StatusView
 from node.swarm.directory import Directory
+from node.telemetry.observer import Telemetry
 from protocol.announcements import Heartbeat, ServedSpan
 from protocol.identity import BlockRange, ModelId, PeerId, peer_id_from_public_key
 from protocol.messages import Load, RefusalReason
@@ -19,6 +21,7 @@ MODEL = ModelId("ab" * 32)
 
 
 ASKED = StagePeerStatistics(opened=5, refused={RefusalReason.FULL: 3}, faults=2, sessions=1, positions=64, bytes=4096)
+LOAD = Load(sessions=2, queued_rows=5, free_positions=64, step_s=0.01)
 SHOWN = PeerRecord(served=7, failed=1, lagged=1, trust=0.5, avoided_s=12.0, block_s={MODEL: 0.001})
 
 
@@ -31,7 +34,7 @@ def heartbeat(peer: PeerId) -> Heartbeat:
         interval_ms=2500,
         multiaddrs=(),
         agent="",
-        spans=(ServedSpan(model=MODEL, blocks=BlockRange(0, 3), load=Load()),),
+        spans=(ServedSpan(model=MODEL, blocks=BlockRange(0, 3), load=LOAD),),
     )
 
 
@@ -51,13 +54,16 @@ async def test_peers_shows_refusals_failures_held_bytes_and_bans() -> None:
     parts = SimpleNamespace(
         network=SimpleNamespace(network=network),
         swarm=SimpleNamespace(
-            membership=membership, replicator=SimpleNamespace(bans=lambda: {GONE: Ban(9.0, "garbage")})
+            membership=membership,
+            replicator=SimpleNamespace(bans=lambda: {GONE: Ban(9.0, "garbage")}),
+            announcer=SimpleNamespace(known=lambda peer: None),
         ),
         serving=SimpleNamespace(stages=stages, library=SimpleNamespace(name_of=lambda model: "tiny")),
         client=SimpleNamespace(coordinator=coordinator, trials=SimpleNamespace(run=None)),
         consensus=SimpleNamespace(bans=dict),
     )
-    view = StatusView(cast("Any", parts), [])
+    no_command: JoinDocument = {"here": None, "elsewhere": None}
+    view = StatusView(cast("Any", parts), [], Telemetry(lambda model: "tiny"), lambda serve: no_command)
     peers = {each["peer_id"]: each for each in view.peers()}
     assert peers.keys() == {CONNECTED, HEARSAY, GONE}
     assert [peers[peer]["reached"] for peer in (CONNECTED, HEARSAY, GONE)] == [True, False, False]
@@ -72,6 +78,8 @@ async def test_peers_shows_refusals_failures_held_bytes_and_bans() -> None:
         "held_positions": 64,
         "held_bytes": 4096,
     }
+    (span,) = peers[CONNECTED]["spans"]
+    assert (span["start"], span["end"], span["sessions"], span["queued_rows"]) == (0, 3, 2, 5)
     shown = peers[CONNECTED]["jobs"]
     assert shown is not None
     assert (shown["failed"], shown["lagged"], shown["avoided_s"]) == (1, 1, 12.0)

@@ -18,15 +18,19 @@ from node.api.generation import (
 )
 from node.api.job_document import describe_job
 from node.api.openai.answers import EVENT_STREAM
-from node.api.output_parser import ToolCall
+from node.api.tool_calls import ToolCall
 from node.coordinator.submission import JobResult, JobStarted
 
 
 @dataclass(slots=True)
 class MessageWriter:
-    """Writes one message; implements `AnswerWriter`. In a stream, one content block is open at a time."""
+    """Writes one message; implements `AnswerWriter`. In a stream, one content block is open at a time.
+
+    `thinks`: whether reasoning was asked for; clients that did not ask know no block of it.
+    """
 
     generation: Generation
+    thinks: bool = False
     media_type: str = EVENT_STREAM
     _open: str = field(default="", init=False)
     """Type of the open block."""
@@ -37,11 +41,11 @@ class MessageWriter:
         """Return the answer in one document."""
         choice = outcome.choices[0]
         content: list[dict[str, Any]] = []
-        if choice.reasoning:
+        if choice.reasoning and self.thinks:
             content.append({"type": "thinking", "thinking": choice.reasoning, "signature": ""})
         if choice.text:
             content.append({"type": "text", "text": choice.text})
-        content += [_tool_use(call) | {"input": _input(call)} for call in choice.tool_calls]
+        content += [_tool_use(call) | {"input": call.argument_object} for call in choice.tool_calls]
         message = _message(choice.started) | {"content": content} | _stop(choice)
         message["usage"] = _usage(choice.done)
         return message | ({"metaswarm": describe_job(choice.done)} if self.generation.details else {})
@@ -53,7 +57,7 @@ class MessageWriter:
                 return _event("message_start", message=_message(job))
             case ChoiceText(text=text) if text:
                 return self._delta("text", {"type": "text", "text": ""}, {"type": "text_delta", "text": text})
-            case ChoiceReasoning(text=text):
+            case ChoiceReasoning(text=text) if self.thinks:
                 empty = {"type": "thinking", "thinking": "", "signature": ""}
                 return self._delta("thinking", empty, {"type": "thinking_delta", "thinking": text})
             case ChoiceToolCall(call=call):
@@ -128,14 +132,6 @@ def _usage(result: JobResult) -> dict[str, Any]:
 
 def _tool_use(call: ToolCall) -> dict[str, Any]:
     return {"type": "tool_use", "id": call.id, "name": call.name}
-
-
-def _input(call: ToolCall) -> Any:
-    """Return arguments as an object."""
-    try:
-        return json.loads(call.arguments)
-    except ValueError:
-        return {"arguments": call.arguments}
 
 
 def _event(kind: str, /, **values: Any) -> bytes:

@@ -8,211 +8,228 @@ from starlette.datastructures import Headers
 from node.api.anthropic.answers import MessageWriter
 from node.api.endpoint import AnswerWriter, wants_details
 from node.api.fields import (
+    Field,
     Fields,
+    ObjectForm,
     check_depth,
     count_between,
+    form,
+    list_of,
     number_between,
+    one_of,
     parse_boolean,
     parse_json,
-    parse_limit,
     parse_object,
     parse_stop,
     parse_text,
-    parse_top_p,
     refuse,
 )
 from node.api.generation import Generation
-from node.api.openai.messages import MAX_MESSAGES, MAX_TOOLS, ToolChoice, call_schema, parse_arguments
-from node.api.openai.requests import MAX_SEED
-from node.api.output_parser import ParserRules
-from node.api.schemas import schema_text
+from node.api.openai.messages import (
+    DESCRIPTION,
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    NAME,
+    described_tool,
+    parse_arguments,
+    refuse_prefill,
+)
+from node.api.schemas import parse_schema
+from node.api.shared_fields import MAX_SEED, MAX_TOKENS, MODEL, STREAM, TOP_P
+from node.api.tool_choice import ToolChoice, choose_tools
 from node.coordinator.submission import ChatMessage, JobRequest, MessageToolCall
 
-IMPLEMENTED: Final = frozenset({
-    "model", "messages", "max_tokens", "system", "stop_sequences", "stream", "temperature", "top_p", "top_k", "tools",
-    "tool_choice", "thinking", "output_config",
-})  # fmt: skip
 IGNORED: Final = frozenset({"metadata", "service_tier", "cache_control", "user_profile_id", "inference_geo", "speed"})
 NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("container", "context_management", "diagnostics", "prefill", "workspace_id"), ()),
     "mcp_servers": ([],),
 }
-_EFFORTS: Final = ("low", "medium", "high", "xhigh", "max")
+
+_TEXT: Final = Field("text", parse_text)
+_IS_TEXT: Final = Field("type", one_of("text"))
+_TEXT_BLOCK: Final = ObjectForm(_IS_TEXT, _TEXT, required=[_IS_TEXT, _TEXT], is_open=True)
 
 
-def parse_message_request(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
-    """Return the body of `POST /v1/messages` as a request. Raises ApiError."""
-    fields = Fields(parse_json(body))
-    fields.refuse_misspelt(IMPLEMENTED | IGNORED | NEUTRAL.keys())
-    fields.refuse_unless_neutral(NEUTRAL)
-    model = fields.get("model", parse_text)
-    turns = fields.get("messages", _parse_messages)
-    max_tokens = fields.get("max_tokens", parse_limit)
-    for name, value in (("model", model), ("messages", turns), ("max_tokens", max_tokens)):
-        if not value:
-            refuse(name, "is missing")
-    system = fields.get("system", _parse_text_blocks)
-    if system:
-        turns = (ChatMessage(role="system", content=system), *(turns or ()))
-    temperature = fields.get("temperature", number_between(0, 1))
-    choice = _parse_tools(fields)
-    options, schema = _parse_output(fields)
-    job = JobRequest(
-        model=model or "",
-        messages=turns,
-        max_tokens=max_tokens,
-        temperature=1.0 if temperature is None else temperature,
-        top_p=fields.get("top_p", parse_top_p) or 1.0,
-        top_k=fields.get("top_k", count_between(0, MAX_SEED)) or 0,
-        stop=fields.get("stop_sequences", parse_stop) or (),
-        tools=choice.tools,
-        json_schema=choice.schema or schema,
-        template_options=options,
-    )
-    stream = fields.get("stream", parse_boolean) or False
-    generation = Generation(jobs=(job,), stream=stream, rules=choice.rules, details=wants_details(headers))
-    return generation, MessageWriter(generation)
-
-
-def _parse_output(fields: Fields) -> tuple[dict[str, Any], str]:
-    """Return the template's variables for reasoning, and the JSON Schema of the text, if there is one."""
-    thinking = Fields(fields.get("thinking", parse_object) or {}, "thinking.")
-    thinking.refuse_unless_known({"type", "budget_tokens", "display"})
-    kind = thinking.get("type", parse_text)
-    if kind not in {None, "enabled", "disabled", "adaptive"}:
-        refuse("thinking.type", "must be enabled, disabled or adaptive")
-    options: dict[str, Any] = {} if kind is None else {"enable_thinking": kind != "disabled"}
-    config = Fields(fields.get("output_config", parse_object) or {}, "output_config.")
-    config.refuse_unless_known({"effort", "format"})
-    effort = config.get("effort", parse_text)
-    if effort is not None:
-        if effort not in _EFFORTS:
-            refuse("output_config.effort", f"must be one of {', '.join(_EFFORTS)}")
-        options["reasoning_effort"] = effort
-    output = Fields(config.get("format", parse_object) or {}, "output_config.format.")
-    output.refuse_unless_known({"type", "schema"})
-    output_kind = output.get("type", parse_text)
-    if output_kind is None:
-        return options, ""
-    if output_kind != "json_schema":
-        refuse("output_config.format.type", "must be json_schema")
-    schema = output.get("schema", schema_text)
-    if schema is None:
-        refuse("output_config.format.schema", "is missing")
-    return options, schema
-
-
-def _parse_tools(fields: Fields) -> ToolChoice:
-    tools = fields.get("tools", _parse_tool_list) or ()
-    choice = Fields(fields.get("tool_choice", parse_object) or {"type": "auto"}, "tool_choice.")
-    choice.refuse_unless_known({"type", "name", "disable_parallel_tool_use"})
-    kind = choice.get("type", parse_text)
-    if kind not in {"auto", "any", "tool", "none"}:
-        refuse("tool_choice.type", "must be auto, any, tool or none")
-    if not tools:
-        if kind in {"any", "tool"}:
-            refuse("tool_choice", "requires tools")
-        return ToolChoice()
-    single = choice.get("disable_parallel_tool_use", parse_boolean) or False
-    if kind == "none":
-        return ToolChoice()
-    if kind == "auto":
-        return ToolChoice(tools, ParserRules(reasoning=True, tools=True, single=single))
-    name = choice.get("name", parse_text)
-    chosen = [tool for tool in tools if kind == "any" or tool["function"]["name"] == name]
-    if not chosen:
-        refuse("tool_choice.name", "must name one of the tools")
-    return ToolChoice(tools, ParserRules(tools=True, forced=True, single=True), call_schema(chosen))
-
-
-def _parse_tool_list(param: str, value: Any) -> tuple[Mapping[str, Any], ...]:
-    """Return tools as chat templates take them."""
-    if not isinstance(value, list) or len(value) > MAX_TOOLS:
-        refuse(param, f"must be a list of at most {MAX_TOOLS} tools")
-    check_depth(param, value)
-    tools = []
-    for index, each in enumerate(value):
-        tool = Fields(parse_object(f"{param}[{index}]", each), f"{param}[{index}].")
-        tool.refuse_unless_known({"type", "name", "description", "input_schema", "cache_control", "strict"})
-        if (tool.get("type", parse_text) or "custom") != "custom":
-            refuse(f"{param}[{index}].type", "must be custom: no other type is supported")
-        name = tool.get("name", parse_text)
-        if not name:
-            refuse(f"{param}[{index}].name", "is missing")
-        function: dict[str, Any] = {"name": name, "parameters": tool.get("input_schema", parse_object) or {}}
-        if (description := tool.get("description", parse_text)) is not None:
-            function["description"] = description
-        tools.append({"type": "function", "function": function})
-    return tuple(tools)
-
-
-def _parse_messages(param: str, value: Any) -> tuple[ChatMessage, ...]:
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_MESSAGES:
-        refuse(param, f"must be a list of 1 to {MAX_MESSAGES} messages")
-    return tuple(turn for index, each in enumerate(value) for turn in _parse_message(f"{param}[{index}]", each))
-
-
-def _parse_message(param: str, value: Any) -> list[ChatMessage]:
-    """Return the turns that a message makes: one for each result of a tool, and one for the rest."""
-    fields = Fields(parse_object(param, value), f"{param}.")
-    fields.refuse_unless_known({"role", "content"})
-    role = fields.get("role", parse_text)
-    if role not in {"user", "assistant", "system"}:
-        refuse(f"{param}.role", "must be user, assistant or system")
-    content = fields.get("content", lambda _, found: found)
-    if content is None:
-        refuse(f"{param}.content", "is missing")
-    if isinstance(content, str):
-        return [ChatMessage(role=role, content=parse_text(f"{param}.content", content))]
-    if not isinstance(content, list):
-        refuse(f"{param}.content", "must be a text or a list of blocks")
-    results: list[ChatMessage] = []
-    texts: list[str] = []
-    reasoning: list[str] = []
-    calls: list[MessageToolCall] = []
-    for index, each in enumerate(content):
-        where = f"{param}.content[{index}]"
-        block = Fields(parse_object(where, each), f"{where}.")
-        match block.get("type", parse_text):
-            case "text":
-                texts.append(block.get("text", parse_text) or "")
-            case "thinking":
-                reasoning.append(block.get("thinking", parse_text) or "")
-            case "tool_use" if role == "assistant":
-                calls.append(_parse_tool_use(where, block))
-            case "tool_result" if role == "user":
-                results.append(_parse_tool_result(block))
-            case _:
-                refuse(where, "must be of type text, thinking, tool_use or tool_result: no other type is supported")
-    if texts or calls or not results:
-        turn = ChatMessage(role=role, content="".join(texts), tool_calls=tuple(calls), reasoning="".join(reasoning))
-        results.append(turn)
-    return results
-
-
-def _parse_tool_use(param: str, block: Fields) -> MessageToolCall:
-    name = block.get("name", parse_text)
-    if not name:
-        refuse(f"{param}.name", "is missing")
-    return MessageToolCall(
-        id=block.get("id", parse_text) or "", name=name, arguments=block.get("input", parse_arguments) or {}
-    )
-
-
-def _parse_tool_result(block: Fields) -> ChatMessage:
-    content = block.get("content", _parse_text_blocks) or ""
-    return ChatMessage(role="tool", content=content, tool_call_id=block.get("tool_use_id", parse_text) or "")
-
-
+@form({"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_BLOCK.schema}]})
 def _parse_text_blocks(param: str, value: Any) -> str:
     """Return the text of a text or of blocks of type `text`."""
     if not isinstance(value, list):
         return parse_text(param, value)
     texts = []
     for index, each in enumerate(value):
-        block = Fields(parse_object(f"{param}[{index}]", each), f"{param}[{index}].")
-        text = block.get("text", parse_text)
-        if block.get("type", parse_text) != "text" or text is None:
-            refuse(f"{param}[{index}]", "must be of type text: no other type is supported")
-        texts.append(text)
+        where = f"{param}[{index}]"
+        if parse_object(where, each).get("type") != "text":
+            refuse(where, "must be of type text: no other type is supported")
+        texts.append(_TEXT_BLOCK.parse(where, each).require(_TEXT))
     return "".join(texts)
+
+
+_ID: Final = Field("id", parse_text)
+_INPUT: Final = Field("input", parse_arguments)
+_THINKING_TEXT: Final = Field("thinking", parse_text)
+_TOOL_USE_ID: Final = Field("tool_use_id", parse_text)
+_RESULT: Final = Field("content", _parse_text_blocks)
+_BLOCKS: Final = {
+    "text": ObjectForm(_TEXT, is_open=True),
+    "thinking": ObjectForm(_THINKING_TEXT, is_open=True),
+    "tool_use": ObjectForm(_ID, NAME, _INPUT, required=[NAME], is_open=True),
+    "tool_result": ObjectForm(_TOOL_USE_ID, _RESULT, is_open=True),
+}
+
+
+def _block_schema(kind: str) -> dict[str, Any]:
+    schema = dict(_BLOCKS[kind].schema)
+    properties = {**schema["properties"], "type": {"const": kind}}
+    return schema | {"properties": properties, "required": [*schema.get("required", []), "type"]}
+
+
+@form({"anyOf": [_block_schema(kind) for kind in _BLOCKS]})
+def _parse_block(param: str, value: Any) -> str | MessageToolCall | ChatMessage | tuple[str]:
+    """Return the text, the tool call, the turn of a tool's result, or the reasoning (in a tuple) of a block."""
+    kind = parse_object(param, value).get("type")
+    if not isinstance(kind, str) or kind not in _BLOCKS:
+        refuse(param, f"must be of type {', '.join(_BLOCKS)}: no other type is supported")
+    block = _BLOCKS[kind].parse(param, value)
+    match kind:
+        case "text":
+            return block.get(_TEXT) or ""
+        case "thinking":
+            return (block.get(_THINKING_TEXT) or "",)
+        case "tool_use":
+            name = block.require(NAME)
+            return MessageToolCall(id=block.get(_ID) or "", name=name, arguments=block.get(_INPUT) or {})
+    content = block.get(_RESULT) or ""
+    return ChatMessage(role="tool", content=content, tool_call_id=block.get(_TOOL_USE_ID) or "")
+
+
+_parse_blocks: Final = list_of(_parse_block, "blocks", MAX_MESSAGES)
+_Content = str | tuple[str | MessageToolCall | ChatMessage | tuple[str], ...]
+
+
+@form({"anyOf": [{"type": "string"}, _parse_blocks.schema]})
+def _parse_content(param: str, value: Any) -> _Content:
+    if isinstance(value, str):
+        return parse_text(param, value)
+    if not isinstance(value, list):
+        refuse(param, "must be a text or a list of blocks")
+    return _parse_blocks(param, value)
+
+
+_ROLE: Final = Field("role", one_of("user", "assistant", "system"))
+_CONTENT: Final = Field("content", _parse_content)
+_MESSAGE: Final = ObjectForm(_ROLE, _CONTENT, required=[_ROLE, _CONTENT])
+
+
+@form(_MESSAGE.schema)
+def _parse_message(param: str, value: Any) -> list[ChatMessage]:
+    """Return the turns that a message makes: one for each result of a tool, and one for the rest."""
+    fields = _MESSAGE.parse(param, value)
+    role, content = fields.require(_ROLE), fields.require(_CONTENT)
+    if isinstance(content, str):
+        return [ChatMessage(role=role, content=content)]
+    results = [each for each in content if isinstance(each, ChatMessage)]
+    calls = tuple(each for each in content if isinstance(each, MessageToolCall))
+    if results and role != "user":
+        refuse(f"{param}.content", "may have tool_result blocks in the user's turns only")
+    if calls and role != "assistant":
+        refuse(f"{param}.content", "may have tool_use blocks in the assistant's turns only")
+    texts = [each for each in content if isinstance(each, str)]
+    reasoning = "".join(each[0] for each in content if isinstance(each, tuple))
+    if texts or calls or not results:
+        results.append(ChatMessage(role=role, content="".join(texts), tool_calls=calls, reasoning=reasoning))
+    return results
+
+
+_TOOL_TYPE: Final = Field("type", one_of("custom"))
+_INPUT_SCHEMA: Final = Field("input_schema", parse_object)
+_TOOL: Final = ObjectForm(
+    _TOOL_TYPE, NAME, DESCRIPTION, _INPUT_SCHEMA, required=[NAME], ignored=["cache_control", "strict"]
+)
+
+
+@form(_TOOL.schema)
+def _parse_tool(param: str, value: Any) -> Mapping[str, Any]:
+    """Return a tool as chat templates take it."""
+    check_depth(param, value)
+    tool = _TOOL.parse(param, value)
+    tool.get(_TOOL_TYPE)
+    return described_tool(tool.require(NAME), tool.get(DESCRIPTION), tool.get(_INPUT_SCHEMA) or {})
+
+
+_THINKING_TYPE: Final = Field("type", one_of("enabled", "disabled", "adaptive"))
+_EFFORT: Final = Field("effort", one_of("low", "medium", "high", "xhigh", "max"))
+_OUTPUT_TYPE: Final = Field("type", one_of("json_schema"))
+_OUTPUT_SCHEMA: Final = Field("schema", parse_schema)
+_OUTPUT_FORMAT: Final = Field(
+    "format", ObjectForm(_OUTPUT_TYPE, _OUTPUT_SCHEMA, required=[_OUTPUT_TYPE, _OUTPUT_SCHEMA]).form
+)
+_CHOICE_TYPE: Final = Field("type", one_of("auto", "any", "tool", "none"))
+_SINGLE: Final = Field("disable_parallel_tool_use", parse_boolean)
+
+_MESSAGES: Final = Field("messages", list_of(_parse_message, "messages", MAX_MESSAGES, least=1))
+_SYSTEM: Final = Field("system", _parse_text_blocks)
+_STOP: Final = Field("stop_sequences", parse_stop)
+_TEMPERATURE: Final = Field("temperature", number_between(0, 1))
+_TOP_K: Final = Field("top_k", count_between(0, MAX_SEED))
+_TOOLS: Final = Field("tools", list_of(_parse_tool, "tools", MAX_TOOLS))
+_TOOL_CHOICE: Final = Field("tool_choice", ObjectForm(_CHOICE_TYPE, NAME, _SINGLE, required=[_CHOICE_TYPE]).form)
+_THINKING: Final = Field("thinking", ObjectForm(_THINKING_TYPE, ignored=["budget_tokens", "display"]).form)
+_OUTPUT_CONFIG: Final = Field("output_config", ObjectForm(_EFFORT, _OUTPUT_FORMAT).form)
+
+MESSAGE_REQUEST: Final = ObjectForm(
+    MODEL, _MESSAGES, MAX_TOKENS, _SYSTEM, _STOP, STREAM, _TEMPERATURE, TOP_P, _TOP_K, _TOOLS, _TOOL_CHOICE, _THINKING,
+    _OUTPUT_CONFIG, required=[MODEL, _MESSAGES, MAX_TOKENS], ignored=IGNORED, neutral=NEUTRAL,
+)  # fmt: skip
+
+
+def parse_message_request(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
+    """Return the body of `POST /v1/messages` as a request. Raises ApiError."""
+    fields = MESSAGE_REQUEST.read(parse_json(body))
+    model, messages, max_tokens = fields.require(MODEL), fields.require(_MESSAGES), fields.require(MAX_TOKENS)
+    turns = tuple(turn for turns in messages for turn in turns)
+    refuse_prefill(_MESSAGES.name, turns)
+    system = fields.get(_SYSTEM)
+    if system:
+        turns = (ChatMessage(role="system", content=system), *turns)
+    temperature = fields.get(_TEMPERATURE)
+    options, schema = _parse_output(fields)
+    choice = _parse_tools(fields, schema)
+    job = JobRequest(
+        model=model,
+        messages=turns,
+        max_tokens=max_tokens,
+        temperature=1.0 if temperature is None else temperature,
+        top_p=fields.get(TOP_P) or 1.0,
+        top_k=fields.get(_TOP_K) or 0,
+        stop=fields.get(_STOP) or (),
+        template_options=options,
+    )
+    stream = fields.get(STREAM) or False
+    generation = Generation(
+        jobs=(choice.apply(job),), stream=stream, rules=choice.rules, details=wants_details(headers)
+    )
+    return generation, MessageWriter(generation, thinks=options["enable_thinking"])
+
+
+def _parse_output(fields: Fields) -> tuple[dict[str, Any], str]:
+    """Return the template's variables for reasoning, and the JSON Schema of the text, if there is one."""
+    thinking, config = fields.get(_THINKING), fields.get(_OUTPUT_CONFIG)
+    kind = thinking.get(_THINKING_TYPE) if thinking else None
+    options: dict[str, Any] = {"enable_thinking": kind in {"enabled", "adaptive"}}
+    if config and (effort := config.get(_EFFORT)):
+        options["reasoning_effort"] = effort
+    output = config.get(_OUTPUT_FORMAT) if config else None
+    if output is None:
+        return options, ""
+    output.require(_OUTPUT_TYPE)
+    return options, output.require(_OUTPUT_SCHEMA)
+
+
+def _parse_tools(fields: Fields, schema: str) -> ToolChoice:
+    tools, choice = fields.get(_TOOLS) or (), fields.get(_TOOL_CHOICE)
+    kind = choice.require(_CHOICE_TYPE) if choice else "auto"
+    meant = "required" if kind == "any" else kind
+    if choice and kind == "tool":
+        meant = choice.require(NAME)
+    single = bool(choice and choice.get(_SINGLE))
+    return choose_tools(tools, meant, single=single, schema=schema, param="output_config.format")

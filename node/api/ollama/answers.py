@@ -18,8 +18,9 @@ from node.api.generation import (
     Outcome,
 )
 from node.api.job_document import describe_job
-from node.api.output_parser import ToolCall
-from node.coordinator.submission import JobResult, JobStarted, TokenLogprob
+from node.api.openai.logprobs import describe_logprobs
+from node.api.tool_calls import ToolCall
+from node.coordinator.submission import JobResult, JobStarted
 
 JSON_LINES: Final = "application/x-ndjson"
 
@@ -42,7 +43,7 @@ class OllamaWriter:
         self._started = choice.started
         document = self._piece(choice.text, choice.reasoning, *choice.tool_calls)
         if choice.logprobs:
-            document["logprobs"] = [_describe_logprob(token) for token in choice.logprobs]
+            document["logprobs"] = describe_logprobs(choice.logprobs)
         return document | self._end(choice)
 
     def chunks(self, event: GenerationEvent) -> bytes:
@@ -51,7 +52,7 @@ class OllamaWriter:
             case ChoiceStarted(job=job):
                 self._started = job
             case ChoiceText(text=text, logprobs=logprobs):
-                described = {"logprobs": [_describe_logprob(token) for token in logprobs]} if logprobs else {}
+                described = {"logprobs": describe_logprobs(logprobs)} if logprobs else {}
                 return _line(self._piece(text) | {"done": False} | described)
             case ChoiceReasoning(text=text):
                 return _line(self._piece("", text) | {"done": False})
@@ -83,7 +84,9 @@ class OllamaWriter:
             return document | {"response": text} | thinking
         message: dict[str, Any] = {"role": "assistant", "content": text} | thinking
         if calls:
-            message["tool_calls"] = [{"function": {"name": call.name, "arguments": _arguments(call)}} for call in calls]
+            message["tool_calls"] = [
+                {"function": {"name": call.name, "arguments": call.argument_object}} for call in calls
+            ]
         return document | {"message": message}
 
     def _end(self, choice: Choice) -> dict[str, Any]:
@@ -99,34 +102,18 @@ class OllamaWriter:
 def _counts(result: JobResult) -> dict[str, Any]:
     timing = result.timing
     return {
-        "total_duration": _nanoseconds(timing.total_s),
+        "total_duration": nanoseconds(timing.total_s),
         "load_duration": 0,
         "prompt_eval_count": result.usage.prompt_tokens,
-        "prompt_eval_duration": _nanoseconds(timing.ttft_s),
+        "prompt_eval_duration": nanoseconds(timing.ttft_s),
         "eval_count": result.usage.completion_tokens,
-        "eval_duration": _nanoseconds(max(0.0, timing.total_s - timing.ttft_s)),
+        "eval_duration": nanoseconds(max(0.0, timing.total_s - timing.ttft_s)),
     }
 
 
-def _nanoseconds(seconds: float) -> int:
+def nanoseconds(seconds: float) -> int:
+    """Return a duration as Ollama has it."""
     return round(seconds * 1e9)
-
-
-def _arguments(call: ToolCall) -> Any:
-    """Return arguments as an object, as Ollama has them."""
-    try:
-        value = json.loads(call.arguments)
-    except ValueError:
-        value = None
-    return value if isinstance(value, dict) else {"arguments": call.arguments}
-
-
-def _describe_logprob(token: TokenLogprob) -> dict[str, Any]:
-    return _describe_token(token) | {"top_logprobs": [_describe_token(each) for each in token.likeliest]}
-
-
-def _describe_token(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": token.text.decode(errors="replace"), "logprob": token.logprob, "bytes": list(token.text)}
 
 
 def _line(document: dict[str, Any]) -> bytes:

@@ -6,9 +6,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from node.api.errors import ApiError
-from node.api.fields import Fields, parse_boolean, parse_json
+from node.api.fields import parse_json
 from node.api.interface import ModelDocument
-from node.api.ollama.requests import model_name
+from node.api.ollama.requests import SHOW, model_name
 
 
 def describe_tags(models: Iterable[ModelDocument], since_s: int) -> dict[str, Any]:
@@ -18,10 +18,7 @@ def describe_tags(models: Iterable[ModelDocument], since_s: int) -> dict[str, An
 
 def describe_model(body: bytes, models: Iterable[ModelDocument], since_s: int) -> dict[str, Any]:
     """Return the answer of `POST /api/show`. Raises ApiError."""
-    fields = Fields(parse_json(body))
-    fields.refuse_misspelt({"model", "verbose", "name"})
-    fields.get("verbose", parse_boolean)
-    name = model_name(fields)
+    name = model_name(SHOW.read(parse_json(body)))
     for model in models:
         if name == model["name"] or (len(name) >= 8 and model["model"].startswith(name)):
             return {
@@ -31,12 +28,13 @@ def describe_model(body: bytes, models: Iterable[ModelDocument], since_s: int) -
                 "modified_at": _entry(model, since_s)["modified_at"],
                 "details": _entry(model, since_s)["details"],
                 "model_info": {
+                    "general.architecture": model["architecture"],
                     "general.basename": model["name"],
                     "metaswarm.id": model["model"],
                     "metaswarm.block_count": model["block_count"],
                     "metaswarm.complete": model["complete"],
                 },
-                "capabilities": ["completion"],
+                "capabilities": ["completion", "embedding"],
             }
     raise ApiError(404, f"model {name!r} not found", param="model", code="model_not_found")
 
@@ -50,19 +48,19 @@ def describe_version() -> dict[str, str]:
 
 
 def _entry(model: ModelDocument, since_s: int) -> dict[str, Any]:
-    name = model["name"] or model["model"]
+    name, family = model["name"] or model["model"], model["architecture"] or ""
     return {
         "name": name,
         "model": name,
         "modified_at": datetime.fromtimestamp(since_s, UTC).isoformat().replace("+00:00", "Z"),
-        "size": 0,
+        "size": model["size_bytes"] or 0,
         "digest": model["model"],
         "details": {
             "parent_model": "",
-            "format": "",
-            "family": "",
-            "families": [],
+            "format": model["format"] or "",
+            "family": family,
+            "families": [family] if family else [],
             "parameter_size": "",
-            "quantization_level": "",
+            "quantization_level": (model["weight_type"] or "").upper(),
         },
     }

@@ -1,4 +1,4 @@
-"""Request bodies of Ollama's `/api/chat` and `/api/generate`."""
+"""Request bodies of Ollama's `/api/chat`, `/api/generate` and `/api/show`."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -8,29 +8,40 @@ from starlette.datastructures import Headers
 
 from node.api.endpoint import AnswerWriter, wants_details
 from node.api.fields import (
+    Field,
     Fields,
+    ObjectForm,
     count_between,
+    form,
+    list_of,
     number_between,
+    one_of,
     parse_boolean,
     parse_json,
-    parse_object,
-    parse_stop,
     parse_text,
-    parse_top_p,
     refuse,
 )
 from node.api.generation import Generation
 from node.api.ollama.answers import OllamaWriter
-from node.api.openai.messages import CHAT_TEXT, parse_tool_calls, parse_tools
-from node.api.openai.requests import MAX_SEED, MIN_SEED
+from node.api.openai.messages import TOOL_CALLS, TOOLS, refuse_prefill
 from node.api.output_parser import PLAIN_TEXT
-from node.api.schemas import ANY_OBJECT, schema_text
+from node.api.schemas import ANY_OBJECT, parse_schema
+from node.api.shared_fields import (
+    FREQUENCY_PENALTY,
+    MAX_SEED,
+    MIN_P,
+    MODEL,
+    PRESENCE_PENALTY,
+    SEED,
+    STOP,
+    STREAM,
+    TOP_LOGPROBS,
+    TOP_P,
+)
+from node.api.tool_choice import CHAT_TEXT, ToolChoice, choose_tools
 from node.coordinator.submission import ChatMessage, JobRequest
-from protocol.limits import MAX_LOGPROBS, MAX_PENALTY, MAX_POSITIONS
+from protocol.limits import MAX_PENALTY, MAX_POSITIONS
 
-COMMON: Final = frozenset({"model", "stream", "options", "format", "think", "logprobs", "top_logprobs"})
-CHAT_FIELDS: Final = COMMON | {"messages", "tools"}
-GENERATE_FIELDS: Final = COMMON | {"prompt", "system", "raw"}
 IGNORED: Final = frozenset({"keep_alive"})
 NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("suffix", "template"), ("",)),
@@ -38,10 +49,6 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 """Of `/api/generate`."""
 
-OPTIONS: Final = frozenset({
-    "seed", "num_predict", "top_k", "top_p", "min_p", "temperature", "repeat_penalty", "presence_penalty",
-    "frequency_penalty", "stop",
-})  # fmt: skip
 IGNORED_OPTIONS: Final = frozenset({
     "num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "num_keep", "numa", "low_vram", "f16_kv", "use_mmap",
     "use_mlock", "mirostat_tau", "mirostat_eta",
@@ -51,7 +58,7 @@ NEUTRAL_OPTIONS: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("typical_p", "tfs_z"), (1,)),
     **dict.fromkeys(("logits_all", "vocab_only", "embedding_only"), (False,)),
     "mirostat": (0,),
-    "repeat_last_n": (-1,),
+    "repeat_last_n": (-1, 64),  # 64 is the default, which clients send along
     "penalize_newline": (True,),
 }
 
@@ -59,16 +66,93 @@ DEFAULT_TEMPERATURE: Final = 0.8
 DEFAULT_TOP_K: Final = 40
 DEFAULT_TOP_P: Final = 0.9
 _MAX_TURNS: Final = 4096
-_ROLES: Final = ("system", "user", "assistant", "tool")
+_EFFORTS: Final = ("low", "medium", "high")
+
+
+@form({"type": "integer", "minimum": -2, "not": {"const": 0}})
+def _parse_num_predict(param: str, value: Any) -> int | None:
+    """Return a limit of tokens, capped at the largest context; None for none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < -2 or not value:
+        refuse(param, "must be an integer of at least 1, or -1 or -2 for no limit")
+    return min(value, MAX_POSITIONS) if value > 0 else None
+
+
+_NUM_PREDICT: Final = Field("num_predict", _parse_num_predict)
+_TOP_K: Final = Field("top_k", count_between(-1, MAX_SEED))
+_TEMPERATURE: Final = Field("temperature", number_between(0, 100))
+_REPEAT_PENALTY: Final = Field("repeat_penalty", number_between(1 / MAX_PENALTY, MAX_PENALTY))
+OPTIONS: Final = ObjectForm(
+    SEED, _NUM_PREDICT, _TOP_K, TOP_P, MIN_P, _TEMPERATURE, _REPEAT_PENALTY, PRESENCE_PENALTY, FREQUENCY_PENALTY, STOP,
+    ignored=IGNORED_OPTIONS, neutral=NEUTRAL_OPTIONS,
+)  # fmt: skip
+
+
+@form({"anyOf": [{"enum": ["", "json"]}, parse_schema.schema]})
+def _parse_format(param: str, value: Any) -> str:
+    """Return the JSON Schema that a format means."""
+    if isinstance(value, str):
+        if value not in {"", "json"}:
+            refuse(param, "must be json or a JSON Schema")
+        return ANY_OBJECT if value else ""
+    return parse_schema(param, value)
+
+
+@form({"enum": [True, False, *_EFFORTS]})
+def _parse_think(param: str, value: Any) -> dict[str, Any]:
+    """Return the template's variables that a wish for reasoning means: true, false, or an effort."""
+    if isinstance(value, bool):
+        return {"enable_thinking": value}
+    if value not in _EFFORTS:
+        refuse(param, "must be true, false, low, medium or high")
+    return {"enable_thinking": True, "reasoning_effort": value}
+
+
+_ROLE: Final = Field("role", one_of("system", "user", "assistant", "tool"))
+_CONTENT: Final = Field("content", parse_text)
+_MESSAGE_THINKING: Final = Field("thinking", parse_text)
+_TOOL_NAME: Final = Field("tool_name", parse_text)
+_TOOL_CALL_ID: Final = Field("tool_call_id", parse_text)
+_MESSAGE: Final = ObjectForm(
+    _ROLE, _CONTENT, _MESSAGE_THINKING, _TOOL_NAME, _TOOL_CALL_ID, TOOL_CALLS,
+    required=[_ROLE], neutral={"images": ([],)},
+)  # fmt: skip
+
+
+@form(_MESSAGE.schema)
+def _parse_message(param: str, value: Any) -> ChatMessage:
+    fields = _MESSAGE.parse(param, value)
+    return ChatMessage(
+        role=fields.require(_ROLE),
+        content=fields.get(_CONTENT) or "",
+        reasoning=fields.get(_MESSAGE_THINKING) or "",
+        name=fields.get(_TOOL_NAME) or "",
+        tool_call_id=fields.get(_TOOL_CALL_ID) or "",
+        tool_calls=fields.get(TOOL_CALLS) or (),
+    )
+
+
+_OPTIONS: Final = Field("options", OPTIONS.form)
+_FORMAT: Final = Field("format", _parse_format)
+_THINK: Final = Field("think", _parse_think)
+_LOGPROBS: Final = Field("logprobs", parse_boolean)
+_MESSAGES: Final = Field("messages", list_of(_parse_message, "messages", _MAX_TURNS))
+PROMPT: Final = Field("prompt", parse_text)
+_SYSTEM: Final = Field("system", parse_text)
+_RAW: Final = Field("raw", parse_boolean)
+
+_COMMON: Final = (MODEL, STREAM, _OPTIONS, _FORMAT, _THINK, _LOGPROBS, TOP_LOGPROBS)
+CHAT: Final = ObjectForm(*_COMMON, _MESSAGES, TOOLS, required=[MODEL], ignored=IGNORED)
+GENERATE: Final = ObjectForm(*_COMMON, PROMPT, _SYSTEM, _RAW, required=[MODEL], ignored=IGNORED, neutral=NEUTRAL)
+SHOW: Final = ObjectForm(MODEL, required=[MODEL], ignored=["verbose", "name"])
 
 
 def parse_chat(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
     """Return the body of `POST /api/chat` as a request. Raises ApiError."""
-    fields = Fields(parse_json(body))
-    fields.refuse_misspelt(CHAT_FIELDS | IGNORED)
-    messages = fields.get("messages", _parse_messages) or ()
-    choice = parse_tools(fields)
-    job = replace(_parse_job(fields), messages=messages, tools=choice.tools)
+    fields = CHAT.read(parse_json(body))
+    messages = fields.get(_MESSAGES) or ()
+    refuse_prefill(_MESSAGES.name, messages)
+    choice = choose_tools(fields.get(TOOLS) or (), "auto", schema=fields.get(_FORMAT) or "", param="format")
+    job = choice.apply(replace(_parse_job(fields), messages=messages))
     generation = Generation(
         jobs=(job,) if messages else (), stream=_streams(fields), rules=choice.rules, details=wants_details(headers)
     )
@@ -77,15 +161,13 @@ def parse_chat(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]
 
 def parse_generate(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
     """Return the body of `POST /api/generate` as a request. Raises ApiError."""
-    fields = Fields(parse_json(body))
-    fields.refuse_misspelt(GENERATE_FIELDS | IGNORED | NEUTRAL.keys())
-    fields.refuse_unless_neutral(NEUTRAL)
-    prompt = fields.get("prompt", parse_text) or ""
-    system = fields.get("system", parse_text) or ""
-    is_raw = fields.get("raw", parse_boolean) or False
+    fields = GENERATE.read(parse_json(body))
+    prompt = fields.get(PROMPT) or ""
+    system = fields.get(_SYSTEM) or ""
+    is_raw = fields.get(_RAW) or False
     if is_raw and system:
         refuse("system", "cannot be combined with raw: true")
-    job = _parse_job(fields)
+    job = ToolChoice(schema=fields.get(_FORMAT) or "", param="format").apply(_parse_job(fields))
     if is_raw:
         job = replace(job, prompt=prompt, template_options={})
     else:
@@ -102,82 +184,31 @@ def parse_generate(body: bytes, headers: Headers) -> tuple[Generation, AnswerWri
 
 def model_name(fields: Fields) -> str:
     """Return the model that a body names; `:latest` means nothing here."""
-    model = fields.get("model", parse_text)
-    if not model:
-        refuse("model", "is missing")
-    return model.removesuffix(":latest")
+    return fields.require(MODEL).removesuffix(":latest")
 
 
 def _streams(fields: Fields) -> bool:
-    return fields.get("stream", parse_boolean) is not False
+    return fields.get(STREAM) is not False
 
 
 def _parse_job(fields: Fields) -> JobRequest:
     """Return the job that the fields common to both endpoints describe, without a prompt."""
-    options = Fields(fields.get("options", parse_object) or {}, "options.")
-    options.refuse_misspelt(OPTIONS | IGNORED_OPTIONS | NEUTRAL_OPTIONS.keys())
-    options.refuse_unless_neutral(NEUTRAL_OPTIONS)
-    temperature = options.get("temperature", number_between(0, 100))
-    top_k = options.get("top_k", count_between(-1, MAX_SEED))
-    limit = options.get("num_predict", count_between(-2, MAX_POSITIONS))
-    if limit == 0:
-        refuse("options.num_predict", "must be at least 1, or below 0 for no limit")
-    wants_logprobs = fields.get("logprobs", parse_boolean) or False
-    likeliest = fields.get("top_logprobs", count_between(0, MAX_LOGPROBS - 1)) or 0
+    options = fields.get(_OPTIONS) or OPTIONS.read({})
+    temperature, top_k = options.get(_TEMPERATURE), options.get(_TOP_K)
+    wants_logprobs = fields.get(_LOGPROBS) or False
+    likeliest = fields.get(TOP_LOGPROBS) or 0
     return JobRequest(
         model=model_name(fields),
-        max_tokens=limit if limit is not None and limit > 0 else None,
+        max_tokens=options.get(_NUM_PREDICT),
         temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
         top_k=DEFAULT_TOP_K if top_k is None else max(0, top_k),
-        top_p=options.get("top_p", parse_top_p) or DEFAULT_TOP_P,
-        min_p=options.get("min_p", number_between(0, 1)) or 0.0,
-        repetition_penalty=options.get("repeat_penalty", number_between(1 / MAX_PENALTY, MAX_PENALTY)) or 1.0,
-        presence_penalty=options.get("presence_penalty", number_between(-2, 2)) or 0.0,
-        frequency_penalty=options.get("frequency_penalty", number_between(-2, 2)) or 0.0,
-        seed=options.get("seed", count_between(MIN_SEED, MAX_SEED)),
-        stop=options.get("stop", parse_stop) or (),
+        top_p=options.get(TOP_P) or DEFAULT_TOP_P,
+        min_p=options.get(MIN_P) or 0.0,
+        repetition_penalty=options.get(_REPEAT_PENALTY) or 1.0,
+        presence_penalty=options.get(PRESENCE_PENALTY) or 0.0,
+        frequency_penalty=options.get(FREQUENCY_PENALTY) or 0.0,
+        seed=options.get(SEED),
+        stop=options.get(STOP) or (),
         top_logprobs=likeliest if wants_logprobs else None,
-        json_schema=fields.get("format", _parse_format) or "",
-        template_options=fields.get("think", _parse_think) or {},
-    )
-
-
-def _parse_format(param: str, value: Any) -> str:
-    """Return the JSON Schema that a format means."""
-    if isinstance(value, str):
-        if value not in {"", "json"}:
-            refuse(param, "must be json or a JSON Schema")
-        return ANY_OBJECT if value else ""
-    return schema_text(param, value)
-
-
-def _parse_think(param: str, value: Any) -> dict[str, Any]:
-    """Return the template's variables that a wish for reasoning means: true, false, or an effort."""
-    if isinstance(value, bool):
-        return {"enable_thinking": value}
-    if value not in {"low", "medium", "high"}:
-        refuse(param, "must be true, false, low, medium or high")
-    return {"enable_thinking": True, "reasoning_effort": value}
-
-
-def _parse_messages(param: str, value: Any) -> tuple[ChatMessage, ...]:
-    if not isinstance(value, list) or len(value) > _MAX_TURNS:
-        refuse(param, f"must be a list of at most {_MAX_TURNS} messages")
-    return tuple(_parse_message(f"{param}[{index}]", each) for index, each in enumerate(value))
-
-
-def _parse_message(param: str, value: Any) -> ChatMessage:
-    fields = Fields(parse_object(param, value), f"{param}.")
-    fields.refuse_misspelt({"role", "content", "thinking", "images", "tool_calls", "tool_name", "tool_call_id"})
-    fields.refuse_unless_neutral({"images": ([],)})
-    role = fields.get("role", parse_text)
-    if role not in _ROLES:
-        refuse(f"{param}.role", f"must be one of {', '.join(_ROLES)}")
-    return ChatMessage(
-        role=role,
-        content=fields.get("content", parse_text) or "",
-        reasoning=fields.get("thinking", parse_text) or "",
-        name=fields.get("tool_name", parse_text) or "",
-        tool_call_id=fields.get("tool_call_id", parse_text) or "",
-        tool_calls=fields.get("tool_calls", parse_tool_calls) or (),
+        template_options=fields.get(_THINK) or {},
     )

@@ -19,7 +19,7 @@ from node.api.generation import (
 )
 from node.api.job_document import describe_job
 from node.api.openai.logprobs import chat_logprobs, completion_logprobs
-from node.api.output_parser import ToolCall
+from node.api.tool_calls import ToolCall
 from node.coordinator.submission import JobResult, JobStarted, TokenLogprob
 
 EVENT_STREAM: Final = "text/event-stream; charset=utf-8"

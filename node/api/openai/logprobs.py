@@ -8,12 +8,12 @@ from node.coordinator.submission import TokenLogprob
 
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
     """Return the field `logprobs` of a chat's choice."""
-    return {
-        "content": [
-            _described(token) | {"top_logprobs": [_described(each) for each in token.likeliest]} for token in tokens
-        ],
-        "refusal": None,
-    }
+    return {"content": describe_logprobs(tokens), "refusal": None}
+
+
+def describe_logprobs(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    """Return tokens with their log probabilities, and those of the likeliest."""
+    return [_described(token) | {"top_logprobs": [_described(each) for each in token.likeliest]} for token in tokens]
 
 
 def completion_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:

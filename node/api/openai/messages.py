@@ -2,11 +2,23 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
-from node.api.fields import Fields, check_depth, parse_boolean, parse_object, parse_text, refuse
-from node.api.output_parser import ParserRules
+from node.api.fields import (
+    Field,
+    Fields,
+    ObjectForm,
+    check_depth,
+    form,
+    list_of,
+    one_of,
+    parse_name,
+    parse_object,
+    parse_text,
+    refuse,
+)
+from node.api.shared_fields import PARALLEL_TOOL_CALLS
+from node.api.tool_choice import ToolChoice, choose_tools
 from node.coordinator.submission import ChatMessage, MessageToolCall
 
 MAX_MESSAGES: Final = 4096
@@ -17,159 +29,71 @@ NEUTRAL_IN_MESSAGE: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("function_call", "audio"), ()),
     "refusal": ("",),
 }
-MESSAGE_FIELDS: Final = frozenset({
-    "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning",
-})  # fmt: skip
 
 # Chat templates know the older name of the role that instructs the model.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
-CHAT_TEXT: Final = ParserRules(reasoning=True)
+def refuse_prefill(param: str, turns: Sequence[ChatMessage]) -> None:
+    """Refuse a conversation whose last turn a server of the protocol would continue, as chat templates end turns."""
+    if turns and turns[-1].role == "assistant":
+        refuse(param, "cannot end with a turn of the assistant: continuing it is not supported")
 
 
-@dataclass(frozen=True, slots=True)
-class ToolChoice:
-    """The tools that the model may call, and how the text is read.
-
-    `schema`: a JSON Schema that makes it call one, or empty.
-    """
-
-    tools: tuple[Mapping[str, Any], ...] = ()
-    rules: ParserRules = CHAT_TEXT
-    schema: str = ""
+def parse_tools(fields: Fields, schema: str = "") -> ToolChoice:
+    """Return what a body says of tools, beside the JSON Schema of the answer."""
+    tools = fields.get(TOOLS) or ()
+    choice = fields.get(TOOL_CHOICE) or "auto"
+    return choose_tools(tools, choice, single=fields.get(PARALLEL_TOOL_CALLS) is False, schema=schema)
 
 
-def parse_tools(fields: Fields) -> ToolChoice:
-    """Return what a body says of tools."""
-    tools = fields.get("tools", _parse_tools) or ()
-    choice = fields.get("tool_choice", _parse_choice) or "auto"
-    return choose_tools(tools, choice, single=fields.get("parallel_tool_calls", parse_boolean) is False)
+NAME: Final = Field("name", parse_name)
+DESCRIPTION: Final = Field("description", parse_text)
+PARAMETERS: Final = Field("parameters", parse_object)
+IS_FUNCTION: Final = Field("type", one_of("function"))
+_MODES: Final = {"enum": ["none", "auto", "required"]}
+
+_NAMED_FUNCTION: Final = Field("function", ObjectForm(NAME, required=[NAME]).form)
+_CHOICE: Final = ObjectForm(IS_FUNCTION, _NAMED_FUNCTION, required=[IS_FUNCTION, _NAMED_FUNCTION])
 
 
-def choose_tools(tools: tuple[Mapping[str, Any], ...], choice: str, *, single: bool) -> ToolChoice:
-    """Return what `none`, `auto`, `required` or the name of a tool means. Raises ApiError."""
-    if not tools:
-        if choice not in {"auto", "none"}:
-            refuse("tool_choice", "requires tools")
-        return ToolChoice()
-    if choice == "none":
-        return ToolChoice()
-    if choice == "auto":
-        return ToolChoice(tools, ParserRules(reasoning=True, tools=True, single=single))
-    names = [tool["function"]["name"] for tool in tools]
-    if choice != "required" and choice not in names:
-        refuse("tool_choice", f"names {choice!r}, which is not among the tools")
-    chosen = [tool for tool in tools if choice in {"required", tool["function"]["name"]}]
-    return ToolChoice(tools, ParserRules(tools=True, forced=True, single=True), call_schema(chosen))
-
-
-def call_schema(tools: Sequence[Mapping[str, Any]]) -> str:
-    """Return the JSON Schema of a call of one of these tools."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool["function"]["name"]},
-                "arguments": tool["function"].get("parameters") or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool in tools
-    ]
-    return json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})
-
-
+@form({"anyOf": [_MODES, _CHOICE.schema]})
 def _parse_choice(param: str, value: Any) -> str:
     """Return `none`, `auto`, `required`, or the name of a tool."""
     if isinstance(value, dict):
-        fields = Fields(value, f"{param}.")
-        fields.refuse_unless_known({"type", "function"})
-        function = Fields(fields.get("function", parse_object) or {}, f"{param}.function.")
-        name = function.get("name", parse_text)
-        if fields.get("type", parse_text) != "function" or not name:
-            refuse(param, 'must be {"type": "function", "function": {"name": …}}')
-        return name
-    if value not in {"none", "auto", "required"}:
+        fields = _CHOICE.parse(param, value)
+        fields.require(IS_FUNCTION)
+        return fields.require(_NAMED_FUNCTION).require(NAME)
+    if value not in _MODES["enum"]:
         refuse(param, "must be none, auto, required, or a function")
     return str(value)
 
 
-def _parse_tools(param: str, value: Any) -> tuple[Mapping[str, Any], ...]:
-    if not isinstance(value, list) or len(value) > MAX_TOOLS:
-        refuse(param, f"must be a list of at most {MAX_TOOLS} tools")
-    check_depth(param, value)
-    return tuple(_parse_tool(f"{param}[{index}]", each) for index, each in enumerate(value))
+_FUNCTION: Final = Field(
+    "function", ObjectForm(NAME, DESCRIPTION, PARAMETERS, required=[NAME], ignored=["strict"]).form
+)
+_TOOL: Final = ObjectForm(IS_FUNCTION, _FUNCTION, required=[IS_FUNCTION, _FUNCTION])
 
 
+@form(_TOOL.schema)
 def _parse_tool(param: str, value: Any) -> Mapping[str, Any]:
-    fields = Fields(parse_object(param, value), f"{param}.")
-    if fields.get("type", parse_text) != "function":
-        refuse(f"{param}.type", "must be function: no other type is supported")
-    fields.refuse_unless_known({"type", "function"})
-    function = Fields(fields.get("function", parse_object) or {}, f"{param}.function.")
-    function.refuse_unless_known({"name", "description", "parameters", "strict"})
-    if not function.get("name", parse_text):
-        refuse(f"{param}.function.name", "is missing")
-    function.get("description", parse_text)
-    function.get("parameters", parse_object)
-    return {"type": "function", "function": {k: v for k, v in value["function"].items() if k != "strict"}}
-
-
-def parse_messages(param: str, value: Any) -> tuple[ChatMessage, ...]:
-    """Return the turns of a conversation."""
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_MESSAGES:
-        refuse(param, f"must be a list of 1 to {MAX_MESSAGES} messages")
-    return tuple(_parse_message(f"{param}[{index}]", each) for index, each in enumerate(value))
-
-
-def _parse_message(param: str, value: Any) -> ChatMessage:
-    fields = Fields(parse_object(param, value), f"{param}.")
-    role = fields.get("role", parse_text)
-    if role not in _ROLES:
-        refuse(f"{param}.role", f"must be one of {', '.join(_ROLES)}")
-    fields.refuse_misspelt({*MESSAGE_FIELDS, *NEUTRAL_IN_MESSAGE})
-    fields.refuse_unless_neutral(NEUTRAL_IN_MESSAGE)
-    calls = fields.get("tool_calls", parse_tool_calls) or ()
-    if calls and role != "assistant":
-        refuse(f"{param}.tool_calls", "belongs to the assistant's turns")
-    content = fields.get("content", parse_content)
-    if content is None and role == "assistant":  # a turn that only called a tool
-        content = ""
-    if content is None:
-        refuse(f"{param}.content", "is missing")
-    is_tool = role == "tool"
-    return ChatMessage(
-        role=_ROLES[role],
-        content=content,
-        tool_calls=calls,
-        tool_call_id=(fields.get("tool_call_id", parse_text) or "") if is_tool else "",
-        name=(fields.get("name", parse_text) or "") if is_tool else "",
-        reasoning=fields.get("reasoning_content", parse_text) or fields.get("reasoning", parse_text) or "",
-    )
-
-
-def parse_tool_calls(param: str, value: Any) -> tuple[MessageToolCall, ...]:
-    """Return the tool calls of an earlier turn."""
-    if not isinstance(value, list) or len(value) > MAX_TOOLS:
-        refuse(param, f"must be a list of at most {MAX_TOOLS} tool calls")
     check_depth(param, value)
-    return tuple(_parse_call(f"{param}[{index}]", each) for index, each in enumerate(value))
+    fields = _TOOL.parse(param, value)
+    fields.require(IS_FUNCTION)
+    function = fields.require(_FUNCTION)
+    return described_tool(function.require(NAME), function.get(DESCRIPTION), function.get(PARAMETERS))
 
 
-def _parse_call(param: str, value: Any) -> MessageToolCall:
-    fields = Fields(parse_object(param, value), f"{param}.")
-    fields.refuse_unless_known({"id", "type", "function", "index"})
-    function = Fields(fields.get("function", parse_object) or {}, f"{param}.function.")
-    name = function.get("name", parse_text)
-    if not name:
-        refuse(f"{param}.function.name", "is missing")
-    return MessageToolCall(
-        id=fields.get("id", parse_text) or "", name=name, arguments=function.get("arguments", parse_arguments) or {}
-    )
+def described_tool(name: str, description: str | None, parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return a tool as chat templates take it."""
+    function = {"name": name, "description": description, "parameters": parameters}
+    return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
 
 
+_ARGUMENTS_SCHEMA: Final = {"anyOf": [{"type": "object"}, {"type": "string", "contentMediaType": "application/json"}]}
+
+
+@form(_ARGUMENTS_SCHEMA)
 def parse_arguments(param: str, value: Any) -> dict[str, Any]:
     """Return the arguments of a tool call: an object, or one as JSON."""
     if isinstance(value, str):
@@ -181,16 +105,78 @@ def parse_arguments(param: str, value: Any) -> dict[str, Any]:
     return parse_object(param, value)
 
 
+ID: Final = Field("id", parse_text)
+ARGUMENTS: Final = Field("arguments", parse_arguments)
+_CALLED: Final = Field("function", ObjectForm(NAME, ARGUMENTS, required=[NAME], is_open=True).form)
+_CALL: Final = ObjectForm(ID, _CALLED, required=[_CALLED], ignored=["type", "index"])
+
+
+@form(_CALL.schema)
+def _parse_call(param: str, value: Any) -> MessageToolCall:
+    check_depth(param, value)
+    fields = _CALL.parse(param, value)
+    function = fields.require(_CALLED)
+    return MessageToolCall(
+        id=fields.get(ID) or "", name=function.require(NAME), arguments=function.get(ARGUMENTS) or {}
+    )
+
+
+TEXT: Final = Field("text", parse_text)
+_IS_TEXT: Final = Field("type", one_of("text"))
+_PART: Final = ObjectForm(_IS_TEXT, TEXT, required=[_IS_TEXT, TEXT], ignored=["cache_control"])
+
+
+@form({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART.schema}]})
 def parse_content(param: str, value: Any) -> str:
     """Return the text of a turn: a text, or parts of type `text`."""
     if not isinstance(value, list):
         return parse_text(param, value)
     texts = []
     for index, part in enumerate(value):
-        fields = Fields(parse_object(f"{param}[{index}]", part), f"{param}[{index}].")
-        fields.refuse_misspelt({"type", "text", "image_url", "input_audio", "file", "refusal", "cache_control"})
-        text = fields.get("text", parse_text)
-        if fields.get("type", parse_text) != "text" or text is None:
-            refuse(f"{param}[{index}]", "must be of type text: no other type is supported")
-        texts.append(text)
+        where = f"{param}[{index}]"
+        if parse_object(where, part).get("type") != "text":
+            refuse(where, "must be of type text: no other type is supported")
+        texts.append(_PART.parse(where, part).require(TEXT))
     return "".join(texts)
+
+
+_ROLE: Final = Field("role", one_of(*_ROLES))
+_CONTENT: Final = Field("content", parse_content)
+TOOL_CALLS: Final = Field("tool_calls", list_of(_parse_call, "tool calls", MAX_TOOLS))
+_TOOL_CALL_ID: Final = Field("tool_call_id", parse_text)
+_AUTHOR: Final = Field("name", parse_text)
+_REASONING_CONTENT: Final = Field("reasoning_content", parse_text)
+_REASONING: Final = Field("reasoning", parse_text)
+MESSAGE: Final = ObjectForm(
+    _ROLE, _CONTENT, TOOL_CALLS, _TOOL_CALL_ID, _AUTHOR, _REASONING_CONTENT, _REASONING,
+    required=[_ROLE], neutral=NEUTRAL_IN_MESSAGE,
+)  # fmt: skip
+
+
+@form(MESSAGE.schema)
+def _parse_message(param: str, value: Any) -> ChatMessage:
+    fields = MESSAGE.parse(param, value)
+    role = fields.require(_ROLE)
+    calls = fields.get(TOOL_CALLS) or ()
+    if calls and role != "assistant":
+        refuse(f"{param}.tool_calls", "belongs to the assistant's turns")
+    content = fields.get(_CONTENT)
+    if content is None and role == "assistant":  # a turn that only called a tool
+        content = ""
+    if content is None:
+        refuse(f"{param}.content", "is missing")
+    call_id, author = fields.get(_TOOL_CALL_ID) or "", fields.get(_AUTHOR) or ""
+    is_tool = role == "tool"
+    return ChatMessage(
+        role=_ROLES[role],
+        content=content,
+        tool_calls=calls,
+        tool_call_id=call_id if is_tool else "",
+        name=author if is_tool else "",
+        reasoning=fields.get(_REASONING_CONTENT) or fields.get(_REASONING) or "",
+    )
+
+
+MESSAGES: Final = Field("messages", list_of(_parse_message, "messages", MAX_MESSAGES, least=1))
+TOOLS: Final = Field("tools", list_of(_parse_tool, "tools", MAX_TOOLS))
+TOOL_CHOICE: Final = Field("tool_choice", _parse_choice)

@@ -6,28 +6,52 @@ from typing import Any, Final
 
 from starlette.datastructures import Headers
 
-from node.api.endpoint import AnswerWriter, wants_details
+from node.api.endpoint import AnswerWriter
 from node.api.fields import (
+    Field,
     Fields,
+    Form,
+    ObjectForm,
     check_depth,
     count_between,
+    form,
     number_between,
+    one_of,
     parse_boolean,
     parse_json,
     parse_limit,
-    parse_method,
     parse_object,
-    parse_quality,
-    parse_stop,
     parse_text,
-    parse_top_p,
     refuse,
 )
 from node.api.generation import MAX_CHOICES, Generation, several
 from node.api.openai.answers import CompletionWriter
-from node.api.openai.messages import parse_messages, parse_tools
+from node.api.openai.messages import MESSAGES, TOOL_CHOICE, TOOLS, parse_tools
 from node.api.output_parser import ParserRules
-from node.api.schemas import ANY_OBJECT, schema_text
+from node.api.schemas import ANY_OBJECT, parse_schema
+from node.api.shared_fields import (
+    EXTENSIONS,
+    FREQUENCY_PENALTY,
+    IGNORE_EOS,
+    MAX_SEED,
+    MAX_TOKENS,
+    METASWARM,
+    METHOD,
+    MIN_P,
+    MODEL,
+    PARALLEL_TOOL_CALLS,
+    PRESENCE_PENALTY,
+    QUALITY,
+    REASONING_EFFORTS,
+    SEED,
+    STOP,
+    STREAM,
+    TEMPERATURE,
+    TOP_LOGPROBS,
+    TOP_P,
+    TRACE,
+    asks_details,
+)
 from node.coordinator.submission import JobRequest
 from protocol.limits import (
     MAX_LOGIT_BIAS,
@@ -40,34 +64,14 @@ from protocol.limits import (
 )
 from protocol.measurements import QualityBound
 
-MIN_SEED: Final = -(2**63)
-MAX_SEED: Final = 2**63 - 1
 DEFAULT_TEMPERATURE: Final = 1.0
 DEFAULT_COMPLETION_TOKENS: Final = 16
 """The OpenAI API's own default for `/v1/completions`; a chat goes on until the model ends it."""
-
-IMPLEMENTED: Final = frozenset({
-    "model", "stream", "stream_options", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p",
-    "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "seed", "stop", "stop_token_ids",
-    "ignore_eos", "metaswarm", "n", "logprobs", "response_format",
-})  # fmt: skip
-IMPLEMENTED_FOR_CHAT: Final = IMPLEMENTED | {
-    "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls",
-    "chat_template_kwargs", "reasoning_effort",
-}  # fmt: skip
-IMPLEMENTED_FOR_COMPLETION: Final = IMPLEMENTED | {"prompt", "echo"}
 
 IGNORED: Final = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
 })  # fmt: skip
 """Fields that cannot change the answer, whatever their value."""
-
-REASONING_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh")
-
-EXTENSIONS: Final = frozenset({"quality", "method", "ignore_eos"})
-"""Fields of `metaswarm`."""
-
-STREAM_OPTIONS: Final = frozenset({"include_usage", "include_obfuscation"})
 
 # Fields and the values, besides null, at which they do nothing.
 NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -94,161 +98,49 @@ NEUTRAL_FOR_COMPLETION: Final[Mapping[str, tuple[Any, ...]]] = {
     **NEUTRAL, "best_of": (1,), "suffix": ("",), "add_special_tokens": (True,)
 }  # fmt: skip
 
-
-def parse_chat_request(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
-    """Return the body of `POST /v1/chat/completions` as a request. Raises ApiError."""
-    fields = Fields(parse_json(body))
-    fields.refuse_misspelt(IMPLEMENTED_FOR_CHAT | IGNORED | NEUTRAL_FOR_CHAT.keys())
-    fields.refuse_unless_neutral(NEUTRAL_FOR_CHAT)
-    messages = fields.get("messages", parse_messages)
-    if messages is None:
-        refuse("messages", "is missing")
-    choice = parse_tools(fields)
-    max_tokens = fields.get("max_tokens", parse_limit)
-    job = replace(
-        _parse_job(fields, fields.get("max_completion_tokens", parse_limit) or max_tokens),
-        messages=messages,
-        tools=choice.tools,
-        template_options=_template_options(fields),
-        json_schema=choice.schema or fields.get("response_format", _parse_response_format) or "",
-        top_logprobs=_parse_chat_logprobs(fields),
-    )
-    return _parse_form(fields, headers, [job], choice.rules)
+_FORMAT_TYPE: Final = Field("type", one_of("text", "json_object", "json_schema"))
+_FORMAT_SCHEMA: Final = Field("schema", parse_schema)
+_NAMED_SCHEMA: Final = ObjectForm(_FORMAT_SCHEMA, required=[_FORMAT_SCHEMA], ignored={"name", "description", "strict"})
 
 
-def parse_completion_request(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
-    """Return the body of `POST /v1/completions` as a request. Raises ApiError."""
-    fields = Fields(parse_json(body))
-    fields.refuse_misspelt(IMPLEMENTED_FOR_COMPLETION | IGNORED | NEUTRAL_FOR_COMPLETION.keys())
-    fields.refuse_unless_neutral(NEUTRAL_FOR_COMPLETION)
-    prompts = fields.get("prompt", _parse_prompts)
-    if prompts is None:
-        refuse("prompt", "is missing")
-    job = _parse_job(fields, fields.get("max_tokens", parse_limit) or DEFAULT_COMPLETION_TOKENS)
-    job = replace(
-        job,
-        echo=fields.get("echo", parse_boolean) or False,
-        top_logprobs=_parse_logprobs(fields),
-        json_schema=fields.get("response_format", _parse_response_format) or "",
-    )
-    if job.echo and job.top_logprobs is not None:
-        refuse("logprobs", "cannot be combined with echo: the prompt's log probabilities are not available")
-    jobs = [
-        replace(job, prompt=prompt) if isinstance(prompt, str) else replace(job, prompt_tokens=prompt)
-        for prompt in prompts
-    ]
-    return _parse_form(fields, headers, jobs)
+@form(_NAMED_SCHEMA.schema)
+def _parse_named_schema(param: str, value: Any) -> str:
+    return _NAMED_SCHEMA.parse(param, value).require(_FORMAT_SCHEMA)
 
 
-def _template_options(fields: Fields) -> dict[str, Any]:
-    """Return variables for the chat template."""
-    options = fields.get("chat_template_kwargs", parse_object) or {}
-    check_depth("chat_template_kwargs", options)
-    effort = fields.get("reasoning_effort", parse_text)
-    if effort is not None and effort not in REASONING_EFFORTS:
-        refuse("reasoning_effort", f"must be one of {', '.join(REASONING_EFFORTS)}")
-    if effort is None:
-        return options
-    return {"reasoning_effort": effort, "enable_thinking": effort != "none", **options}
+_JSON_SCHEMA: Final = Field("json_schema", _parse_named_schema)
+_FORMAT: Final = ObjectForm(_FORMAT_TYPE, _JSON_SCHEMA, required=[_FORMAT_TYPE])
 
 
-def _parse_response_format(param: str, value: Any) -> str:
+@form(_FORMAT.schema)
+def parse_response_format(param: str, value: Any) -> str:
     """Return the JSON Schema that a format means; empty for any text."""
-    form = Fields(parse_object(param, value), f"{param}.")
-    form.refuse_unless_known({"type", "json_schema"})
-    match form.get("type", parse_text):
-        case "text":
-            return ""
-        case "json_object":
-            return ANY_OBJECT
-        case "json_schema":
-            inner = Fields(form.get("json_schema", parse_object) or {}, f"{param}.json_schema.")
-            inner.refuse_unless_known({"name", "description", "schema", "strict"})
-            return inner.get("schema", schema_text) or refuse(f"{param}.json_schema.schema", "is missing")
-    return refuse(f"{param}.type", "must be text, json_object or json_schema")
+    fields = _FORMAT.parse(param, value)
+    kind, schema = fields.require(_FORMAT_TYPE), fields.get(_JSON_SCHEMA)
+    if kind != "json_schema":
+        return ANY_OBJECT if kind == "json_object" else ""
+    return schema or refuse(f"{param}.json_schema.schema", "is missing")
 
 
-def _parse_chat_logprobs(fields: Fields) -> int | None:
-    """Return how many likeliest tokens a chat wants to see; None for no log probabilities at all."""
-    count = fields.get("top_logprobs", count_between(0, MAX_LOGPROBS - 1))
-    if fields.get("logprobs", parse_boolean):
-        return count or 0
-    if count:
-        refuse("top_logprobs", "requires logprobs: true")
-    return None
+_TOKEN_ID: Final = count_between(0, MAX_VOCABULARY - 1)
 
 
-def _parse_logprobs(fields: Fields) -> int | None:
-    """Return the same for a completion, whose `logprobs` is a number."""
-    return fields.get("logprobs", lambda param, value: None if value is False else _parse_top(param, value))
-
-
-def _parse_form(
-    fields: Fields, headers: Headers, jobs: Sequence[JobRequest], rules: ParserRules | None = None
-) -> tuple[Generation, CompletionWriter]:
-    """Return the request of one job for each prompt, and what writes its answer. `rules`: of a chat."""
-    stream = fields.get("stream", parse_boolean) or False
-    stream_options = fields.get("stream_options", parse_object)
-    if stream_options is not None and not stream:
-        refuse("stream_options", "requires stream: true")
-    options = Fields(stream_options or {}, "stream_options.")
-    options.refuse_unless_known(STREAM_OPTIONS)
-    count = fields.get("n", count_between(1, MAX_CHOICES)) or 1
-    if count * len(jobs) > MAX_CHOICES:
-        refuse("n", f"times the {len(jobs)} prompts must be at most {MAX_CHOICES}")
-    generation = Generation(
-        jobs=tuple(each for job in jobs for each in several(job, count)),
-        choices_per_prompt=count,
-        stream=stream,
-        rules=rules or ParserRules(),
-        details=fields.get("metaswarm", parse_object) is not None or wants_details(headers),
-    )
-    include_usage = options.get("include_usage", parse_boolean) or False
-    return generation, CompletionWriter(generation, is_chat=rules is not None, include_usage=include_usage)
-
-
-def _parse_job(fields: Fields, max_tokens: int | None) -> JobRequest:
-    """Return the job that the fields common to both endpoints describe, without a prompt."""
-    model = fields.get("model", parse_text)
-    if not model:
-        refuse("model", "is missing")
-    extras = Fields(fields.get("metaswarm", parse_object) or {}, "metaswarm.")
-    extras.refuse_unless_known(EXTENSIONS)
-    temperature = fields.get("temperature", number_between(0, 2))
-    repetition_penalty = fields.get("repetition_penalty", number_between(1 / MAX_PENALTY, MAX_PENALTY))
-    min_tokens = fields.get("min_tokens", count_between(0, MAX_POSITIONS)) or 0
-    if max_tokens is not None and min_tokens > max_tokens:
-        refuse("min_tokens", f"must not exceed the {max_tokens} tokens of max_tokens")
-    return JobRequest(
-        model=model,
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
-        top_p=fields.get("top_p", parse_top_p) or 1.0,
-        top_k=max(0, fields.get("top_k", count_between(-1, MAX_SEED)) or 0),
-        min_p=fields.get("min_p", number_between(0, 1)) or 0.0,
-        repetition_penalty=1.0 if repetition_penalty is None else repetition_penalty,
-        frequency_penalty=fields.get("frequency_penalty", number_between(-2, 2)) or 0.0,
-        presence_penalty=fields.get("presence_penalty", number_between(-2, 2)) or 0.0,
-        logit_bias=fields.get("logit_bias", _parse_logit_bias) or (),
-        seed=fields.get("seed", count_between(MIN_SEED, MAX_SEED)),
-        stop=fields.get("stop", parse_stop) or (),
-        stop_token_ids=fields.get("stop_token_ids", _parse_stop_token_ids) or (),
-        ignore_eos=fields.get("ignore_eos", parse_boolean) or extras.get("ignore_eos", parse_boolean) or False,
-        quality=extras.get("quality", parse_quality) or QualityBound.EXACT,
-        method=extras.get("method", parse_method) or "auto",
-    )
-
-
-_parse_top: Final = count_between(0, MAX_LOGPROBS - 1)
-
-
+@form({"type": "array", "items": _TOKEN_ID.schema, "maxItems": MAX_STOP_TOKENS})
 def _parse_stop_token_ids(param: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) > MAX_STOP_TOKENS:
         refuse(param, f"must be a list of at most {MAX_STOP_TOKENS} token ids")
-    return tuple(dict.fromkeys(count_between(0, MAX_VOCABULARY - 1)(param, each) for each in value))
+    return tuple(dict.fromkeys(_TOKEN_ID(param, each) for each in value))
 
 
+_BIAS: Final = number_between(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+
+
+@form({
+    "type": "object",
+    "additionalProperties": _BIAS.schema,
+    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "maxProperties": MAX_LOGIT_BIASES,
+})  # fmt: skip
 def _parse_logit_bias(param: str, value: Any) -> tuple[tuple[int, float], ...]:
     biases = parse_object(param, value)
     if len(biases) > MAX_LOGIT_BIASES:
@@ -257,17 +149,31 @@ def _parse_logit_bias(param: str, value: Any) -> tuple[tuple[int, float], ...]:
     for token, bias in biases.items():
         if not (token.isascii() and token.isdigit() and len(token) <= 9 and int(token) < MAX_VOCABULARY):
             refuse(param, f"must have token ids as keys, not {token[:32]!r}")
-        parsed[int(token)] = number_between(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)(f"{param}[{int(token)}]", bias)
+        parsed[int(token)] = _BIAS(f"{param}[{int(token)}]", bias)
     return tuple((token, parsed[token]) for token in sorted(parsed) if parsed[token])
 
 
-def _parse_prompts(param: str, value: Any) -> list[str | tuple[int, ...]]:
-    """Return prompts: a text, token ids, or a list of these."""
-    if not isinstance(value, list) or not value or not isinstance(value[0], str | list):
-        return [_parse_prompt(param, value)]
-    if len(value) > MAX_CHOICES:
-        refuse(param, f"must hold at most {MAX_CHOICES} prompts")
-    return [_parse_prompt(f"{param}[{index}]" if len(value) > 1 else param, each) for index, each in enumerate(value)]
+_PROMPT: Final = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": _TOKEN_ID.schema, "minItems": 1, "maxItems": MAX_POSITIONS},
+    ]
+}
+
+
+def prompts_of(most: int) -> Form[Sequence[str | tuple[int, ...]]]:
+    """Return the form of a text, of token ids, or of a list of up to so many of these."""
+
+    @form({"anyOf": [*_PROMPT["anyOf"], {"type": "array", "items": _PROMPT, "minItems": 1, "maxItems": most}]})
+    def parse(param: str, value: Any) -> Sequence[str | tuple[int, ...]]:
+        if not isinstance(value, list) or not value or not isinstance(value[0], str | list):
+            return [_parse_prompt(param, value)]
+        if len(value) > most:
+            refuse(param, f"must hold at most {most} prompts")
+        several = len(value) > 1
+        return [_parse_prompt(f"{param}[{index}]" if several else param, each) for index, each in enumerate(value)]
+
+    return parse
 
 
 def _parse_prompt(param: str, value: Any) -> str | tuple[int, ...]:
@@ -278,3 +184,162 @@ def _parse_prompt(param: str, value: Any) -> str | tuple[int, ...]:
     if any(type(token) is not int or not 0 <= token < MAX_VOCABULARY for token in value):
         refuse(param, f"token ids must be integers from 0 to {MAX_VOCABULARY - 1}")
     return tuple(value)
+
+
+_parse_top: Final = count_between(0, MAX_LOGPROBS - 1)
+
+
+@form({"anyOf": [_parse_top.schema, {"const": False}]})
+def _parse_logprobs(param: str, value: Any) -> int | None:
+    """Return how many likeliest tokens a completion wants to see; None for no log probabilities at all."""
+    return None if value is False else _parse_top(param, value)
+
+
+@form({"type": "object"})
+def _parse_template_options(param: str, value: Any) -> dict[str, Any]:
+    options = parse_object(param, value)
+    check_depth(param, options)
+    return options
+
+
+_INCLUDE_USAGE: Final = Field("include_usage", parse_boolean)
+STREAM_OPTIONS: Final = ObjectForm(_INCLUDE_USAGE, ignored={"include_obfuscation"})
+
+_STREAM_OPTIONS: Final = Field("stream_options", STREAM_OPTIONS.form)
+_MIN_TOKENS: Final = Field("min_tokens", count_between(0, MAX_POSITIONS))
+_TOP_K: Final = Field("top_k", count_between(-1, MAX_SEED))
+_REPETITION_PENALTY: Final = Field("repetition_penalty", number_between(1 / MAX_PENALTY, MAX_PENALTY))
+_LOGIT_BIAS: Final = Field("logit_bias", _parse_logit_bias)
+_STOP_TOKEN_IDS: Final = Field("stop_token_ids", _parse_stop_token_ids)
+_N: Final = Field("n", count_between(1, MAX_CHOICES))
+_RESPONSE_FORMAT: Final = Field("response_format", parse_response_format)
+
+_MAX_COMPLETION_TOKENS: Final = Field("max_completion_tokens", parse_limit)
+_CHAT_LOGPROBS: Final = Field("logprobs", parse_boolean)
+_TEMPLATE_OPTIONS: Final = Field("chat_template_kwargs", _parse_template_options)
+_REASONING_EFFORT: Final = Field("reasoning_effort", one_of(*REASONING_EFFORTS))
+
+_PROMPTS: Final = Field("prompt", prompts_of(MAX_CHOICES))
+_LOGPROBS: Final = Field("logprobs", _parse_logprobs)
+_ECHO: Final = Field("echo", parse_boolean)
+
+_COMMON: Final = (
+    MODEL, STREAM, _STREAM_OPTIONS, MAX_TOKENS, _MIN_TOKENS, TEMPERATURE, TOP_P, _TOP_K, MIN_P, _REPETITION_PENALTY,
+    FREQUENCY_PENALTY, PRESENCE_PENALTY, _LOGIT_BIAS, SEED, STOP, _STOP_TOKEN_IDS, IGNORE_EOS, METASWARM, _N,
+    _RESPONSE_FORMAT,
+)  # fmt: skip
+CHAT: Final = ObjectForm(
+    *_COMMON, MESSAGES, _MAX_COMPLETION_TOKENS, _CHAT_LOGPROBS, TOP_LOGPROBS, TOOLS, TOOL_CHOICE, PARALLEL_TOOL_CALLS,
+    _TEMPLATE_OPTIONS, _REASONING_EFFORT, required=[MODEL, MESSAGES], ignored=IGNORED, neutral=NEUTRAL_FOR_CHAT,
+)  # fmt: skip
+COMPLETION: Final = ObjectForm(
+    *_COMMON, _PROMPTS, _LOGPROBS, _ECHO, required=[MODEL, _PROMPTS], ignored=IGNORED, neutral=NEUTRAL_FOR_COMPLETION
+)
+
+
+def parse_chat_request(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
+    """Return the body of `POST /v1/chat/completions` as a request. Raises ApiError."""
+    fields = CHAT.read(parse_json(body))
+    messages = fields.require(MESSAGES)
+    choice = parse_tools(fields, fields.get(_RESPONSE_FORMAT) or "")
+    max_tokens = fields.get(MAX_TOKENS)
+    job = replace(
+        _parse_job(fields, fields.get(_MAX_COMPLETION_TOKENS) or max_tokens),
+        messages=messages,
+        template_options=_template_options(fields),
+        top_logprobs=_chat_logprobs(fields),
+    )
+    return _parse_form(fields, headers, [choice.apply(job)], choice.rules)
+
+
+def parse_completion_request(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
+    """Return the body of `POST /v1/completions` as a request. Raises ApiError."""
+    fields = COMPLETION.read(parse_json(body))
+    prompts = fields.require(_PROMPTS)
+    job = _parse_job(fields, fields.get(MAX_TOKENS) or DEFAULT_COMPLETION_TOKENS)
+    job = replace(
+        job,
+        echo=fields.get(_ECHO) or False,
+        top_logprobs=fields.get(_LOGPROBS),
+        json_schema=fields.get(_RESPONSE_FORMAT) or "",
+    )
+    if job.echo and job.top_logprobs is not None:
+        refuse("logprobs", "cannot be combined with echo: the prompt's log probabilities are not available")
+    return _parse_form(fields, headers, [with_prompt(job, prompt) for prompt in prompts])
+
+
+def with_prompt(job: JobRequest, prompt: str | tuple[int, ...]) -> JobRequest:
+    """Return a job with a prompt."""
+    return replace(job, prompt=prompt) if isinstance(prompt, str) else replace(job, prompt_tokens=prompt)
+
+
+def _template_options(fields: Fields) -> dict[str, Any]:
+    """Return variables for the chat template."""
+    options = fields.get(_TEMPLATE_OPTIONS) or {}
+    effort = fields.get(_REASONING_EFFORT)
+    if effort is None:
+        return options
+    return {"reasoning_effort": effort, "enable_thinking": effort != "none", **options}
+
+
+def _chat_logprobs(fields: Fields) -> int | None:
+    """Return how many likeliest tokens a chat wants to see; None for no log probabilities at all."""
+    count = fields.get(TOP_LOGPROBS)
+    if fields.get(_CHAT_LOGPROBS):
+        return count or 0
+    if count:
+        refuse("top_logprobs", "requires logprobs: true")
+    return None
+
+
+def _parse_form(
+    fields: Fields, headers: Headers, jobs: Sequence[JobRequest], rules: ParserRules | None = None
+) -> tuple[Generation, CompletionWriter]:
+    """Return the request of one job for each prompt, and what writes its answer. `rules`: of a chat."""
+    stream = fields.get(STREAM) or False
+    options = fields.get(_STREAM_OPTIONS)
+    if options is not None and not stream:
+        refuse("stream_options", "requires stream: true")
+    count = fields.get(_N) or 1
+    if count * len(jobs) > MAX_CHOICES:
+        refuse("n", f"times the {len(jobs)} prompts must be at most {MAX_CHOICES}")
+    generation = Generation(
+        jobs=tuple(each for job in jobs for each in several(job, count)),
+        choices_per_prompt=count,
+        stream=stream,
+        rules=rules or ParserRules(),
+        details=asks_details(fields, headers),
+    )
+    include_usage = options is not None and options.get(_INCLUDE_USAGE) is True
+    return generation, CompletionWriter(generation, is_chat=rules is not None, include_usage=include_usage)
+
+
+def _parse_job(fields: Fields, max_tokens: int | None) -> JobRequest:
+    """Return the job that the fields common to both endpoints describe, without a prompt."""
+    model = fields.require(MODEL)
+    extras = fields.get(METASWARM) or EXTENSIONS.read({})
+    temperature = fields.get(TEMPERATURE)
+    repetition_penalty = fields.get(_REPETITION_PENALTY)
+    min_tokens = fields.get(_MIN_TOKENS) or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        refuse("min_tokens", f"must not exceed the {max_tokens} tokens of max_tokens")
+    return JobRequest(
+        model=model,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
+        top_p=fields.get(TOP_P) or 1.0,
+        top_k=max(0, fields.get(_TOP_K) or 0),
+        min_p=fields.get(MIN_P) or 0.0,
+        repetition_penalty=1.0 if repetition_penalty is None else repetition_penalty,
+        frequency_penalty=fields.get(FREQUENCY_PENALTY) or 0.0,
+        presence_penalty=fields.get(PRESENCE_PENALTY) or 0.0,
+        logit_bias=fields.get(_LOGIT_BIAS) or (),
+        seed=fields.get(SEED),
+        stop=fields.get(STOP) or (),
+        stop_token_ids=fields.get(_STOP_TOKEN_IDS) or (),
+        ignore_eos=fields.get(IGNORE_EOS) or extras.get(IGNORE_EOS) or False,
+        quality=extras.get(QUALITY) or QualityBound.EXACT,
+        method=extras.get(METHOD) or "auto",
+        trace=extras.get(TRACE) or False,
+    )

@@ -18,7 +18,7 @@ from node.api.generation import (
 )
 from node.api.job_document import describe_job
 from node.api.openai.answers import EVENT_STREAM, describe_usage
-from node.api.output_parser import ToolCall
+from node.api.tool_calls import ToolCall
 from node.coordinator.submission import JobStarted
 
 

@@ -1,38 +1,59 @@
 """Request bodies of the OpenAI API's `/v1/responses`."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from starlette.datastructures import Headers
 
-from node.api.endpoint import AnswerWriter, wants_details
+from node.api.endpoint import AnswerWriter
 from node.api.fields import (
+    Field,
     Fields,
+    ObjectForm,
     check_depth,
-    number_between,
-    parse_boolean,
+    form,
+    list_of,
+    one_of,
     parse_json,
     parse_limit,
-    parse_method,
     parse_object,
-    parse_quality,
     parse_text,
-    parse_top_p,
     refuse,
 )
 from node.api.generation import Generation
-from node.api.openai.messages import MAX_MESSAGES, MAX_TOOLS, ToolChoice, choose_tools, parse_arguments
-from node.api.openai.requests import EXTENSIONS, REASONING_EFFORTS
+from node.api.openai.messages import (
+    ARGUMENTS,
+    DESCRIPTION,
+    IS_FUNCTION,
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    NAME,
+    PARAMETERS,
+    described_tool,
+)
 from node.api.openai.response_events import ResponseWriter
-from node.api.schemas import ANY_OBJECT, schema_text
+from node.api.schemas import ANY_OBJECT, parse_schema
+from node.api.shared_fields import (
+    EFFORT,
+    EXTENSIONS,
+    IGNORE_EOS,
+    METASWARM,
+    METHOD,
+    MODEL,
+    PARALLEL_TOOL_CALLS,
+    QUALITY,
+    STREAM,
+    TEMPERATURE,
+    TOP_P,
+    TRACE,
+    asks_details,
+)
+from node.api.tool_choice import ToolChoice, choose_tools
 from node.coordinator.submission import ChatMessage, JobRequest, MessageToolCall
 from protocol.measurements import QualityBound
 
-IMPLEMENTED: Final = frozenset({
-    "model", "input", "instructions", "max_output_tokens", "temperature", "top_p", "stream", "tools", "tool_choice",
-    "parallel_tool_calls", "text", "reasoning", "metaswarm",
-})  # fmt: skip
 IGNORED: Final = frozenset({
     "metadata", "store", "user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "stream_options",
@@ -40,56 +61,203 @@ IGNORED: Final = frozenset({
 NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("previous_response_id", "conversation", "prompt", "max_tool_calls", "context_management"), ()),
     "background": (False,),
-    "include": ([],),
+    "include": ([], ["reasoning.encrypted_content"]),
     "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
 _ROLES: Final = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
+_FORMAT_TYPE: Final = Field("type", one_of("text", "json_object", "json_schema"))
+_FORMAT_SCHEMA: Final = Field("schema", parse_schema)
+_FORMAT: Final = Field(
+    "format",
+    ObjectForm(_FORMAT_TYPE, _FORMAT_SCHEMA, required=[_FORMAT_TYPE], ignored=["name", "description", "strict"]).form,
+)
+_TEXT_OPTIONS: Final = ObjectForm(_FORMAT, neutral={"verbosity": ("medium",)})
+
+
+@form(_TEXT_OPTIONS.schema)
+def _parse_text_options(param: str, value: Any) -> str:
+    """Return the JSON Schema that a format means; empty for any text."""
+    found = _TEXT_OPTIONS.parse(param, value).get(_FORMAT)
+    kind = found.require(_FORMAT_TYPE) if found else "text"
+    schema = found.get(_FORMAT_SCHEMA) if found else None
+    if kind != "json_schema":
+        return ANY_OBJECT if kind == "json_object" else ""
+    return schema or refuse(f"{param}.format.schema", "is missing")
+
+
+_MODES: Final = {"enum": ["none", "auto", "required"]}
+_CHOICE: Final = ObjectForm(IS_FUNCTION, NAME, required=[IS_FUNCTION, NAME])
+
+
+@form({"anyOf": [_MODES, _CHOICE.schema]})
+def _parse_choice(param: str, value: Any) -> str:
+    """Return `none`, `auto`, `required`, or the name of a tool."""
+    if isinstance(value, dict):
+        choice = _CHOICE.parse(param, value)
+        choice.require(IS_FUNCTION)
+        return choice.require(NAME)
+    if value not in _MODES["enum"]:
+        refuse(param, "must be none, auto, required, or a function")
+    return str(value)
+
+
+_TOOL: Final = ObjectForm(IS_FUNCTION, NAME, DESCRIPTION, PARAMETERS, required=[IS_FUNCTION, NAME], ignored=["strict"])
+
+
+@form(_TOOL.schema)
+def _parse_tool(param: str, value: Any) -> Mapping[str, Any]:
+    """Return a tool as chat templates take it."""
+    check_depth(param, value)
+    tool = _TOOL.parse(param, value)
+    tool.require(IS_FUNCTION)
+    return described_tool(tool.require(NAME), tool.get(DESCRIPTION), tool.get(PARAMETERS) or {})
+
+
+_TEXT: Final = Field("text", parse_text)
+_PART_TYPE: Final = Field("type", one_of("input_text", "output_text", "text"))
+_PART: Final = ObjectForm(_PART_TYPE, _TEXT, required=[_PART_TYPE, _TEXT], is_open=True)
+
+
+@form({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART.schema}]})
+def _parse_content(param: str, value: Any) -> str:
+    if not isinstance(value, list):
+        return parse_text(param, value)
+    texts = []
+    for index, each in enumerate(value):
+        where = f"{param}[{index}]"
+        if parse_object(where, each).get("type") not in ("input_text", "output_text", "text"):
+            refuse(where, "must be of type input_text or output_text: no other type is supported")
+        texts.append(_PART.parse(where, each).require(_TEXT))
+    return "".join(texts)
+
+
+_ROLE: Final = Field("role", one_of(*_ROLES))
+_CONTENT: Final = Field("content", _parse_content)
+_CALL_ID: Final = Field("call_id", parse_text)
+_OUTPUT: Final = Field("output", _parse_content)
+_ITEMS: Final = {
+    "message": ObjectForm(_ROLE, _CONTENT, required=[_ROLE, _CONTENT], is_open=True),
+    "function_call": ObjectForm(_CALL_ID, NAME, ARGUMENTS, required=[NAME], is_open=True),
+    "function_call_output": ObjectForm(_CALL_ID, _OUTPUT, is_open=True),
+    "reasoning": ObjectForm(is_open=True),
+}
+
+
+def _item_schema(kind: str) -> dict[str, Any]:
+    """Return the schema of an item of a type, which is `message` where it is left out."""
+    schema = dict(_ITEMS[kind].schema)
+    types: list[str | None] = [kind, None] if kind == "message" else [kind]
+    required = [*schema.get("required", []), *([] if kind == "message" else ["type"])]
+    return schema | {"properties": {**schema["properties"], "type": {"enum": types}}, "required": required}
+
+
+@form({"anyOf": [_item_schema(kind) for kind in _ITEMS]})
+def _parse_item(param: str, value: Any) -> ChatMessage | None:
+    """Return the turn that an item makes; reasoning of earlier turns makes none."""
+    kind = parse_object(param, value).get("type")
+    kind = "message" if kind is None else kind
+    if kind == "item_reference":
+        refuse(f"{param}.type", "item_reference is not supported, as no response is stored: send the items")
+    if not isinstance(kind, str) or kind not in _ITEMS:
+        refuse(f"{param}.type", f"must be one of {', '.join(_ITEMS)}")
+    item = _ITEMS[kind].parse(param, value)
+    match kind:
+        case "message":
+            role = item.require(_ROLE)
+            return ChatMessage(role=_ROLES[role], content=item.require(_CONTENT))
+        case "function_call":
+            call = MessageToolCall(
+                id=item.get(_CALL_ID) or f"call_{secrets.token_hex(12)}",
+                name=item.require(NAME),
+                arguments=item.get(ARGUMENTS) or {},
+            )
+            return ChatMessage(role="assistant", content="", tool_calls=(call,))
+        case "function_call_output":
+            return ChatMessage(role="tool", content=item.get(_OUTPUT) or "", tool_call_id=item.get(_CALL_ID) or "")
+    return None
+
+
+_parse_items: Final = list_of(_parse_item, "items", MAX_MESSAGES, least=1)
+
+
+@form({"anyOf": [{"type": "string"}, _parse_items.schema]})
+def _parse_input(param: str, value: Any) -> tuple[ChatMessage, ...]:
+    if isinstance(value, str):
+        return (ChatMessage(role="user", content=parse_text(param, value)),)
+    return _merge_assistant_turns(turn for turn in _parse_items(param, value) if turn is not None)
+
+
+def _merge_assistant_turns(turns: Iterable[ChatMessage]) -> tuple[ChatMessage, ...]:
+    """Return turns with those of the assistant that follow each other as one: here each call is an item of its own."""
+    merged: list[ChatMessage] = []
+    for turn in turns:
+        if merged and merged[-1].role == turn.role == "assistant":
+            before = merged.pop()
+            calls = (*before.tool_calls, *turn.tool_calls)
+            turn = replace(before, content=before.content + turn.content, tool_calls=calls)
+        merged.append(turn)
+    return tuple(merged)
+
+
+_INPUT: Final = Field("input", _parse_input)
+_INSTRUCTIONS: Final = Field("instructions", parse_text)
+_MAX_OUTPUT_TOKENS: Final = Field("max_output_tokens", parse_limit)
+_TOOLS: Final = Field("tools", list_of(_parse_tool, "tools", MAX_TOOLS))
+_TOOL_CHOICE: Final = Field("tool_choice", _parse_choice)
+_TEXT_FORMAT: Final = Field("text", _parse_text_options)
+_REASONING: Final = Field("reasoning", ObjectForm(EFFORT, ignored=["summary", "generate_summary"]).form)
+
+RESPONSE: Final = ObjectForm(
+    MODEL, _INPUT, _INSTRUCTIONS, _MAX_OUTPUT_TOKENS, TEMPERATURE, TOP_P, STREAM, _TOOLS, _TOOL_CHOICE,
+    PARALLEL_TOOL_CALLS, _TEXT_FORMAT, _REASONING, METASWARM,
+    required=[MODEL, _INPUT], ignored=IGNORED, neutral=NEUTRAL,
+)  # fmt: skip
+
 
 def parse_response_request(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
     """Return the body of `POST /v1/responses` as a request. Raises ApiError."""
-    fields = Fields(parse_json(body))
-    fields.refuse_misspelt(IMPLEMENTED | IGNORED | NEUTRAL.keys())
-    fields.refuse_unless_neutral(NEUTRAL)
-    model = fields.get("model", parse_text)
-    turns = fields.get("input", _parse_input)
-    if not model:
-        refuse("model", "is missing")
-    if not turns:
-        refuse("input", "is missing")
-    instructions = fields.get("instructions", parse_text)
+    fields = RESPONSE.read(parse_json(body))
+    model = fields.require(MODEL)
+    turns = fields.require(_INPUT) or refuse("input", "has no turn")
+    instructions = fields.get(_INSTRUCTIONS)
     if instructions:
         turns = (ChatMessage(role="system", content=instructions), *turns)
-    extras = Fields(fields.get("metaswarm", parse_object) or {}, "metaswarm.")
-    extras.refuse_unless_known(EXTENSIONS)
-    temperature = fields.get("temperature", number_between(0, 2))
+    extras = fields.get(METASWARM) or EXTENSIONS.read({})
+    temperature = fields.get(TEMPERATURE)
     choice = _parse_tools(fields)
-    reasoning = Fields(fields.get("reasoning", parse_object) or {}, "reasoning.")
-    reasoning.refuse_unless_known({"effort", "summary", "generate_summary"})
-    effort = reasoning.get("effort", parse_text)
-    if effort is not None and effort not in REASONING_EFFORTS:
-        refuse("reasoning.effort", f"must be one of {', '.join(REASONING_EFFORTS)}")
+    reasoning = fields.get(_REASONING)
+    effort = reasoning.get(EFFORT) if reasoning else None
     job = JobRequest(
         model=model,
         messages=turns,
-        max_tokens=fields.get("max_output_tokens", parse_limit),
+        max_tokens=fields.get(_MAX_OUTPUT_TOKENS),
         temperature=1.0 if temperature is None else temperature,
-        top_p=fields.get("top_p", parse_top_p) or 1.0,
-        ignore_eos=extras.get("ignore_eos", parse_boolean) or False,
-        quality=extras.get("quality", parse_quality) or QualityBound.EXACT,
-        method=extras.get("method", parse_method) or "auto",
-        tools=choice.tools,
-        json_schema=choice.schema or fields.get("text", _parse_text_format) or "",
+        top_p=fields.get(TOP_P) or 1.0,
+        ignore_eos=extras.get(IGNORE_EOS) or False,
+        quality=extras.get(QUALITY) or QualityBound.EXACT,
+        method=extras.get(METHOD) or "auto",
+        trace=extras.get(TRACE) or False,
         template_options={} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"},
     )
     generation = Generation(
-        jobs=(job,),
-        stream=fields.get("stream", parse_boolean) or False,
+        jobs=(choice.apply(job),),
+        stream=fields.get(STREAM) or False,
         rules=choice.rules,
-        details=fields.get("metaswarm", parse_object) is not None or wants_details(headers),
+        details=asks_details(fields, headers),
     )
-    return generation, ResponseWriter(generation, instructions, fields.echo(_ECHOED))
+    echoed = fields.echo(_ECHOED)
+    for name in ("metadata", "user"):
+        check_depth(name, echoed[name])
+    return generation, ResponseWriter(generation, instructions, echoed)
+
+
+def _parse_tools(fields: Fields) -> ToolChoice:
+    tools = fields.get(_TOOLS) or ()
+    choice = fields.get(_TOOL_CHOICE) or "auto"
+    single, schema = fields.get(PARALLEL_TOOL_CALLS) is False, fields.get(_TEXT_FORMAT) or ""
+    return choose_tools(tools, choice, single=single, schema=schema, param="text")
 
 
 _ECHOED: Final[Mapping[str, Any]] = {
@@ -104,110 +272,3 @@ _ECHOED: Final[Mapping[str, Any]] = {
     "user": None,
 }
 """Fields of the request that the answer repeats, and their defaults."""
-
-
-def _parse_text_format(param: str, value: Any) -> str:
-    """Return the JSON Schema that a format means."""
-    text = Fields(parse_object(param, value), f"{param}.")
-    text.refuse_unless_known({"format", "verbosity"})
-    text.refuse_unless_neutral({"verbosity": ("medium",)})
-    form = Fields(text.get("format", parse_object) or {"type": "text"}, f"{param}.format.")
-    form.refuse_unless_known({"type", "name", "description", "schema", "strict"})
-    match form.get("type", parse_text):
-        case "text":
-            return ""
-        case "json_object":
-            return ANY_OBJECT
-        case "json_schema":
-            return form.get("schema", schema_text) or refuse(f"{param}.format.schema", "is missing")
-    return refuse(f"{param}.format.type", "must be text, json_object or json_schema")
-
-
-def _parse_tools(fields: Fields) -> ToolChoice:
-    tools = fields.get("tools", _parse_tool_list) or ()
-    choice = fields.get("tool_choice", _parse_choice) or "auto"
-    return choose_tools(tools, choice, single=fields.get("parallel_tool_calls", parse_boolean) is False)
-
-
-def _parse_choice(param: str, value: Any) -> str:
-    """Return `none`, `auto`, `required`, or the name of a tool."""
-    if isinstance(value, dict):
-        choice = Fields(value, f"{param}.")
-        choice.refuse_unless_known({"type", "name"})
-        name = choice.get("name", parse_text)
-        if choice.get("type", parse_text) != "function" or not name:
-            refuse(param, 'must be {"type": "function", "name": …}')
-        return name
-    if value not in {"none", "auto", "required"}:
-        refuse(param, "must be none, auto, required, or a function")
-    return str(value)
-
-
-def _parse_tool_list(param: str, value: Any) -> tuple[Mapping[str, Any], ...]:
-    """Return tools as chat templates take them."""
-    if not isinstance(value, list) or len(value) > MAX_TOOLS:
-        refuse(param, f"must be a list of at most {MAX_TOOLS} tools")
-    check_depth(param, value)
-    tools = []
-    for index, each in enumerate(value):
-        tool = Fields(parse_object(f"{param}[{index}]", each), f"{param}[{index}].")
-        if tool.get("type", parse_text) != "function":
-            refuse(f"{param}[{index}].type", "must be function: no other type is supported")
-        tool.refuse_unless_known({"type", "name", "description", "parameters", "strict"})
-        name = tool.get("name", parse_text)
-        if not name:
-            refuse(f"{param}[{index}].name", "is missing")
-        function: dict[str, Any] = {"name": name, "parameters": tool.get("parameters", parse_object) or {}}
-        if (description := tool.get("description", parse_text)) is not None:
-            function["description"] = description
-        tools.append({"type": "function", "function": function})
-    return tuple(tools)
-
-
-def _parse_input(param: str, value: Any) -> tuple[ChatMessage, ...]:
-    if isinstance(value, str):
-        return (ChatMessage(role="user", content=parse_text(param, value)),)
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_MESSAGES:
-        refuse(param, f"must be a text or a list of 1 to {MAX_MESSAGES} items")
-    turns = (_parse_item(f"{param}[{index}]", each) for index, each in enumerate(value))
-    return tuple(turn for turn in turns if turn is not None)
-
-
-def _parse_item(param: str, value: Any) -> ChatMessage | None:
-    """Return the turn that an item makes; reasoning of earlier turns makes none."""
-    item = Fields(parse_object(param, value), f"{param}.")
-    match item.get("type", parse_text) or "message":
-        case "message":
-            role = item.get("role", parse_text)
-            if role not in _ROLES:
-                refuse(f"{param}.role", f"must be one of {', '.join(_ROLES)}")
-            content = item.get("content", _parse_content)
-            if content is None:
-                refuse(f"{param}.content", "is missing")
-            return ChatMessage(role=_ROLES[role], content=content)
-        case "function_call":
-            call = MessageToolCall(
-                id=item.get("call_id", parse_text) or f"call_{secrets.token_hex(12)}",
-                name=item.get("name", parse_text) or refuse(f"{param}.name", "is missing"),
-                arguments=item.get("arguments", parse_arguments) or {},
-            )
-            return ChatMessage(role="assistant", content="", tool_calls=(call,))
-        case "function_call_output":
-            output = item.get("output", _parse_content) or ""
-            return ChatMessage(role="tool", content=output, tool_call_id=item.get("call_id", parse_text) or "")
-        case "reasoning":
-            return None
-    return refuse(f"{param}.type", "must be message, function_call, function_call_output or reasoning")
-
-
-def _parse_content(param: str, value: Any) -> str:
-    if not isinstance(value, list):
-        return parse_text(param, value)
-    texts = []
-    for index, each in enumerate(value):
-        part = Fields(parse_object(f"{param}[{index}]", each), f"{param}[{index}].")
-        text = part.get("text", parse_text)
-        if part.get("type", parse_text) not in {"input_text", "output_text", "text"} or text is None:
-            refuse(f"{param}[{index}]", "must be of type input_text or output_text: no other type is supported")
-        texts.append(text)
-    return "".join(texts)

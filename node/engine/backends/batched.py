@@ -119,6 +119,9 @@ class BatchedSpan:
         self._vocabulary_size = span.vocabulary_size
         self._last = span.is_last
         self._heads: int = config.num_attention_heads
+        self._epsilon: float = config.rms_norm_eps
+        self._norm = base.norm.weight.to(self._device, torch.float32, copy=True) if span.is_last else None
+        """The final one, for embeddings; that of logits is the segments'."""
         blocks: Any = span.blocks
         self._blocks = [
             _Attention(block.self_attn.scaling, window) for block, window in zip(blocks, span.windows, strict=True)
@@ -142,11 +145,13 @@ class BatchedSpan:
             self.run([Rows(rows, SlotMapping(range(pages)), 0, min(count, 2))], scratch)
 
     @torch.inference_mode()
-    def run(self, slices: Sequence[Rows], kv: KvCache, blocks: range | None = None) -> list[torch.Tensor]:
+    def run(
+        self, slices: Sequence[Rows], kv: KvCache, blocks: range | None = None, *, embeds: bool = False
+    ) -> list[torch.Tensor]:
         """Run the rows of several sessions together; see SpanRunner."""
         blocks = range(len(self._blocks)) if blocks is None else blocks
-        last = self._last and blocks.stop == len(self._blocks)
-        if self._graphs is not None and kv is self._kv and len(blocks) == len(self._blocks):
+        last = self._last and blocks.stop == len(self._blocks) and not embeds
+        if self._graphs is not None and kv is self._kv and len(blocks) == len(self._blocks) and not embeds:
             replayed = self._graphs.run(slices)
             if replayed is not None:
                 return [row[: part.draws] if last else row for row, part in zip(replayed.split(1), slices, strict=True)]
@@ -154,6 +159,8 @@ class BatchedSpan:
         order = sorted(range(len(slices)), key=lambda number: self._rank(slices[number]))
         ordered = [slices[number] for number in order]
         hidden = self._forward(torch.cat([part.rows for part in ordered]), self._plan(ordered, blocks), kv, blocks)
+        if embeds and self._norm is not None:
+            hidden = nn.functional.rms_norm(hidden, self._norm.shape, self._norm, self._epsilon)
         outputs = self._logits(hidden, ordered) if last else hidden.split([len(part.rows) for part in ordered])
         return [output for _, output in sorted(zip(order, outputs, strict=True), key=lambda pair: pair[0])]
 

@@ -30,11 +30,13 @@ class Rows:
 class SpanRunner(Protocol):
     """A span in one variant, ready to run."""
 
-    def run(self, slices: Sequence[Rows], kv: "KvCache", blocks: range | None = None) -> "Sequence[torch.Tensor]":
+    def run(
+        self, slices: Sequence[Rows], kv: "KvCache", blocks: range | None = None, *, embeds: bool = False
+    ) -> "Sequence[torch.Tensor]":
         """Run the rows of several sessions through some of the span's blocks (counted from its first) or all of them.
 
         Returns for each hidden states f32 (rows, hidden size), behind the model's last block logits f32 (draws,
-        vocabulary size).
+        vocabulary size). `embeds`: instead of logits, the states of all rows behind the model's final norm.
         """
 
 

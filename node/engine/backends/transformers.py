@@ -72,16 +72,18 @@ class TransformersSpan:
         self._narrow.release()
 
     @torch.inference_mode()
-    def run(self, slices: Sequence[Rows], kv: KvCache, blocks: range | None = None) -> list[torch.Tensor]:
+    def run(
+        self, slices: Sequence[Rows], kv: KvCache, blocks: range | None = None, *, embeds: bool = False
+    ) -> list[torch.Tensor]:
         """Run the rows of sessions one session after another; see SpanRunner."""
         blocks = range(len(self._span.blocks)) if blocks is None else blocks
         return [
-            self._forward(part, RewindableCache(self._span.windows, part.slots, kv, part.position), blocks)
+            self._forward(part, RewindableCache(self._span.windows, part.slots, kv, part.position), blocks, embeds)
             for part in slices
         ]
 
     @torch.inference_mode()
-    def _forward(self, part: Rows, cache: RewindableCache, blocks: range) -> torch.Tensor:
+    def _forward(self, part: Rows, cache: RewindableCache, blocks: range, embeds: bool = False) -> torch.Tensor:
         """Run rows on top of what is cached before them."""
         self._running = blocks
         rows, position, draws = part.rows, part.position, part.draws
@@ -99,11 +101,14 @@ class TransformersSpan:
             "logits_to_keep": draws,
         }
         self._entering = None if first else batch
-        if last and draws:
+        if last and draws and not embeds:
             output = self._span.model(**select_options(options, self._model_options))
             logits: torch.Tensor = output.logits[0, -draws:]
             return logits.float()
-        self._span.base(**select_options(options, self._base_options))
+        final = self._span.base(**select_options(options, self._base_options))
+        if last and embeds:
+            states: torch.Tensor = final.last_hidden_state[0]
+            return states.float()
         if last:
             return torch.empty(0, self._span.vocabulary_size, device=rows.device)
         assert self._leaving is not None

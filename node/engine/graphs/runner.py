@@ -31,7 +31,7 @@ class AttentionShape:
     """What lies between the graphs of a span.
 
     `frequencies`: by which positions are multiplied, of each pair of elements that rotary embedding turns.
-    `vocabulary_size`: of a last span.
+    `vocabulary_size`, `norm` (the final one, with its `epsilon`): of a last span.
     """
 
     block_count: int
@@ -41,6 +41,8 @@ class AttentionShape:
     head_size: int
     frequencies: Floats
     vocabulary_size: int | None
+    norm: Floats | None = None
+    epsilon: float = 0.0
 
 
 class PageSlots:
@@ -106,8 +108,11 @@ class GraphSpan:
             there, here = (slice(each * PAGE_POSITIONS, (each + 1) * PAGE_POSITIONS) for each in (source, page))
             self._memory[:, :, here] = self._memory[:, :, there]
 
-    def run(self, slices: Sequence[GraphRows]) -> list[Floats]:
-        """Return for each the hidden states of its rows; behind the model's last block logits after its draws."""
+    def run(self, slices: Sequence[GraphRows], *, embeds: bool = False) -> list[Floats]:
+        """Return for each the hidden states of its rows; behind the model's last block logits after its draws.
+
+        `embeds`: instead of logits, the states of all rows behind the model's final norm.
+        """
         hidden = np.concatenate([part.rows for part in slices])
         if self._embed is not None:
             hidden = self._embed(hidden.astype(np.int32))
@@ -122,7 +127,10 @@ class GraphSpan:
             else:
                 hidden, rotated, values = self._graphs.run(block + 1, {**given, "cos": cos, "sin": sin})
         edges = np.cumsum([len(part.rows) for part in slices])
-        if self._shape.vocabulary_size is None:
+        if embeds and self._shape.norm is not None:
+            squares = np.square(hidden).mean(axis=1, keepdims=True)
+            hidden = hidden / np.sqrt(squares + np.float32(self._shape.epsilon)) * self._shape.norm
+        if self._shape.vocabulary_size is None or embeds:
             return np.split(hidden, edges[:-1])
         if not any(part.draws for part in slices):
             return [np.empty((0, self._shape.vocabulary_size), np.float32)] * len(slices)

@@ -34,7 +34,10 @@ PASS_ROWS: Final = 60
 """Of those that it computes at once (n_ubatch). From 64 rows on its flash attention, which calculates row by row, takes
 another way with other rounding: a prompt would have other keys and values in chunks, or beside other sessions."""
 
-FIRST_POSITIONS: Final = 2048
+_FINAL_NORM: Final = b"result_norm"
+"""llama.cpp's name of the tensor that goes into the head."""
+
+FIRST_POSITIONS: Final = 512
 """KV memory has room for so many at first, and doubles when sessions fill it: llama.cpp writes to all of it at once, so
 that it is resident whether or not a session ever needs it."""
 
@@ -176,16 +179,21 @@ class SpanContext:
             parameters.cb_eval = self._states.callback
         return parameters
 
-    def run(self, parts: Sequence[SequenceRows], block_count: int | None = None) -> list[Floats]:
+    def run(
+        self, parts: Sequence[SequenceRows], block_count: int | None = None, *, embeds: bool = False
+    ) -> list[Floats]:
         """Return for each part the hidden states of its rows or, on a last span, logits after its trailing ones.
 
         `block_count`: only so many of the span's blocks are run, and hidden states returned; a sequence always has the
-        same. Positions that a sequence holds from a part's on are dropped first (a rollback). Raises PassFailed; what
-        the parts have written into KV memory is dropped then.
+        same. `embeds`: on a last span, instead of logits all rows behind the final norm. Positions that a sequence
+        holds from a part's on are dropped first (a rollback). Raises PassFailed; what the parts have written into KV
+        memory is dropped then.
         """
         block_count = block_count or self._options.block_count
-        returns_states = not self._options.last or block_count < self._options.block_count
-        self._states.expect(block_count - 1 if returns_states else None)
+        returns_states = not self._options.last or block_count < self._options.block_count or embeds
+        self._states.expect(_FINAL_NORM if embeds else f"l_out-{block_count - 1}".encode() if returns_states else None)
+        if embeds:  # rows that are no outputs do not get there
+            parts = [replace(part, outputs=len(part.rows)) for part in parts]
         for part in parts:
             self.truncate(part.sequence, part.position)
             if part.position != self._kv.cells.end(part.sequence):
@@ -199,7 +207,7 @@ class SpanContext:
             self._kv.cells.write(part.sequence, part.position, len(part.rows))
         outputs: list[list[Floats]] = [[] for _ in parts]
         try:
-            for pieces in self._batches(parts):
+            for pieces in self._batches(parts, PASS_ROWS if embeds else BATCH_ROWS):
                 self._decode(pieces, outputs, returns_states)
         except PassFailed:
             for part in parts:
@@ -216,16 +224,19 @@ class SpanContext:
         elif self._kv.cells.taken + rows > min(self._positions, 2 * needed + FIRST_POSITIONS):
             self._compact(self._positions, self._is_watched)
 
-    def _batches(self, parts: Sequence[SequenceRows]) -> Sequence[Sequence[tuple[int, SequenceRows]]]:
-        """Return the parts by number, cut and packed into passes of at most BATCH_ROWS rows."""
+    def _batches(self, parts: Sequence[SequenceRows], rows: int) -> Sequence[Sequence[tuple[int, SequenceRows]]]:
+        """Return the parts by number, cut and packed into calls of so many rows.
+
+        llama.cpp holds memory for the logits of a call's outputs, also where it does not compute them.
+        """
         batches: list[list[tuple[int, SequenceRows]]] = [[]]
-        room = BATCH_ROWS
+        room = rows
         for number, part in enumerate(parts):
             start, count = 0, len(part.rows)
             while start < count:
                 if room == 0:
                     batches.append([])
-                    room = BATCH_ROWS
+                    room = rows
                 end = min(count, start + room)
                 outputs = max(0, part.outputs - (count - end))
                 piece = SequenceRows(
@@ -342,7 +353,7 @@ class SpanContext:
 
 
 class _BlockStates:
-    """Takes the hidden states behind a block as llama.cpp computes them."""
+    """Takes the hidden states behind a block, or behind the final norm, as llama.cpp computes them."""
 
     def __init__(self, library: Library, hidden_size: int) -> None:
         self._library = library
@@ -351,9 +362,9 @@ class _BlockStates:
         self.taken: list[Floats] = []
         self.callback = EvalCallback(self._evaluated)
 
-    def expect(self, block: int | None) -> None:
-        """Take those behind a block of the span from now on; None for the whole graph, and none of them."""
-        self._name = None if block is None else f"l_out-{block}".encode()
+    def expect(self, name: bytes | None) -> None:
+        """Take the tensor of this name from now on; None for the whole graph, and none of them."""
+        self._name = name
 
     def _evaluated(self, tensor: int, ask: bool, _: object) -> bool:
         """Take the tensor, and end the graph there: what follows is of other spans."""

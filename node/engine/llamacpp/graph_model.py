@@ -83,6 +83,8 @@ class GraphModel:
             head_size=self.head_size,
             frequencies=self.frequencies,
             vocabulary_size=self._head.shape[0] if self.is_last else None,
+            norm=self.norm if self.is_last else None,
+            epsilon=self.epsilon,
         )
 
     @property

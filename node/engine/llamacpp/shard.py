@@ -175,11 +175,19 @@ class LlamaShard(Shard[Kv]):
             kv.sequences.close(kv.sequence)
 
     def _compute(self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[Kv]]) -> Sequence[Floats]:
+        return self._run_parts(variant, blocks, parts, embeds=False)
+
+    def _embed(self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[Kv]]) -> Sequence[Floats]:
+        return self._run_parts(variant, blocks, parts, embeds=True)
+
+    def _run_parts(
+        self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[Kv]], *, embeds: bool
+    ) -> Sequence[Floats]:
         if variant == GRAPHS:
             given = [GraphRows(p.rows, cast("PageSlots", p.kv), p.position, p.draws) for p in parts]
-            return self._graphs.span.run(given)
+            return self._graphs.span.run(given, embeds=embeds)
         rows = [SequenceRows(cast("_Held", p.kv).sequence, p.position, p.rows, p.draws) for p in parts]
-        return self._kv[variant].context.run(rows, len(blocks))
+        return self._kv[variant].context.run(rows, len(blocks), embeds=embeds)
 
 
 def _page_bytes(position_bytes: int, options: EngineOptions, hidden_size: int) -> int:

@@ -1,7 +1,9 @@
 """A node without a swarm behind the real HTTP server, on a loopback port."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+import threading
+from array import array
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
@@ -11,9 +13,21 @@ import trio
 
 from node.api.access import Access
 from node.api.application import make_app
-from node.api.interface import Explanation, ModelDocument, NodeStatus, PeerStatus, SelectionStatus
+from node.api.interface import (
+    Explanation,
+    JobDocument,
+    JoinDocument,
+    LearningDocument,
+    ModelDocument,
+    NodeStatus,
+    PeerStatus,
+    Sample,
+    SelectionStatus,
+)
+from node.api.job_document import describe_logged_job
 from node.api.server import serve
-from node.config import ApiKey, hash_api_key
+from node.config import ApiKey, ServeSpec, hash_api_key
+from node.coordinator.job_log import JobLog
 from node.coordinator.observation import ServedJob
 from node.coordinator.submission import (
     ChatFormat,
@@ -31,6 +45,7 @@ from node.coordinator.submission import (
     Vote,
 )
 from node.coordinator.trial_runner import MethodTrial, Run, Trial, TrialSpec
+from node.telemetry.observer import Telemetry
 from protocol.identity import BlockRange, JobId, ModelId, peer_id_from_public_key
 from protocol.measurements import MethodInForce, StageObservation
 from protocol.messages import FinishReason, SessionStatistics
@@ -104,6 +119,8 @@ class FakeSubmitter:
     """Seconds before the job is entered or refused."""
     refusals: int | None = None
     """How often at most; None for always."""
+    room: int | None = None
+    """How many jobs may be entered at a time before one is refused, if that is bounded."""
     fail: JobError | None = None
     """Raised after the words."""
     hang: bool = False
@@ -124,7 +141,8 @@ class FakeSubmitter:
         self.requests.append(request)
         self.entered.set()
         await trio.sleep(self.ponders_s)
-        if self.refuse and (self.refusals is None or len(self.requests) <= self.refusals):
+        has_room = self.room is not None and self.running < self.room
+        if self.refuse and not has_room and (self.refusals is None or len(self.requests) <= self.refusals):
             raise self.refuse
         try:
             self.running += 1
@@ -138,6 +156,10 @@ class FakeSubmitter:
         started = JobStarted(job_id=JOB, model=MODEL, model_name="tiny", prompt_tokens=5, created_s=1_700_000_000)
         started = replace(started, chat_format=self.chat_format)
         yield replace(started, echo=(request.prompt or "") if request.echo else "")
+        if request.pooling is not None:
+            length = float(len(request.prompt or request.prompt_tokens or ()))
+            yield replace(make_result("", ()), embedding=array("f", (3.0, 4.0, 0.0, length)))
+            return
         for index, word in enumerate(self.words):
             await trio.sleep(self.pauses.get(index, 0))
             logprobs: tuple[TokenLogprob, ...] = ()
@@ -164,6 +186,21 @@ class FakeNode:
     bench_left: trio.Event = field(default_factory=trio.Event)
     """A measurement was left, done or not."""
     bench_hangs: bool = False
+    not_ready: tuple[str, ...] = ()
+    """Why it is not ready."""
+    telemetry: Telemetry = field(default_factory=lambda: Telemetry(lambda model: "tiny"))
+    stopping: trio.Event = field(default_factory=trio.Event)
+    log: JobLog = field(default_factory=JobLog)
+
+    def jobs(self, after: int = 0) -> tuple[list[JobDocument], int]:
+        return [describe_logged_job(job) for job in self.log.changed_since(after)], self.log.revision
+
+    def learning(self) -> LearningDocument:
+        sample: Sample = {"at": 1_700_000_000.0, "observations": 7, "peers": 2, "jobs": 2, "regret_s": 0.5}
+        return {"samples": [sample], "past": {"jobs": 0, "typical_error": None, "mean_regret_s": 0.0, "recent": []}}
+
+    def join(self, serve: ServeSpec | None) -> JoinDocument:
+        return {"here": f"metaswarm node --serve {serve or 'tiny'}", "elsewhere": None}
 
     async def bench(self, spec: TrialSpec) -> Trial:
         """Measure every job as half as long as the baseline's, to within a tenth."""
@@ -234,6 +271,8 @@ class FakeNode:
                     "end": 4,
                     "block_count": 8,
                     "sessions": 1,
+                    "queued_rows": 0,
+                    "step_s": 0.004,
                     "reserved_positions": 64,
                     "kv_positions": 4096,
                     "engine": None,
@@ -265,6 +304,23 @@ class FakeNode:
                     "firm_cells": 10,
                     "weight": 2.303,
                     "measured": 4,
+                    "current_epoch": 2916667,
+                    "epoch_s": 600.0,
+                    "phase": "measure",
+                    "statements": [
+                        {
+                            "epoch": 2916666,
+                            "statement": "5b" * 32,
+                            "proposer": PEERS[1],
+                            "committee": 3,
+                            "signatures": 3,
+                            "members": 3,
+                            "joined": 1,
+                            "left": 0,
+                            "expelled": 0,
+                            "commits": 3,
+                        }
+                    ],
                 }
             ],
             "selection": SELECTION,
@@ -279,7 +335,11 @@ class FakeNode:
                     "serve": "broken:1-3",
                 }
             ],
+            "traffic": {"outbound_links": 2, "inbound_links": 1, "sent_bytes": 5000, "received_bytes": 6000},
         }
+
+    def faults(self) -> list[str]:
+        return ["the node is shutting down"] if self.draining else list(self.not_ready)
 
     async def explain(self, request: JobRequest, overrides: Mapping[str, Any]) -> Explanation:
         await trio.lowlevel.checkpoint()
@@ -319,8 +379,21 @@ class FakeNode:
                 "relay": PEERS[0],
                 "leaving": False,
                 "rtt_s": 0.0012,
+                "neighbours": {},
+                "hardware": "cpu-avx2",
                 "last_seen_s": 0.4,
-                "spans": [{"model": MODEL, "name": "tiny", "start": 4, "end": 8}],
+                "spans": [
+                    {
+                        "model": MODEL,
+                        "name": "tiny",
+                        "start": 4,
+                        "end": 8,
+                        "sessions": 2,
+                        "queued_rows": 0,
+                        "free_positions": 512,
+                        "step_s": 0.003,
+                    }
+                ],
                 "banned": {"left_s": 7.0, "reason": "a bad signature"},
                 "sessions": {
                     "opened": 9,
@@ -353,6 +426,10 @@ class FakeNode:
                 "apart": [],
                 "complete": True,
                 "local": True,
+                "size_bytes": 90 << 20,
+                "format": "gguf",
+                "architecture": "llama",
+                "weight_type": "q4_k",
                 "quality": {
                     "fused/int8/fp32": {"greedy_agreement": 0.98, "mean_kl": 0.003, "perplexity_change": 0.001}
                 },
@@ -366,6 +443,10 @@ class FakeNode:
                 "apart": [],
                 "complete": False,
                 "local": False,
+                "size_bytes": None,
+                "format": None,
+                "architecture": None,
+                "weight_type": None,
                 "quality": {},
             },
         ]
@@ -380,6 +461,32 @@ async def serve_node(node: FakeNode, api_key: str | None = None, access: Access 
         port: int = await nursery.start(partial(serve, app, "127.0.0.1", 0))
         yield f"http://127.0.0.1:{port}"
         nursery.cancel_scope.cancel()
+
+
+@contextmanager
+def serve_in_thread(node: FakeNode, api_key: str | None = None) -> Iterator[str]:
+    """Serve the node in a thread of its own, as another process would; give the URL."""
+    started = threading.Event()
+    url = ""
+    token: trio.lowlevel.TrioToken
+    scope = trio.CancelScope()
+
+    async def run() -> None:
+        nonlocal url, token
+        token = trio.lowlevel.current_trio_token()
+        with scope:
+            async with serve_node(node, api_key) as url:
+                started.set()
+                await trio.sleep_forever()
+
+    thread = threading.Thread(target=trio.run, args=(run,))
+    thread.start()
+    assert started.wait(timeout=10)
+    try:
+        yield url
+    finally:
+        trio.from_thread.run_sync(scope.cancel, trio_token=token)
+        thread.join()
 
 
 async def send_request(url: str, path: str, body: bytes, length: int | None = None) -> trio.SocketStream:

@@ -1,16 +1,21 @@
 """The unmodified clients of the protocols that are spoken here, against a node without a swarm."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, TypeVar
 
 import anthropic
 import ollama
 import openai
+import pydantic
 import pytest
 import trio
 
+from node.api.access import Access
+from node.config import ApiKey, hash_api_key
 from node.coordinator.submission import ChatFormat, JobError, JobErrorCode, ToolFormat
 from tests.unit.api.fakes import MODEL, FakeNode, serve_node
 
@@ -20,7 +25,7 @@ ARGUMENTS = {"city": "Köln"}
 CALL = json.dumps({"name": "weather", "arguments": ARGUMENTS})
 SAYS_ALL = ("<think>hm", "</think>", "Look: ", f"<tool_call>{CALL}</tool_call>")
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
-USER = [{"role": "user", "content": "Hi"}]
+USER: list[Any] = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture
@@ -119,6 +124,128 @@ async def test_openai_tools_and_reasoning(node: FakeNode, url: str, of_openai: C
     assert (streamed.message.content, streamed.finish_reason) == ("Look:", "tool_calls")
 
 
+async def test_openai_streams_tool_calls_as_deltas(node: FakeNode, url: str, of_openai: Client) -> None:
+    calls = [json.dumps({"name": "weather", "arguments": {"city": city}}) for city in ("Köln", "Łódź")]
+    node.submitter.words = tuple(f"<tool_call>{call}</tool_call>" for call in calls)
+    node.submitter.chat_format = THINKING
+    call = dict(model="tiny", messages=USER, tools=[TOOL])  # noqa: C408 - as the call is written
+
+    def chunks() -> list[Any]:
+        return list(of_openai(url).chat.completions.create(**call, stream=True))
+
+    first, *deltas, last = (chunk.choices[0] for chunk in await ask(chunks))
+    assert (first.delta.role, first.delta.tool_calls) == ("assistant", None)
+    found = [each for delta in deltas for each in delta.delta.tool_calls or ()]
+    assert [each.index for each in found] == [0, 1]
+    assert len({each.id for each in found}) == 2
+    assert [(each.type, each.function.name) for each in found] == [("function", "weather")] * 2
+    assert [json.loads(each.function.arguments)["city"] for each in found] == ["Köln", "Łódź"]
+    assert (last.finish_reason, last.delta.tool_calls) == ("tool_calls", None)
+
+    def events() -> list[Any]:
+        with of_openai(url).chat.completions.stream(**call) as stream:
+            return list(stream)
+
+    done = [event for event in await ask(events) if event.type == "tool_calls.function.arguments.done"]
+    assert [(event.index, event.name, json.loads(event.arguments)["city"]) for event in done] == [
+        (0, "weather", "Köln"), (1, "weather", "Łódź")
+    ]  # fmt: skip
+
+
+async def test_openai_tool_choice(node: FakeNode, url: str, of_openai: Client) -> None:
+    node.submitter.words = (CALL,)
+    create = of_openai(url).chat.completions.create
+    for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+        answer = await ask(partial(create, model="tiny", messages=USER, tools=[TOOL], tool_choice=choice))
+        [call] = answer.choices[0].message.tool_calls
+        assert json.loads(call.function.arguments) == ARGUMENTS
+        assert json.loads(node.submitter.requests[-1].json_schema)["properties"]["name"] == {"const": "weather"}
+    node.submitter.words = ("No.",)
+    answer = await ask(lambda: create(model="tiny", messages=USER, tools=[TOOL], tool_choice="none"))
+    assert (answer.choices[0].message.content, node.submitter.requests[-1].tools) == ("No.", ())
+
+
+class Place(pydantic.BaseModel):
+    city: str
+
+
+async def test_openai_structured_texts(node: FakeNode, url: str, of_openai: Client) -> None:
+    node.submitter.words = ('{"city": ', '"Köln"}')
+    client = of_openai(url)
+    parsed = await ask(lambda: client.chat.completions.parse(model="tiny", messages=USER, response_format=Place))
+    assert parsed.choices[0].message.parsed == Place(city="Köln")
+    assert json.loads(node.submitter.requests[-1].json_schema)["required"] == ["city"]
+    response = await ask(lambda: client.responses.parse(model="tiny", input="Hi", text_format=Place))
+    assert response.output_parsed == Place(city="Köln")
+    form = {"type": "json_object"}
+    await ask(lambda: client.chat.completions.create(model="tiny", messages=USER, response_format=form))
+    assert json.loads(node.submitter.requests[-1].json_schema) == {"type": "object"}
+
+
+async def test_openai_sampling_and_extensions(node: FakeNode, url: str, of_openai: Client) -> None:
+    sampling = {
+        "temperature": 0.5, "top_p": 0.9, "seed": 7, "stop": ["x"], "max_completion_tokens": 9,
+        "frequency_penalty": 0.1, "presence_penalty": 0.2, "logit_bias": {"5": -100},
+    }  # fmt: skip
+    extra = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "metaswarm": {"method": "baseline"}}
+    create = of_openai(url).chat.completions.create
+    answer = await ask(lambda: create(model="tiny", messages=USER, **sampling, extra_body=extra))
+    assert (answer.model_extra or {})["metaswarm"]["route"][1]["start"] == 4
+    [job] = node.submitter.requests
+    assert (job.temperature, job.top_p, job.seed, job.stop, job.max_tokens) == (0.5, 0.9, 7, ("x",), 9)
+    assert (job.top_k, job.min_p, job.repetition_penalty, job.method) == (5, 0.1, 1.1, "baseline")
+    assert (job.frequency_penalty, job.presence_penalty, job.logit_bias) == (0.1, 0.2, ((5, -100.0),))
+
+
+async def test_openai_embeddings(node: FakeNode, url: str, of_openai: Client) -> None:
+    create = of_openai(url).embeddings.create
+    answer = await ask(lambda: create(model="tiny", input=["a" * 12, "b"]))  # the package asks for base64
+    assert answer.data[0].embedding == pytest.approx([3 / 13, 4 / 13, 0, 12 / 13])
+    assert [item.index for item in answer.data] == [0, 1]
+    assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (10, 10)
+    as_floats = await ask(lambda: create(model="tiny", input="a" * 12, encoding_format="float"))
+    assert as_floats.data[0].embedding == pytest.approx(answer.data[0].embedding)
+    with pytest.raises(openai.BadRequestError, match="dimensions is not supported"):
+        await ask(lambda: create(model="tiny", input="a", dimensions=2))
+
+
+async def test_openai_asynchronous_client(node: FakeNode, url: str) -> None:
+    async def stream() -> str:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused") as client:
+            chunks: Any = await client.chat.completions.create(model="tiny", messages=USER, stream=True)
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+
+    assert await ask(lambda: asyncio.run(stream())) == "Hello, wörld"
+
+
+async def test_openai_keys_and_limits(node: FakeNode) -> None:
+    key = ApiKey(name="ci", sha256=hash_api_key("right"), requests_per_minute=1)
+    async with serve_node(node, access=Access(keys=(key,))) as url:
+
+        def create(key: str, retries: int) -> Any:
+            with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=retries) as client:
+                return client.chat.completions.create(model="tiny", messages=USER)
+
+        with pytest.raises(openai.AuthenticationError):
+            await ask(lambda: create("wrong", 0))
+        await ask(lambda: create("right", 0))
+        with pytest.raises(openai.RateLimitError) as caught:
+            await ask(lambda: create("right", 0))
+        assert caught.value.code == "rate_limit_exceeded"
+        assert int(caught.value.response.headers["retry-after"]) > 1
+
+
+async def test_openai_retries_while_peers_are_full(node: FakeNode, url: str) -> None:
+    node.submitter.refuse, node.submitter.refusals = JobError(JobErrorCode.FULL, "No room.", retry_after_s=0.01), 1
+
+    def create() -> Any:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=1) as client:
+            return client.chat.completions.create(model="tiny", messages=USER)
+
+    assert (await ask(create)).choices[0].message.content == "Hello, wörld"
+    assert len(node.submitter.requests) == 2
+
+
 async def test_openai_completions_and_models(node: FakeNode, url: str, of_openai: Client) -> None:
     client = of_openai(url)
     answer = await ask(lambda: client.completions.create(model="tiny", prompt=["a", "b"], echo=True))
@@ -203,9 +330,15 @@ async def test_anthropic_streams_blocks(node: FakeNode, url: str, of_anthropic: 
     tool = {"name": "weather", "description": "d", "input_schema": SCHEMA}
 
     def stream() -> Any:
-        with of_anthropic(url).messages.stream(model="tiny", max_tokens=9, messages=USER, tools=[tool]) as events:
+        body: dict[str, Any] = {"model": "tiny", "max_tokens": 9, "messages": USER, "tools": [tool]}
+        with of_anthropic(url).messages.stream(**body, thinking=thinks) as events:
             return [event.type for event in events], events.get_final_message()
 
+    thinks: Any = {"type": "disabled"}
+    _, message = await ask(stream)
+    assert [block.type for block in message.content] == ["text", "tool_use"], "reasoning was not asked for"
+    assert node.submitter.requests.pop().template_options == {"enable_thinking": False}
+    thinks = {"type": "enabled", "budget_tokens": 1024}
     kinds, message = await ask(stream)
     assert kinds[0] == "message_start"
     assert kinds[-1] == "message_stop"
@@ -240,6 +373,25 @@ async def test_anthropic_goes_on_after_a_tool(node: FakeNode, url: str, of_anthr
     assert (seen[2]["tool_call_id"], seen[2]["content"], seen[3]["content"]) == ("c1", "rain", "And now?")
 
 
+async def test_anthropic_tool_choice_thinking_and_structured_texts(
+    node: FakeNode, url: str, of_anthropic: Client
+) -> None:
+    create = of_anthropic(url).messages.create
+    call: dict[str, Any] = {"model": "tiny", "max_tokens": 9, "messages": USER}
+    node.submitter.words = (CALL,)
+    tool = {"name": "weather", "input_schema": SCHEMA}
+    for choice in ({"type": "any"}, {"type": "tool", "name": "weather"}):
+        answer = await ask(partial(create, **call, tools=[tool], tool_choice=choice))
+        assert answer.content[0].input == ARGUMENTS
+    node.submitter.words = ('{"city": "Köln"}',)
+    form = {"format": {"type": "json_schema", "schema": SCHEMA}, "effort": "low"}
+    answer = await ask(lambda: create(**call, output_config=form, thinking={"type": "disabled"}, stop_sequences=["x"]))
+    assert json.loads(answer.content[0].text) == {"city": "Köln"}
+    job = node.submitter.requests[-1]
+    assert (json.loads(job.json_schema), job.stop) == (SCHEMA, ("x",))
+    assert job.template_options == {"enable_thinking": False, "reasoning_effort": "low"}
+
+
 async def test_anthropic_errors(node: FakeNode, url: str, of_anthropic: Client) -> None:
     create = of_anthropic(url).messages.create
     with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
@@ -254,12 +406,12 @@ async def test_anthropic_errors(node: FakeNode, url: str, of_anthropic: Client) 
 
 async def test_ollama_chat(node: FakeNode, url: str, of_ollama: Client) -> None:
     client = of_ollama(url)
-    options = {"temperature": 0, "num_predict": 7, "stop": ["x"], "seed": 3, "num_ctx": 4096}
+    options = {"temperature": 0, "num_predict": 7, "stop": ["x"] * 9, "seed": 3, "num_ctx": 4096, "repeat_last_n": 64}
     answer = await ask(lambda: client.chat(model="tiny:latest", messages=USER, options=options, keep_alive="5m"))
     assert (answer.message.content, answer.done, answer.done_reason) == ("Hello, wörld", True, "stop")
     assert (answer.prompt_eval_count, answer.eval_count, answer.total_duration) == (5, 3, 500_000_000)
     (job,) = node.submitter.requests
-    assert (job.model, job.temperature, job.max_tokens, job.stop, job.seed) == ("tiny", 0.0, 7, ("x",), 3)
+    assert (job.model, job.temperature, job.max_tokens, job.stop, job.seed) == ("tiny", 0.0, 7, ("x",) * 9, 3)
 
 
 async def test_ollama_streams_tools_and_thinking(node: FakeNode, url: str, of_ollama: Client) -> None:
@@ -294,10 +446,32 @@ async def test_ollama_generates(node: FakeNode, url: str, of_ollama: Client) -> 
     assert (loaded.done, loaded.done_reason) == (True, "load")
 
 
+async def test_ollama_structured_texts_and_log_probabilities(node: FakeNode, url: str, of_ollama: Client) -> None:
+    client = of_ollama(url)
+    answer = await ask(lambda: client.chat(model="tiny", messages=USER, format=SCHEMA, logprobs=True, top_logprobs=2))
+    assert json.loads(node.submitter.requests[0].json_schema) == SCHEMA
+    assert [token.token for token in answer.logprobs] == ["Hello", ",", " wörld"]
+    await ask(lambda: client.generate(model="tiny", prompt="a", format="json"))
+    assert json.loads(node.submitter.requests[1].json_schema) == {"type": "object"}
+
+
+async def test_ollama_embeddings(node: FakeNode, url: str, of_ollama: Client) -> None:
+    client = of_ollama(url)
+    answer = await ask(lambda: client.embed(model="tiny", input=["a" * 12, "b"], truncate=False))
+    assert answer.embeddings[0] == pytest.approx([3 / 13, 4 / 13, 0, 12 / 13])
+    assert answer.prompt_eval_count == 10
+    assert not node.submitter.requests[0].truncate
+    older = await ask(lambda: client.embeddings(model="tiny", prompt="a" * 12))
+    assert older.embedding == pytest.approx([3, 4, 0, 12])
+
+
 async def test_ollama_models(node: FakeNode, url: str, of_ollama: Client) -> None:
     client = of_ollama(url)
     (model,) = (await ask(client.list)).models
-    assert (model.model, model.digest) == ("tiny", MODEL)
+    assert (model.model, model.digest, model.size) == ("tiny", MODEL, 90 << 20)
+    assert model.details.model_dump(include={"format", "family", "quantization_level"}) == {
+        "format": "gguf", "family": "llama", "quantization_level": "Q4_K"
+    }  # fmt: skip
     shown = await ask(lambda: client.show("tiny"))
     assert (shown.modelinfo or {})["metaswarm.block_count"] == 8
     with pytest.raises(ollama.ResponseError) as caught:

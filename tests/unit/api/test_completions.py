@@ -10,10 +10,11 @@ from trio.testing import MockClock
 
 from node.api.endpoint import GenerationEndpoint
 from node.api.errors import ApiError
+from node.api.generation import ChoiceStarted, ChoiceText, Outcome
 from node.api.openai.requests import parse_completion_request
-from node.coordinator.submission import ChatMessage, JobError, JobErrorCode
+from node.coordinator.submission import ChatMessage, JobError, JobErrorCode, JobStarted, TokenLogprob
 from protocol.measurements import QualityBound
-from tests.unit.api.fakes import JOB, PEERS, FakeNode, chat_body, send_request, serve_node
+from tests.unit.api.fakes import JOB, MODEL, PEERS, FakeNode, chat_body, send_request, serve_node
 
 METASWARM = {
     "job_id": JOB,
@@ -37,6 +38,7 @@ METASWARM = {
     "selection": None,
     "replays": 1,
     "token_ids": [0, 1, 2],
+    "trace": None,
 }
 USAGE = {
     "prompt_tokens": 5,
@@ -180,6 +182,29 @@ async def test_error_of_one_choice_ends_the_others(node: FakeNode, client: httpx
     assert len(node.submitter.requests) < 20
 
 
+async def test_choices_wait_for_room(node: FakeNode, client: httpx.AsyncClient) -> None:
+    node.submitter.refuse = JobError(JobErrorCode.FULL, "full")
+    node.submitter.room = 2
+    answer = await client.post("/v1/completions", json=completion_body(n=7))
+    assert answer.status_code == 200
+    assert [choice["text"] for choice in answer.json()["choices"]] == ["Hello, wörld"] * 7
+    assert len(node.submitter.requests) > 7, "some were refused"
+    node.submitter.room = 0
+    assert (await client.post("/v1/completions", json=completion_body(n=7))).status_code == 503
+
+
+async def test_whole_answer_has_bounded_log_probabilities(node: FakeNode, client: httpx.AsyncClient) -> None:
+    body = completion_body(n=64, max_tokens=8000, logprobs=19)
+    refused = await client.post("/v1/completions", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "top_logprobs")
+    assert not node.submitter.requests
+    streamed = await client.post("/v1/completions", json=body | {"stream": True})
+    assert streamed.status_code == 200
+    kept = Outcome(keeps_logprobs=False)
+    kept.take(ChoiceStarted(0, JobStarted(job_id=JOB, model=MODEL, model_name="", prompt_tokens=1, created_s=0)))
+    assert kept.take(ChoiceText(0, "a", (TokenLogprob(1, b"a", -1.0),))).logprobs == []
+
+
 async def test_disconnect_cancels_every_choice(node: FakeNode) -> None:
     node.submitter.hang = True
     async with serve_node(node) as url:
@@ -305,7 +330,8 @@ async def run_asgi(node: FakeNode, body: dict[str, Any]) -> list[tuple[float, di
     async def send(message: Any) -> None:
         sent.append((trio.current_time(), message))
 
-    scope: dict[str, Any] = {"type": "http", "method": "POST", "headers": []}
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    scope["state"] = {"request_id": "req_1"}
     await GenerationEndpoint(node.submitter, parse_completion_request)(scope, receive, send)
     return sent
 

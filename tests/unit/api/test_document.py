@@ -16,9 +16,11 @@ from node.api.bench import describe_trial
 from node.api.errors import ApiError
 from node.api.guard import Guard
 from node.api.job_document import describe_job
+from node.api.measured import Measured
 from node.api.ollama import requests as ollama
-from node.api.openai import messages, requests, responses
+from node.api.openai import embeddings, messages, requests, responses
 from node.api.request_id import RequestIds
+from node.api.shared_fields import EXTENSIONS
 from node.coordinator.submission import JobError, JobErrorCode
 from node.coordinator.trial_runner import MethodTrial, Trial
 from selector.task import BASELINE
@@ -53,8 +55,9 @@ def first_column(heading: str) -> set[str]:
 def test_lists_every_endpoint() -> None:
     app = make_app(FakeNode(), Access())
     assert isinstance(app, RequestIds)
-    assert isinstance(app.app, Guard)
-    starlette = app.app._app
+    assert isinstance(app.app, Measured)
+    assert isinstance(app.app.app, Guard)
+    starlette = app.app.app._app
     assert isinstance(starlette, Starlette)
     served = set()
     for route in starlette.routes:
@@ -66,11 +69,11 @@ def test_lists_every_endpoint() -> None:
 
 
 def test_lists_every_field_of_completions() -> None:
-    implemented = requests.IMPLEMENTED_FOR_CHAT | requests.IMPLEMENTED_FOR_COMPLETION
+    implemented = requests.CHAT.implemented | requests.COMPLETION.implemented
     assert first_column("Implemented fields") == implemented
     (options,) = (row[1] for row in rows("Implemented fields") if "`stream_options`" in row[0])
-    assert set(names(options)) == requests.STREAM_OPTIONS
-    assert first_column("Extensions") == requests.EXTENSIONS
+    assert set(names(options)) == requests.STREAM_OPTIONS.names
+    assert first_column("Extensions") == EXTENSIONS.implemented
     assert set(names(section("Ignored fields"))) == requests.IGNORED
 
 
@@ -91,13 +94,14 @@ def test_lists_every_neutral_field() -> None:
 @pytest.mark.parametrize(
     ("heading", "implemented", "others", "options"),
     [
-        ("Responses", responses.IMPLEMENTED, responses.IGNORED | responses.NEUTRAL.keys(), set()),
-        ("Anthropic", anthropic.IMPLEMENTED, anthropic.IGNORED | anthropic.NEUTRAL.keys(), set()),
+        ("Responses", responses.RESPONSE.implemented, responses.IGNORED | responses.NEUTRAL.keys(), set()),
+        ("Embeddings", embeddings.EMBEDDING.implemented, embeddings.NEUTRAL.keys(), set()),
+        ("Anthropic", anthropic.MESSAGE_REQUEST.implemented, anthropic.IGNORED | anthropic.NEUTRAL.keys(), set()),
         (
             "Ollama",
-            ollama.CHAT_FIELDS | ollama.GENERATE_FIELDS,
+            ollama.CHAT.implemented | ollama.GENERATE.implemented,
             ollama.IGNORED | ollama.NEUTRAL.keys() | ollama.IGNORED_OPTIONS | ollama.NEUTRAL_OPTIONS.keys(),
-            ollama.OPTIONS,
+            ollama.OPTIONS.implemented,
         ),
     ],
 )
@@ -113,12 +117,12 @@ def test_lists_every_field_of_other_protocols(
 
 
 def test_lists_fields_of_explain_and_bench() -> None:
-    assert first_column("Explain") == explanation.TASK_FIELDS
+    assert first_column("Explain") == explanation.TASK.implemented
     table, answer = section("Bench").split("The answer has")
     request = [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if line.startswith("| `")]
-    assert {name for row in request for name in names(row[1])} == bench.BENCH_FIELDS
+    assert {name for row in request for name in names(row[1])} == bench.BENCH.implemented
     (workload,) = (row[2] for row in request if row[1] == "`workload`")
-    assert set(names(workload)) == bench.WORKLOAD_FIELDS
+    assert set(names(workload)) == bench.WORKLOAD.implemented
     document = describe_trial(Trial(baseline=MethodTrial(method=BASELINE), methods=[], observations=1))
     assert set(names(answer.split("\n\n")[0])) == document.keys()
     listed = {name for line in answer.splitlines() if line.startswith("| `") for name in names(line.split("|")[1])}
@@ -153,3 +157,12 @@ def test_lists_every_error_code_with_its_status() -> None:
 def test_error_503_says_when_to_retry(code: JobErrorCode) -> None:
     error = ApiError.from_job_error(JobError(code, ""))
     assert (error.status == 503) == (error.headers is not None and "Retry-After" in error.headers)
+
+
+def test_features_name_tests_that_exist() -> None:
+    tests = "".join(
+        (ROOT / f"tests/{name}").read_text() for name in ("unit/api/test_clients.py", "process/test_api.py")
+    )
+    listed = re.findall(r"`(test_\w+)`", (ROOT / "docs/api-features.md").read_text(encoding="utf-8"))
+    defined = re.findall(r"^async def (test_\w+)", tests, re.MULTILINE)
+    assert sorted(listed) == sorted(defined), "every feature has its test, and every test its line"

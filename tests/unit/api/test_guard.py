@@ -236,6 +236,34 @@ async def test_each_key_has_its_concurrency() -> None:
                 await trio.testing.wait_all_tasks_blocked(0.01)
 
 
+async def test_each_answer_counts_against_its_key() -> None:
+    node = FakeNode()
+    task = {"model": "tiny"}
+    async with serve_node(node, access=Access(keys=KEYS)) as url, httpx.AsyncClient(base_url=url) as client:
+        for body in ({"n": 3}, {"prompt": ["a", "b", "c"]}):
+            path = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
+            for key in ("sesame", "saffron"):
+                refused = await client.post(path, json=chat_body(**body) if "n" in body else {**task, **body},
+                                            headers=bearer(key))  # fmt: skip
+                assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+        assert not node.submitter.requests
+        assert (await client.post("/swarm/explain", json=task, headers=bearer("sesame"))).status_code == 200
+        assert (await client.post("/swarm/bench", json=task, headers=bearer("sesame"))).status_code == 200
+        for path in ("/swarm/explain", "/swarm/bench", "/v1/completions"):
+            refused = await client.post(path, json={**task, "prompt": "x"} if "v1" in path else task,
+                                        headers=bearer("sesame"))  # fmt: skip
+            assert refused.status_code == 429
+            assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+
+
+async def test_either_header_may_have_the_key() -> None:
+    async with serve_node(FakeNode(), access=Access(keys=KEYS)) as url, httpx.AsyncClient(base_url=url) as client:
+        for headers in (bearer("cumin") | {"X-Api-Key": "unused"}, bearer("unused") | {"X-Api-Key": "cumin"}):
+            assert (await client.get("/v1/models", headers=headers)).status_code == 200
+        both = bearer("unused") | {"X-Api-Key": "unused"}
+        assert (await client.get("/v1/models", headers=both)).status_code == 401
+
+
 @pytest.mark.parametrize("keys", [(), KEYS])
 async def test_pages_of_configured_origins_are_admitted(keys: tuple[ApiKey, ...]) -> None:
     ours, foreign = "https://chat.example.org", "https://evil.example.org"

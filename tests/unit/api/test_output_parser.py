@@ -1,13 +1,20 @@
 """Tool calls and reasoning are read from a text, however it is cut into pieces."""
 
 import json
+import time
+from typing import Any
 
 import pytest
 
-from node.api.output_parser import OutputParser, ParsedReasoning, ParsedText, ParserRules, ToolCall
+from node.api.output_parser import OutputParser, ParsedReasoning, ParsedText, ParserRules
+from node.api.tool_calls import ToolCall
 from node.coordinator.submission import ChatFormat, ToolFormat
 
-RULES = ParserRules(reasoning=True, tools=True)
+TOOLS: dict[str, Any] = {
+    "add": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}},
+    "now": {"type": "object"},
+}
+RULES = ParserRules(reasoning=True, tools=TOOLS)
 CALL = '{"name": "add", "arguments": {"a": 1, "b": "<x>"}}'
 
 
@@ -25,6 +32,14 @@ def read(
     return answer, reasoning, calls
 
 
+QWEN_CODER = (
+    "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n<x>\n</parameter>\n</function>\n"
+    "</tool_call>"
+)
+GLM = (
+    "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n<arg_key>b</arg_key>\n<arg_value><x></arg_value>\n"
+    "</tool_call>"
+)
 ADD = ("add", '{"a": 1, "b": "<x>"}')
 HERMES, LLAMA3, MISTRAL = (
     ChatFormat(tools=each) for each in (ToolFormat.HERMES, ToolFormat.LLAMA3, ToolFormat.MISTRAL)
@@ -48,6 +63,13 @@ HERMES, LLAMA3, MISTRAL = (
         (MISTRAL, f"[TOOL_CALLS] [{CALL}, {CALL}]", ("", [ADD] * 2)),
         (MISTRAL, f"[TOOL_CALLS]add[ARGS]{ADD[1]}[TOOL_CALLS]add{ADD[1]}", ("", [ADD] * 2)),
         (MISTRAL, "[TOOL", ("[TOOL", [])),
+        (HERMES, QWEN_CODER, ("", [ADD])),
+        (HERMES, QWEN_CODER.replace("add", "now").replace("<x>", "7"), ("", [("now", '{"a": 1, "b": 7}')])),
+        (HERMES, GLM, ("", [ADD])),
+        (HERMES, "<tool_call>now\n</tool_call>", ("", [("now", "{}")])),
+        (HERMES, '<tool_call>{"name": "add"}</tool_call>', ('<tool_call>{"name": "add"}</tool_call>', [])),
+        (LLAMA3, '{"name": "Ada", "age": 36}', ('{"name": "Ada", "age": 36}', [])),
+        (LLAMA3, '{"name": "sub", "parameters": {}}', ('{"name": "sub", "parameters": {}}', [])),
     ],
 )  # fmt: skip
 def test_reads_tool_calls(
@@ -71,14 +93,59 @@ def test_reads_reasoning(size: int) -> None:
 
 
 def test_forced_call_is_the_whole_text() -> None:
-    rules = ParserRules(tools=True, forced=True, single=True)
+    rules = ParserRules(tools=TOOLS, forced=True, single=True)
     assert read(CALL, ChatFormat(reasons=True, reasoning_began=True), 3, rules) == ("", "", [ADD])
     cut = CALL[:20]
     assert read(cut, ChatFormat(), 3, rules) == (cut, "", [])
 
 
+@pytest.mark.parametrize("size", [1, 4, 1000])
+def test_text_that_follows_another_schema_is_no_call(size: int) -> None:
+    rules = ParserRules(tools=TOOLS, forced=True, single=True)
+    for text in ('{"answer": 42}', '{"name": "Ada", "age": 36}', "[1, 2]", '"name"', '{"name'):
+        assert read(text, HERMES, size, rules) == (text, "", [])
+    parser = OutputParser(rules, HERMES)
+    assert parser.feed('{"answ') == [ParsedText('{"answ')], "it is streamed as soon as it cannot be a call"
+
+
+@pytest.mark.parametrize(
+    "arguments", [r'{"a": "\ud83d"}', '{"a": 1e999}', '{"a": NaN}', '{"a": -Infinity}', r'{"\udfff": 1}', "[" * 5000]
+)
+@pytest.mark.parametrize("chat_format", [HERMES, LLAMA3, MISTRAL])
+def test_call_that_no_client_could_read_stays_text(chat_format: ChatFormat, arguments: str) -> None:
+    body = f'{{"name": "add", "arguments": {arguments}}}'
+    begin, end = {HERMES.tools: ("<tool_call>", "</tool_call>"), MISTRAL.tools: ("[TOOL_CALLS]", "")}.get(
+        chat_format.tools, ("", "")
+    )
+    text = begin + body + end
+    assert read(text, chat_format, 50) == (text, "", [])
+
+
+@pytest.mark.parametrize("arguments", ["NaN", "1e999", r'{"a": "\ud83d"}', "[1]", "nonsense", "", "{} {}"])
+def test_arguments_that_are_no_object_are_one(arguments: str) -> None:
+    assert ToolCall("1", "add", arguments).argument_object == {"arguments": arguments}
+    assert ToolCall("1", "add", '{"a": 1}').argument_object == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[TOOL_CALLS]a" + " " * 100_000 + "b",
+        "[TOOL_CALLS]" + "a{}" * 30_000,
+        "<tool_call>" + "<function=a>" * 10_000 + "</tool_call>",
+        "<tool_call>a" + "<arg_key>" * 10_000 + "</tool_call>",
+    ],
+)
+def test_hostile_text_is_read_in_time(text: str) -> None:
+    began_s = time.process_time()
+    for chat_format in (HERMES, MISTRAL):
+        answer, _, calls = read(text, chat_format, 100_000)
+        assert (answer, calls) == (text, [])
+    assert time.process_time() - began_s < 1
+
+
 def test_single_keeps_the_first_call() -> None:
-    rules = ParserRules(tools=True, single=True)
+    rules = ParserRules(tools=TOOLS, single=True)
     assert read(f"<tool_call>{CALL}</tool_call>" * 3, HERMES, 4, rules) == ("", "", [ADD])
 
 

@@ -1,15 +1,24 @@
 import json
 from typing import Any
 
+import llguidance
 import pytest
+from openai import pydantic_function_tool
+from pydantic import BaseModel, Field
 from starlette.datastructures import Headers
 
+from node.api.anthropic.requests import parse_message_request
 from node.api.errors import ApiError
 from node.api.generation import MAX_CHOICES, Generation
+from node.api.ollama.requests import parse_chat as parse_ollama_chat
 from node.api.openai import requests
-from node.api.openai.requests import IGNORED, MAX_SEED, MIN_SEED
+from node.api.openai.requests import IGNORED
+from node.api.openai.requests import parse_chat_request as parse_chat
+from node.api.openai.responses import parse_response_request
 from node.api.output_parser import ParserRules
+from node.api.shared_fields import MAX_SEED, MIN_SEED
 from node.coordinator.submission import ChatMessage, JobRequest
+from node.models.json_schema import make_matcher
 from protocol.limits import MAX_LOGIT_BIASES, MAX_POSITIONS, MAX_STOP_TOKENS, MAX_VOCABULARY
 
 
@@ -27,7 +36,7 @@ DEEP: dict[str, Any] = {}
 for _ in range(100):
     DEEP = {"a": DEEP}
 SCHEMA = "response_format.json_schema.schema"
-NAMELESS = "messages[0].tool_calls[0].function.name"
+NAMELESS = "messages[0].tool_calls[0].function"
 
 
 def generation_of_chat(body: bytes) -> Generation:
@@ -101,6 +110,28 @@ def test_unknown_field_suggests_closest_name(name: str, meant: str | None) -> No
         suggestion = f"; did you mean {meant!r}?" if meant else ""
         assert caught.value.message == f"unknown field {name[:64]!r}{suggestion}"
         assert (caught.value.status, caught.value.param) == (400, name[:256])
+
+
+def tool(**parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
+@pytest.mark.parametrize("value", ["\ud800", 10**20, -(10**20), {"\ud800": 1}, [{"x": "\udfff"}]], ids=ascii)
+def test_refuses_what_no_other_process_could_be_told(value: Any) -> None:
+    call = {"function": {"name": "f", "arguments": json.dumps({"a": value})}}
+    schema = {"type": "json_schema", "json_schema": {"schema": {"const": value}}}
+    bodies: list[dict[str, Any]] = [
+        {"chat_template_kwargs": {"a": value}},
+        {"response_format": schema},
+        {"tools": [tool(maximum=value)]},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": {"description": value}}}}]},
+        {"messages": [{"role": "assistant", "tool_calls": [call]}]},
+    ]
+    for fields in bodies:
+        with pytest.raises(ApiError) as caught:
+            parse_chat_request(chat(**fields))
+        assert caught.value.status == 400
+        assert caught.value.message.isascii()
 
 
 @pytest.mark.parametrize(
@@ -189,15 +220,126 @@ def test_tools_reach_job() -> None:
     generation = generation_of_chat(chat(tools=[TOOL], parallel_tool_calls=False))
     (job,) = generation.jobs
     assert (job.tools, job.json_schema) == ((TOOL,), "")
-    assert generation.rules == ParserRules(reasoning=True, tools=True, single=True)
+    assert generation.rules == ParserRules(reasoning=True, tools={"f": {"type": "object"}}, single=True)
     generation = generation_of_chat(chat(tools=[TOOL], tool_choice="none"))
-    assert (generation.jobs[0].tools, generation.rules.tools) == ((), False)
+    assert (generation.jobs[0].tools, generation.rules.tools) == ((), {})
     named = {"type": "function", "function": {"name": "f"}}
     for choice in ("required", named):
         generation = generation_of_chat(chat(tools=[TOOL], tool_choice=choice))
         assert generation.rules.forced
         schema = json.loads(generation.jobs[0].json_schema)
-        assert schema["properties"] == {"name": {"const": "f"}, "arguments": {"type": "object"}}
+        assert schema["properties"] == {"name": {"const": "f"}, "arguments": {"$ref": "#/$defs/0"}}
+        assert generation.jobs[0].json_schema_param == "tools"
+
+
+class City(BaseModel):
+    name: str = Field(description="d" * 9000)
+    twin: "City | None" = None
+
+
+class Trip(BaseModel):
+    description: str
+    cities: list[City]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "Trip"}}])
+def test_references_of_a_tool_stay_its_own(choice: Any) -> None:
+    tools = [pydantic_function_tool(Trip), pydantic_function_tool(City)]
+    schema = generation_of_chat(chat(tools=tools, tool_choice=choice)).jobs[0].json_schema
+    assert "ddd" not in schema, "descriptions bind no text"
+    assert json.loads(schema)["$defs"]["0"]["properties"].keys() == {"description", "cities"}
+    call = {"name": "Trip", "arguments": {"description": "x", "cities": [{"name": "Bonn", "twin": None}]}}
+    assert admits(schema, call)
+    assert not admits(schema, {"name": "Trip", "arguments": {"description": "x", "cities": [{"twin": None}]}})
+    assert not admits(schema, {"name": "Trip", "arguments": {"cities": 1}})
+
+
+def test_schema_that_tools_make_is_bounded() -> None:
+    enum = [f"value {number}" for number in range(1500)]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"enum": enum}}}]
+    assert generation_of_chat(chat(tools=tools)).jobs[0].tools
+    with pytest.raises(ApiError, match=r"tools make a JSON Schema of [0-9]+ bytes") as caught:
+        generation_of_chat(chat(tools=tools, tool_choice="required"))
+    assert (caught.value.status, caught.value.param) == (400, "tools")
+
+
+def test_answer_in_a_format_leaves_tools_possible() -> None:
+    form = {"type": "json_schema", "json_schema": {"schema": {"$ref": "#/$defs/A", "$defs": {"A": {"enum": [7]}}}}}
+    generation = generation_of_chat(chat(tools=[TOOL], response_format=form))
+    (job,) = generation.jobs
+    assert generation.rules.forced
+    assert admits(job.json_schema, 7)
+    assert admits(job.json_schema, {"name": "f", "arguments": {}})
+    assert not admits(job.json_schema, 8)
+    assert job.json_schema_param == "response_format"
+    assert job.template_options == {"enable_thinking": False}
+    chosen = generation_of_chat(chat(response_format=form, reasoning_effort="high")).jobs[0]
+    assert chosen.template_options["enable_thinking"] is True
+
+
+def admits(schema: str, value: Any) -> bool:
+    """Return whether the library that masks tokens admits a value as the whole text."""
+    tokenizer = llguidance.LLTokenizer("byte")
+    matcher = make_matcher(tokenizer, schema)
+    assert not matcher.is_error(), matcher.get_error()
+    text = json.dumps(value)
+    tokens = tokenizer.tokenize_str(text)
+    return matcher.try_consume_tokens(tokens) == len(tokens) and bool(matcher.is_accepting())
+
+
+@pytest.mark.parametrize("value", [[1], {}, {"type": []}, 7, True])
+def test_choice_of_an_odd_type_is_refused(value: Any) -> None:
+    for parse, body in ((parse_chat, chat), (parse_response_request, response)):
+        with pytest.raises(ApiError) as caught:
+            parse(body(tools=[TOOL] if body is chat else [], tool_choice=value), Headers())
+        assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("value", [[1], {}, 7])
+def test_odd_wish_for_reasoning_is_refused(value: Any) -> None:
+    with pytest.raises(ApiError, match="think must be"):
+        parse_ollama_chat(json.dumps({"model": "tiny", "messages": [], "think": value}).encode(), Headers())
+
+
+def test_what_an_answer_repeats_can_be_sent() -> None:
+    for fields in ({"metadata": {"a": "\ud800"}}, {"user": "\ud800"}):
+        with pytest.raises(ApiError):
+            parse_response_request(response(**fields), Headers())
+
+
+def response(**fields: Any) -> bytes:
+    return json.dumps({"model": "tiny", "input": "Hi", **fields}).encode()
+
+
+def test_turn_of_the_assistant_is_not_continued() -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Once"}]
+    body = {"model": "tiny", "max_tokens": 5, "messages": turns}
+    for parse in (parse_message_request, parse_ollama_chat):
+        fields = body if parse is parse_message_request else {"model": "tiny", "messages": turns}
+        with pytest.raises(ApiError, match="cannot end with a turn of the assistant") as caught:
+            parse(json.dumps(fields).encode(), Headers())
+        assert caught.value.param == "messages"
+
+
+def test_items_of_one_turn_make_one_turn() -> None:
+    def call(name: str) -> dict[str, Any]:
+        return {"type": "function_call", "call_id": name, "name": name, "arguments": "{}"}
+
+    items = [
+        {"role": "user", "content": "Hi"},
+        {"type": "reasoning", "summary": []},
+        {"role": "assistant", "content": "Wait."},
+        call("a"),
+        call("b"),
+        {"type": "function_call_output", "call_id": "a", "output": "1"},
+    ]
+    generation, _ = parse_response_request(response(input=items, include=["reasoning.encrypted_content"]), Headers())
+    turns = generation.jobs[0].messages or ()
+    assert [(turn.role, turn.content, len(turn.tool_calls)) for turn in turns] == [
+        ("user", "Hi", 0), ("assistant", "Wait.", 2), ("tool", "1", 0)
+    ]  # fmt: skip
+    with pytest.raises(ApiError, match="item_reference is not supported"):
+        parse_response_request(response(input=[{"type": "item_reference", "id": "x"}]), Headers())
 
 
 def test_tool_calls_of_earlier_turns_reach_template() -> None:
@@ -300,9 +442,9 @@ def test_accepts_neutral_values(fields: dict[str, Any]) -> None:
         ({"logprobs": 1}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"tools": [{"type": "function"}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, "tools[0]"),
         ({"tools": 7}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
@@ -324,7 +466,7 @@ def test_accepts_neutral_values(fields: dict[str, Any]) -> None:
         ({"seed": MIN_SEED - 1}, "seed"),
         ({"seed": 1.0}, "seed"),
         ({"seed": MAX_SEED + 1}, "seed"),
-        ({"stop": list("abcde")}, "stop"),
+        ({"stop": ["a"] * 65}, "stop"),
         ({"stop": [""]}, "stop"),
         ({"stop": [7]}, "stop"),
         ({"stream": "yes"}, "stream"),

@@ -1,11 +1,8 @@
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
-import trio
 
-from tests.unit.api.fakes import FakeNode, serve_node
+from tests.unit.api.fakes import FakeNode, serve_in_thread
 
 
 @pytest.fixture(autouse=True)
@@ -26,34 +23,9 @@ def serve(request: pytest.FixtureRequest) -> ServeNode:
     """Serve fake nodes in a thread of their own, as another process would; give each one's URL."""
 
     def start(node: FakeNode, api_key: str | None = None) -> str:
-        context = _served(node, api_key)
+        context = serve_in_thread(node, api_key)
         url = context.__enter__()
         request.addfinalizer(lambda: context.__exit__(None, None, None))
         return url
 
     return start
-
-
-@contextmanager
-def _served(node: FakeNode, api_key: str | None) -> Iterator[str]:
-    started = threading.Event()
-    url = ""
-    token: trio.lowlevel.TrioToken
-    scope = trio.CancelScope()
-
-    async def run() -> None:
-        nonlocal url, token
-        token = trio.lowlevel.current_trio_token()
-        with scope:
-            async with serve_node(node, api_key) as url:
-                started.set()
-                await trio.sleep_forever()
-
-    thread = threading.Thread(target=trio.run, args=(run,))
-    thread.start()
-    assert started.wait(timeout=10)
-    try:
-        yield url
-    finally:
-        trio.from_thread.run_sync(scope.cancel, trio_token=token)
-        thread.join()

@@ -26,7 +26,7 @@ def test_grid_is_product_of_axes(serve: ServeNode, capsys: pytest.CaptureFixture
 def test_resumes_interrupted_bench(serve: ServeNode, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     node = FakeNode()
     kept = tmp_path / "bench.jsonl"
-    command = ["bench", "--api", serve(node), "--method", "engine=fused", "--resume", str(kept), "--json"]
+    command = ["bench", "--api", serve(node), "--method", "engine=fused", "--output", str(kept), "--json"]
     assert run([*command, "--concurrency", "1"]) == 0
     with kept.open("a") as file:
         file.write('{"cell": {"mod')  # a kill in the middle of a line
@@ -42,13 +42,13 @@ def test_resumes_interrupted_bench(serve: ServeNode, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     "text", ["notes of a year", '{"model": "tiny"}', '{"model": "tiny"}\n', "[1]\n", '{"cell": 1}\n']
 )
-def test_refuses_foreign_resume_file(
+def test_refuses_foreign_output_file(
     serve: ServeNode, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str
 ) -> None:
     file = tmp_path / "notes"
     file.write_text(text)
     node = FakeNode()
-    command = ["bench", "--api", serve(node), "--method", "engine=fused", "--concurrency", "1", "--resume", str(file)]
+    command = ["bench", "--api", serve(node), "--method", "engine=fused", "--concurrency", "1", "--output", str(file)]
     assert run(command) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert "choose another file" in line

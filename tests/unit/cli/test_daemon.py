@@ -40,7 +40,7 @@ class FakeNode:
 def fake_node(monkeypatch: pytest.MonkeyPatch) -> FakeNode:
     fake = FakeNode()
     monkeypatch.setattr(app, "run_node", fake.run)
-    monkeypatch.setattr(logs, "configure_logging", lambda level: None)
+    monkeypatch.setattr(logs, "configure_logging", lambda level, log_format: None)
     return fake
 
 
@@ -113,6 +113,10 @@ def test_join_command_names_models_by_id(tmp_path: Path) -> None:
     assert option(here, "--serve") == "mine"
     assert option(here, "--cache-dir") == str(tmp_path)
     assert option(elsewhere, "--epoch") == option(here, "--epoch") == "60"
+    gap = ServeSpec("mine", BlockRange(0, 1))
+    elsewhere, here = join_elsewhere(config, ready, gap), join_here(config, ready, gap)
+    assert elsewhere is not None
+    assert (option(elsewhere, "--serve"), option(here, "--serve")) == (f"{model}:0-1", "mine:0-1")
 
 
 @pytest.mark.parametrize("from_environment", [False, True])

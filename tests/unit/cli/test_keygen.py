@@ -32,7 +32,7 @@ def test_keys_are_random_and_never_overwritten(tmp_path: Path, capsys: pytest.Ca
 def test_api_keys_are_hashed_and_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "api.keys"
     printed = []
-    for arguments in (["--api-key", "one", "--concurrency", "3"], ["--api-key", "two"]):
+    for arguments in (["--api-key-name", "one", "--concurrency", "3"], ["--api-key-name", "two"]):
         assert run(["keygen", *arguments, str(file)]) == 0
         printed.append(capsys.readouterr().out.strip())
     assert file.stat().st_mode & 0o777 == 0o600
@@ -41,4 +41,14 @@ def test_api_keys_are_hashed_and_added(tmp_path: Path, capsys: pytest.CaptureFix
     assert one == ApiKey(name="one", sha256=hash_api_key(printed[0]), concurrency=3)
     assert two == ApiKey(name="two", sha256=hash_api_key(printed[1]))
     assert run(["keygen", "--concurrency", "3", str(tmp_path / "other")]) == 2
-    assert run(["keygen", "--api-key", "a b", str(file)]) == 2
+    assert run(["keygen", "--api-key-name", "a b", str(file)]) == 2
+    assert run(["keygen", "--api-key", "sk-secret", str(file)]) == 2, "`metaswarm node` takes a key by this name"
+    assert "sk-secret" not in file.read_text()
+
+
+def test_api_key_begins_a_line_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "api.keys"
+    file.write_text("# ours")
+    assert run(["keygen", "--api-key-name", "one", str(file)]) == 0
+    (key,) = API_KEYS.convert(str(file), None, None)
+    assert key.name == "one"

@@ -28,7 +28,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"metaswarm {verb}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", sorted({*VERBS} - {"history", "model"}))
+@pytest.mark.parametrize("verb", sorted({*VERBS} - {"config", "history", "model"}))
 def test_every_verb_has_json(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([verb, "--help"]) == 0
     assert "--json" in capsys.readouterr().out
@@ -100,3 +100,44 @@ def test_wrong_log_level_in_environment_is_usage_error(
     monkeypatch.setenv("METASWARM_LOG_LEVEL", "loud")
     assert run([verb]) == 2
     assert "Invalid value for METASWARM_LOG_LEVEL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["stauts"], "no such verb 'stauts'; did you mean 'status'?; see `metaswarm --help`"),
+        (["pull", "tiny"], "no such verb 'pull'; did you mean 'model import'?"),
+        (["bogus"], "no such verb 'bogus'; see `metaswarm --help`"),
+        (["model", "lst"], "no such verb 'lst'; did you mean 'list'?; see `metaswarm model --help`"),
+        (["submit", "Hi", "--modle", "x"], "no such option '--modle'; did you mean '--model'?"),
+        (["submit", "Hi", "--quality", "exat"], "'exat' is not one of 'exact', 'near', 'any'"),
+    ],
+)
+def test_says_what_was_meant(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+
+
+def test_every_verb_names_options_alike() -> None:
+    """What means the same has the same name, argument and help everywhere, except where a node itself is configured."""
+    seen: dict[str, set[tuple[str, str | None, str | None]]] = {}
+    for verb in VERBS.keys() - {"node", "doctor", "config"}:
+        command = cli.cli.get_command(click.Context(cli.cli), verb)
+        assert command is not None
+        for each in command.commands.values() if isinstance(command, click.Group) else [command]:
+            for option in each.params:
+                if isinstance(option, click.Option) and option.opts[0] in {
+                    *("--api", "--bootstrap", "--model", "--json", "--quality", "--cache-dir", "--data-dir")
+                }:
+                    seen.setdefault(option.opts[0], set()).add((str(option.type), option.metavar, option.help))
+    assert {name: len(kinds) for name, kinds in seen.items()} == dict.fromkeys(seen, 1)
+    assert {"--api", "--bootstrap", "--model", "--json"} <= seen.keys()
+
+
+def test_jobs_that_fail_together_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raise_in_a_verb(ExceptionGroup("", [CommandError("gone"), CommandError("gone")]), monkeypatch)
+    assert run(["status"]) == 1
+    assert capsys.readouterr().err == "metaswarm: gone\n"

@@ -93,6 +93,7 @@ def test_reads_every_option_from_environment_and_from_file(tmp_path: Path) -> No
         "METASWARM_CHECKPOINT": "cd" * 32,
         "METASWARM_EXPLORATION": "0.25",
         "METASWARM_LOG_LEVEL": "DEBUG",
+        "METASWARM_LOG_FORMAT": "json",
     }
     assert environ.keys() == {f"METASWARM_{option.name.upper()}" for option in NODE_OPTIONS if option.expose_value}
     expected = NodeConfig(
@@ -126,6 +127,7 @@ def test_reads_every_option_from_environment_and_from_file(tmp_path: Path) -> No
         checkpoints=(b"\xcd" * 32,),
         exploration=0.25,
         log_level="debug",
+        log_format="json",
     )
     assert load(environ) == expected
     file = tmp_path / "node.toml"
@@ -157,6 +159,7 @@ def test_reads_every_option_from_environment_and_from_file(tmp_path: Path) -> No
         checkpoint = ["{"cd" * 32}"]
         exploration = 0.25
         log_level = "debug"
+        log_format = "json"
         """
     )
     assert load(config=str(file)) == expected
@@ -173,7 +176,7 @@ def test_relative_path_in_file_starts_at_its_folder(tmp_path: Path) -> None:
 def test_names_unknown_option_in_file(tmp_path: Path) -> None:
     file = tmp_path / "node.toml"
     file.write_text('liston = "/ip4/127.0.0.1/tcp/1"')
-    assert f"{file}: unknown option 'liston'; did you mean 'listen'?" in fault(config=str(file))
+    assert f"{file}, line 1: unknown option 'liston'; did you mean 'listen'?" in fault(config=str(file))
 
 
 def test_names_line_of_malformed_file(tmp_path: Path) -> None:
@@ -271,7 +274,7 @@ def test_wrong_value_is_one_line_that_names_option(option: str, value: str | lis
 def test_file_must_have_text_where_option_is_text(tmp_path: Path, line: str) -> None:
     file = tmp_path / "node.toml"
     file.write_text(line)
-    assert f"{line.split()[0]} in {file}: expected a text, not" in fault(config=str(file))
+    assert f"{line.split()[0]} in {file}, line 1: expected a text, not" in fault(config=str(file))
 
 
 def test_epoch_is_float_from_everywhere() -> None:

@@ -9,7 +9,7 @@ from node.api.interface import ModelDocument
 from node.cli import run
 from node.cli.client import find_api
 from node.cli.output import out
-from node.cli.status import _describe_problems, coverage_bar, render_models, render_status
+from node.cli.status_tables import _describe_problems, coverage_bar, render_models, render_status
 from node.config import NodeReady, default_data_dir
 from protocol.identity import peer_id_from_public_key
 from tests.unit.api.fakes import MODEL, PEERS, FakeNode
@@ -118,6 +118,10 @@ def test_replaces_control_characters_in_names(api: list[str], capsys: pytest.Cap
         "apart": [],
         "complete": True,
         "local": True,
+        "size_bytes": 1 << 20,
+        "format": "gguf",
+        "architecture": "llama",
+        "weight_type": "q4_1",
         "quality": {},
     }
     out().print(render_models({"models": [model]}))

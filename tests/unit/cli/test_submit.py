@@ -3,18 +3,20 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from node.cli import ephemeral, run, submit
-from node.coordinator.submission import ChatMessage, JobError, JobErrorCode
+from node.api.job_document import describe_job
+from node.cli import ephemeral, run, target
+from node.coordinator.submission import ChatMessage, JobError, JobErrorCode, JobEvent, JobRequest
 from protocol.measurements import QualityBound
-from tests.unit.api.fakes import JOB, MODEL, PEERS, FakeNode
+from tests.unit.api.fakes import JOB, MODEL, PEERS, FakeNode, FakeSubmitter, make_result
 from tests.unit.cli.conftest import ServeNode
+from tests.unit.cli.terminal import on_terminal
 
 DOCUMENT = {
     "job_id": JOB,
@@ -188,7 +190,7 @@ class TestBootstrap:
             yield serve(node)
 
         monkeypatch.setattr(ephemeral, "ephemeral_peer", ephemeral_peer)
-        monkeypatch.setattr(submit, "DISCOVERY_INTERVAL_S", 0)
+        monkeypatch.setattr(target, "DISCOVERY_INTERVAL_S", 0)
         return joined
 
     @pytest.mark.parametrize("model", [[], ["--model", "tiny"]])
@@ -221,8 +223,8 @@ class TestBootstrap:
             yield serve(node)
 
         monkeypatch.setattr(ephemeral, "ephemeral_peer", ephemeral_peer)
-        monkeypatch.setattr(submit, "DISCOVERY_INTERVAL_S", 0)
-        monkeypatch.setattr(submit, "DISCOVERY_TIMEOUT_S", 60 if model else 0)
+        monkeypatch.setattr(target, "DISCOVERY_INTERVAL_S", 0)
+        monkeypatch.setattr(target, "DISCOVERY_TIMEOUT_S", 60 if model else 0)
         monkeypatch.setenv("METASWARM_API", "127.0.0.1:1")
         assert run(["submit", "Hi", "--bootstrap", "peers.yaml", *model]) == code
         assert (f"choose one that you trust with --model: {MODEL[:12]}" in capsys.readouterr().err) is (code == 1)
@@ -287,7 +289,7 @@ class TestFile:
         monkeypatch: pytest.MonkeyPatch,
         code: JobErrorCode,
     ) -> None:
-        monkeypatch.setattr("node.cli.submit.RETRY_JITTER", (0.0, 0.0))
+        monkeypatch.setattr("node.cli.submit_file.RETRY_JITTER", (0.0, 0.0))
         node.submitter.refuse = JobError(code, "not now", retry_after_s=2)
         node.submitter.refusals = 2
         assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), *api]) == 0
@@ -302,8 +304,8 @@ class TestFile:
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("node.cli.submit.RETRY_TIMEOUT_S", 0.0)
-        monkeypatch.setattr("node.cli.submit.RETRY_JITTER", (0.0, 0.0))
+        monkeypatch.setattr("node.cli.submit_file.RETRY_TIMEOUT_S", 0.0)
+        monkeypatch.setattr("node.cli.submit_file.RETRY_JITTER", (0.0, 0.0))
         node.submitter.refuse = JobError(JobErrorCode.FULL, "no room now", retry_after_s=2)
         assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), *api]) == 1
         [document] = self.documents(capsys)
@@ -326,6 +328,116 @@ class TestFile:
         assert "line 2" in error
         assert says in error
         assert node.submitter.requests == []
+
+    def test_output_goes_on_where_it_was(
+        self, tmp_path: Path, node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = self.write(tmp_path, *(json.dumps({"prompt": word}) for word in "abcd"))
+        output = tmp_path / "answers.jsonl"
+        command = ["submit", *file, "--output", str(output), "--concurrency", "1", *api]
+        node.submitter.refuse = JobError(JobErrorCode.FAILED, "a stage failed")
+        node.submitter.refusals = 1
+        assert run(command) == 1
+        errors = capsys.readouterr().err
+        assert "line 1: a stage failed" in errors
+        assert "1 of 4 jobs failed: the same command tries them again" in errors
+        written = output.read_text().splitlines()
+        assert [json.loads(line)["line"] for line in written] == [2, 3, 4]
+        output.write_text("".join(f"{line}\n" for line in written[:2]) + written[2][:20])  # a kill in the middle
+        node.submitter.requests.clear()
+        node.submitter.refuse = None
+        assert run(command) == 0
+        assert [job.prompt for job in node.submitter.requests] == ["a", "d"]
+        answers = [json.loads(line) for line in output.read_text().splitlines()]
+        assert [answer.pop("line") for answer in answers] == [1, 2, 3, 4]
+        assert [{name: answer[name] for name in DOCUMENT} for answer in answers] == [DOCUMENT] * 4
+        assert run(command) == 0
+        assert len(node.submitter.requests) == 2
+
+    @pytest.mark.parametrize("text", ["notes of a year\n", "[1]\n", '{"line": 1}\n', "notes"])
+    def test_output_of_something_else_is_left_alone(
+        self, text: str, tmp_path: Path, node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        output = tmp_path / "notes"
+        output.write_text(text)
+        assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), "--output", str(output), *api]) == 1
+        assert "choose another file" in capsys.readouterr().err
+        assert (output.read_text(), node.submitter.requests) == (text, [])
+
+    def test_output_of_other_prompts_is_refused(
+        self, tmp_path: Path, api: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        output = ["--output", str(tmp_path / "answers.jsonl")]
+        assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), *output, *api]) == 0
+        for changed in (["--max-tokens", "9"], ["--temperature", "1"]):
+            assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), *output, *changed, *api]) == 1
+            assert "answers other prompts or options, first in line 1" in capsys.readouterr().err
+
+    def test_ctrl_c_loses_no_answer(self, tmp_path: Path, node: FakeNode, serve: ServeNode) -> None:
+        class StuckSubmitter(FakeSubmitter):
+            async def _events(self, request: JobRequest) -> AsyncGenerator[JobEvent, None]:
+                self.hang = len(self.requests) == 3
+                async for event in super()._events(request):
+                    yield event
+
+        node.submitter = StuckSubmitter()
+        output = tmp_path / "answers.jsonl"
+        file = self.write(tmp_path, *(json.dumps({"prompt": word}) for word in "abcd"))
+        command = ["submit", *file, "--output", str(output), "--concurrency", "1", "--api", serve(node)]
+        with on_terminal(*command) as terminal:
+            terminal.wait_for("50%")
+            terminal.type("\x03")
+            assert terminal.wait_exit() == 130
+        assert "2 of 4 answers are in" in terminal.text
+        assert "Traceback" not in terminal.text
+        assert run(command) == 0
+        assert [job.prompt for job in node.submitter.requests[3:]] == ["c", "d"]
+        assert len(output.read_text().splitlines()) == 4
+
+
+TRACE = {
+    "stages": [
+        {"peer": PEERS[0], "start": 0, "end": 4, "clock_error_s": 0.0005},
+        {"peer": PEERS[1], "start": 4, "end": 8, "clock_error_s": 0.001},
+    ],
+    "rounds": [
+        {
+            "position": 5 + number,
+            "tokens": 1,
+            "arrived_s": 0.2 + 0.03 * number,
+            "has_prompt": number == 0,
+            "stages": [
+                {"stage": 0, "link_s": 0.001, "queue_s": 0.0, "compute_s": 0.012, "serialise_s": 0.0005},
+                {"stage": 1, "link_s": 0.002, "queue_s": 0.003, "compute_s": 0.01, "serialise_s": 0.0005},
+            ],
+        }
+        for number in range(3)
+    ],
+    "dropped_steps": 0,
+}
+
+
+def test_trace_shows_medians_of_every_stage(
+    node: FakeNode, api: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    described = describe_job(make_result("x", (1,))) | {"trace": TRACE}
+    monkeypatch.setattr("node.api.openai.answers.describe_job", lambda result: described)
+    assert run(["submit", "Hi", "--trace", *api]) == 0
+    assert node.submitter.requests[0].trace
+    output = capsys.readouterr()
+    assert output.out == "Hello, wörld\n"
+    rows = [line.split() for line in output.err.splitlines()]
+    first, second = (next(row for row in rows if peer[-8:] in row) for peer in PEERS)
+    assert first[2:] == ["0-4", "1.00/1.00", "0.00/0.00", "12.0/12.0", "0.50/0.50", "13.5/13.5"]
+    assert second[-1] == "15.5/15.5"
+    assert next(row for row in rows if row and row[0] == "all")[-1] == "29.0/29.0"
+    assert run(["submit", "Hi", "--trace", "--json", *api]) == 0
+    assert json.loads(capsys.readouterr().out)["trace"] == TRACE
+
+
+def test_trace_of_stages_that_report_none(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["submit", "Hi", "--trace", *api]) == 0
+    assert "no trace" in capsys.readouterr().err
 
 
 def test_ctrl_c_cancels_job(node: FakeNode, serve: ServeNode) -> None:

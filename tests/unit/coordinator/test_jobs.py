@@ -22,7 +22,7 @@ from node.models.tokenizer_service import no_tokenizer
 from node.models.vocabulary import TokenKind, Vocabulary
 from node.stages.span import IDLE_LIMIT_S
 from node.swarm.heartbeats import HEARTBEAT_INTERVAL_S
-from node.testing.fake_engine import expected_tokens, fake_span_info
+from node.testing.fake_engine import UNFULFILLABLE, expected_tokens, fake_span_info
 from protocol.identity import BlockRange, SessionId
 from protocol.messages import FinishReason, Sampling
 from tests.support.job_peers import BLOCKS, VOCABULARY, Peer, Swarm, a_step, an_opening, open_swarm
@@ -415,6 +415,25 @@ async def test_invalid_request_names_the_reason(
             await peer.run(JobRequest(**{"model": "fake", "prompt": PROMPT, **changes}))  # type: ignore[arg-type]
         assert caught.value.code is code
         assert "\n" not in caught.value.message
+
+
+async def test_schema_that_fails_in_mid_text_costs_no_peer_its_trust(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        for span in (*THIRDS, THIRDS[2]):
+            await swarm.join(span)
+        peer = await swarm.join()
+        await swarm.settle()
+        request = JobRequest(
+            model="fake", prompt=PROMPT, json_schema=UNFULFILLABLE, json_schema_param="format", stop_token_ids=(999,)
+        )
+        with pytest.raises(JobError) as caught:
+            await peer.run(request)
+        assert (caught.value.code, caught.value.param) == (JobErrorCode.INVALID, "format")
+        assert "admits nothing" in caught.value.message
+        asked = [each for each in swarm.peers[2:4] if peer.id in each.stages.peer_statistics()]
+        assert len(asked) == 1, "no other peer is tried"
+        assert not any(record.failed for record in peer.coordinator.peer_records().values())
+        await all_free(swarm)
 
 
 async def test_model_without_tokenizer_uses_token_ids(

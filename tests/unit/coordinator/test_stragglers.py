@@ -17,7 +17,7 @@ from node.stages.span import Span
 from node.testing.memory_links import LinkModel
 from protocol.connection import PROTOCOL_IDS
 from protocol.identity import JobId, PeerId, SessionId
-from protocol.messages import Progress
+from protocol.reports import Progress
 from selector.task import method
 from tests.support.hostile_peer import Hole, join_hole
 from tests.support.job_peers import BLOCKS, Peer, Swarm, open_swarm

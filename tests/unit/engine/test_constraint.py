@@ -3,18 +3,21 @@
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import tokenizers
 
 from node.engine.constraint import ConstraintProcess
-from node.engine.interface import EngineError
+from node.engine.interface import BadRequest, EngineError
 from node.engine.sampling import draw_and_verify, history_for
 from node.models.json_schema import schema_fault
+from node.testing.fake_engine import UNFULFILLABLE
 from protocol.messages import Sampling
 from tests.unit.models.vocabularies import byte_level
 
@@ -106,27 +109,92 @@ def test_drafts_draw_the_same(process: ConstraintProcess) -> None:
     assert drawn == tokens
 
 
-def test_survives_the_end_of_the_process(process: ConstraintProcess) -> None:
-    tokens = generate(process, sampling())
-    constraint = process.open(SCHEMA)
-    before, _ = constraint.allowed(tokens[:3])
+def serving(process: ConstraintProcess) -> psutil.Process:
+    """Return the process that interprets schemas: the child of the one that has loaded the tokenizer."""
     assert process._child is not None
-    process._child.kill()
-    with pytest.raises(EngineError, match=r"too much time or memory|interpreted"):
-        constraint.allowed(tokens[:4])
-    after, _ = constraint.allowed(tokens[:3])
-    assert (before == after).all()
+    return psutil.Process(process._child.pid).children()[0]
 
 
-def test_schema_that_takes_too_long_is_given_up(process: ConstraintProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_death_of_the_process_changes_no_text(process: ConstraintProcess, whole: bool) -> None:
+    tokens = generate(process, sampling())
+    constraint, other = process.open(SCHEMA), process.open(SCHEMA)
+    before = constraint.allowed(tokens[:3])[0], other.allowed([])[0]
+    victim = serving(process)
+    if whole:
+        assert process._child is not None
+        process._child.kill()
+    victim.kill()
+    victim.wait(5)
+    after = constraint.allowed(tokens[:3])[0], other.allowed([])[0]
+    assert all((one == another).all() for one, another in zip(before, after, strict=True))
+    assert generate(process, sampling()) == tokens
+
+
+def test_schema_that_takes_too_long_fails_its_own_text_only(process: ConstraintProcess) -> None:
+    honest, hostile = process.open(SCHEMA), process.open(SCHEMA)
+    before = honest.allowed([])[0]
+    hostile.allowed([])
+    victim = serving(process)
+    victim.suspend()
+
+    def end_its_time() -> None:
+        os.kill(victim.pid, signal.SIGPROF)  # as the kernel does
+        victim.resume()
+
+    timer = threading.Timer(0.2, end_its_time)
+    timer.start()
+    with pytest.raises(BadRequest, match="too much time"):
+        hostile.allowed([])
+    timer.join()
+    assert (honest.allowed([])[0] == before).all()
+    assert generate(process, sampling())[-1] == STOP
+
+
+def test_process_that_does_not_answer_is_replaced(process: ConstraintProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("node.engine.constraint.STEP_TIMEOUT_S", 0.3)
     constraint = process.open(SCHEMA)
     constraint.allowed([])
-    assert process._child is not None
-    os.kill(process._child.pid, signal.SIGSTOP)
-    with pytest.raises(EngineError, match="too much time"):
+    victim = serving(process)
+    victim.suspend()
+    with pytest.raises(EngineError, match="does not answer") as caught:
         constraint.allowed([])
+    assert not isinstance(caught.value, BadRequest), "the machine may be at fault"
+    victim.wait(5)
     assert generate(process, sampling())[-1] == STOP
+
+
+def test_schema_that_fails_in_mid_text_is_the_requests_fault(process: ConstraintProcess) -> None:
+    assert schema_fault(UNFULFILLABLE) == "", "nothing shows before"
+    constraint = process.open(UNFULFILLABLE)
+    text = tokenizers.Tokenizer.from_str(byte_level()).encode('"' + "ab" * 40).ids
+    assert constraint.allowed(text[:2])[0].any()
+    with pytest.raises(BadRequest, match="cannot be followed: lexer error"):
+        constraint.allowed(text)
+
+
+def test_closed_process_is_started_again(process: ConstraintProcess) -> None:
+    tokens = generate(process, sampling())
+    victim = serving(process)
+    process.close()
+    victim.wait(5)
+    assert generate(process, sampling()) == tokens
+
+
+def test_only_new_tokens_are_sent(process: ConstraintProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = generate(process, sampling())
+    asked: list[tuple[int, int]] = []
+    ask = process.ask
+
+    def note(request: Any) -> dict[str, Any]:
+        asked.append((request["keep"], len(request["tokens"])))
+        return ask(request)
+
+    monkeypatch.setattr(process, "ask", note)
+    constraint = process.open(SCHEMA)
+    for text in (tokens[:4], tokens[:5], [*tokens[:3], tokens[3]], tokens[:5]):
+        constraint.allowed(text)
+    assert asked == [(0, 4), (4, 1), (4, 0), (4, 1)]
 
 
 def test_hopeless_schema_fails_its_own_text_only(process: ConstraintProcess) -> None:
@@ -138,12 +206,28 @@ def test_hopeless_schema_fails_its_own_text_only(process: ConstraintProcess) -> 
 
 
 def test_node_without_tokenizer_says_so(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="lacks the model's tokenizer"):
-        ConstraintProcess(tmp_path / "tokenizer.json", VOCABULARY).open(SCHEMA)
+    with pytest.raises(EngineError, match="lacks the model's tokenizer") as caught:
+        ConstraintProcess(tmp_path / "tokenizer.json", VOCABULARY).start()
+    assert not isinstance(caught.value, BadRequest), "another peer may have it"
+
+
+def test_tokenizer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_text('{"model": {"type": "unheard of"}}')
+    with pytest.raises(BadRequest, match="its tokenizer cannot be read"):
+        ConstraintProcess(file, VOCABULARY).start()
+
+
+def test_process_that_cannot_be_started_is_an_engine_error(
+    process: ConstraintProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.executable", "/nonexistent/python")
+    with pytest.raises(EngineError, match="cannot be interpreted here"):
+        process.start()
 
 
 def test_no_stop_token_is_an_error_at_the_end(process: ConstraintProcess) -> None:
-    with pytest.raises(EngineError, match="no token can follow"):
+    with pytest.raises(BadRequest, match="no token can follow"):
         generate(process, sampling(stop_tokens=(), json_schema='{"const": "fox"}'))
 
 

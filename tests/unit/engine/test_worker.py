@@ -12,13 +12,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import tokenizers
 import trio
 import trio.testing
+from tokenizers import decoders, models, pre_tokenizers
 
-from node.engine import client, worker_protocol
+from node.engine import client, on_demand, worker_protocol
 from node.engine.client import SpareWorker, WorkerEngine, start_worker
 from node.engine.interface import (
     REFERENCE,
+    BadRequest,
     EngineCrashed,
     EngineError,
     EngineFull,
@@ -39,7 +42,7 @@ from protocol.messages import Sampling
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
 from tests.support import hostile_directory
 from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, session, spans, start, step
-from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
+from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, VOCABULARY, TinyModel
 
 MakeTinyModel = Callable[[str], TinyModel]
 WHOLE = BlockRange(0, BLOCKS)
@@ -346,7 +349,7 @@ async def test_variants_are_built_beside_the_steps(make_tiny_model: MakeTinyMode
 async def test_idle_reference_is_unloaded_and_loaded_again(
     make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "UNLOAD_AFTER_S", 0.0)
+    monkeypatch.setattr(on_demand, "UNLOAD_AFTER_S", 0.0)
     monkeypatch.setattr(client, "UNLOAD_ROUND_S", 0.01)
     tiny, fused = make_tiny_model("llama"), Variant("fused", "fp32")
     posted: list[str] = []
@@ -375,3 +378,63 @@ async def test_idle_reference_is_unloaded_and_loaded_again(
             assert "prepare" not in posted
             assert await decode([engine], PROMPT, COUNT) == tiny.tokens
             assert "prepare" in posted
+
+
+def ascii_tokenizer() -> str:
+    """Return a tokenizer of single characters, within the vocabulary of the tiny models."""
+    characters = ["\u0120", *map(chr, range(0x21, 0x7F))]
+    tokenizer = tokenizers.Tokenizer(models.BPE({text: number for number, text in enumerate(characters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    definition: str = tokenizer.to_str()
+    return definition
+
+
+async def test_what_schemas_need_is_started_beside_the_steps_and_ends_when_idle(
+    make_tiny_model: MakeTinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_demand, "UNLOAD_AFTER_S", 0.0)
+    monkeypatch.setattr(client, "UNLOAD_ROUND_S", 0.01)
+    tiny, file = make_tiny_model("llama"), tmp_path / "tokenizer.json"
+    file.write_text(ascii_tokenizer())
+    end = VOCABULARY - 1
+    options = SessionOptions(
+        variant=REFERENCE,
+        sampling=Sampling(max_tokens=9, stop_tokens=(end,), json_schema='{"const": 7}', prompt_length=len(PROMPT)),
+    )
+    async with start_worker(replace(tiny.source(WHOLE), tokenizer_file=file), WHOLE, OPTIONS) as engine:
+        await decode([engine], PROMPT, COUNT)  # the reference is loaded
+        worker = psutil.Process(engine.statistics().worker_pid)
+        async with trio.open_nursery() as nursery:
+            await engine.open(session(1), 20)
+            nursery.start_soon(engine.begin, session(1), options)
+            with trio.fail_after(PATIENCE_S):
+                while not (helpers := worker.children()):
+                    await trio.sleep(0.001)
+                helpers[0].suspend()
+                assert await decode([engine], PROMPT, COUNT) == tiny.tokens
+            helpers[0].resume()
+        first = await engine.step([replace(rows(1, 0, PROMPT), history=PROMPT)])
+        assert tokens_from_tensor(first.outputs[0].tensor) == [ord("7") - 0x20]
+        then = await engine.step([rows(1, len(PROMPT), [ord("7") - 0x20])])
+        assert tokens_from_tensor(then.outputs[0].tensor) == [end]
+        await engine.close(session(1))
+        with trio.fail_after(PATIENCE_S):
+            while worker.children():
+                await trio.sleep(0.01)
+
+
+async def test_session_that_no_schema_can_bind_does_not_begin(make_tiny_model: MakeTinyModel, tmp_path: Path) -> None:
+    tiny, file = make_tiny_model("llama"), tmp_path / "tokenizer.json"
+    options = SessionOptions(
+        variant=REFERENCE, sampling=Sampling(max_tokens=9, json_schema='{"const": 7}', prompt_length=len(PROMPT))
+    )
+    async with start_worker(replace(tiny.source(WHOLE), tokenizer_file=file), WHOLE, OPTIONS) as engine:
+        await engine.open(session(1), 20)
+        with pytest.raises(EngineError, match="lacks the model's tokenizer"):
+            await engine.begin(session(1), options)
+        file.write_text("{}")
+        await engine.open(session(1), 20)
+        with pytest.raises(BadRequest, match="its tokenizer cannot be read"):
+            await engine.begin(session(1), options)
+        assert engine.statistics().sessions == 0

@@ -24,11 +24,10 @@ from protocol.messages import (
     Opened,
     Ping,
     Pong,
-    Progress,
-    ProgressRequest,
     Slice,
     Step,
 )
+from protocol.reports import Progress, ProgressRequest
 from protocol.states import Role
 from protocol.tensors import DType, Tensor
 from tests.support.observations import peer

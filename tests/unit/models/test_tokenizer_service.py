@@ -19,6 +19,7 @@ import trio.testing
 from node.models import tokenizer_service
 from node.models.errors import ChatTemplateError, ModelError
 from node.models.streaming import StreamDecoder
+from node.models.tokenizer_process import COMMAND
 from node.models.tokenizer_service import Limits, TokenizerBusyError, TokenizerService, TokenizerUnavailableError
 from tests.support import hostile_directory
 from tests.support.tokenizers import load_tokenizer
@@ -352,6 +353,34 @@ async def test_a_model_without_tokenizer_takes_token_ids_only(tmp_path: Path) ->
             with pytest.raises(ModelError, match="the model has no tokenizer: give it token ids"):
                 await refused()
         assert not tokenizers.pids()
+
+
+UNPACKABLE: Any = ["\ud800", 10**20, -(10**20), {"\ud800": 1}, {"deep": [{"deeper": "x\udfff"}]}]
+
+
+@pytest.mark.parametrize("value", UNPACKABLE, ids=ascii)
+async def test_what_the_process_cannot_be_told_costs_its_own_request(value: Any, tmp_path: Path) -> None:
+    async with service() as tokenizers:
+        tokenizer = await tokenizers.open(write_package(tmp_path, byte_level(), TEMPLATE))
+        for refused in (
+            partial(tokenizer.render_chat_text, TURNS, (), {"a": value}),
+            partial(tokenizer.render_chat_text, TURNS, [{"parameters": value}]),
+            partial(tokenizer.render_chat_text, [{"role": "assistant", "content": "", "tool_calls": [value]}]),
+            partial(tokenizer.schema_fault, '{"const": "\ud800"}'),
+        ):
+            with pytest.raises(ModelError, match="cannot take this input"):
+                await refused()
+        assert await tokenizer.decode(await tokenizer.encode("fox")) == ["fox"]
+
+
+async def test_an_answer_that_is_no_map_costs_its_own_request(tmp_path: Path) -> None:
+    program = "import sys; sys.stdin.buffer.read(1); sys.stdout.buffer.write(bytes([1])); sys.stdout.flush(); input()"
+    package = write_package(tmp_path, byte_level())
+    async with service(command=[sys.executable, "-c", program]) as tokenizers:
+        with pytest.raises(TokenizerUnavailableError):
+            await tokenizers.open(package)
+        tokenizers.command = COMMAND
+        assert await (await tokenizers.open(package)).encode("fox")
 
 
 async def test_tokenizer_process_is_isolated_from_environment_and_directory(

@@ -21,8 +21,6 @@ from protocol.messages import (
     Opened,
     Ping,
     Pong,
-    Progress,
-    ProgressRequest,
     RefusalReason,
     Refused,
     Reroute,
@@ -32,6 +30,7 @@ from protocol.messages import (
     Step,
     TokenHistory,
 )
+from protocol.reports import Progress, ProgressRequest, StepTiming, Timings, TimingsRequest
 from protocol.states import Role
 from protocol.tensors import DType, Tensor
 
@@ -193,6 +192,10 @@ MESSAGES: dict[str, ControlMessage] = {
     "credit": Credit(session=SESSION, consumed_bytes=1),
     "progress_request": ProgressRequest(session=SESSION),
     "progress": Progress(session=SESSION, received=MAX_POSITIONS, computed=3, sent=0),
+    "timings_request": TimingsRequest(session=SESSION),
+    "timings": Timings(
+        session=SESSION, clock_s=1234.5, steps=(StepTiming(64, 32, 1234.0, 0.0, 0.25, 0.125),), dropped=1
+    ),
     "reroute": Reroute(session=SESSION, reason=FailureReason.DOWNSTREAM, message="cut off", peer=PEER),
     "failed": Failed(session=SESSION, reason=FailureReason.DOWNSTREAM, message="gone", peer=PEER),
     "close": Close(session=SESSION),

@@ -19,13 +19,12 @@ from protocol.messages import (
     Opened,
     Ping,
     Pong,
-    Progress,
-    ProgressRequest,
     Refused,
     Reroute,
     Step,
     TokenHistory,
 )
+from protocol.reports import Progress, ProgressRequest, Timings, TimingsRequest
 from protocol.states import CONNECTION_TABLE, SESSION_TABLE, ConnectionState, Direction, Role, SessionState
 from tests.unit.protocol.job_streams import (
     EVERY_MESSAGE,
@@ -164,6 +163,8 @@ def _prepare(connection: JobConnection, message: Message) -> None:
         TokenHistory: [open_message(), opened()],
         ProgressRequest: [open_message(), opened(), begin()],
         Progress: [open_message(), opened(), begin()],
+        TimingsRequest: [open_message(), opened(), begin()],
+        Timings: [open_message(), opened(), begin()],
         Reroute: [open_message(), opened(), begin()],
     }
     for earlier in needs.get(type(message), []):

@@ -1,14 +1,16 @@
 """Tiny random models as GGUF files, with the metadata and tensors that llama.cpp's converter writes."""
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType
-from gguf.quants import quantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from numpy.typing import NDArray
 
+from node.engine.llamacpp.library import load_library
 from node.engine.llamacpp.tiny_model import random_weights
 from node.models.gguf_writer import GgufData, GgufValue, write_gguf
 
@@ -142,20 +144,36 @@ def write_model(architecture: Architecture, path: Path, kind: GGMLQuantizationTy
     keys = {**_COMMON, **architecture.keys, "block_count": architecture.blocks, "vocab_size": VOCABULARY}
     metadata = {f"{architecture.name}.{key}": typed(value) for key, value in keys.items()}
     metadata |= {"general.architecture": typed(architecture.name), "tokenizer.ggml.model": typed("no_vocab")}
-    shapes = {"token_embd.weight": (VOCABULARY, HIDDEN), "output_norm.weight": (HIDDEN,), **architecture.outer}
+    hidden = keys["embedding_length"]
+    shapes = {"token_embd.weight": (VOCABULARY, hidden), "output_norm.weight": (hidden,), **architecture.outer}
     if not architecture.tied:
-        shapes["output.weight"] = (VOCABULARY, HIDDEN)
+        shapes["output.weight"] = (VOCABULARY, hidden)
     for block in range(architecture.blocks):
         shapes |= {f"blk.{block}.{name}": shape for name, shape in architecture.block.items()}
     kinds = {name: kind if len(shape) > 1 else GGMLQuantizationType.F32 for name, shape in shapes.items()}
     tensors = [
-        GgufData(
-            name, shape, kinds[name], quantize(random_weights(name, shape).astype(np.float32), kinds[name]).tobytes()
-        )
+        GgufData(name, shape, kinds[name], quantized(random_weights(name, shape).astype(np.float32), kinds[name]))
         for name, shape in shapes.items()
     ]
     write_gguf(path, metadata, tensors)
     return path
+
+
+def quantized(values: NDArray[np.float32], kind: GGMLQuantizationType) -> bytes:
+    """Return values in a type of ggml, by ggml itself: the package gguf does not write all of them."""
+    if kind is GGMLQuantizationType.F32:
+        return values.tobytes()
+    columns = values.shape[-1]
+    rows = values.size // columns
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    out = np.zeros(values.size // block * block_bytes, np.uint8)
+    importance = np.ones(columns, np.float32)
+    quantize = load_library()._shared.ggml_quantize_chunk
+    quantize.restype = ctypes.c_size_t
+    pointers = [ctypes.c_void_p(array.ctypes.data) for array in (values, out, importance)]
+    sizes = [ctypes.c_int64(number) for number in (0, rows, columns)]
+    quantize(ctypes.c_int(kind), *pointers[:2], *sizes, pointers[2])
+    return out.tobytes()
 
 
 def typed(value: Any) -> GgufValue:

@@ -1,0 +1,117 @@
+"""`metaswarm run MODEL`: starts what is needed, and answers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from node.cli.chat import Conversation, answer, converse, is_there, on_node
+from node.cli.completion import complete_models
+from node.cli.job_options import job_options, read_text
+from node.cli.local_node import local_node
+from node.cli.output import CommandError, api_option, bootstrap_option, json_option, progress_bars
+
+if TYPE_CHECKING:
+    from node.api.interface import ModelDocument
+
+LISTED_TIMEOUT_S: Final = 5.0
+"""Longest wait until a node lists the model that it serves."""
+
+
+@click.command("run")
+@click.argument("model", shell_complete=complete_models)
+@click.argument("prompt", required=False)
+@api_option
+@bootstrap_option
+@click.option("--system", metavar="TEXT", help="System message.")
+@job_options(temperature=0.7, max_tokens=None)
+@json_option
+def run(
+    model: str,
+    prompt: str | None,
+    api: str | None,
+    bootstrap: tuple[str, ...],
+    system: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Answer PROMPT (`-` reads stdin) with MODEL, or converse if there is no PROMPT.
+
+    Where the node on this machine, or the swarm of --bootstrap, has the model, it is asked. Else the model is imported
+    (see `metaswarm model import`), and a node serves it while this command runs.
+    """
+    text = read_text("-") if prompt == "-" else prompt
+    with _node_with(model, api, bootstrap) as (url, name):
+        conversation = Conversation(name, options, system)
+        if text is None:
+            converse(url, conversation, as_json=as_json)
+        else:
+            answer(url, conversation, text, as_json=as_json)
+
+
+@contextmanager
+def _node_with(model: str, api: str | None, bootstrap: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Yield the URL of a node in whose swarm the model is complete, and the name by which it knows it."""
+    from node.cli.client import ApiClient, find_api
+    from node.cli.target import DISCOVERY_TIMEOUT_S, choose_model, is_meant, require_complete
+
+    url = find_api(api)
+    if api is not None or is_there(url):
+        models = on_node(url, ApiClient.models)
+        if api is not None or any(is_meant(each, model) and each["complete"] for each in models):
+            yield url, require_complete(models, model)
+            return
+        # It joins the swarm of the node here: what that one serves of the model need not be served again.
+        name, bootstrap = _import(model), tuple(on_node(url, ApiClient.status)["multiaddrs"][:1])
+        with local_node(name, bootstrap, share_data_dir=False) as own_url:
+            yield own_url, _served(own_url, name)
+        return
+    if bootstrap:
+        with local_node(None, bootstrap, share_data_dir=False) as own_url:
+            on_node(own_url, lambda client: choose_model(client, model, DISCOVERY_TIMEOUT_S))
+            yield own_url, require_complete(on_node(own_url, ApiClient.models), model)
+        return
+    name = _import(model)
+    with local_node(name, (), share_data_dir=True) as own_url:
+        yield own_url, _served(own_url, name)
+
+
+def _import(model: str) -> str:
+    """Return the name of a model in the user's cache; one that is not there is imported."""
+    from node.cli.options import read_config
+    from node.models.errors import ModelError
+    from node.models.importer import import_model
+    from node.models.store import ModelStore
+
+    store = ModelStore(read_config().cache_dir)
+    try:
+        package = store.find(store.resolve(model))
+    except ModelError:
+        package = None
+        if "/" not in model and not Path(model).exists():  # only the store knows what it could be
+            raise
+    if package is None or package.missing():
+        with progress_bars() as progress:
+            package = import_model(model, store, progress=progress)
+    return store.name_of(package.model_id)
+
+
+def _served(url: str, name: str) -> str:
+    """Return the model once the swarm of the node that serves it has all of it. Raises CommandError."""
+    from node.cli.client import ApiClient
+    from node.cli.target import choose_model, is_meant
+
+    on_node(url, lambda client: choose_model(client, name, LISTED_TIMEOUT_S))
+    models: list[ModelDocument] = on_node(url, ApiClient.models)
+    for each in models:
+        if is_meant(each, name) and each["complete"]:
+            return name
+        if is_meant(each, name):
+            missing = ", ".join(f"{start}-{end}" for start, end in each["uncovered"])
+            raise CommandError(
+                f"this machine has no memory for blocks {missing} of {name}: serve them on others, and join them here "
+                "with --bootstrap; `metaswarm node --help`"
+            )
+    raise CommandError(f"the node that serves {name} does not list it: see `metaswarm doctor`")

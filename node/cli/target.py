@@ -1,0 +1,92 @@
+"""Which node and which model a verb means: `--api`, `--bootstrap` and `--model` of every verb that runs jobs."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final
+
+from node.cli.output import CommandError
+from node.util.suggestions import did_you_mean
+
+if TYPE_CHECKING:
+    from node.api.interface import ModelDocument
+    from node.cli.client import ApiClient
+
+DISCOVERY_TIMEOUT_S: Final = 20.0
+"""Longest time in which a peer that has just joined discovers the model."""
+DISCOVERY_INTERVAL_S: Final = 0.25
+
+
+@asynccontextmanager
+async def find_node(api: str | None, bootstrap: Sequence[str]) -> AsyncIterator[tuple[str, bool]]:
+    """Yield the URL of the node to submit to, and whether it was started for that."""
+    from node.cli.client import find_api, open_client
+
+    url = find_api(api)
+    is_there = True
+    if bootstrap and api is None:
+        async with open_client(url) as client:
+            is_there = await client.is_there()
+    if is_there:
+        yield url, False
+        return
+
+    from node.cli.ephemeral import ephemeral_peer
+
+    async with ephemeral_peer(bootstrap) as own_url:
+        yield own_url, True
+
+
+async def choose_model(client: "ApiClient", wanted: str | None, timeout_s: float = 0.0) -> str:
+    """Return the model to use; wait until a peer that has just joined discovers it."""
+    import trio
+
+    deadline_s = trio.current_time() + timeout_s
+    while True:
+        models = await client.models()
+        complete = complete_names(models)
+        if wanted is None and len(complete) == 1:
+            return complete[0]
+        usable = [model for model in models if _is_usable(model)]
+        if wanted is not None and any(is_meant(model, wanted) for model in usable):
+            return wanted
+        if trio.current_time() >= deadline_s:
+            break
+        await trio.sleep(DISCOVERY_INTERVAL_S)
+    if wanted is not None:
+        return wanted  # the node reports what is wrong with it
+    if complete:
+        raise CommandError(f"several models are complete; choose one with --model: {', '.join(complete)}")
+    if usable:
+        unnamed = ", ".join(model["model"][:12] for model in usable)
+        raise CommandError(f"models of unknown origin only; choose one that you trust with --model: {unnamed}")
+    partly = "; incomplete: " + ", ".join(model["name"] or model["model"] for model in models) if models else ""
+    raise CommandError(f"no model is complete in this swarm: serve one with `metaswarm node --serve MODEL`{partly}")
+
+
+def complete_names(models: Sequence["ModelDocument"]) -> list[str]:
+    """Return the names, or else ids, of complete models."""
+    return [model["name"] or model["model"] for model in models if model["complete"]]
+
+
+def is_meant(model: "ModelDocument", wanted: str) -> bool:
+    """Return whether a user means a model by its name or the beginning of its id."""
+    return model["name"] == wanted or (len(wanted) >= 8 and model["model"].startswith(wanted))
+
+
+def require_complete(models: Sequence["ModelDocument"], wanted: str) -> str:
+    """Return the model that a user means. Raises CommandError unless it is complete, with what is."""
+    for model in models:
+        if is_meant(model, wanted) and _is_usable(model):
+            return wanted
+        if is_meant(model, wanted):
+            missing = ", ".join(f"{start}-{end}" for start, end in model["uncovered"])
+            serve = f"`metaswarm node --serve {wanted}` on further machines"
+            raise CommandError(f"no peer serves blocks {missing} of {wanted}: {serve}")
+    names = complete_names(models)
+    which = f"; the swarm serves {', '.join(names)}" if names else "; the swarm serves none"
+    raise CommandError(f"no model {wanted!r} in the swarm{did_you_mean(wanted, names) or which}")
+
+
+def _is_usable(model: "ModelDocument") -> bool:
+    """Return whether a model seems complete: its manifest is fetched only once the user names it."""
+    return model["complete"] or (not model["local"] and bool(model["block_count"]) and not model["uncovered"])

@@ -1,0 +1,104 @@
+"""What is reported of jobs and of their sessions on stages: once each, however they end, and without their text."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from node.coordinator.job_report import JobReport
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest, RequestOrigin
+from node.stages.session_report import SessionReport
+from node.telemetry.observer import Telemetry
+from protocol.identity import ModelId
+from tests.support.job_peers import Peer, Swarm, open_swarm
+
+REQUEST = JobRequest(model="fake", prompt="3 1 4", max_tokens=6, origin=RequestOrigin(request_id="req_1"))
+
+
+@dataclass
+class Reports:
+    """Collects reports. Implements `JobObserver` and `StageObserver`."""
+
+    jobs: list[JobReport] = field(default_factory=list)
+    sessions: list[SessionReport] = field(default_factory=list)
+    slices: int = 0
+
+    def start_trace(self, trace_parent: str) -> str:
+        return trace_parent
+
+    def on_job_ended(self, report: JobReport) -> None:
+        self.jobs.append(report)
+
+    def on_slice(self, model: ModelId, phase: str, queue_s: float, step_s: float) -> None:
+        assert queue_s >= 0 < step_s
+        self.slices += 1
+
+    def on_session_ended(self, report: SessionReport) -> None:
+        self.sessions.append(report)
+
+
+async def watched_swarm(swarm: Swarm) -> tuple[Peer, Reports]:
+    """Return the coordinator of a swarm of two stages, and what is reported of it all."""
+    reports = Reports()
+    for span in ((0, 5), (5, 9)):
+        peer = await swarm.join(span)
+        for served in peer.stages.spans():
+            served._observer = reports
+    coordinator = await swarm.join()
+    coordinator.coordinator.observer = reports
+    await swarm.settle()
+    return coordinator, reports
+
+
+async def test_reports_a_done_job_and_its_sessions(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer, reports = await watched_swarm(swarm)
+        result = await peer.run(replace(REQUEST, origin=RequestOrigin(request_id="req_1", trace_parent="t")))
+        (report,) = reports.jobs
+        assert (report.outcome, report.job_id, report.result) == ("done", result.job_id, result)
+        assert (report.prompt_tokens, report.completion_tokens, report.method) == (3, 6, result.method.name)
+        times = (report.began_s, report.prepared_s, report.routed_s, report.first_token_s, report.last_token_s)
+        assert list(times) == sorted(times)
+        assert report.last_token_s <= report.ended_s
+        first, last = sorted(reports.sessions, key=lambda each: each.blocks.start)
+        for session in (first, last):
+            assert (session.request_id, session.trace_parent) == ("req_1", "t")
+            assert session.coordinator == peer.id
+            assert session.phases.prefill.rows + session.phases.decode.rows >= 3 + 5
+            assert session.phases.decode.compute_s > 0
+        assert reports.slices == sum(each.phases.prefill.steps + each.phases.decode.steps for each in reports.sessions)
+
+
+async def test_reports_each_end_once(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer, reports = await watched_swarm(swarm)
+        async with peer.coordinator.submit(REQUEST) as events:
+            async for _ in events:
+                break
+        with pytest.raises(JobError):
+            await peer.run(replace(REQUEST, method="nonsense"))
+        for served in swarm.peers[:2]:
+            served.stages.start_draining()
+        with pytest.raises(JobError):
+            await peer.run(REQUEST)
+        found = [(report.outcome, report.error) for report in reports.jobs]
+        assert found == [("cancelled", None), ("rejected", JobErrorCode.INVALID), ("failed", JobErrorCode.UNCOVERED)]
+
+
+async def test_lines_of_the_log_have_no_text(virtual_clock: MockClock, capsys: pytest.CaptureFixture[str]) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9))
+        telemetry = Telemetry(lambda model: "fake")
+        peer.coordinator.observer = telemetry
+        peer.stages.spans()[0]._observer = telemetry
+        await swarm.settle()
+        capsys.readouterr()
+        result = await peer.run(replace(REQUEST, prompt="271828 182845"))
+        await trio.sleep(1)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("job ended" in line for line in lines) == 1
+    assert sum("session ended" in line for line in lines) == 1
+    assert all("req_1" in line for line in lines if "ended" in line)
+    for text in ("271828", "182845", result.text.strip()):
+        assert text not in "\n".join(lines)

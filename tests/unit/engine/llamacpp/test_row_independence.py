@@ -1,0 +1,61 @@
+"""A row's result must not depend on the rows that are calculated with it, or batches and drafts would change texts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from node.engine.llamacpp.context import ContextOptions, SequenceRows, SpanContext, SpanModel
+from node.engine.llamacpp.library import load_library
+from tests.unit.engine.llamacpp.architectures import VOCABULARY, Architecture, write_model
+
+TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, 60).astype(np.int32)
+WIDE = Architecture(
+    "llama",
+    {
+        "attn_norm.weight": (256,),
+        "attn_q.weight": (256, 256),
+        "attn_k.weight": (64, 256),
+        "attn_v.weight": (64, 256),
+        "attn_output.weight": (256, 256),
+        "ffn_norm.weight": (256,),
+        "ffn_gate.weight": (512, 256),
+        "ffn_up.weight": (512, 256),
+        "ffn_down.weight": (256, 512),
+    },
+    {
+        "embedding_length": 256,
+        "feed_forward_length": 512,
+        "attention.head_count": 8,
+        "attention.head_count_kv": 2,
+        "rope.dimension_count": 32,
+    },
+    blocks=2,
+)
+"""Rows as wide as llama.cpp's fast kernels want them: narrow ones never reach those."""
+
+INDEPENDENT = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4")
+"""The types of weights of which docs/selection.md says so."""
+
+
+@pytest.mark.parametrize("kind", INDEPENDENT)
+def test_row_does_not_depend_on_the_size_of_its_pass(tmp_path: Path, kind: str) -> None:
+    model = SpanModel(load_library(), write_model(WIDE, tmp_path / "model.gguf", GGMLQuantizationType[kind]))
+    together = None
+    for threads in (1, 2):
+        options = ContextOptions(first=True, last=True, block_count=2, positions=1024, sequences=9, threads=threads)
+        context = SpanContext(model, options)
+        whole = context.run([SequenceRows(0, 0, TOKENS, len(TOKENS))])[0]
+        for sequence, rows in enumerate((1, 4, 12), start=1):
+            parts = [_pass(context, sequence, first, rows) for first in range(0, len(TOKENS), rows)]
+            assert np.array_equal(np.concatenate(parts), whole), f"passes of {rows} rows, {threads} threads"
+        beside = context.run([SequenceRows(sequence, 0, TOKENS[:7], 7) for sequence in range(4, 9)])
+        assert all(np.array_equal(logits, whole[:7]) for logits in beside), f"beside others, {threads} threads"
+        assert together is None or np.array_equal(whole, together), "threads"
+        together = whole
+
+
+def _pass(context: SpanContext, sequence: int, first: int, rows: int) -> NDArray[np.float32]:
+    return context.run([SequenceRows(sequence, first, TOKENS[first : first + rows], rows)])[0]

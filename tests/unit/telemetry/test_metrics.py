@@ -1,0 +1,69 @@
+from dataclasses import replace
+
+from prometheus_client import generate_latest
+
+from node.coordinator.job_report import JobReport
+from node.coordinator.submission import JobErrorCode, JobRequest
+from node.telemetry.metrics import MAX_LABEL_VALUES, BoundedLabel, NodeMetrics
+from tests.unit.api.fakes import JOB, make_result
+
+REPORT = JobReport(
+    request=JobRequest(model="tiny", prompt="x"),
+    outcome="done",
+    is_trial=False,
+    began_s=10.0,
+    prepared_s=10.1,
+    routed_s=10.2,
+    first_token_s=10.5,
+    last_token_s=11.5,
+    ended_s=11.6,
+    job_id=JOB,
+    model="tiny",
+    prompt_tokens=5,
+    completion_tokens=11,
+    result=make_result("x", (1, 2)),
+)
+
+
+def text_of(metrics: NodeMetrics) -> str:
+    return generate_latest(metrics.registry).decode()
+
+
+def test_counts_tokens_and_times_of_a_job() -> None:
+    metrics = NodeMetrics()
+    metrics.on_job(REPORT)
+    found = text_of(metrics)
+    for line in (
+        'metaswarm_jobs_total{kind="user",model="tiny",outcome="done"} 1.0',
+        'metaswarm_time_to_first_token_seconds_sum{model="tiny"} 0.5',
+        'metaswarm_time_per_output_token_seconds_bucket{le="0.1",model="tiny"} 1.0',
+        'metaswarm_prompt_tokens_total{model="tiny"} 5.0',
+        'metaswarm_generated_tokens_total{model="tiny"} 11.0',
+        'metaswarm_cached_prompt_tokens_total{model="tiny"} 2.0',
+    ):
+        assert line in found
+
+
+def test_trials_are_counted_apart() -> None:
+    metrics = NodeMetrics()
+    metrics.on_job(replace(REPORT, is_trial=True))
+    found = text_of(metrics)
+    assert 'metaswarm_jobs_total{kind="trial",model="tiny",outcome="done"} 1.0' in found
+    assert 'metaswarm_generated_tokens_total{model="tiny"}' not in found
+
+
+def test_names_of_unknown_models_are_no_labels() -> None:
+    metrics = NodeMetrics()
+    for number in range(3):
+        rejected = replace(REPORT, outcome="rejected", job_id=None, first_token_s=0.0, model=f"made-up-{number}")
+        metrics.on_job(replace(rejected, error=JobErrorCode.MODEL_NOT_FOUND, result=None))
+    found = text_of(metrics)
+    assert "made-up" not in found
+    assert 'metaswarm_job_errors_total{code="model_not_found"} 3.0' in found
+
+
+def test_label_values_are_bounded() -> None:
+    label = BoundedLabel()
+    values = {label(f"value-{number}") for number in range(2 * MAX_LABEL_VALUES)}
+    assert len(values) == MAX_LABEL_VALUES + 1
+    assert label("value-0") == "value-0"

@@ -1,0 +1,89 @@
+"""The files in deploy/, as far as they can be checked without systemd and Docker: the program accepts what they say."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from node.cli import run
+from tests.support.dashboards import queries_of
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+ROOT = DEPLOY.parent
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in [name for name in os.environ if name.startswith("METASWARM_")]:
+        monkeypatch.delenv(name)
+
+
+def accepts(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], *arguments: str) -> bool:
+    """Return whether `metaswarm node` takes these arguments and variables."""
+    for name, value in environment.items():
+        if name.startswith("METASWARM_"):
+            monkeypatch.setenv(name, value)
+    assert arguments[0] == "node"
+    return run(["config", "check", *arguments[1:]]) == 0
+
+
+def test_unit_starts_a_node_that_the_program_accepts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (DEPLOY / "systemd/metaswarm.service").read_text().splitlines()
+    settings = [line.partition("=")[::2] for line in lines if "=" in line and not line.startswith("#")]
+    environment = dict(value.split("=", 1) for name, value in settings if name == "Environment")
+    (command,) = [shlex.split(value) for name, value in settings if name == "ExecStart"]
+    file = tmp_path / "node.toml"
+    file.write_text('serve = ["smollm2-135m-instruct"]\n')
+    assert environment["METASWARM_CONFIG"] == "/etc/metaswarm/node.toml"
+    assert command[0].endswith("/metaswarm")
+    assert accepts(monkeypatch, environment | {"METASWARM_CONFIG": str(file)}, *command[1:])
+    stop_s = int(dict(settings)["TimeoutStopSec"])
+    assert stop_s > 30, "a node drains for up to 30 s"
+
+
+def test_compose_file_starts_three_nodes_that_cover_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    document: dict[str, Any] = yaml.safe_load((DEPLOY / "docker/compose.yaml").read_text())
+    dockerfile = (DEPLOY / "docker/Dockerfile").read_text()
+    image = dict(re.findall(r"(METASWARM_[A-Z_]+)=(\S+)", dockerfile[dockerfile.index("ENV ") :]))
+    (command,) = re.findall(r"^CMD (\[.*\])$", dockerfile, re.MULTILINE)
+    blocks = set()
+    for service in document["services"].values():
+        environment = image | service["environment"] | {"METASWARM_API_KEY": "sesame"}
+        assert accepts(monkeypatch, environment, *json.loads(command))
+        start, end = environment["METASWARM_SERVE"].split(":")[1].split("-")
+        blocks |= set(range(int(start), int(end)))
+        assert {volume.split(":")[0] for volume in service["volumes"]} <= document["volumes"].keys()
+    assert blocks == set(range(30))
+    data = [service["volumes"][0] for service in document["services"].values()]
+    assert len(set(data)) == 3, "each node has a data directory of its own"
+
+
+def test_image_is_built_from_files_that_exist() -> None:
+    dockerfile = (DEPLOY / "docker/Dockerfile").read_text()
+    ignored = (DEPLOY / "docker/Dockerfile.dockerignore").read_text().splitlines()
+    for sources in re.findall(r"^COPY (?!--from)(.*) \S+$", dockerfile, re.MULTILINE):
+        for source in sources.split():
+            assert (ROOT / source).exists()
+            assert f"!{source}" in ignored
+    pinned = re.search(r"TORCH_VERSION := (\S+)", (ROOT / "Makefile").read_text())
+    assert pinned
+    assert f"TORCH_VERSION={pinned[1]}" in dockerfile
+
+
+def test_panels_of_the_dashboard_do_not_overlap() -> None:
+    panels = json.loads((DEPLOY / "grafana/metaswarm.json").read_text())["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not cells & taken, panel["title"]
+        assert at["x"] + at["w"] <= 24
+        taken |= cells
+    assert len(queries_of(DEPLOY / "grafana/metaswarm.json")) > 40
