@@ -16,7 +16,7 @@ import trio
 from node.config import ENVIRONMENT_PREFIX, NodeReady, default_cache_dir
 from node.storage.database import DATABASE_FILE, open_database
 from node.storage.history import HistoryStore
-from node.util.child_process import child_environment, python
+from node.util.interpreter import child_environment, python
 from protocol.reconciliation import BucketDigest
 
 COMMAND = python("-m", "node")

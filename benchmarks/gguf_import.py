@@ -18,8 +18,9 @@ import click
 import psutil
 
 from benchmarks.common import describe_machine, verdict
-from node.util.child_process import python, running
+from node.util.child_process import running
 from node.util.disk_cache import folder_bytes
+from node.util.interpreter import python
 from tests.unit.models.gguf_files import write_large
 
 TARGET_MIB = 300.0

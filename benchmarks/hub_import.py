@@ -20,8 +20,9 @@ import click
 import psutil
 
 from benchmarks.common import describe_machine, verdict
-from node.util.child_process import child_environment, python, running
+from node.util.child_process import running
 from node.util.disk_cache import folder_bytes
+from node.util.interpreter import child_environment, python
 from tests.support.hub_server import HubServer, serve_hub
 
 TARGET_MIB = 150.0

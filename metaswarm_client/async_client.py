@@ -8,7 +8,7 @@ import anyio
 import httpx
 
 from metaswarm_client.answers import Answer, AnswerBuilder, Delta
-from metaswarm_client.connection import Retries, client_settings, json_of, transport_errors
+from metaswarm_client.connection import Retries, client_settings, json_of, split_lines_async, transport_errors
 from metaswarm_client.decoding import decode
 from metaswarm_client.errors import error_of
 from metaswarm_client.options import (
@@ -38,7 +38,7 @@ class AsyncAnswerStream:
     """An answer as it comes: iterate over its deltas; afterwards `answer` is the whole."""
 
     def __init__(self, response: httpx.Response, url: str) -> None:
-        self._lines = response.aiter_lines()
+        self._lines = split_lines_async(response.aiter_text())
         self._builder = AnswerBuilder(url, response.headers.get("X-Request-Id"))
 
     def __aiter__(self) -> AsyncIterator[Delta]:

@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -43,6 +43,23 @@ def client_settings(url: str | None, api_key: str | None, silence_timeout_s: flo
         "limits": httpx.Limits(max_connections=None),
         "trust_env": not (host in {"localhost", "::1"} or host.startswith("127.")),  # no proxy for loopback
     }
+
+
+def split_lines(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the lines of a stream. httpx's own also end at U+2028 and the like, which JSON may have in texts."""
+    rest = ""
+    for text in texts:
+        *lines, rest = (rest + text).split("\n")
+        yield from (line.removesuffix("\r") for line in lines)
+
+
+async def split_lines_async(texts: AsyncIterable[str]) -> AsyncIterator[str]:
+    """Yield the lines of a stream; see `split_lines`."""
+    rest = ""
+    async for text in texts:
+        *lines, rest = (rest + text).split("\n")
+        for line in lines:
+            yield line.removesuffix("\r")
 
 
 def json_of(response: httpx.Response) -> Any:

@@ -7,6 +7,9 @@ from typing import Any, Final, Literal, TypeAlias, TypedDict
 from metaswarm_client.errors import NotFoundError, SwarmError
 from metaswarm_client.swarm_documents import Model
 
+OWN_FIELDS: Final = frozenset({"n", "stream", "stream_options"})
+"""Fields of a request that the client sets: an `Answer` is one text, from a stream."""
+
 COMPLETIONS: Final = "/v1/completions"
 CHAT: Final = "/v1/chat/completions"
 
@@ -31,7 +34,7 @@ class JobOptions(TypedDict, total=False):
 
     `model`: default: the client's, else the only one that is complete in the swarm. `method`: `auto` (the swarm votes),
     `baseline`, or switches. `schema`: a JSON Schema that the text follows. `logprobs`: report the log probability of
-    each token, and of so many likeliest ones. `extra`: further fields of the request, as they are.
+    each token, and of so many likeliest ones. `extra`: further fields of the request, as they are, but OWN_FIELDS.
     """
 
     model: str
@@ -92,13 +95,20 @@ def chat_body(messages: str | Sequence[Message], options: ChatOptions) -> dict[s
         ]
     if body.get("tool_choice", "auto") not in {"auto", "none", "required"}:
         body["tool_choice"] = {"type": "function", "function": {"name": body["tool_choice"]}}
-    return body | dict(options.get("extra", {}))
+    return body | _extra(options)
 
 
 def completion_body(prompt: str | Sequence[int], options: JobOptions) -> dict[str, Any]:
     """Return the body of a completion."""
     body = _job_body(dict(options)) | {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
-    return body | dict(options.get("extra", {}))
+    return body | _extra(options)
+
+
+def _extra(options: JobOptions) -> dict[str, Any]:
+    extra = dict(options.get("extra", {}))
+    if refused := OWN_FIELDS & extra.keys():
+        raise ValueError(f"extra cannot set {', '.join(sorted(refused))}: a request streams one answer")
+    return extra
 
 
 def _job_body(options: dict[str, Any]) -> dict[str, Any]:

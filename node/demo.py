@@ -16,7 +16,8 @@ import trio
 
 from node.config import ENVIRONMENT_PREFIX, MEMORY_SHARE, ConfigError, NodeReady, StartError
 from node.identity import load_or_create
-from node.util.child_process import Child, child_environment, python, start
+from node.util.child_process import Child, start
+from node.util.interpreter import child_environment, python
 from protocol.identity import BlockRange
 
 COMMAND: Final = python("-m", "node", "node")

@@ -86,11 +86,12 @@ def second_node(config: NodeConfig) -> list[str]:
     ]
 
 
-def conflicts(config: NodeConfig) -> list[str]:
-    """Return a line for each port of the configuration that is in use."""
+def port_conflicts(config: NodeConfig) -> list[tuple[str, str]]:
+    """Return for each port of the configuration that is in use the option that sets it, and a line about it."""
     wanted = [(parts[2], int(parts[4]), "--listen") for parts in (address.split("/") for address in config.listen)]
     wanted.append((config.api_host, config.api_port, "--api"))
-    return [f"port {port} on {host} is taken ({flag})" for host, port, flag in wanted if port and _is_taken(host, port)]
+    taken = [(host, port, option) for host, port, option in wanted if port and _is_taken(host, port)]
+    return [(option, f"port {port} on {host} is taken ({option})") for host, port, option in taken]
 
 
 def _shared(config: NodeConfig) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Final
 from node.capabilities.probe import total_memory
 from node.config import LOCK_FILE, MEMORY_SHARE, NodeConfig, StartError
 from node.engine.device import Device, DeviceError, find_devices
-from node.joining import conflicts, second_node
+from node.joining import port_conflicts, second_node
 from node.models.catalogue import CATALOGUE
 from node.models.errors import ModelError
 from node.models.store import AmbiguousModelError, ModelStore, UnknownModelError
@@ -25,9 +25,9 @@ _MAY_BE_ID: Final = re.compile(r"[0-9a-f]{8,64}")
 
 
 async def check_start(config: NodeConfig) -> Sequence[Device]:
-    """Return the devices to compute on. Raises StartError with everything that is in the way, in one line."""
-    ports = conflicts(config)
-    faults = list(ports)
+    """Return the devices to compute on. Raises StartError, whose one line has all faults."""
+    ports = port_conflicts(config)
+    faults = [fault for _, fault in ports]
     if (fault := _directory_fault(config)) is not None:
         faults.append(fault)
     devices: Sequence[Device] = ()
@@ -42,7 +42,7 @@ async def check_start(config: NodeConfig) -> Sequence[Device]:
         return devices
     hint = ""
     if ports or fault:
-        options = _free_options(config, {"--data-dir" if fault else "", *(port.split("(")[1][:-1] for port in ports)})
+        options = _free_options(config, {"--data-dir" if fault else "", *(option for option, _ in ports)})
         hint = f"; {'a second node on this machine takes' if fault else 'free are'} {options}"
     raise StartError(f"{'; '.join(faults)}{hint}")
 

@@ -31,7 +31,7 @@ from node.api.interface import (
     SpanSummary,
     StatementDocument,
 )
-from node.api.job_document import describe_logged_job
+from node.api.job_document import describe_recent_job
 from node.assembly import AGENT, NodeParts
 from node.config import ServeSpec
 from node.consensus.chain_node import ChainNode
@@ -198,6 +198,7 @@ class StatusView:
             "current_epoch": chain.clock.epoch_at(now_s),
             "epoch_s": chain.clock.epoch_s,
             "phase": chain.clock.phase_at(now_s),
+            "phase_ends_s": chain.clock.phase_ends_s(),
             "statements": [_statement(entry, entry.statement) for entry in chain.recent if entry.statement],
         }
 
@@ -277,8 +278,8 @@ class StatusView:
 
     def jobs(self, after: int = 0) -> tuple[list[JobDocument], int]:
         """Return the recent jobs that changed after a revision, and the revision now."""
-        log = self.submitter.log
-        return [describe_logged_job(job) for job in log.changed_since(after)], log.revision
+        recent = self.submitter.recent_jobs
+        return [describe_recent_job(job) for job in recent.changed_since(after)], recent.revision
 
     def learning(self) -> LearningDocument:
         """Return how the history grew, and how past choices turned out."""

@@ -1,10 +1,9 @@
 """`GET /swarm/events`: the documents of `/swarm/…` as server-sent events, again whenever they change.
 
-A subscriber is sent the state as it is when it can take it, not a queue of what happened: a slow one skips what is
-outdated, holds no memory, and delays nobody.
+A subscriber is sent the latest state, not a queue of events: a slow one skips what is outdated, so that it needs no
+buffer and does not block the node.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -16,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from node.api.endpoint import end_body, until_disconnect
 from node.api.errors import ApiError
 from node.api.interface import NodeView
+from node.util.json_line import json_line
 
 JOBS_INTERVAL_S: Final = 0.25
 """Pause between two looks at the jobs."""
@@ -96,4 +96,4 @@ class EventsEndpoint:
 
 
 def _json(document: Any) -> str:
-    return json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+    return json_line(document, compact=True)

@@ -85,10 +85,11 @@ class ChoiceText:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceReasoning:
-    """More reasoning of a choice."""
+    """More reasoning of a choice, and how many tokens it comes from."""
 
     choice: int
     text: str
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,7 @@ class Choice:
     started: JobStarted
     text: str = ""
     reasoning: str = ""
+    reasoning_tokens: int = 0
     tool_calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str = ""
@@ -149,8 +151,9 @@ class Outcome:
             case ChoiceText(choice=index, text=text, logprobs=logprobs):
                 self.choices[index].text += text
                 self.choices[index].logprobs += logprobs if self.keeps_logprobs else ()
-            case ChoiceReasoning(choice=index, text=text):
+            case ChoiceReasoning(choice=index, text=text, tokens=tokens):
                 self.choices[index].reasoning += text
+                self.choices[index].reasoning_tokens += tokens
             case ChoiceToolCall(choice=index, call=call):
                 self.choices[index].tool_calls.append(call)
             case ChoiceFinished(choice=index, result=result, finish_reason=reason):
@@ -281,11 +284,15 @@ class _ChoiceReader:
                 yield ChoiceStarted(self._index, event)
                 if event.echo:
                     yield ChoiceText(self._index, event.echo)
-            case TextDelta(text=text, logprobs=logprobs):
+            case TextDelta(text=text, token_ids=token_ids, logprobs=logprobs):
+                tokens = len(token_ids)
                 for parsed in self._parser.feed(text):
                     if isinstance(parsed, ParsedText):
                         yield ChoiceText(self._index, parsed.text, logprobs)
                         logprobs = ()
+                    elif isinstance(parsed, ParsedReasoning):
+                        yield ChoiceReasoning(self._index, parsed.text, tokens)
+                        tokens = 0
                     else:
                         yield self._event(parsed)
                 if logprobs:

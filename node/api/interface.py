@@ -12,6 +12,7 @@ import trio
 from node.config import ServeSpec
 from node.coordinator.submission import JobRequest, Submitter
 from node.coordinator.trial_runner import Trial, TrialSpec
+from selector.consensus.clock import Phase
 
 if TYPE_CHECKING:  # the command line needs the documents, and not the libraries of telemetry
     from node.telemetry.observer import Telemetry
@@ -126,7 +127,8 @@ class ChainStatus(TypedDict):
     measured: int
     current_epoch: int
     epoch_s: float
-    phase: Literal["measure", "reveal", "propose"]
+    phase: Phase
+    phase_ends_s: dict[Phase, float]
     statements: list[StatementDocument]
 
 

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from node.api.interface import JobDocument
-from node.coordinator.job_log import LoggedJob
+from node.coordinator.recent_jobs import RecentJob
 from node.coordinator.submission import JobResult, JobTrace
 
 
@@ -28,7 +28,7 @@ def describe_job(result: JobResult) -> dict[str, Any]:
     }
 
 
-def describe_logged_job(job: LoggedJob) -> JobDocument:
+def describe_recent_job(job: RecentJob) -> JobDocument:
     """Return a job as `/swarm/jobs` lists it."""
     return {
         "job_id": job.id,
@@ -52,4 +52,23 @@ def _describe_trace(trace: JobTrace) -> dict[str, Any]:
         {"peer": stage.peer, "start": stage.blocks.start, "end": stage.blocks.end, "clock_error_s": stage.clock_error_s}
         for stage in trace.stages
     ]
-    return {"stages": stages, "rounds": [asdict(each) for each in trace.rounds], "dropped_steps": trace.dropped_steps}
+    rounds = [
+        {
+            "position": each.position,
+            "tokens": each.tokens,
+            "arrived_s": each.arrived_s,
+            "has_prompt": each.has_prompt,
+            "stages": [
+                {
+                    "stage": timing.stage,
+                    "link_s": timing.link_s,
+                    "queue_s": timing.queue_s,
+                    "compute_s": timing.compute_s,
+                    "serialise_s": timing.serialise_s,
+                }
+                for timing in each.stages
+            ],
+        }
+        for each in trace.rounds  # `asdict` takes ten times as long, on the event loop
+    ]
+    return {"stages": stages, "rounds": rounds, "dropped_steps": trace.dropped_steps}

@@ -2,6 +2,8 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
@@ -13,6 +15,8 @@ from starlette.routing import Route
 
 from node.api.interface import ModelDocument, NodeStatus, NodeView
 from node.telemetry.metrics import OTHER, NodeMetrics
+
+F = TypeVar("F", CounterMetricFamily, GaugeMetricFamily)
 
 PATH = "/metrics"
 
@@ -52,18 +56,19 @@ def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"metaswarm_{name}", text, value=value)
 
 
-def _gauges(name: str, text: str, label: str, values: Iterable[tuple[str, float]]) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(f"metaswarm_{name}", text, labels=[label])
+def _counter(name: str, text: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(f"metaswarm_{name}", text, value=value)
+
+
+def _labelled(kind: type[F], name: str, text: str, label: str, values: Iterable[tuple[str, float]]) -> F:
+    family = kind(f"metaswarm_{name}", text, labels=[label])
     for value, number in values:
         family.add_metric([value], number)
     return family
 
 
-def _counters(name: str, text: str, label: str, values: Iterable[tuple[str, float]]) -> CounterMetricFamily:
-    family = CounterMetricFamily(f"metaswarm_{name}", text, labels=[label])
-    for value, number in values:
-        family.add_metric([value], number)
-    return family
+_gauges = partial(_labelled, GaugeMetricFamily)
+_counters = partial(_labelled, CounterMetricFamily)
 
 
 def _node_metrics(status: NodeStatus, faults: Sequence[str]) -> list[Metric]:
@@ -89,7 +94,7 @@ def _peer_metrics(status: NodeStatus) -> list[Metric]:
     peers, traffic, transfers = status["peers"], status["traffic"], status["transfers"]
     states = [("known", peers["known"]), ("reached", peers["reached"]), ("banned", peers["banned"])]
     opened, refused, failed = peers["sessions_opened"], peers["sessions_refused"], peers["sessions_failed"]
-    requests = [("opened", opened), ("refused", refused), ("failed", failed)]
+    requests = [("opened", opened), ("refused", refused)]
     links = [("out", traffic["outbound_links"]), ("in", traffic["inbound_links"])]
     carried = [("out", traffic["sent_bytes"]), ("in", traffic["received_bytes"])]
     files = [("out", transfers["served_bytes"]), ("in", sum(transfers["received_bytes"].values()))]
@@ -99,6 +104,7 @@ def _peer_metrics(status: NodeStatus) -> list[Metric]:
         _counters("network_bytes", "Bytes carried by the connections with peers.", "direction", carried),
         _counters("model_file_bytes", "Bytes of model files exchanged with peers.", "direction", files),
         _counters("stage_requests", "Requests for a session on a stage here, by result.", "result", requests),
+        _counter("stage_sessions_failed", "Of the opened sessions, those that failed here.", failed),
     ]
 
 

@@ -19,7 +19,7 @@ MEDIA_TYPES: Final = {
 }
 
 HEADERS: Final = {
-    # Nothing from elsewhere and nothing inline: a text that a model writes cannot become a program of this page.
+    # Nothing from elsewhere and nothing inline: text from models and peers cannot run as script (XSS).
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",

@@ -2,6 +2,7 @@
 
 import re
 import time
+from contextlib import suppress
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -9,11 +10,13 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from node.api.access import begin_answers
+from node.api.anthropic.requests import parse_count_request
 from node.api.errors import ApiError
 from node.api.explanation import parse_task
 from node.api.interface import NodeView
-from node.api.ollama.models import describe_model, describe_tags, describe_version
+from node.api.ollama.models import describe_model, describe_tags, describe_version, shown_model
 from node.config import ServeSpec
+from node.coordinator.submission import JobError
 from protocol.identity import BlockRange
 
 _SERVE: Final = re.compile(r"([A-Za-z0-9][A-Za-z0-9._/:-]{0,199}?)(?::(\d{1,5})-(\d{1,5}))?")
@@ -46,6 +49,7 @@ class Pages:
         return [
             *(Route(path, page, methods=["GET"]) for path, page in pages.items()),
             Route("/api/show", self.show, methods=["POST"]),
+            Route("/v1/messages/count_tokens", self.count_tokens, methods=["POST"]),
             Route("/swarm/explain", self.explain, methods=["POST"]),
         ]
 
@@ -71,7 +75,17 @@ class Pages:
 
     async def show(self, request: Request) -> JSONResponse:
         """Describe one of them."""
-        return JSONResponse(describe_model(await request.body(), self._node.models(), self._created_s))
+        model = shown_model(await request.body(), self._node.models())
+        capabilities = None
+        with suppress(JobError):  # what is known of it without its tokenizer is an answer, too
+            capabilities = await self._node.submitter.capabilities_of(model["model"])
+        return JSONResponse(describe_model(model, capabilities, self._created_s))
+
+    async def count_tokens(self, request: Request) -> JSONResponse:
+        """Return how many tokens a conversation has, as the Anthropic API does."""
+        job = parse_count_request(await request.body())
+        begin_answers(request.scope)
+        return JSONResponse({"input_tokens": await self._node.submitter.count_tokens(job)})
 
     async def version(self, _: Request) -> JSONResponse:
         """Return the program's version, as Ollama does."""

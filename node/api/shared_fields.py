@@ -1,6 +1,7 @@
 """Fields that bodies of several protocols have."""
 
-from typing import Final
+from collections.abc import Callable, Collection
+from typing import Any, Final
 
 from starlette.datastructures import Headers
 
@@ -8,17 +9,22 @@ from node.api.endpoint import wants_details
 from node.api.fields import (
     Field,
     Fields,
+    Form,
     ObjectForm,
     count_between,
+    form,
     number_between,
     one_of,
     parse_boolean,
     parse_limit,
     parse_method,
     parse_name,
+    parse_object,
     parse_quality,
     parse_stop,
+    parse_text,
     parse_top_p,
+    refuse,
 )
 from protocol.limits import MAX_LOGPROBS
 
@@ -53,3 +59,41 @@ METASWARM: Final = Field("metaswarm", EXTENSIONS.form)
 def asks_details(fields: Fields, headers: Headers) -> bool:
     """Return whether a body's field or a header asks how the swarm ran the job."""
     return fields.has(METASWARM.name) or wants_details(headers)
+
+
+def text_or_parts(*types: str, ignored: Collection[str] | None = None) -> Form[str]:
+    """Return the form of a text, or of a list of parts of these types, each with a `text`.
+
+    `ignored`: further fields of a part that have no effect; None for all.
+    """
+    is_text, text = Field("type", one_of(*types)), Field("text", parse_text)
+    part = ObjectForm(is_text, text, required=[is_text, text], ignored=ignored or (), is_open=ignored is None)
+
+    @form({"anyOf": [{"type": "string"}, {"type": "array", "items": part.schema}]})
+    def parse(param: str, value: Any) -> str:
+        if not isinstance(value, list):
+            return parse_text(param, value)
+        texts = []
+        for index, each in enumerate(value):
+            where = f"{param}[{index}]"
+            if parse_object(where, each).get("type") not in types:
+                refuse(where, f"must be of type {' or '.join(types)}: no other type is supported")
+            texts.append(part.parse(where, each).require(text))
+        return "".join(texts)
+
+    return parse
+
+
+def tool_choice(chosen: ObjectForm, name_of: Callable[[Fields], str]) -> Form[str]:
+    """Return the form of `none`, `auto`, `required`, or an object that names a tool."""
+    modes = ("none", "auto", "required")
+
+    @form({"anyOf": [{"enum": list(modes)}, chosen.schema]})
+    def parse(param: str, value: Any) -> str:
+        if isinstance(value, dict):
+            return name_of(chosen.parse(param, value))
+        if value not in modes:
+            refuse(param, "must be none, auto, required, or a function")
+        return str(value)
+
+    return parse

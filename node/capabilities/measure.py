@@ -11,7 +11,8 @@ from typing import Annotated, Final, Self
 import structlog
 
 from node.models.files import write_atomically
-from node.util.child_process import ChildError, python, run
+from node.util.child_process import ChildError, run
+from node.util.interpreter import python
 from protocol.capabilities import MAX_ACCELERATORS, Accelerator, BytesPerSecond, Throughput
 from protocol.errors import RemoteProtocolError
 from protocol.forms import Share

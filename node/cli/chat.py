@@ -4,10 +4,10 @@ import json
 import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -21,13 +21,12 @@ from node.cli.output import (
     print_error,
     print_json,
 )
+from node.cli.target import node_for_command, on_node
 from node.config import ENVIRONMENT_PREFIX, default_data_dir
 from node.util.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from node.cli.client import ApiClient
-
-T = TypeVar("T")
 
 PROMPT: Final = ">>> "
 CONTINUED: Final = "... "
@@ -61,46 +60,9 @@ def chat(
     Ctrl-C stops an answer, Ctrl-D leaves; /help shows the commands. Without a terminal each line of stdin is a message;
     with --json each answer is the document of `metaswarm submit --json`.
     """
-    with node_for_command(api, bootstrap) as url:
-        name = on_node(url, _choose(model, is_new=bool(bootstrap)))
+    with node_for_command(api, bootstrap) as (url, is_new):
+        name = on_node(url, _choose(model, is_new=is_new))
         converse(url, Conversation(name, options, system), as_json=as_json)
-
-
-@contextmanager
-def node_for_command(api: str | None, bootstrap: tuple[str, ...]) -> Iterator[str]:
-    """Yield the URL of the node to ask; with `bootstrap`, and without one here, of one that lives for the block."""
-    from node.cli.client import find_api
-    from node.cli.local_node import local_node
-
-    url = find_api(api)
-    is_needed = bool(bootstrap) and api is None and not is_there(url)
-    with local_node(None, bootstrap, share_data_dir=False) if is_needed else nullcontext(url) as found:
-        yield found
-
-
-def is_there(url: str) -> bool:
-    """Return whether a node answers at a URL."""
-    from node.cli.client import ApiClient
-
-    return on_node(url, ApiClient.is_there)
-
-
-def on_node(url: str, act: Callable[["ApiClient"], Awaitable[T]]) -> T:
-    """Return what a function of a client returns. Raises KeyboardInterrupt as such, and not in a group."""
-    import trio
-
-    from node.cli.client import open_client
-
-    async def run() -> T:
-        async with open_client(url) as client:
-            return await act(client)
-
-    try:
-        return trio.run(run)
-    except BaseExceptionGroup as group:
-        if group.subgroup(KeyboardInterrupt) is not None:
-            raise KeyboardInterrupt from None
-        raise
 
 
 def _choose(model: str | None, *, is_new: bool) -> Callable[["ApiClient"], Awaitable[str]]:

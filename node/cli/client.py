@@ -18,8 +18,10 @@ from node.config import DEFAULT_API, ENVIRONMENT_PREFIX, NodeReady, default_data
 
 CONNECT_TIMEOUT_S: Final = 5.0
 REQUEST_TIMEOUT_S: Final = 10.0
+SILENCE_TIMEOUT_S: Final = 30.0
+"""Of streamed answers: a node that sends nothing for so long, not even its keep-alives, is dead."""
 UNLIMITED: Final = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
-"""Of completions and measurements."""
+"""Of measurements, which send nothing until they are done."""
 
 
 def find_api(api: str | None) -> str:
@@ -45,6 +47,10 @@ def _parse_url(text: str) -> str:
     if is_unspecified(host):
         url = url.replace(parts.netloc, f"{'[::1]' if ':' in host else '127.0.0.1'}{f':{port}' if port else ''}", 1)
     return url.rstrip("/")
+
+
+class NodeLostError(CommandError):
+    """No node answers, or the connection to it was lost."""
 
 
 class RefusedError(CommandError):
@@ -152,10 +158,11 @@ class ApiClient:
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
         body = {"metaswarm": {}, **body, "stream": True, "stream_options": {"include_usage": True}}
         completion = completion or Completion()
+        timeout = httpx.Timeout(SILENCE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         with _faults(self.url):
-            async with self._http.stream("POST", path, json=body, timeout=UNLIMITED) as response:
+            async with self._http.stream("POST", path, json=body, timeout=timeout) as response:
                 await _raise_for_error(response, self.url)
-                async for line in response.aiter_lines():
+                async for line in _lines(response):
                     data = line.removeprefix("data: ")
                     if data != line and data != "[DONE]":  # other lines are keep-alive comments
                         text, reasoning = completion.take(json.loads(data))
@@ -195,16 +202,25 @@ async def open_client(url: str) -> AsyncIterator[ApiClient]:
         yield ApiClient(url, http)
 
 
+async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+    """Yield the lines of a stream. httpx's own also end at U+2028 and the like, which JSON may have in texts."""
+    rest = ""
+    async for text in response.aiter_text():
+        *lines, rest = (rest + text).split("\n")
+        for line in lines:
+            yield line.removesuffix("\r")
+
+
 @contextmanager
 def _faults(url: str) -> Iterator[None]:
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout):
-        raise CommandError(f"no node answers at {url}: start one with `metaswarm node`, or use --api URL") from None
+        raise NodeLostError(f"no node answers at {url}: start one with `metaswarm node`, or use --api URL") from None
     except httpx.TimeoutException:
-        raise CommandError(f"the node at {url} does not answer") from None
+        raise NodeLostError(f"the node at {url} is silent: see `metaswarm doctor`") from None
     except httpx.TransportError as error:
-        raise CommandError(f"connection to the node at {url} lost: {error}") from None
+        raise NodeLostError(f"connection to the node at {url} lost: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CommandError(f"{url} does not look like a metaswarm API") from None
 

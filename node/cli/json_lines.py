@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from node.cli.output import CommandError
+from node.util.json_line import json_line
 
 
 class ResultFile:
@@ -16,7 +17,7 @@ class ResultFile:
         """`keys`: what every line has, in this order at its beginning. `writer`: the command that writes such files."""
         self.path = path
         self._keys = set(keys)
-        self._begins = f'{{"{keys[0]}": '
+        self._begins = f'{{"{keys[0]}": '.encode()
         self._foreign = f"cannot go on with {path}: not written by `{writer}`; choose another file"
 
     def read(self) -> list[dict[str, Any]]:
@@ -24,8 +25,9 @@ class ResultFile:
         if not self.path.exists():
             return []
         try:
-            *lines, cut_off = self.path.read_text(encoding="utf-8").split("\n")
-            results = [json.loads(line) for line in lines if line]
+            # As bytes: the last line may end inside a character.
+            *lines, cut_off = self.path.read_bytes().split(b"\n")
+            results = [json.loads(line.decode()) for line in lines if line]
         except OSError as error:
             raise CommandError(f"cannot read {self.path}: {error.strerror}") from None
         except ValueError:
@@ -70,4 +72,4 @@ class ResultFile:
 
 
 def _line(result: Mapping[str, Any]) -> bytes:
-    return json.dumps(result, ensure_ascii=False).encode(errors="replace") + b"\n"
+    return f"{json_line(result)}\n".encode(errors="replace")

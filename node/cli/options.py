@@ -8,7 +8,7 @@ one line that names the place.
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +24,7 @@ from protocol.limits import MAX_SPANS
 
 _KEY: Final = re.compile(r"""\s*["']?([A-Za-z0-9_-]+)["']?\s*=""")
 
-SETTINGS: Final = {"auto_envvar_prefix": ENVIRONMENT_PREFIX.rstrip("_")}
+SETTINGS: Final[dict[str, Any]] = {"auto_envvar_prefix": ENVIRONMENT_PREFIX.rstrip("_")}
 """Context settings of the commands that take these options."""
 
 TEST_VARIABLES: Final = ("REQUIRE_ALL", "TEST_DEVICE")
@@ -119,6 +119,14 @@ _BATCHING: Final = click.Choice(["one", "static", "continuous"], case_sensitive=
 _LOG_FORMAT: Final = click.Choice(["text", "json"], case_sensitive=False)
 _LOG_LEVEL: Final = click.Choice(["debug", "info", "warning", "error"], case_sensitive=False)
 
+_CONFIG: Final = _option(
+    *("--config", types.PATH, "FILE"),
+    "TOML file with any of these options, dashes as underscores.",
+    is_eager=True,
+    expose_value=False,
+    callback=_use_file,
+)
+
 NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
     _option("--data-dir", types.PATH, "DIR", "Folder of identity and history; one for each node."),
     _option("--cache-dir", types.PATH, "DIR", "Folder of model packages; nodes may share it."),
@@ -180,13 +188,7 @@ NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
         shell_complete=complete_models,
     ),
     _option("--swarm-key", types.SWARM_KEY, "FILE", "Key of a private swarm, from `metaswarm keygen`."),
-    _option(
-        *("--config", types.PATH, "FILE"),
-        "TOML file with any of these options, dashes as underscores.",
-        is_eager=True,
-        expose_value=False,
-        callback=_use_file,
-    ),
+    _CONFIG,
     _option(
         *("--memory", types.SIZE, "BYTES"),
         "Memory limit for weights, KV cache and replay buffers, e.g. 4GiB [default: 3/4 of what is free]; on GPUs, "
@@ -248,6 +250,23 @@ def read_config(*arguments: str) -> NodeConfig:
     """Return the configuration from these flags, the environment and the file. Raises UsageError or ConfigError."""
     command = click.Command("node", params=list(NODE_OPTIONS), context_settings=SETTINGS)
     return make_config(command.make_context("metaswarm", list(arguments)).params)
+
+
+def environment_without(names: Collection[str]) -> dict[str, str]:
+    """Return what environment and file say of the other options, as environment variables. Raises UsageError.
+
+    A file cannot be passed on in part.
+    """
+    context = click.Context(click.Command("node"), info_name="metaswarm", **SETTINGS)
+    _CONFIG.handle_parse_result(context, {}, [])
+    found = {}
+    for option in NODE_OPTIONS:
+        value, source = option.consume_value(context, {})
+        is_given = source in {ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP}
+        if is_given and option is not _CONFIG and option.name not in names:
+            values = value if isinstance(value, list | tuple) else [value]
+            found[f"{ENVIRONMENT_PREFIX}{option.name.upper()}"] = ",".join(map(str, values))
+    return found
 
 
 def refuse_unknown_variables() -> None:

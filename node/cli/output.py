@@ -3,7 +3,6 @@
 rich is imported where it is used, to keep `metaswarm --help` fast.
 """
 
-import json
 import math
 import os
 import sys
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from node.cli.completion import complete_models, complete_peers
+from node.util.json_line import json_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,7 +66,7 @@ def print_error(message: str) -> None:
 
 def print_json(value: object) -> None:
     """Print one JSON document on one line of stdout."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    click.echo(json_line(value))
 
 
 def printable(text: str) -> str:

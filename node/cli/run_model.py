@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from node.cli.chat import Conversation, answer, converse, is_there, on_node
+from node.cli.chat import Conversation, answer, converse
 from node.cli.completion import complete_models
 from node.cli.job_options import job_options, read_text
 from node.cli.local_node import local_node
 from node.cli.output import CommandError, api_option, bootstrap_option, json_option, progress_bars
+from node.cli.target import is_there, on_node
 
 if TYPE_CHECKING:
     from node.api.interface import ModelDocument

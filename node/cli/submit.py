@@ -19,6 +19,7 @@ from node.cli.output import (
     print_json,
     printable,
 )
+from node.cli.target import node_for_command, on_node
 
 if TYPE_CHECKING:
     from node.cli.client import ApiClient, Completion
@@ -91,8 +92,6 @@ def submit(
     if token_ids and options["chat"]:
         raise click.UsageError("--chat requires text, not --token-ids")
 
-    import trio
-
     from node.cli.submit_file import read_jobs, run_file
 
     if prompts_file is not None:
@@ -103,7 +102,8 @@ def submit(
         text = read_text("-") if prompt == "-" else prompt
         jobs = [options | {"prompt": _parse_token_ids(text) if token_ids else text}]
         run = partial(_run_one, trace=trace, as_json=as_json)
-    trio.run(_submit, run, jobs, api, bootstrap)
+    with node_for_command(api, bootstrap) as (url, is_new):
+        on_node(url, partial(_submit, run, jobs, is_new))
 
 
 def _parse_token_ids(text: str) -> list[int]:
@@ -113,18 +113,16 @@ def _parse_token_ids(text: str) -> list[int]:
     return [int(piece) for piece in pieces]
 
 
-async def _submit(run: _Run, jobs: Sequence[Mapping[str, Any]], api: str | None, bootstrap: Sequence[str]) -> None:
-    from node.cli.client import open_client
-    from node.cli.target import DISCOVERY_TIMEOUT_S, choose_model, find_node
+async def _submit(run: _Run, jobs: Sequence[Mapping[str, Any]], is_new: bool, client: "ApiClient") -> None:
+    from node.cli.target import DISCOVERY_TIMEOUT_S, choose_model
 
-    async with find_node(api, bootstrap) as (url, is_new), open_client(url) as client:
-        default_model = ""
-        for wanted in {job["model"] for job in jobs}:
-            if wanted is None:
-                default_model = await choose_model(client, None, DISCOVERY_TIMEOUT_S if is_new else 0.0)
-            elif is_new:
-                await choose_model(client, wanted, DISCOVERY_TIMEOUT_S)
-        await run(client, jobs, default_model)
+    default_model = ""
+    for wanted in {job["model"] for job in jobs}:
+        if wanted is None:
+            default_model = await choose_model(client, None, DISCOVERY_TIMEOUT_S if is_new else 0.0)
+        elif is_new:
+            await choose_model(client, wanted, DISCOVERY_TIMEOUT_S)
+    await run(client, jobs, default_model)
 
 
 async def _run_one(

@@ -38,7 +38,7 @@ def read_jobs(path: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     text = read_text(str(path))
     jobs = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # `splitlines` also cuts JSON at U+2028 and the like
         if not line.strip():
             continue
         try:
@@ -100,7 +100,7 @@ async def _run_jobs(
 ) -> None:
     import trio
 
-    from node.cli.client import RefusedError
+    from node.cli.client import NodeLostError
 
     left = iter(bodies.items())
     total = len(bodies) + len(sink.done)
@@ -115,7 +115,9 @@ async def _run_jobs(
         for line, body in left:  # which the tasks share
             try:
                 document = (await _complete_with_retry(client, body)).document()
-            except RefusedError as error:
+            except CommandError as error:
+                if isinstance(error, NodeLostError) and not await client.is_there():
+                    raise
                 errors[line] = error.message
                 sink.failed(line, error)
             else:
@@ -145,9 +147,9 @@ class _Printed:
             print_json(self._waiting.pop(self._next))
             self._next = next(self._lines, -1)
 
-    def failed(self, line: int, error: Any) -> None:
+    def failed(self, line: int, error: CommandError) -> None:
         """Print an error in its place."""
-        self.add(line, {"error": {"message": error.message, "code": error.code}})
+        self.add(line, {"error": {"message": error.message, "code": getattr(error, "code", None)}})
 
     def finish(self) -> None:
         """Do nothing: all is printed."""
@@ -178,10 +180,11 @@ class _Saved:
 
     def add(self, line: int, document: dict[str, Any]) -> None:
         """Write a document."""
-        self._results[line] = {"line": line, "request": self._digests[line], **document}
-        self._file.append(self._results[line])
+        result = {"line": line, "request": self._digests[line], **document}
+        self._file.append(result)
+        self._results[line] = result
 
-    def failed(self, line: int, error: Any) -> None:
+    def failed(self, line: int, error: CommandError) -> None:
         """Do nothing: the next run tries it again."""
 
     def finish(self) -> None:

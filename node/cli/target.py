@@ -1,8 +1,8 @@
 """Which node and which model a verb means: `--api`, `--bootstrap` and `--model` of every verb that runs jobs."""
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from node.cli.output import CommandError
 from node.util.suggestions import did_you_mean
@@ -11,29 +11,50 @@ if TYPE_CHECKING:
     from node.api.interface import ModelDocument
     from node.cli.client import ApiClient
 
+T = TypeVar("T")
+
 DISCOVERY_TIMEOUT_S: Final = 20.0
 """Longest time in which a peer that has just joined discovers the model."""
 DISCOVERY_INTERVAL_S: Final = 0.25
 
 
-@asynccontextmanager
-async def find_node(api: str | None, bootstrap: Sequence[str]) -> AsyncIterator[tuple[str, bool]]:
-    """Yield the URL of the node to submit to, and whether it was started for that."""
-    from node.cli.client import find_api, open_client
+@contextmanager
+def node_for_command(api: str | None, bootstrap: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Yield the URL of the node to ask, and whether it was started for that: with `bootstrap`, and without one here."""
+    from node.cli.client import find_api
+    from node.cli.local_node import local_node
 
     url = find_api(api)
-    is_there = True
-    if bootstrap and api is None:
-        async with open_client(url) as client:
-            is_there = await client.is_there()
-    if is_there:
+    if not bootstrap or api is not None or is_there(url):
         yield url, False
         return
-
-    from node.cli.ephemeral import ephemeral_peer
-
-    async with ephemeral_peer(bootstrap) as own_url:
+    with local_node(None, bootstrap, share_data_dir=False) as own_url:
         yield own_url, True
+
+
+def is_there(url: str) -> bool:
+    """Return whether a node answers at a URL."""
+    from node.cli.client import ApiClient
+
+    return on_node(url, ApiClient.is_there)
+
+
+def on_node(url: str, act: Callable[["ApiClient"], Awaitable[T]]) -> T:
+    """Return what a function of a client returns. Raises KeyboardInterrupt as such, and not in a group."""
+    import trio
+
+    from node.cli.client import open_client
+
+    async def run() -> T:
+        async with open_client(url) as client:
+            return await act(client)
+
+    try:
+        return trio.run(run)
+    except BaseExceptionGroup as group:
+        if group.subgroup(KeyboardInterrupt) is not None:
+            raise KeyboardInterrupt from None
+        raise
 
 
 async def choose_model(client: "ApiClient", wanted: str | None, timeout_s: float = 0.0) -> str:

@@ -16,14 +16,14 @@ import trio
 
 from node.coordinator.failover import ResilientRoute, no_route
 from node.coordinator.job import Job
-from node.coordinator.job_log import JobLog, JobState, LoggedJob
 from node.coordinator.job_report import JobObserver, NoJobObserver, RunningJob
 from node.coordinator.method_choice import Choice, Chooser, QualityStore, admitted_methods
 from node.coordinator.observation import Recorder, ServedJob
 from node.coordinator.output_text import OutputText
 from node.coordinator.planner import Planner, SwarmView
 from node.coordinator.prefix_sharing import RecentPrompts
-from node.coordinator.prompt import prompt_text, read_prompt, sampling_of
+from node.coordinator.prompt import chat_format_of, prompt_text, read_prompt, sampling_of
+from node.coordinator.recent_jobs import JobState, RecentJob, RecentJobs
 from node.coordinator.result import result_of, served_of, timing_of
 from node.coordinator.route import OpenRoute, RouteRejected
 from node.coordinator.session_request import RouteServices, request_sessions
@@ -36,11 +36,13 @@ from node.coordinator.submission import (
     JobRequest,
     JobResult,
     JobStarted,
+    ModelCapabilities,
     Vote,
 )
 from node.links.link_pool import LinkPool
 from node.models.errors import ModelError
 from node.models.library import KnownModel
+from node.util.text import one_line
 from protocol.identity import JobId, ModelId, PeerId, Stage
 from protocol.messages import FinishReason
 from selector.reliability import PeerRecord
@@ -114,7 +116,7 @@ class Coordinator:
         )
         self._routes: dict[JobId, ResilientRoute] = {}
         self.statistics = CoordinatorStatistics()
-        self.log = JobLog()
+        self.recent_jobs = RecentJobs()
         self._idle = trio.Event()
         self._idle.set()
 
@@ -137,6 +139,16 @@ class Coordinator:
         except ModelError as error:
             raise JobError(JobErrorCode.MODEL_NOT_FOUND, str(error)) from None
 
+    async def count_tokens(self, request: JobRequest) -> int:
+        """Return how many tokens the prompt of a request has. Raises JobError."""
+        return len((await read_prompt(request, await self.model(request.model))).tokens)
+
+    async def capabilities_of(self, model: str) -> ModelCapabilities:
+        """Return what can be asked of the model that a user means. Raises JobError."""
+        known = await self.model(model)
+        chat_format = chat_format_of(known) if known.tokenizer.has_chat_template else None
+        return ModelCapabilities(max_positions=known.max_positions, chat_format=chat_format)
+
     @asynccontextmanager
     async def submit(
         self, request: JobRequest, on_served: Callable[[ServedJob], None] | None = None
@@ -154,11 +166,11 @@ class Coordinator:
         outcome = "cancelled"
         code: JobErrorCode | None = None
         reason = ""
-        entry: LoggedJob | None = None
+        entry: RecentJob | None = None
         try:
             running.job = job = replace(await self._prepare(request, on_served=on_served), trace_parent=trace_parent)
             running.prepared_s = trio.current_time()
-            entry = self.log.begin(
+            entry = self.recent_jobs.begin(
                 job.id, job.model.id, job.model.name, is_trial=is_trial, prompt_tokens=len(job.prompt)
             )
             async with self._routed(job, running) as route, aclosing(self._events(job, route, entry)) as events:
@@ -169,13 +181,16 @@ class Coordinator:
             is_preempted = request.background and code is JobErrorCode.FULL
             outcome = "cancelled" if is_preempted else "rejected" if code in CLIENT_MISTAKES else "failed"
             raise
+        except Exception as error:
+            outcome, reason = "failed", one_line(error)
+            raise
         finally:
+            counted = outcome if not is_trial else "trials_done" if outcome == "done" else "trials_failed"
+            self._count(running=-1, trials_running=-is_trial, **{counted: 1})
             if entry is not None:
-                self.log.end(entry, JobState.FAILED if outcome == "rejected" else JobState(outcome), reason or None)
+                state = JobState.FAILED if outcome == "rejected" else JobState(outcome)
+                self.recent_jobs.end(entry, state, reason or None)
             self.observer.on_job_ended(running.report(outcome, trio.current_time(), code, reason))
-            if is_trial:
-                outcome = "trials_done" if outcome == "done" else "trials_failed"
-            self._count(running=-1, trials_running=-is_trial, **{outcome: 1})
 
     async def consider(self, request: JobRequest, overrides: Mapping[str, Any]) -> Considered:
         """Have the stages vote on a job without running it. `overrides`: context fields to replace. Raises JobError."""
@@ -261,9 +276,9 @@ class Coordinator:
             self._prompts.release(job.claim)
             await route.close()
 
-    async def _events(self, job: Job, route: ResilientRoute, entry: LoggedJob) -> AsyncGenerator[JobEvent, None]:
+    async def _events(self, job: Job, route: ResilientRoute, entry: RecentJob) -> AsyncGenerator[JobEvent, None]:
         """Yield the job's events; after the last one the route is closed."""
-        self._log_progress(job, route, entry)
+        self._record_progress(job, route, entry)
         yield JobStarted(
             job_id=job.id,
             model=job.model.id,
@@ -274,14 +289,15 @@ class Coordinator:
             chat_format=job.chat_format,
         )
         if job.is_embedding:
-            yield await self._embed(job, route)
+            entry.result = await self._embed(job, route)
+            yield entry.result
             return
         output = OutputText(job.request, job.model)
         finish: FinishReason | None = None
         while finish is None:
             sampled = await route.next_token()
             job.output.add(sampled.token, trio.current_time())
-            self._log_progress(job, route, entry)
+            self._record_progress(job, route, entry)
             self._prompts.release(job.claim)
             finish = sampled.finish_reason
             if finish is None and len(job.output.tokens) >= job.sampling.max_tokens:
@@ -291,9 +307,9 @@ class Coordinator:
         entry.result = await self._finish(job, route, output.text, finish)
         yield replace(entry.result, stop_string=output.stop_string)
 
-    def _log_progress(self, job: Job, route: ResilientRoute, entry: LoggedJob) -> None:
+    def _record_progress(self, job: Job, route: ResilientRoute, entry: RecentJob) -> None:
         method = route.method.name if route.method else None
-        self.log.progress(
+        self.recent_jobs.progress(
             entry, stages=route.stages, method=method, tokens=len(job.output.tokens), replays=route.replays
         )
 
@@ -311,6 +327,7 @@ class Coordinator:
         self._planner.measured(job.need(), stages, done.route.loads(), timing_of(done))
         result = result_of(job, done, text, finish)
         if job.is_embedding:  # task contexts do not tell kinds of jobs apart: as a short text it would mislead learning
+            job.output.result = result
             return result
         outcome = JobOutcome(
             job_id=job.id,

@@ -104,6 +104,8 @@ class ResilientRoute:
         """Peers that may serve any stage but the last."""
         self._logged: set[PeerId] = set()
         """Peers whose refusal was logged already."""
+        self._bad_request: SessionLost | None = None
+        """What a last stage said that found the request impossible."""
         self._asked_to_leave: set[PeerId] = set()
         self.is_finished = False
         self._searched_s = float("-inf")
@@ -146,6 +148,8 @@ class ResilientRoute:
             try:
                 planned = await self._planner.route(self._need(), may_explore=may_explore)
             except NoRouteError as error:
+                if self._bad_request is not None:
+                    raise self._invalid(self._bad_request) from None
                 search.refusals |= self._avoided
                 if not is_patient or self._is_hopeless(search, error):
                     raise no_route(self._job, error, search.refusals, self._outdated) from None
@@ -210,6 +214,8 @@ class ResilientRoute:
         closed = await route.close()
         self._route = None
         self.is_finished = True
+        if self._bad_request is not None:  # another stage could do what this one said was impossible
+            self._planner.failed(self._bad_request.reporter, dead=False)
         rounds = self._rounds + route.rounds
         request = self._request or route.request
         return ClosedRoute(route, request, closed, rounds, self._replays, self._cached_tokens, trace)
@@ -288,7 +294,9 @@ class ResilientRoute:
         Only a peer that we cannot reach ourselves counts as dead: a failed engine restarts, and of two peers that do
         not reach each other both live. Raises JobError where the request is at fault.
         """
-        self._refuse_bad_request(route, lost)
+        if self._is_bad_request(route, lost):
+            self._ask_another(route, lost)
+            return
         culprit = lost.blamed if lost.blamed in {stage.peer for stage in route.stages} else lost.reporter
         self._log.info("stage lost", peer=culprit, reason=lost.reason, message=lost.message)
         self._avoided[culprit] = StageRefusal(culprit, None, lost.message, lagged=lost.lagged)
@@ -300,14 +308,26 @@ class ResilientRoute:
         self._retire_route()
         self._held = {stage: session for stage, session in self._held.items() if stage.peer != culprit}
 
-    def _refuse_bad_request(self, route: OpenRoute, lost: SessionLost) -> None:
-        """Raise JobError where the last stage says that no text follows the JSON Schema: another one would say so, too.
+    def _is_bad_request(self, route: OpenRoute, lost: SessionLost) -> bool:
+        """Return whether the last stage says that no text follows the JSON Schema; other stages cannot know."""
+        is_last = lost.reporter == route.stages[-1].peer
+        return lost.reason is FailureReason.REQUEST and bool(self._job.request.json_schema) and is_last
 
-        It is believed, as it draws the text; other stages, and for other jobs, are not.
+    def _ask_another(self, route: OpenRoute, lost: SessionLost) -> None:
+        """Have another last stage try a request that one found impossible. Raises JobError where both agree.
+
+        One alone could end every job with a schema. It is not held against the first unless the other succeeds.
         """
-        request = self._job.request
-        if lost.reason is FailureReason.REQUEST and request.json_schema and lost.reporter == route.stages[-1].peer:
-            raise JobError(JobErrorCode.INVALID, lost.message, param=request.json_schema_param)
+        if self._bad_request is not None and self._bad_request.reporter != lost.reporter:
+            raise self._invalid(lost)
+        self._log.info("request refused by the last stage", peer=lost.reporter, message=lost.message)
+        self._bad_request = lost
+        self._avoided[lost.reporter] = StageRefusal(lost.reporter, RefusalReason.UNABLE, lost.message)
+        self._retire_route()
+        self._held = {stage: session for stage, session in self._held.items() if stage.peer != lost.reporter}
+
+    def _invalid(self, lost: SessionLost) -> JobError:
+        return JobError(JobErrorCode.INVALID, lost.message, param=self._job.request.json_schema_param)
 
     async def _replace_leaving(self, leaving: Collection[PeerId]) -> None:
         """Replace peers that want to leave, where others can serve their blocks."""

@@ -15,8 +15,8 @@ class JobReport:
     """One job that has ended. Times are trio's clock; 0 for what it did not reach.
 
     `outcome`: `done`, `failed`, `cancelled` or `rejected`, the last by the client's mistake. `is_trial`: it measured a
-    method, or ran in the background. `model`: its name; as the client wrote it where the job was not prepared.
-    `stages`: of its last route. `result`: of a job that is done. `trace_parent`: its span in a trace.
+    method, or ran in the background. `model`: its name; empty where the job was not prepared. `stages`: of its last
+    route. `result`: of a job that is done. `trace_parent`: its span in a trace.
     """
 
     request: JobRequest
@@ -89,7 +89,7 @@ class RunningJob:
             first_token_s=output.first_token_s if output else 0.0,
             last_token_s=output.last_token_s if output else 0.0,
             job_id=job.id if job else None,
-            model=job.model.name if job else self.request.model,
+            model=job.model.name if job else "",
             prompt_tokens=len(job.prompt) if job else 0,
             completion_tokens=len(output.tokens) if output else 0,
             stages=tuple(route.stages) if route else (),

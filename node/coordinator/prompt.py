@@ -50,7 +50,7 @@ async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
     try:
         if request.messages is not None:
             text = await _conversation(request, request.messages, model)
-            chat_format = _chat_format(model, text)
+            chat_format = chat_format_of(model, text)
             tokens = await model.tokenizer.encode(text, add_special_tokens=False)
         elif request.prompt is not None:
             tokens = await model.tokenizer.encode(request.prompt)
@@ -58,10 +58,8 @@ async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
             tokens = request.prompt_tokens or ()
         if request.truncate:
             tokens = tokens[: model.max_positions - 1]
-    except TokenizerBusyError as error:
-        raise JobError(JobErrorCode.FULL, str(error), retry_after_s=BUSY_RETRY_S) from None
     except TokenizerUnavailableError as error:
-        raise JobError(JobErrorCode.FAILED, str(error), retry_after_s=BUSY_RETRY_S) from None
+        raise _unavailable(error) from None
     except (ValueError, ModelError) as error:
         raise JobError(JobErrorCode.INVALID, str(error)) from None
     if not tokens:
@@ -74,6 +72,11 @@ async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
     return Prompt(tokens, chat_format)
 
 
+def _unavailable(error: TokenizerUnavailableError) -> JobError:
+    code = JobErrorCode.FULL if isinstance(error, TokenizerBusyError) else JobErrorCode.FAILED
+    return JobError(code, str(error), retry_after_s=BUSY_RETRY_S)
+
+
 async def _check_schema(request: JobRequest, model: KnownModel) -> None:
     """Raise JobError where no text can follow the request's JSON Schema, or none would ever end."""
     if request.ignore_eos or not (model.tokenizer.stop_tokens or request.stop_token_ids):
@@ -82,7 +85,7 @@ async def _check_schema(request: JobRequest, model: KnownModel) -> None:
     try:
         fault = await model.tokenizer.schema_fault(request.json_schema)
     except TokenizerUnavailableError as error:
-        raise JobError(JobErrorCode.FULL, str(error), retry_after_s=BUSY_RETRY_S) from None
+        raise _unavailable(error) from None
     except ModelError as error:
         fault = str(error)
     if fault:
@@ -98,7 +101,8 @@ async def _conversation(request: JobRequest, messages: Sequence[ChatMessage], mo
     return await model.tokenizer.render_chat_text(turns, request.tools, request.template_options)
 
 
-def _chat_format(model: KnownModel, text: str) -> ChatFormat:
+def chat_format_of(model: KnownModel, text: str = "") -> ChatFormat:
+    """Return how a model continues a conversation, `text` by its chat template."""
     tokenizer = model.tokenizer
     tools = ToolFormat(tokenizer.tool_format) if tokenizer.tool_format else None
     began = tokenizer.reasons and text.rstrip().endswith("<think>")

@@ -21,7 +21,8 @@ from node.models.errors import ModelError
 from node.models.files import write_atomically
 from node.models.library import KnownModel, Library
 from node.models.sample import sample_text
-from node.util.child_process import ChildError, python, run
+from node.util.child_process import ChildError, run
+from node.util.interpreter import python
 from protocol.identity import BlockRange, ModelId
 from selector.task import MeasuredQuality, Method, PackageFormat, portfolio
 

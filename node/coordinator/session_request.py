@@ -75,7 +75,7 @@ async def request_sessions(
     admitted = job.admitted
     if begun is not None:  # a replacement may lack the draft model; speculation never changes the text
         admitted = [begun, begun.without_speculation] if begun.drafter == "draft" else [begun]
-    # Embeddings are no kind of task yet that is learned from: nothing is tried out with them.
+    # Embeddings are not recorded as observations yet, so exploring methods with them would teach nothing.
     is_free = job.request.method == AUTO and begun is None and not job.is_embedding
     selection = SelectionRequest(model=job.model.id, context=context, admitted=admitted, is_free=is_free)
     choice = await services.chooser.choose(selection)

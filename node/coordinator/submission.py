@@ -85,6 +85,14 @@ class ChatFormat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCapabilities:
+    """What can be asked of a model: texts up to `max_positions` tokens; conversations, unless it has no chat format."""
+
+    max_positions: int
+    chat_format: ChatFormat | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MessageToolCall:
     """A tool call in an earlier turn of the assistant."""
 
@@ -376,3 +384,9 @@ class Submitter(Protocol):
 
         Raises JobError on entering the block or while iterating.
         """
+
+    async def count_tokens(self, request: JobRequest) -> int:
+        """Return how many tokens the prompt of a request has, without a job. Raises JobError."""
+
+    async def capabilities_of(self, model: str) -> ModelCapabilities:
+        """Return what can be asked of the model that a user means. Raises JobError."""

@@ -23,6 +23,9 @@ ANSWER_TIMEOUT_S: Final = 1.0
 COLLECT_ROUNDS: Final = 256
 """Rounds after which the stages are asked: they retain few."""
 
+MAX_ROUNDS: Final = 4096
+"""Of a trace: the rest of a longer job is not traced."""
+
 CLOCK_SAMPLES: Final = 8
 """Exchanges with each stage at the end of a job, when nothing else is under way."""
 
@@ -56,18 +59,22 @@ class JobTracer:
         self._began_s = began_s
         self._records: dict[Stage, _StageRecord] = {}
         self._rounds: list[_Round] = []
+        self._asked_rounds = 0
+        """How many rounds there were when the stages were asked last."""
 
     @property
     def is_due(self) -> bool:
         """Whether so many rounds have come that the stages should be asked."""
-        return bool(self._rounds) and len(self._rounds) % COLLECT_ROUNDS == 0
+        return len(self._rounds) - self._asked_rounds >= COLLECT_ROUNDS
 
     def on_tokens(self, route: OpenRoute, position: int, tokens: int, now_s: float) -> None:
         """Record tokens of the last stage, the first at this position."""
-        self._rounds.append(_Round(route.stages, route.began_s, position, tokens, now_s))
+        if len(self._rounds) < MAX_ROUNDS:
+            self._rounds.append(_Round(route.stages, route.began_s, position, tokens, now_s))
 
     async def collect(self, route: OpenRoute, exchanges: int = 1) -> None:
         """Ask the stages of a begun route, which record from the first time on."""
+        self._asked_rounds = len(self._rounds)
 
         async def ask(stage: Stage, session: SessionId, link: OutboundLink) -> None:
             record = self._records[stage]

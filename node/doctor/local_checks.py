@@ -21,7 +21,8 @@ from node.network.transport import bind
 from node.stages.device_shares import shares_of_spans, split_over, usable_shares
 from node.stages.memory_admission import shortage, smallest_span, span_bytes_for
 from node.storage.database import DATABASE_FILE, StorageError, find_damage
-from node.util.child_process import ChildError, python, run
+from node.util.child_process import ChildError, run
+from node.util.interpreter import python
 from protocol.identity import ModelId
 
 MIN_FREE_BYTES: Final = 64 << 20

@@ -36,7 +36,8 @@ from node.engine.kv_allocator import KvReservation
 from node.engine.on_demand import OnDemand
 from node.models.layout import GGUF
 from node.models.store import Package
-from node.util.child_process import Child, ChildError, child_environment, python, start
+from node.util.child_process import Child, ChildError, start
+from node.util.interpreter import child_environment, python
 from node.util.priority import SLEEPING_THREADS
 from node.util.processor import physical_cores
 from node.util.signal import Signal
@@ -164,10 +165,10 @@ class WorkerEngine(Engine):
         """Have what nothing has used for a while unloaded; the reference only where something else can serve."""
         while True:
             await trio.sleep(UNLOAD_ROUND_S)
-            if self._reference.is_superfluous and self._variants != {REFERENCE}:
+            if self._reference.can_unload and self._variants != {REFERENCE}:
                 self._reference.is_loaded = False
                 self._post(worker_protocol.encode_frame({"do": "unload"}))
-            if self._constraints.is_superfluous:
+            if self._constraints.can_unload:
                 self._constraints.is_loaded = False
                 self._post(worker_protocol.encode_frame({"do": "unconstrain"}))
 

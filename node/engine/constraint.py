@@ -11,7 +11,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from node.engine.interface import BadRequest, EngineError
+from node.util.interpreter import child_environment, python
 from node.util.text import one_line
 
 START_TIMEOUT_S: Final = 60.0
@@ -70,13 +70,13 @@ class ConstraintProcess:
         ours.settimeout(START_TIMEOUT_S)
         with theirs:
             arguments = [str(theirs.fileno()), str(self._tokenizer_file), str(self._vocabulary_size)]
-            command = [sys.executable, "-m", "node.engine.constraint_worker", *arguments]
-            environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+            command = python("-m", "node.engine.constraint_worker", *arguments)
+            inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
             nothing = subprocess.DEVNULL
             try:
-                self._child = subprocess.Popen(
-                    command, pass_fds=[theirs.fileno()], env=environment, stdin=nothing, stdout=nothing, stderr=nothing,
-                    start_new_session=True,
+                self._child = subprocess.Popen(  # its stderr is this worker's, which the daemon logs
+                    command, pass_fds=[theirs.fileno()], env=child_environment(base=inherited), stdin=nothing,
+                    stdout=nothing, start_new_session=True,
                 )  # fmt: skip
             except OSError as error:
                 ours.close()

@@ -1,6 +1,6 @@
 """Which tokens a JSON Schema admits next, in processes with limits: `python -m node.engine.constraint_worker …`.
 
-A schema is a stranger's, and the library that interprets it walks the vocabulary for each token. Its own limits bound
+A schema is untrusted, and the library that interprets it walks the vocabulary for each token. Its own limits bound
 the steps of that; the kernel bounds time and memory besides, by killing a process, which has no state that could not be
 made again. Loading the tokenizer takes a second: the process that has done so forks the one that serves, and where that
 dies it says so and forks the next one at once.
@@ -21,6 +21,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -36,6 +37,10 @@ LOAD_CPU_S: Final = 30.0
 STEP_CPU_S: Final = 1.0
 """Limit of processor time of one request. What schemas in use take is some milliseconds."""
 
+MASK_CPU_S: Final = 0.05
+FREE_CPU_S: Final = 1.0
+"""A text may take this much processor time for each mask, and once this much more: other texts wait for it."""
+
 WORK_BYTES: Final = 512 << 20
 """Address space beyond the loaded tokenizer."""
 
@@ -47,9 +52,11 @@ class _Text:
         self._matcher = make_matcher(tokenizer, schema)
         self._length = 0
         self._ends = tokenizer.eos_tokens
+        self._left_s = FREE_CPU_S
 
     def mask(self, keep: int, tokens: list[int]) -> dict[str, Any]:
         """Return what may come after the kept tokens and further ones. Raises ValueError."""
+        began_s = time.process_time()
         if keep < self._length:
             self._matcher.rollback(self._length - keep)
         consumed = self._matcher.try_consume_tokens(tokens) if tokens else 0
@@ -60,6 +67,9 @@ class _Text:
         admitted = bytearray(mask)
         for token in self._ends:  # with which tokens a text ends is up to the job
             admitted[token // 8] &= ~(1 << token % 8)
+        self._left_s = min(FREE_CPU_S, self._left_s + MASK_CPU_S - (time.process_time() - began_s))
+        if self._left_s < 0:
+            raise ValueError("it takes too much time: use a simpler one")
         return {"mask": bytes(admitted), "ends": self._matcher.is_accepting()}
 
 
@@ -72,6 +82,8 @@ def main() -> None:
     signal.setitimer(signal.ITIMER_PROF, LOAD_CPU_S)
     try:
         tokenizer = llguidance.LLTokenizer(sys.argv[2], n_vocab=int(sys.argv[3]))
+    except MemoryError:
+        raise  # another node may have more
     except BaseException as error:  # noqa: BLE001  # a panic of the library's Rust code is not an Exception
         send_frame(connection, {"error": f"its tokenizer cannot be read: {one_line(error)}"})
         return

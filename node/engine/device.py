@@ -9,7 +9,8 @@ from typing import Any, Final
 import psutil
 import structlog
 
-from node.util.child_process import ChildError, python, run
+from node.util.child_process import ChildError, run
+from node.util.interpreter import python
 from protocol.capabilities import Accelerator
 from protocol.errors import RemoteProtocolError
 from protocol.schema import from_map, to_map

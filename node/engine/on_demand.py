@@ -36,6 +36,6 @@ class OnDemand:
             self.sessions.add(successor)
 
     @property
-    def is_superfluous(self) -> bool:
+    def can_unload(self) -> bool:
         """Whether it can be unloaded."""
         return self.is_loaded and not self.sessions and trio.current_time() - self._used_s >= UNLOAD_AFTER_S

@@ -17,7 +17,8 @@ from typing import Final
 
 from threadpoolctl import threadpool_limits
 
-from node.util.child_process import ChildError, child_environment, python, running
+from node.util.child_process import ChildError, running
+from node.util.interpreter import child_environment, python
 from selector.dataset import Dataset, FloatArray
 from selector.estimator import NotApplicableError, Selector
 from selector.evaluation.measures import Fold, checked

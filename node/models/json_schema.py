@@ -16,7 +16,7 @@ _FORM: Final[Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_
 
 
 def make_matcher(tokenizer: llguidance.LLTokenizer, schema: str) -> llguidance.LLMatcher:
-    """Return what follows a text of a schema. Its errors are its state; raises ValueError for what is no object."""
+    """Return the matcher of a schema, which keeps its errors as state. Raises ValueError unless it is an object."""
     limits = llguidance.LLParserLimits(**_LIMITS)
     return llguidance.LLMatcher(tokenizer, _grammar_of(schema), log_level=0, limits=limits)
 

@@ -16,8 +16,9 @@ from node.models.errors import ModelError
 from node.models.files import Progress, sha256_of
 from node.models.layout import OuterNames
 from node.models.manifest import Json
-from node.util.child_process import ChildError, child_environment, python, running
+from node.util.child_process import ChildError, running
 from node.util.disk_cache import folder_bytes
+from node.util.interpreter import child_environment, python
 
 _POLL_S = 0.2
 _COPY_BYTES = 1 << 20

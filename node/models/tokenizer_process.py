@@ -8,7 +8,8 @@ from typing import Any, Final
 import msgpack
 import trio
 
-from node.util.child_process import Child, child_environment, python, start
+from node.util.child_process import Child, start
+from node.util.interpreter import child_environment, python
 
 COMMAND: Final = python("-m", "node.models.tokenizer_worker")
 MAX_ANSWER_BYTES: Final = 64 << 20

@@ -1,6 +1,6 @@
 """Text to tokens and back, in the process that interprets a model's files: `python -m node.models.tokenizer_worker`.
 
-They are a stranger's: jinja2's sandbox isolates a template from Python, but neither it nor the tokenizers library
+They are untrusted: jinja2's sandbox isolates a template from Python, but neither it nor the tokenizers library
 bounds time and memory. So the kernel bounds what they may cost: every request has a limit of processor time and one of
 time, at which the process is killed by a signal that says which; its address space is bounded; it can write no file. It
 has no state to save, and may be killed at any moment.

@@ -13,7 +13,8 @@ from typing import Any, Final
 import trio
 
 from node.network.addresses import TcpAddress
-from node.util.child_process import ChildError, python, run
+from node.util.child_process import ChildError, run
+from node.util.interpreter import python
 
 logger = logging.getLogger(__name__)
 

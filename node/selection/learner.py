@@ -1,7 +1,7 @@
 """Keeps this node's model of the history fresh: starts a worker process that trains whenever the history has grown.
 
 The worker trains at the lowest priority, then answers predictions until the next worker replaces it, or until it was
-not asked for a while: then the model sleeps in a file (`trained_model`). Between two trainings the learner rests for
+not asked for a while: then the model is in a file only (`trained_model`). Between two trainings the learner rests for
 several times the duration of the last one, which bounds its share of a core.
 """
 
@@ -87,7 +87,7 @@ class Learner:
     async def _refresh(self, nursery: trio.Nursery) -> None:
         """Train a new model if one is due, then rest."""
         if self._model is not None:
-            await self._model.sleep_if_idle()
+            await self._model.unload_if_idle()
             if not self._predictions.sample_count:
                 # The model is lost, as its process failed: train again, though the history has not grown.
                 await self._replace_model(None)

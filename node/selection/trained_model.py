@@ -1,4 +1,4 @@
-"""A trained model, and the process that holds it while it is asked: a model that is not asked sleeps in a file.
+"""A trained model, and the process that holds it while it is asked: an idle model's process ends, and its file remains.
 
 The file is unlinked: nobody else can write it, and it goes with the node.
 """
@@ -12,14 +12,15 @@ from typing import IO, Any, Final
 import structlog
 import trio
 
-from node.util.child_process import Child, ChildError, child_environment, python, start
+from node.util.child_process import Child, ChildError, start
+from node.util.interpreter import child_environment, python
 from selector.task import TaskContext
 
 ANSWER_LIMIT_S: Final = 10.0
 """Timeout of a prediction, after which the model is given up."""
 
-WAKE_LIMIT_S: Final = 60.0
-"""The same of the first prediction after a sleep: its process imports for seconds."""
+LOAD_LIMIT_S: Final = 60.0
+"""The same of a prediction for which a process has to load the model: it imports for seconds."""
 
 IDLE_S: Final = 120.0
 """A process that is not asked for so long ends."""
@@ -39,6 +40,7 @@ class TrainedModel:
         self._worker: _Worker | None = None
         self._used_s = trio.current_time()
         self._turn = trio.Lock()
+        self._is_stopped = False
         self._is_kept = False
         """Whether the file has it: not on a full disk, where the process has to stay."""
 
@@ -55,10 +57,10 @@ class TrainedModel:
         """Return the model's predictions; see `prediction_cache.Predictor`."""
         async with self._turn:
             try:
-                with trio.fail_after(ANSWER_LIMIT_S if self._worker else WAKE_LIMIT_S):
+                with trio.fail_after(ANSWER_LIMIT_S if self._worker else LOAD_LIMIT_S):
                     if self._worker is None:
                         self._worker = await self._start()
-                        await self._worker.ask({"wake": True})
+                        await self._worker.ask({"load": True})
                     values = await self._worker.ask(context.values())
             except (ChildError, ValueError, trio.TooSlowError) as error:
                 raise OSError(str(error)) from None
@@ -67,11 +69,11 @@ class TrainedModel:
         return {name: (cost, deviation) for name, (cost, deviation) in values.items()}
 
     @property
-    def is_awake(self) -> bool:
+    def is_loaded(self) -> bool:
         """Whether its process runs."""
         return self._worker is not None
 
-    async def sleep_if_idle(self) -> None:
+    async def unload_if_idle(self) -> None:
         """End the process if it was not asked for a while."""
         if not self._is_kept or trio.current_time() - self._used_s < IDLE_S or self._turn.locked():
             return
@@ -80,6 +82,7 @@ class TrainedModel:
 
     async def stop(self) -> None:
         """End the process, and forget the model; also under cancellation."""
+        self._is_stopped = True  # a process that is being started does not stay
         await self._stop_worker()
         self._file.close()
 
@@ -88,8 +91,18 @@ class TrainedModel:
         if worker is not None:
             await worker.stop()
 
+    def _check_use(self) -> None:
+        if self._is_stopped:
+            raise ChildError("the model was replaced")
+
     async def _start(self) -> "_Worker":
+        self._check_use()
         worker = await _Worker.start(self._file.fileno())
+        try:
+            self._check_use()
+        except ChildError:
+            await worker.stop()
+            raise
         self._nursery.start_soon(worker.relay_stderr)
         return worker
 

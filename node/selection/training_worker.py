@@ -2,7 +2,7 @@
 
 Lines of JSON: it reads the database and the viewpoint, trains at the lowest priority, and writes the result; then it
 answers each context with the predictions for every method, until its standard input ends. The trained model is written
-to an unlinked file of the node, whose descriptor is the argument, and a later process takes it from there (`wake`): no
+to an unlinked file of the node, whose descriptor is the argument, and a later process takes it from there (`load`): no
 model is ever loaded that this node has not trained.
 """
 
@@ -44,7 +44,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY_BYTES, resource.RLIM_INFINITY))
     file = os.fdopen(int(sys.argv[1]), "r+b")
     request = json.loads(sys.stdin.readline())
-    predictor, result = (_wake(file), {}) if "wake" in request else _train_and_keep(request, file)
+    predictor, result = (_load(file), {}) if "load" in request else _train_and_keep(request, file)
     out.write(json.dumps(result) + "\n")
     if predictor is None:
         return
@@ -85,7 +85,7 @@ def _keep(predictor: "Predictor", file: IO[bytes]) -> bool:
     return True
 
 
-def _wake(file: IO[bytes]) -> "Predictor":
+def _load(file: IO[bytes]) -> "Predictor":
     """Return the predictor in the file, which only a process of this node has written."""
     file.seek(0)
     predictor: Predictor = pickle.load(file)  # noqa: S301

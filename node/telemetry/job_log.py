@@ -9,13 +9,13 @@ _logger = structlog.get_logger(__name__)
 
 
 def log_job(report: JobReport) -> None:
-    """Log a job that has ended; trials, which nobody asked for, only for debugging."""
+    """Log a job that has ended: a user's at level info, a trial at level debug."""
     log = _logger.debug if report.is_trial else _logger.warning if report.outcome == "failed" else _logger.info
     fields: dict[str, object] = {
         "job": report.job_id or "-",
         "request_id": report.request.origin.request_id or report.job_id or "-",
         "endpoint": report.request.origin.endpoint or "-",
-        "model": report.model,
+        "model": report.model or "-",
         "outcome": report.outcome,
         "route": ",".join(f"{stage.peer}:{stage.blocks}" for stage in report.stages) or "-",
         "method": report.method or "-",

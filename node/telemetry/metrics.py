@@ -98,15 +98,16 @@ class NodeMetrics:
         self._request_seconds.labels(report.route).observe(report.ended_s - report.began_s)
 
     def on_job(self, report: JobReport) -> None:
-        """Count a job. What clients write as a model's name is no label: it counts once the model is known."""
-        model = self.model_label(report.model) if report.job_id else OTHER
+        """Count a job."""
+        model = self.model_label(report.model) if report.model else OTHER
         self._jobs.labels(model, "trial" if report.is_trial else "user", report.outcome).inc()
         if report.error is not None:
             self._job_errors.labels(report.error.value).inc()
         if report.is_trial or not report.first_token_s:
             return
         self._routed.labels(model).observe(report.routed_s - report.began_s)
-        self._ttft.labels(model).observe(report.first_token_s - report.began_s)
+        if report.request.pooling is None:
+            self._ttft.labels(model).observe(report.first_token_s - report.began_s)
         if report.completion_tokens > 1:
             decode_s = report.last_token_s - report.first_token_s
             self._tpot.labels(model).observe(decode_s / (report.completion_tokens - 1))

@@ -46,7 +46,7 @@ FAKE_MODEL = ModelId(hashlib.sha256(b"metaswarm fake model").hexdigest())
 FAKE_GGUF_MODEL = ModelId(hashlib.sha256(b"metaswarm fake GGUF model").hexdigest())
 """The id of an imaginary model whose package has GGUF files."""
 
-UNFULFILLABLE = '{"type": "string", "pattern": "^(.{0,200}a.{0,200}b){1,20}$"}'
+UNSATISFIABLE = '{"type": "string", "pattern": "^(.{0,200}a.{0,200}b){1,20}$"}'
 """A JSON Schema that fails after some tokens: the real library gives up on it, too."""
 
 
@@ -242,7 +242,7 @@ class _Session:
         sampling, history = self._sampling, self.history
         if sampling is None:
             return int.from_bytes(_digest("head", row, ())[:8], "big") % self.info.vocabulary_size
-        if sampling.json_schema == UNFULFILLABLE and position >= sampling.prompt_length + 4:
+        if sampling.json_schema == UNSATISFIABLE and position >= sampling.prompt_length + 4:
             raise BadRequest("the JSON Schema cannot be followed: it admits nothing")
         noise: tuple[object, ...] = (sampling.seed, position) if sampling.temperature else ()
         if sampling.temperature and (sampling.top_k or sampling.min_p):

@@ -1,8 +1,7 @@
-"""Starts every child process of this program in the same way.
+"""Starts and ends the child processes of a node and of its command line.
 
-A child runs this interpreter and this package, whatever lies in the current directory: `-P`, and PYTHONSAFEPATH for
-its own children, keep a `torch.py` or a folder `node/` there from being imported. The last line on its stderr is part
-of the error. Children of a node have a session of their own, so that Ctrl-C reaches only the node, which ends them.
+The last line on a child's stderr is part of the error. Children of a node have a session of their own, so that Ctrl-C
+reaches only the node, which ends them. Which interpreter they run, and what it imports: `interpreter.py`.
 """
 
 import json
@@ -10,20 +9,19 @@ import os
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Final
 
 import trio
 
+from node.util.interpreter import child_environment
+
 MAX_LINE_CHARACTERS: Final = 300
 """Of the last line on stderr that is part of an error."""
 
-_ROOT: Final = Path(__file__).resolve().parents[2]
 _TAIL_BYTES: Final = 4096
 _EXIT_LIMIT_S: Final = 5.0
 """How long a child that closed its pipes may take to exit."""
@@ -32,9 +30,6 @@ _STDERR_LIMIT_S: Final = 0.5
 _STDERR: Final = 2
 _ADVICE: Final = "note: run with `RUST_BACKTRACE"
 """The uninformative last line of every crashed Rust program."""
-
-# They make an interpreter stay after its work, run files that nobody asked for, or write pages to stderr.
-_UNWANTED: Final = ("PYTHONINSPECT", "PYTHONPROFILEIMPORTTIME", "PYTHONSTARTUP", "PYTHONVERBOSE")
 
 
 def _write_to_stderr(what: str, data: bytes | bytearray) -> None:
@@ -53,29 +48,6 @@ class ChildError(Exception):
     def __init__(self, message: str, last_line: str = "") -> None:
         super().__init__(f"{message}: {last_line}" if last_line else message)
         self.last_line = last_line
-
-
-def python(*arguments: str) -> tuple[str, ...]:
-    """Return the command that runs this interpreter, which imports nothing from the current directory."""
-    return (sys.executable, "-P", *arguments)
-
-
-def child_environment(
-    changes: Mapping[str, str] | None = None, *, base: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """Return the environment of a child, in which this package is found: `base`, by default ours, with `changes`.
-
-    Entries of PYTHONPATH that depend on the current directory are left out.
-    """
-    inherited = os.environ if base is None else base
-    paths = [path for path in inherited.get("PYTHONPATH", "").split(os.pathsep) if Path(path).is_absolute()]
-    if str(_ROOT) not in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *paths}:
-        paths.insert(0, str(_ROOT))  # a checkout; where the package is installed, the interpreter finds it by itself
-    environment = {name: value for name, value in inherited.items() if name not in {"PYTHONPATH", *_UNWANTED}}
-    environment["PYTHONSAFEPATH"] = "1"
-    if paths:
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
-    return environment | dict(changes or {})
 
 
 async def run(

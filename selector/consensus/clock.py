@@ -52,6 +52,10 @@ class EpochClock:
             return "measure"
         return "reveal" if now_s < self.proposes_s(epoch, 0) else "propose"
 
+    def phase_ends_s(self) -> dict[Phase, float]:
+        """Return when each phase ends, in order, in seconds after the epoch's beginning."""
+        return {"measure": REVEAL_FROM * self.epoch_s, "reveal": PROPOSE_FROM * self.epoch_s, "propose": self.epoch_s}
+
     def turns(self) -> int:
         """Return how many members of the committee get their turn in an epoch."""
         return int((1 - PROPOSE_FROM) / TURN)

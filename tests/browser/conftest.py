@@ -1,4 +1,4 @@
-"""A browser, and a swarm of three daemons for it to look at."""
+"""A browser, and swarms of daemons for it to look at."""
 
 import json
 import os
@@ -20,11 +20,10 @@ from playwright.sync_api import Browser, sync_playwright
 
 from node.models.importer import import_model
 from node.models.store import ModelStore
-from node.util.child_process import child_environment, python
+from node.util.interpreter import child_environment, python
 from tests.support.requirements import unavailable
 
 MODEL: Final = "smollm2-135m-instruct"
-THIRDS: Final = ("0-10", "10-20", "20-30")
 API_KEY: Final = "open-sesame"
 START_TIMEOUT_S: Final = 90.0
 BROWSERS: Final = ("chromium", "chromium-browser", "google-chrome")
@@ -80,23 +79,29 @@ def until(condition: Callable[[], bool], timeout_s: float = START_TIMEOUT_S) -> 
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="module")
-def swarm() -> Iterator[list[Daemon]]:
-    """Three daemons with a third of the demo model each; the second one's API requires `API_KEY`."""
+@contextmanager
+def running_swarm(*blocks: str) -> Iterator[list[Daemon]]:
+    """Run a daemon for each range of the demo model's blocks; the second one's API requires `API_KEY`."""
     import_model(MODEL, ModelStore())
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="metaswarm-browser-")))
 
         def start(number: int, *flags: str) -> Daemon:
-            serve = ("--serve", f"{MODEL}:{THIRDS[number]}")
+            serve = ("--serve", f"{MODEL}:{blocks[number]}", *(("--api-key", API_KEY) if number == 1 else ()))
             return stack.enter_context(running_daemon(folder / f"peer-{number}", *serve, *flags))
 
         first = start(0)
-        join = ("--bootstrap", first.multiaddr)
         with ThreadPoolExecutor() as threads:
-            others = [threads.submit(start, 1, *join, "--api-key", API_KEY), threads.submit(start, 2, *join)]
+            others = [threads.submit(start, number, "--bootstrap", first.multiaddr) for number in range(1, len(blocks))]
             daemons = [first, *(other.result() for other in others)]
         until(lambda: is_complete(first))
+        yield daemons
+
+
+@pytest.fixture(scope="module")
+def swarm() -> Iterator[list[Daemon]]:
+    """Three daemons with a third of the model each."""
+    with running_swarm("0-10", "10-20", "20-30") as daemons:
         yield daemons
 
 

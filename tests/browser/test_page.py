@@ -1,51 +1,22 @@
-"""The page at `/` in a real browser, over a swarm of three real daemons; the last test kills one of them.
+"""The page at `/` in a real browser, over a swarm of three real daemons.
 
 Screenshots are in out/screenshots.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
+from tests.browser.browsing import ask_briefly, keep, panel, watched
 from tests.browser.conftest import API_KEY, MODEL, Daemon
 
-ROOT: Final = Path(__file__).parents[2]
-SCREENSHOTS: Final = ROOT / "out/screenshots"
 CONTRAST: Final = (Path(__file__).parent / "contrast.js").read_text(encoding="utf-8").partition("\n")[2]
 NAMES: Final = (Path(__file__).parent / "names.js").read_text(encoding="utf-8").partition("\n")[2]
 QUESTION: Final = "Name three colours of the rainbow."
-TIMEOUT_MS: Final = 30_000
-
-expect.set_options(timeout=TIMEOUT_MS)
-
-OpenPage = Callable[..., Page]
-
-
-@contextmanager
-def watched(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
-    """Open a page inside the block; at its end the page must have logged no error and asked no other host."""
-    context = browser.new_context(viewport={"width": 1440, "height": 900}, **options)
-    page = context.new_page()
-    faults: list[str] = []
-    page.on("console", lambda message: faults.append(message.text) if message.type in {"error", "warning"} else None)
-    page.on("pageerror", lambda error: faults.append(str(error)))
-
-    def check_host(asked: str) -> None:
-        if urlsplit(asked).netloc != urlsplit(url).netloc:
-            faults.append(f"asked {asked}")
-
-    page.on("request", lambda request: check_host(request.url))
-    page.on("websocket", lambda socket: faults.append(f"opened {socket.url}"))
-    page.goto(url)
-    yield page
-    assert faults == []
-    context.close()
 
 
 @pytest.fixture
@@ -55,24 +26,17 @@ def page(browser: Browser, swarm: list[Daemon]) -> Iterator[Page]:
         yield page
 
 
-def keep(page: Page, name: str) -> None:
-    """Keep a screenshot of the window, and of the whole page."""
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / f"{name}.png")
-    page.screenshot(path=SCREENSHOTS / f"{name}-whole.png", full_page=True)
+@pytest.fixture(scope="module")
+def done_job(swarm: list[Daemon]) -> str:
+    """A job that is done: its id."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8}
+    answer = httpx.post(f"{swarm[0].api_url}/v1/chat/completions", json=body, timeout=60)
+    return str(answer.raise_for_status().json()["metaswarm"]["job_id"])
 
 
-def panel(page: Page, name: str) -> Locator:
-    return page.get_by_role("region", name=name, exact=True)
-
-
-def ask(page: Page, question: str, tokens: int = 24) -> None:
-    page.locator("summary", has_text="Options").click()
-    page.get_by_label("Longest answer").fill(str(tokens))
-    page.get_by_label("Temperature").fill("0")
-    page.locator("summary", has_text="Options").click()
-    page.get_by_label("Message").fill(question)
-    page.get_by_role("button", name="Send").click()
+def row_of(page: Page, job_id: str) -> Locator:
+    """Return the row of a job."""
+    return page.locator("#job-table tbody tr").filter(has_text=job_id[:8])
 
 
 def test_shows_three_peers_and_their_blocks(page: Page, swarm: list[Daemon]) -> None:
@@ -95,7 +59,7 @@ def test_shows_three_peers_and_their_blocks(page: Page, swarm: list[Daemon]) -> 
 
 
 def test_streams_answer_and_shows_job_on_its_way(page: Page) -> None:
-    ask(page, QUESTION, tokens=96)
+    ask_briefly(page, QUESTION, tokens=96)
     answer = page.locator(".turn.assistant")
     expect(answer.locator(".said")).not_to_be_empty()
     running = panel(page, "Jobs").locator("tbody tr.running")
@@ -119,7 +83,7 @@ def test_streams_answer_and_shows_job_on_its_way(page: Page) -> None:
 
 
 def test_stop_ends_job_and_retry_asks_again(page: Page, swarm: list[Daemon]) -> None:
-    ask(page, "Write a long story about a lighthouse.", tokens=400)
+    ask_briefly(page, "Write a long story about a lighthouse.", tokens=400)
     expect(page.locator(".turn.assistant .said")).not_to_be_empty()
     page.get_by_role("button", name="Stop").click()
     expect(page.locator(".turn.assistant .cost")).to_contain_text("stopped")
@@ -129,37 +93,6 @@ def test_stop_ends_job_and_retry_asks_again(page: Page, swarm: list[Daemon]) -> 
     page.get_by_role("button", name="Retry").click()
     expect(page.locator(".turn.assistant .cost")).to_contain_text("3 stages")
     expect(page.locator(".turn")).to_have_count(2)
-
-
-def test_works_by_keyboard_alone(page: Page) -> None:
-    keyboard = page.keyboard
-
-    def tab_to(name: str) -> None:
-        for _ in range(60):
-            keyboard.press("Tab")
-            focused = page.evaluate("() => document.activeElement.ariaLabel || document.activeElement.textContent")
-            if focused.strip().startswith(name):
-                outline = page.evaluate("() => getComputedStyle(document.activeElement).outlineStyle")
-                assert outline != "none", f"nobody sees that {name!r} has the focus"
-                return
-        raise AssertionError(f"{name!r} is not reached by the Tab key")
-
-    keyboard.press("Tab")
-    keyboard.press("Enter")  # the link that skips to the chat
-    keyboard.type("Say hello.")
-    keyboard.press("Enter")
-    expect(page.locator(".turn.assistant .cost")).to_contain_text("token")
-    keyboard.press("Escape")
-    expect(page.locator(".turn.assistant .cost")).to_contain_text("token")
-    tab_to("Add a node")
-    keyboard.press("Enter")
-    dialog = page.get_by_role("dialog", name="Add a node")
-    expect(dialog).to_contain_text("--bootstrap")
-    keyboard.press("Escape")
-    expect(dialog).to_be_hidden()
-    tab_to("Show the votes for job")
-    keyboard.press("Enter")
-    expect(page.locator("#job-table tr.selected")).to_have_count(1)
 
 
 def test_copies_command_with_which_another_node_joins(browser: Browser, swarm: list[Daemon]) -> None:
@@ -176,28 +109,36 @@ def test_copies_command_with_which_another_node_joins(browser: Browser, swarm: l
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_has_names_and_contrast_in_both_schemes(browser: Browser, swarm: list[Daemon], scheme: Any) -> None:
+def test_has_names_and_contrast_in_both_schemes(
+    browser: Browser, swarm: list[Daemon], done_job: str, scheme: Any
+) -> None:
+    def ground() -> str:
+        return str(page.evaluate("() => getComputedStyle(document.body).backgroundColor"))
+
     with watched(browser, swarm[0].api_url, color_scheme=scheme, reduced_motion="reduce") as page:
-        expect(page.locator("#job-table tbody tr").first).to_be_visible()
+        expect(row_of(page, done_job)).to_contain_text("done")
         if scheme == "dark":
-            ask(page, QUESTION)
+            ask_briefly(page, QUESTION)
             expect(page.locator(".turn.assistant .cost")).to_contain_text("3 stages")
             keep(page, "dark")
         expect(page.locator("#votes-body table")).to_be_visible()
         assert page.evaluate(NAMES) == []
         assert page.evaluate(CONTRAST) == []
-        ground = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
-        page.get_by_role("button", name="Theme").click()
-        page.get_by_role("button", name="Theme: light").click()
-        page.get_by_role("button", name="Theme: dark").click()
-        assert page.evaluate("() => getComputedStyle(document.body).backgroundColor") == ground, "the system's again"
-        assert page.locator("#map .packet").count() == 0
+        theme_button = page.get_by_role("button", name="Theme")
+        grounds = [ground()]
+        for theme in ("light", "dark", "system"):
+            theme_button.click()
+            expect(theme_button).to_have_text(f"Theme: {theme}")
+            grounds.append(ground())
+        system, light, dark, again = grounds
+        assert light != dark
+        assert system == again == {"light": light, "dark": dark}[scheme]
 
 
-def test_fits_a_phone(browser: Browser, swarm: list[Daemon]) -> None:
+def test_fits_a_phone(browser: Browser, swarm: list[Daemon], done_job: str) -> None:
     with watched(browser, swarm[0].api_url) as page:
         page.set_viewport_size({"width": 390, "height": 844})
-        expect(page.locator("#job-table tbody tr").first).to_be_attached()
+        expect(row_of(page, done_job)).to_contain_text("done")
         keep(page, "phone")
         assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
 
@@ -218,20 +159,3 @@ def test_asks_for_api_key_and_keeps_it_in_the_tab(browser: Browser, swarm: list[
     assert page.evaluate("() => localStorage.length") == 0
     assert context.cookies() == []
     context.close()
-
-
-def test_survives_the_death_of_a_peer(page: Page, swarm: list[Daemon]) -> None:
-    expect(page.locator("#map .peer")).to_have_count(3)
-    swarm[2].kill()
-    expect(page.locator("#map .peer.lost")).to_have_count(1)
-    expect(page.locator("#peers tbody tr")).to_have_count(2)
-    models = panel(page, "Models").locator(".model").first
-    expect(models).to_contain_text("incomplete")
-    expect(models).to_contain_text("Blocks 20-30 are missing")
-    expect(models.locator(".command code")).to_contain_text(f"--serve {MODEL}:20-30")
-    assert models.locator(".blocks .cover-0").count() == 10
-    expect(page.get_by_label("Model", exact=True)).to_have_text("no complete model")
-    expect(page.get_by_role("button", name="Send")).to_be_disabled()
-    keep(page, "peer-lost")
-    expect(page.locator("#map .peer")).to_have_count(2)
-    expect(page.get_by_role("status").filter(has_text="live")).to_be_visible()

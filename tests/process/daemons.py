@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import trio
 
-from node.util.child_process import child_environment, python
+from node.util.interpreter import child_environment, python
 
 MODEL = "smollm2-135m-instruct"
 THIRDS = ("0-10", "10-20", "20-30")

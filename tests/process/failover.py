@@ -15,6 +15,9 @@ import trio
 
 from tests.process.daemons import MODEL, THIRDS, Daemon, running_daemon, until
 
+QUIET = ("--no-mdns", "--exploration", "0")
+"""No trials: whoever has a session has the job's."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -38,7 +41,7 @@ class SparedSwarm:
 
     async def start_peer(self, stage: int) -> None:
         self.started += 1
-        flags = ["--serve", f"{MODEL}:{THIRDS[stage]}", "--threads", "1", "--no-mdns"]
+        flags = ["--serve", f"{MODEL}:{THIRDS[stage]}", "--threads", "1", *QUIET]
         flags += ["--bootstrap", self.coordinator.multiaddr]
         daemon = await self.stack.enter_async_context(running_daemon(self.folder / f"peer-{self.started}", *flags))
         self.peers[stage].append(daemon)
@@ -70,15 +73,15 @@ class SparedSwarm:
         return None
 
     async def run(self, prompt: str, tokens: int, *, lose: tuple[int, int, int] | None = None) -> Outcome:
-        """Run a greedy job. `lose`: (stage, tokens, signal): the signal that its peer gets after so many tokens.
+        """Run a greedy job. `lose`: (stage, words, signal): the signal that its peer gets after so many words.
 
-        Nobody is lost where the last tokens have come all at once.
+        Words, not events: on a busy machine an event has several tokens. Nobody is lost where the last have come all at
+        once.
         """
         body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
         body["metaswarm"] = {"ignore_eos": True}
         text, came_s, lost_at_s, result = "", [trio.current_time()], -1.0, dict[str, Any]()
         victim: Daemon | None = None
-        count = 0
         async with (
             httpx.AsyncClient(base_url=self.coordinator.api_url, timeout=60) as client,
             client.stream("POST", "/v1/completions", json=body) as answer,
@@ -90,8 +93,9 @@ class SparedSwarm:
                 result = event.get("metaswarm") or result
                 text += "".join(choice["text"] for choice in event["choices"])
                 came_s.append(trio.current_time())
-                count += 1
-                if lose is not None and count == lose[1] and (victim := await self.serving(lose[0])):
+                if lose is None or victim is not None or len(text.split()) < lose[1]:
+                    continue
+                if victim := await self.serving(lose[0]):
                     lost_at_s = trio.current_time()
                     os.killpg(victim.process.pid, lose[2])
         if victim is not None:
@@ -107,7 +111,7 @@ class SparedSwarm:
 async def spared_swarm(folder: Path) -> AsyncIterator[SparedSwarm]:
     """Run the swarm inside the block, begun once everybody serves and is known."""
     async with AsyncExitStack() as stack:
-        coordinator = await stack.enter_async_context(running_daemon(folder / "coordinator", "--no-mdns"))
+        coordinator = await stack.enter_async_context(running_daemon(folder / "coordinator", *QUIET))
         swarm = SparedSwarm(folder, stack, coordinator)
         await swarm.replenish()
         yield swarm

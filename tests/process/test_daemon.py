@@ -214,7 +214,7 @@ USAGE_ERRORS: tuple[tuple[list[str], int, str], ...] = (
     (["--serve", "no-such-model"], 1, "no model 'no-such-model'"),
     (["--serve", f"{MODEL}:20-40"], 1, "blocks 0-30"),
     (["--serve", f"{MODEL}:9-3"], 2, "9-3"),
-    (["--listen", "/ip4/127.0.0.1/tcp/TAKEN"], 1, "address already in use"),
+    (["--listen", "/ip4/127.0.0.1/tcp/TAKEN"], 1, "port TAKEN on 127.0.0.1 is taken (--listen)"),
     (["--api", "127.0.0.1:TAKEN"], 1, "TAKEN"),
     (["--api", "0.0.0.0:0"], 2, "API key"),
     (["--bootstrap", "BROKEN.yaml"], 2, "line 2"),

@@ -10,7 +10,7 @@ import httpx
 import trio
 
 from node.models.store import Package
-from node.util.child_process import child_environment, python
+from node.util.interpreter import child_environment, python
 from tests.process.daemons import MODEL, Daemon, StartDaemon, is_complete, until
 from tests.support.collector import Collector
 from tests.support.dashboards import metrics_in, queries_of

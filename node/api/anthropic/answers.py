@@ -1,6 +1,5 @@
 """Answers of the Anthropic API's `/v1/messages`: one message, or the events of its stream."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from node.api.job_document import describe_job
 from node.api.openai.answers import EVENT_STREAM
 from node.api.tool_calls import ToolCall
 from node.coordinator.submission import JobResult, JobStarted
+from node.util.json_line import json_line
 
 
 @dataclass(slots=True)
@@ -135,5 +135,5 @@ def _tool_use(call: ToolCall) -> dict[str, Any]:
 
 
 def _event(kind: str, /, **values: Any) -> bytes:
-    document = json.dumps({"type": kind} | values, ensure_ascii=False)
+    document = json_line({"type": kind} | values)
     return f"event: {kind}\ndata: {document}\n\n".encode()

@@ -1,6 +1,7 @@
-"""Request bodies of the Anthropic API's `/v1/messages`."""
+"""Request bodies of the Anthropic API's `/v1/messages` and `/v1/messages/count_tokens`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from starlette.datastructures import Headers
@@ -35,7 +36,7 @@ from node.api.openai.messages import (
     refuse_prefill,
 )
 from node.api.schemas import parse_schema
-from node.api.shared_fields import MAX_SEED, MAX_TOKENS, MODEL, STREAM, TOP_P
+from node.api.shared_fields import MAX_SEED, MAX_TOKENS, MODEL, STREAM, TOP_P, text_or_parts
 from node.api.tool_choice import ToolChoice, choose_tools
 from node.coordinator.submission import ChatMessage, JobRequest, MessageToolCall
 
@@ -46,23 +47,7 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 
 _TEXT: Final = Field("text", parse_text)
-_IS_TEXT: Final = Field("type", one_of("text"))
-_TEXT_BLOCK: Final = ObjectForm(_IS_TEXT, _TEXT, required=[_IS_TEXT, _TEXT], is_open=True)
-
-
-@form({"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_BLOCK.schema}]})
-def _parse_text_blocks(param: str, value: Any) -> str:
-    """Return the text of a text or of blocks of type `text`."""
-    if not isinstance(value, list):
-        return parse_text(param, value)
-    texts = []
-    for index, each in enumerate(value):
-        where = f"{param}[{index}]"
-        if parse_object(where, each).get("type") != "text":
-            refuse(where, "must be of type text: no other type is supported")
-        texts.append(_TEXT_BLOCK.parse(where, each).require(_TEXT))
-    return "".join(texts)
-
+_parse_text_blocks: Final = text_or_parts("text")
 
 _ID: Final = Field("id", parse_text)
 _INPUT: Final = Field("input", parse_arguments)
@@ -182,33 +167,47 @@ MESSAGE_REQUEST: Final = ObjectForm(
 )  # fmt: skip
 
 
+COUNT_REQUEST: Final = ObjectForm(
+    MODEL, _MESSAGES, _SYSTEM, _TOOLS, _TOOL_CHOICE, _THINKING, _OUTPUT_CONFIG,
+    required=[MODEL, _MESSAGES], ignored=IGNORED, neutral=NEUTRAL,
+)  # fmt: skip
+
+
 def parse_message_request(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
     """Return the body of `POST /v1/messages` as a request. Raises ApiError."""
     fields = MESSAGE_REQUEST.read(parse_json(body))
-    model, messages, max_tokens = fields.require(MODEL), fields.require(_MESSAGES), fields.require(MAX_TOKENS)
-    turns = tuple(turn for turns in messages for turn in turns)
-    refuse_prefill(_MESSAGES.name, turns)
-    system = fields.get(_SYSTEM)
-    if system:
-        turns = (ChatMessage(role="system", content=system), *turns)
-    temperature = fields.get(_TEMPERATURE)
+    max_tokens = fields.require(MAX_TOKENS)
     options, schema = _parse_output(fields)
     choice = _parse_tools(fields, schema)
-    job = JobRequest(
-        model=model,
-        messages=turns,
+    temperature = fields.get(_TEMPERATURE)
+    job = replace(
+        _parse_conversation(fields, options, choice),
         max_tokens=max_tokens,
         temperature=1.0 if temperature is None else temperature,
         top_p=fields.get(TOP_P) or 1.0,
         top_k=fields.get(_TOP_K) or 0,
         stop=fields.get(_STOP) or (),
-        template_options=options,
     )
-    stream = fields.get(STREAM) or False
     generation = Generation(
-        jobs=(choice.apply(job),), stream=stream, rules=choice.rules, details=wants_details(headers)
+        jobs=(job,), stream=fields.get(STREAM) or False, rules=choice.rules, details=wants_details(headers)
     )
     return generation, MessageWriter(generation, thinks=options["enable_thinking"])
+
+
+def parse_count_request(body: bytes) -> JobRequest:
+    """Return the body of `POST /v1/messages/count_tokens` as a job with that prompt. Raises ApiError."""
+    fields = COUNT_REQUEST.read(parse_json(body))
+    options, schema = _parse_output(fields)
+    return _parse_conversation(fields, options, _parse_tools(fields, schema))
+
+
+def _parse_conversation(fields: Fields, options: Mapping[str, Any], choice: ToolChoice) -> JobRequest:
+    """Return a job with the prompt of a request, and all else as it is by default."""
+    turns = tuple(turn for turns in fields.require(_MESSAGES) for turn in turns)
+    refuse_prefill(_MESSAGES.name, turns)
+    if system := fields.get(_SYSTEM):
+        turns = (ChatMessage(role="system", content=system), *turns)
+    return choice.apply(JobRequest(model=fields.require(MODEL), messages=turns, template_options=options))
 
 
 def _parse_output(fields: Fields) -> tuple[dict[str, Any], str]:

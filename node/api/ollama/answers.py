@@ -1,6 +1,5 @@
 """Answers of Ollama's `/api/chat` and `/api/generate`: one JSON document, or one a line."""
 
-import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -21,6 +20,7 @@ from node.api.job_document import describe_job
 from node.api.openai.logprobs import describe_logprobs
 from node.api.tool_calls import ToolCall
 from node.coordinator.submission import JobResult, JobStarted
+from node.util.json_line import json_line
 
 JSON_LINES: Final = "application/x-ndjson"
 
@@ -117,4 +117,4 @@ def nanoseconds(seconds: float) -> int:
 
 
 def _line(document: dict[str, Any]) -> bytes:
-    return (json.dumps(document, ensure_ascii=False) + "\n").encode()
+    return f"{json_line(document)}\n".encode()

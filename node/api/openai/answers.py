@@ -1,6 +1,5 @@
 """Answers in the form of the OpenAI API's chat completions and completions: whole, or in chunks."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -21,6 +20,7 @@ from node.api.job_document import describe_job
 from node.api.openai.logprobs import chat_logprobs, completion_logprobs
 from node.api.tool_calls import ToolCall
 from node.coordinator.submission import JobResult, JobStarted, TokenLogprob
+from node.util.json_line import json_line
 
 EVENT_STREAM: Final = "text/event-stream; charset=utf-8"
 
@@ -37,7 +37,8 @@ def describe_usage(outcome: Outcome, generation: Generation) -> dict[str, Any]:
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(result.usage.cached_tokens for result in prompts)},
         "completion_tokens_details": {
-            "accepted_prediction_tokens": sum(result.usage.accepted_draft_tokens for result in results)
+            "accepted_prediction_tokens": sum(result.usage.accepted_draft_tokens for result in results),
+            "reasoning_tokens": sum(choice.reasoning_tokens for choice in outcome.ordered()),
         },
     }
 
@@ -60,7 +61,7 @@ def _message(choice: Choice) -> dict[str, Any]:
 
 def server_sent(*documents: dict[str, Any] | str) -> bytes:
     """Return server-sent events without a type, as the OpenAI API has them."""
-    lines = (each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for each in documents)
+    lines = (each if isinstance(each, str) else json_line(each) for each in documents)
     return "".join(f"data: {line}\n\n" for line in lines).encode()
 
 

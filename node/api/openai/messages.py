@@ -17,7 +17,7 @@ from node.api.fields import (
     parse_text,
     refuse,
 )
-from node.api.shared_fields import PARALLEL_TOOL_CALLS
+from node.api.shared_fields import PARALLEL_TOOL_CALLS, text_or_parts, tool_choice
 from node.api.tool_choice import ToolChoice, choose_tools
 from node.coordinator.submission import ChatMessage, MessageToolCall
 
@@ -51,23 +51,17 @@ NAME: Final = Field("name", parse_name)
 DESCRIPTION: Final = Field("description", parse_text)
 PARAMETERS: Final = Field("parameters", parse_object)
 IS_FUNCTION: Final = Field("type", one_of("function"))
-_MODES: Final = {"enum": ["none", "auto", "required"]}
 
 _NAMED_FUNCTION: Final = Field("function", ObjectForm(NAME, required=[NAME]).form)
 _CHOICE: Final = ObjectForm(IS_FUNCTION, _NAMED_FUNCTION, required=[IS_FUNCTION, _NAMED_FUNCTION])
 
 
-@form({"anyOf": [_MODES, _CHOICE.schema]})
-def _parse_choice(param: str, value: Any) -> str:
-    """Return `none`, `auto`, `required`, or the name of a tool."""
-    if isinstance(value, dict):
-        fields = _CHOICE.parse(param, value)
-        fields.require(IS_FUNCTION)
-        return fields.require(_NAMED_FUNCTION).require(NAME)
-    if value not in _MODES["enum"]:
-        refuse(param, "must be none, auto, required, or a function")
-    return str(value)
+def _chosen_name(fields: Fields) -> str:
+    fields.require(IS_FUNCTION)
+    return fields.require(_NAMED_FUNCTION).require(NAME)
 
+
+_parse_choice: Final = tool_choice(_CHOICE, _chosen_name)
 
 _FUNCTION: Final = Field(
     "function", ObjectForm(NAME, DESCRIPTION, PARAMETERS, required=[NAME], ignored=["strict"]).form
@@ -121,24 +115,7 @@ def _parse_call(param: str, value: Any) -> MessageToolCall:
     )
 
 
-TEXT: Final = Field("text", parse_text)
-_IS_TEXT: Final = Field("type", one_of("text"))
-_PART: Final = ObjectForm(_IS_TEXT, TEXT, required=[_IS_TEXT, TEXT], ignored=["cache_control"])
-
-
-@form({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART.schema}]})
-def parse_content(param: str, value: Any) -> str:
-    """Return the text of a turn: a text, or parts of type `text`."""
-    if not isinstance(value, list):
-        return parse_text(param, value)
-    texts = []
-    for index, part in enumerate(value):
-        where = f"{param}[{index}]"
-        if parse_object(where, part).get("type") != "text":
-            refuse(where, "must be of type text: no other type is supported")
-        texts.append(_PART.parse(where, part).require(TEXT))
-    return "".join(texts)
-
+parse_content: Final = text_or_parts("text", ignored=["cache_control"])
 
 _ROLE: Final = Field("role", one_of(*_ROLES))
 _CONTENT: Final = Field("content", parse_content)

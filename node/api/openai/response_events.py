@@ -1,6 +1,5 @@
 """Answers of the OpenAI API's `/v1/responses`: one document, or the events of its stream."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from node.api.job_document import describe_job
 from node.api.openai.answers import EVENT_STREAM, describe_usage
 from node.api.tool_calls import ToolCall
 from node.coordinator.submission import JobStarted
+from node.util.json_line import json_line
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ class ResponseWriter:
                 "input_tokens": usage["prompt_tokens"],
                 "input_tokens_details": usage["prompt_tokens_details"] | {"cache_write_tokens": 0},
                 "output_tokens": usage["completion_tokens"],
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": usage["completion_tokens_details"]["reasoning_tokens"]},
                 "total_tokens": usage["total_tokens"],
             },
         }
@@ -138,7 +138,7 @@ class ResponseWriter:
     def _event(self, kind: str, /, **values: Any) -> bytes:
         document = {"type": kind, "sequence_number": self._events} | values
         self._events += 1
-        return f"event: {kind}\ndata: {json.dumps(document, ensure_ascii=False)}\n\n".encode()
+        return f"event: {kind}\ndata: {json_line(document)}\n\n".encode()
 
     def _new_item(self, kind: str) -> dict[str, Any]:
         item: dict[str, Any] = {"type": kind, "status": "in_progress"}

@@ -49,6 +49,8 @@ from node.api.shared_fields import (
     TOP_P,
     TRACE,
     asks_details,
+    text_or_parts,
+    tool_choice,
 )
 from node.api.tool_choice import ToolChoice, choose_tools
 from node.coordinator.submission import ChatMessage, JobRequest, MessageToolCall
@@ -87,22 +89,15 @@ def _parse_text_options(param: str, value: Any) -> str:
     return schema or refuse(f"{param}.format.schema", "is missing")
 
 
-_MODES: Final = {"enum": ["none", "auto", "required"]}
 _CHOICE: Final = ObjectForm(IS_FUNCTION, NAME, required=[IS_FUNCTION, NAME])
 
 
-@form({"anyOf": [_MODES, _CHOICE.schema]})
-def _parse_choice(param: str, value: Any) -> str:
-    """Return `none`, `auto`, `required`, or the name of a tool."""
-    if isinstance(value, dict):
-        choice = _CHOICE.parse(param, value)
-        choice.require(IS_FUNCTION)
-        return choice.require(NAME)
-    if value not in _MODES["enum"]:
-        refuse(param, "must be none, auto, required, or a function")
-    return str(value)
+def _chosen_name(fields: Fields) -> str:
+    fields.require(IS_FUNCTION)
+    return fields.require(NAME)
 
 
+_parse_choice: Final = tool_choice(_CHOICE, _chosen_name)
 _TOOL: Final = ObjectForm(IS_FUNCTION, NAME, DESCRIPTION, PARAMETERS, required=[IS_FUNCTION, NAME], ignored=["strict"])
 
 
@@ -115,23 +110,7 @@ def _parse_tool(param: str, value: Any) -> Mapping[str, Any]:
     return described_tool(tool.require(NAME), tool.get(DESCRIPTION), tool.get(PARAMETERS) or {})
 
 
-_TEXT: Final = Field("text", parse_text)
-_PART_TYPE: Final = Field("type", one_of("input_text", "output_text", "text"))
-_PART: Final = ObjectForm(_PART_TYPE, _TEXT, required=[_PART_TYPE, _TEXT], is_open=True)
-
-
-@form({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART.schema}]})
-def _parse_content(param: str, value: Any) -> str:
-    if not isinstance(value, list):
-        return parse_text(param, value)
-    texts = []
-    for index, each in enumerate(value):
-        where = f"{param}[{index}]"
-        if parse_object(where, each).get("type") not in ("input_text", "output_text", "text"):
-            refuse(where, "must be of type input_text or output_text: no other type is supported")
-        texts.append(_PART.parse(where, each).require(_TEXT))
-    return "".join(texts)
-
+_parse_content: Final = text_or_parts("input_text", "output_text", "text")
 
 _ROLE: Final = Field("role", one_of(*_ROLES))
 _CONTENT: Final = Field("content", _parse_content)

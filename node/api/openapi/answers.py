@@ -62,7 +62,7 @@ _USAGE: Final = record(
     completion_tokens=INTEGER,
     total_tokens=INTEGER,
     prompt_tokens_details=record(cached_tokens=INTEGER),
-    completion_tokens_details=record(accepted_prediction_tokens=INTEGER),
+    completion_tokens_details=record(accepted_prediction_tokens=INTEGER, reasoning_tokens=INTEGER),
 )
 _TOKEN: Final[Mapping[str, Schema]] = {"token": STRING, "logprob": NUMBER, "bytes": array(INTEGER)}
 _TOKENS: Final = array(record(**_TOKEN, top_logprobs=array(record(**_TOKEN))))
@@ -225,6 +225,7 @@ OLLAMA_SHOW: Final = record(
     model_info={"type": "object"},
     capabilities=array(STRING),
 )
+TOKEN_COUNT: Final = record(input_tokens=INTEGER)
 OLLAMA_VERSION: Final = record(version=STRING)
 
 # This program's own

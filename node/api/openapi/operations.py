@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from node.api.anthropic.requests import MESSAGE_REQUEST
+from node.api.anthropic.requests import COUNT_REQUEST, MESSAGE_REQUEST
 from node.api.bench import BENCH
 from node.api.explanation import TASK
 from node.api.fields import ObjectForm
@@ -62,6 +62,9 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
         summary="Describe a complete model", tag="OpenAI", answer=answers.MODEL, statuses=(404,)
     ),
     "POST /v1/messages": _generates("Anthropic", "Continue a conversation", MESSAGE_REQUEST, answers.MESSAGE),
+    "POST /v1/messages/count_tokens": _generates(
+        "Anthropic", "Count the tokens of a conversation", COUNT_REQUEST, answers.TOKEN_COUNT, None
+    ),
     "POST /api/chat": _generates(
         "Ollama", "Continue a conversation", OLLAMA_CHAT, answers.OLLAMA_CHAT, JSON_LINES
     ),

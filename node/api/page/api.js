@@ -47,7 +47,7 @@ function askForKey(wasWrong) {
   dialog.showModal();
   return new Promise((resolve) => {
     dialog.addEventListener("close", () => {
-      if (input.value) sessionStorage.setItem(KEY, input.value.trim());
+      if (input.validity.valid) sessionStorage.setItem(KEY, input.value.trim()); // Escape closes in any case
       resolve();
     }, { once: true });
   });
@@ -81,9 +81,9 @@ function parseEvent(lines) {
 
 /**
  * Follow the node's events for as long as the page is visible, and connect again whenever the connection ends.
- * `onState` gets "live" or "lost".
+ * `onOpen` is called for each connection, which begins with every document; `onState` gets "live" or "lost".
  */
-export async function follow(onEvent, onState) {
+export async function follow(onOpen, onEvent, onState) {
   let pause_ms = RETRY_FIRST_MS;
   for (;;) {
     await untilVisible();
@@ -93,6 +93,7 @@ export async function follow(onEvent, onState) {
     try {
       const answer = await request("/swarm/events", { signal: abort.signal });
       if (!answer.ok) throw new Error(await errorOf(answer));
+      onOpen();
       for await (const { name, data } of readEvents(answer)) {
         onState("live");
         pause_ms = RETRY_FIRST_MS;

@@ -41,19 +41,24 @@ async function answer() {
   enable();
   setText(parts.status, "The answer is coming");
   const meter = { began_ms: performance.now(), first_ms: 0, tokens: 0 };
+  let fault = null;
   try {
     await stream(turn, view, meter, abort.signal);
   } catch (error) {
-    if (!abort.signal.aborted) showFault(view, error.message);
+    if (!abort.signal.aborted) fault = error.message;
   }
-  view.classList.remove("writing");
-  const stopped = abort.signal.aborted;
-  setText(view.querySelector(".cost"), costOf(meter, turn.details, stopped));
-  setText(parts.status, `${stopped ? "Stopped" : "The answer is complete"}: ${view.querySelector(".cost").textContent}`);
   running = null;
-  if (turn.text || stopped) turns.push(turn);
+  if (view.isConnected) finish(turn, view, costOf(meter, turn.details, abort.signal.aborted), fault); // else: cleared
   enable();
   if (document.activeElement === document.body) parts.input.focus();
+}
+
+function finish(turn, view, cost, fault) {
+  view.classList.remove("writing");
+  setText(view.querySelector(".cost"), cost);
+  if (fault) view.append(el("p", { class: "fault", role: "alert" }, fault));
+  setText(parts.status, fault ? "The answer failed" : `The answer has ended: ${cost}`);
+  if (turn.text || !fault) turns.push(turn);
 }
 
 async function stream(turn, view, meter, signal) {
@@ -76,6 +81,7 @@ async function stream(turn, view, meter, signal) {
     if (chunk.error) throw new Error(chunk.error.message);
     take(chunk, turn, view, meter);
   }
+  throw new Error("the connection ended before the answer did");
 }
 
 function take(chunk, turn, view, meter) {
@@ -88,7 +94,7 @@ function take(chunk, turn, view, meter) {
   if (delta.reasoning_content) addReasoning(view, delta.reasoning_content);
   if (delta.content) {
     turn.text += delta.content;
-    view.querySelector(".said").textContent += delta.content;
+    view.querySelector(":scope > .said").textContent += delta.content;
   }
   setText(view.querySelector(".cost"), costOf(meter, null, false));
   scrollDown();
@@ -126,13 +132,9 @@ function addReasoning(view, text) {
   let box = view.querySelector("details");
   if (!box) {
     box = el("details", {}, el("summary", {}, "Reasoning"), el("div", { class: "said" }));
-    view.querySelector(".said").before(box);
+    view.querySelector(":scope > .said").before(box);
   }
   box.querySelector(".said").textContent += text;
-}
-
-function showFault(view, message) {
-  view.append(el("p", { class: "fault", role: "alert" }, message));
 }
 
 /** Follow the text, unless the reader has scrolled up. */
@@ -174,6 +176,7 @@ parts.retry.addEventListener("click", () => {
 parts.clear.addEventListener("click", () => {
   running?.abort();
   turns.length = 0;
+  setText(parts.status, "The conversation is empty");
   showHint();
   enable();
   parts.input.focus();

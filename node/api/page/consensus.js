@@ -3,8 +3,6 @@
 import { el, find, onChange, setText } from "./dom.js";
 import { count, plural, shortPeer } from "./format.js";
 
-const PHASES = [["measure", 0.7], ["reveal", 0.1], ["propose", 0.2]];
-
 /** Draw all chains. */
 export const drawConsensus = onChange((chains) => {
   const list = chains.map(drawChain);
@@ -16,16 +14,25 @@ export const drawConsensus = onChange((chains) => {
 export function drawEpochs(chains) {
   for (const chain of chains) {
     const node = document.querySelector(`[data-chain="${chain.model}"]`);
-    if (node) fillEpoch(node, chain, ((Date.now() / 1000) % chain.epoch_s) / chain.epoch_s);
+    if (node) fillEpoch(node, chain, (Date.now() / 1000) % chain.epoch_s);
   }
 }
 
-function fillEpoch(node, chain, share) {
-  const left_s = Math.round((1 - share) * chain.epoch_s);
+function fillEpoch(node, chain, passed_s) {
+  const left_s = Math.round(chain.epoch_s - passed_s);
   setText(node.querySelector(".left"), `Epoch ${chain.current_epoch}: ${chain.phase}, ${left_s} s left`);
-  node.querySelectorAll(".phases b").forEach((fill, index) => {
-    const start = PHASES.slice(0, index).reduce((sum, [, length]) => sum + length, 0);
-    fill.style.width = `${100 * Math.min(1, Math.max(0, (share - start) / PHASES[index][1]))}%`;
+  const fills = node.querySelectorAll(".phases b");
+  phasesOf(chain).forEach(({ start_s, length_s }, index) => {
+    fills[index].style.width = `${100 * Math.min(1, Math.max(0, (passed_s - start_s) / length_s))}%`;
+  });
+}
+
+/** Return the phases of an epoch in order: `{ name, start_s, length_s }`. */
+function phasesOf(chain) {
+  const ends = Object.entries(chain.phase_ends_s);
+  return ends.map(([name, end_s], index) => {
+    const start_s = index ? ends[index - 1][1] : 0;
+    return { name, start_s, length_s: end_s - start_s };
   });
 }
 
@@ -40,14 +47,14 @@ function drawChain(chain) {
   return el("div", { class: "chain", "data-chain": chain.model },
     el("div", { class: "model-head" }, el("h3", {}, chain.name || chain.model.slice(0, 12)), el("span", { class: "muted" }, facts.join(" · "))),
     el("p", { class: "left" }),
-    phases(),
+    phaseBar(chain),
     chain.statements.length ? statements(chain.statements) : el("p", { class: "muted" }, "The first statement comes at the end of an epoch in which peers measured."));
 }
 
-function phases() {
-  return el("div", { class: "phases", "aria-hidden": "true" }, ...PHASES.map(([name, length]) => {
+function phaseBar(chain) {
+  return el("div", { class: "phases", "aria-hidden": "true" }, ...phasesOf(chain).map(({ name, length_s }) => {
     const part = el("i", { title: name }, el("b"));
-    part.style.flex = `${length} 0 0`;
+    part.style.flex = `${length_s} 0 0`;
     return part;
   }));
 }

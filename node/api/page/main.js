@@ -69,7 +69,6 @@ function drawFigures(status, models) {
 
 function takeState(now, message = "") {
   if (now === state) return;
-  if (now === "live") clearJobs();
   state = now;
   const words = { live: "live", lost: "the node does not answer: trying again" };
   const label = find("connection");
@@ -81,7 +80,7 @@ function takeState(now, message = "") {
 
 whenSelected(drawVotes);
 drawJobs();
-follow(takeEvent, takeState);
+follow(clearJobs, takeEvent, takeState);
 setInterval(() => {
   drawRoutes(runningJobs());
   if (runningJobs().length) drawJobs();

@@ -10,7 +10,7 @@ const SMALL = { width: 92, height: 34 };
 const MAX_CARDS = 10;
 const MAX_PEERS = 40;
 const MAX_LABELS = 16;
-const FAREWELL_MS = 6000;
+const LOST_SHOWN_MS = 6000;
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
 const map = find("map");
@@ -29,7 +29,7 @@ let previous = null;
 export function drawMap(peers, models) {
   const now = Date.now();
   tellChanges(peers, now);
-  const shown = inOrder([...peers, ...farewells(peers, now)]).slice(0, MAX_PEERS);
+  const shown = inOrder([...peers, ...recentlyLost(peers, now)]).slice(0, MAX_PEERS);
   const size = shown.length > MAX_CARDS ? SMALL : CARD;
   places = place(shown, size);
   const links = withRoutes(linksOf(shown.filter((peer) => !peer.lost)));
@@ -71,7 +71,7 @@ function tellChanges(peers, now) {
   if (previous) {
     for (const peer of previous) {
       if (!ids.has(peer.id)) {
-        departed.set(peer.id, { peer, until: now + FAREWELL_MS });
+        departed.set(peer.id, { peer, until: now + LOST_SHOWN_MS });
         announce(`Peer ${peer.label} is gone`);
       }
     }
@@ -82,7 +82,7 @@ function tellChanges(peers, now) {
 }
 
 /** Return the peers that were lost a moment ago, to be shown as such. */
-function farewells(peers, now) {
+function recentlyLost(peers, now) {
   for (const [id, { until }] of departed) {
     if (until < now || peers.some((peer) => peer.id === id)) departed.delete(id);
   }

@@ -1,4 +1,4 @@
-// The table of peers: everything that the map shows, and more, as text.
+// The table of peers: what the map shows of each of them, and more, as text.
 
 import { el, find, reconcile, setText } from "./dom.js";
 import { blocks, count, duration } from "./format.js";

@@ -1,7 +1,7 @@
 // What the meta-models predicted for one job, how the peers voted, and what was measured.
 
 import { el, find, onChange, setText, svg } from "./dom.js";
-import { duration, method, shortPeer } from "./format.js";
+import { duration, method, plural, shortPeer } from "./format.js";
 
 const MAX_METHODS = 12;
 
@@ -26,7 +26,7 @@ function verdict(consensus, selection, timing) {
   const by = consensus.epoch === null ? "equal weights" : `${consensus.weighed ? "weighed by" : "not weighed by"} the reputations of epoch ${consensus.epoch}`;
   const facts = [
     el("span", {}, "Agreed: ", el("b", { class: "mono", title: consensus.agreed }, method(consensus.agreed))),
-    el("span", {}, `${consensus.votes.length} votes, ${by}`),
+    el("span", {}, `${plural(consensus.votes.length, "vote")}, ${by}`),
     el("span", {}, "Measured: ", el("b", {}, duration(timing.total_s))),
   ];
   if (selection) {
@@ -43,7 +43,8 @@ function table(consensus, selection, timing) {
   const predictions = selection?.predictions ?? {};
   const names = [...new Set([...Object.keys(predictions), ...consensus.votes.flatMap((vote) => Object.keys(vote.scores))])];
   const worst = Math.max(timing.total_s, ...Object.values(predictions).map((each) => each.cost_s * Math.exp(each.deviation)));
-  const rows = names.slice(0, MAX_METHODS).map((name) => {
+  const shown = names.filter((name, index) => index < MAX_METHODS || name === consensus.agreed);
+  const rows = shown.map((name) => {
     const each = predictions[name];
     return el("tr", { class: name === consensus.agreed ? "selected" : null },
       el("th", { scope: "row", class: "method", title: name }, method(name), name === consensus.agreed ? el("span", { class: "good" }, " ✓ agreed") : null),
@@ -58,7 +59,8 @@ function table(consensus, selection, timing) {
     el("th", { scope: "col" }, "Uncertainty"), el("th", { scope: "col", class: "number" }, "Speed-up"),
     ...consensus.votes.map((vote) => el("th", { scope: "col", class: "number", title: vote.peer }, `Vote ${shortPeer(vote.peer)}`)),
     el("th", { scope: "col" }, "Accepted here"));
-  const more = names.length > MAX_METHODS ? el("p", { class: "empty" }, `and ${names.length - MAX_METHODS} slower methods`) : null;
+  const hidden = names.length - shown.length;
+  const more = hidden ? el("p", { class: "empty" }, `and ${plural(hidden, "more method")}`) : null;
   return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Table of votes" },
     el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows)), more);
 }

@@ -192,7 +192,7 @@ class SpanContext:
         block_count = block_count or self._options.block_count
         returns_states = not self._options.last or block_count < self._options.block_count or embeds
         self._states.expect(_FINAL_NORM if embeds else f"l_out-{block_count - 1}".encode() if returns_states else None)
-        if embeds:  # rows that are no outputs do not get there
+        if embeds:  # llama.cpp computes the final norm of output rows only
             parts = [replace(part, outputs=len(part.rows)) for part in parts]
         for part in parts:
             self.truncate(part.sequence, part.position)
@@ -343,7 +343,7 @@ class SpanContext:
         self._kv.drop(sequence, start, end)
 
     def copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Have a sequence hold positions of another, too, after its own. Raises PassFailed where there is no room.
+        """Append positions of another sequence to a sequence. Raises PassFailed where there is no room.
 
         They share their cells, unless those come before the target's own.
         """

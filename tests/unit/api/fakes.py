@@ -24,11 +24,11 @@ from node.api.interface import (
     Sample,
     SelectionStatus,
 )
-from node.api.job_document import describe_logged_job
+from node.api.job_document import describe_recent_job
 from node.api.server import serve
 from node.config import ApiKey, ServeSpec, hash_api_key
-from node.coordinator.job_log import JobLog
 from node.coordinator.observation import ServedJob
+from node.coordinator.recent_jobs import RecentJobs
 from node.coordinator.submission import (
     ChatFormat,
     Consensus,
@@ -38,6 +38,7 @@ from node.coordinator.submission import (
     JobRequest,
     JobResult,
     JobStarted,
+    ModelCapabilities,
     TextDelta,
     Timing,
     TokenLogprob,
@@ -152,6 +153,17 @@ class FakeSubmitter:
             self.running -= 1
             self.left.set()
 
+    async def count_tokens(self, request: JobRequest) -> int:
+        self.requests.append(request)
+        if self.refuse:
+            raise self.refuse
+        return sum(len(message.content.split()) for message in request.messages or ())
+
+    async def capabilities_of(self, model: str) -> ModelCapabilities:
+        if self.refuse:
+            raise self.refuse
+        return ModelCapabilities(max_positions=8192, chat_format=self.chat_format)
+
     async def _events(self, request: JobRequest) -> AsyncGenerator[JobEvent, None]:
         started = JobStarted(job_id=JOB, model=MODEL, model_name="tiny", prompt_tokens=5, created_s=1_700_000_000)
         started = replace(started, chat_format=self.chat_format)
@@ -190,10 +202,10 @@ class FakeNode:
     """Why it is not ready."""
     telemetry: Telemetry = field(default_factory=lambda: Telemetry(lambda model: "tiny"))
     stopping: trio.Event = field(default_factory=trio.Event)
-    log: JobLog = field(default_factory=JobLog)
+    recent_jobs: RecentJobs = field(default_factory=RecentJobs)
 
     def jobs(self, after: int = 0) -> tuple[list[JobDocument], int]:
-        return [describe_logged_job(job) for job in self.log.changed_since(after)], self.log.revision
+        return [describe_recent_job(job) for job in self.recent_jobs.changed_since(after)], self.recent_jobs.revision
 
     def learning(self) -> LearningDocument:
         sample: Sample = {"at": 1_700_000_000.0, "observations": 7, "peers": 2, "jobs": 2, "regret_s": 0.5}
@@ -307,6 +319,7 @@ class FakeNode:
                     "current_epoch": 2916667,
                     "epoch_s": 600.0,
                     "phase": "measure",
+                    "phase_ends_s": {"measure": 300.0, "reveal": 450.0, "propose": 600.0},
                     "statements": [
                         {
                             "epoch": 2916666,

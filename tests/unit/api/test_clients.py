@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import anthropic
+import httpx
 import ollama
 import openai
 import pydantic
@@ -392,6 +393,19 @@ async def test_anthropic_tool_choice_thinking_and_structured_texts(
     assert job.template_options == {"enable_thinking": False, "reasoning_effort": "low"}
 
 
+async def test_anthropic_counts_tokens(node: FakeNode, url: str, of_anthropic: Client) -> None:
+    count = of_anthropic(url).messages.count_tokens
+    tool = {"name": "weather", "input_schema": SCHEMA}
+    answer = await ask(lambda: count(model="tiny", messages=USER, system="Be very brief.", tools=[tool]))
+    (job,) = node.submitter.requests
+    assert [message.role for message in job.messages or ()] == ["system", "user"]
+    assert [each["function"]["name"] for each in job.tools] == ["weather"]
+    assert answer.input_tokens == sum(len(message.content.split()) for message in job.messages or ())
+    node.submitter.refuse = JobError(JobErrorCode.MODEL_NOT_FOUND, "No such model.")
+    with pytest.raises(anthropic.NotFoundError, match="No such model"):
+        await ask(lambda: count(model="tiny", messages=USER))
+
+
 async def test_anthropic_errors(node: FakeNode, url: str, of_anthropic: Client) -> None:
     create = of_anthropic(url).messages.create
     with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
@@ -473,10 +487,38 @@ async def test_ollama_models(node: FakeNode, url: str, of_ollama: Client) -> Non
         "format": "gguf", "family": "llama", "quantization_level": "Q4_K"
     }  # fmt: skip
     shown = await ask(lambda: client.show("tiny"))
-    assert (shown.modelinfo or {})["metaswarm.block_count"] == 8
+    facts = shown.modelinfo or {}
+    assert (facts["metaswarm.block_count"], facts["llama.block_count"], facts["llama.context_length"]) == (8, 8, 8192)
+    assert shown.capabilities == ["completion", "embedding"]
+    node.submitter.chat_format = THINKING
+    shown = await ask(lambda: client.show("tiny"))
+    assert shown.capabilities == ["completion", "embedding", "tools", "thinking"]
+    node.submitter.refuse = JobError(JobErrorCode.FAILED, "Nobody has the tokenizer.")
+    assert (await ask(lambda: client.show("tiny"))).capabilities == ["completion", "embedding"]
     with pytest.raises(ollama.ResponseError) as caught:
         await ask(lambda: client.show("other"))
     assert caught.value.status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/v1/chat/completions", "messages"),
+        ("/v1/completions", "prompt"),
+        ("/v1/responses", "input"),
+        ("/v1/messages", "messages"),
+        ("/api/chat", "messages"),
+    ],
+)
+async def test_streamed_lines_are_lines_for_every_reader(node: FakeNode, url: str, path: str, field: str) -> None:
+    """`iter_lines` of httpx, by which the Ollama client reads, ends lines at Unicode's line ends, too."""
+    node.submitter.words = ("one\u2028two", "\u2029three\x85four")
+    body: dict[str, Any] = {"model": "tiny", "stream": True} | ({"max_tokens": 9} if path == "/v1/messages" else {})
+    async with httpx.AsyncClient(base_url=url) as client:
+        answer = await client.post(path, json={**body, field: USER if field == "messages" else "Hi"})
+    assert answer.status_code == 200, answer.text
+    assert "one\\u2028two" in answer.text
+    assert answer.text.splitlines() == answer.text.removesuffix("\n").split("\n")
 
 
 async def test_ollama_errors(node: FakeNode, url: str, of_ollama: Client) -> None:

@@ -10,7 +10,7 @@ import trio
 from starlette.types import Message
 
 from node.api.events import MAX_SUBSCRIBERS, EventsEndpoint
-from node.coordinator.job_log import JobState
+from node.coordinator.recent_jobs import JobState
 from protocol.identity import JobId
 from tests.unit.api.fakes import JOB, MODEL, FakeNode
 
@@ -54,10 +54,10 @@ async def test_events_begin_with_every_document_then_tell_what_changed(
                 first[name] = document
             assert first["status"] == node.status_document()
             assert first["jobs"] == {"jobs": []}
-            job = node.log.begin(JOB, MODEL, "tiny", is_trial=False, prompt_tokens=5)
+            job = node.recent_jobs.begin(JOB, MODEL, "tiny", is_trial=False, prompt_tokens=5)
             name, document = await events.next() or ("ended", {})
             assert (name, [each["state"] for each in document["jobs"]]) == ("jobs", ["opening"])
-            node.log.progress(job, stages=(), method="baseline", tokens=3, replays=1)
+            node.recent_jobs.progress(job, stages=(), method="baseline", tokens=3, replays=1)
             name, document = await events.next() or ("ended", {})
             assert [(each["state"], each["tokens"], each["replays"]) for each in document["jobs"]] == [
                 ("running", 3, 1)
@@ -93,16 +93,16 @@ async def test_slow_subscriber_gets_only_latest_state() -> None:
         await trio.sleep_forever()
         raise AssertionError
 
-    job = node.log.begin(JOB, MODEL, "tiny", is_trial=False, prompt_tokens=5)
+    job = node.recent_jobs.begin(JOB, MODEL, "tiny", is_trial=False, prompt_tokens=5)
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(EventsEndpoint(node), {"type": "http"}, receive, send)
             while not sent:
                 await trio.sleep(0.01)
-            node.log.progress(job, stages=(), method=None, tokens=1, replays=0)
+            node.recent_jobs.progress(job, stages=(), method=None, tokens=1, replays=0)
             await reads.wait()
             for tokens in range(2, 500):
-                node.log.progress(job, stages=(), method=None, tokens=tokens, replays=0)
+                node.recent_jobs.progress(job, stages=(), method=None, tokens=tokens, replays=0)
             may_read.set()
             while len(sent) < 3:
                 await trio.sleep(0.01)
@@ -122,8 +122,8 @@ async def test_limits_subscribers(client: httpx.AsyncClient) -> None:
 
 
 async def test_lists_jobs_without_texts(node: FakeNode, client: httpx.AsyncClient) -> None:
-    failed = node.log.begin(JobId("cd" * 16), MODEL, "tiny", is_trial=True, prompt_tokens=5)
-    node.log.end(failed, JobState.FAILED, "no peer serves blocks 3-4")
+    failed = node.recent_jobs.begin(JobId("cd" * 16), MODEL, "tiny", is_trial=True, prompt_tokens=5)
+    node.recent_jobs.end(failed, JobState.FAILED, "no peer serves blocks 3-4")
     (document,) = (await client.get("/swarm/jobs")).json()["jobs"]
     assert (document["state"], document["trial"], document["error"]) == ("failed", True, "no peer serves blocks 3-4")
     assert document["details"] is None

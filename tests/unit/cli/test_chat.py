@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from node.api.interface import ModelDocument
 from node.cli import run
 from node.coordinator.submission import ChatMessage, JobError, JobErrorCode
 from tests.unit.api.fakes import MODEL, FakeNode
@@ -98,6 +99,27 @@ def test_wrong_command_says_what_was_meant(
     assert says in capsys.readouterr().err
 
 
+def test_node_here_is_not_waited_for(
+    node: FakeNode, api: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It knows its swarm: a model that is not there is told at once, whomever --bootstrap names."""
+    asked = 0
+    models = node.models()
+
+    def count_and_answer() -> list[ModelDocument]:
+        nonlocal asked
+        asked += 1
+        return models
+
+    monkeypatch.setattr(node, "models", count_and_answer)
+    monkeypatch.setattr("node.cli.target.DISCOVERY_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("node.cli.target.DISCOVERY_INTERVAL_S", 0.01)
+    monkeypatch.setenv("METASWARM_API", api[1])
+    assert run(["chat", "--model", "tinny", "--bootstrap", "peers.yaml"]) == 1
+    assert "did you mean 'tiny'?" in capsys.readouterr().err
+    assert asked == 2
+
+
 def test_unknown_model_is_refused_before_anything_is_typed(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["chat", "--model", "tinny", *api]) == 1
     assert "did you mean 'tiny'?" in capsys.readouterr().err
@@ -114,8 +136,11 @@ def test_ctrl_c_stops_answer_and_ctrl_d_leaves(node: FakeNode, api: list[str]) -
         node.submitter.hang = False
         terminal.type("\x1b[A\n")  # arrow up: the line before
         place = terminal.wait_for("3 tokens, 33.3 tokens/s, the first after 0.25 s, over 2 peers", place)
-        terminal.type("half a line\x03")
-        place = terminal.wait_for("(Ctrl-D leaves)", place)
+        place = terminal.wait_for(">>> ", place)
+        terminal.type("half a line")
+        place = terminal.wait_for("half a line", place)  # else the terminal drops it, and nothing is interrupted
+        terminal.type("\x03")
+        terminal.wait_for(">>> ", terminal.wait_for("(Ctrl-D leaves)", place))
         terminal.type("\x04")
         assert terminal.wait_exit() == 0
     assert said(node) == [("user", "Hi"), ("assistant", "Hello, wörld"), ("user", "Hi")]

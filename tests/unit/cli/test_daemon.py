@@ -9,7 +9,7 @@ import pytest
 from node import app
 from node.cli import logs, run
 from node.config import NodeConfig, NodeReady, ServeSpec, StartError
-from node.joining import best_address, conflicts, join_elsewhere, join_here
+from node.joining import best_address, join_elsewhere, join_here, port_conflicts
 from node.models.catalogue import DEMO_MODEL
 from node.models.importer import import_model
 from node.models.store import ModelStore
@@ -98,7 +98,7 @@ def test_printed_join_command_starts_second_node(
         assert second.bootstrap == (LOOPBACK,)
         assert second.serve == (ServeSpec(DEMO_MODEL),)
         assert second.data_dir == tmp_path / "my node-2"
-        assert not conflicts(second)
+        assert not port_conflicts(second)
         assert not {port, api_port} & {int(second.listen[0].split("/")[4]), second.api_port}
 
 

@@ -76,8 +76,8 @@ def test_keep_runs_until_ctrl_c() -> None:
         while not lines or "/v1" not in lines[-1]:
             lines.append(process.stderr.readline())
             assert lines[-1], "the demo ended by itself"
-        (submit,) = (line for line in lines if "metaswarm submit" in line)
-        assert run(["submit", "Hi", "--api", submit.split()[-1]]) == 0
+        (chat,) = (line for line in lines if "metaswarm chat" in line)
+        assert run(["submit", "Hi", "--api", chat.split()[-1]]) == 0
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=20)
     assert process.returncode == 130

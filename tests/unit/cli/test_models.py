@@ -83,8 +83,8 @@ def test_verify_names_damaged_block(capsys: pytest.CaptureFixture[str], folder: 
         (["verify", "smollm2-135m-instruct"], 1, "is not in"),
         (["remove", "0" * 64], 1, "is not in"),
         (["show"], 2, "Missing argument 'MODEL'"),
-        (["list", "--nonsense"], 2, "No such option"),
-        (["nonsense"], 2, "No such command"),
+        (["list", "--nonsense"], 2, "no such option"),
+        (["nonsense"], 2, "no such verb"),
     ],
 )
 def test_error_is_one_line_on_stderr(

@@ -1,17 +1,23 @@
+import errno
 import io
+import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from node.api.generation import Outcome
 from node.api.job_document import describe_job
-from node.cli import ephemeral, run, target
+from node.api.openai.answers import CompletionWriter
+from node.cli import run, target
 from node.coordinator.submission import ChatMessage, JobError, JobErrorCode, JobEvent, JobRequest
 from protocol.measurements import QualityBound
 from tests.unit.api.fakes import JOB, MODEL, PEERS, FakeNode, FakeSubmitter, make_result
@@ -57,6 +63,19 @@ def api(node: FakeNode, serve: ServeNode) -> list[str]:
 def test_streams_text_to_stdout(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["submit", "Hi", *api]) == 0
     assert capsys.readouterr() == ("Hello, wörld\n", "")
+
+
+def test_unicode_line_ends_in_a_text(
+    node: FakeNode, api: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A node that sends them as they are, as JSON may."""
+    monkeypatch.setattr("node.api.openai.answers.json_line", partial(json.dumps, ensure_ascii=False))
+    node.submitter.words = ("one\u2028two", "\u2029three\x85four")
+    assert run(["submit", "Hi", *api]) == 0
+    assert capsys.readouterr() == ("one\u2028two\u2029three\x85four\n", "")
+    assert run(["submit", "Hi", "--json", *api]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["text"] == "one\u2028two\u2029three\x85four"
 
 
 @pytest.mark.parametrize("chat", [[], ["--chat"]])
@@ -165,6 +184,17 @@ def test_error_without_node_says_how_to_start_one(capsys: pytest.CaptureFixture[
     assert "`metaswarm node`" in line
 
 
+def test_silent_node_counts_as_dead(
+    node: FakeNode, api: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("node.cli.client.SILENCE_TIMEOUT_S", 0.2)
+    node.submitter.hang = True
+    assert run(["submit", "Hi", *api]) == 1
+    output = capsys.readouterr()
+    assert output.out == "Hello, wörld\n"
+    assert f"the node at {api[1]} is silent" in output.err
+
+
 def test_api_key_from_environment(
     serve: ServeNode, node: FakeNode, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,23 +208,24 @@ def test_api_key_from_environment(
 class TestBootstrap:
     @pytest.fixture
     def joined(self, serve: ServeNode, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-        """Whom ephemeral peers joined; each is a fake node that hears of its model only after a while."""
+        """Whom nodes of one command joined; each is a fake node that hears of its model only after a while."""
         joined = []
 
-        @asynccontextmanager
-        async def ephemeral_peer(bootstrap: tuple[str, ...]) -> AsyncIterator[str]:
+        @contextmanager
+        def local_node(serve_model: str | None, bootstrap: tuple[str, ...], *, share_data_dir: bool) -> Iterator[str]:
+            assert (serve_model, share_data_dir) == (None, False)
             joined.append(bootstrap)
             node = FakeNode()
             answers = iter([[], [], node.models()])
             monkeypatch.setattr(node, "models", lambda: next(answers))
             yield serve(node)
 
-        monkeypatch.setattr(ephemeral, "ephemeral_peer", ephemeral_peer)
+        monkeypatch.setattr("node.cli.local_node.local_node", local_node)
         monkeypatch.setattr(target, "DISCOVERY_INTERVAL_S", 0)
         return joined
 
     @pytest.mark.parametrize("model", [[], ["--model", "tiny"]])
-    def test_starts_ephemeral_peer_without_node(
+    def test_starts_node_without_one_here(
         self,
         model: list[str],
         joined: list[tuple[str, ...]],
@@ -215,14 +246,14 @@ class TestBootstrap:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        @asynccontextmanager
-        async def ephemeral_peer(bootstrap: tuple[str, ...]) -> AsyncIterator[str]:
+        @contextmanager
+        def local_node(serve_model: str | None, bootstrap: tuple[str, ...], *, share_data_dir: bool) -> Iterator[str]:
             node = FakeNode()
             foreign = node.models()[0] | {"complete": False, "local": False, "name": MODEL[:12]}
             monkeypatch.setattr(node, "models", lambda: [foreign])
             yield serve(node)
 
-        monkeypatch.setattr(ephemeral, "ephemeral_peer", ephemeral_peer)
+        monkeypatch.setattr("node.cli.local_node.local_node", local_node)
         monkeypatch.setattr(target, "DISCOVERY_INTERVAL_S", 0)
         monkeypatch.setattr(target, "DISCOVERY_TIMEOUT_S", 60 if model else 0)
         monkeypatch.setenv("METASWARM_API", "127.0.0.1:1")
@@ -236,7 +267,7 @@ class TestBootstrap:
         assert run(["submit", "Hi", "--bootstrap", "peers.yaml"]) == 0
         assert joined == []
 
-    def test_api_flag_prevents_ephemeral_peer(self, joined: list[tuple[str, ...]]) -> None:
+    def test_api_flag_prevents_another_node(self, joined: list[tuple[str, ...]]) -> None:
         assert run(["submit", "Hi", "--bootstrap", "peers.yaml", "--api", "http://127.0.0.1:1"]) == 1
         assert joined == []
 
@@ -268,6 +299,11 @@ class TestFile:
             5,
         )
 
+    def test_unicode_line_ends_in_a_prompt(self, tmp_path: Path, node: FakeNode, api: list[str]) -> None:
+        prompt = "one\u2028two\u2029three\x85four"
+        assert run(["submit", *self.write(tmp_path, json.dumps({"prompt": prompt}, ensure_ascii=False)), *api]) == 0
+        assert [job.prompt for job in node.submitter.requests] == [prompt]
+
     def test_failed_job_does_not_stop_others(
         self, tmp_path: Path, api: list[str], capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -278,6 +314,43 @@ class TestFile:
         assert "temperature" in refused["error"]["message"]
         assert done == DOCUMENT
         assert output.err == "metaswarm: 1 of 2 jobs failed: see their lines\n"
+
+    @pytest.mark.parametrize(("fault", "says"), [("cut", "is incomplete"), ("crash", "connection")])
+    def test_broken_answer_costs_its_job_only(
+        self,
+        fault: str,
+        says: str,
+        tmp_path: Path,
+        api: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        end, calls = CompletionWriter.end, itertools.count()
+
+        def break_first(writer: CompletionWriter, outcome: Outcome) -> bytes:
+            if next(calls) > 0:
+                return end(writer, outcome)
+            if fault == "crash":
+                raise RuntimeError(fault)
+            return b""
+
+        monkeypatch.setattr(CompletionWriter, "end", break_first)
+        file = self.write(tmp_path, *(json.dumps({"prompt": word}) for word in "abc"))
+        output = tmp_path / "answers.jsonl"
+        command = ["submit", *file, "--output", str(output), "--concurrency", "1", *api]
+        assert run(command) == 1
+        errors = capsys.readouterr().err
+        assert "line 1: " in errors
+        assert says in errors
+        assert "1 of 3 jobs failed" in errors
+        assert [json.loads(line)["line"] for line in output.read_text().splitlines()] == [2, 3]
+        assert run(command) == 0
+
+    def test_lost_node_ends_the_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        file = self.write(tmp_path, '{"prompt": "a", "model": "tiny"}', '{"prompt": "b", "model": "tiny"}')
+        assert run(["submit", *file, "--api", "127.0.0.1:1"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("metaswarm: no node answers at http://127.0.0.1:1")
 
     @pytest.mark.parametrize("code", [JobErrorCode.FULL, JobErrorCode.MEASURING])
     def test_retries_while_peers_full_or_quality_measured(
@@ -353,6 +426,30 @@ class TestFile:
         assert [{name: answer[name] for name in DOCUMENT} for answer in answers] == [DOCUMENT] * 4
         assert run(command) == 0
         assert len(node.submitter.requests) == 2
+
+    def test_output_that_ends_inside_a_character(self, tmp_path: Path, node: FakeNode, api: list[str]) -> None:
+        file = self.write(tmp_path, '{"prompt": "a"}', '{"prompt": "b"}')
+        output = tmp_path / "answers.jsonl"
+        command = ["submit", *file, "--output", str(output), *api]
+        assert run(command) == 0
+        written = output.read_bytes()
+        output.write_bytes(written[: written.rindex("ö".encode()) + 1])
+        assert run(command) == 0
+        assert output.read_bytes() == written
+        assert [job.prompt for job in node.submitter.requests[2:]] == ["b"]
+
+    def test_answer_that_could_not_be_written_is_not_counted(
+        self, tmp_path: Path, api: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def disk_is_full(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", disk_is_full)
+        output = tmp_path / "answers.jsonl"
+        assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), "--output", str(output), *api]) == 1
+        errors = capsys.readouterr().err
+        assert "No space left" in errors
+        assert "0 of 1 answers are in" in errors
 
     @pytest.mark.parametrize("text", ["notes of a year\n", "[1]\n", '{"line": 1}\n', "notes"])
     def test_output_of_something_else_is_left_alone(

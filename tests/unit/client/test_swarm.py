@@ -1,7 +1,9 @@
 """The Python client against the real HTTP server, with a node that plays its jobs."""
 
 import asyncio
+import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import httpx
@@ -82,6 +84,16 @@ async def test_options_reach_the_job(node: FakeNode) -> None:
     assert request.json_schema == '{"type":"object"}'
 
 
+@pytest.mark.parametrize("extra", [{"n": 2}, {"stream": False}, {"stream_options": {}}])
+async def test_fields_of_the_client_are_not_set_by_extra(node: FakeNode, extra: dict[str, Any]) -> None:
+    async with serve_node(node) as url:
+        with pytest.raises(ValueError, match=f"extra cannot set {min(extra)}"):
+            await ask(url, lambda swarm: swarm.chat("Hi", model="tiny", extra=extra))
+        with pytest.raises(ValueError, match=f"extra cannot set {min(extra)}"):
+            await ask(url, lambda swarm: swarm.complete("Hi", model="tiny", extra=extra))
+    assert node.submitter.requests == []
+
+
 async def test_tool_calls_go_back_into_the_conversation(node: FakeNode) -> None:
     node.submitter.chat_format, node.submitter.words = ChatFormat(tools=ToolFormat.HERMES), (CALL,)
     async with serve_node(node) as url:
@@ -109,6 +121,17 @@ async def test_the_only_complete_model_is_the_default(node: FakeNode, monkeypatc
         monkeypatch.setattr(node, "models", lambda: documents[1:])
         with pytest.raises(NotFoundError, match="no model is complete"):
             await ask(url, lambda swarm: swarm.complete("Hi"))
+
+
+async def test_unicode_line_ends_in_a_text(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a node that sends them as they are, as JSON may."""
+    monkeypatch.setattr("node.api.openai.answers.json_line", partial(json.dumps, ensure_ascii=False))
+    node.submitter.words = ("one\u2028two", "\u2029three\x85four")
+    async with serve_node(node) as url:
+        answer = await ask(url, lambda swarm: swarm.chat("Hi", model="tiny"))
+        async with AsyncSwarm(url) as swarm:
+            awaited = await swarm.chat("Hi", model="tiny")
+    assert answer.text == awaited.text == "one\u2028two\u2029three\x85four"
 
 
 def read_part(swarm: Swarm) -> None:

@@ -1,5 +1,6 @@
 """Jobs over several stages: what the submitter gets, and what the stages hold afterwards."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from unittest.mock import AsyncMock
 
@@ -16,13 +17,14 @@ from node.coordinator.submission import (
     JobStarted,
     TextDelta,
 )
+from node.engine.interface import SliceFault, SliceInput, StepResult
 from node.links.outbound_link import SessionRefused
 from node.models.errors import ModelError
 from node.models.tokenizer_service import no_tokenizer
 from node.models.vocabulary import TokenKind, Vocabulary
 from node.stages.span import IDLE_LIMIT_S
 from node.swarm.heartbeats import HEARTBEAT_INTERVAL_S
-from node.testing.fake_engine import UNFULFILLABLE, expected_tokens, fake_span_info
+from node.testing.fake_engine import UNSATISFIABLE, FakeEngine, expected_tokens, fake_span_info
 from protocol.identity import BlockRange, SessionId
 from protocol.messages import FinishReason, Sampling
 from tests.support.job_peers import BLOCKS, VOCABULARY, Peer, Swarm, a_step, an_opening, open_swarm
@@ -417,23 +419,55 @@ async def test_invalid_request_names_the_reason(
         assert "\n" not in caught.value.message
 
 
-async def test_schema_that_fails_in_mid_text_costs_no_peer_its_trust(virtual_clock: MockClock) -> None:
+SCHEMA_REQUEST = JobRequest(
+    model="fake", prompt=PROMPT, json_schema=UNSATISFIABLE, json_schema_param="format", stop_token_ids=(999,)
+)
+
+
+@pytest.mark.parametrize("last_stages", [1, 2, 3])
+async def test_schema_that_fails_in_mid_text_costs_no_peer_its_trust(
+    virtual_clock: MockClock, last_stages: int
+) -> None:
+    async with open_swarm() as swarm:
+        for span in (*THIRDS[:2], *[THIRDS[2]] * last_stages):
+            await swarm.join(span)
+        peer = await swarm.join()
+        await swarm.settle()
+        began_s = trio.current_time()
+        with pytest.raises(JobError) as caught:
+            await peer.run(SCHEMA_REQUEST)
+        assert trio.current_time() - began_s < 5, "no waiting for further peers"
+        assert (caught.value.code, caught.value.param) == (JobErrorCode.INVALID, "format")
+        assert "admits nothing" in caught.value.message
+        asked = [each for each in swarm.peers[2:-1] if peer.id in each.stages.peer_statistics()]
+        assert len(asked) == min(last_stages, 2), "a second opinion, and no third"
+        assert not any(record.failed for record in peer.coordinator.peer_records().values())
+        await all_free(swarm)
+
+
+async def test_last_stage_that_refuses_what_another_can_do_loses_trust(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with open_swarm() as swarm:
         for span in (*THIRDS, THIRDS[2]):
             await swarm.join(span)
         peer = await swarm.join()
         await swarm.settle()
-        request = JobRequest(
-            model="fake", prompt=PROMPT, json_schema=UNFULFILLABLE, json_schema_param="format", stop_token_ids=(999,)
-        )
-        with pytest.raises(JobError) as caught:
-            await peer.run(request)
-        assert (caught.value.code, caught.value.param) == (JobErrorCode.INVALID, "format")
-        assert "admits nothing" in caught.value.message
-        asked = [each for each in swarm.peers[2:4] if peer.id in each.stages.peer_statistics()]
-        assert len(asked) == 1, "no other peer is tried"
-        assert not any(record.failed for record in peer.coordinator.peer_records().values())
-        await all_free(swarm)
+        step = FakeEngine.step
+        liars: list[FakeEngine] = []
+
+        async def refuses(engine: FakeEngine, slices: Sequence[SliceInput]) -> StepResult:
+            if engine.info.is_last and (engine in liars or not liars):
+                liars[:] = [engine]
+                faults = [SliceFault(each.session, "admits nothing", by_request=True) for each in slices]
+                return StepResult(outputs=(), compute_s=0.0, faults=tuple(faults))
+            return await step(engine, slices)
+
+        monkeypatch.setattr(FakeEngine, "step", refuses)
+        result = await peer.run(replace(SCHEMA_REQUEST, json_schema="{}", max_tokens=5, stop_token_ids=(999,)))
+        assert len(result.token_ids) == 5
+        failed = [name for name, record in peer.coordinator.peer_records().items() if record.failed]
+        assert failed == [next(each.id for each in swarm.peers if liars[0] in each.engines)]
 
 
 async def test_model_without_tokenizer_uses_token_ids(

@@ -8,6 +8,8 @@ from trio.testing import MockClock
 
 from node.coordinator.job_report import JobReport
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, RequestOrigin
+from node.models.errors import ModelError
+from node.models.library import KnownModel
 from node.stages.session_report import SessionReport
 from node.telemetry.observer import Telemetry
 from protocol.identity import ModelId
@@ -36,6 +38,17 @@ class Reports:
 
     def on_session_ended(self, report: SessionReport) -> None:
         self.sessions.append(report)
+
+
+@dataclass
+class Broken:
+    """An observer's method that takes a report, and then fails."""
+
+    jobs: list[JobReport] = field(default_factory=list)
+
+    def __call__(self, report: JobReport) -> None:
+        self.jobs.append(report)
+        raise RuntimeError("another defect")
 
 
 async def watched_swarm(swarm: Swarm) -> tuple[Peer, Reports]:
@@ -84,6 +97,41 @@ async def test_reports_each_end_once(virtual_clock: MockClock) -> None:
             await peer.run(REQUEST)
         found = [(report.outcome, report.error) for report in reports.jobs]
         assert found == [("cancelled", None), ("rejected", JobErrorCode.INVALID), ("failed", JobErrorCode.UNCOVERED)]
+
+
+async def test_defect_is_reported_as_a_failure_and_leaves_nothing_behind(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_swarm() as swarm:
+        peer, reports = await watched_swarm(swarm)
+
+        async def fails(*_: object) -> None:
+            await trio.lowlevel.checkpoint()
+            raise RuntimeError("a defect")
+
+        monkeypatch.setattr(peer.coordinator, "_finish", fails)
+        monkeypatch.setattr(reports, "on_job_ended", broken := Broken())
+        with pytest.raises(RuntimeError):
+            await peer.run(REQUEST)
+        assert [(report.outcome, report.reason) for report in broken.jobs] == [("failed", "a defect")]
+        await peer.coordinator.wait_idle()
+
+
+async def test_model_that_is_not_known_is_not_in_the_log(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def unknown(text: str) -> KnownModel:
+        await trio.lowlevel.checkpoint()
+        raise ModelError("there is no such model")
+
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9))
+        monkeypatch.setattr(peer.coordinator, "_open_model", unknown)
+        peer.coordinator.observer = Telemetry(lambda model: "fake")
+        with pytest.raises(JobError):
+            await peer.run(replace(REQUEST, model="\x1b[31mnonsense"))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "job ended" in line)
+    assert "nonsense" not in line
 
 
 async def test_lines_of_the_log_have_no_text(virtual_clock: MockClock, capsys: pytest.CaptureFixture[str]) -> None:

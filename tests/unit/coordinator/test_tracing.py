@@ -94,6 +94,24 @@ async def test_long_job_is_traced_whole(virtual_clock: MockClock) -> None:
         assert all(len(each.stages) == 1 for each in trace.rounds)
 
 
+async def test_slow_client_loses_no_step(virtual_clock: MockClock) -> None:
+    """Tokens arrive while the client reads none, so that their number jumps."""
+    tokens = RETAINED_STEPS + 300
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, BLOCKS), step_s=0.001)
+        await swarm.settle()
+        async with peer.coordinator.submit(replace(REQUEST, max_tokens=tokens)) as events:
+            found = []
+            async for event in events:
+                found.append(event)
+                if len(found) % 7 == 0:
+                    await trio.sleep(0.02)
+        result = found[-1]
+        assert isinstance(result, JobResult)
+        assert result.trace is not None
+        assert result.trace.dropped_steps == 0
+
+
 async def test_lost_stage_is_missing_and_its_replacement_there(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         for span in ((0, 3), (3, 6), (6, 9), (3, 6)):

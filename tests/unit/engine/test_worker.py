@@ -36,7 +36,7 @@ from node.engine.interface import (
 )
 from node.engine.torch_shard import TorchShard
 from node.engine.worker_protocol import Buffer, Header
-from node.util.child_process import python
+from node.util.interpreter import python
 from protocol.identity import BlockRange
 from protocol.messages import Sampling
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor

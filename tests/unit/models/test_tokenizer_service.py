@@ -377,7 +377,7 @@ async def test_an_answer_that_is_no_map_costs_its_own_request(tmp_path: Path) ->
     program = "import sys; sys.stdin.buffer.read(1); sys.stdout.buffer.write(bytes([1])); sys.stdout.flush(); input()"
     package = write_package(tmp_path, byte_level())
     async with service(command=[sys.executable, "-c", program]) as tokenizers:
-        with pytest.raises(TokenizerUnavailableError):
+        with pytest.raises(ModelError, match="the model's tokenizer failed"):
             await tokenizers.open(package)
         tokenizers.command = COMMAND
         assert await (await tokenizers.open(package)).encode("fox")

@@ -33,9 +33,12 @@ def byte_fallback() -> str:
     """As in Llama 2, Mistral and Gemma: pieces with ▁ for the space, and <0xNN> for what the vocabulary lacks."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    # Named in full: a bare limit leaves it to chance which of equally frequent characters become bytes.
+    alphabet = sorted({character for text in CORPUS for character in text if character < "\u0100"} | {"▁"})
     trainer = trainers.BpeTrainer(
         vocab_size=600,
-        limit_alphabet=60,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
         special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
         show_progress=False,
     )

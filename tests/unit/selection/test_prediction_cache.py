@@ -23,6 +23,9 @@ class Worker:
         await trio.lowlevel.checkpoint()
         self.stopped = True
 
+    async def unload_if_idle(self) -> None:
+        await trio.lowlevel.checkpoint()
+
 
 async def sure(context: TaskContext) -> Mapping[str, tuple[float, float]]:
     del context

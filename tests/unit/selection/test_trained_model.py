@@ -1,4 +1,4 @@
-"""A model that is not asked sleeps in a file, and answers as before when it is asked again."""
+"""An idle model's process ends, and another answers as before."""
 
 import os
 from dataclasses import replace
@@ -41,7 +41,7 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-async def test_sleeps_when_idle_and_answers_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_is_unloaded_when_idle_and_answers_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trained_model, "IDLE_S", 0.0)
     samples = [sample for number in range(40) if (sample := sample_of(measured(number).observation)) is not None]
     predictor = train(samples, VIEWPOINT)  # here, as the worker trains at the lowest priority
@@ -53,12 +53,40 @@ async def test_sleeps_when_idle_and_answers_again(tmp_path: Path, monkeypatch: p
         answer = await model.predict(CONTEXT)
         assert answer == training_worker._answer(predictor, CONTEXT.values())
         assert len(workers()) == 1
-        await model.sleep_if_idle()
+        await model.unload_if_idle()
         assert not workers()
-        assert not model.is_awake
+        assert not model.is_loaded
         assert await model.predict(CONTEXT) == answer
         assert len(workers()) == 1
         await model.stop()
+        assert not workers()
+
+
+async def test_model_that_is_replaced_while_its_process_starts_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, go_on = trio.Event(), trio.Event()
+    start = trained_model._Worker.start
+
+    async def slow(model_file: int) -> trained_model._Worker:
+        worker = await start(model_file)
+        started.set()
+        await go_on.wait()
+        return worker
+
+    monkeypatch.setattr(trained_model._Worker, "start", slow)
+    async with trio.open_nursery() as nursery:
+        model = TrainedModel(tmp_path, nursery)
+
+        async def ask() -> None:
+            with pytest.raises(OSError, match="was replaced"):
+                await model.predict(CONTEXT)
+
+        async with trio.open_nursery() as asking:
+            asking.start_soon(ask)
+            await started.wait()
+            await model.stop()
+            go_on.set()
         assert not workers()
 
 

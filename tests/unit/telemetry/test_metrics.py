@@ -5,6 +5,7 @@ from prometheus_client import generate_latest
 from node.coordinator.job_report import JobReport
 from node.coordinator.submission import JobErrorCode, JobRequest
 from node.telemetry.metrics import MAX_LABEL_VALUES, BoundedLabel, NodeMetrics
+from protocol.tensors import Pooling
 from tests.unit.api.fakes import JOB, make_result
 
 REPORT = JobReport(
@@ -44,6 +45,16 @@ def test_counts_tokens_and_times_of_a_job() -> None:
         assert line in found
 
 
+def test_embeddings_have_no_first_token() -> None:
+    metrics = NodeMetrics()
+    metrics.on_job(
+        replace(REPORT, request=JobRequest(model="tiny", prompt="x", pooling=Pooling.MEAN), completion_tokens=0)
+    )
+    found = text_of(metrics)
+    assert 'metaswarm_job_duration_seconds_count{model="tiny"} 1.0' in found
+    assert 'metaswarm_time_to_first_token_seconds_count{model="tiny"}' not in found
+
+
 def test_trials_are_counted_apart() -> None:
     metrics = NodeMetrics()
     metrics.on_job(replace(REPORT, is_trial=True))
@@ -55,7 +66,8 @@ def test_trials_are_counted_apart() -> None:
 def test_names_of_unknown_models_are_no_labels() -> None:
     metrics = NodeMetrics()
     for number in range(3):
-        rejected = replace(REPORT, outcome="rejected", job_id=None, first_token_s=0.0, model=f"made-up-{number}")
+        request = JobRequest(model=f"made-up-{number}", prompt="x")
+        rejected = replace(REPORT, request=request, outcome="rejected", job_id=None, first_token_s=0.0, model="")
         metrics.on_job(replace(rejected, error=JobErrorCode.MODEL_NOT_FOUND, result=None))
     found = text_of(metrics)
     assert "made-up" not in found

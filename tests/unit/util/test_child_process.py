@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from node.util.child_process import ChildError, child_environment, python, run, run_blocking, running, start
+from node.util.child_process import ChildError, run, run_blocking, running, start
+from node.util.interpreter import child_environment, python
 from tests.support import hostile_directory
 
 ROOT = Path(__file__).parents[3]

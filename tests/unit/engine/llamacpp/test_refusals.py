@@ -91,10 +91,10 @@ def test_rows_that_make_a_pass_fail_cost_their_session_alone(files: GgufFiles, m
     context = shard._kv[LLAMACPP].context
     run = context.run
 
-    def fails_on_seven(parts: list[SequenceRows], block_count: int) -> Any:
+    def fails_on_seven(parts: list[SequenceRows], block_count: int, **options: bool) -> Any:
         if any(7 in part.rows for part in parts):
             raise PassFailed("llama.cpp could not compute 3 rows (error 1)")
-        return run(parts, block_count)
+        return run(parts, block_count, **options)
 
     monkeypatch.setattr(context, "run", fails_on_seven)
     result = engine.step_now([driven(number, [1, 2, 7 if number == 2 else 3]) for number in range(4)])

@@ -29,7 +29,7 @@ class JobState(enum.StrEnum):
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class LoggedJob:
+class RecentJob:
     """A job as far as it has come. `submitted_s` is Unix time. `result`: once it is done, without the text."""
 
     id: JobId
@@ -46,20 +46,20 @@ class LoggedJob:
     error: str | None = None
     result: JobResult | None = None
     revision: int = 0
-    """Grows with every change, over all jobs of the log: who saw one revision asks for what is newer."""
+    """Grows with every change, over all jobs of the list: who saw one revision asks for what is newer."""
 
 
-class JobLog:
+class RecentJobs:
     """The running jobs and the last ones that ended. Trials are apart, as a busy learner would crowd out the rest."""
 
     def __init__(self) -> None:
         self.revision = 0
-        self._running: dict[JobId, LoggedJob] = {}
-        self._ended: dict[bool, deque[LoggedJob]] = {kind: deque(maxlen=MAX_ENDED) for kind in (False, True)}
+        self._running: dict[JobId, RecentJob] = {}
+        self._ended: dict[bool, deque[RecentJob]] = {kind: deque(maxlen=MAX_ENDED) for kind in (False, True)}
 
-    def begin(self, job_id: JobId, model: ModelId, model_name: str, *, is_trial: bool, prompt_tokens: int) -> LoggedJob:
+    def begin(self, job_id: JobId, model: ModelId, model_name: str, *, is_trial: bool, prompt_tokens: int) -> RecentJob:
         """Enter a job whose route is about to be opened."""
-        job = LoggedJob(
+        job = RecentJob(
             id=job_id,
             model=model,
             model_name=model_name,
@@ -72,27 +72,27 @@ class JobLog:
         return job
 
     def progress(
-        self, job: LoggedJob, *, stages: Iterable[Stage], method: str | None, tokens: int, replays: int
+        self, job: RecentJob, *, stages: Iterable[Stage], method: str | None, tokens: int, replays: int
     ) -> None:
         """Record how far a job has come."""
         job.state = JobState.RUNNING
         job.stages, job.method, job.tokens, job.replays = tuple(stages), method, tokens, replays
         self._touch(job)
 
-    def end(self, job: LoggedJob, state: JobState, error: str | None = None) -> None:
+    def end(self, job: RecentJob, state: JobState, error: str | None = None) -> None:
         """Record how a job ended."""
         job.state, job.error = state, error
-        if job.result is not None:  # a log that is shown holds nobody's text
-            job.result = replace(job.result, text="", token_ids=())
+        if job.result is not None:  # other users see this list
+            job.result = replace(job.result, text="", token_ids=(), trace=None, embedding=None)
         del self._running[job.id]
         self._ended[job.is_trial].append(job)
         self._touch(job)
 
-    def changed_since(self, revision: int) -> list[LoggedJob]:
+    def changed_since(self, revision: int) -> list[RecentJob]:
         """Return the jobs that changed after a revision, the oldest first."""
         jobs = [*self._ended[False], *self._ended[True], *list(self._running.values())[-MAX_RUNNING:]]
         return sorted((job for job in jobs if job.revision > revision), key=lambda job: job.submitted_s)
 
-    def _touch(self, job: LoggedJob) -> None:
+    def _touch(self, job: RecentJob) -> None:
         self.revision += 1
         job.revision = self.revision
