@@ -367,10 +367,7 @@ class ResilientRoute:
         job, now_s = self._job, trio.current_time()
         if not search.is_logged:
             search.is_logged = True
-            missing = ", ".join(map(str, error.missing))
-            self._log.warning(
-                "no route left; waiting for a peer", model=job.model.name, blocks=missing, apart=error.apart
-            )
+            self._log.warning("no route left; waiting for a peer", model=job.model.name, reason=str(error))
         if self._planner.could_serve(job.need(), self._services.swarm.expected(job.model.id)):
             search.candidates_seen_s = now_s
             return False

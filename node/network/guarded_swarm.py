@@ -194,6 +194,10 @@ class GuardedSwarm(Swarm):
         """Return the latest open connection to a peer that does not pass a relay."""
         return next(filter(_is_direct, reversed(self.live_connections(peer_id))), None)
 
+    def relayed_peers(self) -> list[ID]:
+        """Return the peers that are connected through relays only."""
+        return [each for each in self.connections if self.live_connections(each) and not self.direct_connection(each)]
+
     async def dial_direct(self, peer_id: ID, addresses: Sequence[TcpAddress]) -> bool:
         """Dial a peer that has a connection through a relay; return whether there is a direct one now."""
         with trio.move_on_after(self._dial_timeout_s):

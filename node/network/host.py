@@ -50,6 +50,9 @@ PING_BYTES: Final = 32
 ADDRESS_LIFETIME_S: Final = 600
 PEERSTORE_SWEEP_S: Final = 60
 EVENT_CAPACITY: Final = 1024
+OPEN_TRIES: Final = 2
+"""The connection may end while a stream is opened, as that of a relay that dies; there may be another way."""
+
 _SWARM_KEY = re.compile(r"[0-9a-f]{64}", re.IGNORECASE)
 
 
@@ -270,14 +273,18 @@ class Libp2pNetwork:
         """Open a stream to a peer, dialling known addresses if need be. Raises NetworkError."""
         if peer == self.peer_id:
             raise NetworkError("a peer cannot open a stream to itself")
-        await self._dial(peer)
-        assert self._host is not None
-        try:
-            with trio.fail_after(self._limits.request_timeout_s):
-                return Libp2pStream(await self._host.new_stream(ID.from_base58(peer), list(map(TProtocol, protocols))))
-        except Exception as error:
-            what = f"cannot open a stream of {' or '.join(protocols)} to {peer}"
-            raise NetworkError(f"{what}: {reason(error)}") from error
+        what = f"cannot open a stream of {' or '.join(protocols)} to {peer}"
+        for tries in range(1, OPEN_TRIES + 1):
+            await self._dial(peer)
+            assert self._host is not None
+            try:
+                with trio.fail_after(self._limits.request_timeout_s):
+                    stream = await self._host.new_stream(ID.from_base58(peer), list(map(TProtocol, protocols)))
+                    return Libp2pStream(stream)
+            except Exception as error:
+                if tries == OPEN_TRIES or self._running_swarm().live_connections(ID.from_base58(peer)):
+                    raise NetworkError(f"{what}: {reason(error)}") from error
+        raise AssertionError  # the last try returns or raises
 
     async def disconnect(self, peer: PeerId) -> None:
         """Close every connection to the peer."""

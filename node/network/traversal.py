@@ -51,6 +51,9 @@ HOLE_WAIT_S: Final = 2.0
 """How long a stream to a peer behind a relay waits for a direct connection: on a circuit it would stay there."""
 
 SURPLUS_ROUND_S: Final = 1.0
+REDIAL_ROUND_S: Final = 30.0
+"""Time between two dials of the public addresses of peers that are connected through relays: what was not known when
+the circuit was opened may be known by now, as that a port is mapped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +118,7 @@ class Traversal:
         nursery.start_soon(self._relays.run)
         nursery.start_soon(self._check_loop, client)
         nursery.start_soon(self._close_surplus, host)
+        nursery.start_soon(self._redial_loop, host, known)
 
     def listening(self, nursery: trio.Nursery) -> None:
         """Note that the host listens: its addresses are known from now on."""
@@ -272,6 +276,15 @@ class Traversal:
             await trio.sleep(SURPLUS_ROUND_S)
             for connection in host.swarm.surplus():
                 await connection.close()
+
+    async def _redial_loop(self, host: GuardedHost, known: Callable[[ID], Sequence[TcpAddress]]) -> None:
+        """Dial peers directly that are connected through relays."""
+        while True:
+            await trio.sleep(REDIAL_ROUND_S)
+            for peer_id in host.swarm.relayed_peers():
+                public = [each for each in known(peer_id) if each.relay is None and each.is_public]
+                if public:
+                    await host.swarm.dial_direct(peer_id, public[:MAX_CANDIDATES])
 
 
 class _Observer(ObservedAddrManager):

@@ -2,7 +2,7 @@
 
     pub 50.0.0.10, pub2 60.0.0.10 ── switch ── gateway 50.0.1.N | 192.168.1.1 ── home 192.168.1.2
 
-Both homes have the same private range. Every name begins with a prefix of this process; nothing outside is touched.
+All homes have the same private range. Every name begins with a prefix of this process; nothing outside is touched.
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PUBLIC = {"pub": "50.0.0.10", "pub2": "60.0.0.10"}
 """Public machines, in two ranges."""
-GATEWAYS = {"a": "70.0.0.1", "b": "80.0.0.1"}
+GATEWAYS = {home: f"{70 + number}.0.0.1" for number, home in enumerate("abcdef")}
 
 
 class Nat(StrEnum):
@@ -88,7 +88,7 @@ class Lab:
 
     @contextmanager
     def built(self, *, delay_ms: float = 5, **kinds: Nat) -> Iterator["Lab"]:
-        """Build the lab with homes `a` and `b` of these kinds; remove it at the end."""
+        """Build the lab with homes of these kinds, `a` to `f`; remove it at the end."""
         machines = {**PUBLIC, **{f"gate-{home}": GATEWAYS[home] for home in kinds}}
         spaces = ["switch", *machines, *kinds]
         switch: subprocess.Popen[str] | None = None

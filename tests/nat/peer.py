@@ -1,6 +1,6 @@
 """A bare peer in a namespace: no models, the network alone. It takes one command a line and answers in JSON.
 
-addresses | connect MULTIADDR | learn PEER MULTIADDR... | echo PEER BYTES | way PEER | reach | peers
+addresses | connect MULTIADDR | learn PEER MULTIADDR... | echo PEER BYTES | way PEER | relay PEER | reach | peers
 """
 
 import json
@@ -53,6 +53,9 @@ async def answer(network: Libp2pNetwork, words: Sequence[str]) -> Any:
         case ["way", peer]:
             way = network.way_to(peer)  # type: ignore[arg-type]
             return None if way is None else "relayed" if way.relay else "punched" if way.punched else "direct"
+        case ["relay", peer]:
+            way = network.way_to(peer)  # type: ignore[arg-type]
+            return None if way is None else way.relay
         case ["reach"]:
             known = network.reachability
             return {"verdict": known.verdict, "observed": known.observed, "relays": known.relays}

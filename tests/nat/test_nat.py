@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import product
+from functools import partial
 from typing import Any
 
 import pytest
@@ -31,7 +31,15 @@ class Peer:
         command = lab.inside(space, sys.executable, "-m", "tests.nat.peer", str(seed), *announce)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.space = space
-        self.id: str = self._read()
+        self._id: str | None = None
+
+    @property
+    def id(self) -> str:
+        """The peer's id, once it runs."""
+        if self._id is None:
+            self._id = self._read()
+        assert self._id is not None
+        return self._id
 
     def _read(self) -> Any:
         assert self.process.stdout is not None
@@ -46,6 +54,7 @@ class Peer:
         return answer["ok"]
 
     def try_ask(self, *words: object) -> dict[str, Any]:
+        assert self.id
         assert self.process.stdin is not None
         print(*words, file=self.process.stdin, flush=True)
         answer: dict[str, Any] = self._read()
@@ -60,32 +69,27 @@ class Peer:
         return f"/ip4/{host}/tcp/4001/p2p/{self.id}"
 
 
-def wait(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+def wait(condition: Callable[[], bool], peer: Peer | None = None, timeout_s: float = 30) -> None:
     end_s = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < end_s, "it took too long"
+        assert time.monotonic() < end_s, peer and (peer.space, peer.ask("reach"))
         time.sleep(0.1)
 
 
 @contextmanager
-def swarm(kinds: tuple[Nat, Nat], *, delay_ms: float = 5, relays: int = 1) -> Iterator[tuple[Lab, list[Peer]]]:
-    """Run public relays and a peer in each of two homes, which know the relays only."""
+def swarm(*kinds: Nat, delay_ms: float = 5, relays: int = 1) -> Iterator[tuple[Peer, ...]]:
+    """Run public relays, and a peer in each of some homes, which knows the relays only."""
     with ExitStack() as stack:
-        lab = stack.enter_context(Lab().built(delay_ms=delay_ms, a=kinds[0], b=kinds[1]))
-        peers: list[Peer] = []
-
-        def start(space: str, *announce: str) -> Peer:
-            peer = Peer(lab, space, len(peers) + 1, *announce)
+        homes = dict(zip("abcdef", kinds, strict=False))
+        lab = stack.enter_context(Lab().built(delay_ms=delay_ms, **homes))
+        public = list(PUBLIC)[:relays]
+        peers = tuple(Peer(lab, space, seed) for seed, space in enumerate([*public, *homes], 1))
+        for peer in peers:
             stack.callback(peer.end)
-            peers.append(peer)
-            return peer
-
-        public = [start(space) for space in list(PUBLIC)[:relays]]
-        for home in "ab":
-            peer = start(home)
-            for relay in public:
+        for peer in peers[relays:]:
+            for relay in peers[:relays]:
                 peer.ask("connect", relay.address(PUBLIC[relay.space]))
-        yield lab, peers
+        yield peers
 
 
 def settled(peer: Peer, kind: Nat, relays: int = 1) -> bool:
@@ -93,7 +97,7 @@ def settled(peer: Peer, kind: Nat, relays: int = 1) -> bool:
     reach = peer.ask("reach")
     if kind in {Nat.OPEN, Nat.FULL_CONE}:
         return bool(reach["verdict"] == "public")
-    return bool(reach["verdict"] == "private" and len(reach["relays"]) == relays)
+    return bool(reach["verdict"] == "private" and len(reach["relays"]) >= relays)
 
 
 def expected(kinds: tuple[Nat, Nat]) -> set[str]:
@@ -103,35 +107,35 @@ def expected(kinds: tuple[Nat, Nat]) -> set[str]:
     return {"relayed"} if Nat.SYMMETRIC in kinds else {"punched"}
 
 
-@pytest.mark.parametrize("kinds", list(product(Nat, Nat)), ids=lambda kinds: "-to-".join(kinds))
-def test_homes_behind_every_pair_of_nats_reach_each_other(kinds: tuple[Nat, Nat]) -> None:
-    with swarm(kinds, delay_ms=15) as (_, (_, one, two)):
-        for peer, kind in zip((one, two), kinds, strict=True):
-            wait(lambda peer=peer, kind=kind: settled(peer, kind))  # type: ignore[misc]
-        one.ask("learn", two.id, *two.ask("addresses"))
-        took_s = one.ask("echo", two.id, 1000)
-        way = one.ask("way", two.id)
-        print(f"{kinds[0]} to {kinds[1]}: {way}, first byte after {took_s:.2f} s")
-        assert way in expected(kinds)
-        assert two.ask("way", one.id) == way
-        assert two.ask("echo", one.id, 1000) < SOON_S
+@pytest.mark.parametrize("kind", list(Nat))
+def test_homes_behind_every_pair_of_nats_reach_each_other(kind: Nat) -> None:
+    with swarm(kind, *Nat, delay_ms=15) as (_, one, *others):
+        for peer, its_kind in zip((one, *others), (kind, *Nat), strict=True):
+            wait(partial(settled, peer, its_kind), peer)
+        for two, other_kind in zip(others, Nat, strict=True):
+            one.ask("learn", two.id, *two.ask("addresses"))
+            took_s = one.ask("echo", two.id, 1000)
+            way = one.ask("way", two.id)
+            print(f"{kind} to {other_kind}: {way}, first byte after {took_s:.2f} s")
+            assert way in expected((kind, other_kind))
+            assert two.ask("way", one.id) == way
+            assert two.ask("echo", one.id, 1000) < SOON_S
 
 
 def test_peer_behind_a_second_relay_is_reached_when_the_first_dies() -> None:
-    with swarm((Nat.SYMMETRIC, Nat.SYMMETRIC), relays=2) as (_, (first, second, one, two)):
+    with swarm(Nat.SYMMETRIC, Nat.SYMMETRIC, relays=2) as (first, second, one, two):
         wait(lambda: settled(one, Nat.SYMMETRIC, 2) and settled(two, Nat.SYMMETRIC, 2))
         one.ask("learn", two.id, *two.ask("addresses"))
         one.ask("echo", two.id, 1000)
         assert one.ask("way", two.id) == "relayed"
-        for relay in (first, second):
-            relay.end()
-            one.try_ask("echo", two.id, 1000)  # the first may have carried the circuit
-            assert one.ask("echo", two.id, 1000) < 3
-            break
+        relay = next(each for each in (first, second) if each.id == one.ask("relay", two.id))
+        relay.end()
+        assert one.ask("echo", two.id, 1000) < SOON_S
+        assert one.ask("relay", two.id) not in {None, relay.id}
 
 
 def test_nobody_notices_the_death_of_a_relay_after_a_hole_was_punched() -> None:
-    with swarm((Nat.RESTRICTED, Nat.RESTRICTED)) as (_, (relay, one, two)):
+    with swarm(Nat.RESTRICTED, Nat.RESTRICTED) as (relay, one, two):
         wait(lambda: settled(one, Nat.RESTRICTED) and settled(two, Nat.RESTRICTED))
         one.ask("learn", two.id, *two.ask("addresses"))
         one.ask("echo", two.id, 1000)

@@ -55,7 +55,7 @@ def test_output_of_children_is_wrapped_in_json(capsys: pytest.CaptureFixture[str
         import trio
         from node.cli.logs import configure_logging
         from node.util.child_process import start
-from node.util.interpreter import python
+        from node.util.interpreter import python
         configure_logging("info", "json")
         async def main():
             child = await start(python("-c", "import sys; sys.stderr.write('one\\\\ntwo')"), what="the child")
