@@ -20,6 +20,9 @@ from selector.cuts import Cuts, Parts
 MAX_OFFERS: Final = 64
 """Offers that are compared; of more, the fastest for every block are kept."""
 
+MAX_NAMED: Final = 3
+"""Pairs of peers that an error names which cannot reach each other."""
+
 TOKEN_BYTES: Final = 4
 
 
@@ -95,7 +98,8 @@ class NoRouteError(Exception):
     def __init__(self, missing: Sequence[BlockRange], apart: Sequence[tuple[str, str]] = ()) -> None:
         reason = f"blocks not served: {', '.join(map(str, missing)) or 'none'}"
         if apart and not missing:
-            reason = "the peers that serve it cannot reach each other: " + ", ".join(f"{a} and {b}" for a, b in apart)
+            pairs = ", ".join(f"{a} and {b}" for a, b in apart[:MAX_NAMED])
+            reason = f"the peers that serve it cannot reach each other: {pairs}"
         super().__init__(f"no route; {reason}")
         self.missing = tuple(missing)
         self.apart = tuple(apart)

@@ -43,9 +43,6 @@ or to end other jobs. What the remaining stages have computed is held meanwhile.
 HOPELESS_LIMIT_S = 4.0
 """How long it waits while no known peer could: the lost peer may return, or another be discovered, within it."""
 
-MAX_PAIRS = 3
-"""Pairs of peers that an error names which cannot reach each other."""
-
 BACKOFF_S = (0.1, 1.0)
 """First and longest pause before another route is tried."""
 
@@ -100,6 +97,7 @@ class ResilientRoute:
         self._replays = 0
         self._failures_since_token = 0
         self._avoided: dict[PeerId, StageRefusal] = {}
+        self._reconnected: dict[PeerId, StageRefusal] = {}
         self._outdated: dict[PeerId, StageRefusal] = {}
         """Peers that may serve any stage but the last."""
         self._logged: set[PeerId] = set()
@@ -150,7 +148,7 @@ class ResilientRoute:
             except NoRouteError as error:
                 if self._bad_request is not None:
                     raise self._invalid(self._bad_request) from None
-                search.refusals |= self._avoided
+                search.refusals |= self._reconnected | self._avoided
                 if not is_patient or self._is_hopeless(search, error):
                     raise no_route(self._job, error, search.refusals, self._outdated) from None
                 self._avoided.clear()
@@ -200,6 +198,7 @@ class ResilientRoute:
                 await self.open()
             else:
                 self._failures_since_token = 0
+                self._reconnected.clear()
                 if self._tracer is not None and self._tracer.is_due:
                     await self._tracer.collect(route)
                 return output
@@ -299,7 +298,12 @@ class ResilientRoute:
             return
         culprit = lost.blamed if lost.blamed in {stage.peer for stage in route.stages} else lost.reporter
         self._log.info("stage lost", peer=culprit, reason=lost.reason, message=lost.message)
-        self._avoided[culprit] = StageRefusal(culprit, None, lost.message, lagged=lost.lagged)
+        refusal = StageRefusal(culprit, None, lost.message, lagged=lost.lagged)
+        is_broken = lost.reason is FailureReason.DOWNSTREAM and not lost.lagged
+        # Maybe only the way there is lost, as that through a relay: it is tried once again before others are searched.
+        if not is_broken or culprit in self._reconnected or self._planner.knows_route(self._need({culprit})):
+            self._avoided[culprit] = refusal
+        self._reconnected[culprit] = refusal
         link_pool = self._services.link_pool
         is_ours = lost.reason is FailureReason.EXPIRED or lost.blamed == link_pool.peer_id != culprit
         if not is_ours:
@@ -425,11 +429,8 @@ def no_route(
             f"{leave_out}wait for a peer of a later version"
         )
     elif not avoided and error.apart:
-        pairs = ", ".join(f"{a} and {b}" for a, b in error.apart[:MAX_PAIRS])
-        message = (
-            f"{peers} cannot reach each other ({pairs}): one of each pair needs a forwarded port (--announce) or a "
-            "relay; see `metaswarm doctor` there"
-        )
+        how = "one of each pair needs a forwarded port (--announce) or a relay; see `metaswarm doctor` there"
+        message = f"{name}: {error}; {how}"
     elif not avoided:
         lacking = f"no peer serves blocks {blocks} of {name}"
         unfit = f"the peers serve spans of {name} that do not meet, and {methods} runs them as a whole only"

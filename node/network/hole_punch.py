@@ -105,6 +105,7 @@ class HolePuncher:
                 await trio.sleep(round_trip_s / 2)
                 if await self._punch(peer_id, theirs, initiator=False):
                     return
+        self._failed[peer_id] = None
         logger.info("no hole could be punched to %s", peer_id)
 
     async def handle(self, stream: INetStream) -> None:
@@ -121,12 +122,14 @@ class HolePuncher:
                     await _receive(messages, HolePunchType.SYNC)
                     if await self._punch(peer_id, theirs, initiator=True):
                         return
+                self._failed[peer_id] = None
             finally:
                 self._busy.discard(peer_id)
 
     def connected(self, peer_id: ID) -> None:
         """Note that there is a direct connection to a peer."""
         self.gave_up(peer_id)
+        self._failed.pop(peer_id, None)
         if (event := self._arrived.pop(peer_id, None)) is not None:
             direct = self._host.swarm.direct_connection(peer_id)
             if direct is not None and isinstance(direct.muxed_conn, Yamux):

@@ -91,14 +91,18 @@ class LabDaemon:
 
     def way(self, peer: str) -> str | None:
         """Return how a peer is reached from here."""
-        found = [each["way"] for each in self.ask("/swarm/peers")["peers"] if each["peer_id"] == peer]
-        return found[0] if found else None
+        found: str | None = self.peer(peer).get("way")
+        return found
+
+    def peer(self, peer: str) -> dict[str, Any]:
+        """Return what is known here of a peer."""
+        return next((each for each in self.ask("/swarm/peers")["peers"] if each["peer_id"] == peer), {})
 
     def is_complete(self) -> bool:
         """Return whether the model is complete as seen from here."""
         return any(model["complete"] for model in self.ask("/swarm/models")["models"])
 
-    def verdict(self) -> dict[str, Any]:
+    def reach(self) -> dict[str, Any]:
         """Return how this node can be reached."""
         found: dict[str, Any] = self.ask("/swarm/status")["reachability"]
         return found
