@@ -57,7 +57,7 @@ coverage: $(STAMP) interop ## The same, and which lines it did not reach.
 	$(BIN)/coverage report
 
 nat: $(STAMP) ## Peers behind NATs, in network namespaces: needs root, iproute2, nftables and ethtool.
-	$(BIN)/python -m pytest -m nat tests/nat
+	$(BIN)/python -m pytest -m "nat and not soak" tests/nat
 
 soak: $(STAMP) interop ## The slow tests.
 	$(BIN)/python -m pytest -m soak
