@@ -20,7 +20,10 @@ from metaswarm_client.errors import (
 
 DEFAULT_URL: Final = "http://127.0.0.1:8642"
 CONNECT_TIMEOUT_S: Final = 5.0
+TIMEOUTS: Final = {"/v1/embeddings": httpx.Timeout(600.0, connect=CONNECT_TIMEOUT_S)}
+"""Of paths whose answers come whole, with no keep-alives before."""
 
+MIN_DELAY_S: Final = 0.1
 FIRST_BACKOFF_S: Final = 0.5
 """Doubles with each retry, where the answer has no Retry-After."""
 
@@ -99,7 +102,9 @@ class Retries:
         delay_s = error.retry_after_s
         if delay_s is None:
             delay_s, self._backoff_s = self._backoff_s, 2 * self._backoff_s
+        # A node that says 0 is not asked without a pause.
+        delay_s = max(delay_s, MIN_DELAY_S) * (1 + JITTER * random.random())
         if self.waited_s + delay_s > self.limit_s:
             raise error
         self.waited_s += delay_s
-        return delay_s * (1 + JITTER * random.random())
+        return delay_s

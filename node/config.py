@@ -185,6 +185,12 @@ def default_data_dir() -> Path:
     return Path(platformdirs.user_data_dir(APPLICATION, appauthor=False))
 
 
+def chosen_data_dir() -> Path:
+    """Return the data directory that METASWARM_DATA_DIR names, or the default: where the verbs look for a node."""
+    named = os.environ.get(f"{ENVIRONMENT_PREFIX}DATA_DIR")
+    return Path(named).expanduser() if named else default_data_dir()
+
+
 def default_cache_dir() -> Path:
     """Return the default folder of model packages; nodes share it."""
     return Path(platformdirs.user_cache_dir(APPLICATION, appauthor=False))

@@ -33,6 +33,8 @@ MAX_SEED: Final = 2**63 - 1
 
 REASONING_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh")
 
+MAX_INPUTS: Final = 2048
+"""Texts of one request for embeddings."""
 MODEL: Final = Field("model", parse_name)
 STREAM: Final = Field("stream", parse_boolean)
 MAX_TOKENS: Final = Field("max_tokens", parse_limit)

@@ -8,7 +8,7 @@ from typing import Final
 
 import click
 
-from node.cli.output import CommandError, print_error
+from node.cli.output import EXIT_USAGE, CommandError, print_error
 from node.util.suggestions import suggestion
 
 VERBS: Final[Mapping[str, tuple[str, str]]] = {
@@ -44,7 +44,6 @@ _CONFIGURED: Final = frozenset({"node", "doctor", "config"})
 """Verbs that refuse unknown METASWARM_… variables; others print a warning."""
 
 EXIT_FAILED: Final = 1
-EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
 
 

@@ -90,7 +90,7 @@ def _axis(name: str, what: str, kind: "click.ParamType[Any]") -> Callable[[F], F
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Write the measurements to FILE; run again, it goes on after those that are there.",
+    help="Append the measurements to FILE; a rerun resumes: cells already measured are skipped.",
 )
 @click.option(
     "--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Plot as PNG, SVG or PDF."

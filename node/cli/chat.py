@@ -1,7 +1,6 @@
 """`metaswarm chat`: a conversation, line by line."""
 
 import json
-import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,7 +21,7 @@ from node.cli.output import (
     print_json,
 )
 from node.cli.target import node_for_command, on_node
-from node.config import ENVIRONMENT_PREFIX, default_data_dir
+from node.config import chosen_data_dir
 from node.util.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -134,8 +133,10 @@ def answer(url: str, conversation: Conversation, text: str, *, as_json: bool = F
         else:
             await stream_text(client, body, completion)
 
+    is_answered = False
     try:
         on_node(url, ask)
+        is_answered = True
     except KeyboardInterrupt:
         click.secho("(stopped)", dim=True, err=True)
         raise
@@ -143,7 +144,7 @@ def answer(url: str, conversation: Conversation, text: str, *, as_json: bool = F
         if sys.stderr.isatty() and not as_json:
             click.secho(summary(completion), dim=True, err=True)
     finally:
-        if completion.text:
+        if completion.text or is_answered:
             conversation.turns.append({"role": "assistant", "content": completion.text})
         else:  # it failed, or was stopped before it began: the message would be asked twice
             conversation.turns.pop()
@@ -205,7 +206,7 @@ def _run_command(url: str, conversation: Conversation, line: str) -> bool:
             _change_model(url, conversation, argument)
         case "/clear":
             conversation.turns.clear()
-            click.echo("the conversation begins anew", err=True)
+            click.echo("conversation cleared", err=True)
         case "/save":
             _save(conversation, argument)
         case _:
@@ -254,8 +255,7 @@ def _line_editing(is_terminal: bool) -> Iterator[None]:
     def complete(text: str, number: int) -> str | None:
         return next(iter([name for name in names if name.startswith(text)][number:]), None)
 
-    folder = os.environ.get(f"{ENVIRONMENT_PREFIX}DATA_DIR")
-    path = (Path(folder).expanduser() if folder else default_data_dir()) / HISTORY_FILE
+    path = chosen_data_dir() / HISTORY_FILE
     with suppress(OSError):
         readline.read_history_file(path)
     readline.set_history_length(HISTORY_LINES)

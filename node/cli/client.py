@@ -5,7 +5,6 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
@@ -14,7 +13,7 @@ import httpx
 
 from node.api.interface import Explanation, ModelDocument, NodeStatus
 from node.cli.output import CommandError
-from node.config import DEFAULT_API, ENVIRONMENT_PREFIX, NodeReady, default_data_dir, is_loopback, is_unspecified
+from node.config import DEFAULT_API, ENVIRONMENT_PREFIX, NodeReady, chosen_data_dir, is_loopback, is_unspecified
 
 CONNECT_TIMEOUT_S: Final = 5.0
 REQUEST_TIMEOUT_S: Final = 10.0
@@ -29,8 +28,7 @@ def find_api(api: str | None) -> str:
     given = api or os.environ.get(f"{ENVIRONMENT_PREFIX}API")
     if given:
         return _parse_url(given)
-    data_dir = os.environ.get(f"{ENVIRONMENT_PREFIX}DATA_DIR")
-    ready = NodeReady.read(Path(data_dir).expanduser() if data_dir else default_data_dir())
+    ready = NodeReady.read(chosen_data_dir())
     return ready.api_url if ready else f"http://{DEFAULT_API}"
 
 

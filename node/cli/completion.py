@@ -1,7 +1,8 @@
 """What a shell completes beside verbs and options: models and peers that are known here.
 
 The names come from the node on this machine and from the user's cache. Whatever fails completes nothing, in silence:
-the shell shows what is printed while the user types. Imports nothing but the standard library before it is asked.
+the shell shows what is printed while the user types. Until it is asked it imports nothing but click and the
+standard library.
 """
 
 import json
@@ -91,13 +92,12 @@ def _ask(context: click.Context, path: str, key: str) -> Iterable[dict[str, Any]
 
 def _get(context: click.Context, path: str) -> Any:
     """Return a page of the API of the node that the command line means, or None."""
-    from node.config import DEFAULT_API, NodeReady, default_data_dir
+    from node.config import DEFAULT_API, NodeReady, chosen_data_dir
 
     given = context.params.get("api") or _variable("API")
     if not isinstance(given, str):  # of `node` it is another thing: where to listen
         given = None
-    data_dir = _variable("DATA_DIR")
-    ready = None if given else NodeReady.read(Path(data_dir).expanduser() if data_dir else default_data_dir())
+    ready = None if given else NodeReady.read(chosen_data_dir())
     url = given or (ready.api_url if ready else DEFAULT_API)
     key = _variable("API_KEY")
     try:

@@ -8,11 +8,10 @@ import click
 from click.core import ParameterSource
 
 from node.cli.options import NODE_OPTIONS, SETTINGS, NodeOption, file_of, read_config, unknown_variables
-from node.cli.output import json_option, new_table, out, print_error, print_json, printable
+from node.cli.output import EXIT_USAGE, json_option, new_table, out, print_error, print_json, printable
 from node.config import DEFAULT_API, ENVIRONMENT_PREFIX, ConfigError, NodeConfig, default_cache_dir, default_data_dir
 
 SECRET: Final = "(not shown)"  # noqa: S105 - in place of a secret
-EXIT_USAGE: Final = 2
 
 _STANDARD: Final = NodeConfig(data_dir=default_data_dir(), cache_dir=default_cache_dir())
 _DEFAULTS: Final[Mapping[str, object]] = {

@@ -18,7 +18,7 @@ class ResultFile:
         self.path = path
         self._keys = set(keys)
         self._begins = f'{{"{keys[0]}": '.encode()
-        self._foreign = f"cannot go on with {path}: not written by `{writer}`; choose another file"
+        self._foreign = f"cannot resume from {path}: not written by `{writer}`; choose another file"
 
     def read(self) -> list[dict[str, Any]]:
         """Return the results so far; an incomplete last line is left out. Raises CommandError for other files."""

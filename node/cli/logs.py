@@ -26,7 +26,7 @@ def configure_logging(level: str, log_format: str = "text") -> None:
     if log_format == "json":
         shared.append(structlog.processors.format_exc_info)
         renderer: structlog.typing.Processor = structlog.processors.JSONRenderer(ensure_ascii=False)
-        child_process.relay_output = _log_child_output
+        child_process.relay_line = _log_child_line
     elif sys.stderr.isatty():
         renderer = structlog.dev.ConsoleRenderer(colors="NO_COLOR" not in os.environ, timestamp_key="time")
     else:
@@ -52,10 +52,9 @@ def configure_logging(level: str, log_format: str = "text") -> None:
         logging.getLogger(name).setLevel(threshold)
 
 
-def _log_child_output(what: str, data: bytes | bytearray) -> None:
-    for line in data.decode(errors="replace").splitlines():
-        if line.strip():
-            structlog.get_logger(__name__).info("child output", child=what, line=line)
+def _log_child_line(what: str, line: bytes) -> None:
+    if text := line.decode(errors="replace").strip():
+        structlog.get_logger(__name__).warning("child output", child=what, line=text)
 
 
 class ProgressLog:

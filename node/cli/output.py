@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
     from rich.table import Table
 
+EXIT_USAGE: Final = 2
+"""What the command line exits with where it was used wrongly."""
 WIDTH_OF_A_FILE: Final = 200
 """Width of tables in files and pipes."""
 

@@ -2,17 +2,16 @@
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from node.cli.output import api_option, json_option, out, print_json
-from node.cli.status_tables import render_models, render_peers, render_status
+from node.cli.status_tables import WATCH_INTERVAL_S, render_models, render_peers, render_status
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-WATCH_INTERVAL_S: Final = 2.0
 
 _Verb = Callable[[str | None, bool, bool], None]
 _Render = Callable[[Any], "RenderableType"]

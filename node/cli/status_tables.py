@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from node.cli.output import format_bytes, format_duration, new_table, printable
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
         ReachabilityDocument,
         SelectionStatus,
     )
+
+WATCH_INTERVAL_S: Final = 2.0
+"""How often `--watch` fetches a page."""
 
 
 def render_status(status: "NodeStatus") -> "RenderableType":

@@ -55,7 +55,7 @@ _Run = Callable[["ApiClient", Sequence[Mapping[str, Any]], str], Awaitable[None]
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Write the answers of --file to FILE; run again, it goes on after those that are there.",
+    help="Append the answers of --file to FILE; a rerun resumes: finished prompts are skipped.",
 )
 @click.option(
     "--concurrency",

@@ -79,7 +79,7 @@ async def run_file(
             if isinstance(sink, _Saved):
                 bars.close()
                 done = len(sink.done)
-                click.echo(f"{done} of {len(bodies)} answers are in {output}; the same command goes on", err=True)
+                click.echo(f"{done} of {len(bodies)} answers are in {output}; rerun the command to resume", err=True)
             raise
     sink.finish()
     if errors:

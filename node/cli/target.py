@@ -1,5 +1,7 @@
 """Which node and which model a verb means: `--api`, `--bootstrap` and `--model` of every verb that runs jobs."""
 
+import signal
+import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -40,21 +42,40 @@ def is_there(url: str) -> bool:
 
 
 def on_node(url: str, act: Callable[["ApiClient"], Awaitable[T]]) -> T:
-    """Return what a function of a client returns. Raises KeyboardInterrupt as such, and not in a group."""
+    """Return what a function of a client returns.
+
+    Raises what it raised, KeyboardInterrupt, and SystemExit on SIGTERM and SIGHUP: the caller may still have to end a
+    node of its own.
+    """
     import trio
 
     from node.cli.client import open_client
 
+    async def exit_on_signals(*, task_status: "trio.TaskStatus") -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGHUP) as signals:
+            task_status.started()
+            async for number in signals:
+                sys.exit(128 + number)
+
     async def run() -> T:
-        async with open_client(url) as client:
-            return await act(client)
+        async with trio.open_nursery() as nursery, open_client(url) as client:
+            await nursery.start(exit_on_signals)
+            found = await act(client)
+            nursery.cancel_scope.cancel()
+        return found
 
     try:
         return trio.run(run)
     except BaseExceptionGroup as group:
-        if group.subgroup(KeyboardInterrupt) is not None:
-            raise KeyboardInterrupt from None
-        raise
+        raise _first_of(group.subgroup((KeyboardInterrupt, SystemExit)) or group) from None
+
+
+def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return an exception of a group that is none itself."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 async def choose_model(client: "ApiClient", wanted: str | None, timeout_s: float = 0.0) -> str:

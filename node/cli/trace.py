@@ -20,7 +20,7 @@ def render_trace(document: Mapping[str, Any]) -> "RenderableType":
 
     trace = document.get("trace")
     if not trace or not any(stage["clock_error_s"] is not None for stage in trace["stages"]):
-        return Text("no trace: the stages' versions do not report timings")
+        return Text("no trace: no stage reported its timings: its version does not, or it was too slow")
     rounds = [each for each in trace["rounds"] if not each["has_prompt"]]
     headings = [f">{part.removesuffix('_s')}" for part in PARTS]
     table = new_table(

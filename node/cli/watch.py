@@ -12,7 +12,7 @@ import trio
 from node.cli.client import RefusedError
 from node.cli.explain import short_method
 from node.cli.output import CommandError, format_duration, new_table, out, printable
-from node.cli.status_tables import coverage_bar, describe_state, short_address, texts
+from node.cli.status_tables import WATCH_INTERVAL_S, coverage_bar, describe_state, short_address, texts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from node.cli.client import ApiClient
 
-WATCH_INTERVAL_S: Final = 2.0
 MAX_JOBS: Final = 12
 WIDE: Final = 100
 """Columns of a terminal that shows every column of the tables."""

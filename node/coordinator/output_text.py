@@ -66,4 +66,4 @@ class OutputText:
         if self._tokenizer.is_absent:
             self._spelt.update(dict.fromkeys(unknown, b""))
         elif unknown:
-            self._spelt.update(zip(unknown, await self._tokenizer.spell(unknown), strict=True))
+            self._spelt.update(zip(unknown, await self._tokenizer.token_bytes(unknown), strict=True))

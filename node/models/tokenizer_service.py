@@ -268,9 +268,9 @@ class ModelTokenizer:
         answer = await self._ask("the model's tokenizer", request, self._limits.decode_s, priority=0)
         return list(answer["texts"])
 
-    async def spell(self, tokens: Sequence[int]) -> list[bytes]:
+    async def token_bytes(self, tokens: Sequence[int]) -> list[bytes]:
         """Return the bytes of tokens, each by itself, special tokens by their names. Raises ModelError."""
-        request = {"do": "spell", "tokens": array("I", tokens).tobytes()}
+        request = {"do": "token_bytes", "tokens": array("I", tokens).tobytes()}
         answer = await self._ask("the model's tokenizer", request, self._limits.decode_s, priority=0)
         return list(answer["texts"])
 

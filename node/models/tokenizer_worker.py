@@ -113,7 +113,7 @@ class Tokenizer:
             text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
             return text
 
-    def spell(self, token: int) -> bytes:
+    def token_bytes(self, token: int) -> bytes:
         """Return the bytes of a token by itself, a special token by its name; none where there is no such token."""
         with _library_errors("the tokens cannot be turned into text"):
             text: str | None = self._tokenizer.id_to_token(token)
@@ -402,8 +402,8 @@ def _answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
                     f"the model's tokenizer makes more than {MAX_DECODED_CHARACTERS} characters of a token"
                 )
             return {"texts": texts}
-        case "spell":
-            return {"texts": [tokenizer.spell(token) for token in array("I", request["tokens"])]}
+        case "token_bytes":
+            return {"texts": [tokenizer.token_bytes(token) for token in array("I", request["tokens"])]}
         case "check_schema":
             from node.models.json_schema import schema_fault  # a library that few requests need
 

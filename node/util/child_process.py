@@ -32,14 +32,14 @@ _ADVICE: Final = "note: run with `RUST_BACKTRACE"
 """The uninformative last line of every crashed Rust program."""
 
 
-def _write_to_stderr(what: str, data: bytes | bytearray) -> None:
+def _write_to_stderr(what: str, line: bytes) -> None:
     del what
     with suppress(OSError):
-        os.write(_STDERR, data)
+        os.write(_STDERR, line)
 
 
-relay_output: Callable[[str, bytes | bytearray], None] = _write_to_stderr
-"""Shows what a child wrote to its stderr; a log in JSON replaces it, as that must have nothing else."""
+relay_line: Callable[[str, bytes], None] = _write_to_stderr
+"""Shows a line that a child wrote to its stderr; a log in JSON replaces it, as that must have nothing else."""
 
 
 class ChildError(Exception):
@@ -129,16 +129,25 @@ class Child:
         if self._stderr is None:
             return
         self._relaying = True
+        unfinished = b""
         try:
             while data := await self._stderr.receive_some():
                 self._tail = (self._tail + data)[-_TAIL_BYTES:]
+                *lines, unfinished = (unfinished + data).split(b"\n")
                 if show:
-                    relay_output(self.what, data)
+                    for line in lines:
+                        relay_line(self.what, line + b"\n")
+                # A line without an end is shown in parts.
+                if show and len(unfinished) > _TAIL_BYTES:
+                    relay_line(self.what, unfinished)
+                    unfinished = b""
             self._stderr_ended.set()
         except trio.ClosedResourceError:
             self._stderr_ended.set()
         finally:
             self._relaying = False
+            if show and unfinished:
+                relay_line(self.what, unfinished)
 
     async def exit_reason(self) -> ChildError:
         """Return why a child that closed its pipes exited."""

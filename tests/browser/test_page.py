@@ -29,7 +29,7 @@ def page(browser: Browser, swarm: list[Daemon]) -> Iterator[Page]:
 @pytest.fixture(scope="module")
 def done_job(swarm: list[Daemon]) -> str:
     """A job that is done: its id."""
-    body = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8}
+    body = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8, "metaswarm": {}}
     answer = httpx.post(f"{swarm[0].api_url}/v1/chat/completions", json=body, timeout=60)
     return str(answer.raise_for_status().json()["metaswarm"]["job_id"])
 
@@ -112,7 +112,7 @@ def test_copies_command_with_which_another_node_joins(browser: Browser, swarm: l
 def test_has_names_and_contrast_in_both_schemes(
     browser: Browser, swarm: list[Daemon], done_job: str, scheme: Any
 ) -> None:
-    def ground() -> str:
+    def ground(page: Page) -> str:
         return str(page.evaluate("() => getComputedStyle(document.body).backgroundColor"))
 
     with watched(browser, swarm[0].api_url, color_scheme=scheme, reduced_motion="reduce") as page:
@@ -125,11 +125,11 @@ def test_has_names_and_contrast_in_both_schemes(
         assert page.evaluate(NAMES) == []
         assert page.evaluate(CONTRAST) == []
         theme_button = page.get_by_role("button", name="Theme")
-        grounds = [ground()]
+        grounds = [ground(page)]
         for theme in ("light", "dark", "system"):
             theme_button.click()
             expect(theme_button).to_have_text(f"Theme: {theme}")
-            grounds.append(ground())
+            grounds.append(ground(page))
         system, light, dark, again = grounds
         assert light != dark
         assert system == again == {"light": light, "dark": dark}[scheme]

@@ -74,7 +74,7 @@ class NumberTokenizer:
         await trio.lowlevel.checkpoint()
         return ""
 
-    async def spell(self, tokens: Sequence[int]) -> list[bytes]:
+    async def token_bytes(self, tokens: Sequence[int]) -> list[bytes]:
         await trio.lowlevel.checkpoint()
         return [f"{token} ".encode() for token in tokens]
 

@@ -13,11 +13,9 @@ from node.api.fields import Field, Form, ObjectForm, list_of, parse_boolean, par
 from node.api.job_document import describe_job
 from node.api.ollama.answers import nanoseconds
 from node.api.ollama.requests import IGNORED, OPTIONS, PROMPT, model_name
-from node.api.shared_fields import MODEL
+from node.api.shared_fields import MAX_INPUTS, MODEL
 from node.coordinator.submission import JobRequest, JobResult
 from protocol.tensors import Pooling
-
-MAX_INPUTS: Final = 2048
 
 _texts: Final = list_of(parse_text, "texts", MAX_INPUTS)
 _one_or_more: Final = Form(

@@ -23,7 +23,7 @@ from node.api.fields import (
 )
 from node.api.generation import Generation
 from node.api.ollama.answers import OllamaWriter
-from node.api.openai.messages import TOOL_CALLS, TOOLS, refuse_prefill
+from node.api.openai.messages import MAX_MESSAGES, TOOL_CALLS, TOOLS, refuse_prefill
 from node.api.output_parser import PLAIN_TEXT
 from node.api.schemas import ANY_OBJECT, parse_schema
 from node.api.shared_fields import (
@@ -65,7 +65,6 @@ NEUTRAL_OPTIONS: Final[Mapping[str, tuple[Any, ...]]] = {
 DEFAULT_TEMPERATURE: Final = 0.8
 DEFAULT_TOP_K: Final = 40
 DEFAULT_TOP_P: Final = 0.9
-_MAX_TURNS: Final = 4096
 _EFFORTS: Final = ("low", "medium", "high")
 
 
@@ -135,7 +134,7 @@ _OPTIONS: Final = Field("options", OPTIONS.form)
 _FORMAT: Final = Field("format", _parse_format)
 _THINK: Final = Field("think", _parse_think)
 _LOGPROBS: Final = Field("logprobs", parse_boolean)
-_MESSAGES: Final = Field("messages", list_of(_parse_message, "messages", _MAX_TURNS))
+_MESSAGES: Final = Field("messages", list_of(_parse_message, "messages", MAX_MESSAGES))
 PROMPT: Final = Field("prompt", parse_text)
 _SYSTEM: Final = Field("system", parse_text)
 _RAW: Final = Field("raw", parse_boolean)

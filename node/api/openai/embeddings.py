@@ -11,12 +11,10 @@ from node.api.embeddings import EmbeddingWriter, as_base64, as_json, embedding_o
 from node.api.fields import Field, Form, ObjectForm, one_of, parse_json
 from node.api.job_document import describe_job
 from node.api.openai.requests import IGNORED, prompts_of, with_prompt
-from node.api.shared_fields import METHOD, MODEL, QUALITY, asks_details
+from node.api.shared_fields import MAX_INPUTS, METHOD, MODEL, QUALITY, asks_details
 from node.coordinator.submission import JobRequest, JobResult
 from protocol.measurements import QualityBound
 from protocol.tensors import Pooling
-
-MAX_INPUTS: Final = 2048
 
 NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("dimensions", "truncate_prompt_tokens"), ()),

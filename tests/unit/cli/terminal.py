@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fcntl import ioctl
-from termios import TIOCSWINSZ
+from termios import TIOCSCTTY, TIOCSWINSZ
 
 _ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|[=>]|\][^\x07]*\x07)")
 TIMEOUT_S = 20.0
@@ -77,7 +77,7 @@ def on_terminal(*arguments: str, columns: int = 100, lines: int = 30, prelude: s
         stderr=theirs,
         env=environment,
         # In a session of its own whose terminal this is, so that Ctrl-C reaches it.
-        preexec_fn=lambda: (os.setsid(), ioctl(0, 0x540E, 0)),  # type: ignore[func-returns-value]
+        preexec_fn=lambda: (os.setsid(), ioctl(0, TIOCSCTTY, 0)),  # type: ignore[func-returns-value]
     )
     os.close(theirs)
     try:

@@ -1,5 +1,6 @@
 import io
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -159,3 +160,14 @@ def test_failure_keeps_chat_on_terminal(node: FakeNode, api: list[str]) -> None:
         terminal.type("\x04")
         assert terminal.wait_exit() == 0
     assert said(node) == [("user", "Hi again")]
+
+
+def test_ended_from_outside_leaves_no_traceback(node: FakeNode, api: list[str]) -> None:
+    node.submitter.words, node.submitter.hang = ("Once", " upon"), True
+    with on_terminal("chat", *api) as terminal:
+        terminal.wait_for(">>> ")
+        terminal.type("Tell me\n")
+        terminal.wait_for("Once upon")
+        terminal.process.terminate()
+        assert terminal.wait_exit() == 128 + signal.SIGTERM
+    assert "Traceback" not in terminal.raw

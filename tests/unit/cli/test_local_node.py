@@ -13,10 +13,12 @@ from tests.unit.api.fakes import PEERS
 
 STAND_IN = """
 import json, os, sys, time
-print(json.dumps({"peer_id": sys.argv[1], "multiaddrs": [], "api_url": "http://127.0.0.1:1", "pid": os.getpid()}))
 with open(sys.argv[2], "w") as file:
     json.dump([sys.argv[3:], dict(os.environ)], file)
-sys.stdout.flush()
+print(
+    json.dumps({"peer_id": sys.argv[1], "multiaddrs": [], "api_url": "http://127.0.0.1:1", "pid": os.getpid()}),
+    flush=True,
+)
 time.sleep(60)
 """
 

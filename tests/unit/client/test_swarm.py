@@ -267,11 +267,20 @@ def test_retries_wait_as_told_and_within_the_limit(
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
     transport = httpx.MockTransport(lambda _request: httpx.Response(503, headers=headers, text="busy"))
-    swarm = Swarm("http://127.0.0.1", transport=transport, retry_limit_s=10)
+    swarm = Swarm("http://127.0.0.1", transport=transport, retry_limit_s=11.5)
     with swarm, pytest.raises(UnavailableError, match="503 Service Unavailable"):
         swarm.models()
     assert len(waited) == len(delays)
     assert all(delay <= each <= 1.25 * delay for delay, each in zip(delays, waited, strict=True))
+
+
+def test_node_that_says_at_once_is_not_asked_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    transport = httpx.MockTransport(lambda _request: httpx.Response(503, headers={"Retry-After": "0"}, text="busy"))
+    with Swarm("http://127.0.0.1", transport=transport, retry_limit_s=1) as swarm, pytest.raises(UnavailableError):
+        swarm.models()
+    assert 5 <= len(waited) <= 10
 
 
 async def test_embeddings_come_in_the_order_of_their_texts() -> None:

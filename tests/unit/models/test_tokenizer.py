@@ -88,7 +88,7 @@ def test_special_tokens_that_mark_something_are_known() -> None:
 def test_tokens_are_spelt_one_by_one(definition: str) -> None:
     tokenizer = Tokenizer(definition)
     tokens = tokenizer.encode("a fox ¶", add_special_tokens=False)
-    assert b"".join(map(tokenizer.spell, tokens)).decode().strip() == "a fox ¶"
-    assert tokenizer.spell(1 << 20) == b""
+    assert b"".join(map(tokenizer.token_bytes, tokens)).decode().strip() == "a fox ¶"
+    assert tokenizer.token_bytes(1 << 20) == b""
     (special, *_) = (token for token in json.loads(definition)["added_tokens"] if token["special"])
-    assert tokenizer.spell(special["id"]) == special["content"].encode()
+    assert tokenizer.token_bytes(special["id"]) == special["content"].encode()
