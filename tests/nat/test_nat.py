@@ -107,6 +107,11 @@ def expected(kinds: tuple[Nat, Nat]) -> set[str]:
     return {"relayed"} if Nat.SYMMETRIC in kinds else {"punched"}
 
 
+def goes_as_expected(one: Peer, two: Peer, kinds: tuple[Nat, Nat]) -> bool:
+    """Return whether two peers reach each other in a way that is good enough, as both see it."""
+    return one.ask("way", two.id) == two.ask("way", one.id) and one.ask("way", two.id) in expected(kinds)
+
+
 @pytest.mark.parametrize("kind", list(Nat))
 def test_homes_behind_every_pair_of_nats_reach_each_other(kind: Nat) -> None:
     with swarm(kind, *Nat, delay_ms=15) as (_, one, *others):
@@ -115,10 +120,9 @@ def test_homes_behind_every_pair_of_nats_reach_each_other(kind: Nat) -> None:
         for two, other_kind in zip(others, Nat, strict=True):
             one.ask("learn", two.id, *two.ask("addresses"))
             took_s = one.ask("echo", two.id, 1000)
-            way = one.ask("way", two.id)
-            print(f"{kind} to {other_kind}: {way}, first byte after {took_s:.2f} s")
-            assert way in expected((kind, other_kind))
-            assert two.ask("way", one.id) == way
+            # On a busy machine the first stream goes through the relay, and the hole is there a moment later.
+            wait(partial(goes_as_expected, one, two, (kind, other_kind)), one)
+            print(f"{kind} to {other_kind}: {one.ask('way', two.id)}, first byte after {took_s:.2f} s")
             assert two.ask("echo", one.id, 1000) < SOON_S
 
 
@@ -139,7 +143,7 @@ def test_nobody_notices_the_death_of_a_relay_after_a_hole_was_punched() -> None:
         wait(lambda: settled(one, Nat.RESTRICTED) and settled(two, Nat.RESTRICTED))
         one.ask("learn", two.id, *two.ask("addresses"))
         one.ask("echo", two.id, 1000)
-        assert one.ask("way", two.id) == "punched"
+        wait(lambda: one.ask("way", two.id) == two.ask("way", one.id) == "punched", one)
         relay.end()
         assert one.ask("echo", two.id, 100_000) < SOON_S
         assert two.ask("echo", one.id, 100_000) < SOON_S
