@@ -5,6 +5,7 @@ Subclasses and wrappers, no patches. README.md in this folder lists each fault w
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any, Final
 
 import trio
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 DIAL_STAGGER_S: Final = 0.25
 """Head start of each address of a peer over the next one (happy eyeballs)."""
+
+CIRCUIT_STAGGER_S: Final = 1.0
+"""Head start of a public address over a relay: on a busy machine a circuit must not win by accident."""
 
 MAX_CONCURRENT_DIALS: Final = 32
 SIMULTANEOUS_S: Final = 5.0
@@ -275,10 +279,10 @@ class GuardedSwarm(Swarm):
 
         with trio.move_on_after(self._dial_timeout_s):
             async with trio.open_nursery() as nursery:
-                for address in addresses:
+                for address, following in zip_longest(addresses, addresses[1:]):
                     failed = trio.Event()
                     nursery.start_soon(dial_one, address, failed)
-                    with trio.move_on_after(DIAL_STAGGER_S if address is not addresses[-1] else 0):
+                    with trio.move_on_after(_head_start_s(address, following)):
                         await failed.wait()
         if dial.failure and len(failures) == len(addresses):
             dial.failure = "; ".join(failures)
@@ -309,6 +313,15 @@ class GuardedSwarm(Swarm):
             *(Multiaddr(address.endpoint) for address in direct[:MAX_DIALLED]),
             *(Multiaddr(address.of(peer)) for address in circuits[:MAX_CIRCUITS_DIALLED]),
         ]
+
+
+def _head_start_s(address: Multiaddr, following: Multiaddr | None) -> float:
+    """Return how long one address of a peer is dialled before the following one is, too."""
+    if following is None:
+        return 0
+    this, following_one = parse_address(str(address)), parse_address(str(following))
+    is_last_direct = this.relay is None and following_one.relay is not None
+    return CIRCUIT_STAGGER_S if is_last_direct and this.is_public else DIAL_STAGGER_S
 
 
 def _is_direct(connection: INetConn) -> bool:
