@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 NPM := $(shell command -v npm)
 NPM_STAMP := tests/interop/node_modules/.package-lock.json
 
-.PHONY: help install interop demo test test-fast gpu coverage soak lint format bench bench-all clean
+.PHONY: help install interop demo test test-fast gpu coverage nat soak lint format bench bench-all clean
 .DEFAULT_GOAL := help
 
 help: ## Say what the targets do.
@@ -41,10 +41,10 @@ demo: $(STAMP) ## Three local peers hold a third of a model each and answer a qu
 	$(BIN)/metaswarm demo
 
 test: $(STAMP) interop ## Everything that needs no GPU.
-	$(BIN)/python -m pytest -m 'not soak' --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest -m 'not soak and not nat' --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 test-fast: $(STAMP) ## Unit and property tests but for the slow ones: for while you work.
-	$(BIN)/python -m pytest -q -m 'not slow and not soak' tests/unit tests/property
+	$(BIN)/python -m pytest -q -m 'not slow and not soak and not nat' tests/unit tests/property
 
 # Where there is a GPU that torch can use. METASWARM_TEST_DEVICE names another: cuda:1, mps.
 gpu: export METASWARM_TEST_DEVICE ?= cuda
@@ -52,9 +52,12 @@ gpu: $(STAMP) ## The tests of the engine, computed on a GPU.
 	$(BIN)/python -m pytest tests/unit/engine
 
 coverage: $(STAMP) interop ## The same, and which lines it did not reach.
-	$(BIN)/coverage run -m pytest -m 'not soak'
+	$(BIN)/coverage run -m pytest -m 'not soak and not nat'
 	$(BIN)/coverage combine
 	$(BIN)/coverage report
+
+nat: $(STAMP) ## Peers behind NATs, in network namespaces: needs root, iproute2, nftables and ethtool.
+	$(BIN)/python -m pytest -m "nat and not soak" tests/nat
 
 soak: $(STAMP) interop ## The slow tests.
 	$(BIN)/python -m pytest -m soak

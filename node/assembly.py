@@ -18,8 +18,8 @@ from node.consensus.measuring_allowance import MeasuringAllowance
 from node.consensus.service import ConsensusService, swarm_name
 from node.coordinator.coordinator import Coordinator
 from node.coordinator.observation import Recorder, software_name, software_versions, weight_type
-from node.coordinator.planner import SwarmView
 from node.coordinator.quality_store import LocalQualityStore
+from node.coordinator.swarm_view import SwarmView
 from node.coordinator.trial_runner import BenchmarkRunner
 from node.engine.client import SpareWorker, start_engine
 from node.engine.device import Device
@@ -31,6 +31,8 @@ from node.models.store import ModelStore
 from node.network.host import Libp2pNetwork
 from node.network.interface import Network
 from node.network.limits import NetworkLimits
+from node.network.relay_ledger import RelayLimits
+from node.network.traversal import TraversalOptions
 from node.replication.observations import ObservationReplicator
 from node.selection.chooser import LearnedChooser, LearnedVoter
 from node.selection.learner import Learner
@@ -121,6 +123,7 @@ class ServingParts:
 class ClientParts:
     """What runs this node's own jobs."""
 
+    links: LinkEstimates
     quality_store: LocalQualityStore
     recorder: Recorder
     coordinator: Coordinator
@@ -167,8 +170,13 @@ def build_network(config: NodeConfig, database: Database, devices: Sequence[Devi
         network = Libp2pNetwork(
             identity.seed,
             listen=config.listen,
+            announce=config.announce,
             swarm_key=config.swarm_key,
             limits=NetworkLimits.within(open_file_limit()),
+            traversal=TraversalOptions(
+                relay=RelayLimits(bytes_per_s=config.relay_bytes_per_s) if config.relay else None,
+                port_mapping=config.port_mapping,
+            ),
             on_sent=traffic.sent,
             on_received=traffic.received,
         )
@@ -301,11 +309,18 @@ def build_client(
         capabilities = announcer.known(peer)
         return None if capabilities is None else capabilities.links
 
+    def relay_to(peer: PeerId) -> PeerId | None:
+        way = network.network.way_to(peer)
+        return None if way is None else way.relay
+
+    links = LinkEstimates(
+        membership.directory, network.identity.peer_id, membership.round_trip_s, links_of, relay_to=relay_to
+    )
     recorder = Recorder(network.identity, swarm.replicator.publish)
     quality_store = LocalQualityStore(serving.library, config.cache_dir)
     view = SwarmView(
         finder=membership,
-        links=LinkEstimates(network.identity.peer_id, membership.round_trip_s, links_of).between,
+        links=links.between,
         capabilities=capabilities_of,
         expected=membership.directory.expected,
         agreed=selection.chains.agreement,
@@ -319,7 +334,7 @@ def build_client(
         quality_store=quality_store,
         chooser=selection.chooser,
     )
-    return ClientParts(quality_store, recorder, coordinator, BenchmarkRunner(coordinator, recorder))
+    return ClientParts(links, quality_store, recorder, coordinator, BenchmarkRunner(coordinator, recorder))
 
 
 def build_consensus(

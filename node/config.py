@@ -69,7 +69,15 @@ class NodeConfig:
 
     data_dir: Path
     cache_dir: Path
-    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/4001",)
+    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/4001", "/ip6/::/tcp/4001")
+    announce: tuple[str, ...] = ()
+    """Addresses that others are told besides those of the interfaces."""
+    port_mapping: bool = True
+    """Whether to have the gateway forward the port (UPnP)."""
+    relay: bool = True
+    """Whether to relay between peers that cannot reach each other, where this node is public."""
+    relay_bytes_per_s: int = 16 << 20
+    """Of all circuits together."""
     api_host: str = "127.0.0.1"
     api_port: int = 8642
     """0 lets the system choose a port."""

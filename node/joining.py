@@ -6,6 +6,7 @@ import shutil
 import socket
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -13,14 +14,23 @@ from node.config import NodeConfig, NodeReady, ServeSpec, default_cache_dir, is_
 from node.models.catalogue import CATALOGUE, DEMO_MODEL
 from node.models.errors import ModelError
 from node.models.store import ModelStore
+from node.network.addresses import is_private
 from selector.consensus.clock import EPOCH_S
 
 PORTS_TRIED: Final = 200
 
 
 def best_address(multiaddrs: tuple[str, ...]) -> str | None:
-    """Return the multiaddr that other machines can most likely dial; None without any."""
-    return min(multiaddrs, key=is_loopback_address, default=None)
+    """Return the multiaddr that other machines can most likely dial; None without any.
+
+    A public one, else a circuit through a relay, else a private one.
+    """
+
+    def order(multiaddr: str) -> tuple[bool, bool, bool]:
+        host = multiaddr.split("/")[2]
+        return is_loopback(host), is_private(host), "/p2p-circuit" in multiaddr
+
+    return min(multiaddrs, key=order, default=None)
 
 
 def is_loopback_address(multiaddr: str) -> bool:
@@ -63,13 +73,14 @@ def join_elsewhere(config: NodeConfig, ready: NodeReady, serve: ServeSpec | None
 
 def second_node(config: NodeConfig) -> list[str]:
     """Return options with a free data directory and free ports for a second node on this machine."""
-    _, family, host, _, port = config.listen[0].split("/")
-    taken = {int(address.split("/")[4]) for address in config.listen} | {config.api_port}
-    listen = _free_port(host, int(port) or 4000, taken)
+    hosts = [address.split("/")[1:3] for address in config.listen]
+    ports = [int(address.split("/")[4]) for address in config.listen]
+    taken = {*ports, config.api_port}
+    listen = _free_port(hosts[0][1], ports[0] or 4000, taken)
     api = _free_port(config.api_host, config.api_port or 8642, {*taken, listen})
     api_host = f"[{config.api_host}]" if ":" in config.api_host else config.api_host
     return [
-        *("--listen", f"/{family}/{host}/tcp/{listen}"),
+        *chain.from_iterable(("--listen", f"/{family}/{host}/tcp/{listen}") for family, host in hosts),
         *("--api", f"{api_host}:{api}"),
         *("--data-dir", str(_free_data_dir(config.data_dir))),
     ]

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Final, TypedDict, cast
+from typing import Any, Final, Literal, TypedDict, cast
 
 import trio
 
@@ -25,6 +25,7 @@ from node.api.interface import (
     PeerSessions,
     PeerSpan,
     PeerStatus,
+    ReachabilityDocument,
     Sample,
     SpanDocument,
     SpanSummary,
@@ -36,20 +37,22 @@ from node.config import ServeSpec
 from node.consensus.chain_node import ChainNode
 from node.coordinator.observation import weight_type
 from node.coordinator.submission import JobRequest
+from node.network.interface import Way
 from node.stages.memory_admission import span_bytes_for
 from node.stages.peer_penalties import StagePeerStatistics
 from node.stages.span import Span
 from node.storage.database import StorageError
 from node.telemetry.observer import Telemetry
 from node.util.samples import Samples
-from protocol.announcements import ServedSpan
+from protocol.announcements import Reachability, ServedSpan
 from protocol.capabilities import hardware_class
 from protocol.consensus_values import Statement
-from protocol.identity import BlockRange, ModelId, PeerId
+from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from selector.consensus.chain import ChainEntry
 from selector.consensus.reputation import WEIGHT_SCALE
 from selector.cuts import Cuts
 from selector.reliability import PeerRecord
+from selector.routing import NoRouteError, check_complete
 
 SAMPLE_INTERVAL_S: Final = 10.0
 MAX_SAMPLES: Final = 360
@@ -97,6 +100,7 @@ class StatusView:
             "peer_id": self._network.peer_id,
             "agent": AGENT,
             "multiaddrs": list(self._network.multiaddrs),
+            "reachability": _reachability(self._network.reachability),
             "api_url": self.api_url,
             "state": "draining" if self._stages.is_draining else "serving",
             "uptime_s": round(time.monotonic() - self._started_s, 3),
@@ -229,7 +233,7 @@ class StatusView:
         bans, sessions, jobs = self._bans(), self._stages.peer_statistics(), self.submitter.peer_records()
         peers: list[PeerStatus] = []
         for peer in sorted({*entries, *connected, *bans, *sessions, *jobs} - {self._network.peer_id}):
-            entry = entries.get(peer)
+            entry, way = entries.get(peer), self._network.way_to(peer)
             peers.append(
                 {
                     "peer_id": peer,
@@ -237,6 +241,8 @@ class StatusView:
                     "agent": entry.agent if entry else "",
                     "connected": peer in connected,
                     "reached": peer in reached,
+                    "way": _kind_of(way),
+                    "relay": None if way is None else way.relay,
                     "leaving": peer in leaving,
                     "rtt_s": self._membership.round_trip_s(peer),
                     **self._announced(peer),
@@ -308,20 +314,22 @@ class StatusView:
         return explain(considered, self._parts.selection.chooser, self._parts.selection.learner.status)
 
     def _model(self, model: ModelId) -> ModelDocument:
-        spans = [candidate.stage.blocks for candidate in self._membership.directory.candidates(model)]
+        stages = [candidate.stage for candidate in self._membership.directory.candidates(model)]
+        spans = [stage.blocks for stage in stages]
         manifest = self._library.local_manifest(model)
         # Without the manifest only the served blocks are known.
         cuts = manifest.cuts if manifest else Cuts(max((span.end for span in spans), default=0))
         joinable = [span for span in spans if cuts.fault(span) is None]
         coverage = [sum(block in span for span in joinable) for block in range(cuts.block_count)]
-        missing = cuts.uncovered(joinable)
+        missing, apart = self._gaps_between(cuts, stages)
         return {
             "model": model,
             "name": self._library.name_of(model),
             "block_count": cuts.block_count,
             "coverage": coverage,
             "uncovered": [(gap.start, gap.end) for gap in missing],
-            "complete": manifest is not None and not missing,
+            "apart": list(apart),
+            "complete": manifest is not None and not missing and not apart,
             "local": manifest is not None,
             "size_bytes": manifest.size_bytes if manifest else None,
             "format": manifest.format if manifest else None,
@@ -332,6 +340,16 @@ class StatusView:
                 for kv_key, figures in self._parts.client.quality_store.figures(model).items()
             },
         }
+
+    def _gaps_between(
+        self, cuts: Cuts, stages: Sequence[Stage]
+    ) -> tuple[Sequence[BlockRange], Sequence[tuple[str, str]]]:
+        """Return the blocks that no peer serves; where there are none, the peers that keep a route from being."""
+        try:
+            check_complete(cuts, stages, self._parts.client.links.between)
+        except NoRouteError as error:
+            return error.missing, error.apart
+        return (), ()
 
     def _served_span(self, span: Span) -> SpanDocument:
         info = span.info
@@ -351,6 +369,25 @@ class StatusView:
             "steps": statistics.steps,
             "compute_s": statistics.compute_s,
         }
+
+
+def _reachability(known: Reachability) -> ReachabilityDocument:
+    return {
+        "verdict": known.verdict.value,
+        "observed": list(known.observed),
+        "endpoint_dependent": known.endpoint_dependent,
+        "port_mapped": known.port_mapped,
+        "relays": list(known.relays),
+        "relay_bytes_per_s": known.relay_bytes_per_s,
+    }
+
+
+def _kind_of(way: Way | None) -> Literal["direct", "punched", "relayed"] | None:
+    if way is None:
+        return None
+    if way.relay is not None:
+        return "relayed"
+    return "punched" if way.punched else "direct"
 
 
 def _sessions(asked: StagePeerStatistics) -> PeerSessions:

@@ -6,13 +6,23 @@
 import abc
 import hashlib
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Annotated, ClassVar, Final
 
 from protocol import fields
 from protocol.errors import RemoteProtocolError
 from protocol.forms import Counter, Name
 from protocol.identity import BlockRange, ModelId, PeerId
-from protocol.limits import MAX_ADDRESSES, MAX_HEARTBEAT_INTERVAL_MS, MAX_NAME_BYTES, MAX_RATE, MAX_SPANS
+from protocol.limits import (
+    MAX_ADDRESSES,
+    MAX_HEARTBEAT_INTERVAL_MS,
+    MAX_NAME_BYTES,
+    MAX_NUMBER,
+    MAX_OBSERVED,
+    MAX_RATE,
+    MAX_RELAYS,
+    MAX_SPANS,
+)
 from protocol.messages import Load
 from protocol.schema import LOCAL, Count, Form, Range
 
@@ -87,6 +97,14 @@ class Placement:
     movable: bool
 
 
+class Verdict(StrEnum):
+    """Whether a peer can be dialled from anywhere, as other peers found by dialling it."""
+
+    PUBLIC = "public"
+    PRIVATE = "private"
+    UNKNOWN = "unknown"
+
+
 def _multiaddr(value: object, what: str) -> str:
     address = fields.name(value, MAX_NAME_BYTES, what)
     if not address.startswith("/"):
@@ -95,14 +113,35 @@ def _multiaddr(value: object, what: str) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reachability:
+    """How a peer can be reached.
+
+    `observed`: the addresses at which others see it, public or not. `endpoint_dependent`: its NAT maps its port to
+    another one for each destination (symmetric), so that no hole can be punched. `port_mapped`: its gateway forwards a
+    port to it. `relays`: where it has reservations. `relay_bytes_per_s`: what it relays for others in all, 0 where it
+    is no relay.
+    """
+
+    extensible: ClassVar[bool] = True
+
+    verdict: Verdict = Verdict.UNKNOWN
+    observed: Annotated[tuple[Annotated[str, Form(_multiaddr)], ...], Count(MAX_OBSERVED)] = ()
+    endpoint_dependent: bool = False
+    port_mapped: bool = False
+    relays: Annotated[tuple[PeerId, ...], Count(MAX_RELAYS)] = ()
+    relay_bytes_per_s: Annotated[float, Range(0, MAX_NUMBER)] = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat(Record):
     """Sign of life of a peer: its addresses, software, spans and placements, and whether it drains.
 
     `interval_ms`: the approximate time until its next heartbeat. `placed_at_ms`: Unix time of its latest change of
-    `placements`; planners consider all placements up to one moment.
+    `placements`; planners consider all placements up to one moment. `reachability`: None of a peer that does not say.
     """
 
     kind: ClassVar[str] = "heartbeat"
+    extensible: ClassVar[bool] = True
 
     interval_ms: Annotated[int, Range(1, MAX_HEARTBEAT_INTERVAL_MS)]
     multiaddrs: Annotated[tuple[Annotated[str, Form(_multiaddr)], ...], Count(MAX_ADDRESSES)]
@@ -111,6 +150,7 @@ class Heartbeat(Record):
     placements: Annotated[tuple[Placement, ...], Count(MAX_SPANS)] = ()
     placed_at_ms: Counter = 0
     leaving: bool = False
+    reachability: Reachability | None = None
 
 
 def span_key(model: ModelId, peer: PeerId) -> str:

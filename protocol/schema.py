@@ -7,6 +7,7 @@
 `to_map` and `from_map` turn such a dataclass into the map that travels and back. `from_map` is strict: a field that is
 missing, unknown, of another type or out of bounds is a RemoteProtocolError that names it. A class may define `check`,
 which raises RemoteProtocolError for fields that contradict each other; it runs after the fields' own checks.
+A class that sets `extensible` skips unknown fields instead, so that later versions may add some.
 
 A field travels under its own name. `X | None` is absent where it is None, `Nullable[X]` travels as nil. Nested
 dataclasses are maps, or arrays of their fields in order where marked ARRAY; named tuples and tuples are arrays.
@@ -128,7 +129,7 @@ def from_map(cls: type[_T], value: object, what: str, **local: object) -> _T:
             raise RemoteProtocolError(f"{what} lacks {key!r}")
         else:
             local[attribute] = absent
-    if left:
+    if left and not layout.extensible:
         unknown = min(value.keys() - {field.key for field in layout.fields})
         raise RemoteProtocolError(f"{what} has an unknown field {unknown[:80]!r}")
     made: _T = layout.make(local)
@@ -173,11 +174,15 @@ class _Field(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """The fields of a class that travel, in order, and its own check, if it has one."""
+    """The fields of a class that travel, in order, and its own check, if it has one.
+
+    `extensible`: unknown fields are skipped, so that later versions may add some.
+    """
 
     cls: type[Any]
     fields: tuple[_Field, ...]
     check: Callable[[Any], None] | None
+    extensible: bool
 
     def make(self, values: dict[str, Any]) -> Any:
         """Return an instance whose fields fit together."""
@@ -219,7 +224,7 @@ def _read_layout(cls: type[Any]) -> _Layout:
         elif _is_optional(kind) and Mark.NULLABLE not in marks:
             absent, kind = None, _without_none(kind)
         layout.append(_Field(attribute, key, _form(kind, marks), absent))
-    return _Layout(cls, tuple(layout), getattr(cls, "check", None))
+    return _Layout(cls, tuple(layout), getattr(cls, "check", None), getattr(cls, "extensible", False))
 
 
 def _form(annotation: Any, marks: tuple[Any, ...] = ()) -> Form:

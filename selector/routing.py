@@ -5,8 +5,10 @@ So a route's cost depends on neighbours, and its end on its beginning. Spans may
 at any block, entered at its first block and left at any, or a stage as a whole, as its engine runs parts of a span.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
@@ -17,6 +19,9 @@ from selector.cuts import Cuts, Parts
 
 MAX_OFFERS: Final = 64
 """Offers that are compared; of more, the fastest for every block are kept."""
+
+MAX_NAMED: Final = 3
+"""Pairs of peers that an error names which cannot reach each other."""
 
 TOKEN_BYTES: Final = 4
 
@@ -86,12 +91,18 @@ class Route:
 class NoRouteError(Exception):
     """No chain of offers covers all blocks. `missing`: the ranges that no offer covers.
 
-    It is empty where every block is served, but by spans that run as a whole only and whose edges do not meet.
+    It is empty where every block is served, but by spans that run as a whole only and whose edges do not meet, or by
+    peers that cannot reach each other: those are in `apart`, in pairs.
     """
 
-    def __init__(self, missing: Sequence[BlockRange]) -> None:
-        super().__init__(f"no route; blocks not served: {', '.join(map(str, missing)) or 'none'}")
+    def __init__(self, missing: Sequence[BlockRange], apart: Sequence[tuple[str, str]] = ()) -> None:
+        reason = f"blocks not served: {', '.join(map(str, missing)) or 'none'}"
+        if apart and not missing:
+            pairs = ", ".join(f"{a} and {b}" for a, b in apart[:MAX_NAMED])
+            reason = f"the peers that serve it cannot reach each other: {pairs}"
+        super().__init__(f"no route; {reason}")
         self.missing = tuple(missing)
+        self.apart = tuple(apart)
 
 
 def find_route(demand: Demand, offers: Iterable[Offer], links: Links) -> Route:
@@ -105,7 +116,26 @@ def find_route(demand: Demand, offers: Iterable[Offer], links: Links) -> Route:
         route = _Search(demand, BlockRange(0, demand.block_count), allowed, links).round_trip()
         if route is not None:
             return route
-    raise NoRouteError(demand.cuts.uncovered(offer.stage.blocks for offer in fitting))
+    missing = demand.cuts.uncovered(offer.stage.blocks for offer in fitting)
+    raise NoRouteError(missing, () if missing else unreachable(fitting, links))
+
+
+def unreachable(offers: Iterable[Offer], links: Links) -> tuple[tuple[str, str], ...]:
+    """Return the pairs of peers of which one cannot reach the other."""
+    peers = sorted({offer.stage.peer for offer in offers})[:MAX_OFFERS]
+    return tuple(
+        (a, b)
+        for a, b in combinations(peers, 2)
+        if math.isinf(links(a, b).round_trip_s) or math.isinf(links(b, a).round_trip_s)
+    )
+
+
+def check_complete(cuts: Cuts, stages: Iterable[Stage], links: Links) -> None:
+    """Raise NoRouteError unless these stages make a route whose neighbours can reach each other."""
+    demand = Demand(
+        block_count=cuts.block_count, granularity=cuts.granularity, prompt_rows=1, new_tokens=1, row_bytes=1
+    )
+    find_route(demand, [Offer(stage, 1.0) for stage in stages], links)
 
 
 def find_replacement(

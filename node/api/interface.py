@@ -216,6 +216,17 @@ class PeerCounts(TypedDict):
     held_bytes: int
 
 
+class ReachabilityDocument(TypedDict):
+    """How this node can be reached, as far as it is known."""
+
+    verdict: Literal["public", "private", "unknown"]
+    observed: list[str]
+    endpoint_dependent: bool
+    port_mapped: bool
+    relays: list[str]
+    relay_bytes_per_s: float
+
+
 class TrafficDocument(TypedDict):
     """Job streams to peers and from them; bytes that all connections with peers have carried since the start."""
 
@@ -231,6 +242,7 @@ class NodeStatus(TypedDict):
     peer_id: str
     agent: str
     multiaddrs: list[str]
+    reachability: ReachabilityDocument
     api_url: str
     state: Literal["serving", "draining"]
     uptime_s: float
@@ -286,6 +298,8 @@ class PeerStatus(TypedDict):
     agent: str
     connected: bool
     reached: bool
+    way: Literal["direct", "punched", "relayed"] | None
+    relay: str | None
     leaving: bool
     rtt_s: float | None
     neighbours: dict[str, float]
@@ -313,6 +327,7 @@ class ModelDocument(TypedDict):
     block_count: int
     coverage: list[int]
     uncovered: list[tuple[int, int]]
+    apart: list[tuple[str, str]]
     complete: bool
     local: bool
     size_bytes: int | None

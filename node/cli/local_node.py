@@ -20,7 +20,7 @@ STOP_TIMEOUT_S: Final = 15.0
 """Longest wait for the node to leave before it is killed."""
 
 _OF_OWN_NODE: Final = (
-    *("api", "api_key", "api_keys", "cors_origin", "listen", "bootstrap", "serve", "draft", "log_format"),
+    *("api", "api_key", "api_keys", "cors_origin", "listen", "announce", "bootstrap", "serve", "draft", "log_format"),
 )
 """Options of the user's own node that do not apply to this one: how it is reached, and what it serves."""
 
@@ -40,7 +40,7 @@ def local_node(serve: str | None, bootstrap: Sequence[str], *, share_data_dir: b
     for each in bootstrap:
         flags += ["--bootstrap", each]
     if serve is None:
-        flags += ["--listen", "/ip4/0.0.0.0/tcp/0", "--device", CPU]
+        flags += ["--listen", "/ip4/0.0.0.0/tcp/0", "--no-port-mapping", "--device", CPU]
     else:
         flags += ["--listen", "/ip4/127.0.0.1/tcp/0", "--serve", serve]
     what = f"a node that serves {serve}" if serve else "a node"

@@ -156,6 +156,15 @@ def _listen_address(text: str) -> str:
     raise ValueError(f"expected /ip4/ADDRESS/tcp/PORT or /ip6/ADDRESS/tcp/PORT, not {text!r}")
 
 
+def _announced_address(text: str) -> str:
+    match text.split("/"):
+        case ["", "ip4" | "ip6" | "dns" | "dns4" | "dns6", host, "tcp", port] if host not in {"0.0.0.0", "::"}:  # noqa: S104
+            parse_address(text)
+            if int(port) > 0:
+                return text
+    raise ValueError(f"expected /ip4/ADDRESS/tcp/PORT, /ip6/… or /dns4/NAME/tcp/PORT, not {text!r}")
+
+
 def _peer_address(text: str) -> str:
     match text.split("/"):
         case ["", family, host, "tcp" | "udp", port, *_, "p2p", peer]:
@@ -252,6 +261,7 @@ HOST_AND_PORT: Final = Parsed(_host_and_port)
 API_KEY: Final = Parsed(_api_key)
 API_KEYS: Final = Parsed(_api_keys, is_path=True)
 CORS_ORIGIN: Final = Parsed(_cors_origin)
+ANNOUNCED_ADDRESS: Final = Parsed(_announced_address)
 LISTEN_ADDRESS: Final = Parsed(_listen_address)
 SERVE_SPEC: Final = Parsed(_serve_spec)
 SWARM_KEY: Final = Parsed(_swarm_key, is_path=True)

@@ -136,8 +136,20 @@ NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
     ),
     _option(
         *("--listen", types.LISTEN_ADDRESS, "MULTIADDR"),
-        "Address for peers [default: /ip4/0.0.0.0/tcp/4001]; port 0 takes a free one.",
+        "Address for peers [default: port 4001 of all IPv4 and IPv6 interfaces]; port 0 takes a free one.",
         multiple=True,
+    ),
+    _option(
+        *("--announce", types.ANNOUNCED_ADDRESS, "MULTIADDR"),
+        "Address at which others reach this node besides its own, e.g. a forwarded port: /ip4/203.0.113.7/tcp/4001, or "
+        "/dns4/NAME/tcp/PORT.",
+        multiple=True,
+    ),
+    NodeOption(["--no-port-mapping"], is_flag=True, help="Do not ask the gateway to forward the port (UPnP)."),
+    NodeOption(["--no-relay"], is_flag=True, help="Do not relay between peers that cannot reach each other."),
+    _option(
+        *("--relay-rate", types.SIZE, "BYTES"),
+        "Bytes per second relayed for others in all, e.g. 4MiB [default: 16MiB].",
     ),
     _option(
         *("--api", types.HOST_AND_PORT, "HOST:PORT"),
@@ -216,6 +228,7 @@ _FIELD_OF: Final[Mapping[str, str]] = {
     "cache_limit": "cache_limit_bytes",
     "checkpoint": "checkpoints",
     "cors_origin": "cors_origins",
+    "relay_rate": "relay_bytes_per_s",
 }
 """Options whose field of NodeConfig has another name."""
 
@@ -224,7 +237,8 @@ def make_config(values: Mapping[str, Any]) -> NodeConfig:
     """Return the configuration from the values of options; None and () stand for the default. Raises ConfigError."""
     given = {name: value for name, value in values.items() if value is not None and value != ()}
     config: dict[str, Any] = {"data_dir": default_data_dir(), "cache_dir": default_cache_dir()}
-    config["mdns"] = not given.pop("no_mdns", False)
+    for field in ("mdns", "port_mapping", "relay"):
+        config[field] = not given.pop(f"no_{field}", False)
     if api := given.pop("api", None):
         config["api_host"], config["api_port"] = api
     if epoch := given.pop("epoch", None):

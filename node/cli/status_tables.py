@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         NodeStatus,
         PeerCounts,
         PeerStatus,
+        ReachabilityDocument,
         SelectionStatus,
     )
 
@@ -39,6 +40,7 @@ def render_status(status: "NodeStatus") -> "RenderableType":
         "state": f"{status['state']} for {format_duration(status['uptime_s'])}",
         "api": status["api_url"],
         "addresses": "\n          ".join(status["multiaddrs"]),
+        "reach": _describe_reachability(status["reachability"]),
         "connected": f"{status['connected_peers']} peers",
         "peers": _describe_peers(status["peers"]),
         "jobs": _describe_jobs(jobs),
@@ -167,6 +169,10 @@ def describe_state(peer: Mapping[str, Any]) -> str:
     """Return how a peer is known to this node."""
     if not peer["reached"]:
         return "not reached"
+    if peer["connected"] and not peer["leaving"] and peer["way"] == "relayed":
+        return f"relayed by {(peer['relay'] or '')[-8:]}"
+    if peer["connected"] and not peer["leaving"] and peer["way"] == "punched":
+        return "connected (punched)"
     return "leaving" if peer["leaving"] else "connected" if peer["connected"] else "known"
 
 
@@ -206,7 +212,7 @@ def render_models(answer: dict[str, list["ModelDocument"]]) -> "RenderableType":
                 model["block_count"],
                 coverage_bar(model["coverage"]),
                 ", ".join(f"{start}-{end}" for start, end in model["uncovered"]),
-                "complete" if model["complete"] else "incomplete",
+                _describe_completeness(model),
             )
         )
     return table
@@ -215,6 +221,33 @@ def render_models(answer: dict[str, list["ModelDocument"]]) -> "RenderableType":
 def coverage_bar(coverage: list[int]) -> str:
     """Return one character for each block: the number of peers, `.` for none, `+` from ten on."""
     return "".join("." if count == 0 else str(count) if count < 10 else "+" for count in coverage)
+
+
+def _describe_completeness(model: "ModelDocument") -> str:
+    if model["apart"]:
+        pairs = ", ".join(f"{a[-8:]} and {b[-8:]}" for a, b in model["apart"][:3])
+        return f"incomplete: its peers cannot reach each other ({pairs})"
+    return "complete" if model["complete"] else "incomplete"
+
+
+def _describe_reachability(reach: "ReachabilityDocument") -> str:
+    """Return how this node is reached, in one line."""
+    relays = f"through {len(reach['relays'])} relays" if reach["relays"] else "through no relay"
+    what = {
+        "public": "anyone can dial this node",
+        "private": f"behind a NAT or firewall, reached {relays}",
+        "unknown": "not tested yet: no peer outside of this network has tried to dial this node",
+    }[reach["verdict"]]
+    parts = [what]
+    if reach["observed"]:
+        parts.append(f"seen at {', '.join(reach['observed'])}")
+    if reach["endpoint_dependent"]:
+        parts.append("symmetric NAT")
+    if reach["port_mapped"]:
+        parts.append("port mapped (UPnP)")
+    if reach["relay_bytes_per_s"]:
+        parts.append(f"relays for others up to {format_bytes(int(reach['relay_bytes_per_s']))}/s")
+    return "; ".join(parts)
 
 
 def short_address(addresses: list[str]) -> str:

@@ -21,7 +21,7 @@ from node.coordinator.job_report import JobObserver, NoJobObserver, RunningJob
 from node.coordinator.method_choice import Choice, Chooser, QualityStore, admitted_methods
 from node.coordinator.observation import Recorder, ServedJob
 from node.coordinator.output_text import OutputText
-from node.coordinator.planner import Planner, SwarmView
+from node.coordinator.planner import Planner
 from node.coordinator.prefix_sharing import RecentPrompts
 from node.coordinator.prompt import chat_format_of, prompt_text, read_prompt, sampling_of
 from node.coordinator.recent_jobs import JobState, RecentJob, RecentJobs
@@ -43,6 +43,7 @@ from node.coordinator.submission import (
     Selection,
     Vote,
 )
+from node.coordinator.swarm_view import SwarmView
 from node.links.link_pool import LinkPool
 from node.models.errors import ModelError
 from node.models.library import KnownModel

@@ -100,6 +100,7 @@ class ResilientRoute:
         self._replays = 0
         self._failures_since_token = 0
         self._avoided: dict[PeerId, StageRefusal] = {}
+        self._reconnected: dict[PeerId, StageRefusal] = {}
         self._outdated: dict[PeerId, StageRefusal] = {}
         """Peers that may serve any stage but the last."""
         self._logged: set[PeerId] = set()
@@ -155,7 +156,7 @@ class ResilientRoute:
             except NoRouteError as error:
                 if self._bad_request is not None:
                     raise self._invalid(self._bad_request) from None
-                search.refusals |= self._avoided
+                search.refusals |= self._reconnected | self._avoided
                 if not is_patient or self._is_hopeless(search, error):
                     raise no_route(self._job, error, search.refusals, self._outdated) from None
                 self._avoided.clear()
@@ -205,6 +206,7 @@ class ResilientRoute:
                 await self.open()
             else:
                 self._failures_since_token = 0
+                self._reconnected.clear()
                 if self._tracer is not None and self._tracer.is_due:
                     await self._tracer.collect(route)
                 return output
@@ -320,7 +322,12 @@ class ResilientRoute:
             return
         culprit = lost.blamed if lost.blamed in {stage.peer for stage in route.stages} else lost.reporter
         self._log.info("stage lost", peer=culprit, reason=lost.reason, message=lost.message)
-        self._avoided[culprit] = StageRefusal(culprit, None, lost.message, lagged=lost.lagged)
+        refusal = StageRefusal(culprit, None, lost.message, lagged=lost.lagged)
+        is_broken = lost.reason is FailureReason.DOWNSTREAM and not lost.lagged
+        # Maybe only the way there is lost, as that through a relay: it is tried once again before others are searched.
+        if not is_broken or culprit in self._reconnected or self._planner.knows_route(self._need({culprit})):
+            self._avoided[culprit] = refusal
+        self._reconnected[culprit] = refusal
         link_pool = self._services.link_pool
         is_ours = lost.reason is FailureReason.EXPIRED or lost.blamed == link_pool.peer_id != culprit
         if not is_ours:
@@ -388,8 +395,7 @@ class ResilientRoute:
         job, now_s = self._job, trio.current_time()
         if not search.is_logged:
             search.is_logged = True
-            missing = ", ".join(map(str, error.missing))
-            self._log.warning("no route left; waiting for a peer", model=job.model.name, blocks=missing)
+            self._log.warning("no route left; waiting for a peer", model=job.model.name, reason=str(error))
         if self._planner.could_serve(job.need(), self._services.swarm.expected(job.model.id)):
             search.candidates_seen_s = now_s
             return False

@@ -7,27 +7,24 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import structlog
 import trio
 
+from node.coordinator.swarm_view import SwarmView
 from node.links.outbound_link import SLOWEST_BYTES_PER_S
 from node.stages.outbox import OUTGOING_BYTES
-from node.stages.voter import Agreement
 from node.swarm.directory import Candidate
 from node.swarm.link_estimates import UNKNOWN_BYTES_PER_S
-from protocol.capabilities import Capabilities, fastest_bytes_per_s, hardware_class, stage_facts
 from protocol.figures import USUAL_PRICE
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
-from protocol.limits import MAX_STAGE_FACTS
 from protocol.measurements import Objective
 from protocol.messages import Load
-from protocol.stage_facts import StageFacts
-from selector.cuts import Cuts, Parts
+from selector.cuts import Parts
 from selector.peer_speed import UNKNOWN_BLOCK_S, Claim, Exploration, Measurements, Share, Speed, judge, least_block_s
 from selector.reliability import PeerRecord, Reliability
-from selector.routing import Demand, Links, NoRouteError, Offer, find_replacement, find_route
+from selector.routing import Demand, NoRouteError, Offer, check_complete, find_replacement, find_route
 
 SLOW_BYTES_PER_S = 2e9
 """Weights of a block that a step reads per second at worst, where no peer was measured with it: a slow processor."""
@@ -46,65 +43,6 @@ PROMPT_ROWS_PER_STEP = 12
 
 
 _logger = structlog.get_logger(__name__)
-
-
-class Finder(Protocol):
-    """Knows which peers serve what; `node.swarm.membership` is the real one."""
-
-    async def candidates(self, model: ModelId, cuts: Cuts, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
-        """Return the live peers that serve spans of a model; queries the DHT where the known ones do not suffice."""
-
-    def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
-        """Return the known live peers that serve spans of a model, without a search."""
-
-    def forget(self, peer: PeerId) -> None:
-        """Treat a peer as dead until its next heartbeat."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SwarmView:
-    """What the coordinator knows of the peers.
-
-    `links`: between any two peers. `capabilities`: what a peer's signed record says of its machine, None where no valid
-    one is known. `expected`: the blocks of a model that live peers serve or are loading. `agreed`:
-    the swarm's agreed statement about a model.
-    """
-
-    finder: Finder
-    links: Links
-    capabilities: Callable[[PeerId], Capabilities | None] = lambda peer: None
-    expected: Callable[[ModelId], Iterable[BlockRange]] = lambda model: ()
-    agreed: Callable[[ModelId], Agreement | None] = lambda model: None
-
-    def hardware(self, peer: PeerId) -> str:
-        """Return the class of a peer's hardware; `unknown` without a record."""
-        capabilities = self.capabilities(peer)
-        return "unknown" if capabilities is None else hardware_class(capabilities)
-
-    def bandwidth(self, peer: PeerId) -> float | None:
-        """Return the memory bandwidth that a peer reports, bytes per second."""
-        capabilities = self.capabilities(peer)
-        return None if capabilities is None else fastest_bytes_per_s(capabilities)
-
-    def price(self, peer: PeerId) -> float:
-        """Return the price that a peer announces for a second of computing."""
-        capabilities = self.capabilities(peer)
-        return USUAL_PRICE if capabilities is None or capabilities.price is None else capabilities.price
-
-    def stage_facts(self, stages: Sequence[Stage]) -> tuple[StageFacts, ...]:
-        """Return the facts of a route's stages; none where not all are known, or where they are too many."""
-        found = []
-        for stage, after in zip(stages, [*stages[1:], *stages[:1]], strict=True):
-            capabilities = self.capabilities(stage.peer)
-            if capabilities is None or len(stages) > MAX_STAGE_FACTS:
-                return ()
-            link = self.links(stage.peer, after.peer)
-            found.append(
-                stage_facts(
-                    capabilities, len(stage.blocks), round_trip_s=link.round_trip_s, link_bytes_per_s=link.bytes_per_s
-                )
-            )
-        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,7 +215,9 @@ class Planner:
     def round_s(self, stages: Sequence[Stage]) -> float:
         """Return the links' latency per token: once around the route."""
         peers = [stage.peer for stage in stages]
-        return sum(self._links(a, b).round_trip_s / 2 for a, b in zip(peers, [*peers[1:], peers[0]], strict=True))
+        links = (self._links(a, b) for a, b in zip(peers, [*peers[1:], peers[0]], strict=True))
+        # Infinite where the route was opened, and its peers have since said that they cannot be reached.
+        return sum(link.round_trip_s / 2 for link in links if math.isfinite(link.round_trip_s))
 
     def transfer_s(self, stages: Sequence[Stage], demand: Demand) -> float:
         """Return the transfer time that the links' bandwidth adds to a job: of all its rows, stage by stage."""
@@ -370,8 +310,14 @@ class Planner:
     def could_serve(self, need: RouteNeed, promised: Iterable[BlockRange] = ()) -> bool:
         """Return whether the known live peers, and `promised` spans that are being loaded, cover all blocks."""
         found = self._finder.known_candidates(need.model, without=need.without)
-        spans = (candidate.stage.blocks for candidate in found)
-        return not need.demand.cuts.uncovered([*spans, *promised])
+        spans = [candidate.stage.blocks for candidate in found]
+        if need.demand.cuts.uncovered(spans):
+            return not need.demand.cuts.uncovered([*spans, *promised])
+        try:
+            check_complete(need.demand.cuts, [candidate.stage for candidate in found], self._links)
+        except NoRouteError as error:
+            return not error.apart
+        return True
 
     def record(self, peer: PeerId) -> PeerRecord:
         """Return this node's record of a peer."""

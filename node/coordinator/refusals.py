@@ -55,6 +55,9 @@ def no_route(
             f"no peer that serves the last blocks of {name} supports what the job asks for ({reasons}): "
             f"{leave_out}wait for a peer of a later version"
         )
+    elif not avoided and error.apart:
+        how = "one of each pair needs a forwarded port (--announce) or a relay; see `metaswarm doctor` there"
+        message = f"{name}: {error}; {how}"
     elif not avoided:
         lacking = f"no peer serves blocks {blocks} of {name}"
         unfit = f"the peers serve spans of {name} that do not meet, and {methods} runs them as a whole only"

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from node.coordinator.job import Job
 from node.coordinator.method_choice import Choice, Chooser, SelectionRequest
 from node.coordinator.observation import model_facts, weight_type
-from node.coordinator.planner import PlannedRoute, Planner, SwarmView
+from node.coordinator.planner import PlannedRoute, Planner
 from node.coordinator.prefix_sharing import RecentPrompts
 from node.coordinator.submission import AUTO
+from node.coordinator.swarm_view import SwarmView
 from node.links.link_pool import LinkPool
 from node.stages.speculation import repetitiveness
 from node.stages.voter import Agreement

@@ -25,6 +25,12 @@ class Fault(StrEnum):
     VERSION_APART = "version-apart"
     CLOCK_OFF = "clock-off"
     RELAY_ONLY = "relay-only"
+    PRIVATE_ONLY = "private-only"
+    NO_RELAY = "no-relay"
+    SYMMETRIC_NAT = "symmetric-nat"
+    FIREWALL = "firewall"
+    IPV6_BROKEN = "ipv6-broken"
+    PEERS_APART = "peers-apart"
     MISSING_BLOCK = "missing-block"
     UNKNOWN_MODEL = "unknown-model"
 

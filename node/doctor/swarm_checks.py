@@ -2,7 +2,7 @@
 
 import os
 import statistics
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -11,18 +11,20 @@ from typing import Final
 import trio
 
 from node.config import APPLICATION, NodeConfig
+from node.doctor.reach_checks import check_reach
 from node.doctor.report import Consequence, Fault, Finding, RunningNode
 from node.identity import KEY_FILE, IdentityError, load_or_create
 from node.models.errors import ModelError
 from node.models.manifest import Manifest
 from node.models.store import ModelStore
-from node.network.addresses import is_private, parse_peer_address
+from node.network.addresses import parse_peer_address
 from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError
 from node.network.probe_port import PortState, probe_port
 from node.stages.memory_admission import node_bytes_for
 from node.swarm.directory import Directory
 from node.swarm.heartbeats import HEARTBEAT_INTERVAL_S
+from node.swarm.link_estimates import LinkEstimates
 from protocol.announcements import HEARTBEAT_TOPIC, Heartbeat
 from protocol.errors import RemoteProtocolError
 from protocol.identity import BlockRange, ModelId, PeerId
@@ -30,6 +32,7 @@ from protocol.limits import MAX_CLOCK_SKEW_S
 from protocol.records import issue_time, verify_record
 from protocol.sync import PROTOCOL_ID as SYNC_PROTOCOL
 from selector.cuts import Cuts
+from selector.routing import NoRouteError, check_complete
 
 OBSERVE_S: Final = 10.0
 """Longest wait for the first heartbeat."""
@@ -107,7 +110,7 @@ class SwarmChecks:
 
     async def run(self) -> list[Finding]:
         """Run all of them."""
-        findings = [finding async for finding in self._check_reach()]
+        findings = [] if self._running is None else [each async for each in check_reach(self._config, self._running)]
         if not self._config.bootstrap:
             if self._running is None or not self._running.status["connected_peers"]:
                 message = "no bootstrap peer is given (--bootstrap), so only peers that dial this node can find it"
@@ -119,30 +122,6 @@ class SwarmChecks:
         self.peers = tuple(sorted(seen.connected | seen.heartbeats.keys()))
         checks = (_check_clock(seen), _check_versions(seen), self._check_identity(seen), self._check_models(seen))
         return [*findings, *faults, *self._check_dials(usable, seen), *(each for check in checks for each in check)]
-
-    async def _check_reach(self) -> AsyncIterator[Finding]:
-        """Check whether others can dial the running node."""
-        if self._running is None:
-            return
-        direct = [address for address in self._own if "/p2p-circuit" not in address]
-        if not direct:
-            message = (
-                "reachable through relays only, which are slow: open or forward the TCP port of --listen"
-                if self._own
-                else "this node has no address that others could dial: see --listen"
-            )
-            yield Finding(Fault.RELAY_ONLY, Consequence.REACH, message)
-            return
-        answers = {address: await probe_port(parse_peer_address(address)[1]) for address in direct}
-        if not {PortState.OPEN, PortState.PRIVATE}.intersection(answers.values()):
-            message = (
-                f"nothing answers at {direct[0]}, which this node announces ({answers[direct[0]]}): "
-                f"open the port in the firewall, or listen on another address"
-            )
-            yield Finding(Fault.CLOSED_PORT, Consequence.REACH, message)
-        elif all(is_private(parse_peer_address(address)[1].host) for address in direct):
-            message = "all addresses of this node are private: only its own network can dial it"
-            yield Finding(Fault.CLOSED_PORT, Consequence.REACH, message, grave=False)
 
     async def _probe_bootstrap(self) -> tuple[list[str], list[Finding]]:
         """Return the bootstrap addresses where a libp2p host of this swarm answers, and findings for the others."""
@@ -241,6 +220,8 @@ class SwarmChecks:
                 if model["uncovered"] and any(model["coverage"]):
                     gaps = [BlockRange(*gap) for gap in model["uncovered"]]
                     incomplete.append((name, _manifest_in(store, ModelId(model["model"])), gaps))
+                elif model["apart"]:
+                    yield _apart(name, model["apart"])
                 elif model["complete"]:
                     complete.append(name)
         else:
@@ -250,6 +231,8 @@ class SwarmChecks:
                 name = store.name_of(model_id) or model_id[:12]
                 if missing := cuts.uncovered(spans):
                     incomplete.append((name, manifest, missing))
+                elif apart := _peers_apart(seen.directory, model_id, cuts):
+                    yield _apart(name, apart)
                 elif manifest is not None:
                     complete.append(name)
         self.complete_models = tuple(complete)
@@ -272,6 +255,25 @@ class SwarmChecks:
                 if spec.blocks is not None and model in spans:
                     spans[model].append(spec.blocks)
         return spans
+
+
+def _peers_apart(directory: Directory, model: ModelId, cuts: Cuts) -> Sequence[tuple[str, str]]:
+    """Return the pairs of peers that keep a model from having a route; none where it has one."""
+    links = LinkEstimates(directory, PeerId(""), lambda peer: None, lambda peer: None)
+    try:
+        check_complete(cuts, [each.stage for each in directory.candidates(model)], links.between)
+    except NoRouteError as error:
+        return error.apart
+    return ()
+
+
+def _apart(name: str, pairs: Sequence[tuple[str, str]]) -> Finding:
+    named = ", ".join(f"{a} and {b}" for a, b in pairs[:3])
+    message = (
+        f"every block of {name} is served, by peers that cannot reach each other ({named}): one of each pair needs a "
+        "forwarded port or a relay"
+    )
+    return Finding(Fault.PEERS_APART, Consequence.MODEL, message)
 
 
 def _manifest_in(store: ModelStore, model: ModelId) -> Manifest | None:

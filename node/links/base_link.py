@@ -79,6 +79,16 @@ class JobLink(ABC):
         """For how long no data has arrived."""
         return trio.current_time() - self._received_s
 
+    @property
+    def session_count(self) -> int:
+        """Sessions that the link carries."""
+        return self._connection.session_count
+
+    @property
+    def is_relayed(self) -> bool:
+        """Whether the link passes a relay."""
+        return self._stream.relay is not None
+
     async def run(self) -> None:
         """Carry the link until it breaks or is cancelled. Raises nothing else: a link never ends the node."""
         try:

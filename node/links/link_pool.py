@@ -19,6 +19,11 @@ from protocol.identity import PeerId, SessionId
 MAX_LINKS = 4
 """Links of one peer to us at a time. One is enough; a peer whose link broke may make another before we see that."""
 
+REPLACED_IDLE_S = 30.0
+REPLACED_ROUND_S = 5.0
+"""How long a link through a relay is kept without sessions that a direct one has replaced, and how often that is seen:
+a session may have been given it that has not begun."""
+
 _logger = structlog.get_logger(__name__)
 
 
@@ -82,7 +87,18 @@ class LinkPool:
 
     def _live_link(self, peer: PeerId) -> OutboundLink | None:
         link = self._links.get(peer)
-        return link if link is not None and not link.broken else None
+        if link is None or link.broken:
+            return None
+        if link.is_relayed and self._nursery is not None and self._is_direct(peer):
+            # Its sessions end on it; new ones take the direct connection.
+            del self._links[peer]
+            self._nursery.start_soon(_end_when_idle, link)
+            return None
+        return link
+
+    def _is_direct(self, peer: PeerId) -> bool:
+        way = self._network.way_to(peer)
+        return way is not None and way.relay is None
 
     async def _start_link(self, peer: PeerId) -> OutboundLink:
         try:
@@ -127,3 +143,12 @@ class LinkPool:
             self._inbound[peer] -= 1
             if not self._inbound[peer]:
                 del self._inbound[peer]
+
+
+async def _end_when_idle(link: OutboundLink) -> None:
+    """End a link that another has replaced, once it has carried no session for a while."""
+    idle_s = 0.0
+    while idle_s < REPLACED_IDLE_S and not link.broken:
+        await trio.sleep(REPLACED_ROUND_S)
+        idle_s = 0.0 if link.session_count else idle_s + REPLACED_ROUND_S
+    link.end("replaced by a direct connection")

@@ -169,7 +169,11 @@ class _Fetch:
         self._on_bytes(self._part.have)
 
     async def run(self, peers: list[PeerId]) -> None:
-        """Ask the peers in turn until the whole file is there and right; raise FetchError when no peer is left."""
+        """Ask the peers in turn until the whole file is there and right; raise FetchError when no peer is left.
+
+        Those that are reached through a relay last: the relay would carry all of it.
+        """
+        peers.sort(key=self._is_relayed)
         reason = "no peer is known to have it"
         asked = len(peers)
         delays = iter(BUSY_BACKOFF_S)
@@ -212,6 +216,10 @@ class _Fetch:
                 if not await _receive_range(stream, initiator, request, (part.size, part.size), store):
                     return False
         return True
+
+    def _is_relayed(self, peer: PeerId) -> bool:
+        way = self._network.way_to(peer)
+        return way is not None and way.relay is not None
 
     async def _is_right(self, peers: list[PeerId]) -> bool:
         """Check the whole file's hash; when it is wrong, discard the file and blame its source if there is one."""

@@ -1,9 +1,10 @@
 """Multiaddrs: parsing, wildcards, address ranges, and the bounded address book of peers."""
 
 import ipaddress
+import re
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from typing import Final
@@ -22,20 +23,42 @@ MAX_ADDRESS_CHARACTERS: Final = 256
 _HOST_PROTOCOLS: Final = ("ip4", "ip6", "dns", "dns4", "dns6")
 
 
+_BRIDGES: Final = re.compile(r"docker\d|br-[0-9a-f]{12}|veth|virbr|podman|cni|lxcbr|lxdbr|flannel|cali|kube-")
+"""Beginnings of the names of interfaces that lead to containers and virtual machines of this machine only."""
+
+
 @dataclass(frozen=True, slots=True)
 class TcpAddress:
-    """A TCP endpoint and, where the multiaddr named one, the peer behind it."""
+    """A TCP endpoint and, where the multiaddr named them, the peer behind it, and the relay through which it is."""
 
     kind: str
     """ip4, ip6, dns, dns4 or dns6."""
     host: str
     port: int
     peer: PeerId | None
+    relay: PeerId | None = None
+    """The peer at this endpoint, where the address is that of a circuit through it."""
+
+    @property
+    def transport(self) -> str:
+        """The multiaddr of the TCP endpoint alone."""
+        return f"/{self.kind}/{self.host}/tcp/{self.port}"
 
     @property
     def endpoint(self) -> str:
         """The multiaddr without the peer."""
-        return f"/{self.kind}/{self.host}/tcp/{self.port}"
+        return self.transport if self.relay is None else f"{self.transport}/p2p/{self.relay}/p2p-circuit"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can dial it."""
+        ip = _parse_ip(self.host)
+        return self.host == "localhost" or (ip is not None and ip.is_loopback)
+
+    @property
+    def is_public(self) -> bool:
+        """Whether it may be dialled from anywhere: an address that the internet routes, or a name."""
+        return not is_private(self.host) and not self.is_loopback
 
     def of(self, peer: PeerId) -> str:
         """Return the multiaddr with this peer."""
@@ -51,6 +74,10 @@ def parse_address(text: str) -> TcpAddress:
         parts = str(Multiaddr(text)).strip("/").split("/")
     except Exception:  # noqa: BLE001  # the parser raises whatever its codecs raise
         parts = []
+    relay = None
+    if len(parts) in {7, 9} and parts[4] == "p2p" and parts[6] == "p2p-circuit":
+        relay = parse_peer_id(parts[5])
+        parts = [*parts[:4], *parts[7:]]
     if len(parts) not in {4, 6} or parts[0] not in _HOST_PROTOCOLS or parts[2] != "tcp":
         raise ValueError(f"{text[:80]!r} is not a TCP multiaddr: expected for example /ip4/192.0.2.1/tcp/4001")
     peer = None
@@ -58,11 +85,20 @@ def parse_address(text: str) -> TcpAddress:
         if parts[4] != "p2p":
             raise ValueError(f"{text[:80]!r} is not a TCP multiaddr: the part after the port must be /p2p/<peer id>")
         peer = parse_peer_id(parts[5])
-    return TcpAddress(parts[0], parts[1], int(parts[3]), peer)
+    return TcpAddress(parts[0], parts[1], int(parts[3]), peer, relay)
+
+
+def without_loopback(addresses: Iterable[TcpAddress]) -> list[TcpAddress]:
+    """Return the addresses that other machines could dial; where there are none, those of this machine."""
+    found = list(addresses)
+    return [address for address in found if not address.is_loopback] or found
 
 
 def expand_wildcard(address: TcpAddress) -> list[TcpAddress]:
-    """Return the addresses of this machine's interfaces for 0.0.0.0 and ::, loopback last; others as they are."""
+    """Return the addresses of this machine's interfaces for 0.0.0.0 and ::, loopback last; others as they are.
+
+    Without those of bridges to containers: every machine has the same ones, and behind them are strangers' containers.
+    """
     if address.host not in {"0.0.0.0", "::"}:  # noqa: S104  # compared with, not bound to
         return [address]
     version = 4 if address.kind == "ip4" else 6
@@ -70,6 +106,11 @@ def expand_wildcard(address: TcpAddress) -> list[TcpAddress]:
     found = [ip for ip in parsed if ip is not None and ip.version == version and not ip.is_link_local]
     found.sort(key=lambda ip: (ip.is_loopback, ip.packed))
     return [TcpAddress(address.kind, str(ip), address.port, address.peer) for ip in found]
+
+
+def interface_hosts() -> set[str]:
+    """Return the addresses of this machine's interfaces."""
+    return {str(ip) for text in _interface_addresses() if (ip := _parse_ip(text)) is not None}
 
 
 _interfaces: dict[str, list[str]] = {}
@@ -81,7 +122,7 @@ def _interface_addresses() -> Iterable[str]:
         found = {name: [entry.address for entry in entries] for name, entries in psutil.net_if_addrs().items()}
         _interfaces.clear()
         _interfaces.update(found)
-    return chain.from_iterable(_interfaces.values())
+    return chain.from_iterable(found for name, found in _interfaces.items() if not _BRIDGES.match(name))
 
 
 def origin(host: str) -> str:
@@ -133,7 +174,7 @@ class AddressBook:
             except ValueError:
                 continue
             if address.peer in {None, peer} and address.port != 0:
-                learned.append(TcpAddress(address.kind, address.host, address.port, peer))
+                learned.append(replace(address, peer=peer))
         if merged := tuple(dict.fromkeys([*learned, *self.of(peer)]))[:MAX_ADDRESSES]:
             self._addresses[peer] = merged
 

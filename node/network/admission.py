@@ -83,6 +83,8 @@ class InboundLimits:
     """From one IPv4 address or IPv6 /64."""
     per_range: int
     """From one public /24 or /56: the owner of one range must not become most of our neighbours."""
+    per_relay: int = 32
+    """Through one relay, which may have invented all peers behind it."""
 
 
 class InboundConnection(Protocol):
@@ -91,6 +93,10 @@ class InboundConnection(Protocol):
     @property
     def host(self) -> str | None:
         """The address of the peer; None for one that comes through a relay."""
+
+    @property
+    def relay(self) -> str | None:
+        """The id of that relay; None for a direct connection."""
 
     @property
     def established_s(self) -> float:
@@ -120,6 +126,9 @@ def choose_eviction(newcomer: InboundConnection, held: Sequence[H], limits: Inbo
         if (wider := address_range(newcomer.host)) is not None:
             members = [one for one in held if one.host and address_range(one.host) == wider]
             groups.append((wider, limits.per_range, members))
+    if newcomer.relay is not None:
+        members = [one for one in held if one.relay == newcomer.relay]
+        groups.append((f"the relay {newcomer.relay}", limits.per_relay, members))
     groups.append(("all origins", limits.total, list(held)))
     for name, limit, members in groups:
         if len(members) >= limit:

@@ -243,10 +243,12 @@ class Router(GossipSub):
         return here is None or sum(self._range_of(other) == here for other in mesh) < MAX_MESH_PEERS_PER_RANGE
 
     def _range_of(self, peer: ID) -> str | None:
+        """Return what a peer shares with others that may be the same party: a public range, or a relay."""
         assert self.pubsub is not None
         for connection in self.pubsub.host.get_network().get_connections(peer):
-            if isinstance(connection.muxed_conn, Yamux) and (host := connection.muxed_conn.host) is not None:
-                return address_range(host)
+            if isinstance(connection.muxed_conn, Yamux):
+                host, relay = connection.muxed_conn.host, connection.muxed_conn.relay
+                return address_range(host) if host is not None else relay
         return None
 
     async def flush_pending_messages(self, peer_id: ID) -> None:

@@ -5,7 +5,6 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
-from itertools import chain
 from typing import Final
 
 import trio
@@ -18,11 +17,12 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
 from multiaddr import Multiaddr
 
-from node.network.addresses import AddressBook, expand_wildcard, parse_address, parse_peer_address
+from node.network.addresses import AddressBook, TcpAddress, parse_address, parse_peer_address
 from node.network.broadcast import Broadcast
 from node.network.dht import Dht
 from node.network.gossip import Gossip
-from node.network.guarded_host import GuardedHost, GuardedSwarm, silence_library_log, start_service
+from node.network.guarded_host import GuardedHost, silence_library_log, start_service
+from node.network.guarded_swarm import GuardedSwarm
 from node.network.interface import (
     ByteCounts,
     NetworkError,
@@ -31,13 +31,17 @@ from node.network.interface import (
     Stream,
     StreamHandler,
     TransferReport,
+    Way,
 )
 from node.network.limits import NetworkLimits
+from node.network.own_addresses import OwnAddresses
 from node.network.streams import Libp2pStream, serve
 from node.network.transport import Tcp, bind, reason, secure_upgrader
+from node.network.traversal import Traversal, TraversalOptions
 from node.network.yamux import Yamux
 from node.network.yamux_stream import shielded
 from node.util.nursery import background_nursery
+from protocol.announcements import Reachability
 from protocol.identity import PeerId, peer_id_from_public_key
 
 logger = logging.getLogger(__name__)
@@ -46,6 +50,9 @@ PING_BYTES: Final = 32
 ADDRESS_LIFETIME_S: Final = 600
 PEERSTORE_SWEEP_S: Final = 60
 EVENT_CAPACITY: Final = 1024
+OPEN_TRIES: Final = 2
+"""The connection may end while a stream is opened, as that of a relay that dies; there may be another way."""
+
 _SWARM_KEY = re.compile(r"[0-9a-f]{64}", re.IGNORECASE)
 
 
@@ -60,22 +67,21 @@ class Libp2pNetwork:
         announce: Sequence[str] = (),
         swarm_key: str | None = None,
         limits: NetworkLimits | None = None,
+        traversal: TraversalOptions | None = None,
         on_sent: TransferReport = lambda peer, size, seconds: None,
         on_received: TransferReport = lambda peer, size, seconds: None,
     ) -> None:
-        """Describe a host; `running` starts it.
+        """Describe a host; `running` starts it. Raises ValueError, with one line, for a malformed address or key.
 
         Args:
             seed: the Ed25519 private key, 32 bytes.
             listen: TCP multiaddrs to listen on; port 0 takes a free port, 0.0.0.0 and :: mean every interface.
-            announce: multiaddrs that others are told instead of those we listen on, for instance behind a NAT.
+            announce: multiaddrs that others are told besides those we listen on, such as a forwarded port of a NAT.
             swarm_key: 64 hexadecimal characters shared by the peers of a private swarm, which then speak to no others.
             limits: bounds on what peers may cost.
+            traversal: relaying for others, and port mapping.
             on_sent: called with transfers to peers that filled the connection, as they happen.
             on_received: the same of transfers from peers.
-
-        Raises:
-            ValueError: with one line, when an address or a key is malformed.
         """
         if len(seed) != 32:
             raise ValueError(f"an Ed25519 seed has 32 bytes, not {len(seed)}")
@@ -86,7 +92,8 @@ class Libp2pNetwork:
             Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
         )
         self._listen = [parse_address(text) for text in listen]
-        self._announce = [parse_address(text) for text in announce]
+        self._own = OwnAddresses(announce)
+        self._traversal = Traversal(traversal or TraversalOptions(), self._own, private_swarm=swarm_key is not None)
         self._swarm_key = swarm_key
         self._limits = limits or NetworkLimits()
         self._on_sent = on_sent
@@ -115,15 +122,12 @@ class Libp2pNetwork:
     @property
     def multiaddrs(self) -> tuple[str, ...]:
         """Addresses, each ending in /p2p/<our id>, at which others may dial us; empty while not running."""
-        if self._host is None:
-            return ()
-        return tuple(f"{address}/p2p/{self.peer_id}" for address in self._advertised(self._host.get_transport_addrs()))
+        return () if self._host is None else tuple(address.of(self.peer_id) for address in self._own.advertised())
 
-    def _advertised(self, listening: list[Multiaddr]) -> list[Multiaddr]:
-        addresses = self._announce or chain.from_iterable(
-            expand_wildcard(parse_address(str(multiaddr))) for multiaddr in listening
-        )
-        return [Multiaddr(endpoint) for endpoint in dict.fromkeys(address.endpoint for address in addresses)]
+    @property
+    def reachability(self) -> Reachability:
+        """How this node can be reached, as far as it is known."""
+        return self._traversal.reachability()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -133,7 +137,8 @@ class Libp2pNetwork:
         with ExitStack() as cleanup:
             cleanup.callback(self._stopped)
             for address in self._listen:
-                listeners = bound[str(Multiaddr(address.endpoint))] = await bind(address)
+                if listeners := await bind(address):
+                    bound[str(Multiaddr(address.endpoint))] = listeners
                 for listener in listeners:
                     cleanup.callback(listener.socket.close)
             async with background_nursery() as nursery:
@@ -146,27 +151,39 @@ class Libp2pNetwork:
     async def _start(self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]]) -> None:
         addresses = [Multiaddr(text) for text in bound]
         key_pair = create_new_key_pair(self._seed)
+        tcp = Tcp(nursery, bound, self._limits.handshakes, self.byte_counts)
+        circuits = self._traversal.circuits(tcp)
         swarm = GuardedSwarm(
             ID.from_pubkey(key_pair.public_key),
             secure_upgrader(key_pair, self._multiplex),
-            Tcp(nursery, bound, self._limits.handshakes, self.byte_counts),
+            [tcp, circuits],
             book=self._book,
             limits=self._limits,
             psk=self._swarm_key,
             on_connected=self._on_connected,
             on_disconnected=self._on_disconnected,
         )
+        swarm.is_own = self._own.is_own
         swarm.peerstore.add_key_pair(swarm.self_id, key_pair)
-        host = GuardedHost(swarm, nursery, self._advertised)
+        host = GuardedHost(swarm, nursery, self._endpoints, self._traversal.observer)
         for protocol, handler in self._handlers.items():
             host.set_stream_handler(TProtocol(protocol), serve(handler))
         self._host, self._swarm = host, swarm
+        self._own.listening = host.get_transport_addrs
+        self._traversal.start(nursery, host, circuits, self._known_addresses)
         nursery.start_soon(swarm.peerstore.start_cleanup_task, PEERSTORE_SWEEP_S)
         await start_service(nursery, swarm)
         await self._gossip.start(nursery, host)
         await self._dht.start(nursery, host)
         # Only now: every handler is in place.
         await swarm.listen(*addresses)
+        self._traversal.listening(nursery)
+
+    def _endpoints(self) -> list[str]:
+        return [address.endpoint for address in self._own.advertised()]
+
+    def _known_addresses(self, peer_id: ID) -> list[TcpAddress]:
+        return [parse_address(text) for text in self.addresses_of(PeerId(peer_id.to_base58()))]
 
     async def _close_connections(self) -> None:
         """Close every connection at once, within a second, also under cancellation."""
@@ -180,6 +197,7 @@ class Libp2pNetwork:
 
     def _stopped(self) -> None:
         self._host = self._swarm = None
+        self._traversal.stopped()
         self._connected.clear()
         self._gossip.stopped()
         self._dht.stopped()
@@ -199,6 +217,7 @@ class Libp2pNetwork:
 
     def _on_connected(self, peer_id: ID) -> None:
         peer = PeerId(peer_id.to_base58())
+        self._traversal.connected(peer_id)
         if peer not in self._connected:
             self._connected[peer] = None
             self._events.put(PeerConnected(peer))
@@ -208,6 +227,7 @@ class Libp2pNetwork:
         peer = PeerId(peer_id.to_base58())
         if peer in self._connected and self._swarm is not None and not self._swarm.live_connections(peer_id):
             del self._connected[peer]
+            self._traversal.disconnected(peer)
             self._events.put(PeerDisconnected(peer))
 
     # Streams
@@ -241,6 +261,8 @@ class Libp2pNetwork:
                 await swarm.dial_peer(peer_id)
         except Exception as error:
             raise NetworkError(f"cannot reach {peer}: {reason(error)}") from error
+        if swarm.direct_connection(peer_id) is None:
+            await self._traversal.wait_for_hole(peer_id)
 
     def _running_swarm(self) -> GuardedSwarm:
         if self._swarm is None:
@@ -251,14 +273,18 @@ class Libp2pNetwork:
         """Open a stream to a peer, dialling known addresses if need be. Raises NetworkError."""
         if peer == self.peer_id:
             raise NetworkError("a peer cannot open a stream to itself")
-        await self._dial(peer)
-        assert self._host is not None
-        try:
-            with trio.fail_after(self._limits.request_timeout_s):
-                return Libp2pStream(await self._host.new_stream(ID.from_base58(peer), list(map(TProtocol, protocols))))
-        except Exception as error:
-            what = f"cannot open a stream of {' or '.join(protocols)} to {peer}"
-            raise NetworkError(f"{what}: {reason(error)}") from error
+        what = f"cannot open a stream of {' or '.join(protocols)} to {peer}"
+        for tries in range(1, OPEN_TRIES + 1):
+            await self._dial(peer)
+            assert self._host is not None
+            try:
+                with trio.fail_after(self._limits.request_timeout_s):
+                    stream = await self._host.new_stream(ID.from_base58(peer), list(map(TProtocol, protocols)))
+                    return Libp2pStream(stream)
+            except Exception as error:
+                if tries == OPEN_TRIES or self._running_swarm().live_connections(ID.from_base58(peer)):
+                    raise NetworkError(f"{what}: {reason(error)}") from error
+        raise AssertionError  # the last try returns or raises
 
     async def disconnect(self, peer: PeerId) -> None:
         """Close every connection to the peer."""
@@ -274,6 +300,17 @@ class Libp2pNetwork:
     def connected_peers(self) -> tuple[PeerId, ...]:
         """Peers with a live connection now."""
         return tuple(self._connected)
+
+    def way_to(self, peer: PeerId) -> Way | None:
+        """Return how new streams reach a peer; None without a connection."""
+        peer_id = ID.from_base58(peer)
+        live = self._swarm.live_connections(peer_id) if self._swarm is not None else []
+        if self._swarm is None or not live:
+            return None
+        muxed = (self._swarm.direct_connection(peer_id) or live[-1]).muxed_conn
+        if not isinstance(muxed, Yamux):
+            return Way()
+        return Way(relay=None if muxed.relay is None else PeerId(muxed.relay), punched=muxed.punched)
 
     def addresses_of(self, peer: PeerId) -> tuple[str, ...]:
         """Multiaddrs (each with /p2p/) of the peer: from the address book, then from identify."""

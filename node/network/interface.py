@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from protocol.announcements import Reachability
 from protocol.identity import PeerId
 
 
@@ -32,6 +33,10 @@ class Stream(Protocol):
     @property
     def protocol(self) -> str:
         """The negotiated protocol id."""
+
+    @property
+    def relay(self) -> PeerId | None:
+        """The peer through which the stream is relayed; None where the connection is direct."""
 
     async def receive_some(self, max_bytes: int = 65536) -> bytes:
         """Return between 1 and `max_bytes` bytes, or b"" at the end of the stream; raise StreamClosed when it broke."""
@@ -95,6 +100,15 @@ class PeerDisconnected:
     peer: PeerId
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a peer is connected. `relay`: the peer that relays, None for a direct connection."""
+
+    relay: PeerId | None = None
+    punched: bool = False
+    """Whether a hole was punched through a NAT for the direct connection."""
+
+
 TransferReport = Callable[[PeerId, int, float], None]
 """Takes a peer, the bytes of a transfer that filled the connection, and the seconds that it took."""
 
@@ -134,6 +148,13 @@ class Network(Protocol):
 
     def connected_peers(self) -> tuple[PeerId, ...]:
         """Peers with a live connection now."""
+
+    def way_to(self, peer: PeerId) -> Way | None:
+        """Return how new streams reach a peer; None without a connection."""
+
+    @property
+    def reachability(self) -> Reachability:
+        """How this node can be reached, as far as it is known."""
 
     def addresses_of(self, peer: PeerId) -> tuple[str, ...]:
         """Multiaddrs (each with /p2p/) at which the peer is known."""

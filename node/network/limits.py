@@ -26,7 +26,10 @@ class NetworkLimits:
         usual = cls()
         connections = max(8, min(usual.max_connections, open_files // 4))
         inbound = InboundLimits(
-            total=connections * 3 // 4, per_origin=max(2, connections // 4), per_range=max(2, connections * 3 // 16)
+            total=connections * 3 // 4,
+            per_origin=max(2, connections // 4),
+            per_range=max(2, connections * 3 // 16),
+            per_relay=max(2, connections // 16),
         )
         return cls(
             max_connections=connections, inbound=inbound, handshakes=max(4, min(usual.handshakes, open_files // 8))

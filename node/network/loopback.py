@@ -12,6 +12,8 @@ CAPACITY = 64
 class LoopbackStream:
     """One end; implements `Stream`."""
 
+    relay: PeerId | None = None
+
     def __init__(
         self,
         peer: PeerId,

@@ -8,6 +8,7 @@ from libp2p.abc import INetStream
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 
 from node.network.interface import Stream, StreamClosed
+from node.network.yamux import Yamux
 from node.network.yamux_stream import YamuxStream, shielded
 from protocol.identity import PeerId
 
@@ -27,6 +28,15 @@ class Libp2pStream:
         self._muxed = cast("YamuxStream", stream.muxed_stream)  # type: ignore[attr-defined]
         self._closed = False
         self._sending = False
+        if isinstance(self._muxed.muxed_conn, Yamux):
+            self._muxed.muxed_conn.users += 1
+
+    @property
+    def relay(self) -> PeerId | None:
+        """The relay that it passes; None where the connection is direct."""
+        connection = self._muxed.muxed_conn
+        relay = connection.relay if isinstance(connection, Yamux) else None
+        return None if relay is None else PeerId(relay)
 
     async def receive_some(self, max_bytes: int = 65536) -> bytes:
         """Return between 1 and `max_bytes` bytes, or b"" at the end of the stream; raise StreamClosed when it broke."""
@@ -67,6 +77,8 @@ class Libp2pStream:
         if self._closed:
             return
         self._closed = True
+        if isinstance(self._muxed.muxed_conn, Yamux):
+            self._muxed.muxed_conn.users -= 1
         self._muxed.readable.unpark_all()
         with shielded(1):
             await self._stream.remove()  # type: ignore[attr-defined]  # every stream of the library's swarm has it
@@ -80,7 +92,11 @@ def serve(handler: Callable[[Stream], Awaitable[None]]) -> Callable[[INetStream]
 
     async def run(stream: INetStream) -> None:
         ours = Libp2pStream(stream)
-        await handler(ours)
-        await ours.aclose()
+        try:
+            await handler(ours)
+            await ours.aclose()
+        except BaseException:
+            await ours.reset()
+            raise
 
     return run

@@ -4,6 +4,7 @@ The library's own listener binds with SO_REUSEPORT, so that a second daemon on a
 runs in a task outside of every nursery of ours; its default host also accepts plaintext.
 """
 
+import errno
 import logging
 import os
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 import trio
+from cachetools import LRUCache
 from libp2p.abc import IListener, IMuxedConn, IRawConnection, ISecureConn, ITransport
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
@@ -41,13 +43,14 @@ LISTEN_BACKLOG: Final = 4096
 """Listen backlog: a dial that finds it full is retried by its system only after a second."""
 
 UPGRADE_TIMEOUT_S: Final = 5
+MAX_UNMAPPED: Final = 1024
 
 
 class TcpStream(ReadWriteCloser):
     """A TCP connection that reads ahead, so that a small Noise message costs one system call and not two."""
 
     def __init__(self, stream: trio.SocketStream, counts: ByteCounts | None = None) -> None:
-        self._stream = stream
+        self.socket_stream = stream
         self._counts = counts or ByteCounts()
         self._ahead = bytearray()
         self.closed = trio.Event()
@@ -61,7 +64,7 @@ class TcpStream(ReadWriteCloser):
             return b""
         if not self._ahead:
             try:
-                data = await self._stream.receive_some(READ_BYTES)
+                data = await self.socket_stream.receive_some(READ_BYTES)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise ConnectionClosedError("the TCP connection is gone", transport="tcp") from error
             self._counts.received += len(data)
@@ -76,14 +79,14 @@ class TcpStream(ReadWriteCloser):
         """Send everything."""
         try:
             self._counts.sent += len(data)
-            await self._stream.send_all(data)
+            await self.socket_stream.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectionClosedError("the TCP connection is gone", transport="tcp") from error
 
     async def close(self) -> None:
         """Close the socket."""
         self.closed.set()
-        await self._stream.aclose()
+        await self.socket_stream.aclose()
 
     def get_remote_address(self) -> tuple[str, int]:
         """Return host and port of the peer."""
@@ -141,7 +144,12 @@ class TcpListener(IListener):
 
 
 class Tcp(ITransport):
-    """Dials and listens."""
+    """Dials and listens.
+
+    While `dials_from_port`, dials to public addresses leave from the port that we listen on: so a NAT maps that port,
+    others observe the mapping, and a hole can be punched through it. A peer that can be dialled does without, as two
+    that dial each other from their ports at the same moment would get a single connection in which both began.
+    """
 
     def __init__(
         self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]], handshakes: int, counts: ByteCounts
@@ -151,13 +159,52 @@ class Tcp(ITransport):
         self.handshakes = HandshakeLimiter(handshakes)
         self.bound = bound
         """The listening sockets of each address."""
+        self.dials_from_port = True
+        self._sources: dict[str, tuple[str, int]] = {}
+        """From where dials leave, by the kind of their addresses."""
+        self._unmapped: LRUCache[tuple[str, int], None] = LRUCache(MAX_UNMAPPED)
+        """Endpoints dialled from another port: what they observe says nothing of ours."""
+        for listener in (each for listeners in bound.values() for each in listeners):
+            # Only now: a second daemon on the port was refused, and our own dials may share it.
+            listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            host, port, *_ = listener.socket.getsockname()
+            self._sources.setdefault("ip6" if listener.socket.family == socket.AF_INET6 else "ip4", (host, port))
+
+    def maps_port(self, remote: tuple[str, int] | None) -> bool:
+        """Return whether a connection that we opened to an endpoint left from the port that we listen on."""
+        return remote is not None and remote not in self._unmapped
+
+    async def connect_from_port(self, address: TcpAddress) -> TcpStream:
+        """Return a TCP connection from the port that we listen on. Raises OSError, also where that is not possible."""
+        if (source := self._sources.get(address.kind)) is None:
+            raise OSError(errno.EADDRNOTAVAIL, f"this node does not listen on {address.kind}")
+        sock = trio.socket.socket(socket.AF_INET6 if address.kind == "ip6" else socket.AF_INET)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            await sock.bind(source)
+            await sock.connect((address.host, address.port))
+            return TcpStream(trio.SocketStream(sock), self.counts)
+        except BaseException:
+            sock.close()
+            raise
+
+    async def _connect(self, address: TcpAddress) -> TcpStream:
+        if self.dials_from_port and address.is_public:
+            try:
+                return await self.connect_from_port(address)
+            except OSError as error:
+                # The port is bound to another address, or the last connection between the two endpoints is not over.
+                if error.errno not in {errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EINVAL, errno.ENETUNREACH}:
+                    raise
+        stream = TcpStream(await trio.open_tcp_stream(address.host, address.port), self.counts)
+        self._unmapped[stream.get_remote_address()] = None
+        return stream
 
     async def dial(self, maddr: Multiaddr) -> IRawConnection:
         """Connect; raise OpenConnectionError with the reason."""
         try:
-            address = parse_address(str(maddr))
-            stream = await trio.open_tcp_stream(address.host, address.port)
-            return RawConnection(TcpStream(stream, self.counts), initiator=True)
+            return RawConnection(await self._connect(parse_address(str(maddr))), initiator=True)
         except (OSError, ValueError) as error:
             raise OpenConnectionError(reason(error)) from error
 
@@ -168,10 +215,9 @@ class Tcp(ITransport):
     def can_dial(self, maddr: Multiaddr) -> bool:
         """Return whether this is plain TCP."""
         try:
-            parse_address(str(maddr))
+            return parse_address(str(maddr)).relay is None
         except ValueError:
             return False
-        return True
 
     can_listen = can_dial
 
@@ -181,10 +227,16 @@ class Tcp(ITransport):
 
 
 async def bind(address: TcpAddress) -> list[trio.SocketListener]:
-    """Open listening sockets; raise NetworkError with one line, for instance when the port is taken."""
+    """Open listening sockets; raise NetworkError with one line, for instance when the port is taken.
+
+    None for `::` where this machine has no IPv6: a node listens there by default.
+    """
     try:
         return list(await trio.open_tcp_listeners(address.port, host=address.host, backlog=LISTEN_BACKLOG))
     except OSError as error:
+        if address.host == "::" and error.errno in {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}:
+            logger.info("not listening on %s: %s", address.endpoint, reason(error))
+            return []
         raise NetworkError(f"cannot listen on {address.endpoint}: {reason(error)}") from error
 
 

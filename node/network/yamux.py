@@ -94,6 +94,10 @@ class Yamux(StreamMultiplexer):
         self.established_s = trio.current_time()
         self.last_data_s: float | None = None
         """When the peer last sent data on a stream; None before the first."""
+        self.punched = False
+        """Whether a hole was punched for it."""
+        self.users = 0
+        """Streams of our own protocols, in either direction: those of the library are recreated elsewhere."""
         self._ping_sent = 0.0
         self._round_trip_s = 0.0
 
@@ -133,6 +137,13 @@ class Yamux(StreamMultiplexer):
         """The address of the peer; None when it is reached through a relay."""
         address = self.get_remote_address()
         return None if address is None else address[0]
+
+    @property
+    def relay(self) -> str | None:
+        """The id of the relay through which the peer is reached; None for a direct connection."""
+        if self.get_connection_type() is not ConnectionType.RELAYED:
+            return None
+        return next((str(each).split("/")[2] for each in self.get_transport_addresses()), "")
 
     async def start(self) -> None:
         """Serve the connection until it ends. Raises nothing but Cancelled."""
@@ -222,7 +233,7 @@ class Yamux(StreamMultiplexer):
         now = trio.current_time()
         # As in other implementations: a window used up within four round trips is what limits the sender.
         if now - stream.last_update < 4 * max(self._round_trip_s, 0.001):
-            growth = min(stream.target_window, self.limits.max_window_bytes - stream.target_window)
+            growth = min(stream.target_window, stream.max_window_bytes - stream.target_window)
             growth = min(growth, self.limits.max_window_growth_bytes - self._window_growth)
             if growth > 0:
                 stream.target_window += growth

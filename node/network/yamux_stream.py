@@ -89,6 +89,7 @@ class YamuxStream(IMuxedStream):
         """Bytes sent that the peer has not acknowledged by granting new window."""
         self.receive_window = INITIAL_WINDOW_BYTES
         self.target_window = INITIAL_WINDOW_BYTES
+        self.max_window_bytes = connection.limits.max_window_bytes
         self.consumed = 0
         self.last_update = trio.current_time()
         self.chunks: deque[bytes] = deque()

@@ -9,18 +9,20 @@ they can be dialled; their number is bounded in total, by the peer that relayed 
 evicted first.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
 
-from node.network.addresses import address_range
-from protocol.announcements import Heartbeat, Placement, ServedSpan
+from node.network.addresses import address_range, is_private, origin
+from protocol.announcements import Heartbeat, Placement, Reachability, ServedSpan, Verdict
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from protocol.limits import MAX_PRESENT
 from protocol.messages import Load
 from selector.placement import Server
+from selector.reachability import Location, can_open
 
 LIFE_IN_INTERVALS = 4
 """A peer expires after this many missed heartbeats: two may get lost. That is 10 s in a swarm of up to ten peers."""
@@ -71,6 +73,9 @@ class PeerEntry:
     """The public address ranges that it claims to be in."""
     place: str
     """The key by which dials are rationed: one of these ranges, else its first host."""
+    reachability: Reachability | None
+    """What the peer says of how it can be reached; None where it says nothing."""
+    location: Location
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +132,8 @@ class Directory:
             relay=relay,
             ranges=ranges,
             place=min(ranges) if ranges else _host(next(iter(heartbeat.multiaddrs), "")),
+            reachability=heartbeat.reachability,
+            location=_location(heartbeat),
         )
         if known is None and heartbeat.peer not in self._draining and not self._make_room(entry):
             return False
@@ -255,9 +262,26 @@ class Directory:
             found += [
                 Server(Stage(entry.peer, placed.blocks), placed.rate, placed.movable)
                 for placed in (until[-1].placements if until else ())
-                if placed.model == model
+                if placed.model == model and self.can_open(self._own_peer, entry.peer)
             ]
         return tuple(sorted(found))
+
+    def location_of(self, peer: PeerId) -> Location:
+        """Return where a peer is, as far as it says so."""
+        entry = self._entries.get(peer) or self._draining.get(peer)
+        return Location() if entry is None else entry.location
+
+    def can_open(self, sender: PeerId, receiver: PeerId) -> bool:
+        """Return whether a peer can open a stream to another, as far as is known."""
+        if can_open(self.location_of(sender), self.location_of(receiver)) or sender == receiver:
+            return True
+        return self._own_peer in {sender, receiver} and not {sender, receiver}.isdisjoint(self._connected())
+
+    def relay_rate(self, relay: PeerId) -> float:
+        """Return the bytes per second that a peer relays in all, as it announces; infinite where it says nothing."""
+        entry = self._entries.get(relay)
+        rate = entry.reachability.relay_bytes_per_s if entry is not None and entry.reachability is not None else 0.0
+        return rate or math.inf
 
     def models(self) -> dict[ModelId, tuple[PeerId, ...]]:
         """Return the models of which reached peers serve spans, and these peers."""
@@ -266,6 +290,18 @@ class Directory:
             for span in entry.spans:
                 found.setdefault(span.model, {})[entry.peer] = None
         return {model: tuple(peers) for model, peers in found.items()}
+
+
+def _location(heartbeat: Heartbeat) -> Location:
+    if (known := heartbeat.reachability) is None:
+        return Location()
+    seen = (*known.observed, *(each for each in heartbeat.multiaddrs if "/p2p-circuit" not in each))
+    return Location(
+        private=known.verdict is Verdict.PRIVATE,
+        networks=frozenset(origin(host) for host in map(_host, seen) if not is_private(host)),
+        relays=known.relays,
+        endpoint_dependent=known.endpoint_dependent,
+    )
 
 
 def address_ranges(multiaddrs: Iterable[str]) -> frozenset[str]:

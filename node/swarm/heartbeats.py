@@ -40,6 +40,9 @@ MAX_HEARTBEAT_LIFETIME_S = max(HEARTBEAT_LIFETIME_S, LIFE_IN_INTERVALS * MAX_HEA
 NEIGHBOURS_QUERIED = 3
 """First neighbours that are sent a presence query; one alone may know as little as we do."""
 
+NEIGHBOURS_TRIED = 16
+"""Connections to which a query is sent until so many have answered: of those a few are none of the swarm's peers."""
+
 INTERVAL_SLACK = 4
 """A peer may know more peers than we do, and so have longer intervals: by at most this factor."""
 
@@ -140,6 +143,7 @@ class Heartbeats:
             placements=announced.placements,
             placed_at_ms=announced.since_ms,
             leaving=self._leaving,
+            reachability=self._network.reachability,
         )
         try:
             envelope = seal(heartbeat, self._identity.private_key)
@@ -194,16 +198,19 @@ class Heartbeats:
         return self._directory.relayed_by(relay) < MAX_UNREACHED_PER_RELAY
 
     async def _query_first_neighbours(self) -> None:
-        """Send presence queries to the first few neighbours."""
-        queried = 0
+        """Send presence queries to the first few neighbours that answer: a dial-back is a connection, too."""
+        queried = tried = 0
         async with self._network.events() as events:
             async for event in events:
-                if queried < NEIGHBOURS_QUERIED and isinstance(event, PeerConnected):
-                    queried += 1
+                is_due = queried < NEIGHBOURS_QUERIED and tried < NEIGHBOURS_TRIED
+                if is_due and isinstance(event, PeerConnected):
+                    tried += 1
                     try:
                         await query_presence(self._network, event.peer, partial(self._on_relayed_heartbeat, event.peer))
                     except (NetworkError, RemoteProtocolError) as error:
                         _logger.debug("presence query failed", peer=event.peer, reason=str(error))
+                    else:
+                        queried += 1
                     if (relayed := self._directory.relayed_by(event.peer)) >= MAX_UNREACHED_PER_RELAY:
                         _logger.warning(
                             "presence answer cut off: too many unreached peers", peer=event.peer, count=relayed

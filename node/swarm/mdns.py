@@ -9,7 +9,7 @@ zeroconf runs on a thread of its own; only service names cross from there, throu
 
 import hashlib
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address
@@ -18,6 +18,7 @@ import structlog
 import trio
 from zeroconf import Error, ServiceBrowser, ServiceInfo, ServiceStateChange, Zeroconf
 
+from node.network.addresses import interface_hosts, parse_address
 from node.network.interface import Network, NetworkError
 from protocol.limits import MAX_ADDRESSES
 
@@ -68,7 +69,7 @@ async def find_neighbours(network: Network, swarm_key: str | None) -> None:
                 token.run_sync_soon(_put, seen, name)
 
     def start() -> Zeroconf:
-        zeroconf = Zeroconf(interfaces=sorted(interfaces_of(network.multiaddrs)))
+        zeroconf = Zeroconf(interfaces=sorted(interfaces_of(network.multiaddrs, interface_hosts())))
         zeroconf.register_service(own)
         ServiceBrowser(zeroconf, kind, handlers=[notice])
         return zeroconf
@@ -95,10 +96,13 @@ async def find_neighbours(network: Network, swarm_key: str | None) -> None:
             await trio.to_thread.run_sync(zeroconf.close, abandon_on_cancel=True)
 
 
-def interfaces_of(multiaddrs: Iterable[str]) -> set[str]:
-    """Return our local addresses, the only ones on which we register."""
-    hosts = {parts[2] for parts in (address.split("/") for address in multiaddrs) if parts[1] in {"ip4", "ip6"}}
-    return {host for host in hosts if not ip_address(host).is_link_local}
+def interfaces_of(multiaddrs: Iterable[str], own_hosts: Collection[str]) -> set[str]:
+    """Return the addresses of this machine's interfaces at which this node can be dialled: there it announces itself.
+
+    Not those that a gateway forwards, nor those of relays.
+    """
+    direct = [address for address in map(parse_address, multiaddrs) if address.relay is None]
+    return {each.host for each in direct if each.host in own_hosts and not ip_address(each.host).is_link_local}
 
 
 def _describe(network: Network, kind: str) -> ServiceInfo:
@@ -111,7 +115,7 @@ def _describe(network: Network, kind: str) -> ServiceInfo:
     # that begins with dnsaddr.
     properties = {f"dnsaddr{number or ''}": each for number, each in enumerate(announced)}
     port = int(announced[0].split("/")[4]) if announced else 0
-    addresses = [ip_address(host).packed for host in sorted(interfaces_of(announced))]
+    addresses = [ip_address(host).packed for host in sorted(interfaces_of(announced, interface_hosts()))]
     return ServiceInfo(
         kind, f"{name}.{kind}", port=port, properties=properties, server=f"{name}.local.", addresses=addresses
     )

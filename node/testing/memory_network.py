@@ -27,10 +27,12 @@ from node.network.interface import (
     RecordValidator,
     Stream,
     StreamHandler,
+    Way,
 )
 from node.testing.memory_links import MemoryLinks
 from node.testing.memory_stream import MemoryStream, Packet
 from node.util.nursery import background_nursery
+from protocol.announcements import Reachability
 from protocol.identity import PeerId
 from protocol.limits import MAX_RECORD_BYTES
 
@@ -85,6 +87,15 @@ class MemoryNetwork:
     def multiaddrs(self) -> tuple[str, ...]:
         """Our address in the simulation; none while not running."""
         return (self.address.of(self.peer_id),) if self._nursery is not None else ()
+
+    @property
+    def reachability(self) -> Reachability:
+        """Nothing is known: all peers of a simulation can dial each other."""
+        return Reachability()
+
+    def way_to(self, peer: PeerId) -> Way | None:
+        """Return how new streams reach a peer; None without a connection."""
+        return Way() if peer in self.connections else None
 
     @property
     def alive(self) -> bool:

@@ -41,6 +41,7 @@ class MemoryStream:
     """One end of a stream; `other` is the far end."""
 
     other: "MemoryStream"
+    relay: PeerId | None = None
 
     def __init__(self, owner: StreamOwner, peer: PeerId, protocol: str) -> None:
         self.peer = peer

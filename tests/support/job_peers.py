@@ -14,8 +14,8 @@ from node.config import ServeSpec
 from node.coordinator.coordinator import Coordinator
 from node.coordinator.method_choice import Chooser, QualityStore
 from node.coordinator.observation import Recorder
-from node.coordinator.planner import SwarmView
 from node.coordinator.submission import JobRequest, JobResult
+from node.coordinator.swarm_view import SwarmView
 from node.engine.device import Device
 from node.engine.interface import REFERENCE, EngineCrashed, EngineOptions, SpanInfo, Variant, reference_variant
 from node.identity import Identity
@@ -344,7 +344,7 @@ class Swarm:
         return membership.directory.expected(model)
 
     def _links(self, network: Network, membership: Membership) -> Links:
-        return LinkEstimates(network.peer_id, membership.round_trip_s, lambda _: None).between
+        return LinkEstimates(membership.directory, network.peer_id, membership.round_trip_s, lambda _: None).between
 
     async def _carry(
         self,

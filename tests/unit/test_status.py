@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from node.api.interface import JoinDocument
+from node.network.interface import Way
 from node.replication.peer_limits import Ban
 from node.stages.peer_penalties import StagePeerStatistics
 from node.status import StatusView
@@ -41,7 +42,12 @@ async def test_peers_shows_refusals_failures_held_bytes_and_bans() -> None:
     directory = Directory(own_peer=US, connected=lambda: [CONNECTED])
     for peer in (US, CONNECTED, HEARSAY):
         directory.update(heartbeat(peer), 0.0)
-    network = SimpleNamespace(peer_id=US, connected_peers=lambda: (CONNECTED,), addresses_of=lambda peer: ())
+    network = SimpleNamespace(
+        peer_id=US,
+        connected_peers=lambda: (CONNECTED,),
+        addresses_of=lambda peer: (),
+        way_to=lambda peer: Way() if peer == CONNECTED else None,
+    )
     membership = SimpleNamespace(directory=directory, round_trip_s=lambda peer: None)
     stages = SimpleNamespace(peer_statistics=lambda: {CONNECTED: ASKED, GONE: replace(ASKED, sessions=0, bytes=0)})
     coordinator = SimpleNamespace(peer_records=lambda: {CONNECTED: SHOWN})

@@ -43,7 +43,7 @@ def fault(environ: Mapping[str, str] | None = None, **flags: str | list[str]) ->
 
 def test_defaults_listen_to_peers_and_bind_api_to_loopback() -> None:
     config = load()
-    assert config.listen == ("/ip4/0.0.0.0/tcp/4001",)
+    assert config.listen == ("/ip4/0.0.0.0/tcp/4001", "/ip6/::/tcp/4001")
     assert (config.api_host, config.api_port, config.api_key) == ("127.0.0.1", 8642, None)
     assert (config.data_dir, config.cache_dir) == (default_data_dir(), default_cache_dir())
     assert (config.serve, config.swarm_key, config.memory_bytes, config.no_catalogue) == ((), None, None, False)
@@ -71,6 +71,10 @@ def test_reads_every_option_from_environment_and_from_file(tmp_path: Path) -> No
         "METASWARM_CACHE_DIR": "/cache",
         "METASWARM_CACHE_LIMIT": "20GiB",
         "METASWARM_LISTEN": "/ip4/127.0.0.1/tcp/1, /ip6/::1/tcp/2",
+        "METASWARM_ANNOUNCE": "/ip4/203.0.113.7/tcp/3,/dns4/node.example/tcp/4",
+        "METASWARM_NO_PORT_MAPPING": "1",
+        "METASWARM_NO_RELAY": "1",
+        "METASWARM_RELAY_RATE": "4MiB",
         "METASWARM_API": "[::1]:0",
         "METASWARM_API_KEY": "sesame",
         "METASWARM_API_KEYS": str(keys),
@@ -97,6 +101,10 @@ def test_reads_every_option_from_environment_and_from_file(tmp_path: Path) -> No
         data_dir=Path("/data"),
         cache_dir=Path("/cache"),
         listen=("/ip4/127.0.0.1/tcp/1", "/ip6/::1/tcp/2"),
+        announce=("/ip4/203.0.113.7/tcp/3", "/dns4/node.example/tcp/4"),
+        port_mapping=False,
+        relay=False,
+        relay_bytes_per_s=4 << 20,
         api_host="::1",
         api_port=0,
         api_key="sesame",
@@ -131,6 +139,10 @@ def test_reads_every_option_from_environment_and_from_file(tmp_path: Path) -> No
         cache_dir = "/cache"
         cache_limit = "20GiB"
         listen = ["/ip4/127.0.0.1/tcp/1", "/ip6/::1/tcp/2"]
+        announce = ["/ip4/203.0.113.7/tcp/3", "/dns4/node.example/tcp/4"]
+        no_port_mapping = true
+        no_relay = true
+        relay_rate = "4MiB"
         api = "[::1]:0"
         api_key = "sesame"
         api_keys = "api.keys"

@@ -115,6 +115,7 @@ def test_replaces_control_characters_in_names(api: list[str], capsys: pytest.Cap
         "block_count": 12,
         "coverage": [0, 9, 10, 1000] * 3,
         "uncovered": [],
+        "apart": [],
         "complete": True,
         "local": True,
         "size_bytes": 1 << 20,

@@ -148,7 +148,7 @@ async def test_signatures_outside_the_committee_are_dropped() -> None:
 class Questioner:
     """The stream of a peer that asks again after every answer."""
 
-    peer, protocol = PeerId("questioner"), PROTOCOL_ID
+    peer, protocol, relay = PeerId("questioner"), PROTOCOL_ID, None
 
     def __init__(self) -> None:
         self.asked = 0

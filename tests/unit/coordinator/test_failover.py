@@ -64,6 +64,23 @@ async def test_fails_within_seconds_without_candidates_for_a_lost_stage(virtual_
                 await trio.sleep(0.01)
 
 
+async def test_reconnects_at_once_to_a_stage_whose_link_alone_broke(virtual_clock: MockClock) -> None:
+    """A relay that dies takes the way between two peers, and no other peer serves these blocks."""
+    async with open_swarm() as swarm:
+        peer = await swarm_without_spares(swarm)
+
+        def cut() -> None:
+            first, second, *_ = swarm.peers
+            swarm.hub.networks[first.id].lose_connection(second.id)
+
+        with capture_logs() as logs:
+            result, _ = await lose_in_mid_job(peer, cut)
+        assert isinstance(result, JobResult)
+        assert (result.token_ids, result.replays) == (right_tokens(40), 1)
+        # Nobody else was searched for, which takes seconds in a real swarm.
+        assert [log["event"] for log in logs if log["log_level"] == "warning" and "job" in log] == []
+
+
 async def test_replays_on_a_peer_that_joins_within_the_hopeless_limit(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm, trio.open_nursery() as nursery:
         peer = await swarm_without_spares(swarm)

@@ -9,7 +9,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.coordinator.planner import Finder, Planner, RouteNeed, RouteTiming, SwarmView
+from node.coordinator.planner import Planner, RouteNeed, RouteTiming
+from node.coordinator.swarm_view import Finder, SwarmView
 from node.swarm.directory import Candidate
 from node.swarm.link_estimates import UNKNOWN_BYTES_PER_S
 from protocol.identity import BlockRange, ModelId, PeerId, Stage

@@ -118,7 +118,8 @@ def only(found: Diagnosis) -> tuple[Fault, Consequence]:
 
 
 def running(**changes: Any) -> RunningNode:
-    return RunningNode({**FakeNode().status_document(), **changes}, ())  # type: ignore[typeddict-item]  # fields of the same document
+    untried = {"reachability": {**FakeNode().status_document()["reachability"], "verdict": "unknown"}}
+    return RunningNode({**FakeNode().status_document(), **untried, **changes}, ())  # type: ignore[typeddict-item]  # fields of the same document
 
 
 async def test_healthy_node_has_no_findings(config: NodeConfig) -> None:

@@ -111,7 +111,7 @@ class FaultyStream:
     """A stream whose reads fail in a way that no link expects, once certain data arrives."""
 
     def __init__(self, stream: LoopbackStream) -> None:
-        self.peer, self.protocol = stream.peer, stream.protocol
+        self.peer, self.protocol, self.relay = stream.peer, stream.protocol, stream.relay
         self.send_all, self.aclose, self.reset = stream.send_all, stream.aclose, stream.reset
         self._stream = stream
 

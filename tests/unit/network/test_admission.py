@@ -29,6 +29,7 @@ class Connection:
     host: str | None
     established_s: float = 0.0
     last_data_s: float | None = NOW_S
+    relay: str | None = None
 
 
 def idle(host: str | None, since_s: float = 0.0) -> Connection:
@@ -145,3 +146,12 @@ def test_only_public_addresses_have_a_range(host: str, expected: str | None) -> 
 def test_origin_is_ipv4_address_or_ipv6_prefix() -> None:
     assert origin("::ffff:10.0.0.1") == origin("10.0.0.1") == "10.0.0.1"
     assert origin("2600:1:2:3::1") == origin("2600:1:2:3::2") != origin("2600:1:2:4::1")
+
+
+def test_one_relay_cannot_fill_all_places() -> None:
+    limits = InboundLimits(total=6, per_origin=3, per_range=4, per_relay=2)
+    relayed = [Connection(None, relay="R") for _ in range(2)]
+    with pytest.raises(NoRoom, match="the relay R"):
+        choose_eviction(Connection(None, relay="R"), relayed, limits, NOW_S)
+    assert choose_eviction(Connection(None, relay="S"), relayed, limits, NOW_S) is None
+    assert choose_eviction(Connection("192.0.2.1"), relayed, limits, NOW_S) is None

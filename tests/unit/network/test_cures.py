@@ -4,6 +4,8 @@ import select
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, suppress
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import trio
@@ -28,10 +30,11 @@ from node.network.yamux import Yamux
 from node.network.yamux_stream import YamuxLimits
 from protocol.identity import PeerId
 
-from .conftest import limited, until
+from .conftest import limited, receive_exactly, until
 from .hosts import (
     ECHO,
     GARBAGE,
+    LOOPBACK,
     TOPIC,
     FragileService,
     assert_serves,
@@ -66,6 +69,11 @@ def _close_what_the_library_leaves_open() -> Iterator[None]:
         "/ipfs/id/1.0.0",
         "/ipfs/id/push/1.0.0",
         "/ipfs/ping/1.0.0",
+        "/libp2p/autonat/2/dial-request",
+        "/libp2p/autonat/2/dial-back",
+        "/libp2p/circuit/relay/0.2.0/hop",
+        "/libp2p/circuit/relay/0.2.0/stop",
+        "/libp2p/dcutr",
         ECHO,
     ],
 )
@@ -132,14 +140,45 @@ async def test_wildcard_listen_address_is_expanded() -> None:
             assert network.multiaddrs
             assert all("0.0.0.0" not in address and "/tcp/0/" not in address for address in network.multiaddrs)
             assert all(address.endswith(f"/p2p/{network.peer_id}") for address in network.multiaddrs)
-            assert any(address.startswith("/ip4/127.0.0.1/") for address in network.multiaddrs)
 
 
-async def test_announced_addresses_replace_listen_addresses() -> None:
-    network = our_host(announce=["/dns4/node.example/tcp/4001"])
+async def test_announced_addresses_come_before_those_of_interfaces_and_loopback_is_told_to_nobody() -> None:
+    interfaces = {"lo": ["127.0.0.1", "::1"], "eth0": ["192.168.1.2"], "docker0": ["172.17.0.1"]}
+    found = {name: [SimpleNamespace(address=text) for text in texts] for name, texts in interfaces.items()}
+    for listen in ("/ip4/0.0.0.0/tcp/0", LOOPBACK):
+        network = Libp2pNetwork(bytes(32), listen=[listen], announce=["/dns4/node.example/tcp/4001"])
+        with limited(), patch("psutil.net_if_addrs", lambda: found):
+            async with network.running():
+                hosts = [address.split("/")[2] for address in network.multiaddrs]
+                assert hosts == ["node.example", *(["192.168.1.2"] if "0.0.0.0" in listen else [])]
+
+
+async def test_simultaneous_dials_end_in_one_connection() -> None:
+    one, two = our_host(1), our_host(2)
+    with limited(20):
+        async with one.running(), two.running():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(one.connect, two.multiaddrs[0])
+                nursery.start_soon(two.connect, one.multiaddrs[0])
+
+            def counts() -> list[int]:
+                return [len(host._swarm.get_connections()) for host in (one, two) if host._swarm is not None]
+
+            await until(lambda: counts() == [1, 1])
+            for host, other in ((one, two), (two, one)):
+                stream = await host.open_stream(other.peer_id, ECHO)
+                await stream.send_all(b"once")
+                assert await receive_exactly(stream, 4) == b"once"
+
+
+async def test_own_address_is_not_dialled_for_another_peer() -> None:
+    """Two homes have the same private range: what a peer there announces may be ourselves."""
+    network = our_host()
     with limited():
         async with network.running():
-            assert network.multiaddrs == (f"/dns4/node.example/tcp/4001/p2p/{network.peer_id}",)
+            own = network.multiaddrs[0].rpartition("/p2p/")[0]
+            with pytest.raises(NetworkError, match="no address of the peer is known"):
+                await network.connect(f"{own}/p2p/{our_host(2).peer_id}")
 
 
 async def test_accepts_connections_after_hundreds_have_closed() -> None:

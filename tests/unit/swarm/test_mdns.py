@@ -17,8 +17,16 @@ def test_private_swarm_has_its_own_valid_service_name() -> None:
 
 def test_service_is_registered_on_dialable_interfaces_only() -> None:
     here = [f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}", f"/ip6/fe80::1/tcp/4001/p2p/{PEER}"]
-    assert interfaces_of(here) == {"127.0.0.1"}
-    assert interfaces_of([*here, f"/ip4/192.0.2.7/tcp/4001/p2p/{PEER}"]) == {"127.0.0.1", "192.0.2.7"}
+    own = {"127.0.0.1", "fe80::1", "192.0.2.7"}
+    assert interfaces_of(here, own) == {"127.0.0.1"}
+    assert interfaces_of([*here, f"/ip4/192.0.2.7/tcp/4001/p2p/{PEER}"], own) == {"127.0.0.1", "192.0.2.7"}
+
+
+def test_service_is_not_registered_on_forwarded_addresses_nor_on_those_of_relays() -> None:
+    forwarded = f"/ip4/203.0.113.7/tcp/4001/p2p/{PEER}"
+    named = f"/dns4/example.org/tcp/4001/p2p/{PEER}"
+    circuit = f"/ip4/192.0.2.7/tcp/4001/p2p/{PEER}/p2p-circuit/p2p/{PEER}"
+    assert interfaces_of([forwarded, named, circuit], {"192.0.2.7"}) == set()
 
 
 def test_txt_record_yields_a_bounded_number_of_peer_addresses() -> None:

@@ -1,0 +1,232 @@
+"""Hole punching: upgrades a connection through a relay to a direct one, by DCUtR (`/libp2p/dcutr`).
+
+The peer that was reached through the relay begins. Both tell at which addresses others see them; then both dial at the
+same moment from the port that those addresses map, so that each dial opens the way in its own NAT for the other. The
+kernel makes one connection of both dials: who began the exchange is the responder in it (Noise, yamux), the other the
+initiator.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import trio
+from cachetools import TTLCache
+from libp2p.abc import INetStream
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.peer.id import ID
+from libp2p.transport.exceptions import OpenConnectionError
+from multiaddr import Multiaddr
+
+from node.network.addresses import TcpAddress, parse_address
+from node.network.guarded_host import GuardedHost
+from node.network.message_stream import MessageStream
+from node.network.protobuf import MalformedMessage
+from node.network.relay_messages import DCUTR_PROTOCOL, HolePunch, HolePunchType
+from node.network.transport import Tcp, TcpStream, reason
+from node.network.yamux import Yamux
+
+logger = logging.getLogger(__name__)
+
+TRIES: Final = 3
+MESSAGE_TIMEOUT_S: Final = 5.0
+PUNCH_TIMEOUT_S: Final = 3.0
+"""How long one try may take: the handshake of a connection that both sides have opened included."""
+
+REFUSED_PAUSE_S: Final = 0.02
+"""Pause before an address is dialled again whose gateway refused: our dial arrived before the other side's left."""
+
+ENTERED_S: Final = 0.2
+FAILED_S: Final = 600.0
+MAX_ADDRESSES: Final = 8
+MAX_AT_ONCE: Final = 16
+
+
+class HolePuncher:
+    """Both sides of the protocol."""
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        host: GuardedHost,
+        tcp: Tcp,
+        *,
+        observed: Callable[[], Sequence[TcpAddress]],
+        known: Callable[[ID], Sequence[TcpAddress]],
+    ) -> None:
+        """`observed`: where others see this node. `known`: the addresses of a peer."""
+        self._nursery = nursery
+        self._host = host
+        self._tcp = tcp
+        self._observed = observed
+        self._known = known
+        self._busy: set[ID] = set()
+        """Peers with an upgrade under way."""
+        self._settled: dict[ID, trio.Event] = {}
+        """Set when it is known whether there is a direct connection to a peer,"""
+        self._arrived: dict[ID, trio.Event] = {}
+        """and when there is one."""
+        self._failed: TTLCache[ID, None] = TTLCache(1024, FAILED_S, trio.current_time)
+
+    def circuit_opened(self, connection: Yamux) -> None:
+        """Begin to upgrade a connection that a peer has opened to us through a relay."""
+        peer_id = connection.peer_id
+        if peer_id not in self._busy and len(self._busy) < MAX_AT_ONCE:
+            self._busy.add(peer_id)
+            self._nursery.start_soon(self._upgrade, connection)
+
+    async def _upgrade(self, connection: Yamux) -> None:
+        peer_id = connection.peer_id
+        try:
+            public = [each for each in self._known(peer_id) if each.is_public]
+            if public and await self._host.swarm.dial_direct(peer_id, public[:MAX_ADDRESSES]):
+                logger.info("connected to %s directly", peer_id)
+                return
+            await self._begin(connection)
+        except Exception as error:  # noqa: BLE001  # the peer's messages, and a dozen types for dials that failed
+            logger.debug("no direct connection to %s: %s", peer_id, reason(error))
+        finally:
+            self._busy.discard(peer_id)
+
+    async def _begin(self, connection: Yamux) -> None:
+        """Begin the exchange: the first side."""
+        peer_id = connection.peer_id
+        swarm = self._host.swarm
+        held = next(each for each in swarm.live_connections(peer_id) if each.muxed_conn is connection)
+        async with MessageStream(await self._host.open_stream_on(held, DCUTR_PROTOCOL)) as messages:
+            for _ in range(TRIES):
+                if swarm.direct_connection(peer_id) is not None:
+                    return
+                started_s = trio.current_time()
+                await self._tell(messages)
+                theirs = await _receive(messages, HolePunchType.CONNECT)
+                round_trip_s = trio.current_time() - started_s
+                await messages.send(HolePunch(type=HolePunchType.SYNC))
+                await trio.sleep(round_trip_s / 2)
+                if await self._punch(peer_id, theirs, initiator=False):
+                    return
+        self._failed[peer_id] = None
+        logger.info("no hole could be punched to %s", peer_id)
+
+    async def handle(self, stream: INetStream) -> None:
+        """Serve the exchange: the second side."""
+        async with MessageStream(stream) as messages:
+            peer_id = messages.connection.peer_id
+            if messages.connection.relay is None or peer_id in self._busy:
+                raise OpenConnectionError("there is nothing to upgrade")
+            self._busy.add(peer_id)
+            try:
+                for _ in range(TRIES):
+                    theirs = await _receive(messages, HolePunchType.CONNECT)
+                    await self._tell(messages)
+                    await _receive(messages, HolePunchType.SYNC)
+                    if await self._punch(peer_id, theirs, initiator=True):
+                        return
+                self._failed[peer_id] = None
+            finally:
+                self._busy.discard(peer_id)
+
+    def connected(self, peer_id: ID) -> None:
+        """Note that there is a direct connection to a peer."""
+        self.gave_up(peer_id)
+        self._failed.pop(peer_id, None)
+        if (event := self._arrived.pop(peer_id, None)) is not None:
+            direct = self._host.swarm.direct_connection(peer_id)
+            if direct is not None and isinstance(direct.muxed_conn, Yamux):
+                direct.muxed_conn.punched = True
+            event.set()
+
+    def gave_up(self, peer_id: ID) -> None:
+        """Note that a peer is reached through its relay for now."""
+        if (event := self._settled.pop(peer_id, None)) is not None:
+            event.set()
+
+    async def wait(self, peer_id: ID, timeout_s: float) -> None:
+        """Wait a moment until the peer to which we opened a circuit has upgraded it, or has given up.
+
+        Not where that failed a short while ago: NATs rarely change.
+        """
+        if peer_id in self._failed:
+            return
+        with trio.move_on_after(timeout_s):
+            await self._settled.setdefault(peer_id, trio.Event()).wait()
+        if self._host.swarm.direct_connection(peer_id) is None:
+            self._failed[peer_id] = None
+        self.gave_up(peer_id)
+
+    async def _tell(self, messages: MessageStream) -> None:
+        own = [Multiaddr(each.transport).to_bytes() for each in self._observed()[:MAX_ADDRESSES]]
+        await messages.send(HolePunch(type=HolePunchType.CONNECT, addrs=tuple(own)))
+
+    async def _punch(self, peer_id: ID, message: HolePunch, *, initiator: bool) -> bool:
+        """Dial all of a peer's addresses from our port; return whether there is a direct connection now."""
+        targets = self._targets(message)
+        if not targets:
+            return False
+        arrived = self._arrived.setdefault(peer_id, trio.Event())
+        with trio.move_on_after(PUNCH_TIMEOUT_S):
+            async with trio.open_nursery() as nursery:
+
+                async def punch_one(address: TcpAddress) -> None:
+                    try:
+                        stream = await self._connect(address)
+                        await self._secure(stream, peer_id, initiator=initiator)
+                    except Exception as error:  # noqa: BLE001  # a dozen types for a dial that failed
+                        logger.debug("no hole to %s at %s: %s", peer_id, address.transport, reason(error))
+                    else:
+                        logger.info("punched a hole to %s at %s", peer_id, address.transport)
+                        nursery.cancel_scope.cancel()
+
+                for address in targets:
+                    nursery.start_soon(punch_one, address)
+                # The other side's dial may arrive at our listener instead. A moment more, for our own to be entered.
+                if self._host.swarm.direct_connection(peer_id) is None:
+                    await arrived.wait()
+                await trio.sleep(ENTERED_S)
+                nursery.cancel_scope.cancel()
+        self._arrived.pop(peer_id, None)
+        return self._host.swarm.direct_connection(peer_id) is not None
+
+    def _targets(self, message: HolePunch) -> list[TcpAddress]:
+        """Return where to dial: what the internet routes, unless we are not seen from there ourselves."""
+        inside = not any(each.is_public for each in self._observed())
+        found: dict[str, TcpAddress] = {}
+        for data in message.addrs[:MAX_ADDRESSES]:
+            try:
+                address = parse_address(str(Multiaddr(data)))
+            except Exception:  # noqa: BLE001, S112  # the bytes are a peer's, and the codecs raise what they like
+                continue
+            if address.relay is None and address.kind in {"ip4", "ip6"} and (address.is_public or inside):
+                found[address.transport] = address
+        return list(found.values())
+
+    async def _connect(self, address: TcpAddress) -> TcpStream:
+        """Dial from our port, again and again while a gateway refuses."""
+        while True:
+            try:
+                return await self._tcp.connect_from_port(address)
+            except (ConnectionRefusedError, ConnectionResetError):
+                await trio.sleep(REFUSED_PAUSE_S)
+
+    async def _secure(self, stream: TcpStream, peer_id: ID, *, initiator: bool) -> None:
+        raw = RawConnection(stream, initiator=initiator)
+        swarm = self._host.swarm
+        try:
+            if initiator:
+                muxed = (await swarm.upgrade_outbound_raw_conn(raw, peer_id)).muxed_conn
+            else:
+                muxed = await swarm.upgrade_inbound_raw_conn(raw, Multiaddr("/ip4/0.0.0.0/tcp/0"))
+        except BaseException:
+            await trio.aclose_forcefully(stream.socket_stream)
+            raise
+        if not isinstance(muxed, Yamux) or muxed.peer_id != peer_id:
+            await muxed.close()
+            raise OpenConnectionError(f"another peer answered: {muxed.peer_id}")
+
+
+async def _receive(messages: MessageStream, kind: HolePunchType) -> HolePunch:
+    with trio.fail_after(MESSAGE_TIMEOUT_S + PUNCH_TIMEOUT_S):
+        message = await messages.receive(HolePunch)
+    if message.type is not kind:
+        raise MalformedMessage(f"expected {kind.name}")
+    return message

@@ -1,0 +1,107 @@
+"""Port mapping by UPnP: asks the gateway of a home to forward the port that this node listens on.
+
+The library under it (miniupnpc) is C code that parses what any device of the local network sends, and blocks. So it
+runs in a child process with limits, once for each lease.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+import trio
+
+from node.network.addresses import TcpAddress
+from node.util.child_process import ChildError, run
+from node.util.interpreter import python
+
+logger = logging.getLogger(__name__)
+
+LEASE_S: Final = 3600
+RENEWAL_S: Final = LEASE_S / 2
+RETRY_S: Final = 600.0
+"""Until a gateway that was not found is looked for again."""
+
+TIME_LIMIT_S: Final = 20.0
+DISCOVERY_MS: Final = 2000
+PORTS_TRIED: Final = 8
+"""Ports above our own that are asked for where another machine has it."""
+
+DESCRIPTION: Final = "metaswarm"
+COMMAND: Final = python("-m", "node.network.port_mapping")
+
+
+async def keep_port_mapping(
+    candidates: Callable[[], list[TcpAddress]], on_mapped: Callable[[TcpAddress | None], None]
+) -> None:
+    """Keep a port of the gateway mapped to one of our addresses, and remove the mapping at the end.
+
+    `candidates`: the private addresses that this node listens on; without any, as on a public machine, nothing is done.
+    """
+    mapped: TcpAddress | None = None
+    try:
+        while True:
+            found = None
+            for address in candidates()[:1]:
+                found = await _ask("add", address, mapped.port if mapped else address.port)
+            if found != mapped:
+                mapped = found
+                on_mapped(mapped)
+                if mapped is not None:
+                    logger.info("the gateway forwards %s to this node", mapped.transport)
+            await trio.sleep(RENEWAL_S if mapped else RETRY_S)
+    finally:
+        if mapped is not None:
+            with trio.move_on_after(TIME_LIMIT_S / 4) as scope:
+                scope.shield = True
+                await _ask("remove", mapped, mapped.port)
+
+
+async def _ask(verb: str, address: TcpAddress, port: int) -> TcpAddress | None:
+    """Have the child process talk to the gateway; return the mapped address."""
+    arguments = (verb, address.host, str(address.port), str(port))
+    try:
+        answer = await run((*COMMAND, *arguments), what="the port mapping", time_limit_s=TIME_LIMIT_S)
+        found = json.loads(answer)
+        return TcpAddress("ip4", str(found["host"]), int(found["port"]), None) if verb == "add" else None
+    except (ChildError, ValueError, KeyError, TypeError) as error:
+        logger.debug("no port mapping: %s", error)
+        return None
+
+
+def change_mapping(gateway: Any, verb: str, host: str, port: int, external_port: int) -> dict[str, object]:
+    """Add or remove a mapping at a gateway, an object of miniupnpc; return the external address."""
+    if verb == "remove":
+        gateway.deleteportmapping(external_port, "TCP")
+        return {}
+    external = gateway.externalipaddress()
+    for wanted in range(external_port, min(external_port + PORTS_TRIED, 65536)):
+        held = gateway.getspecificportmapping(wanted, "TCP")
+        if held is not None and (held[0], int(held[1])) != (host, port):
+            continue  # another node's
+        try:
+            gateway.addportmapping(wanted, "TCP", host, port, DESCRIPTION, "", LEASE_S)
+        except Exception as error:
+            if "OnlyPermanentLeasesSupported" not in str(error):
+                raise
+            gateway.addportmapping(wanted, "TCP", host, port, DESCRIPTION, "", 0)
+        return {"host": external, "port": wanted}
+    raise RuntimeError(f"the gateway has no free port from {external_port} on")
+
+
+def main(arguments: list[str]) -> None:
+    """Change a mapping, and print the external address as JSON."""
+    import miniupnpc
+
+    verb, host, port, external_port, *url = arguments
+    gateway = miniupnpc.UPnP()
+    gateway.discoverdelay = DISCOVERY_MS
+    if not url:
+        gateway.discover()
+    gateway.selectigd(*url)
+    print(json.dumps(change_mapping(gateway, verb, host, int(port), int(external_port))))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

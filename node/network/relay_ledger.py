@@ -1,0 +1,104 @@
+"""Who may use this node as a relay: reservations and circuits, and their bounds. No I/O and no clock of its own."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from node.network.addresses import address_range, origin
+from node.network.relay_messages import Status
+from protocol.identity import PeerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayLimits:
+    """What a relay gives at most."""
+
+    reservations: int = 64
+    reservations_per_origin: int = 8
+    """From one IPv4 address or IPv6 /64."""
+    reservations_per_range: int = 16
+    """From one public /24 or /56."""
+    circuits: int = 64
+    circuits_per_peer: int = 16
+    circuits_per_pair: int = 4
+    reservation_s: int = 3600
+    bytes_per_s: float = 16 << 20
+    """Of all circuits together."""
+    stranger_bytes: int = 128 << 10
+    """In either direction of a circuit in which a peer takes part that is not of this swarm: enough to punch a hole."""
+    stranger_s: int = 120
+
+
+class RelayRefusal(Exception):
+    """A circuit is refused, with the status that the peer is told."""
+
+    def __init__(self, status: Status) -> None:
+        super().__init__(status.name)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class _Reservation:
+    host: str
+    expires_s: float
+
+
+class RelayLedger:
+    """The reservations and circuits of a relay. A reservation belongs to the peer that was authenticated."""
+
+    def __init__(self, limits: RelayLimits) -> None:
+        self._limits = limits
+        self._reservations: dict[PeerId, _Reservation] = {}
+        self._pairs: Counter[frozenset[PeerId]] = Counter()
+
+    @property
+    def circuits(self) -> int:
+        """Circuits at present."""
+        return self._pairs.total()
+
+    def reserved(self, now_s: float) -> tuple[PeerId, ...]:
+        """Return the peers with a reservation."""
+        return tuple(peer for peer, each in self._reservations.items() if each.expires_s > now_s)
+
+    def reserve(self, peer: PeerId, host: str, now_s: float) -> Status:
+        """Make or renew a reservation for a peer that is connected from a host; return the outcome."""
+        others = {each: held for each, held in self._reservations.items() if each != peer and held.expires_s > now_s}
+        here, wider = origin(host), address_range(host)
+        near = sum(origin(held.host) == here for held in others.values())
+        around = sum(wider is not None and address_range(held.host) == wider for held in others.values())
+        limits = self._limits
+        if (
+            len(others) >= limits.reservations
+            or near >= limits.reservations_per_origin
+            or around >= limits.reservations_per_range
+        ):
+            return Status.RESERVATION_REFUSED
+        self._reservations = {**others, peer: _Reservation(host, now_s + limits.reservation_s)}
+        return Status.OK
+
+    def release(self, peer: PeerId) -> None:
+        """End the reservation of a peer: it has disconnected."""
+        self._reservations.pop(peer, None)
+
+    @contextmanager
+    def circuit(self, source: PeerId, target: PeerId, now_s: float) -> Iterator[None]:
+        """Hold a circuit between two peers inside the block. Raises RelayRefusal."""
+        if target not in self.reserved(now_s):
+            raise RelayRefusal(Status.NO_RESERVATION)
+        pair, limits = frozenset({source, target}), self._limits
+        per_peer = Counter(peer for each, count in self._pairs.items() for peer in each for _ in range(count))
+        if (
+            source == target
+            or self.circuits >= limits.circuits
+            or self._pairs[pair] >= limits.circuits_per_pair
+            or max(per_peer[source], per_peer[target]) >= limits.circuits_per_peer
+        ):
+            raise RelayRefusal(Status.RESOURCE_LIMIT_EXCEEDED)
+        self._pairs[pair] += 1
+        try:
+            yield
+        finally:
+            self._pairs[pair] -= 1
+            if not self._pairs[pair]:
+                del self._pairs[pair]

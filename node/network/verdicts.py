@@ -1,0 +1,68 @@
+"""What dial-backs say of the addresses of this node, and the verdict on it as a whole. No I/O, no clock of its own."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from cachetools import LRUCache
+
+from node.network.addresses import TcpAddress
+from protocol.announcements import Verdict
+from protocol.identity import PeerId
+
+VALID_S: Final = 1800.0
+"""How long a report counts: mappings of a NAT come and go."""
+
+MAX_TRACKED: Final = 32
+MAX_REPORTS: Final = 16
+
+
+@dataclass(slots=True)
+class _Reports:
+    """The latest report of each server on one address."""
+
+    by_server: "LRUCache[PeerId, tuple[bool, float]]" = field(default_factory=lambda: LRUCache(MAX_REPORTS))
+
+
+class Verdicts:
+    """Reports on the addresses of this node.
+
+    A success weighs more than any number of failures: it was seen from here, too, while a server may claim a failure.
+    """
+
+    def __init__(self) -> None:
+        self._reports: LRUCache[str, _Reports] = LRUCache(MAX_TRACKED)
+
+    def record(self, address: TcpAddress, server: PeerId, *, reached: bool, now_s: float) -> None:
+        """Record what a server found."""
+        reports = self._reports.setdefault(address.transport, _Reports())
+        reports.by_server[server] = (reached, now_s)
+
+    def of(self, address: TcpAddress, now_s: float) -> Verdict:
+        """Return the verdict on one address."""
+        reports = self._reports.get(address.transport)
+        recent = [ok for ok, at_s in reports.by_server.values() if now_s - at_s < VALID_S] if reports else []
+        if any(recent):
+            return Verdict.PUBLIC
+        return Verdict.PRIVATE if recent else Verdict.UNKNOWN
+
+    def asked(self, address: TcpAddress, server: PeerId, now_s: float, pause_s: float) -> bool:
+        """Return whether a server was asked about an address within a time."""
+        reports = self._reports.get(address.transport)
+        report = reports.by_server.get(server) if reports else None
+        return report is not None and now_s - report[1] < pause_s
+
+    def overall(self, candidates: Iterable[TcpAddress], now_s: float) -> Verdict:
+        """Return the verdict on a node with these addresses.
+
+        That of IPv4, where it has any: many peers have nothing else. A name that the user announces counts as public:
+        servers dial numbers only.
+        """
+        candidates = list(candidates)
+        if any(each.kind not in {"ip4", "ip6"} for each in candidates):
+            return Verdict.PUBLIC
+        decisive = [each for each in candidates if each.kind == "ip4"] or candidates
+        found = {self.of(each, now_s) for each in decisive}
+        if Verdict.PUBLIC in found:
+            return Verdict.PUBLIC
+        return Verdict.PRIVATE if Verdict.PRIVATE in found else Verdict.UNKNOWN

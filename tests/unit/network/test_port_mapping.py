@@ -1,0 +1,121 @@
+"""What a gateway is asked for, and what is made of its answers."""
+
+import json
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+from typing import Any, ClassVar
+
+import pytest
+
+from node.network.port_mapping import LEASE_S, change_mapping, main
+
+HOST, PORT = "192.168.1.2", 4001
+
+
+class Gateway:
+    """A gateway as miniupnpc shows it, which may know permanent leases only."""
+
+    def __init__(self, held: dict[int, tuple[str, int]] | None = None, *, permanent_only: bool = False) -> None:
+        self.held = held or {}
+        self.leases: dict[int, int] = {}
+        self._permanent_only = permanent_only
+
+    def externalipaddress(self) -> str:
+        return "203.0.113.7"
+
+    def getspecificportmapping(self, port: int, _protocol: str) -> tuple[Any, ...] | None:
+        return (*self.held[port], "somebody", True, 0) if port in self.held else None
+
+    def addportmapping(
+        self, port: int, _protocol: str, host: str, inner: int, _description: str, _remote: str, lease_s: int
+    ) -> None:
+        if lease_s and self._permanent_only:
+            raise RuntimeError("OnlyPermanentLeasesSupported")
+        self.held[port] = (host, inner)
+        self.leases[port] = lease_s
+
+    def deleteportmapping(self, port: int, _protocol: str) -> None:
+        del self.held[port]
+
+
+def test_own_port_is_mapped_for_a_while_and_renewed_and_removed() -> None:
+    gateway = Gateway()
+    for _ in range(2):
+        assert change_mapping(gateway, "add", HOST, PORT, PORT) == {"host": "203.0.113.7", "port": PORT}
+    assert gateway.leases == {PORT: LEASE_S}
+    change_mapping(gateway, "remove", HOST, PORT, PORT)
+    assert gateway.held == {}
+
+
+def test_port_of_another_node_is_left_alone() -> None:
+    others = {PORT: ("192.168.1.3", PORT), PORT + 1: (HOST, 5001)}
+    gateway = Gateway(dict(others))
+    assert change_mapping(gateway, "add", HOST, PORT, PORT)["port"] == PORT + 2
+    assert others.items() <= gateway.held.items()
+    crowded = Gateway({port: ("192.168.1.3", port) for port in range(PORT, PORT + 100)})
+    with pytest.raises(RuntimeError, match="no free port"):
+        change_mapping(crowded, "add", HOST, PORT, PORT)
+
+
+def test_gateway_with_permanent_leases_only_gets_one() -> None:
+    gateway = Gateway(permanent_only=True)
+    change_mapping(gateway, "add", HOST, PORT, PORT)
+    assert gateway.leases == {PORT: 0}
+
+
+_SERVICE = "urn:schemas-upnp-org:service:WANIPConnection:1"
+_DESCRIPTION = f"""<?xml version="1.0"?>
+<root xmlns="urn:schemas-upnp-org:device-1-0"><specVersion><major>1</major><minor>0</minor></specVersion><device>
+<deviceType>urn:schemas-upnp-org:device:InternetGatewayDevice:1</deviceType><deviceList><device>
+<deviceType>urn:schemas-upnp-org:device:WANDevice:1</deviceType><deviceList><device>
+<deviceType>urn:schemas-upnp-org:device:WANConnectionDevice:1</deviceType><serviceList><service>
+<serviceType>{_SERVICE}</serviceType><serviceId>urn:upnp-org:serviceId:WANIPConn1</serviceId>
+<controlURL>/control</controlURL><eventSubURL>/event</eventSubURL><SCPDURL>/scpd.xml</SCPDURL>
+</service></serviceList></device></deviceList></device></deviceList></device></root>"""
+_ANSWERS = {
+    "GetStatusInfo": "<NewConnectionStatus>Connected</NewConnectionStatus><NewUptime>1</NewUptime>",
+    "GetExternalIPAddress": "<NewExternalIPAddress>9.9.9.9</NewExternalIPAddress>",
+    "AddPortMapping": "",
+}
+
+
+class _GatewayServer(BaseHTTPRequestHandler):
+    """A gateway that speaks UPnP over HTTP."""
+
+    asked: ClassVar[dict[str, str]] = {}
+
+    def do_GET(self) -> None:  # the name is the library's
+        self._reply(200, _DESCRIPTION)
+
+    def do_POST(self) -> None:
+        action = self.headers["SOAPAction"].strip('"').rpartition("#")[2]
+        self.asked[action] = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        if action not in _ANSWERS:
+            self._reply(500, "<s:Envelope><s:Body><s:Fault><errorCode>714</errorCode></s:Fault></s:Body></s:Envelope>")
+            return
+        body = f'<u:{action}Response xmlns:u="{_SERVICE}">{_ANSWERS[action]}</u:{action}Response>'
+        envelope = 's:Envelope xmlns:s="http://schemas.xmlsoap.org/soap/envelope/"'
+        self._reply(200, f"<{envelope}><s:Body>{body}</s:Body></s:Envelope>")
+
+    def _reply(self, code: int, text: str) -> None:
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(text)))
+        self.send_header("Content-Type", "text/xml")
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Print nothing."""
+
+
+def test_mapping_is_made_at_a_gateway_that_speaks_upnp(capsys: pytest.CaptureFixture[str]) -> None:
+    with HTTPServer(("127.0.0.1", 0), _GatewayServer) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            main(["add", HOST, str(PORT), str(PORT), f"http://127.0.0.1:{server.server_port}/description.xml"])
+        finally:
+            server.shutdown()
+    assert json.loads(capsys.readouterr().out) == {"host": "9.9.9.9", "port": PORT}
+    asked = _GatewayServer.asked["AddPortMapping"]
+    for part in (f">{HOST}<", f">{PORT}<", ">TCP<", f">{LEASE_S}<"):
+        assert part in asked

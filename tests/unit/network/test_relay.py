@@ -1,0 +1,195 @@
+"""Relays over loopback: peers that listen on nothing are reached through circuits, within the relay's limits."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+from libp2p.peer.id import ID
+
+from node.network.addresses import parse_address
+from node.network.host import Libp2pNetwork
+from node.network.interface import NetworkError, Stream, Way
+from node.network.relay_ledger import RelayLimits
+from node.network.traversal import TraversalOptions
+from node.network.yamux import Yamux
+from protocol.announcements import Verdict
+from protocol.identity import PeerId
+
+from .conftest import echo, limited, receive_all, receive_exactly, until
+
+ECHO = "/metaswarm/echo/1"
+STRANGE = "/test/echo/1"
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+KEY = "5a" * 32
+
+
+def relay_host(number: int = 1, limits: RelayLimits | None = None, **arguments: Any) -> Libp2pNetwork:
+    options = TraversalOptions(relay=limits or RelayLimits(), verdict=Verdict.PUBLIC)
+    network = Libp2pNetwork(number.to_bytes(32, "big"), listen=[LOOPBACK], traversal=options, **arguments)
+    network.set_stream_handler(ECHO, echo)
+    return network
+
+
+def hidden_host(number: int, protocol: str = ECHO, **arguments: Any) -> Libp2pNetwork:
+    """A peer that nobody can dial."""
+    options = TraversalOptions(verdict=Verdict.PRIVATE)
+    network = Libp2pNetwork(number.to_bytes(32, "big"), listen=[], traversal=options, **arguments)
+    network.set_stream_handler(protocol, echo)
+    return network
+
+
+@asynccontextmanager
+async def reserved(*relays: Libp2pNetwork, hidden: Libp2pNetwork) -> AsyncIterator[None]:
+    """Run relays and a hidden peer with a reservation at each."""
+    async with AsyncExitStack() as stack:
+        for network in (*relays, hidden):
+            await stack.enter_async_context(network.running())
+        for relay in relays:
+            await hidden.connect(relay.multiaddrs[0])
+        await until(lambda: len(hidden.reachability.relays) == len(relays))
+        yield
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["open", "swarm-key"])
+async def test_hidden_peer_is_reached_through_its_relay(key: str | None) -> None:
+    relay, hidden, other = relay_host(swarm_key=key), hidden_host(2, swarm_key=key), hidden_host(3, swarm_key=key)
+    with limited(20):
+        async with reserved(relay, hidden=hidden), other.running():
+            (address,) = hidden.multiaddrs
+            assert address == f"{relay.multiaddrs[0]}/p2p-circuit/p2p/{hidden.peer_id}"
+            await other.connect(address)
+            assert other.way_to(hidden.peer_id) == hidden.way_to(other.peer_id) == Way(relay=relay.peer_id)
+            stream = await other.open_stream(hidden.peer_id, ECHO)
+            payload = bytes(range(256)) * 8000
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream.send_all, payload)
+                assert await receive_exactly(stream, len(payload)) == payload
+            assert relay._traversal._relay is not None
+            assert relay._traversal._relay.relayed_bytes > 2 * len(payload)
+
+
+async def test_half_of_a_circuit_may_end_before_the_other() -> None:
+    relay, hidden, other = relay_host(), hidden_host(2), hidden_host(3)
+
+    async def count(stream: Stream) -> None:
+        data = await receive_all(stream)
+        await stream.send_all(str(len(data)).encode())
+
+    hidden.set_stream_handler("/metaswarm/count/1", count)
+    with limited(20):
+        async with reserved(relay, hidden=hidden), other.running():
+            await other.connect(hidden.multiaddrs[0])
+            stream = await other.open_stream(hidden.peer_id, "/metaswarm/count/1")
+            await stream.send_all(bytes(100_000))
+            stream._muxed.close_now(discard=False)  # type: ignore[attr-defined]
+            assert await receive_all(stream) == b"100000"
+
+
+async def test_circuit_ends_with_its_relay_and_the_other_relay_takes_over() -> None:
+    first, second, hidden, other = relay_host(1), relay_host(4), hidden_host(2), hidden_host(3)
+    with limited(30):
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(reserved(first, second, hidden=hidden))
+            await stack.enter_async_context(other.running())
+            other.add_addresses(hidden.peer_id, hidden.multiaddrs)
+            await other.ping(hidden.peer_id)
+            way = other.way_to(hidden.peer_id)
+            assert way is not None
+            used = first if way.relay == first.peer_id else second
+            rest = second if used is first else first
+            assert used._swarm is not None
+            for connection in used._swarm.get_connections():
+                assert isinstance(connection.muxed_conn, Yamux)
+                connection.muxed_conn.abort()
+            # Nobody has noticed yet: the stream is opened on the old circuit first.
+            assert other.way_to(hidden.peer_id) == way
+            await other.ping(hidden.peer_id)
+            assert other.way_to(hidden.peer_id) == Way(relay=rest.peer_id)
+
+
+async def exchange(stream: Stream, times: int) -> None:
+    for _ in range(times):
+        await stream.send_all(bytes(4096))
+        await receive_exactly(stream, 4096)
+
+
+async def test_circuit_of_a_stranger_is_reset_at_its_limit() -> None:
+    relay = relay_host(limits=RelayLimits(stranger_bytes=20_000))
+    hidden, other = hidden_host(2, STRANGE), hidden_host(3, STRANGE)
+    with limited(20):
+        async with reserved(relay, hidden=hidden), other.running():
+            await other.connect(hidden.multiaddrs[0])
+            stream = await other.open_stream(hidden.peer_id, STRANGE)
+            with pytest.raises(NetworkError):
+                await exchange(stream, 20)
+            await until(lambda: other.way_to(hidden.peer_id) is None)
+
+
+async def test_relay_refuses_what_nobody_reserved_and_never_dials() -> None:
+    relay, hidden, other = relay_host(), hidden_host(2), hidden_host(3)
+    public = relay_host(5)
+    with limited(20):
+        async with reserved(relay, hidden=hidden), other.running(), public.running():
+            relay.add_addresses(public.peer_id, public.multiaddrs)
+            with pytest.raises(NetworkError, match="no reservation"):
+                await other.connect(f"{relay.multiaddrs[0]}/p2p-circuit/p2p/{public.peer_id}")
+            assert public.peer_id not in relay.connected_peers()
+
+
+async def test_peer_without_relay_option_does_not_relay() -> None:
+    options = TraversalOptions(relay=None, verdict=Verdict.PUBLIC)
+    plain = Libp2pNetwork((1).to_bytes(32, "big"), listen=[LOOPBACK], traversal=options)
+    hidden = hidden_host(2)
+    with limited(20):
+        async with plain.running(), hidden.running():
+            await hidden.connect(plain.multiaddrs[0])
+            await until(lambda: bool(hidden._traversal._relays and hidden._traversal._relays._pauses))
+            assert hidden.reachability.relays == ()
+            assert hidden.multiaddrs == ()
+
+
+async def test_reservation_ends_with_the_connection() -> None:
+    relay, hidden = relay_host(), hidden_host(2)
+    with limited(20):
+        async with reserved(relay, hidden=hidden):
+            assert relay._traversal._relay is not None
+            ledger = relay._traversal._relay.ledger
+            assert ledger.reserved(trio.current_time()) == (hidden.peer_id,)
+            await hidden.disconnect(relay.peer_id)
+            await until(lambda: not ledger.reserved(trio.current_time()))
+            await until(lambda: not hidden.reachability.relays)
+            assert hidden.multiaddrs == ()
+
+
+async def test_circuit_is_upgraded_to_a_direct_connection() -> None:
+    """Over loopback every dial succeeds: both sides listen, and tell each other what the relay sees of them."""
+    options = TraversalOptions(verdict=Verdict.PRIVATE)
+    relay = relay_host()
+    hosts = []
+    for number in (2, 3):
+        network = Libp2pNetwork(number.to_bytes(32, "big"), listen=[LOOPBACK], traversal=options)
+        network.set_stream_handler(ECHO, echo)
+        hosts.append(network)
+    one, two = hosts
+    with limited(20):
+        async with reserved(relay, hidden=one), two.running():
+            await two.connect(relay.multiaddrs[0])
+            for network in hosts:
+                (own,) = (each for each in network.multiaddrs if "p2p-circuit" not in each)
+                network._traversal._observed.record("9.9.9.9", parse_address(own.rpartition("/p2p/")[0]))
+            circuit = next(each for each in one.multiaddrs if "p2p-circuit" in each)
+            await two.connect(circuit)
+            assert two.way_to(one.peer_id) == Way(punched=True)
+            await until(lambda: one.way_to(two.peer_id) == Way(punched=True))
+            stream = await two.open_stream(one.peer_id, ECHO)
+            await stream.send_all(b"direct")
+            assert await receive_exactly(stream, 6) == b"direct"
+
+            def circuits(network: Libp2pNetwork, peer: PeerId) -> list[object]:
+                assert network._swarm is not None
+                live = network._swarm.live_connections(ID.from_base58(peer))
+                return [one for one in live if isinstance(one.muxed_conn, Yamux) and one.muxed_conn.relay]
+
+            await until(lambda: not circuits(one, two.peer_id) and not circuits(two, one.peer_id))
