@@ -257,11 +257,12 @@ class ResilientRoute:
         Raises NoRouteError, JobError.
         """
         job, cheapest = self._job, None
+        serving = () if self.is_background else self.peers  # jobs in the background are not counted anywhere
         needs = [self._need()] if self._is_accepted else needs_of(job.request, self._need())
         for need in needs:
             planned = await self._planner.route(need, may_explore=may_explore)
             try:
-                return planned, await request_sessions(self._services, job, planned, self._method)
+                return planned, await request_sessions(self._services, job, planned, self._method, serving)
             except OverBudget as error:
                 cheapest = error if cheapest is None or error.cost < cheapest.cost else cheapest
         if cheapest is None:

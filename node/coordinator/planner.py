@@ -199,17 +199,19 @@ class Planner:
     def _avoided(self) -> frozenset[str]:
         return self._reliability.avoided(trio.current_time())
 
-    def concurrency(self, stages: Sequence[Stage], loads: Sequence[Load]) -> int:
+    def concurrency(self, stages: Sequence[Stage], loads: Sequence[Load], serving: Collection[PeerId] = ()) -> int:
         """Return the most jobs on any stage of a route, with the one that is planned.
 
-        Reports are some seconds old, so that jobs of ours that have ended since are left out.
+        `serving`: peers that serve that one already. Reports are some seconds old, so that jobs of ours that have ended
+        since are left out.
         """
         own, now_s = self._in_flight(), trio.current_time()
         most = 0
         for stage, load in zip(stages, loads, strict=True):
             ended_s, count = self._ended.get(stage.peer, (-math.inf, 0))
             reported = max(own[stage.peer], count if now_s - ended_s < REPORT_AGE_S else 0)
-            most = max(most, own[stage.peer] + max(0, load.sessions - reported))
+            others = own[stage.peer] - (stage.peer in serving)
+            most = max(most, others + max(0, load.sessions - reported))
         return 1 + most
 
     def round_s(self, stages: Sequence[Stage]) -> float:

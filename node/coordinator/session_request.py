@@ -1,7 +1,7 @@
 """What the coordinator asks of every stage of a route: the methods to vote on, the task, the sampling."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from node.coordinator.job import Job
@@ -14,7 +14,7 @@ from node.coordinator.swarm_view import SwarmView
 from node.links.link_pool import LinkPool
 from node.stages.speculation import repetitiveness
 from node.stages.voter import Agreement
-from protocol.identity import ModelId
+from protocol.identity import ModelId, PeerId
 from protocol.messages import Sampling
 from protocol.tensors import DType
 from selector.task import Method, TaskContext
@@ -65,14 +65,19 @@ class RouteServices:
 
 
 async def request_sessions(
-    services: RouteServices, job: Job, planned: PlannedRoute, begun: Method | None = None
+    services: RouteServices,
+    job: Job,
+    planned: PlannedRoute,
+    begun: Method | None = None,
+    serving: Collection[PeerId] = (),
 ) -> SessionRequest:
     """Return the request for a planned route.
 
     `begun`: the method with which the text began. It stays the same, also on the stages that replace lost ones,
-    since another arithmetic could continue with another text. Raises OverBudget.
+    since another arithmetic could continue with another text. `serving`: the peers of the job's last route. Raises
+    OverBudget.
     """
-    context = _describe(services, job, planned)
+    context = _describe(services, job, planned, serving)
     admitted = job.admitted
     if begun is not None:  # a replacement may lack the draft model; speculation never changes the text
         admitted = [begun, begun.without_speculation] if begun.drafter == "draft" else [begun]
@@ -104,7 +109,7 @@ async def request_sessions(
     )
 
 
-def _describe(services: RouteServices, job: Job, planned: PlannedRoute) -> TaskContext:
+def _describe(services: RouteServices, job: Job, planned: PlannedRoute, serving: Collection[PeerId]) -> TaskContext:
     """Return the task context of a job on a route."""
     swarm, stages = services.swarm, planned.stages
     context = TaskContext.from_parts(
@@ -114,7 +119,7 @@ def _describe(services: RouteServices, job: Job, planned: PlannedRoute) -> TaskC
         max_tokens=job.tokens_left,
         shared_prefix_share=job.claim.shared_share,
         repetitiveness=repetitiveness(job.prompt[-LOOKED_AT_TOKENS:]),
-        concurrency=services.planner.concurrency(stages, planned.loads),
+        concurrency=services.planner.concurrency(stages, planned.loads, serving),
         stage_count=max(1, len(stages)),
         stage_facts=swarm.stage_facts(stages),
         hardware="+".join(swarm.hardware(stage.peer) for stage in stages) or "unknown",
