@@ -21,11 +21,14 @@ MARGIN: Final = 0.03
 ROUNDS_WITH_LOOKS: Final[Mapping[int, float]] = MappingProxyType({3: 4.5, 5: 2.88, 8: 2.42})
 """Rounds after which a trial is looked at, and the standard errors by which a candidate must then be ahead to win.
 
-A group-sequential t test with Pocock's bounds: a candidate that is no better is adopted in at most 5 % of all trials.
-One that is 10 % worse is in 1 %, with noise of 20 %, where the best of three rounds would adopt it in 25 %.
+A group-sequential t test with Pocock's bounds: a candidate that is no better is adopted in at most 5 % of its trials;
+each candidate of a trial is tested by itself. One that is 10 % worse is in 1 %, with noise of 20 %, where the best of
+three rounds would adopt it in 25 %.
 """
 
 MAX_ROUNDS: Final = max(ROUNDS_WITH_LOOKS)
+
+_BEYOND_TIE: Final = MARGIN + 1e-6
 
 MIN_EXPECTED_GAIN: Final = 0.1
 """Natural logarithm of cost that a method must be hoped to save to get a trial."""
@@ -184,9 +187,10 @@ class Adoption:
         """Record a trial and return the method in use from now on, among those tried.
 
         `log_ratios`: of each method, by round, the logarithm of its cost over the baseline's. A candidate replaces the
-        method in use only if `is_better`. Methods tried earlier keep
-        their distance to the method in use, with which they were compared: the baseline's cost fluctuates from trial
-        to trial and must not revive a method that lost. `effects`: effective switches by method.
+        method in use only if `is_better`; otherwise it does not even tie with it, since a loser that few rounds seem to
+        favour is no better confirmed than one never tried. Methods tried earlier keep their distance to the method in
+        use, with which they were compared: the baseline's cost fluctuates from trial to trial and must not revive a
+        method that lost. `effects`: effective switches by method.
         """
         effect_of = effects or {}
         trials = dict(self.trials(bucket))
@@ -204,7 +208,7 @@ class Adoption:
                 continue
             differences = _differences(ratios, rounds)
             ratio = base + statistics.median(differences)
-            ratio = min(ratio, base - MARGIN) if is_better(differences) else max(ratio, base + 1e-6)
+            ratio = min(ratio, base - MARGIN) if is_better(differences) else max(ratio, base + _BEYOND_TIE)
             trials[name] = TrialRecord(ratio, now_s, effect_of.get(name))
         self._trials[bucket] = trials
         return self.in_use(bucket, {*log_ratios, used, plain}, used)

@@ -38,6 +38,7 @@ def test_candidate_is_adopted_if_better_by_margin_and_noise(ratios: list[float],
     adoption = Adoption()
     assert adoption.record_trial("bucket", "a", {"a": [-0.5] * 3, "b": ratios}, 0.0) == adopted
     assert adoption.in_use("bucket", ALL, "c") == adopted
+    assert adoption.accepted("bucket", ALL, ALL, "c") == {adopted}  # a loser is not in use as a tie either
     assert adoption.in_use("another bucket", ALL, "c") == "c"
 
 
