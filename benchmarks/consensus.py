@@ -40,6 +40,7 @@ from protocol.consensus_values import (
 )
 from protocol.history import encode_batch
 from protocol.identity import PeerId, peer_id_from_public_key
+from protocol.measurements import ObservationKind
 from selector.consensus.chain import quorum_size
 from selector.consensus.sortition import MeasurementPlan, beacon_of, select_committee
 from selector.consensus.state import Contribution, State, conclude, initial_state
@@ -275,7 +276,6 @@ def compare(world: World, peers: int, liars: float, epochs: int, seed: int) -> l
 
 def learned_from(state: State, reports: Sequence[tuple[PeerId, Cell, float]]) -> list[tuple[Cell, float, float]]:
     """Return what a daemon that joins would learn from the agreed table and the free reports, by its own rules."""
-    of = {(_task(cell), cell.method): cell for cell in {*state.table, *(cell for _, cell, _ in reports)}}
     most = max(state.weights.values(), default=0) or 1
     viewpoint = Viewpoint(
         peer="newcomer",
@@ -285,25 +285,25 @@ def learned_from(state: State, reports: Sequence[tuple[PeerId, Cell, float]]) ->
         trust={peer: weight / most for peer, weight in state.weights.items()},
         default_trust=0.0,
     )
-    table = AgreedTable(model="", epoch=state.epoch, digest=state.table_digest, cells=state.table)
+    # A context of the folder is no workload of a daemon: each stands for a model, of which there is a table.
+    tables = []
+    for workload in sorted({cell.workload for cell in state.table}):
+        cells = {cell: entry for cell, entry in state.table.items() if cell.workload == workload}
+        table = AgreedTable(model=workload, epoch=state.epoch, digest=state.table_digest, cells=cells)
+        tables.append((table, {cell: TaskContext(hardware=cell.hardware) for cell in cells}))
     samples = [_sample(cell, log_ratio, peer) for peer, cell, log_ratio in reports]
-    evidence = weigh(samples, viewpoint, [(table, {cell: _task(cell) for cell in state.table})])
     return [
-        (of[sample.context, sample.method], sample.log_ratio, weight)
-        for sample, weight in evidence
+        (Cell(sample.context.hardware, sample.model, sample.method), sample.log_ratio, weight)
+        for sample, weight in weigh(samples, viewpoint, tables)
         if sample.log_ratio is not None
     ]
 
 
-def _task(cell: Cell) -> TaskContext:
-    """Return a task that stands for a context of the folder."""
-    return TaskContext(architecture=cell.workload, hardware=cell.hardware)
-
-
 def _sample(cell: Cell, log_ratio: float, observer: str) -> Sample:
     return Sample(
-        model="",
-        context=_task(cell),
+        kind=ObservationKind.BENCH,
+        model=cell.workload,
+        context=TaskContext(hardware=cell.hardware),
         method=cell.method,
         log_cost=log_ratio,
         log_ratio=log_ratio,

@@ -3,22 +3,25 @@
 The daemon, the simulation and the benchmark of the consensus all ask `weigh`. First comes the agreed table: a firm
 cell, which enough peers measured alike, has the full weight of an own measurement; a hint has little, by its support.
 Then come free observations, by their observer's reputation. While peers choose what to report, no statistics help:
-colluders become the majority in the cells that decide. So what contradicts the table counts for nothing, unless this
-peer measured it itself.
+colluders become the majority in the cells that decide. So of what the table has a cell for, the reports of others count
+only if they are ratios that agree with it; what this peer measured itself counts in any case.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from protocol.consensus_values import VALUE_SCALE, Cell
 from protocol.forms import Digest
-from selector.consensus.table import TOLERANCE, AgreedCell
+from protocol.measurements import ObservationKind
+from selector.consensus.table import AgreedCell, supports
 from selector.sample import Sample
-from selector.task import TaskContext
+from selector.task import MethodError, TaskContext, parse_method
 from selector.task_buckets import Viewpoint, canonicalise
-from selector.workloads import WORKLOADS
+from selector.workloads import WORKLOADS, TrialWorkload
 
 HALF_LIFE_HOURS: Final = 7 * 24
 MIN_PEER_LIMIT: Final = 10.0
@@ -65,41 +68,51 @@ def weigh(
 ) -> list[Evidence]:
     """Return the evidence: the agreed cells whose context is known, then the samples, without those that weigh 0."""
     agreed: list[Evidence] = []
-    known: defaultdict[Hashable, list[tuple[str, int]]] = defaultdict(list)
+    known: defaultdict[Hashable, list[tuple[str, AgreedCell]]] = defaultdict(list)
     for table, contexts in tables:
         for cell, entry in table.cells.items():
             if (context := contexts.get(cell)) is None:
                 continue
             sample = _agreed_sample(table, cell, entry, context, viewpoint)
             agreed.append(Evidence(sample, 1.0 if entry.firm else HINT_WEIGHT * entry.support))
-            known[_key(sample)].append((cell.hardware, entry.value))
+            known[_key(sample)].append((cell.hardware, entry))
     found = []
     for sample, weight in zip(samples, _weights(samples, viewpoint), strict=True):
-        if sample.observer != viewpoint.peer and _contradicts(sample, known.get(_key(sample), ())):
-            continue
-        found.append(Evidence(sample, weight))
+        hardware = sample.context.hardware.split("+")
+        cells = [entry for name, entry in known.get(_key(sample), ()) if name in hardware]
+        if sample.observer == viewpoint.peer or all(_agrees(sample, entry) for entry in cells):
+            found.append(Evidence(sample, weight))
     return [each for each in (*agreed, *found) if each.weight > 0]
 
 
-def contexts_of_cells(table: AgreedTable, samples: Iterable[Sample]) -> dict[Cell, TaskContext]:
-    """Return the contexts of a table's cells, as the history knows them.
+def contexts_of_cells(table: AgreedTable, samples: Iterable[Sample], viewpoint: Viewpoint) -> dict[Cell, TaskContext]:
+    """Return the contexts of a table's cells, as members measured them.
 
-    That is the route of a sample of the model on a cell's hardware, the newest under the same workload if there is
-    one, with the workload of the cell. A cell whose hardware no sample has is left out.
+    That is the route of an assigned measurement on a cell's hardware that all stages signed, with the workload of the
+    cell: of the viewpoint's own if there is one, else of the member with the most trust, the newest. No other report
+    can move what was agreed to another context. A cell whose hardware no such sample has is left out.
     """
-    routes: dict[tuple[str, str | None], TaskContext] = {}
-    names = {_sizes(TaskContext(**workload.task)): name for name, workload in WORKLOADS.items()}
-    for sample in sorted(samples, key=lambda sample: sample.hour):
+    trust = {**viewpoint.trust, viewpoint.peer: math.inf}
+    assigned = (
+        sample
+        for sample in samples
+        if sample.kind is ObservationKind.ASSIGNED and sample.countersigned and trust.get(sample.observer, 0.0) > 0
+    )
+    routes: dict[str, TaskContext] = {}
+    for sample in sorted(assigned, key=lambda sample: (trust[sample.observer], sample.hour, sample.observer)):
         if sample.model == table.model:
-            for hardware in {*sample.context.hardware.split("+")}:
-                routes[hardware, names.get(_sizes(sample.context))] = sample.context
-                routes[hardware, None] = sample.context
-    found: dict[Cell, TaskContext] = {}
-    for cell in table.cells:
-        context = routes.get((cell.hardware, cell.workload)) or routes.get((cell.hardware, None))
-        if context is not None and (workload := WORKLOADS.get(cell.workload)) is not None:
-            found[cell] = replace(context, **workload.task)
-    return found
+            routes.update(dict.fromkeys(sample.context.hardware.split("+"), sample.context))
+    return {
+        cell: _under(routes[cell.hardware], workload)
+        for cell in table.cells
+        if cell.hardware in routes and (workload := WORKLOADS.get(cell.workload)) is not None
+    }
+
+
+def _under(context: TaskContext, workload: TrialWorkload) -> TaskContext:
+    """Return the context of another workload on the same route."""
+    rows, new_rows = (each.prompt_tokens + each.max_tokens for each in (context, workload))
+    return replace(context, **workload.task, transfer_s=context.transfer_s * new_rows / rows)
 
 
 def _agreed_sample(
@@ -107,6 +120,7 @@ def _agreed_sample(
 ) -> Sample:
     log_ratio = entry.value / VALUE_SCALE
     return Sample(
+        kind=ObservationKind.ASSIGNED,
         model=table.model,
         context=context,
         method=cell.method,
@@ -121,8 +135,16 @@ def _agreed_sample(
 
 
 def _key(sample: Sample) -> Hashable:
-    """Return what samples of one cell have in common, hardware apart."""
-    return sample.model, sample.context.architecture, sample.method, _sizes(sample.context)
+    """Return what samples of one cell have in common, hardware apart: nothing that observers can spell as they like."""
+    return sample.model, _canonical_name(sample.method), _sizes(sample.context)
+
+
+@lru_cache(maxsize=1024)
+def _canonical_name(method: str) -> str:
+    try:
+        return parse_method(method).name
+    except MethodError:
+        return method
 
 
 def _sizes(context: TaskContext) -> Hashable:
@@ -131,11 +153,9 @@ def _sizes(context: TaskContext) -> Hashable:
     return context.prompt_tokens, context.max_tokens, context.concurrency, *shares
 
 
-def _contradicts(sample: Sample, agreed: Iterable[tuple[str, int]]) -> bool:
-    if sample.log_ratio is None:
-        return False
-    hardware = sample.context.hardware.split("+")
-    return any(name in hardware and abs(sample.log_ratio * VALUE_SCALE - value) > TOLERANCE for name, value in agreed)
+def _agrees(sample: Sample, cell: AgreedCell) -> bool:
+    """Return whether a sample says what was agreed; one without a ratio says nothing that can be compared."""
+    return sample.log_ratio is not None and supports(round(sample.log_ratio * VALUE_SCALE), cell.value)
 
 
 def _weights(samples: Sequence[Sample], viewpoint: Viewpoint) -> list[float]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from protocol.measurements import ObservationKind
 from selector.task import TaskContext
 
 
@@ -14,6 +15,7 @@ class Sample:
     `hour`: of issue, from any origin. `countersigned`: whether every stage signed its figures.
     """
 
+    kind: ObservationKind
     model: str
     context: TaskContext
     method: str

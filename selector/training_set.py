@@ -49,7 +49,7 @@ def build_training_set(
     `tables`: what the swarm agreed. Samples of methods unknown to this version are left out.
     """
     newest = sorted(samples, key=lambda sample: sample.hour)[-MAX_SAMPLES:]
-    found = weigh(newest, viewpoint, [(table, contexts_of_cells(table, newest)) for table in tables])
+    found = weigh(newest, viewpoint, [(table, contexts_of_cells(table, newest, viewpoint)) for table in tables])
     rows: list[_Row] = []
     for number, (sample, weight) in enumerate(found):
         rows += _rows_of(sample, number, weight)

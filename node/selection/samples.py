@@ -49,6 +49,7 @@ def sample_of(observation: Observation) -> Sample | None:
         hardware="+".join(stage.hardware for stage in route),
     )
     return Sample(
+        kind=observation.kind,
         model=model.model,
         context=replace(context, transfer_s=transfer_s(context)),
         method=observation.method.name,

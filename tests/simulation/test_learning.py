@@ -7,6 +7,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import trio
 from threadpoolctl import threadpool_limits
@@ -26,7 +27,7 @@ from node.testing.fake_engine import FAKE_MODEL
 from protocol.consensus_values import Cell
 from protocol.forms import Digest
 from protocol.identity import ModelId
-from protocol.measurements import Observation
+from protocol.measurements import Observation, ObservationKind
 from protocol.observations import SignedObservation
 from selector.consensus.table import AgreedCell
 from selector.evidence import AgreedTable
@@ -72,6 +73,8 @@ class LearningNode:
         self._trained = len(known)
         hour = known[0].hour
         viewpoint = Viewpoint(peer=self.identity.peer_id, hardware=HARDWARE, software=known[0].software, hour=hour)
+        if tables:  # what a measurement for the swarm would say of the route
+            known.append(replace(known[0], kind=ObservationKind.ASSIGNED))
         with threadpool_limits(1):
             predictor = train([*known, *self._lies], viewpoint, tables)
         assert predictor is not None
@@ -165,6 +168,7 @@ async def test_false_history_and_votes_adopt_no_slow_method(virtual_clock: MockC
     context = TaskContext(architecture="fake", block_count=9, hidden_size=32, hardware=HARDWARE)
     lies = [
         Sample(
+            kind=ObservationKind.BENCH,
             model="fake",
             context=context,
             method=LIE,

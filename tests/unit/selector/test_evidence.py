@@ -7,6 +7,7 @@ import pytest
 
 from protocol.consensus_values import Cell
 from protocol.forms import Digest
+from protocol.measurements import ObservationKind
 from selector.consensus.table import AgreedCell
 from selector.evidence import AGREED, HINT_WEIGHT, AgreedTable, contexts_of_cells, weigh
 from selector.prediction import train
@@ -39,8 +40,23 @@ def table(*cells: tuple[str, float, int, bool], digest: int = 1) -> AgreedTable:
 
 
 def sample(observer: str, name: str = FUSED, log_ratio: float | None = -0.5, **changes: Any) -> Sample:
-    at = {"context": CONTEXT, "route": "r", "hour": 100, "software": "1", "countersigned": True, **changes}
+    kind = ObservationKind.SERVED if log_ratio is None else ObservationKind.BENCH
+    at = {
+        "kind": kind,
+        "context": CONTEXT,
+        "route": "r",
+        "hour": 100,
+        "software": "1",
+        "countersigned": True,
+        **changes,
+    }
     return Sample(model=MODEL, observer=observer, method=name, log_cost=log_ratio or 0.0, log_ratio=log_ratio, **at)
+
+
+def reading(observer: str, log_ratio: float = -0.5, **changes: Any) -> Sample:
+    """Return an assigned measurement, on three stages unless changed."""
+    context = replace(CONTEXT, stage_count=3)
+    return sample(observer, log_ratio=log_ratio, **{"kind": ObservationKind.ASSIGNED, "context": context, **changes})
 
 
 def weights(agreed: AgreedTable, *samples: Sample) -> dict[tuple[str, float | None], float]:
@@ -70,14 +86,45 @@ def test_own_measurement_counts_against_the_table() -> None:
     assert weights(table((FUSED, -0.5, 5, True)), sample("me", log_ratio=0.4))["me", 0.4] == 1.0
 
 
+@pytest.mark.parametrize(
+    "lie",
+    [
+        sample("honest", log_ratio=0.4, context=replace(CONTEXT, architecture="LLaMA")),
+        sample("honest", "speculation=off|engine=fused", log_ratio=0.4),
+        sample("honest", log_ratio=None),  # with a second job, of another method, it would have a ratio
+    ],
+    ids=["architecture", "method", "served"],
+)
+def test_other_spelling_or_lack_of_a_ratio_escapes_no_agreed_cell(lie: Sample) -> None:
+    agreed = table((FUSED, -0.5, 5, True))
+    assert set(weights(agreed, lie)) == {(AGREED, -0.5)}
+    assert len(weights(agreed, replace(lie, observer="me"))) == 2
+
+
 def test_cells_take_the_route_of_the_history_and_the_workload_of_their_own() -> None:
     cell = Cell(HARDWARE, OTHERS[0], FUSED)
     agreed = AgreedTable(model=MODEL, epoch=1, digest=Digest(bytes(32)), cells={cell: AgreedCell(0, 3, firm=True)})
-    known = sample("honest", context=replace(CONTEXT, stage_count=3, link_s=0.5))
-    found = contexts_of_cells(agreed, [known])[cell]
+    known = reading("honest", context=replace(CONTEXT, stage_count=3, link_s=0.5, transfer_s=0.96))
+    found = contexts_of_cells(agreed, [known], VIEWPOINT)[cell]
     assert (found.stage_count, found.link_s) == (3, 0.5)
     assert (found.prompt_tokens, found.max_tokens) == (512, 8)
-    assert not contexts_of_cells(agreed, [replace(known, model="other")])
+    assert found.transfer_s == pytest.approx(0.96 * (512 + 8) / (64 + 32))
+    assert not contexts_of_cells(agreed, [replace(known, model="other")], VIEWPOINT)
+
+
+def test_only_members_say_where_agreed_cells_were_measured_and_our_own_word_is_first() -> None:
+    agreed = table((FUSED, -0.5, 5, True))
+    odd = {"hour": 101, "context": replace(CONTEXT, stage_count=9)}
+    strangers = [reading("liar", **odd), sample("honest", **odd), reading("honest", countersigned=False, **odd)]
+
+    def stage_counts(*samples: Sample) -> list[int]:
+        viewpoint = replace(VIEWPOINT, trust={"honest": 1.0, "newcomer": 0.1})
+        return [each.stage_count for each in contexts_of_cells(agreed, samples, viewpoint).values()]
+
+    assert stage_counts(*strangers) == []
+    assert stage_counts(reading("honest"), *strangers) == [3]
+    assert stage_counts(reading("honest"), reading("newcomer", **odd)) == [3]
+    assert stage_counts(reading("me", hour=1), reading("honest", **odd)) == [3]
 
 
 def best(agreed: AgreedTable, *samples: Sample) -> str:
@@ -90,7 +137,7 @@ def best(agreed: AgreedTable, *samples: Sample) -> str:
 
 
 def test_another_table_changes_the_predicted_best() -> None:
-    known = [sample("stranger", log_ratio=None) for _ in range(5)]  # the context of the cells, and nothing else
+    known = [reading("me", 0.0, name=BASELINE.name, context=CONTEXT) for _ in range(5)]  # where, and nothing else
     others = [(method(engine="fused", prefill_chunk=chunk).name, 0.5, 5, True) for chunk in ("64", "128", "256")]
     for winner, loser in ((FUSED, ONNX), (ONNX, FUSED)):
         assert best(table((winner, -2.0, 5, True), (loser, 1.0, 5, True), *others), *known) == winner

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from protocol.measurements import ObservationKind
 from selector.heuristic import MIN_SAMPLES, heuristic_table, predicted_cost
 from selector.prediction import train
 from selector.sample import Sample
@@ -34,6 +35,7 @@ VIEWPOINT = Viewpoint(peer="me", hardware="cpu", software="1", hour=100)
 def sample(name: str, log_ratio: float | None, level: float = 0.0, cost: float | None = None, **changes: Any) -> Sample:
     """Return a sample; `level`: common slowdown at the time."""
     at: dict[str, Any] = {
+        "kind": ObservationKind.SERVED if log_ratio is None else ObservationKind.BENCH,
         "model": "m",
         "context": CONTEXT,
         "observer": "me",
