@@ -80,7 +80,7 @@ def weigh(
     for sample, weight in zip(samples, _weights(samples, viewpoint), strict=True):
         hardware = sample.context.hardware.split("+")
         cells = [entry for name, entry in known.get(_key(sample), ()) if name in hardware]
-        if sample.observer == viewpoint.peer or all(_agrees(sample, entry) for entry in cells):
+        if not cells or _adds_to(cells, sample, viewpoint):
             found.append(Evidence(sample, weight))
     return [each for each in (*agreed, *found) if each.weight > 0]
 
@@ -151,6 +151,18 @@ def _sizes(context: TaskContext) -> Hashable:
     context = canonicalise(context)
     shares = (context.shared_prefix_share, context.repetitiveness)
     return context.prompt_tokens, context.max_tokens, context.concurrency, *shares
+
+
+def _adds_to(cells: Sequence[AgreedCell], sample: Sample, viewpoint: Viewpoint) -> bool:
+    """Return whether a sample counts beside the agreed cells that it is of.
+
+    Assigned measurements are what the table was made of, and must not count twice. Of its own a peer leaves out those
+    alone that firm cells have in full.
+    """
+    is_assigned = sample.kind is ObservationKind.ASSIGNED
+    if sample.observer == viewpoint.peer:
+        return not (is_assigned and all(each.firm and _agrees(sample, each) for each in cells))
+    return not is_assigned and all(_agrees(sample, each) for each in cells)
 
 
 def _agrees(sample: Sample, cell: AgreedCell) -> bool:

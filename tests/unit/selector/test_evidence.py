@@ -86,6 +86,15 @@ def test_own_measurement_counts_against_the_table() -> None:
     assert weights(table((FUSED, -0.5, 5, True)), sample("me", log_ratio=0.4))["me", 0.4] == 1.0
 
 
+def test_readings_that_made_a_cell_do_not_count_again() -> None:
+    firm, hint = table((FUSED, -0.5, 5, True)), table((FUSED, -0.5, 2, False))
+    readings = [reading("honest", -0.5), reading("me", -0.45)]
+    assert set(weights(firm, *readings)) == {(AGREED, -0.5)}
+    assert set(weights(hint, *readings)) == {(AGREED, -0.5), ("me", -0.45)}
+    assert weights(firm, reading("me", 0.4))["me", 0.4] == 1.0  # this machine is not like the others
+    assert ("honest", -0.5) in weights(table((ONNX, -0.5, 5, True)), *readings)  # not of this cell
+
+
 @pytest.mark.parametrize(
     "lie",
     [
@@ -114,7 +123,7 @@ def test_cells_take_the_route_of_the_history_and_the_workload_of_their_own() -> 
 
 def test_only_members_say_where_agreed_cells_were_measured_and_our_own_word_is_first() -> None:
     agreed = table((FUSED, -0.5, 5, True))
-    odd = {"hour": 101, "context": replace(CONTEXT, stage_count=9)}
+    odd: dict[str, Any] = {"hour": 101, "context": replace(CONTEXT, stage_count=9)}
     strangers = [reading("liar", **odd), sample("honest", **odd), reading("honest", countersigned=False, **odd)]
 
     def stage_counts(*samples: Sample) -> list[int]:
