@@ -9,7 +9,7 @@ only if they are ratios that agree with it; what this peer measured itself count
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final, NamedTuple
@@ -19,7 +19,7 @@ from protocol.forms import Digest
 from protocol.measurements import ObservationKind
 from selector.consensus.table import AgreedCell, supports
 from selector.sample import Sample
-from selector.task import MethodError, TaskContext, parse_method
+from selector.task import MethodError, TaskContext, baseline_of, parse_method
 from selector.task_buckets import Viewpoint, canonicalise
 from selector.workloads import WORKLOADS, TrialWorkload
 
@@ -50,6 +50,25 @@ class AgreedTable:
     epoch: int
     digest: Digest
     cells: Mapping[Cell, AgreedCell]
+
+    def firm_part(self, hardware: Collection[str]) -> "AgreedTable":
+        """Return the table with nothing but its firm cells of these hardware classes."""
+        firm = {cell: each for cell, each in self.cells.items() if each.firm and cell.hardware in hardware}
+        return replace(self, cells=firm)
+
+    def is_ahead(self, method: str, other: str, hardware: str) -> bool:
+        """Return whether a method is cheaper than another on this hardware under any workload with cells of both."""
+        for workload in WORKLOADS:
+            own, others = (self._value(Cell(hardware, workload, name)) for name in (method, other))
+            if own is not None and others is not None and own < others:
+                return True
+        return False
+
+    def _value(self, cell: Cell) -> int | None:
+        if cell.method == baseline_of(cell.method).name:
+            return 0  # by definition
+        found = self.cells.get(cell)
+        return found.value if found else None
 
 
 class Evidence(NamedTuple):

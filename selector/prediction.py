@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -28,15 +28,15 @@ HALF_SHARE_WEIGHT: Final = 20.0
 class Predictor:
     """A meta-model trained on a history. It never leaves the machine that trained it.
 
-    `weight`: total weight of its samples, in units of an own measurement. `learned_from`: the models whose agreed
-    tables it was trained on.
+    `weight`: total weight of its samples, in units of an own measurement. `learned_from`: the hardware
+    classes whose agreed cells it was trained on, by model.
     """
 
     model: MetaModel
     support: Mapping[str, float]
     sample_count: int
     weight: float
-    learned_from: frozenset[str] = frozenset()
+    learned_from: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @property
     def share(self) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 
 from selector.dataset import Contexts, Dataset, FloatArray, Pairs
 from selector.effects import fit_effects
-from selector.evidence import AGREED, AgreedTable, contexts_of_cells, weigh
+from selector.evidence import AgreedTable, contexts_of_cells, weigh
 from selector.heuristic import predicted_cost
 from selector.sample import Sample
 from selector.task import Method, MethodError, TaskContext, parse_method
@@ -32,13 +32,13 @@ class TrainingSet:
     """A dataset whose cost is the residual over the heuristic.
 
     `support`: total weight of the samples of each method; `weight`: of all samples, in units of an own measurement.
-    `learned_from`: the models of which cells of the agreed table are among the samples.
+    `learned_from`: the hardware classes whose cells of the agreed tables are among the samples, by model.
     """
 
     dataset: Dataset
     support: Mapping[str, float]
     weight: float
-    learned_from: frozenset[str]
+    learned_from: Mapping[str, frozenset[str]]
 
 
 def build_training_set(
@@ -49,7 +49,8 @@ def build_training_set(
     `tables`: what the swarm agreed. Samples of methods unknown to this version are left out.
     """
     newest = sorted(samples, key=lambda sample: sample.hour)[-MAX_SAMPLES:]
-    found = weigh(newest, viewpoint, [(table, contexts_of_cells(table, newest, viewpoint)) for table in tables])
+    agreed = [(table, contexts_of_cells(table, newest, viewpoint)) for table in tables]
+    found = weigh(newest, viewpoint, agreed)
     rows: list[_Row] = []
     for number, (sample, weight) in enumerate(found):
         rows += _rows_of(sample, number, weight)
@@ -65,10 +66,10 @@ def build_training_set(
     )
     weight_of_rows = np.array([row.weight for row in rows])
     support = np.bincount(pairs.method, weights=weight_of_rows, minlength=len(methods))
-    agreed = frozenset(each.sample.model for each in found if each.sample.observer == AGREED)
+    learned_from = {table.model: frozenset(cell.hardware for cell in known) for table, known in agreed if known}
     dataset = Dataset(pairs, _residuals(rows, pairs), weight_of_rows, name="history")
     return TrainingSet(
-        dataset, dict(zip(methods, support.tolist(), strict=True)), sum(each.weight for each in found), agreed
+        dataset, dict(zip(methods, support.tolist(), strict=True)), sum(each.weight for each in found), learned_from
     )
 
 

@@ -122,7 +122,7 @@ class LearnedChooser:
         prediction = await self.predictions.predict(context, admitted, request.model)
         bucket, usual = task_bucket(context), _default(context, admitted)
         tried = self.adoption.trials(bucket)
-        better = {} if tried else _agreed_better(prediction, usual, admitted)
+        better = {} if tried else _agreed_better(prediction, usual, admitted, context.hardware)
         default = min(better, key=better.__getitem__, default=usual)
         choice = LearnedChoice(
             request=request,
@@ -268,14 +268,20 @@ def _default(context: TaskContext, admitted: Sequence[Method]) -> str:
     return preference(context, [each for each in admitted if each.drafter != "draft"] or admitted)[0].name
 
 
-def _agreed_better(prediction: Prediction, usual: str, admitted: Sequence[Method]) -> dict[str, float]:
-    """Return the methods that are expected to beat the heuristic's choice by more than the predictions' deviation.
+def _agreed_better(prediction: Prediction, usual: str, admitted: Sequence[Method], hardware: str) -> dict[str, float]:
+    """Return the methods that the swarm agreed to be better than the heuristic's choice: they are used without a trial.
 
-    Only of predictions that were learned from an agreed table; others need a trial here first. By name, with the
-    expected logarithm of cost.
+    They are expected to beat it by more than the prediction's deviation. As free observations are in the prediction,
+    firm cells of every hardware class of the route must have them ahead, too. By name, with the expected logarithm of
+    cost.
     """
-    if prediction.learned_from is None:
+    if prediction.agreed is None:
         return {}
-    default = prediction.table[usual]
+    classes, default = hardware.split("+"), prediction.table[usual]
     found = {method.name: prediction.table[method.name] for method in admitted if method.drafter != "draft"}
-    return {name: each.log_cost for name, each in found.items() if default.log_cost - each.log_cost > each.deviation}
+    return {
+        name: each.log_cost
+        for name, each in found.items()
+        if default.log_cost - each.log_cost > each.deviation
+        and all(prediction.agreed.is_ahead(name, usual, each_class) for each_class in classes)
+    }

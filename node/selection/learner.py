@@ -16,7 +16,6 @@ import trio
 from node.selection.agreed_tables import dump_table
 from node.selection.prediction_cache import PredictionCache
 from node.selection.trained_model import TrainedModel
-from node.stages.voter import TableVersion
 from node.storage.database import StorageError
 from node.util.child_process import ChildError
 from protocol.forms import Digest
@@ -140,12 +139,12 @@ class Learner:
                 }
                 result = await model.train(request)
             if result.get("samples"):
-                learned_from = {
-                    ModelId(table.model): TableVersion(table.epoch, table.digest)
+                agreed = {
+                    ModelId(table.model): table.firm_part(result["learned_from"][table.model])
                     for table in tables
                     if table.model in result["learned_from"]
                 }
-                self._predictions.set_predictor(model.predict, result["samples"], learned_from)
+                self._predictions.set_predictor(model.predict, result["samples"], agreed)
                 self.status = ModelStatus(
                     version=self.status.version + 1 if self.status else 1,
                     sample_count=result["samples"],

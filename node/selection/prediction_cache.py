@@ -14,6 +14,7 @@ from cachetools import LRUCache
 
 from node.stages.voter import TableVersion
 from protocol.identity import ModelId
+from selector.evidence import AgreedTable
 from selector.heuristic import HEURISTIC_DEVIATION, CostEstimate, CostTable, heuristic_table, predicted_cost
 from selector.task import PORTFOLIO, Method, TaskContext
 from selector.task_buckets import canonicalise
@@ -29,12 +30,18 @@ MAX_QUEUED: Final = 64
 class Prediction:
     """Cost estimates in a context. `sample_count`: of the model behind them; 0 for the heuristic.
 
-    `learned_from`: the agreed table of the model that is to be served, if they were learned from one.
+    `agreed`: the table of the model that is to be served, if they were learned from one, with the firm cells alone that
+    were learned from.
     """
 
     table: CostTable
     sample_count: int
-    learned_from: TableVersion | None = None
+    agreed: AgreedTable | None = None
+
+    @property
+    def learned_from(self) -> TableVersion | None:
+        """The name of the agreed table."""
+        return TableVersion(self.agreed.epoch, self.agreed.digest) if self.agreed else None
 
     @property
     def basis(self) -> str:
@@ -55,7 +62,7 @@ class PredictionCache:
         self.late = 0
         """Choices by the heuristic because the prediction was not there in time."""
         self._predictor: Predictor | None = None
-        self._learned_from: Mapping[ModelId, TableVersion] = {}
+        self._agreed: Mapping[ModelId, AgreedTable] = {}
         self._tables: LRUCache[TaskContext, CostTable] = LRUCache(MAX_TABLES)
         self._pending: dict[TaskContext, trio.Event] = {}
         self._requests_in, self._requests = trio.open_memory_channel[TaskContext](MAX_QUEUED)
@@ -64,10 +71,10 @@ class PredictionCache:
         self,
         predictor: Predictor | None,
         sample_count: int,
-        learned_from: Mapping[ModelId, TableVersion] = MappingProxyType({}),
+        agreed: Mapping[ModelId, AgreedTable] = MappingProxyType({}),
     ) -> None:
-        """Replace the model, and clear the cache. `learned_from`: the agreed tables behind it, by model served."""
-        self._learned_from = learned_from
+        """Replace the model, and clear the cache. `agreed`: see Prediction; by model served."""
+        self._agreed = agreed
         self._predictor = predictor
         self.sample_count = sample_count
         self._tables.clear()
@@ -90,7 +97,7 @@ class PredictionCache:
                 cost += estimate.log_cost - predicted_cost(canonical, PORTFOLIO[method.name])
                 deviation = estimate.deviation
             found[method.name] = CostEstimate(cost, deviation)
-        return Prediction(found, self.sample_count, self._learned_from.get(model) if model else None)
+        return Prediction(found, self.sample_count, self._agreed.get(model) if model else None)
 
     async def _table(self, context: TaskContext, limit_s: float) -> CostTable | None:
         if context in self._tables:

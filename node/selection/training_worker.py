@@ -68,7 +68,7 @@ def _train_and_keep(request: dict[str, Any], file: IO[bytes]) -> tuple["Predicto
         "kept": _keep(predictor, file),
         "samples": predictor.sample_count,
         "share": predictor.share,
-        "learned_from": sorted(predictor.learned_from),
+        "learned_from": {model: sorted(hardware) for model, hardware in predictor.learned_from.items()},
         "seconds": time.monotonic() - began_s,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

@@ -22,7 +22,7 @@ from node.selection.adoption_trials import AdoptionTrials
 from node.selection.chooser import LearnedChooser, LearnedVoter
 from node.selection.prediction_cache import PredictionCache
 from node.selection.samples import sample_of
-from node.stages.voter import StageVote, TableVersion, Voter
+from node.stages.voter import StageVote, Voter
 from node.testing.fake_engine import FAKE_MODEL
 from protocol.consensus_values import Cell
 from protocol.forms import Digest
@@ -74,7 +74,7 @@ class LearningNode:
         hour = known[0].hour
         viewpoint = Viewpoint(peer=self.identity.peer_id, hardware=HARDWARE, software=known[0].software, hour=hour)
         if tables:  # what a measurement for the swarm would say of the route
-            known.append(replace(known[0], kind=ObservationKind.ASSIGNED))
+            known.append(replace(known[0], kind=ObservationKind.ASSIGNED, countersigned=True))
         with threadpool_limits(1):
             predictor = train([*known, *self._lies], viewpoint, tables)
         assert predictor is not None
@@ -84,8 +84,8 @@ class LearningNode:
             table = predictor.table(context)
             return {name: (of.log_cost, of.deviation) for name, of in table.items()}
 
-        learned_from = {FAKE_MODEL: TableVersion(tables[0].epoch, tables[0].digest)} if tables else {}
-        self.predictions.set_predictor(ask, predictor.sample_count, learned_from)
+        agreed = {FAKE_MODEL: tables[0].firm_part(predictor.learned_from[FAKE_MODEL])} if tables else {}
+        self.predictions.set_predictor(ask, predictor.sample_count, agreed)
 
 
 def requests(seed: int) -> dict[str, JobRequest]:

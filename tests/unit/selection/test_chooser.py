@@ -14,8 +14,13 @@ from node.coordinator.trial_runner import Spending
 from node.selection.chooser import LearnedChooser
 from node.selection.prediction_cache import PredictionCache
 from node.selection.trial_scheduler import TrialRequest
+from protocol.consensus_values import Cell
+from protocol.forms import Digest
 from protocol.identity import JobId, ModelId
-from selector.task import BASELINE, Method, TaskContext, method
+from selector.consensus.table import AgreedCell
+from selector.evidence import AgreedTable
+from selector.task import BASELINE, PORTFOLIO, Method, TaskContext, method, parse_method
+from selector.workloads import WORKLOADS
 
 FUSED, CHUNKED = method(engine="fused"), method(engine="fused", prefill_chunk="64")
 REPEATED, NARROW = method(engine="fused", speculation="ngram-8"), method(engine="fused", activations="int8")
@@ -63,3 +68,48 @@ async def test_links_count_for_latency_only(objective: str, chosen: Method, virt
     request = SelectionRequest(model=ModelId("ab" * 32), context=context, admitted=[BASELINE, NARROW, FUSED])
     choice = await chooser.choose(request)
     assert choice.order[0] == chosen
+
+
+TOUTED, USUAL = method(engine="eager", prefix_cache="on").name, method(engine="onnxruntime").name
+MODEL = ModelId("ab" * 32)
+
+
+@pytest.mark.parametrize(
+    ("cells", "used"),
+    [
+        ({TOUTED: (-1.0, True), USUAL: (-0.5, True)}, TOUTED),
+        ({TOUTED: (-0.6, True), USUAL: (-0.9, True)}, USUAL),  # the swarm agreed on the contrary
+        ({USUAL: (-0.5, True)}, USUAL),  # the swarm says nothing of it
+        ({TOUTED: (-1.0, False), USUAL: (-0.5, True)}, USUAL),  # two peers at most say so
+        ({TOUTED: (-1.0, True)}, USUAL),  # who knows what the usual one costs?
+        ({}, USUAL),
+    ],
+    ids=["agreed", "contrary", "no cell", "hint", "usual without a cell", "no table"],
+)
+async def test_method_is_used_without_a_trial_only_if_firm_cells_have_it_ahead(
+    cells: Mapping[str, tuple[float, bool]], used: str, nursery: trio.Nursery, virtual_clock: MockClock
+) -> None:
+    async def misled(context: TaskContext) -> Mapping[str, tuple[float, float]]:
+        """Predict what others reported of one method, which may be anything."""
+        del context
+        await trio.lowlevel.checkpoint()
+        return {name: (-5.0 if name == TOUTED else 0.0, 0.1) for name in PORTFOLIO}
+
+    agreed = {
+        Cell("test", next(iter(WORKLOADS)), each): AgreedCell(round(ratio * 1e6), 5 if firm else 2, firm)
+        for each, (ratio, firm) in cells.items()
+    }
+    table = AgreedTable(model=MODEL, epoch=1, digest=Digest(bytes(32)), cells=agreed).firm_part({"test"})
+    predictions = PredictionCache()
+    predictions.set_predictor(misled, 10, {MODEL: table})
+    nursery.start_soon(predictions.run)
+    chooser = LearnedChooser(predictions, random.Random(1), share=0.0)
+    request = SelectionRequest(
+        model=MODEL, context=CONTEXT, admitted=[BASELINE, parse_method(TOUTED), parse_method(USUAL)]
+    )
+    choice = await chooser.choose(request)
+    assert choice.learned_from is not None
+    assert list(choice.ballot([])) == [used]
+
+    elsewhere = replace(request, context=replace(CONTEXT, hardware="test+other"))  # no cells of the second stage
+    assert list((await chooser.choose(elsewhere)).ballot([])) == [USUAL]
