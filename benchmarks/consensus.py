@@ -41,8 +41,9 @@ from protocol.consensus_values import (
 from protocol.history import encode_batch
 from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.measurements import ObservationKind
+from selector.consensus import inclusion
 from selector.consensus.chain import quorum_size
-from selector.consensus.sortition import MeasurementPlan, beacon_of, select_committee
+from selector.consensus.sortition import MeasurementPlan
 from selector.consensus.state import Contribution, State, conclude, initial_state
 from selector.dataset import Dataset, Pairs, context_minima
 from selector.evidence import AgreedTable, weigh
@@ -205,7 +206,8 @@ def agree(population: Population, epochs: int) -> State:
     parent = GENESIS
     for epoch in range(epochs):
         assigned: dict[PeerId, list[Cell]] = {peer: [] for peer in population.hardware}
-        for cell, peers in state.assignments(parent, epoch, plan).items():
+        sortition = state.draw(epoch, plan)
+        for cell, peers in sortition.cells.items():
             for peer in peers:
                 assigned[peer].append(cell)
         contributions = []
@@ -217,11 +219,11 @@ def agree(population: Population, epochs: int) -> State:
             GENESIS,
             parent,
             state,
+            sortition,
             epoch=epoch,
             proposer=members[0].peer,
             contributions=contributions,
             equivocators=(),
-            plan=plan,
         )
         parent = statement.id
     return state
@@ -332,32 +334,24 @@ def cost_of_epoch(peers: int) -> Cost:
     kinds = [f"{cores} cores, AVX-512, 64 GiB, no accelerator" for cores in (4, 8, 16, 32)]
     members = tuple(Member(peer, kinds[number % len(kinds)]) for number, peer in enumerate(names))
     state = replace(initial_state(GENESIS), members=members)
-    beacon = beacon_of(GENESIS, 0)
-    committee = select_committee(beacon, names)
+    sortition = state.draw(0, measurement_plan("safetensors"))
+    committee = sortition.committee
     readings: dict[PeerId, list[Reading]] = {peer: [] for peer in committee}
-    for cell, selected in state.assignments(GENESIS, 0, measurement_plan("safetensors")).items():
+    for cell, selected in sortition.cells.items():
         for peer in selected:
             readings.setdefault(peer, []).append(Reading(cell, -500_000))
     batches: list[int] = []
     contributions = []
     for peer, found in readings.items():
         ordered = tuple(sorted(found))
-        commit = Commit(
-            GENESIS, 0, GENESIS, peer, kinds[0], commitment_of(peer, bytes(32), ordered), tuple(_ids(peer, 8))
-        )
-        reveal = Reveal(GENESIS, 0, peer, bytes(32), ordered)
+        commit = Commit(GENESIS, 0, GENESIS, peer, "", commitment_of(peer, bytes(32), ordered), tuple(_ids(peer, 8)))
+        listed = inclusion.pack(sortition.expected, sortition.expected) if peer in sortition.committee else b""
+        reveal = Reveal(GENESIS, 0, peer, bytes(32), ordered, listed)
         contributions.append(Contribution(commit, reveal))
         batches += [_batch(key_of[peer], commit), _batch(key_of[peer], reveal)]
     began_s = time.perf_counter()
     statement, _ = conclude(
-        GENESIS,
-        GENESIS,
-        state,
-        epoch=0,
-        proposer=committee[0],
-        contributions=contributions,
-        equivocators=(),
-        plan=measurement_plan("safetensors"),
+        GENESIS, GENESIS, state, sortition, epoch=0, proposer=committee[0], contributions=contributions, equivocators=()
     )
     conclude_s = time.perf_counter() - began_s
     signatures = [Signature(GENESIS, 0, peer, statement.id) for peer in committee]

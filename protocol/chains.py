@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final, TypeAlias
 
-from protocol.consensus_values import MeasuredCell, Member, load_peer
+from protocol.consensus_values import MAX_CANDIDATES, MeasuredCell, Member, load_peer
 from protocol.errors import RemoteProtocolError
 from protocol.fields import SHA256_BYTES
 from protocol.forms import Digest, Envelope
@@ -25,7 +25,7 @@ from protocol.limits import MAX_CHAIN_ITEMS, MAX_HAVE, MAX_LOCATOR, MAX_PART_CEL
 from protocol.schema import Count, Form, MessageTypes
 from protocol.states import Role
 
-PROTOCOL_ID: Final = "/metaswarm/chain/1.0.0"
+PROTOCOL_ID: Final = "/metaswarm/chain/2.0.0"
 
 SHORT_ID_BYTES: Final = 8
 """Length of the prefix that stands for a record's id in an inventory. A collision by malice harms only its makers."""
@@ -86,6 +86,7 @@ class StatePart:
     """A part of a state. A state that is unknown to the responder is one empty part."""
 
     members: Annotated[tuple[Member, ...], Count(MAX_PART_MEMBERS)] = ()
+    candidates: Annotated[tuple[Member, ...], Count(MAX_CANDIDATES)] = ()
     cells: Annotated[tuple[MeasuredCell, ...], Count(MAX_PART_CELLS)] = ()
     expelled: Annotated[tuple[PeerId, ...], Form(_packed_peers, lambda peers: b"".join(map(public_key_of, peers)))] = ()
     last: bool = False
@@ -158,9 +159,11 @@ def fill_records(envelopes: Iterable[bytes], rest: Remaining) -> Iterator[Record
 
 
 def split_state(
-    members: Sequence[Member], cells: Sequence[MeasuredCell], expelled: Sequence[PeerId]
+    members: Sequence[Member], candidates: Sequence[Member], cells: Sequence[MeasuredCell], expelled: Sequence[PeerId]
 ) -> Iterator[StatePart]:
     """Yield a state in parts that each fit into a message."""
+    if candidates:
+        yield StatePart(candidates=tuple(candidates))
     for start in range(0, len(members), MAX_PART_MEMBERS):
         yield StatePart(members=tuple(members[start : start + MAX_PART_MEMBERS]))
     for start in range(0, len(expelled), MAX_PART_MEMBERS):

@@ -18,7 +18,7 @@ from protocol.limits import MAX_RECORD_BYTES
 from protocol.records import kind_of, sign, verify_envelope
 from protocol.schema import from_map, to_map
 
-CONSENSUS_TOPIC: Final = "metaswarm/1/consensus"
+CONSENSUS_TOPIC: Final = "metaswarm/2/consensus"
 """The gossip topic of all these messages, in batches of envelopes as `protocol.history` encodes them."""
 
 Body: TypeAlias = Commit | Reveal | Statement | Signature | EquivocationProof
@@ -87,7 +87,10 @@ def equivocator_of(proof: EquivocationProof) -> PeerId:
 
 
 def is_equivocation(first: SignedMessage, second: SignedMessage) -> bool:
-    """Return whether a peer signed two statements of one epoch, or two commits of one epoch and parent."""
+    """Return whether a peer signed two statements of one epoch, two commits of one epoch and parent, or two reveals.
+
+    Two reveals of one commit differ in their inclusion lists.
+    """
     one, other = first.body, second.body
     if first.peer != second.peer or one == other or one.chain != other.chain:
         return False
@@ -95,4 +98,6 @@ def is_equivocation(first: SignedMessage, second: SignedMessage) -> bool:
         return one.epoch == other.epoch
     if isinstance(one, Commit) and isinstance(other, Commit):
         return (one.epoch, one.parent) == (other.epoch, other.parent)
+    if isinstance(one, Reveal) and isinstance(other, Reveal):
+        return (one.epoch, one.commitment) == (other.epoch, other.commitment)
     return False

@@ -17,7 +17,7 @@ from protocol.errors import RemoteProtocolError
 from protocol.forms import Counter, Digest, Envelope, Hardware
 from protocol.identity import PeerId, peer_id_from_public_key, public_key_of
 from protocol.limits import MAX_CELL_READINGS, MAX_HARDWARE_BYTES, MAX_NAME_BYTES
-from protocol.schema import LOCAL, Count, Form, Range, raw
+from protocol.schema import LOCAL, OMIT_DEFAULT, Count, Form, Range, raw, text
 
 Plain: TypeAlias = "int | str | bytes | Sequence[Plain]"
 
@@ -36,11 +36,17 @@ MAX_READINGS: Final = 8
 
 NONCE_BYTES: Final = 32
 
-MAX_CONTRIBUTIONS: Final = 304
-"""Contributions to one statement: of the selected members, and of newcomers."""
+MAX_CONTRIBUTIONS: Final = 336
+"""Contributions to one statement: of the selected members, of candidates, and of newcomers."""
 
 MAX_JOINED: Final = 64
-"""Newcomers in one epoch, those with the smallest ids; the others join in the next."""
+"""Founders, or members that join in one epoch."""
+
+MAX_CANDIDATES: Final = 32
+"""Newcomers whose measurements are audited, and who are not members yet."""
+
+MAX_INCLUSION_BYTES: Final = 48
+"""An inclusion list: a bit for every peer whose contribution is expected, of which there are at most 328."""
 
 MAX_LEFT: Final = 48
 MAX_EXPELLED: Final = 8
@@ -63,6 +69,12 @@ def _load_cell(values: Sequence[object], what: str) -> "Cell":
 
 def _load_value(value: object, what: str) -> int:
     return fields.integer(value, -MAX_READING, MAX_READING, f"{what} value")
+
+
+def _load_inclusion(value: object, what: str) -> bytes:
+    if type(value) is not bytes or len(value) > MAX_INCLUSION_BYTES:
+        raise RemoteProtocolError(f"{what} is not at most {MAX_INCLUSION_BYTES} bytes")
+    return value
 
 
 def _load_reading(value: object, what: str) -> "Reading":
@@ -117,15 +129,16 @@ class Reading(NamedTuple):
 class Commit:
     """A peer's commitment for an epoch: to readings that stay hidden until the reveal, and to published observations.
 
-    `parent`: the statement whose beacon selected the cells. `commitment`: see `commitment_of`. `observations`: ids,
-    ascending, none of which this peer named in an earlier commit on this chain.
+    `parent`: the statement whose beacon selected the cells. `hardware`: the class of a newcomer's hardware, which it
+    states once; empty from then on. `commitment`: see `commitment_of`. `observations`: ids, ascending, none of which
+    this peer named in an earlier commit on this chain.
     """
 
     chain: Digest
     epoch: Epoch
     parent: Digest
     peer: Signer
-    hardware: Hardware
+    hardware: Annotated[str, text(MAX_HARDWARE_BYTES)]
     commitment: Digest
     observations: Annotated[tuple[Digest, ...], Count(MAX_COMMITTED)] = ()
 
@@ -141,7 +154,10 @@ class Commit:
 
 @dataclass(frozen=True)
 class Reveal:
-    """The readings that open a commit, ascending by cell."""
+    """The readings that open a commit, ascending by cell.
+
+    `inclusion`: of a member of the committee, which commits it holds; see `selector.consensus.inclusion`.
+    """
 
     chain: Digest
     epoch: Epoch
@@ -151,6 +167,7 @@ class Reveal:
         tuple[Annotated[Reading, Form(_load_reading, lambda reading: [*reading.cell, reading.value])], ...],
         Count(MAX_READINGS),
     ]
+    inclusion: Annotated[bytes, Form(_load_inclusion), OMIT_DEFAULT] = b""
 
     @cached_property
     def commitment(self) -> Digest:
@@ -168,8 +185,9 @@ class Statement:
 
     `commits`: ids of the revealed commits that count, ascending. `joined`, `left`, `expelled`: the changes to the list
     of members, ascending, so that it is known without the contributions; a statement that starts or restarts the chain
-    lists all its members as joined. `set_digest` covers all contributions so far, `table_digest` the agreed table,
-    `state_digest` the whole state from which the next epoch is computed.
+    lists all its members as joined. `beacon`: draws the next epoch's committee and cells; it follows from the nonces in
+    the contributions, so that a proposer cannot choose it. `set_digest` covers all contributions so far, `table_digest`
+    the agreed table, `state_digest` the whole state from which the next epoch is computed.
     """
 
     chain: Digest
@@ -180,13 +198,14 @@ class Statement:
     joined: Annotated[tuple[PeerKey, ...], Count(MAX_JOINED)]
     left: Annotated[tuple[PeerKey, ...], Count(MAX_LEFT)]
     expelled: Annotated[tuple[PeerKey, ...], Count(MAX_EXPELLED)]
+    beacon: Digest
     set_digest: Digest
     table_digest: Digest
     state_digest: Digest
 
     @cached_property
     def id(self) -> Digest:
-        """The digest of all fields, in their order: what peers sign, and the source of the next epoch's beacon."""
+        """The digest of all fields, in their order: what peers sign."""
         return _digest_of_fields("statement", self)
 
     def check(self) -> None:
@@ -215,11 +234,11 @@ class EquivocationProof:
 
 
 class Member(NamedTuple):
-    """A member of the consensus, with its reputation.
+    """A member of the consensus, or a candidate, with its reputation.
 
-    `agreed`, `deviated`: how often its readings supported the agreed value and how often not, in the fixed point of
-    `selector.consensus.reputation`, with decay. `absences`: epochs in a row in which it was selected and did not
-    contribute.
+    `hardware`: the class that it stated when it came. `agreed`, `deviated`: how often its readings supported the agreed
+    value and how often not, in the fixed point of `selector.consensus.reputation`, with decay. `absences`: epochs in a
+    row in which it was expected and did not contribute. `since`: the epoch in which it came.
     """
 
     peer: PeerKey
@@ -227,6 +246,7 @@ class Member(NamedTuple):
     agreed: Counter = 0
     deviated: Counter = 0
     absences: Epoch = 0
+    since: Epoch = 0
 
 
 class PeerReading(NamedTuple):

@@ -1,13 +1,64 @@
-"""Tally of the votes of a route's stages: a pure function of ballots and weights, so that every stage can verify it."""
+"""Tally of the votes of a route's stages: a pure function of ballots and weights, so that every stage can verify it.
 
-from collections.abc import Mapping, Sequence
+Reputation is earned by measuring, and cannot be spent on votes against what was measured: such a ballot has no weight.
+"""
 
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import permutations
+from typing import Final
+
+from protocol.consensus_values import VALUE_SCALE, Cell
 from selector.consensus.reputation import NEWCOMER_WEIGHT
+from selector.consensus.table import TOLERANCE
+from selector.task import PORTFOLIO
+
+CONTRADICTION: Final = 2 * TOLERANCE / VALUE_SCALE
+"""A vote contradicts measurements if it prefers, by more than this, a method that was slower by more than this."""
+
+BINDING_WORKLOADS: Final = 2
+"""Workloads under all of which two methods must have been measured to be compared: a job may differ from one of them.
+"""
 
 
 def weights_of(peers: Sequence[str], weights: Mapping[str, int]) -> tuple[int, ...]:
     """Return the weight of each peer's ballot: `weights` for members, NEWCOMER_WEIGHT for all others."""
     return tuple(weights.get(peer, NEWCOMER_WEIGHT) for peer in peers)
+
+
+def bound_weights(
+    methods: Sequence[str],
+    votes: Sequence[tuple[str, Mapping[str, float] | Mapping[str, float | None]]],
+    weights: Mapping[str, int],
+    measured: Callable[[str], Mapping[Cell, int]],
+) -> tuple[int, ...]:
+    """Return the weight of each peer's vote on `methods`, 0 for one that contradicts what the peer knows.
+
+    `measured`: returns what was measured by a peer, or by others on its hardware.
+    """
+    plain = weights_of([peer for peer, _ in votes], weights)
+    return tuple(
+        0 if contradicts(measured(peer), {name: vote.get(name) for name in methods}) else weight
+        for (peer, vote), weight in zip(votes, plain, strict=True)
+    )
+
+
+def contradicts(measured: Mapping[Cell, int], vote: Mapping[str, float | None]) -> bool:
+    """Return whether a vote prefers a method that was clearly slower under every workload."""
+    scored = {name: score for name, score in vote.items() if score is not None}
+    workloads: defaultdict[str, dict[str, float]] = defaultdict(dict)
+    for cell, value in measured.items():
+        if cell.method in scored:
+            workloads[cell.workload][cell.method] = value / VALUE_SCALE
+            baseline = PORTFOLIO[cell.method].baseline.name if cell.method in PORTFOLIO else ""
+            if baseline in scored:
+                workloads[cell.workload][baseline] = 0.0
+    for slow, fast in permutations(scored, 2):
+        if scored[fast] - scored[slow] > CONTRADICTION:
+            ratios = [found[slow] - found[fast] for found in workloads.values() if slow in found and fast in found]
+            if len(ratios) >= BINDING_WORKLOADS and min(ratios) > CONTRADICTION:
+                return True
+    return False
 
 
 def tally(

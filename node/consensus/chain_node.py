@@ -181,14 +181,14 @@ class ChainNode:
                 self.prune(now_s)
             await self._confirm_commits(now_s)
             due = [*await self._environment.offload(lambda: self._propose_and_vote(now_s)), *proofs]
+            reveals = self._contributor.due_reveals(now_s)
+            due += reveals
             try:
                 due += await self._save(due, now_s)
             except StorageError as error:
                 # Unsaved messages are not published; the other peers go on without us.
                 _logger.warning("could not persist consensus messages; abstaining this epoch", reason=str(error))
                 return
-            reveals = self._contributor.due_reveals(now_s)
-            due += reveals
             for message in due:
                 self.replica.log.add(message, self.clock.epoch_at(now_s))
             self._update_agreement()
@@ -253,7 +253,15 @@ class ChainNode:
         if head.statement is None or state is None:
             return
         if self._agreement is None or self._agreement.statement != head.id:
-            self._agreement = Agreement(head.epoch, head.id, state.table_digest, state.weights, state.table)
+            self._agreement = Agreement(
+                epoch=head.epoch,
+                statement=head.id,
+                table_digest=state.table_digest,
+                weights=state.weights,
+                table=state.table,
+                hardware=state.hardware,
+                readings=state.readings,
+            )
             _logger.info("statement agreed", epoch=head.epoch, members=len(state.members), cells=len(state.table))
 
     def _idle_s(self) -> float:

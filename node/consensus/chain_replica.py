@@ -140,7 +140,7 @@ class ChainReplica:
 
 def state_parts(state: State) -> list[StatePart]:
     """Return a state in the parts in which it travels."""
-    return list(split_state(state.members, sorted(state.measured.items()), state.banned))
+    return list(split_state(state.members, state.candidates, sorted(state.measured.items()), state.banned))
 
 
 def join_state(parts: Sequence[StatePart], statement: Statement) -> State:
@@ -148,7 +148,9 @@ def join_state(parts: Sequence[StatePart], statement: Statement) -> State:
     return State(
         statement.epoch,
         tuple(member for part in parts for member in part.members),
+        tuple(candidate for part in parts for candidate in part.candidates),
         {cell: measured for part in parts for cell, measured in part.cells},
         tuple(peer for part in parts for peer in part.expelled),
+        statement.beacon,
         statement.set_digest,
     )

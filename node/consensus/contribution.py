@@ -1,6 +1,7 @@
 """This node's contributions to one chain: measures the assigned cells, commits to the readings, and reveals them."""
 
 from dataclasses import dataclass
+from typing import Final
 
 import structlog
 import trio
@@ -10,8 +11,11 @@ from node.consensus.environment import ConsensusEnvironment, Meter
 from node.storage.chain_store import Uncommitted
 from node.storage.database import StorageError
 from protocol.consensus import SignedMessage
-from protocol.consensus_values import MAX_COMMITTED, MAX_JOINED, MAX_READING, VALUE_SCALE, Cell, Commit, Reading, Reveal
+from protocol.consensus_values import MAX_COMMITTED, MAX_READING, VALUE_SCALE, Cell, Commit, Reading, Reveal
 from protocol.forms import Digest
+
+MAX_NEWCOMERS: Final = 128
+"""Commits of peers that are not members, in one epoch, with which a newcomer waits for the next one."""
 
 _logger = structlog.get_logger(__name__)
 
@@ -48,9 +52,11 @@ class Contributor:
                 self._committed.add((commit.epoch, commit.parent))
                 self._participant.on_commit(commit, now_s)
                 self._participant.confirm(commit)
-            case Reveal() as reveal:
+            case Reveal() as reveal if reveal.inclusion:
                 self._participant.on_reveal(reveal, now_s)
                 self._unrevealed[reveal.commitment] = message
+            case Reveal() as reveal:  # saved with its commit, before there was a list
+                self._unrevealed.setdefault(reveal.commitment, message)
             case _:
                 pass
 
@@ -84,6 +90,12 @@ class Contributor:
             return None
         if now_s >= self._clock.reveals_begin_s(epoch) or self._must_wait_to_join(epoch):
             return None
+        stated = participant.hardware()
+        if stated not in {None, hardware}:
+            # Its readings would be compared with those of other hardware. Once removed as absent, we join anew.
+            self._committed.add(key)
+            _logger.warning("hardware class changed; leaving the consensus to join it again", old=stated, new=hardware)
+            return None
         assigned = participant.assigned(now_s)
         if any((epoch, cell) not in self._readings for cell in assigned) and now_s < self._clock.commits_end_s(epoch):
             return None
@@ -103,17 +115,24 @@ class Contributor:
         self._unrevealed[contribution.commit.body.commitment] = contribution.reveal
 
     def due_reveals(self, now_s: float) -> list[SignedMessage]:
-        """Return the reveals whose phase has begun; once."""
+        """Return the reveals whose phase has begun, with our inclusion list; once. Save them before publishing."""
         if now_s < self._clock.reveals_begin_s(self._clock.epoch_at(now_s)):
             return []
         due, self._unrevealed = list(self._unrevealed.values()), {}
-        return due
+        return [final for message in due if (final := self._with_list(message, now_s))]
 
     def prune(self, epoch: int) -> None:
         """Drop past epochs."""
         self._committed = {key for key in self._committed if key[0] >= epoch - 1}
         self._readings = {key: value for key, value in self._readings.items() if key[0] >= epoch}
         self._unrevealed = {key: message for key, message in self._unrevealed.items() if message.epoch >= epoch}
+
+    def _with_list(self, message: SignedMessage, now_s: float) -> SignedMessage | None:
+        assert isinstance(message.body, Reveal)
+        if message.body.inclusion:  # saved by the last process, and perhaps published
+            return message
+        listed = self._participant.reveal(message.body, now_s)
+        return message if listed == message.body else self._replica.sign(listed)
 
     async def _uncommitted(self) -> Uncommitted:
         environment = self._environment
@@ -126,12 +145,11 @@ class Contributor:
             return Uncommitted((), 0)
 
     def _must_wait_to_join(self, epoch: int) -> bool:
-        """Return whether we are a newcomer, and so many others come first that this epoch cannot admit us."""
-        members = {*self._participant.chain.head.members}
-        own = self._participant.peer
-        if own in members:
+        """Return whether we are a newcomer, and so many others have come that peers may not hold our commit."""
+        if self._participant.hardware() is not None:
             return False
-        return sum(peer < own and peer not in members for peer in self._participant.contributors(epoch)) >= MAX_JOINED
+        members = {*self._participant.chain.head.members}
+        return len({*self._participant.contributors(epoch)} - members) >= MAX_NEWCOMERS
 
 
 def _fixed_point(log_ratio: float) -> int:

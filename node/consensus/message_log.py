@@ -17,7 +17,7 @@ from protocol.limits import MAX_HAVE
 
 MAX_OF_MEMBERS: Final = {Commit: 576, Reveal: 576, Statement: 48, Signature: 448}
 MAX_OF_OTHERS: Final = {Commit: 192, Reveal: 192, Statement: 16, Signature: 192}
-"""Messages of one epoch that are held. An epoch counts at most 304 contributions and has 5 proposals and 128 signers.
+"""Messages of one epoch that are held. An epoch counts at most 336 contributions and has 5 proposals and 128 signers.
 Identities are free: however many strangers send messages, there is room for those of members."""
 
 MAX_EQUIVOCATORS: Final = 256
@@ -105,6 +105,8 @@ class MessageLog:
                 key: tuple[object, ...] = (message.peer, body.epoch)
             case Commit() as body:
                 key = (message.peer, body.epoch, body.parent)
+            case Reveal() as body:
+                key = (message.peer, body.epoch, body.commitment)
             case _:
                 return None
         first = self._unique.get(key)

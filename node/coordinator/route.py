@@ -46,7 +46,7 @@ from protocol.tensors import (
     tensor_from_tokens,
 )
 from selector.task import Method
-from selector.voting import tally, weights_of
+from selector.voting import tally
 
 CLOSE_TIMEOUT_S = 1.0
 """How long the end of a job waits for its stages; a stage that misses it frees the session when the link breaks."""
@@ -247,10 +247,10 @@ class OpenRoute:
         """Return the method that the votes agree on, and all ballots, our own last. Raises RouteRejected for none."""
         votes = [answer.votes if answer else {} for answer in self.answers]
         peers = [*(stage.peer for stage in self.stages), self._link_pool.peer_id]
-        agreed = self.request.agreed
-        weights = weights_of(peers, agreed.weights) if agreed and self.is_weighted() else None
+        agreed, names = self.request.agreed if self.is_weighted() else None, tuple(self.request.methods)
+        weights = agreed.weigh(names, zip(peers, [*votes, {}], strict=True)) if agreed else None
         votes.append(self.request.choice.ballot(votes, weights))
-        names = tuple(self.request.methods)
+        weights = agreed.weigh(names, zip(peers, votes, strict=True)) if agreed else None
         ballots = tuple(
             Ballot(peer, tuple(scores.get(name) for name in names)) for peer, scores in zip(peers, votes, strict=True)
         )

@@ -4,14 +4,14 @@
    (`Opened.votes`, made by a `Voter`).
 2. Tally: the coordinator adds its own ballot, takes the method that `selector.voting.tally` returns for all ballots,
    and sends it with the ballots (`Begin`). They weigh the same, unless all stages stand by one agreed statement of the
-   swarm, whose members then have the weights that it gives them.
+   swarm, whose members then have the weights that it gives them; a ballot against its peer's own readings has none.
 3. Verify: every stage repeats the tally before it begins (`tally_fault`), so that a coordinator can neither alter a
    vote nor choose another method.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
 
 from protocol.consensus_values import Cell
 from protocol.forms import Digest
@@ -19,18 +19,37 @@ from protocol.identity import ModelId, PeerId
 from protocol.messages import Begin
 from selector.consensus.table import AgreedCell
 from selector.task import Method, TaskContext
-from selector.voting import tally, weights_of
+from selector.voting import bound_weights, tally
+
+Vote: TypeAlias = Mapping[str, float] | Mapping[str, float | None]
+"""The log cost of methods; None, or nothing, for one that is not offered."""
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """What a chain's head says of a model's methods. `weights`: of the members' ballots; `table`: the agreed cells."""
+    """What a chain's head says of a model's methods.
+
+    `weights`: of the members' ballots. `table`: the agreed cells. `hardware`: the class of each member. `readings`: the
+    last ones of each member.
+    """
 
     epoch: int
     statement: Digest
     table_digest: Digest
     weights: dict[str, int]
     table: dict[Cell, AgreedCell]
+    hardware: Mapping[str, str] = field(default_factory=dict)
+    readings: Mapping[str, Mapping[Cell, int]] = field(default_factory=dict)
+
+    def weigh(self, methods: Sequence[str], votes: Iterable[tuple[str, Vote]]) -> tuple[int, ...]:
+        """Return the weight of each peer's vote on these methods."""
+        return bound_weights(methods, [*votes], self.weights, self._measured)
+
+    def _measured(self, peer: str) -> dict[Cell, int]:
+        """Return the agreed values on a member's hardware, and its own readings where it has measured."""
+        kind = self.hardware.get(peer)
+        agreed = {cell: each.value for cell, each in self.table.items() if each.firm and cell.hardware == kind}
+        return agreed | dict(self.readings.get(peer, {}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +98,10 @@ def tally_fault(
     if message.statement is not None:
         if agreement is None or agreement.statement != message.statement:
             return "the votes were weighed by a statement that this peer did not stand by"
-        weights = weights_of([ballot.peer for ballot in ballots], agreement.weights)
+        if any(len(ballot.scores) != len(methods) for ballot in ballots):
+            return "a ballot does not score every method"
+        scored = ((ballot.peer, dict(zip(methods, ballot.scores, strict=True))) for ballot in ballots)
+        weights = agreement.weigh(methods, scored)
     try:
         agreed = tally(methods, [ballot.scores for ballot in ballots], weights)
     except ValueError as error:

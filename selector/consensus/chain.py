@@ -52,6 +52,7 @@ class ChainEntry:
     id: Digest
     epoch: int
     members: tuple[PeerId, ...]
+    beacon: Digest
     parent: "ChainEntry | None" = None
     statement: Statement | None = None
     committee: tuple[PeerId, ...] = ()
@@ -82,7 +83,7 @@ class Chain:
     def __init__(self, genesis: Digest, checkpoints: Collection[Digest] = ()) -> None:
         """`checkpoints`: a branch through one of these statements is preferred to any other."""
         self.genesis = genesis
-        self.root = ChainEntry(genesis, GENESIS_EPOCH, ())
+        self.root = ChainEntry(genesis, GENESIS_EPOCH, (), genesis)
         self.head = self.root
         self._checkpoints = frozenset(checkpoints)
         self._entries: dict[Digest, ChainEntry] = {genesis: self.root}
@@ -101,7 +102,10 @@ class Chain:
 
     def start_from(self, statement: Statement, members: Sequence[PeerId]) -> None:
         """Make a statement that was verified before the root, with the members after it; drop everything else."""
-        self.root = self.head = ChainEntry(statement.id, statement.epoch, tuple(sorted(members)), statement=statement)
+        ordered = tuple(sorted(members))
+        self.root = self.head = ChainEntry(
+            statement.id, statement.epoch, ordered, statement.beacon, statement=statement
+        )
         self._entries = {statement.id: self.root}
 
     def add(self, statement: Statement) -> ChainEntry:
@@ -224,7 +228,7 @@ def _entry_after(statement: Statement, parent: ChainEntry, chain: Digest) -> Cha
         raise InvalidStatement("it belongs to another chain")
     members, restart = members_after(parent.members, parent.epoch, statement)
     voters = members if restart else parent.members
-    committee = select_committee(beacon_of(parent.id, statement.epoch), voters)
+    committee = select_committee(beacon_of(parent.beacon, statement.epoch), voters)
     if statement.proposer not in committee:
         raise InvalidStatement("its proposer is not in the committee")
-    return ChainEntry(statement.id, statement.epoch, members, parent, statement, committee)
+    return ChainEntry(statement.id, statement.epoch, members, statement.beacon, parent, statement, committee)

@@ -9,8 +9,15 @@ EPOCH_S: Final = 600.0
 COMMIT_UNTIL: Final = 0.6
 """The fraction of the epoch for measuring and committing."""
 
+LIST_UNTIL: Final = 0.65
+"""A commit received by then is put on the inclusion list."""
+
 REVEAL_FROM: Final = 0.7
 """Reveals begin; a commit received later does not count, because its signer may have seen others' readings."""
+
+REVEAL_UNTIL: Final = 0.75
+"""A reveal received by then cannot be left out. What one honest peer received by now, or by LIST_UNTIL, has reached all
+others when the next step begins: what one of them requires is required by no one who lacks it."""
 
 PROPOSE_FROM: Final = 0.8
 TURN: Final = 0.04
@@ -36,6 +43,14 @@ class EpochClock:
     def commits_end_s(self, epoch: int) -> float:
         """Return when the time for measuring and committing ends."""
         return (epoch + COMMIT_UNTIL) * self.epoch_s
+
+    def lists_end_s(self, epoch: int) -> float:
+        """Return until when a commit must be received to be put on the inclusion list."""
+        return (epoch + LIST_UNTIL) * self.epoch_s
+
+    def reveals_end_s(self, epoch: int) -> float:
+        """Return until when a reveal must be received that cannot be left out."""
+        return (epoch + REVEAL_UNTIL) * self.epoch_s
 
     def reveals_begin_s(self, epoch: int) -> float:
         """Return when readings are revealed."""

@@ -2,10 +2,15 @@
 
 Everything received here was verified. The same set of commits, reveals, statements and signatures leads to the same
 head, in whatever order it is received.
+
+No proposer decides whose contribution counts. Members of the committee list the commits that they hold, and send the
+list with their reveal. We sign no statement that leaves out a contribution which more than a third of the committee
+lists, and whose reveal we received in time.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Final, NamedTuple
 
 from protocol.consensus_values import (
@@ -20,10 +25,12 @@ from protocol.consensus_values import (
 )
 from protocol.forms import Digest
 from protocol.identity import PeerId
+from selector.consensus import inclusion
 from selector.consensus.chain import Chain, ChainEntry, is_stalled
 from selector.consensus.clock import EpochClock
-from selector.consensus.sortition import MeasurementPlan, beacon_of, select_committee
-from selector.consensus.state import Contribution, EpochResult, State, conclude, founders, initial_state
+from selector.consensus.membership import founders
+from selector.consensus.sortition import MeasurementPlan, Sortition, beacon_of, newcomers_in_order, select_committee
+from selector.consensus.state import Contribution, EpochResult, State, beacon_after, conclude, counts, initial_state
 
 MAX_COMMITS: Final = 2048
 """Commits remembered of one epoch."""
@@ -34,6 +41,11 @@ MAX_STATES: Final = 8
 
 class _ReceivedCommit(NamedTuple):
     commit: Commit
+    received_s: float
+
+
+class _ReceivedReveal(NamedTuple):
+    reveal: Reveal
     received_s: float
 
 
@@ -51,10 +63,10 @@ class Participant:
         """The last epoch in which we voted; we do not vote again in it or in earlier ones."""
         self._states: OrderedDict[Digest, State] = OrderedDict({chain.genesis: initial_state(chain.genesis)})
         self._commits: dict[tuple[int, Digest], dict[PeerId, _ReceivedCommit]] = {}
-        self._reveals: dict[int, dict[Digest, Reveal]] = {}
+        self._reveals: dict[int, dict[Digest, _ReceivedReveal]] = {}
         self._confirmed: dict[int, set[Digest]] = {}
-        self._assigned: tuple[Digest, int, tuple[Cell, ...]] | None = None
-        """Head, epoch and result of the last sortition, which takes long in large swarms."""
+        self._drawn: tuple[Digest, int, Sortition] | None = None
+        """Statement, epoch and result of the last sortition, which takes long in large swarms."""
 
     # Receiving
 
@@ -70,7 +82,7 @@ class Participant:
         if abs(reveal.epoch - self.clock.epoch_at(now_s)) <= 1:
             reveals = self._reveals.setdefault(reveal.epoch, {})
             if len(reveals) < MAX_COMMITS:
-                reveals.setdefault(reveal.commitment, reveal)
+                reveals.setdefault(reveal.commitment, _ReceivedReveal(reveal, now_s))
 
     def confirm(self, commit: Commit) -> None:
         """Count a commit from now on: all observations that it names are available here."""
@@ -96,22 +108,20 @@ class Participant:
 
     def assigned(self, now_s: float) -> tuple[Cell, ...]:
         """Return the cells that we are to measure in this epoch."""
-        if (state := self.state()) is None:
-            return ()
-        head, epoch = self.chain.head.id, self.clock.epoch_at(now_s)
-        if self._assigned is None or self._assigned[:2] != (head, epoch):
-            assignments = state.assignments(head, epoch, self.plan)
-            selected = tuple(cell for cell, peers in assignments.items() if self.peer in peers)
-            self._assigned = (head, epoch, selected)
-        return self._assigned[2]
+        sortition = self._sortition(self.clock.epoch_at(now_s))
+        return sortition.cells_of(self.peer) if sortition else ()
 
     def is_selected(self, now_s: float) -> bool:
         """Return whether our commit is expected: we are selected to measure or to sign, or are not a member yet."""
-        if (state := self.state()) is None or self.peer in state.banned:
+        state, sortition = self.state(), self._sortition(self.clock.epoch_at(now_s))
+        if state is None or sortition is None or self.peer in state.banned:
             return False
-        members = self.chain.head.members
-        committee = select_committee(beacon_of(self.chain.head.id, self.clock.epoch_at(now_s)), members)
-        return self.peer not in members or self.peer in committee or bool(self.assigned(now_s))
+        return self.peer not in self.chain.head.members or self.peer in sortition.expected
+
+    def hardware(self) -> str | None:
+        """Return the hardware class that we stated when we came; None for a newcomer, which has to state it."""
+        state = self.state()
+        return state.hardware.get(self.peer) if state else None
 
     def unconfirmed(self, now_s: float) -> list[Commit]:
         """Return the commits of this epoch whose observations may not be available here."""
@@ -141,7 +151,10 @@ class Participant:
     def contribute(
         self, now_s: float, hardware: str, readings: Sequence[Reading], observations: Sequence[bytes], nonce: bytes
     ) -> Contribution:
-        """Return our commit for this epoch, to be sent now, and the reveal, to be sent in its phase."""
+        """Return our commit for this epoch, to be sent now, and what `reveal` makes the reveal of in its phase.
+
+        `hardware`: our class, which only a newcomer states.
+        """
         epoch = self.clock.epoch_at(now_s)
         ordered = tuple(sorted(readings))
         reveal = Reveal(self.chain.genesis, epoch, self.peer, nonce, ordered)
@@ -150,24 +163,39 @@ class Participant:
             epoch=epoch,
             parent=self.chain.head.id,
             peer=self.peer,
-            hardware=hardware,
+            hardware=hardware if self.hardware() is None else "",
             commitment=commitment_of(self.peer, nonce, ordered),
             observations=tuple(sorted(observations)),
         )
         self.on_commit(commit, now_s)
-        self.on_reveal(reveal, now_s)
         self.confirm(commit)
         return Contribution(commit, reveal)
+
+    def reveal(self, reveal: Reveal, now_s: float) -> Reveal:
+        """Return our reveal with our inclusion list, if we are of the committee.
+
+        The caller must persist it before sending it: another list in this epoch would be an equivocation.
+        """
+        sortition = self._sortition(reveal.epoch)
+        own = self._commits.get((reveal.epoch, self.chain.head.id), {}).get(self.peer)
+        is_current = own is not None and own.commit.commitment == reveal.commitment
+        if sortition is not None and is_current and self.peer in sortition.committee:
+            held = self._held(reveal.epoch, self.clock.lists_end_s(reveal.epoch))
+            reveal = replace(reveal, inclusion=inclusion.pack(held.keys(), sortition.expected))
+        self.on_reveal(reveal, now_s)
+        return reveal
 
     def propose(self, now_s: float) -> Statement | None:
         """Return our proposal, if it is our turn and we have not proposed yet."""
         epoch = self.clock.epoch_at(now_s)
         if epoch <= self.voted_epoch or (state := self.state()) is None:
             return None
-        contributions = self._contributions(epoch)
-        restart = is_stalled(len(self.chain.head.members), epoch - self.chain.head.epoch)
-        voters = founders(contributions) if restart else self.chain.head.members
-        committee = select_committee(beacon_of(self.chain.head.id, epoch), voters)
+        contributions, head = self._contributions(epoch), self.chain.head
+        voters: Collection[PeerId] = head.members
+        if is_stalled(len(head.members), epoch - head.epoch):
+            beacon = self._beacon_after(state, contributions, epoch)
+            voters = founders(head.members, (each.commit.peer for each in contributions), beacon)
+        committee = select_committee(beacon_of(head.beacon, epoch), voters)
         if not contributions or self.peer not in committee:
             return None
         turn = committee.index(self.peer)
@@ -209,32 +237,76 @@ class Participant:
         self._confirmed = {epoch: ids for epoch, ids in self._confirmed.items() if epoch >= oldest}
         self.chain.drop_early_signatures()
 
+    def _sortition(self, epoch: int) -> Sortition | None:
+        """Return what is drawn for an epoch after the head; None while its state is not known."""
+        state = self.state()
+        return None if state is None else self._draw(self.chain.head.id, state, epoch)
+
+    def _draw(self, statement: Digest, state: State, epoch: int) -> Sortition:
+        if self._drawn is None or self._drawn[:2] != (statement, epoch):
+            self._drawn = (statement, epoch, state.draw(epoch, self.plan))
+        return self._drawn[2]
+
+    def _held(self, epoch: int, deadline_s: float) -> dict[PeerId, Commit]:
+        """Return the commits received by a time whose observations are available here."""
+        confirmed = self._confirmed.get(epoch, set())
+        received = self._commits.get((epoch, self.chain.head.id), {})
+        return {
+            peer: commit
+            for peer, (commit, received_s) in received.items()
+            if received_s <= deadline_s and commit.id in confirmed and peer not in self.equivocators
+        }
+
     def _contributions(self, epoch: int) -> list[Contribution]:
         """Return the contributions that count for us: in time, revealed, confirmed, and not of equivocators.
 
-        Members come first; of too many, those with the smallest ids.
+        Those that are expected come first; of too many newcomers, those that are drawn.
         """
-        received = self._commits.get((epoch, self.chain.head.id), {})
-        reveals = self._reveals.get(epoch, {})
-        confirmed = self._confirmed.get(epoch, set())
-        deadline_s = self.clock.reveals_begin_s(epoch)
-        found = [
-            Contribution(commit, reveals[commit.commitment])
-            for commit, received_s in received.values()
-            if received_s <= deadline_s and commit.id in confirmed and commit.commitment in reveals
-        ]
-        members = set(self.chain.head.members)
-        found.sort(key=lambda each: (each.commit.peer not in members, each.commit.peer))
-        return [each for each in found if each.commit.peer not in self.equivocators][:MAX_CONTRIBUTIONS]
+        state, sortition, reveals = self.state(), self._sortition(epoch), self._reveals.get(epoch, {})
+        if state is None or sortition is None:
+            return []
+        found = {
+            peer: Contribution(commit, reveals[commit.commitment].reveal)
+            for peer, commit in self._held(epoch, self.clock.reveals_begin_s(epoch)).items()
+            if commit.commitment in reveals
+        }
+        found = {peer: each for peer, each in found.items() if counts(state, each)}
+        expected = [found[peer] for peer in sortition.expected if peer in found]
+        others = found.keys() - {*sortition.expected}
+        beacon = self._beacon_after(state, [*found.values()], epoch)
+        ordered = [*expected, *(found[peer] for peer in newcomers_in_order(beacon, others))]
+        return ordered[:MAX_CONTRIBUTIONS]
+
+    def _beacon_after(self, state: State, contributions: Sequence[Contribution], epoch: int) -> Digest:
+        head = self.chain.head
+        restart = is_stalled(len(head.members), epoch - head.epoch)
+        return beacon_after(state, self._draw(head.id, state, epoch), contributions, epoch, restart=restart)
+
+    def _required(self, epoch: int, counted: Mapping[PeerId, Contribution]) -> set[PeerId]:
+        """Return the peers whose contributions a statement must not leave out."""
+        sortition = self._sortition(epoch)
+        if sortition is None:
+            return set()
+        lists = (counted[peer].reveal.inclusion for peer in sortition.committee if peer in counted)
+        named, _ = inclusion.count(lists, sortition.expected)
+        size, reveals, deadline_s = len(sortition.committee), self._reveals[epoch], self.clock.reveals_end_s(epoch)
+        return {
+            peer
+            for peer, each in counted.items()
+            if inclusion.is_listed(named[peer], size) and reveals[each.commit.commitment].received_s <= deadline_s
+        }
 
     def _is_valid(self, state: State, statement: Statement) -> bool:
-        """Return whether a statement follows from contributions that count for us, and from nothing else."""
+        """Return whether a statement follows from contributions that count for us, and leaves out no required one."""
         if not {*statement.expelled} <= self.equivocators:
             return False
         counted = {each.commit.id: each for each in self._contributions(statement.epoch)}
         if not {*statement.commits} <= counted.keys():
             return False
         contributions = [counted[commit] for commit in statement.commits]
+        by_peer = {each.commit.peer: each for each in counted.values()}
+        if not self._required(statement.epoch, by_peer) <= {each.commit.peer for each in contributions}:
+            return False
         return self._follows(self.chain.head, state, statement, contributions)
 
     def _derive(self, entry: ChainEntry) -> bool:
@@ -245,7 +317,9 @@ class Participant:
         reveals = self._reveals.get(entry.epoch, {})
         held = {each.commit.id: each.commit for each in self._commits.get((entry.epoch, parent.id), {}).values()}
         commits = [held[commit] for commit in statement.commits if commit in held]
-        contributions = [Contribution(each, reveals[each.commitment]) for each in commits if each.commitment in reveals]
+        contributions = [
+            Contribution(each, reveals[each.commitment].reveal) for each in commits if each.commitment in reveals
+        ]
         if len(contributions) < len(statement.commits):
             return False
         return self._follows(parent, self._states[parent.id], statement, contributions)
@@ -270,11 +344,11 @@ class Participant:
             self.chain.genesis,
             parent.id,
             state,
+            self._draw(parent.id, state, epoch),
             epoch=epoch,
             proposer=proposer,
             contributions=contributions,
             equivocators=equivocators,
-            plan=self.plan,
             restart=is_stalled(len(parent.members), epoch - parent.epoch),
         )
         self._remember(result.statement.id, result.state)

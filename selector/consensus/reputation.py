@@ -25,12 +25,12 @@ _LOG_BITS: Final = 10
 
 
 def updated(member: Member, agreed: int, deviated: int) -> Member:
-    """Return a member after an epoch with these further agreements and deviations."""
+    """Return a member after an epoch with these further agreements and deviations, in COUNT_SCALE."""
     if not agreed and not deviated:
         return member
     return member._replace(
-        agreed=member.agreed - (member.agreed >> DECAY_SHIFT) + agreed * COUNT_SCALE,
-        deviated=member.deviated - (member.deviated >> DECAY_SHIFT) + deviated * COUNT_SCALE,
+        agreed=member.agreed - (member.agreed >> DECAY_SHIFT) + agreed,
+        deviated=member.deviated - (member.deviated >> DECAY_SHIFT) + deviated,
     )
 
 

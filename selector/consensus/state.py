@@ -1,15 +1,12 @@
 """The state transition of an epoch: from contributions to members, reputations, measured cells and the table."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, NamedTuple
 
 from protocol.consensus_values import (
     MAX_EXPELLED,
-    MAX_JOINED,
-    MAX_LEFT,
     Cell,
     CellReadings,
     Commit,
@@ -21,21 +18,25 @@ from protocol.consensus_values import (
 )
 from protocol.forms import Digest
 from protocol.identity import PeerId
-from selector.consensus.reputation import updated, weight_of
-from selector.consensus.sortition import READINGS_PER_CELL, MeasurementPlan, assign_cells, beacon_of, select_committee
-from selector.consensus.table import AgreedCell, agree_on, digest_of_table, needed_support, supports, table_of
+from selector.consensus.audit import credited
+from selector.consensus.membership import Presence, found, succeed
+from selector.consensus.reputation import weight_of
+from selector.consensus.sortition import (
+    BEACON_NONCES,
+    READINGS_PER_CELL,
+    MeasurementPlan,
+    Sortition,
+    beacon_of,
+    draw,
+    next_beacon,
+)
+from selector.consensus.table import AgreedCell, digest_of_table, needed_support, table_of
 
 MAX_MEASURED: Final = 4096
 """Cells in the state; the oldest are evicted."""
 
 MAX_BANNED: Final = 4096
 """Expelled peers remembered."""
-
-MAX_ABSENCES: Final = 3
-"""Absences in a row after which a member is removed."""
-
-_ROUNDS: Final = 3
-"""Iterations between medians and reputations, which depend on each other."""
 
 
 class Contribution(NamedTuple):
@@ -49,13 +50,16 @@ class Contribution(NamedTuple):
 class State:
     """Everything from which the next epoch is computed.
 
-    `members` ascend by peer. `banned`: peers expelled for equivocation, ascending; they are never members again.
+    `members` and `candidates` ascend by peer. `banned`: peers expelled for equivocation, ascending; they are never
+    members again. `beacon`: of the statement.
     """
 
     epoch: int
     members: tuple[Member, ...]
+    candidates: tuple[Member, ...]
     measured: Mapping[Cell, CellReadings]
     banned: tuple[PeerId, ...]
+    beacon: Digest
     set_digest: Digest
 
     @cached_property
@@ -77,26 +81,36 @@ class State:
     def digest(self) -> Digest:
         """The digest of the whole state."""
         measured = [(cell, self.measured[cell]) for cell in sorted(self.measured)]
-        members = [(each.peer, each.hardware, (each.agreed, each.deviated), each.absences) for each in self.members]
-        return digest_of("state", self.epoch, members, measured, self.banned, self.set_digest)
+        return digest_of("state", self.epoch, self.members, self.candidates, measured, self.banned, self.set_digest)
+
+    @cached_property
+    def hardware(self) -> dict[str, str]:
+        """The hardware class of each member and candidate, as it stated it when it came."""
+        return {each.peer: each.hardware for each in (*self.members, *self.candidates)}
+
+    @cached_property
+    def readings(self) -> dict[str, dict[Cell, int]]:
+        """The last readings of each member."""
+        found: dict[str, dict[Cell, int]] = {member.peer: {} for member in self.members}
+        for cell, measured in self.measured.items():
+            for peer, value in measured.readings:
+                if peer in found:
+                    found[peer][cell] = value
+        return found
 
     def peers(self) -> tuple[PeerId, ...]:
         """Return the members' ids, ascending."""
         return tuple(member.peer for member in self.members)
 
-    def assignments(self, parent: Digest, epoch: int, plan: MeasurementPlan) -> dict[Cell, tuple[PeerId, ...]]:
-        """Return which peers measure which cells in an epoch after this state, which follows statement `parent`."""
-        return assign_cells(
-            beacon_of(parent, epoch),
-            [(member.peer, member.hardware) for member in self.members],
-            plan,
-            {cell: measured.epoch for cell, measured in self.measured.items()},
-        )
+    def draw(self, epoch: int, plan: MeasurementPlan) -> Sortition:
+        """Return what is drawn for an epoch after this state. Takes long in large swarms."""
+        measured = {cell: measured.epoch for cell, measured in self.measured.items()}
+        return draw(beacon_of(self.beacon, epoch), self.members, self.candidates, plan, measured)
 
 
 def initial_state(genesis: Digest) -> State:
     """Return the state before the first statement, without members."""
-    return State(-1, (), {}, (), digest_of("set", genesis))
+    return State(-1, (), (), {}, (), genesis, digest_of("set", genesis))
 
 
 class EpochResult(NamedTuple):
@@ -110,35 +124,34 @@ def conclude(
     chain: Digest,
     parent: Digest,
     state: State,
+    sortition: Sortition,
     *,
     epoch: int,
     proposer: PeerId,
     contributions: Sequence[Contribution],
     equivocators: Iterable[PeerId],
-    plan: MeasurementPlan,
     restart: bool = False,
 ) -> EpochResult:
     """Return the statement and the state that follow from contributions to an epoch, independent of their order.
 
-    `equivocators`: peers with a proof of equivocation. `restart`: the chain has stalled, so that its new members are
-    the contributors. Contributions of banned peers do not count.
+    `sortition`: of the epoch, by `state`. `equivocators`: peers with a proof of equivocation. `restart`: the chain has
+    stalled, so that its new members are the contributors.
     """
-    expelled = sorted({*equivocators} & {*state.peers()})[:MAX_EXPELLED]
+    known = {*state.hardware}
+    expelled = sorted({*equivocators} & known)[:MAX_EXPELLED]
     banned = tuple(sorted({*state.banned, *expelled})[:MAX_BANNED])
-    counted = sorted((c for c in contributions if c.commit.peer not in banned), key=lambda c: c.commit.peer)
-    present = {contribution.commit.peer: contribution for contribution in counted}
-    assignments = state.assignments(parent, epoch, plan)
-    fresh = _fresh_readings(assignments, present, epoch)
-    if restart:
-        members = _founding_members(state, present)
-    else:
-        members = _members_after(state, parent, epoch, assignments, present, expelled)
-    members = _update_reputations(members, fresh)
+    counted = sorted((c for c in contributions if counts(state, c) and c.commit.peer not in banned), key=_peer_of)
+    beacon = beacon_after(state, sortition, counted, epoch, restart=restart)
+    fresh = _fresh_readings(sortition.cells, counted, epoch)
+    members, candidates = _members_after(state, sortition, counted, fresh, banned, beacon, epoch, restart=restart)
     before = set() if restart else {*state.peers()}
     remaining = {member.peer for member in members}
-    commits = tuple(sorted(c.commit.id for c in counted if c.commit.peer in remaining))
-    measured = _evict_oldest({**state.measured, **_merge_readings(state, assignments, fresh, epoch)})
-    after = State(epoch, members, measured, banned, digest_of("set", state.set_digest, epoch, commits))
+    # Newcomers for whom there was no room change nothing, and are not named.
+    taken = known | remaining | {candidate.peer for candidate in candidates}
+    commits = tuple(sorted(c.commit.id for c in counted if restart or c.commit.peer in taken))
+    measured = _evict_oldest({**state.measured, **_merge_readings(state, sortition.cells, fresh, epoch)})
+    set_digest = digest_of("set", state.set_digest, epoch, commits)
+    after = State(epoch, members, candidates, measured, banned, beacon, set_digest)
     statement = Statement(
         chain=chain,
         epoch=epoch,
@@ -148,6 +161,7 @@ def conclude(
         joined=tuple(sorted(remaining - before)),
         left=tuple(sorted(before - remaining - {*expelled})),
         expelled=tuple(expelled),
+        beacon=beacon,
         set_digest=after.set_digest,
         table_digest=after.table_digest,
         state_digest=after.digest,
@@ -155,18 +169,74 @@ def conclude(
     return EpochResult(statement, after)
 
 
-def founders(contributions: Iterable[Contribution]) -> tuple[PeerId, ...]:
-    """Return the members of a chain that starts or restarts with these contributions."""
-    return tuple(sorted(contribution.commit.peer for contribution in contributions)[:MAX_JOINED])
+def _members_after(
+    state: State,
+    sortition: Sortition,
+    contributions: Sequence[Contribution],
+    fresh: Mapping[Cell, CellReadings],
+    banned: Collection[PeerId],
+    beacon: Digest,
+    epoch: int,
+    *,
+    restart: bool,
+) -> tuple[tuple[Member, ...], tuple[Member, ...]]:
+    """Return the members and candidates after an epoch, with their reputations."""
+    members, candidates, compared = credited(
+        [member for member in state.members if member.peer not in banned],
+        [candidate for candidate in state.candidates if candidate.peer not in banned],
+        fresh,
+        _readings_of(contributions, sortition.audits),
+        state.table,
+    )
+    presence = Presence(
+        hardware={each.commit.peer: each.commit.hardware for each in contributions},
+        lists={each.commit.peer: each.reveal.inclusion for each in contributions},
+        compared=compared,
+    )
+    if restart:
+        return found(members, presence, beacon, epoch), ()
+    remaining, waiting = succeed(members, candidates, sortition, presence, beacon, epoch)
+    return remaining, tuple(waiting)
+
+
+def counts(state: State, contribution: Contribution) -> bool:
+    """Return whether a contribution counts: of a known peer, or of a newcomer that states its hardware class."""
+    commit = contribution.commit
+    return commit.peer not in state.banned and (commit.peer in state.hardware or bool(commit.hardware))
+
+
+def beacon_after(
+    state: State, sortition: Sortition, contributions: Iterable[Contribution], epoch: int, *, restart: bool
+) -> Digest:
+    """Return the beacon after an epoch: of the nonces of the first of the committee, or of all that restart it."""
+    nonces = {each.commit.peer: each.reveal.nonce for each in contributions}
+    former = {*state.peers()} & nonces.keys() if restart else {*sortition.committee[:BEACON_NONCES]}
+    counted = {peer: nonce for peer, nonce in nonces.items() if peer in former or (restart and not former)}
+    return next_beacon(state.beacon, epoch, counted)
+
+
+def _peer_of(contribution: Contribution) -> PeerId:
+    return contribution.commit.peer
+
+
+def _readings_of(
+    contributions: Iterable[Contribution], cells: Mapping[PeerId, Sequence[Cell]]
+) -> dict[PeerId, dict[Cell, int]]:
+    """Return the readings of peers of the cells that were assigned to them; others do not count."""
+    return {
+        commit.peer: {cell: value for cell, value in reveal.readings if cell in cells[commit.peer]}
+        for commit, reveal in contributions
+        if commit.peer in cells
+    }
 
 
 def _fresh_readings(
-    assignments: Mapping[Cell, Sequence[PeerId]], present: Mapping[PeerId, Contribution], epoch: int
+    cells: Mapping[Cell, Sequence[PeerId]], contributions: Sequence[Contribution], epoch: int
 ) -> dict[Cell, CellReadings]:
-    """Return the readings of each cell by the peers that were assigned to it; others' readings do not count."""
-    revealed = {peer: dict(contribution.reveal.readings) for peer, contribution in present.items()}
+    """Return the readings of each cell by the members that were assigned to it; others' readings do not count."""
+    revealed = {commit.peer: dict(reveal.readings) for commit, reveal in contributions}
     fresh: dict[Cell, CellReadings] = {}
-    for cell, peers in assignments.items():
+    for cell, peers in cells.items():
         readings = [PeerReading(peer, revealed[peer][cell]) for peer in sorted(peers) if cell in revealed.get(peer, {})]
         if readings:
             fresh[cell] = CellReadings(epoch, tuple(readings))
@@ -174,7 +244,7 @@ def _fresh_readings(
 
 
 def _merge_readings(
-    state: State, assignments: Mapping[Cell, Sequence[PeerId]], fresh: Mapping[Cell, CellReadings], epoch: int
+    state: State, cells: Mapping[Cell, Sequence[PeerId]], fresh: Mapping[Cell, CellReadings], epoch: int
 ) -> dict[Cell, CellReadings]:
     """Return the readings of the assigned cells: the fresh ones, completed by earlier ones where they are too few.
 
@@ -183,7 +253,7 @@ def _merge_readings(
     """
     needed = needed_support(len(state.members))
     merged: dict[Cell, CellReadings] = {}
-    for cell in assignments:
+    for cell in cells:
         now = {reading.peer: reading for reading in fresh[cell].readings} if cell in fresh else {}
         if len(now) < needed and cell in state.measured:
             for reading in state.measured[cell].readings:
@@ -191,57 +261,6 @@ def _merge_readings(
                     now.setdefault(reading.peer, reading)
         merged[cell] = CellReadings(epoch, tuple(now[peer] for peer in sorted(now)))
     return merged
-
-
-def _founding_members(state: State, present: Mapping[PeerId, Contribution]) -> tuple[Member, ...]:
-    known = {member.peer: member for member in state.members}
-    return tuple(
-        known.get(peer, Member(peer, ""))._replace(hardware=present[peer].commit.hardware, absences=0)
-        for peer in founders(present.values())
-    )
-
-
-def _members_after(
-    state: State,
-    parent: Digest,
-    epoch: int,
-    assignments: Mapping[Cell, Sequence[PeerId]],
-    present: Mapping[PeerId, Contribution],
-    expelled: Sequence[PeerId],
-) -> tuple[Member, ...]:
-    """Return the members that contributed, were not selected, or are not absent for too long; and newcomers."""
-    known = set(state.peers())
-    selected = {peer for peers in assignments.values() for peer in peers}
-    selected.update(select_committee(beacon_of(parent, epoch), known))
-    members = []
-    for member in state.members:
-        if (contribution := present.get(member.peer)) is not None:
-            members.append(member._replace(hardware=contribution.commit.hardware, absences=0))
-        elif member.peer not in expelled:
-            members.append(member._replace(absences=member.absences + (member.peer in selected)))
-    absent = sorted((-m.absences, m.peer) for m in members if m.absences >= MAX_ABSENCES)[:MAX_LEFT]
-    leaving = {peer for _, peer in absent}
-    joining = sorted(peer for peer in present if peer not in known)[:MAX_JOINED]
-    members += [Member(peer, present[peer].commit.hardware) for peer in joining]
-    return tuple(sorted(member for member in members if member.peer not in leaving))
-
-
-def _update_reputations(members: Sequence[Member], fresh: Mapping[Cell, CellReadings]) -> tuple[Member, ...]:
-    """Return the members with their reputations after the epoch's readings."""
-    after = members
-    needed = needed_support(len(members))
-    for _ in range(_ROUNDS):
-        weights: dict[str, int] = {member.peer: weight_of(member) for member in after}
-        agreed: Counter[PeerId] = Counter()
-        deviated: Counter[PeerId] = Counter()
-        for _, readings in fresh.values():
-            entry = agree_on(readings, weights, needed)
-            # Of two readings that differ, neither is known to be wrong.
-            if entry.firm and len(readings) > 2:
-                for peer, value in readings:
-                    (agreed if supports(value, entry.value) else deviated)[peer] += 1
-        after = [updated(member, agreed[member.peer], deviated[member.peer]) for member in members]
-    return tuple(after)
 
 
 def _evict_oldest(measured: Mapping[Cell, CellReadings]) -> dict[Cell, CellReadings]:

@@ -32,7 +32,7 @@ digests = st.binary(min_size=32, max_size=32)
 peers = digests.map(peer_id_from_public_key)
 words = st.text("abc|=", min_size=1, max_size=8)
 counts = st.integers(0, 1 << 40)
-members = st.builds(Member, peers, words, counts, counts, st.integers(0, 9))
+members = st.builds(Member, peers, words, counts, counts, st.integers(0, 9), st.integers(0, 9))
 readings = st.builds(PeerReading, peers, st.integers(-20_000_000, 20_000_000))
 cells = st.tuples(
     st.builds(Cell, words, words, words),
@@ -41,6 +41,7 @@ cells = st.tuples(
 parts = st.builds(
     StatePart,
     members=st.lists(members, max_size=3).map(tuple),
+    candidates=st.lists(members, max_size=3).map(tuple),
     cells=st.lists(cells, max_size=3).map(tuple),
     expelled=st.lists(peers, max_size=3).map(tuple),
     last=st.booleans(),
@@ -84,14 +85,20 @@ def test_messages_survive_fragmentation(
         assert [each for piece in pieces for each in receiver.receive_data(piece)] == [message]
 
 
-@given(st.lists(members, max_size=400), st.lists(cells, max_size=80), st.lists(peers, max_size=4))
+@given(
+    st.lists(members, max_size=400),
+    st.lists(members, max_size=32),
+    st.lists(cells, max_size=80),
+    st.lists(peers, max_size=4),
+)
 @settings(max_examples=10)
 def test_state_survives_the_round_trip(
-    found: list[Member], table: list[tuple[Cell, CellReadings]], gone: list[PeerId]
+    found: list[Member], coming: list[Member], table: list[tuple[Cell, CellReadings]], gone: list[PeerId]
 ) -> None:
-    pieces = list(split_state(found, table, gone))
+    pieces = list(split_state(found, coming, table, gone))
     back = decode_state(encode_state(pieces))
     assert [member for part in back for member in part.members] == found
+    assert [candidate for part in back for candidate in part.candidates] == coming
     assert [cell for part in back for cell in part.cells] == table
     assert [peer for part in back for peer in part.expelled] == gone
     assert [part.last for part in back] == [*[False] * (len(back) - 1), True]

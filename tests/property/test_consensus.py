@@ -77,9 +77,10 @@ def test_reputation_weight_is_the_log_odds(agreed: int, deviated: int) -> None:
 def test_agreeing_raises_the_weight_and_deviating_lowers_it(epochs: int, agreed: int, deviated: int) -> None:
     reputation = member()
     for _ in range(epochs % 20):
-        reputation = updated(reputation, agreed, 0)
+        reputation = updated(reputation, agreed * COUNT_SCALE, 0)
     weight = weight_of(reputation)
-    assert weight_of(updated(reputation, agreed, 0)) >= weight >= weight_of(updated(reputation, 0, deviated))
+    assert weight_of(updated(reputation, agreed * COUNT_SCALE, 0)) >= weight
+    assert weight >= weight_of(updated(reputation, 0, deviated * COUNT_SCALE))
 
 
 @given(plain, plain)
@@ -136,11 +137,11 @@ def test_statement_does_not_depend_on_the_order_of_contributions(
             GENESIS,
             GENESIS,
             state,
+            state.draw(3, PLAN),
             epoch=3,
             proposer=PeerId("p"),
             contributions=those,
             equivocators=(),
-            plan=PLAN,
             restart=restart,
         )
 

@@ -52,7 +52,15 @@ commits = st.builds(
 readings = st.dictionaries(st.tuples(words, words, words), st.integers(-20_000_000, 20_000_000), max_size=8).map(
     lambda found: tuple(Reading(Cell(*cell), value) for cell, value in sorted(found.items()))
 )
-reveals = st.builds(Reveal, chain=digests, epoch=epochs, peer=st.just(PEER), nonce=digests, readings=readings)
+reveals = st.builds(
+    Reveal,
+    chain=digests,
+    epoch=epochs,
+    peer=st.just(PEER),
+    nonce=digests,
+    readings=readings,
+    inclusion=st.binary(max_size=48),
+)
 statements = st.builds(
     Statement,
     chain=digests,
@@ -63,6 +71,7 @@ statements = st.builds(
     joined=several_peers,
     left=several_peers,
     expelled=several_peers,
+    beacon=digests,
     set_digest=digests,
     table_digest=digests,
     state_digest=digests,
@@ -150,6 +159,7 @@ FULL = Statement(
     joined=numbered_peers(MAX_JOINED),
     left=numbered_peers(MAX_LEFT),
     expelled=numbered_peers(MAX_EXPELLED),
+    beacon=CHAIN,
     set_digest=CHAIN,
     table_digest=CHAIN,
     state_digest=CHAIN,

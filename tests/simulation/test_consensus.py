@@ -23,7 +23,7 @@ from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetwork, MemoryNetworkHub
 from node.util.offload import run_inline
 from protocol.consensus import SignedMessage, sign_message, verify_message
-from protocol.consensus_values import Cell, Commit, Signature
+from protocol.consensus_values import Cell, Commit, Reveal, Signature
 from protocol.identity import ModelId
 from selector.consensus.clock import EpochClock
 from selector.consensus.sortition import MeasurementPlan
@@ -263,6 +263,8 @@ def test_killed_and_restarted_peers_never_equivocate() -> None:
             body = message.body
             if isinstance(body, Commit):
                 signed.setdefault((message.peer, body.epoch, body.parent), set()).add(envelope)
+            elif isinstance(body, Reveal):
+                signed.setdefault((message.peer, body.epoch, body.commitment), set()).add(envelope)
             elif isinstance(body, Signature):
                 signed.setdefault((message.peer, body.epoch, None), set()).add(envelope)
             return message

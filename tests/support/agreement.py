@@ -52,12 +52,7 @@ class Swarm:
     def _play(self, group: Sequence[Peer]) -> None:
         commits_s = CLOCK.starts_s(self.epoch) + 10
         self._catch_up(group)
-        contributions = [self.contribution(peer, commits_s) for peer in group]
-        for peer in group:
-            for commit, reveal in contributions:
-                peer.participant.on_commit(commit, commits_s)
-                peer.participant.confirm(commit)
-                peer.participant.on_reveal(reveal, CLOCK.reveals_begin_s(self.epoch))
+        self.exchange(group, [self.contribution(peer, commits_s) for peer in group], commits_s)
         for turn in range(CLOCK.turns()):
             now_s = CLOCK.proposes_s(self.epoch, turn) + 0.5
             for statement in [s for peer in group if (s := peer.participant.propose(now_s))]:
@@ -70,6 +65,19 @@ class Swarm:
                     for peer in group:
                         peer.participant.chain.add_signature(signature)
         self._catch_up(group)
+
+    def exchange(self, group: Sequence[Peer], contributions: Sequence[Contribution], commits_s: float) -> None:
+        """Deliver all commits, then all reveals with their inclusion lists, within a group."""
+        reveals_s = CLOCK.reveals_begin_s(self.epoch)
+        for peer in group:
+            for commit, _ in contributions:
+                peer.participant.on_commit(commit, commits_s)
+                peer.participant.confirm(commit)
+        by_name = {peer.name: peer.participant for peer in group}
+        reveals = [by_name[each.commit.peer].reveal(each.reveal, reveals_s) for each in contributions]
+        for peer in group:
+            for reveal in reveals:
+                peer.participant.on_reveal(reveal, reveals_s)
 
     def contribution(self, peer: Peer, now_s: float) -> Contribution:
         """Return the contribution of a peer to this epoch."""

@@ -231,7 +231,8 @@ _CHAIN_CONVERSATIONS: Final[tuple[tuple[chains.Message, ...], ...]] = (
         chains.Records(envelopes=(), last=True),
         chains.GetState(_DIGEST),
         chains.StatePart(
-            members=(Member(peer(0), "two cores", 4096, 1024, 1),),
+            members=(Member(peer(0), "two cores", 4096, 1024, 1, 3),),
+            candidates=(Member(peer(1), "two cores", since=6),),
             cells=(
                 (
                     Cell("two cores", "short", "fast"),
@@ -299,7 +300,7 @@ _COMMIT: Final = Commit(
 _SIGNATURE: Final = Signature(_DIGEST, 5, peer(0), _DIGEST)
 _EPOCH: Final[tuple[Body, ...]] = (
     _COMMIT,
-    Reveal(_DIGEST, 5, peer(0), _DIGEST, (Reading(Cell("context", "method", "cpu"), 12_345),)),
+    Reveal(_DIGEST, 5, peer(0), _DIGEST, (Reading(Cell("context", "method", "cpu"), 12_345),), b"\x05\x01"),
     Statement(
         chain=_DIGEST,
         epoch=5,
@@ -309,6 +310,7 @@ _EPOCH: Final[tuple[Body, ...]] = (
         joined=(peer(1),),
         left=(),
         expelled=(peer(2),),
+        beacon=_DIGEST,
         set_digest=_DIGEST,
         table_digest=_DIGEST,
         state_digest=_DIGEST,

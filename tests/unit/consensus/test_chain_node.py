@@ -88,6 +88,7 @@ def founding(number: int, epoch: int) -> SignedMessage:
         joined=(own,),
         left=(),
         expelled=(),
+        beacon=digest,
         set_digest=digest,
         table_digest=digest,
         state_digest=digest,

@@ -19,8 +19,8 @@ KEYS = {
     for key in (Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in range(1, 6))
 }
 PEERS = sorted(KEYS)
-RELEASED = "57f506395c95c3e196e0ed260d73db19b720bb48ff94d21970ec8913b286e3e4"
-"""The sha256 of six epochs, as commit b371453 signs and stores them."""
+RELEASED = "7707a8d1e446261a46cdb62055b6eecb925441d6680cf57fbfb836a6f303c845"
+"""The sha256 of six epochs as they are signed and stored since version 2 of the chains (`metaswarm/2`)."""
 
 
 def contribution(number: int, peer: PeerId, epoch: int, parent: bytes, cells: list[Cell]) -> Contribution:
@@ -28,9 +28,10 @@ def contribution(number: int, peer: PeerId, epoch: int, parent: bytes, cells: li
     readings = (
         Reading(cell, number * 37 + len(cell.method + cell.workload) * 1000 + deviation) for cell in sorted(cells)
     )
-    reveal = Reveal(GENESIS, epoch, peer, bytes([number]) * 32, tuple(readings))
+    reveal = Reveal(GENESIS, epoch, peer, bytes([number]) * 32, tuple(readings), b"\x1f" if epoch else b"")
     named = (bytes([number]) * 32,)
-    return Contribution(Commit(GENESIS, epoch, parent, peer, f"hw{number % 2}", reveal.commitment, named), reveal)
+    hardware = "" if epoch else f"hw{number % 2}"
+    return Contribution(Commit(GENESIS, epoch, parent, peer, hardware, reveal.commitment, named), reveal)
 
 
 def messages_of(epoch: int, statement: Statement) -> list[tuple[Body, PeerId]]:
@@ -45,20 +46,19 @@ def test_six_epochs_are_keep_their_bytes() -> None:
     state: State = initial_state(GENESIS)
     parent = GENESIS
     for epoch in range(6):
-        assignments = state.assignments(parent, epoch, PLAN)
+        sortition = state.draw(epoch, PLAN)
         contributions = [
-            contribution(number, peer, epoch, parent, [cell for cell, peers in assignments.items() if peer in peers])
-            for number, peer in enumerate(PEERS)
+            contribution(number, peer, epoch, parent, [*sortition.cells_of(peer)]) for number, peer in enumerate(PEERS)
         ]
         statement, state = conclude(
             GENESIS,
             parent,
             state,
+            sortition,
             epoch=epoch,
             proposer=PEERS[0],
             contributions=contributions,
             equivocators=[PEERS[4]] if epoch == 4 else [],
-            plan=PLAN,
         )
         parent = statement.id
         bodies: list[tuple[Body, PeerId]] = [

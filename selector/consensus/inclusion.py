@@ -1,0 +1,36 @@
+"""Inclusion lists: which of the expected commits a member of the committee holds, signed with its reveal.
+
+A contribution that more than a third of the committee lists cannot be left out of a statement, and only these lists
+prove that a peer was absent: so no proposer decides whose contribution counts. A list is a bit for each expected peer,
+in ascending order, the first one in the lowest bit of the first byte.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+
+from protocol.identity import PeerId
+
+
+def pack(held: Collection[PeerId], expected: Sequence[PeerId]) -> bytes:
+    """Return the inclusion list of peers whose commits are held."""
+    bits = sum(1 << number for number, peer in enumerate(expected) if peer in held)
+    return bits.to_bytes(_size(expected), "little")
+
+
+def count(lists: Iterable[bytes], expected: Sequence[PeerId]) -> tuple[Counter[PeerId], int]:
+    """Return how many of the lists name each peer, and how many lists there are. Lists of another size do not count."""
+    named: Counter[PeerId] = Counter()
+    valid = [each for each in lists if each and len(each) == _size(expected)]
+    for each, times in Counter(valid).items():
+        bits = int.from_bytes(each, "little")
+        named.update({peer: times for number, peer in enumerate(expected) if bits >> number & 1})
+    return named, len(valid)
+
+
+def is_listed(times: int, committee_size: int) -> bool:
+    """Return whether so many lists are more than a third of the committee: at least one of them is honest."""
+    return 3 * times > committee_size
+
+
+def _size(expected: Sequence[PeerId]) -> int:
+    return (len(expected) + 7) // 8
