@@ -6,9 +6,7 @@ from typing import Final
 
 from node.coordinator.planner import RouteNeed
 from node.coordinator.submission import JobRequest
-from protocol.figures import USUAL_PRICE
 from protocol.measurements import Objective, StageObservation
-from protocol.stage_facts import StageFacts
 
 _ONLY_COMPUTING: Final = 1e4
 """A weight beside which time counts for nothing."""
@@ -30,7 +28,6 @@ def needs_of(request: JobRequest, need: RouteNeed) -> Sequence[RouteNeed]:
     return [need, *(replace(need, objective=Objective.COST, compute_weight=weight) for weight in weights)]
 
 
-def cost_of(route: Sequence[StageObservation], facts: Sequence[StageFacts]) -> float:
+def cost_of(route: Sequence[StageObservation], prices: Sequence[float]) -> float:
     """Return what a job cost: the seconds of computing on each stage times the price of its peer."""
-    prices = [each.price for each in facts] if len(facts) == len(route) else [USUAL_PRICE] * len(route)
     return sum(stage.statistics.compute_s * price for stage, price in zip(route, prices, strict=True))

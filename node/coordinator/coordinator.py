@@ -333,7 +333,7 @@ class Coordinator:
             objective=job.request.objective,
             budget=job.request.budget,
             predicted=selection.predicted_cost if selection else None,
-            actual=cost_of(result.route, done.request.context.stage_facts),
+            actual=cost_of(result.route, done.route.request.prices),
         )
         result = replace(result, selection=selection, cost=cost)
         job.output.result = result

@@ -9,7 +9,6 @@ from cachetools import FIFOCache
 
 from node.coordinator.method_choice import OverBudget, SelectionRequest
 from node.selection.prediction_cache import PredictionCache
-from protocol.figures import USUAL_PRICE
 from protocol.measurements import Objective
 from selector.heuristic import predicted_cost, preference
 from selector.task import PORTFOLIO, TaskContext
@@ -49,7 +48,7 @@ class PredictedCompute:
     """The seconds of computing that a task takes on all stages of a route, by method.
 
     `log_s`: natural logarithms, before calibration, at the speed of the route's peers. `offset`: the calibration.
-    `price`: of a second, on average.
+    `price`: the mean of the stages', by their expected seconds.
     """
 
     context: TaskContext
@@ -88,7 +87,7 @@ async def predict_compute(
     usual = preference(context, request.admitted)[0].name
     level = math.log(request.compute_s) - prediction.table[usual].log_cost if request.compute_s > 0 else 0.0
     log_s = {name: level + estimate.log_cost for name, estimate in prediction.table.items()}
-    return PredictedCompute(context, log_s, calibration.of(context), _mean_price(context))
+    return PredictedCompute(context, log_s, calibration.of(context), request.price)
 
 
 def shortened(context: TaskContext, method: str, tokens: int) -> float:
@@ -97,9 +96,3 @@ def shortened(context: TaskContext, method: str, tokens: int) -> float:
     if known is None:
         return 0.0
     return predicted_cost(replace(context, max_tokens=tokens), known) - predicted_cost(context, known)
-
-
-def _mean_price(context: TaskContext) -> float:
-    """Return the price of a second of computing on the route, block by block."""
-    blocks = sum(each.blocks for each in context.stage_facts)
-    return sum(each.blocks * each.price for each in context.stage_facts) / blocks if blocks else USUAL_PRICE

@@ -96,3 +96,38 @@ async def test_first_job_of_a_node_is_judged_by_what_its_stages_report(virtual_c
         await trio.sleep(5)  # it announces how long its steps took
         with pytest.raises(JobError, match="budget"):
             await client.run(JobRequest(model="fake", prompt_tokens=(1,) * 8, max_tokens=64, budget=0.05))
+
+
+async def test_cost_of_a_route_of_several_prices(virtual_clock: MockClock) -> None:
+    """The fast, expensive stage runs nearly all blocks, the slow, cheap one takes nearly all of the time."""
+    async with open_swarm() as swarm:
+        dear = await swarm.join((0, 8), step_s=0.001, capabilities=replace(EPYC, price=FAST_PRICE))
+        await swarm.join((8, 9), step_s=0.05, capabilities=replace(EPYC, price=SLOW_PRICE))
+        client = await swarm.join(chooser=LearnedChooser(PredictionCache(), random.Random(1), share=0.0))
+        await swarm.settle()
+        for start in range(4):
+            prompt = tuple(range(start, start + 40))
+            result = await client.run(JobRequest(model="fake", prompt_tokens=prompt, max_tokens=16, ignore_eos=True))
+        prices = [FAST_PRICE if stage.peer == dear.id else SLOW_PRICE for stage in result.route]
+        assert len(prices) == 2
+        seconds = [stage.statistics.compute_s for stage in result.route]
+        assert result.cost is not None
+        assert result.cost.actual == pytest.approx(sum(a * b for a, b in zip(prices, seconds, strict=True)))
+        assert result.cost.predicted == pytest.approx(result.cost.actual, rel=0.25)
+
+
+async def test_a_price_counts_beside_a_stage_without_a_capability_record(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        await swarm.join((0, 5), capabilities=replace(EPYC, price=FAST_PRICE))
+        unknown = await swarm.join((5, 9))
+        client = await swarm.join(chooser=LearnedChooser(PredictionCache(), random.Random(1), share=0.0))
+        await swarm.settle()
+        swarm.lose_record(unknown.id)
+        job = JobRequest(model="fake", prompt_tokens=(1,) * 40, max_tokens=16, ignore_eos=True)
+        result = await client.run(job)
+        first, second = (stage.statistics.compute_s for stage in result.route)
+        assert result.cost is not None
+        assert result.cost.actual == pytest.approx(FAST_PRICE * first + second)
+        with pytest.raises(JobError) as refused:
+            await client.run(replace(job, budget=result.cost.actual / 4))
+        assert refused.value.code is JobErrorCode.OVER_BUDGET
