@@ -38,6 +38,9 @@ BELIEVED_SLOWNESS = 50
 REPORT_AGE_S = 6.0
 """For how long a peer's report of its sessions may count one that has ended."""
 
+ONLY_COMPUTING = 1e4
+"""A `compute_weight` beside which time counts for nothing."""
+
 PROMPT_ROWS_PER_STEP = 12
 """Prompt rows that take as long as one decode step, which reads all weights for a single row."""
 

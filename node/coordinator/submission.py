@@ -321,7 +321,7 @@ class JobOutcome:
 class Cost:
     """The cost of a job: the seconds of computing on each stage times the price of its peer.
 
-    `predicted`: None where nothing was predicted. `budget`: as requested.
+    `predicted`: None where nothing was predicted. `budget`: as requested. `actual`: without the stages that were lost.
     """
 
     objective: Objective

@@ -11,12 +11,12 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, TextDelta
 from node.selection.chooser import LearnedChooser
 from node.selection.prediction_cache import PredictionCache
 from protocol.measurements import Objective
 from tests.support.capabilities import EPYC
-from tests.support.job_peers import Peer, open_swarm
+from tests.support.job_peers import Peer, Swarm, open_swarm
 
 FAST_S, SLOW_S = 0.01, 0.04
 FAST_PRICE, SLOW_PRICE = 40.0, 1.0
@@ -25,14 +25,14 @@ FAST_PRICE, SLOW_PRICE = 40.0, 1.0
 class Market:
     """A fast, expensive peer, a slow, cheap one, and a node without blocks that submits jobs."""
 
-    def __init__(self, fast: Peer, slow: Peer, client: Peer) -> None:
-        self.fast, self.slow, self._client = fast, slow, client
+    def __init__(self, swarm: Swarm, fast: Peer, slow: Peer, client: Peer) -> None:
+        self.swarm, self.fast, self.slow, self.client = swarm, fast, slow, client
         self.results: list[JobResult] = []
 
     async def run(self, prompt_tokens: int = 40, **wanted: Any) -> JobResult:
         prompt = tuple(range(len(self.results), len(self.results) + prompt_tokens))
         request = JobRequest(model="fake", prompt_tokens=prompt, max_tokens=16, ignore_eos=True, **wanted)
-        self.results.append(await self._client.run(request))
+        self.results.append(await self.client.run(request))
         return self.results[-1]
 
 
@@ -44,7 +44,7 @@ async def market() -> AsyncIterator[Market]:
             await swarm.join((0, 9), step_s=step_s, capabilities=replace(EPYC, price=price))
             for step_s, price in ((FAST_S, FAST_PRICE), (SLOW_S, SLOW_PRICE))
         ]
-        found = Market(fast, slow, await swarm.join(chooser=chooser))
+        found = Market(swarm, fast, slow, await swarm.join(chooser=chooser))
         await swarm.settle()
         for objective in (Objective.LATENCY, Objective.COST) * 3:  # both peers were measured
             await found.run(objective=objective)
@@ -131,3 +131,23 @@ async def test_a_price_counts_beside_a_stage_without_a_capability_record(virtual
         with pytest.raises(JobError) as refused:
             await client.run(replace(job, budget=result.cost.actual / 4))
         assert refused.value.code is JobErrorCode.OVER_BUDGET
+
+
+async def test_a_lost_stage_is_replaced_for_the_same_objective(virtual_clock: MockClock) -> None:
+    async with market() as swarm:
+        spare = await swarm.swarm.join((0, 9), step_s=SLOW_S, capabilities=replace(EPYC, price=SLOW_PRICE))
+        await swarm.swarm.settle()
+        request = JobRequest(
+            model="fake", prompt_tokens=(7,) * 40, max_tokens=60, ignore_eos=True, objective=Objective.COST
+        )
+        async with swarm.client.coordinator.submit(request) as events:
+            count = 0
+            async for event in events:
+                if isinstance(event, TextDelta):
+                    count += 1
+                    if count == 5:
+                        victim = next(peer.id for peer in (swarm.slow, spare) if peer.held()[0])
+                        swarm.swarm.hub.kill(victim)
+        assert isinstance(event, JobResult)
+        assert event.replays == 1
+        assert {stage.peer for stage in event.route} == {swarm.slow.id, spare.id} - {victim}
