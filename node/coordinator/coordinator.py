@@ -332,7 +332,7 @@ class Coordinator:
         cost = Cost(
             objective=job.request.objective,
             budget=job.request.budget,
-            predicted=selection.predicted_cost if selection else None,
+            predicted=done.request.choice.predicted_cost(result.method.name),
             actual=cost_of(result.route, done.route.request.prices),
         )
         result = replace(result, selection=selection, cost=cost)

@@ -80,6 +80,9 @@ class Choice(Protocol):
     def learned_from(self) -> TableVersion | None:
         """The agreed table that the coordinator's own scores were learned from, if any."""
 
+    def predicted_cost(self, method: str) -> float | None:
+        """Return what the whole job was predicted to cost with a method, as its budget was compared; None: unknown."""
+
     def ballot(self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> Mapping[str, float]:
         """Return the coordinator's own scores, given those of the stages and the weights of all votes.
 

@@ -69,6 +69,10 @@ class LearnedChoice:
         """Predicted natural logarithms of cost by method, in order of preference."""
         return {method.name: self.prediction.table[method.name].log_cost for method in self.order}
 
+    def predicted_cost(self, method: str) -> float | None:
+        """Return the predicted cost of the whole job; see Choice."""
+        return self.compute.cost(method) if method in self.compute.log_s else None
+
     def ballot(self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> Mapping[str, float]:
         """Return our scores of the accepted methods; see Choice."""
         own = self.log_costs

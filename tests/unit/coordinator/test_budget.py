@@ -15,6 +15,7 @@ from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobR
 from node.selection.chooser import LearnedChooser
 from node.selection.prediction_cache import PredictionCache
 from protocol.measurements import Objective
+from protocol.tensors import Pooling
 from tests.support.capabilities import EPYC
 from tests.support.job_peers import Peer, Swarm, open_swarm
 
@@ -151,3 +152,28 @@ async def test_a_lost_stage_is_replaced_for_the_same_objective(virtual_clock: Mo
         assert isinstance(event, JobResult)
         assert event.replays == 1
         assert {stage.peer for stage in event.route} == {swarm.slow.id, spare.id} - {victim}
+
+
+async def test_predicted_cost_is_what_the_budget_was_compared_with(virtual_clock: MockClock) -> None:
+    async with market() as swarm:
+        whole = await swarm.run()
+        early = await swarm.run(stop=(" ",), budget=1e6)
+        for result in (whole, early):
+            assert result.cost is not None
+            assert result.selection is not None
+            assert result.selection.predicted_cost is not None
+            assert result.cost.predicted is not None
+        assert whole.cost.predicted == whole.selection.predicted_cost
+        assert early.cost.predicted == pytest.approx(whole.cost.predicted, rel=0.25)
+        assert early.selection.predicted_cost < 0.75 * early.cost.predicted
+
+
+async def test_an_embedding_tells_the_cost_that_its_budget_was_compared_with(virtual_clock: MockClock) -> None:
+    async with market() as swarm:
+        job = JobRequest(model="fake", prompt_tokens=(3,) * 40, pooling=Pooling.MEAN, max_tokens=1)
+        result = await swarm.client.run(replace(job, budget=1e6))
+        assert result.cost is not None
+        assert result.cost.predicted is not None
+        with pytest.raises(JobError) as refused:
+            await swarm.client.run(replace(job, budget=result.cost.predicted / 100))
+        assert refused.value.code is JobErrorCode.OVER_BUDGET
