@@ -91,8 +91,9 @@ async def request_sessions(
         admitted=admitted,
         is_free=is_free,
         budget=job.request.budget if begun is None else None,
-        stage_compute_s=planned.stage_compute_s,
-        prices=planned.prices,
+        # Nothing is asked of the prediction for a text that has begun.
+        stage_compute_s=planned.stage_compute_s if begun is None else (),
+        prices=planned.prices if begun is None else (),
     )
     choice = await services.chooser.choose(selection)
     uses_prefixes = any(method.prefix_cache for method in choice.order)

@@ -10,8 +10,8 @@ from cachetools import FIFOCache
 from node.coordinator.method_choice import OverBudget, SelectionRequest
 from node.selection.prediction_cache import PredictionCache
 from protocol.measurements import Objective
-from selector.heuristic import predicted_cost, preference
-from selector.task import PORTFOLIO, TaskContext
+from selector.heuristic import predicted_cost
+from selector.task import PORTFOLIO, Method, TaskContext
 
 MAX_CALIBRATIONS: Final = 1000
 CALIBRATION_RATE: Final = 0.2
@@ -75,18 +75,20 @@ class PredictedCompute:
 
 
 async def predict_compute(
-    request: SelectionRequest, predictions: PredictionCache, calibration: Calibration
+    request: SelectionRequest, usual: Method, predictions: PredictionCache, calibration: Calibration
 ) -> PredictedCompute:
-    """Predict the computing of a request.
+    """Predict the computing of a request. `usual`: the method of most jobs like it, whether it is admitted or not.
 
-    The planner knows how fast the peers of the route are, measured or as they report; the meta-model, how methods
-    differ; and the calibration, by how much both together are wrong.
+    The planner knows how fast the peers of the route are, measured or as they report, with the usual method; the
+    meta-model, how methods differ; and the calibration, by how much both together are wrong.
     """
-    context = replace(request.context, objective=Objective.THROUGHPUT.value)
-    prediction = await predictions.predict(context, request.admitted, request.model)
-    usual = preference(context, request.admitted)[0].name
-    level = math.log(request.compute_s) - prediction.table[usual].log_cost if request.compute_s > 0 else 0.0
-    log_s = {name: level + estimate.log_cost for name, estimate in prediction.table.items()}
+    context, level = replace(request.context, objective=Objective.THROUGHPUT.value), 0.0
+    table = dict((await predictions.predict(context, request.admitted, request.model)).table)
+    if request.compute_s > 0:
+        if usual.name not in table:
+            table |= (await predictions.predict(context, [usual], request.model)).table
+        level = math.log(request.compute_s) - table[usual.name].log_cost
+    log_s = {name: level + estimate.log_cost for name, estimate in table.items()}
     return PredictedCompute(context, log_s, calibration.of(context), request.price)
 
 
