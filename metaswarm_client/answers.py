@@ -87,7 +87,10 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds of computing on each stage times the price of its peer. `predicted`: None where nothing was."""
+    """Seconds of computing on each stage times the price of its peer.
+
+    `predicted`: for all of `max_tokens`, when the job was admitted, as its budget was compared; None where nothing was.
+    """
 
     objective: str
     budget: float | None

@@ -193,6 +193,6 @@ def _cost_summary(cost: Mapping[str, Any] | None) -> str:
     """Return what a job cost, where that was asked for."""
     if cost is None or (cost["budget"] is None and cost["objective"] != "cost"):
         return ""
-    predicted = "" if cost["predicted"] is None else f", predicted {cost['predicted']:.3g}"
+    predicted = "" if cost["predicted"] is None else f", predicted up to {cost['predicted']:.3g}"
     within = "" if cost["budget"] is None else f", budget {cost['budget']:.3g}"
     return f"; cost {cost['actual']:.3g}{predicted}{within}"

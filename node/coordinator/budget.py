@@ -4,33 +4,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from node.coordinator.planner import RouteNeed
+from node.coordinator.planner import ONLY_COMPUTING, RouteNeed
 from node.coordinator.submission import JobRequest
-from protocol.figures import USUAL_PRICE
 from protocol.measurements import Objective, StageObservation
-from protocol.stage_facts import StageFacts
 
-_ONLY_COMPUTING: Final = 1e4
-"""A weight beside which time counts for nothing."""
-
-_WEIGHTS: Final = (0.1, 1.0, 10.0, _ONLY_COMPUTING)
+_WEIGHTS: Final = (0.1, 1.0, 10.0, ONLY_COMPUTING)
 """Weights of the routes between the fastest and the cheapest."""
 
 
 def needs_of(request: JobRequest, need: RouteNeed) -> Sequence[RouteNeed]:
     """Return what is asked of the routes that come into question, the one that serves the objective best first.
 
-    Without a budget there is one. With a budget others follow that cost less.
+    Without a budget there is one. With a budget others follow that cost less. `need`: of the job, for its objective.
     """
-    if request.objective is not Objective.LATENCY:
-        need = replace(need, objective=request.objective, compute_weight=_ONLY_COMPUTING)
     if request.budget is None:
         return [need]
     weights = _WEIGHTS if request.objective is Objective.LATENCY else _WEIGHTS[-1:]
     return [need, *(replace(need, objective=Objective.COST, compute_weight=weight) for weight in weights)]
 
 
-def cost_of(route: Sequence[StageObservation], facts: Sequence[StageFacts]) -> float:
+def cost_of(route: Sequence[StageObservation], prices: Sequence[float]) -> float:
     """Return what a job cost: the seconds of computing on each stage times the price of its peer."""
-    prices = [each.price for each in facts] if len(facts) == len(route) else [USUAL_PRICE] * len(route)
     return sum(stage.statistics.compute_s * price for stage, price in zip(route, prices, strict=True))

@@ -14,7 +14,7 @@ from typing import Any
 
 import trio
 
-from node.coordinator.budget import cost_of, needs_of
+from node.coordinator.budget import cost_of
 from node.coordinator.failover import ClosedRoute, ResilientRoute
 from node.coordinator.job import Job
 from node.coordinator.job_report import JobObserver, NoJobObserver, RunningJob
@@ -203,7 +203,7 @@ class Coordinator:
         job = await self._prepare(request, overrides)
         self._prompts.release(job.claim)  # nothing of it is computed
         try:
-            planned = await self._planner.route(needs_of(request, job.need())[0])
+            planned = await self._planner.route(job.need())
         except NoRouteError as error:
             raise no_route(job, error, {}, {}) from None
         session_request = await request_sessions(self._services, job, planned)
@@ -332,8 +332,8 @@ class Coordinator:
         cost = Cost(
             objective=job.request.objective,
             budget=job.request.budget,
-            predicted=selection.predicted_cost if selection else None,
-            actual=cost_of(result.route, done.request.context.stage_facts),
+            predicted=done.request.choice.predicted_cost(result.method.name),
+            actual=cost_of(result.route, done.route.request.prices),
         )
         result = replace(result, selection=selection, cost=cost)
         job.output.result = result

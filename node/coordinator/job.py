@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from node.coordinator.observation import ServedJob
-from node.coordinator.planner import RouteNeed
+from node.coordinator.planner import ONLY_COMPUTING, RouteNeed
 from node.coordinator.prefix_sharing import PrefixClaim
 from node.coordinator.submission import ChatFormat, JobRequest, JobResult
 from node.engine.interface import parts_of
 from node.models.library import KnownModel
 from protocol.identity import JobId
+from protocol.measurements import Objective
 from protocol.messages import Sampling
 from selector.cuts import Parts
 from selector.routing import Demand
@@ -93,4 +94,6 @@ class Job:
             demand=demand,
             block_bytes=max((file.size_bytes for file in self.model.manifest.blocks), default=0),
             parts=max((parts_of(method.engine) for method in self.admitted), default=Parts.ANY),
+            objective=self.request.objective,
+            compute_weight=0.0 if self.request.objective is Objective.LATENCY else ONLY_COMPUTING,
         )

@@ -11,6 +11,7 @@ from node.coordinator.observation import weight_type
 from node.coordinator.submission import AUTO, JobError, JobErrorCode, JobOutcome, JobRequest, Selection
 from node.models.library import KnownModel
 from node.stages.voter import TableVersion
+from protocol.figures import USUAL_PRICE
 from protocol.identity import ModelId
 from protocol.limits import MAX_VOTES
 from protocol.measurements import QualityBound
@@ -35,8 +36,8 @@ class SelectionRequest:
     """A request to select one of the methods that a job admits.
 
     `is_free`: whether the user left the method open, and no text has begun that must go on as it began. `budget`: the
-    highest predicted cost, None for any. `compute_s`: of the job on this route, as the planner expects it; 0 where it
-    does not.
+    highest predicted cost, None for any. `stage_compute_s`: of the job on each stage of its route, as the planner
+    expects it; empty where it does not. `prices`: of these stages.
     """
 
     model: ModelId
@@ -44,7 +45,19 @@ class SelectionRequest:
     admitted: Sequence[Method]
     is_free: bool = True
     budget: float | None = None
-    compute_s: float = 0.0
+    stage_compute_s: Sequence[float] = ()
+    prices: Sequence[float] = ()
+
+    @property
+    def compute_s(self) -> float:
+        """The expected seconds of computing on all stages; 0 where they are not known."""
+        return sum(self.stage_compute_s)
+
+    @property
+    def price(self) -> float:
+        """The mean price of these seconds."""
+        cost = sum(seconds * price for seconds, price in zip(self.stage_compute_s, self.prices, strict=True))
+        return cost / self.compute_s if self.compute_s else USUAL_PRICE
 
 
 class OverBudget(Exception):
@@ -66,6 +79,9 @@ class Choice(Protocol):
     @property
     def learned_from(self) -> TableVersion | None:
         """The agreed table that the coordinator's own scores were learned from, if any."""
+
+    def predicted_cost(self, method: str) -> float | None:
+        """Return what the whole job was predicted to cost with a method, as its budget was compared; None: unknown."""
 
     def ballot(self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> Mapping[str, float]:
         """Return the coordinator's own scores, given those of the stages and the weights of all votes.

@@ -38,6 +38,9 @@ BELIEVED_SLOWNESS = 50
 REPORT_AGE_S = 6.0
 """For how long a peer's report of its sessions may count one that has ended."""
 
+ONLY_COMPUTING = 1e4
+"""A `compute_weight` beside which time counts for nothing."""
+
 PROMPT_ROWS_PER_STEP = 12
 """Prompt rows that take as long as one decode step, which reads all weights for a single row."""
 
@@ -82,11 +85,12 @@ class RouteTiming:
 
 
 class PlannedRoute(NamedTuple):
-    """The stages of a route, how busy each was by its last heartbeat, and the expected seconds of computing."""
+    """The stages of a route. For each: how busy it was by its last heartbeat, its expected computing, and its price."""
 
     stages: tuple[Stage, ...]
     loads: tuple[Load, ...]
-    compute_s: float = 0.0
+    stage_compute_s: tuple[float, ...]
+    prices: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +102,19 @@ class _Offers:
     loads: dict[PeerId, Load]
     speeds: dict[PeerId, tuple[float, float]]
     """Seconds of a block for one token, and for one row of a prompt, without anybody else's work."""
+    price: Callable[[PeerId], float]
 
     def without(self, avoided: Collection[str]) -> list[Offer]:
         return [offer for offer in self.cautious if offer.stage.peer not in avoided]
 
     def planned(self, need: RouteNeed, stages: Sequence[Stage]) -> "PlannedRoute":
-        demand, compute_s = need.demand, 0.0
-        for stage in stages:
-            block_s, row_s = self.speeds.get(stage.peer, (UNKNOWN_BLOCK_S, 0.0))
-            compute_s += len(stage.blocks) * (demand.new_tokens * block_s + demand.prompt_rows * row_s)
-        return PlannedRoute(tuple(stages), tuple(self.loads.get(each.peer, Load()) for each in stages), compute_s)
+        loads = tuple(self.loads.get(each.peer, Load()) for each in stages)
+        compute_s = tuple(self._compute_s(need.demand, each) for each in stages)
+        return PlannedRoute(tuple(stages), loads, compute_s, tuple(self.price(each.peer) for each in stages))
+
+    def _compute_s(self, demand: Demand, stage: Stage) -> float:
+        block_s, row_s = self.speeds.get(stage.peer, (UNKNOWN_BLOCK_S, 0.0))
+        return len(stage.blocks) * (demand.new_tokens * block_s + demand.prompt_rows * row_s)
 
 
 class Planner:
@@ -343,7 +350,7 @@ class Planner:
             )
             for candidate in found
         ]
-        offers = _Offers([], {}, {candidate.stage.peer: candidate.load for candidate in found}, {})
+        offers = _Offers([], {}, {candidate.stage.peer: candidate.load for candidate in found}, {}, self._swarm.price)
         for candidate, speed in zip(found, judge(claims, self._blocks, need.model, self._own_peer), strict=True):
             peer = candidate.stage.peer
             trust = self._reliability.trust(peer, now_s)

@@ -27,11 +27,13 @@ LOOKED_AT_TOKENS = 2048
 class SessionRequest:
     """The request for a session on every stage of a route.
 
-    `methods`: by name, the coordinator's preference first. `choice`: votes for the coordinator once the stages have.
-    `agreed`: what the swarm has agreed about the model. `request_id`, `trace_parent`: see `Open`.
+    `prices`: of the stages, when they were asked. `methods`: by name, the coordinator's preference first. `choice`:
+    votes for the coordinator once the stages have. `agreed`: what the swarm has agreed about the model. `request_id`,
+    `trace_parent`: see `Open`.
     """
 
     model: ModelId
+    prices: tuple[float, ...]
     methods: Mapping[str, Method]
     choice: Choice
     context: TaskContext
@@ -89,12 +91,15 @@ async def request_sessions(
         admitted=admitted,
         is_free=is_free,
         budget=job.request.budget if begun is None else None,
-        compute_s=planned.compute_s,
+        # Nothing is asked of the prediction for a text that has begun.
+        stage_compute_s=planned.stage_compute_s if begun is None else (),
+        prices=planned.prices if begun is None else (),
     )
     choice = await services.chooser.choose(selection)
     uses_prefixes = any(method.prefix_cache for method in choice.order)
     return SessionRequest(
         model=job.model.id,
+        prices=planned.prices,
         methods={method.name: method for method in choice.order},
         choice=choice,
         context=context,

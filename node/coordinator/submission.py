@@ -302,7 +302,7 @@ class Selection:
     predicted_speedup: float
     regret_s: float
     predicted_cost: float | None = None
-    """Of the method in use: seconds of computing times the peers' prices."""
+    """Of the method in use, for the tokens that came: seconds of computing times the peers' prices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,7 +321,8 @@ class JobOutcome:
 class Cost:
     """The cost of a job: the seconds of computing on each stage times the price of its peer.
 
-    `predicted`: None where nothing was predicted. `budget`: as requested.
+    `predicted`: for all of its `max_tokens`, when it was admitted; None where nothing was. `budget`: as requested.
+    `actual`: without the stages that were lost.
     """
 
     objective: Objective

@@ -25,7 +25,7 @@ from protocol.identity import ModelId
 from protocol.measurements import Objective
 from selector.adoption import MAX_LOSS, Adoption, ExplorationAllowance
 from selector.heuristic import predicted_cost, preference
-from selector.task import Method, TaskContext
+from selector.task import Method, TaskContext, portfolio
 from selector.task_buckets import simplest_first, task_bucket
 from selector.voting import scores
 
@@ -68,6 +68,10 @@ class LearnedChoice:
     def log_costs(self) -> dict[str, float]:
         """Predicted natural logarithms of cost by method, in order of preference."""
         return {method.name: self.prediction.table[method.name].log_cost for method in self.order}
+
+    def predicted_cost(self, method: str) -> float | None:
+        """Return the predicted cost of the whole job; see Choice."""
+        return self.compute.cost(method) if method in self.compute.log_s else None
 
     def ballot(self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> Mapping[str, float]:
         """Return our scores of the accepted methods; see Choice."""
@@ -116,7 +120,7 @@ class LearnedChooser:
 
     async def choose(self, request: SelectionRequest) -> Choice:
         """Return the choice; see Chooser."""
-        compute = await predict_compute(request, self.predictions, self._calibration)
+        compute = await predict_compute(request, self._usual(request), self.predictions, self._calibration)
         request = compute.within(request)
         context, admitted = request.context, request.admitted
         prediction = await self.predictions.predict(context, admitted, request.model)
@@ -139,6 +143,15 @@ class LearnedChooser:
         if request.is_free and self.allowance.may_explore:
             choice.explored = self._method_to_explore(choice)
         return choice
+
+    def _usual(self, request: SelectionRequest) -> Method:
+        """Return the method in use for tasks like this one where the user leaves it open."""
+        methods, context = request.admitted, request.context
+        if not request.is_free:
+            offered = portfolio(methods[0].package_format, context.weight_type)
+            methods = [method for method in offered if method.exact]
+        names = {method.name: method for method in methods}
+        return names[self.adoption.in_use(task_bucket(context), list(names), _default(context, methods))]
 
     def _method_to_explore(self, choice: LearnedChoice) -> str | None:
         """Return a method for this job to explore, or None; never one that is expected to be bad."""
@@ -179,9 +192,11 @@ class LearnedChooser:
             self._selection(choice, expected, outcome.method),
             predicted_cost=choice.compute.cost(outcome.method, tokens),
         )
-        if choice.request.is_free and not outcome.replays:
-            self._record(choice, outcome, expected, selection)
-            self._request_trial(choice)
+        if not outcome.replays:
+            self._calibrate(choice, outcome, expected[outcome.method])
+            if choice.request.is_free:
+                self._record(choice, outcome, selection)
+                self._request_trial(choice)
         return selection
 
     def describe(self, choice: LearnedChoice, method: str) -> Selection:
@@ -213,23 +228,24 @@ class LearnedChooser:
             predicted_cost=choice.compute.cost(method),
         )
 
-    def _record(
-        self, choice: LearnedChoice, outcome: JobOutcome, expected: Mapping[str, float], selection: Selection
-    ) -> None:
-        allowance = self.allowance
-        allowance.jobs += 1
-        allowance.served_s += outcome.total_s
-        if selection.explored:
-            allowance.explored_jobs += 1
-            allowance.regret_s += max(0.0, selection.predicted_s - selection.predictions[choice.in_use].cost_s)
+    def _calibrate(self, choice: LearnedChoice, outcome: JobOutcome, expected: float) -> None:
+        """Learn by how much predictions were wrong. `expected`: logarithm of the cost, for the tokens that came."""
         compute, context = choice.compute, choice.request.context
         if outcome.compute_s > 0:
             saved = shortened(compute.context, outcome.method, outcome.completion_tokens)
             error = math.log(outcome.compute_s) - compute.log_s[outcome.method] - saved
             self._calibration.update(compute.context, error)
         if context.objective == Objective.LATENCY:
-            self._calibration.update(context, math.log(outcome.total_s) - expected[outcome.method])
-        else:  # what was predicted is computing
+            self._calibration.update(context, math.log(outcome.total_s) - expected)
+
+    def _record(self, choice: LearnedChoice, outcome: JobOutcome, selection: Selection) -> None:
+        allowance = self.allowance
+        allowance.jobs += 1
+        allowance.served_s += outcome.total_s
+        if selection.explored:
+            allowance.explored_jobs += 1
+            allowance.regret_s += max(0.0, selection.predicted_s - selection.predictions[choice.in_use].cost_s)
+        if choice.request.context.objective != Objective.LATENCY:  # what was predicted is computing
             outcome = replace(outcome, total_s=outcome.compute_s or outcome.total_s)
         self.decisions.append((outcome, replace(selection, predictions={})))
 

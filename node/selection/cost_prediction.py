@@ -9,10 +9,9 @@ from cachetools import FIFOCache
 
 from node.coordinator.method_choice import OverBudget, SelectionRequest
 from node.selection.prediction_cache import PredictionCache
-from protocol.figures import USUAL_PRICE
 from protocol.measurements import Objective
-from selector.heuristic import predicted_cost, preference
-from selector.task import PORTFOLIO, TaskContext
+from selector.heuristic import predicted_cost
+from selector.task import PORTFOLIO, Method, TaskContext
 
 MAX_CALIBRATIONS: Final = 1000
 CALIBRATION_RATE: Final = 0.2
@@ -49,7 +48,7 @@ class PredictedCompute:
     """The seconds of computing that a task takes on all stages of a route, by method.
 
     `log_s`: natural logarithms, before calibration, at the speed of the route's peers. `offset`: the calibration.
-    `price`: of a second, on average.
+    `price`: the mean of the stages', by their expected seconds.
     """
 
     context: TaskContext
@@ -76,19 +75,21 @@ class PredictedCompute:
 
 
 async def predict_compute(
-    request: SelectionRequest, predictions: PredictionCache, calibration: Calibration
+    request: SelectionRequest, usual: Method, predictions: PredictionCache, calibration: Calibration
 ) -> PredictedCompute:
-    """Predict the computing of a request.
+    """Predict the computing of a request. `usual`: the method of most jobs like it, whether it is admitted or not.
 
-    The planner knows how fast the peers of the route are, measured or as they report; the meta-model, how methods
-    differ; and the calibration, by how much both together are wrong.
+    The planner knows how fast the peers of the route are, measured or as they report, with the usual method; the
+    meta-model, how methods differ; and the calibration, by how much both together are wrong.
     """
-    context = replace(request.context, objective=Objective.THROUGHPUT.value)
-    prediction = await predictions.predict(context, request.admitted, request.model)
-    usual = preference(context, request.admitted)[0].name
-    level = math.log(request.compute_s) - prediction.table[usual].log_cost if request.compute_s > 0 else 0.0
-    log_s = {name: level + estimate.log_cost for name, estimate in prediction.table.items()}
-    return PredictedCompute(context, log_s, calibration.of(context), _mean_price(context))
+    context, level = replace(request.context, objective=Objective.THROUGHPUT.value), 0.0
+    table = dict((await predictions.predict(context, request.admitted, request.model)).table)
+    if request.compute_s > 0:
+        if usual.name not in table:
+            table |= (await predictions.predict(context, [usual], request.model)).table
+        level = math.log(request.compute_s) - table[usual.name].log_cost
+    log_s = {name: level + estimate.log_cost for name, estimate in table.items()}
+    return PredictedCompute(context, log_s, calibration.of(context), request.price)
 
 
 def shortened(context: TaskContext, method: str, tokens: int) -> float:
@@ -97,9 +98,3 @@ def shortened(context: TaskContext, method: str, tokens: int) -> float:
     if known is None:
         return 0.0
     return predicted_cost(replace(context, max_tokens=tokens), known) - predicted_cost(context, known)
-
-
-def _mean_price(context: TaskContext) -> float:
-    """Return the price of a second of computing on the route, block by block."""
-    blocks = sum(each.blocks for each in context.stage_facts)
-    return sum(each.blocks * each.price for each in context.stage_facts) / blocks if blocks else USUAL_PRICE

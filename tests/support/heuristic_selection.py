@@ -32,6 +32,10 @@ class HeuristicChoice:
     order: Sequence[Method]
     learned_from: TableVersion | None = None
 
+    def predicted_cost(self, method: str) -> None:
+        """Predict nothing; see Choice."""
+        del method
+
     def ballot(self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> Mapping[str, float]:
         """Return the heuristic's predictions; see Choice."""
         del votes, weights

@@ -327,6 +327,10 @@ class Swarm:
         await self._nursery.start(serving.run)
         return peer
 
+    def lose_record(self, peer: PeerId) -> None:
+        """Have nobody know what machine a peer runs on."""
+        del self._capabilities[peer]
+
     def _membership(
         self, identity: Identity, network: Network, stages: StageServer, placements: PlacementAnnouncements
     ) -> Membership:

@@ -11,12 +11,13 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, TextDelta
 from node.selection.chooser import LearnedChooser
 from node.selection.prediction_cache import PredictionCache
 from protocol.measurements import Objective
+from protocol.tensors import Pooling
 from tests.support.capabilities import EPYC
-from tests.support.job_peers import Peer, open_swarm
+from tests.support.job_peers import Peer, Swarm, open_swarm
 
 FAST_S, SLOW_S = 0.01, 0.04
 FAST_PRICE, SLOW_PRICE = 40.0, 1.0
@@ -25,14 +26,14 @@ FAST_PRICE, SLOW_PRICE = 40.0, 1.0
 class Market:
     """A fast, expensive peer, a slow, cheap one, and a node without blocks that submits jobs."""
 
-    def __init__(self, fast: Peer, slow: Peer, client: Peer) -> None:
-        self.fast, self.slow, self._client = fast, slow, client
+    def __init__(self, swarm: Swarm, fast: Peer, slow: Peer, client: Peer) -> None:
+        self.swarm, self.fast, self.slow, self.client = swarm, fast, slow, client
         self.results: list[JobResult] = []
 
     async def run(self, prompt_tokens: int = 40, **wanted: Any) -> JobResult:
         prompt = tuple(range(len(self.results), len(self.results) + prompt_tokens))
         request = JobRequest(model="fake", prompt_tokens=prompt, max_tokens=16, ignore_eos=True, **wanted)
-        self.results.append(await self._client.run(request))
+        self.results.append(await self.client.run(request))
         return self.results[-1]
 
 
@@ -44,7 +45,7 @@ async def market() -> AsyncIterator[Market]:
             await swarm.join((0, 9), step_s=step_s, capabilities=replace(EPYC, price=price))
             for step_s, price in ((FAST_S, FAST_PRICE), (SLOW_S, SLOW_PRICE))
         ]
-        found = Market(fast, slow, await swarm.join(chooser=chooser))
+        found = Market(swarm, fast, slow, await swarm.join(chooser=chooser))
         await swarm.settle()
         for objective in (Objective.LATENCY, Objective.COST) * 3:  # both peers were measured
             await found.run(objective=objective)
@@ -96,3 +97,86 @@ async def test_first_job_of_a_node_is_judged_by_what_its_stages_report(virtual_c
         await trio.sleep(5)  # it announces how long its steps took
         with pytest.raises(JobError, match="budget"):
             await client.run(JobRequest(model="fake", prompt_tokens=(1,) * 8, max_tokens=64, budget=0.05))
+
+
+async def test_cost_of_a_route_of_several_prices(virtual_clock: MockClock) -> None:
+    """The fast, expensive stage runs nearly all blocks, the slow, cheap one takes nearly all of the time."""
+    async with open_swarm() as swarm:
+        dear = await swarm.join((0, 8), step_s=0.001, capabilities=replace(EPYC, price=FAST_PRICE))
+        await swarm.join((8, 9), step_s=0.05, capabilities=replace(EPYC, price=SLOW_PRICE))
+        client = await swarm.join(chooser=LearnedChooser(PredictionCache(), random.Random(1), share=0.0))
+        await swarm.settle()
+        for start in range(4):
+            prompt = tuple(range(start, start + 40))
+            result = await client.run(JobRequest(model="fake", prompt_tokens=prompt, max_tokens=16, ignore_eos=True))
+        prices = [FAST_PRICE if stage.peer == dear.id else SLOW_PRICE for stage in result.route]
+        assert len(prices) == 2
+        seconds = [stage.statistics.compute_s for stage in result.route]
+        assert result.cost is not None
+        assert result.cost.actual == pytest.approx(sum(a * b for a, b in zip(prices, seconds, strict=True)))
+        assert result.cost.predicted == pytest.approx(result.cost.actual, rel=0.25)
+
+
+async def test_a_price_counts_beside_a_stage_without_a_capability_record(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        await swarm.join((0, 5), capabilities=replace(EPYC, price=FAST_PRICE))
+        unknown = await swarm.join((5, 9))
+        client = await swarm.join(chooser=LearnedChooser(PredictionCache(), random.Random(1), share=0.0))
+        await swarm.settle()
+        swarm.lose_record(unknown.id)
+        job = JobRequest(model="fake", prompt_tokens=(1,) * 40, max_tokens=16, ignore_eos=True)
+        result = await client.run(job)
+        first, second = (stage.statistics.compute_s for stage in result.route)
+        assert result.cost is not None
+        assert result.cost.actual == pytest.approx(FAST_PRICE * first + second)
+        with pytest.raises(JobError) as refused:
+            await client.run(replace(job, budget=result.cost.actual / 4))
+        assert refused.value.code is JobErrorCode.OVER_BUDGET
+
+
+async def test_a_lost_stage_is_replaced_for_the_same_objective(virtual_clock: MockClock) -> None:
+    async with market() as swarm:
+        spare = await swarm.swarm.join((0, 9), step_s=SLOW_S, capabilities=replace(EPYC, price=SLOW_PRICE))
+        await swarm.swarm.settle()
+        request = JobRequest(
+            model="fake", prompt_tokens=(7,) * 40, max_tokens=60, ignore_eos=True, objective=Objective.COST
+        )
+        async with swarm.client.coordinator.submit(request) as events:
+            count = 0
+            async for event in events:
+                if isinstance(event, TextDelta):
+                    count += 1
+                    if count == 5:
+                        victim = next(peer.id for peer in (swarm.slow, spare) if peer.held()[0])
+                        swarm.swarm.hub.kill(victim)
+        assert isinstance(event, JobResult)
+        assert event.replays == 1
+        assert {stage.peer for stage in event.route} == {swarm.slow.id, spare.id} - {victim}
+
+
+async def test_predicted_cost_is_what_the_budget_was_compared_with(virtual_clock: MockClock) -> None:
+    async with market() as swarm:
+        whole = await swarm.run()
+        early = await swarm.run(stop=(" ",), budget=1e6)
+        found: list[tuple[float, float]] = []
+        for result in (whole, early):
+            assert result.cost is not None
+            assert result.selection is not None
+            assert result.selection.predicted_cost is not None
+            assert result.cost.predicted is not None
+            found.append((result.cost.predicted, result.selection.predicted_cost))
+        (whole_cost, whole_text), (early_cost, early_text) = found
+        assert whole_cost == whole_text
+        assert early_cost == pytest.approx(whole_cost, rel=0.25)
+        assert early_text < 0.75 * early_cost
+
+
+async def test_an_embedding_tells_the_cost_that_its_budget_was_compared_with(virtual_clock: MockClock) -> None:
+    async with market() as swarm:
+        job = JobRequest(model="fake", prompt_tokens=(3,) * 40, pooling=Pooling.MEAN, max_tokens=1)
+        result = await swarm.client.run(replace(job, budget=1e6))
+        assert result.cost is not None
+        assert result.cost.predicted is not None
+        with pytest.raises(JobError) as refused:
+            await swarm.client.run(replace(job, budget=result.cost.predicted / 100))
+        assert refused.value.code is JobErrorCode.OVER_BUDGET

@@ -17,13 +17,16 @@ from node.selection.trial_scheduler import TrialRequest
 from protocol.consensus_values import Cell
 from protocol.forms import Digest
 from protocol.identity import JobId, ModelId
+from selector.adoption import TrialRecord
 from selector.consensus.table import AgreedCell
 from selector.evidence import AgreedTable
-from selector.task import BASELINE, PORTFOLIO, Method, TaskContext, method, parse_method
+from selector.task import BASELINE, PORTFOLIO, Method, TaskContext, method, parse_method, portfolio
+from selector.task_buckets import task_bucket
 from selector.workloads import WORKLOADS
 
 FUSED, CHUNKED = method(engine="fused"), method(engine="fused", prefill_chunk="64")
 REPEATED, NARROW = method(engine="fused", speculation="ngram-8"), method(engine="fused", activations="int8")
+CHUNKED_CACHED = method(engine="fused", prefill_chunk="128", prefix_cache="on")
 CACHED = method(engine="fused", prefix_cache="on", speculation="ngram-8")
 CONTEXT = TaskContext(
     architecture="fake", block_count=9, hidden_size=32, hardware="test", prompt_tokens=16, max_tokens=16, stage_count=2
@@ -113,3 +116,44 @@ async def test_method_is_used_without_a_trial_only_if_firm_cells_have_it_ahead(
 
     elsewhere = replace(request, context=replace(CONTEXT, hardware="test+other"))  # no cells of the second stage
     assert list((await chooser.choose(elsewhere)).ballot([])) == [USUAL]
+
+
+def compute_request(*admitted: Method, is_free: bool) -> SelectionRequest:
+    """Return the request of a job whose route computes for one second, by the planner's measurements."""
+    return SelectionRequest(
+        model=ModelId("ab" * 32),
+        context=CONTEXT,
+        admitted=admitted,
+        is_free=is_free,
+        stage_compute_s=(0.25, 0.75),
+        prices=(1.0, 1.0),
+    )
+
+
+@pytest.mark.parametrize("in_use", [None, CHUNKED_CACHED])
+async def test_computing_of_a_named_method_is_predicted_relative_to_the_one_in_use(
+    in_use: Method | None, virtual_clock: MockClock
+) -> None:
+    chooser = LearnedChooser(PredictionCache(), random.Random(1))
+    exact = [each for each in portfolio("safetensors") if each.exact]
+    if in_use is not None:
+        chooser.adoption.restore(task_bucket(CONTEXT), {in_use.name: TrialRecord(-1.0, 0.0)})
+    free = await chooser.choose(compute_request(*exact, is_free=True))
+    named = await chooser.choose(compute_request(BASELINE, is_free=False))
+    assert named.predicted_cost(BASELINE.name) == pytest.approx(free.predicted_cost(BASELINE.name))
+    assert free.predicted_cost(BASELINE.name) != pytest.approx(1.0)
+    if in_use is not None:
+        assert free.predicted_cost(in_use.name) == pytest.approx(1.0), "what the planner measured"
+
+
+async def test_jobs_with_a_named_method_calibrate_predictions(virtual_clock: MockClock) -> None:
+    chooser = LearnedChooser(PredictionCache(), random.Random(1))
+    choice = await chooser.choose(compute_request(BASELINE, is_free=False))
+    choice.ballot([])
+    outcome = JobOutcome(
+        job_id=JobId("cd" * 16), method=BASELINE.name, completion_tokens=16, total_s=4.0, replays=0, compute_s=3.0
+    )
+    assert chooser.served(choice, outcome) is not None
+    choice = await chooser.choose(compute_request(BASELINE, is_free=False))
+    assert choice.predicted_cost(BASELINE.name) == pytest.approx(3.0)
+    assert not chooser.decisions, "nothing was left open"
