@@ -431,9 +431,9 @@ class TaskContext:
         """Return the context in plain values from a peer; missing, unknown and invalid ones are left out."""
         taken: dict[str, Any] = {}
         for name, kind in _PLAIN.items():
-            value, most = values.get(name), _MOST.get(name, math.inf)
+            value, (least, most) = values.get(name), _RANGES.get(name, (0.0, math.inf))
             if value is not None and (
-                kind is str if isinstance(value, str) else kind is not str and 0 <= value <= most
+                kind is str if isinstance(value, str) else kind is not str and least <= value <= most
             ):
                 taken[name] = value if kind in {str, float} else int(value)
         return cls(**taken, stage_facts=tuple(stage_facts))
@@ -442,7 +442,11 @@ class TaskContext:
 _PLAIN: Final[Mapping[str, Any]] = {each.name: each.type for each in fields(TaskContext) if each.name != "stage_facts"}
 """The names of a context's plain values and their types."""
 
-_MOST: Final = {"shared_prefix_share": 1.0, "repetitiveness": 1.0}
+_RANGES: Final = {
+    **dict.fromkeys(("prompt_tokens", "max_tokens", "concurrency", "stage_count"), (1.0, math.inf)),
+    **dict.fromkeys(("shared_prefix_share", "repetitiveness"), (0.0, 1.0)),
+}
+"""The ranges of some values; those of the others begin at 0."""
 
 
 def _plain(value: Any) -> Any:
