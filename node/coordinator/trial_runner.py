@@ -51,10 +51,23 @@ NONCE_TOKENS: Final = 12
 
 @dataclass(slots=True)
 class Spending:
-    """The seconds that a trial runs jobs, waiting apart. `limit_s`: after which it is given up."""
+    """What a trial takes: `spent_s` are the seconds that it runs jobs, waiting apart, and `limit_s` the most.
+
+    `processor_s`: computing on all stages times `threads`, those of the widest stage so far. Of jobs that did not end,
+    which report nothing, the time that they ran counts as computing.
+    """
 
     limit_s: float = math.inf
     spent_s: float = 0.0
+    processor_s: float = 0.0
+    threads: int = 1
+
+    def charge(self, seconds: float, run: "Run", *, is_done: bool) -> None:
+        """Add a run that took so many seconds; `run` has those of its jobs that ended, `is_done` says whether all."""
+        facts = (each for job in run.jobs for each in job.context.stage_facts)
+        self.threads = max(self.threads, *(each.busy_threads for each in facts), 1)
+        self.spent_s += seconds
+        self.processor_s += self.threads * (run.compute_s if is_done else max(seconds, run.compute_s))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,7 +347,8 @@ class _TrialRuns:
                                 nursery.start_soon(run_job, prompt)
                         watching.cancel_scope.cancel()
             finally:
-                spending.spent_s += trio.current_time() - began_s
+                is_done = len(done) == len(prompts)
+                spending.charge(trio.current_time() - began_s, Run(jobs=done), is_done=is_done)
         if limit.cancelled_caught:
             raise JobError(JobErrorCode.FAILED, f"the trial took longer than the {spending.limit_s:.0f} s that it may")
         if errors:
