@@ -30,6 +30,9 @@ from selector.workloads import TrialWorkload
 READY_TIMEOUT_S: Final = 900.0
 """How long a method may take to become ready (its quality measured, built on all stages) before it is unavailable."""
 
+BUSY_TIMEOUT_S: Final = 120.0
+"""How long a run of a background measurement is repeated where it is in the way of jobs, here or at other peers."""
+
 RETRY_S: Final = 1.0
 """Pause before another attempt while a method is not ready or the peers are full;"""
 
@@ -293,13 +296,15 @@ class _TrialRuns:
 
     async def _run_with_retry(self, workload: TrialWorkload, method: Method) -> Run:
         """Run a method once it is ready and the peers have room: peers build a variant when it is asked for."""
-        deadline_s = trio.current_time() + READY_TIMEOUT_S
+        began_s = trio.current_time()
         pause_s = BACKGROUND_RETRY_S if self.spec.is_background else RETRY_S
         while True:
             try:
                 return await self._run(workload, method)
             except JobError as error:
-                if error.retry_after_s is None or trio.current_time() > deadline_s:
+                is_in_the_way = self.spec.is_background and error.code is JobErrorCode.FULL
+                limit_s = BUSY_TIMEOUT_S if is_in_the_way else READY_TIMEOUT_S
+                if error.retry_after_s is None or trio.current_time() > began_s + limit_s:
                     raise
                 await trio.sleep(pause_s * self.rng.uniform(0.5, 2))
 
