@@ -52,7 +52,7 @@ from node.swarm.link_estimates import LinkEstimates
 from node.swarm.membership import Membership
 from node.util.open_files import open_file_limit
 from node.util.signal import Signal
-from protocol.capabilities import Capabilities, Links, hardware_class
+from protocol.capabilities import Capabilities, Links, hardware_class, stage_facts
 from protocol.identity import ModelId, PeerId
 from protocol.observations import bucket_of
 from selector.consensus.clock import EpochClock
@@ -80,6 +80,11 @@ class NetworkParts:
         """Return the class of this machine's hardware; `unknown` until it was measured."""
         capabilities = self.inventory.capabilities()
         return "unknown" if capabilities is None else hardware_class(capabilities)
+
+    def busy_threads(self) -> int:
+        """Return the threads that are busy here while an engine computes; 1 until the machine was measured."""
+        capabilities = self.inventory.capabilities()
+        return 1 if capabilities is None else stage_facts(capabilities, 1).busy_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,7 +359,7 @@ def build_consensus(
         served = {span.info.model for span in stages.spans()} if not stages.is_draining else set()
         return {model: model in served for model in (*swarm.membership.directory.models(), *served)}
 
-    allowance = MeasuringAllowance(config.exploration, lambda: stages.served_s)
+    allowance = MeasuringAllowance(config.exploration, lambda: stages.served_s * network.busy_threads())
 
     def meter(model: ModelId) -> MeasurementRunner:
         return MeasurementRunner(

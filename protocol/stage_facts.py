@@ -58,3 +58,8 @@ class StageFacts:
     round_trip_s: Nullable[Annotated[float, Range(0.0, MAX_ROUND_TRIP_S)]] = None
     link_bytes_per_s: Nullable[BytesPerSecond] = None
     price: Price = USUAL_PRICE
+
+    @property
+    def busy_threads(self) -> int:
+        """Threads of the processor that are busy while the stage computes: one where another device does."""
+        return self.threads if self.device is DeviceKind.CPU else 1

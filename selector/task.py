@@ -89,7 +89,6 @@ LOSSY_VARIANTS: Final = frozenset({("onnxruntime", "native")})
 """Engines and arithmetics whose every setting is exact elsewhere: this one rounds activations otherwise than llama.cpp
 does."""
 
-
 UNKNOWN_WEIGHT_TYPE: Final = "unknown"
 
 
@@ -271,7 +270,6 @@ _NARROW: Final = (("fused", "bf16", "bf16"), ("onnxruntime", "fp32", "int8"), ("
                   ("llamacpp", "native", "bf16"), ("llamacpp", "native", "int8"))  # fmt: skip
 """Engine, arithmetic and wire codec of the methods with a narrower codec."""
 
-
 _OUTRUN: Final = frozenset({"eager"})
 """References that exact methods outrun under every workload."""
 
@@ -431,9 +429,9 @@ class TaskContext:
         """Return the context in plain values from a peer; missing, unknown and invalid ones are left out."""
         taken: dict[str, Any] = {}
         for name, kind in _PLAIN.items():
-            value, most = values.get(name), _MOST.get(name, math.inf)
+            value, least, most = values.get(name), _LEAST.get(name, 0.0), _MOST.get(name, math.inf)
             if value is not None and (
-                kind is str if isinstance(value, str) else kind is not str and 0 <= value <= most
+                kind is str if isinstance(value, str) else kind is not str and least <= value <= most
             ):
                 taken[name] = value if kind in {str, float} else int(value)
         return cls(**taken, stage_facts=tuple(stage_facts))
@@ -442,6 +440,7 @@ class TaskContext:
 _PLAIN: Final[Mapping[str, Any]] = {each.name: each.type for each in fields(TaskContext) if each.name != "stage_facts"}
 """The names of a context's plain values and their types."""
 
+_LEAST: Final = dict.fromkeys(("prompt_tokens", "max_tokens", "concurrency", "stage_count"), 1.0)
 _MOST: Final = {"shared_prefix_share": 1.0, "repetitiveness": 1.0}
 
 

@@ -11,7 +11,7 @@ import trio
 from node.consensus.measuring_allowance import MeasuringAllowance
 from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError
-from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec
+from node.coordinator.trial_runner import BenchmarkRunner, Spending, TrialSpec
 from protocol.consensus_values import Cell
 from protocol.identity import ModelId
 from protocol.measurements import Objective, Observation, ObservationKind, QualityBound
@@ -79,6 +79,7 @@ class MeasurementRunner:
         objective = Objective.LATENCY if workload.concurrency == 1 else Objective.THROUGHPUT
         while self._is_busy():  # noqa: ASYNC110  # other peers' sessions end without notice
             await trio.sleep(IDLE_ROUND_S * self._rng.uniform(0.5, 2))
+        spending = Spending()
         spec = TrialSpec(
             model=self._model,
             methods=[cell.method],
@@ -86,13 +87,16 @@ class MeasurementRunner:
             rounds=ROUNDS,
             kind=ObservationKind.ASSIGNED,
             quality=bound,
+            spending=spending,
         )
         try:
             trial = await self._trials.run(spec, self._withhold)
         except JobError as error:
             _logger.info("cell not measured", method=cell.method, workload=cell.workload, reason=error.message)
             return None
-        self._allowance.spend(sum(run.compute_s for each in (trial.baseline, *trial.methods) for run in each.runs))
+        finally:
+            # Whatever comes of it: one that always fails would otherwise be repeated for ever.
+            self._allowance.spend(spending.processor_s)
         [tried] = trial.methods
         if tried.error is not None:
             _logger.info("cell not measured", method=cell.method, workload=cell.workload, reason=tried.error)

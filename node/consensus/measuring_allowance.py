@@ -8,17 +8,17 @@ import trio
 from node.util.token_bucket import Allowance
 
 RATE: Final = Allowance(per_s=2 / 60, burst=20.0)
-"""Seconds of computing, on all stages of the measured routes."""
+"""Processor seconds on all stages of the measured routes: of computing, times the threads that do it."""
 
 INITIAL_S: Final = 60.0
-"""Seconds of computing before users had any done, so that a new swarm can begin."""
+"""Processor seconds before users had any computing done, so that a new swarm can begin."""
 
 
 class MeasuringAllowance:
     """What is left for measurements: a node that nobody uses does not measure for ever."""
 
     def __init__(self, share: float, served_s: Callable[[], float]) -> None:
-        """`share`: of the computing for users, 0 for no measurements at all. `served_s`: seconds of it so far."""
+        """`share`: of the computing for users, 0 for no measurements at all. `served_s`: processor seconds of it."""
         self._share = share
         self._served_s = served_s
         self._spent_s = 0.0
@@ -32,6 +32,6 @@ class MeasuringAllowance:
         return self._spent_s < INITIAL_S + self._share * self._served_s()
 
     def spend(self, seconds: float) -> None:
-        """Record what a measurement took; what it took too much delays the next ones."""
+        """Record the processor seconds that a measurement took; what it took too much delays the next ones."""
         self._spent_s += seconds
         self._bucket.spend(seconds, trio.current_time())

@@ -30,6 +30,9 @@ from selector.workloads import TrialWorkload
 READY_TIMEOUT_S: Final = 900.0
 """How long a method may take to become ready (its quality measured, built on all stages) before it is unavailable."""
 
+BUSY_TIMEOUT_S: Final = 120.0
+"""How long a run of a background measurement is repeated where it is in the way of jobs, here or at other peers."""
+
 RETRY_S: Final = 1.0
 """Pause before another attempt while a method is not ready or the peers are full;"""
 
@@ -51,10 +54,23 @@ NONCE_TOKENS: Final = 12
 
 @dataclass(slots=True)
 class Spending:
-    """The seconds that a trial runs jobs, waiting apart. `limit_s`: after which it is given up."""
+    """What a trial takes: `spent_s` are the seconds that it runs jobs, waiting apart, and `limit_s` the most.
+
+    `processor_s`: computing on all stages times `threads`, those of the widest stage so far. Of jobs that did not end,
+    which report nothing, the time that they ran counts as computing.
+    """
 
     limit_s: float = math.inf
     spent_s: float = 0.0
+    processor_s: float = 0.0
+    threads: int = 1
+
+    def charge(self, seconds: float, run: "Run", *, is_done: bool) -> None:
+        """Add a run that took so many seconds; `run` has those of its jobs that ended, `is_done` says whether all."""
+        facts = (each for job in run.jobs for each in job.context.stage_facts)
+        self.threads = max(self.threads, *(each.busy_threads for each in facts), 1)
+        self.spent_s += seconds
+        self.processor_s += self.threads * (run.compute_s if is_done else max(seconds, run.compute_s))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,13 +296,15 @@ class _TrialRuns:
 
     async def _run_with_retry(self, workload: TrialWorkload, method: Method) -> Run:
         """Run a method once it is ready and the peers have room: peers build a variant when it is asked for."""
-        deadline_s = trio.current_time() + READY_TIMEOUT_S
+        began_s = trio.current_time()
         pause_s = BACKGROUND_RETRY_S if self.spec.is_background else RETRY_S
         while True:
             try:
                 return await self._run(workload, method)
             except JobError as error:
-                if error.retry_after_s is None or trio.current_time() > deadline_s:
+                is_in_the_way = self.spec.is_background and error.code is JobErrorCode.FULL
+                limit_s = BUSY_TIMEOUT_S if is_in_the_way else READY_TIMEOUT_S
+                if error.retry_after_s is None or trio.current_time() > began_s + limit_s:
                     raise
                 await trio.sleep(pause_s * self.rng.uniform(0.5, 2))
 
@@ -334,7 +352,8 @@ class _TrialRuns:
                                 nursery.start_soon(run_job, prompt)
                         watching.cancel_scope.cancel()
             finally:
-                spending.spent_s += trio.current_time() - began_s
+                is_done = len(done) == len(prompts)
+                spending.charge(trio.current_time() - began_s, Run(jobs=done), is_done=is_done)
         if limit.cancelled_caught:
             raise JobError(JobErrorCode.FAILED, f"the trial took longer than the {spending.limit_s:.0f} s that it may")
         if errors:

@@ -50,7 +50,8 @@ class Prediction:
 
 
 Predictor = Callable[[TaskContext], Awaitable[Mapping[str, tuple[float, float]]]]
-"""Predicts logarithm of cost and deviation of every method of the portfolio in a canonical context. Raises OSError."""
+"""Predicts logarithm of cost and deviation of every method of the portfolio in a canonical context; of none where it
+cannot. Raises OSError."""
 
 
 class PredictionCache:
@@ -87,7 +88,7 @@ class PredictionCache:
         # A single method needs no wait, such as that of a text that continues after a lost stage.
         limit_s = MISS_LIMIT_S if len(methods) > 1 else 0.0
         table = await self._table(canonical, limit_s) if self._predictor else None
-        if table is None:
+        if not table:
             return Prediction(heuristic_table(context, methods), 0)
         # The level of the cost depends on the exact size; the differences between methods on the canonical one.
         found: dict[str, CostEstimate] = {}

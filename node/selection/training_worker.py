@@ -13,6 +13,7 @@ import resource
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -92,6 +93,15 @@ def _load(file: IO[bytes]) -> "Predictor":
 
 
 def _answer(predictor: "Predictor", values: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Return the predictions by method; none for a context that they fail on, which must not end the process."""
+    try:
+        return _predict(predictor, values)
+    except Exception:  # noqa: BLE001  # contexts are peers'
+        traceback.print_exc()
+        return {}
+
+
+def _predict(predictor: "Predictor", values: dict[str, Any]) -> dict[str, tuple[float, float]]:
     facts = [from_map(StageFacts, each, "stage facts") for each in values.pop("stage_facts")]
     table = predictor.table(TaskContext.of(values, facts), tuple(PORTFOLIO.values()))
     return {name: (each.log_cost, each.deviation) for name, each in table.items()}

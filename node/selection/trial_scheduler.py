@@ -8,13 +8,14 @@ from typing import Final, Protocol
 
 import structlog
 import trio
+from cachetools import TTLCache
 
 from node.coordinator.submission import JobError
 from node.coordinator.trial_runner import Spending
 from node.storage.adoption_store import AdoptionStore
 from node.storage.database import StorageError
 from protocol.identity import ModelId
-from selector.adoption import Adoption, ExplorationAllowance, TrialRecord
+from selector.adoption import MAX_BUCKETS, Adoption, ExplorationAllowance, TrialRecord
 from selector.task import Method, TaskContext, baseline_of
 from selector.task_buckets import effective_switches
 
@@ -25,7 +26,10 @@ MAX_OVERDRAFT_S: Final = 30.0
 """A trial that takes this much longer than the allowance that is left is given up."""
 
 IDLE_LIMIT_S: Final = 30.0
-"""or after this long in any case: a node that is never idle must learn, too."""
+"""or after this long in any case: it finds the gaps between jobs, if there are any."""
+
+FAILED_RETRY_S: Final = 1800.0
+"""Time before another trial for a bucket whose last one failed, as on a node that is never idle."""
 
 MAX_QUEUED: Final = 16
 _logger = structlog.get_logger(__name__)
@@ -67,11 +71,13 @@ class TrialScheduler:
         self._store = store
         self._wall_clock = wall_clock
         self._pending: set[str] = set()
+        self._failed: TTLCache[str, None] = TTLCache(MAX_BUCKETS, FAILED_RETRY_S, timer=trio.current_time)
+        """Buckets whose last trial failed a short time ago."""
         self._requests_in, self._requests = trio.open_memory_channel[tuple[str, TrialRequest]](MAX_QUEUED)
 
     def request(self, bucket: str, request: TrialRequest) -> None:
-        """Queue a trial, unless the bucket has one pending, or the allowance or the queue is exhausted."""
-        if self._allowance.left_s <= 0 or bucket in self._pending:
+        """Queue a trial, unless the bucket has one pending or one that failed, or allowance or queue are exhausted."""
+        if self._allowance.left_s <= 0 or bucket in self._pending or bucket in self._failed:
             return
         try:
             self._requests_in.send_nowait((bucket, request))
@@ -96,11 +102,12 @@ class TrialScheduler:
             log_ratios = await runner.run(request, spending)
         except JobError as error:
             _logger.info("trial failed", bucket=bucket, reason=error.message)
+            self._failed[bucket] = None
             if spending.spent_s >= spending.limit_s:
                 self._adoption.record_unavailable(bucket, names, trio.current_time())
             return
         finally:
-            # A failed trial is charged, too: one that always fails would otherwise be repeated for ever.
+            # A failed trial is charged, too.
             self._allowance.trial_s += spending.spent_s
         self._allowance.trials += 1
         now_s = trio.current_time()

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
+import pytest
 import trio
 from trio.testing import MockClock
 
 from node.coordinator.observation import Recorder
-from node.coordinator.submission import JobRequest
-from node.coordinator.trial_runner import BenchmarkRunner, Spending, TrialSpec
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest
+from node.coordinator.trial_runner import BUSY_TIMEOUT_S, BenchmarkRunner, Spending, TrialSpec
 from node.identity import Identity
 from node.stages.voter import StageVote
 from protocol.identity import ModelId
@@ -62,6 +63,21 @@ async def test_serial_client_beside_trials_has_one_kind_of_task(virtual_clock: M
                 assert len({task_bucket(each) for each in voter.contexts if each.prompt_tokens == 40}) == 1
                 await trio.sleep(0.3)
             nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+async def test_trial_is_given_up_where_jobs_never_end(virtual_clock: MockClock, is_own: bool) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9), step_s=STEP_S)
+        busy = peer if is_own else await swarm.join()
+        await swarm.settle()
+        trials = BenchmarkRunner(peer.coordinator, Recorder(Identity(b"3" * 32), ignore))
+        spec = TrialSpec(model="fake", methods=[FUSED.name], workload=TrialWorkload(), kind=ObservationKind.PROBE)
+        async with busy.coordinator.submit(job(1)):
+            with trio.fail_after(BUSY_TIMEOUT_S + 60), pytest.raises(JobError) as caught:
+                await trials.run(spec)
+        assert caught.value.code is JobErrorCode.FULL
+        assert (await trials.run(spec)).observations == 6, "as soon as there is a gap"
 
 
 async def test_trial_gives_way_to_a_job_at_once(virtual_clock: MockClock) -> None:

@@ -1,6 +1,7 @@
 """PredictionCache come from the latest model, and one that breaks does not take another with it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,14 @@ async def test_single_method_does_not_wait_for_a_prediction(nursery: trio.Nurser
     assert list((await predictions.predict(CONTEXT, METHODS[:1])).table) == [METHODS[0].name]
     assert trio.current_time() == asked_s
     assert (await predictions.predict(CONTEXT, METHODS)).basis == "model"
+
+
+async def test_heuristic_judges_a_context_without_predictions(nursery: trio.Nursery, virtual_clock: MockClock) -> None:
+    async def fails(context: TaskContext) -> Mapping[str, tuple[float, float]]:
+        return {} if context.concurrency == 2 else await sure(context)
+
+    predictions = PredictionCache()
+    predictions.set_predictor(fails, 10)
+    nursery.start_soon(predictions.run)
+    assert (await predictions.predict(replace(CONTEXT, concurrency=2), METHODS)).basis == "rule"
+    assert (await predictions.predict(CONTEXT, METHODS)).basis == "model", "the model is still in use"

@@ -3,11 +3,15 @@
 import os
 import sys
 import threading
+from typing import cast
 
 import pytest
 
 from node.selection import training_worker
 from selector import prediction
+from selector.heuristic import CostTable
+from selector.prediction import Predictor
+from selector.task import TaskContext
 from selector.task_buckets import Viewpoint
 
 
@@ -29,3 +33,13 @@ def test_only_the_training_thread_has_the_lowest_priority(monkeypatch: pytest.Mo
     thread.join()
     assert seen == [(19, os.SCHED_OTHER)]
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+def test_context_on_which_the_model_fails_has_no_predictions(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken:
+        def table(self, context: TaskContext, methods: object) -> CostTable:
+            del context, methods
+            raise ZeroDivisionError
+
+    assert training_worker._answer(cast("Predictor", Broken()), TaskContext().values() | {"stage_facts": []}) == {}
+    assert "ZeroDivisionError" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from trio.testing import MockClock
 from node.coordinator.submission import JobError, JobErrorCode
 from node.coordinator.trial_runner import Spending
 from node.selection.chooser import INITIAL_ALLOWANCE_S
-from node.selection.trial_scheduler import MAX_OVERDRAFT_S, TrialRequest, TrialScheduler
+from node.selection.trial_scheduler import FAILED_RETRY_S, MAX_OVERDRAFT_S, TrialRequest, TrialScheduler
 from node.storage.adoption_store import AdoptionStore, StoredTrials
 from protocol.identity import ModelId
 from selector.adoption import Adoption, ExplorationAllowance
@@ -93,9 +93,19 @@ async def test_failed_trials_are_charged_to_the_allowance(virtual_clock: MockClo
     node = Node()
     await node.run(SlowRunner(fails=True), "bucket")
     assert node.allowance.left_s == pytest.approx(0.4 * INITIAL_ALLOWANCE_S)
-    await node.run(SlowRunner(fails=True), "bucket")
+    await node.run(SlowRunner(fails=True), "other")
     assert node.allowance.left_s < 0
     assert node.allowance.trials == 0
+
+
+async def test_bucket_whose_trial_failed_waits_for_the_next(virtual_clock: MockClock) -> None:
+    node, runner = Node(), SlowRunner(fails=True, takes_s=0.0)  # no run found a gap
+    await node.run(runner, "bucket")
+    await node.run(runner, "bucket", "other")
+    assert runner.trials == 2, "the other bucket's"
+    await trio.sleep(FAILED_RETRY_S)
+    await node.run(runner, "bucket")
+    assert runner.trials == 3
 
 
 async def test_one_queued_trial_may_overdraw_the_allowance(virtual_clock: MockClock) -> None:

@@ -1,5 +1,6 @@
 """The portfolio, method names, the heuristic and the tally."""
 
+import math
 from dataclasses import fields, replace
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.identity import ModelId
+from protocol.limits import MAX_NUMBER
 from protocol.measurements import ModelFacts, Objective, QualityBound, Workload
 from selector.consensus.reputation import NEWCOMER_WEIGHT
 from selector.heuristic import predicted_cost, preference
@@ -23,6 +25,8 @@ from selector.task import (
     parse_method,
     portfolio,
 )
+from selector.task_buckets import canonicalise
+from selector.task_features import tabulate
 from selector.voting import scores, tally, weights_of
 
 
@@ -161,6 +165,15 @@ def test_context_round_trips_through_plain_values() -> None:
     odd: dict[str, str | float] = {**values, "more": 1.0, "prompt_tokens": "many", "link_s": -1.0}
     assert TaskContext.of(odd).prompt_tokens == TaskContext().prompt_tokens
     assert TaskContext.of(odd).link_s == 0
+
+
+@pytest.mark.parametrize("name", [name for name, value in TaskContext().values().items() if isinstance(value, float)])
+@pytest.mark.parametrize("number", [0.0, 0.4, 1.0, MAX_NUMBER])
+def test_no_number_of_a_peer_breaks_a_prediction(name: str, number: float) -> None:
+    context = TaskContext.of({**CONTEXT.values(), "objective": "latency", name: number})
+    for each in (context, canonicalise(context)):
+        assert all(math.isfinite(predicted_cost(each, candidate)) for candidate in PORTFOLIO.values())
+        tabulate([each])
 
 
 def test_heuristic_follows_the_workload() -> None:

@@ -1,0 +1,79 @@
+"""All that measurements for the swarm compute is charged, whatever comes of them."""
+
+import random
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from node.consensus.measurement_runner import MeasurementRunner
+from node.consensus.measuring_allowance import MeasuringAllowance
+from node.coordinator.observation import Recorder
+from node.coordinator.trial_runner import BenchmarkRunner
+from node.identity import Identity
+from node.testing.fake_engine import FAKE_MODEL
+from protocol.consensus_values import Cell
+from protocol.observations import SignedObservation
+from selector.task import method
+from selector.workloads import WORKLOADS
+from tests.support.capabilities import EPYC
+from tests.support.job_peers import HARDWARE, Peer, open_swarm
+
+CELL = Cell(HARDWARE, next(iter(WORKLOADS)), method(engine="fused").name)
+THREADS = EPYC.processor.physical_cores
+
+
+class Recorded(MeasuringAllowance):
+    """Keeps what is charged."""
+
+    def __init__(self) -> None:
+        super().__init__(0.1, lambda: 0.0)
+        self.charges: list[float] = []
+
+    def spend(self, seconds: float) -> None:
+        self.charges.append(seconds)
+        super().spend(seconds)
+
+
+async def ignore(observation: SignedObservation) -> None:
+    del observation
+    await trio.lowlevel.checkpoint()
+
+
+def runner_at(peer: Peer) -> tuple[MeasurementRunner, Recorded]:
+    recorder, allowance = Recorder(Identity(b"7" * 32), ignore), Recorded()
+    runner = MeasurementRunner(
+        BenchmarkRunner(peer.coordinator, recorder),
+        recorder,
+        FAKE_MODEL,
+        lambda: False,
+        random.Random(1),
+        allowance=allowance,
+        quality=lambda _: None,
+    )
+    return runner, allowance
+
+
+def computed_s(peer: Peer) -> float:
+    return sum(span.engine.statistics().compute_s for span in peer.stages.spans())
+
+
+async def test_whatever_a_measurement_computes_is_charged(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9))
+        await swarm.settle()
+        runner, allowance = runner_at(peer)
+        assert await runner.measure(CELL) is not None
+        assert allowance.charges == [pytest.approx(THREADS * computed_s(peer))], "the warm-up, too"
+
+
+async def test_measurement_that_is_broken_off_is_charged(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9), step_s=1.0)
+        await swarm.settle()
+        runner, allowance = runner_at(peer)
+        with trio.move_on_after(20):
+            await runner.measure(CELL)
+        assert len(allowance.charges) == 1
+        assert THREADS * computed_s(peer) <= allowance.charges[0] <= THREADS * 20
+        assert not allowance.is_left
