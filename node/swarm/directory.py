@@ -277,6 +277,11 @@ class Directory:
             return True
         return self._own_peer in {sender, receiver} and not {sender, receiver}.isdisjoint(self._connected())
 
+    def is_public(self, peer: PeerId) -> bool:
+        """Return whether a live peer says that it can be dialled from anywhere."""
+        entry = self._entries.get(peer)
+        return entry is not None and entry.reachability is not None and entry.reachability.verdict is Verdict.PUBLIC
+
     def relay_rate(self, relay: PeerId) -> float:
         """Return the bytes per second that a peer relays in all, as it announces; infinite where it says nothing."""
         entry = self._entries.get(relay)
