@@ -254,7 +254,8 @@ class Directory:
         """Return the placements of a model that reached peers announced up to a moment.
 
         Deterministic: peers with the same heartbeats return the same, whenever they are asked. Excludes peers that
-        announce no placements; their spans show what they serve.
+        announce no placements; their spans show what they serve. Whether this node can reach them does not count, as
+        every node must plan with the same servers.
         """
         found = []
         for entry in self.reached():
@@ -262,7 +263,7 @@ class Directory:
             found += [
                 Server(Stage(entry.peer, placed.blocks), placed.rate, placed.movable)
                 for placed in (until[-1].placements if until else ())
-                if placed.model == model and self.can_open(self._own_peer, entry.peer)
+                if placed.model == model
             ]
         return tuple(sorted(found))
 
