@@ -184,6 +184,7 @@ class Traversal:
 
     def disconnected(self, peer: PeerId) -> None:
         """Note that a peer has no connection any more."""
+        self._observed.disconnected(peer)
         if self._relay is not None:
             self._relay.disconnected(peer)
 
@@ -196,7 +197,7 @@ class Traversal:
         if muxed.is_initiator and not self._tcp.maps_port(muxed.get_remote_address()):
             return
         before = self._observed.addresses()
-        self._observed.record(muxed.host, address)
+        self._observed.record(PeerId(muxed.peer_id.to_base58()), muxed.host, address)
         if self._observed.addresses() != before:
             self._changed.set()
 
@@ -302,7 +303,7 @@ class _Observer(ObservedAddrManager):
             self._traversal.record_observed(conn, address)
 
     def remove_conn(self, conn: INetConn) -> None:
-        """Do nothing: the latest observation counts."""
+        """Do nothing: an observation ends with the last connection of its peer."""
 
     def addrs(self, min_observers: int = 0) -> list[Multiaddr]:
         """Return nothing to advertise."""
