@@ -11,6 +11,7 @@ from typing import Final
 
 import psutil
 from cachetools import FIFOCache
+from cachetools.func import ttl_cache
 from multiaddr import Multiaddr
 
 from node.network.interface import NetworkError
@@ -19,6 +20,9 @@ from protocol.limits import MAX_ADDRESSES
 
 MAX_BOOK_PEERS: Final = 4096
 MAX_ADDRESS_CHARACTERS: Final = 256
+
+INTERFACES_S: Final = 2.0
+"""How long the addresses of the interfaces are not asked for again: each dial and each heartbeat needs them."""
 
 _HOST_PROTOCOLS: Final = ("ip4", "ip6", "dns", "dns4", "dns6")
 
@@ -116,13 +120,14 @@ def interface_hosts() -> set[str]:
 _interfaces: dict[str, list[str]] = {}
 
 
-def _interface_addresses() -> Iterable[str]:
+@ttl_cache(maxsize=1, ttl=INTERFACES_S)
+def _interface_addresses() -> tuple[str, ...]:
     """Return the addresses of all interfaces, as last seen where no file can be opened to ask."""
     with suppress(OSError):
         found = {name: [entry.address for entry in entries] for name, entries in psutil.net_if_addrs().items()}
         _interfaces.clear()
         _interfaces.update(found)
-    return chain.from_iterable(found for name, found in _interfaces.items() if not _BRIDGES.match(name))
+    return tuple(chain.from_iterable(found for name, found in _interfaces.items() if not _BRIDGES.match(name)))
 
 
 def origin(host: str) -> str:

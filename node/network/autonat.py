@@ -8,6 +8,7 @@ believes a success only where the number that it chose has arrived.
 import logging
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -22,7 +23,7 @@ from libp2p.protocol_muxer.multiselect_client import MultiselectClient
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from multiaddr import Multiaddr
 
-from node.network.addresses import TcpAddress, parse_address
+from node.network.addresses import TcpAddress, origin, parse_address
 from node.network.autonat_messages import (
     DIAL_BACK_PROTOCOL,
     DIAL_REQUEST_PROTOCOL,
@@ -53,9 +54,10 @@ MAX_ADDRESSES: Final = 8
 
 REQUESTS_PER_S: Final = 1.0
 REQUESTS_BURST: Final = 16
-PEER_REQUESTS_PER_S: Final = 0.1
-PEER_REQUESTS_BURST: Final = 6
+ORIGIN_REQUESTS_PER_S: Final = 0.1
+ORIGIN_REQUESTS_BURST: Final = 6
 MAX_AT_ONCE: Final = 8
+MAX_AT_ONCE_PER_ORIGIN: Final = 2
 
 DIAL_DATA_BYTES: Final = (30_000, 100_000)
 """The price of a dial to an address that is not the client's own: more than a handshake costs its victim."""
@@ -72,8 +74,9 @@ class AutonatServer:
         self._host = host
         self._kinds = kinds
         self._rate = TokenBucket(REQUESTS_PER_S, REQUESTS_BURST, trio.current_time())
-        self._peer_rates: LRUCache[ID, TokenBucket] = LRUCache(1024)
-        self._limiter = trio.CapacityLimiter(MAX_AT_ONCE)
+        self._origin_rates: LRUCache[str, TokenBucket] = LRUCache(1024)
+        self._from_origin: Counter[str] = Counter()
+        """Requests under way."""
         self._upgrader = secure_upgrader(create_new_key_pair(os.urandom(32)))
 
     async def handle(self, stream: INetStream) -> None:
@@ -87,18 +90,24 @@ class AutonatServer:
                 await messages.send(AutonatMessage(dial_response=response))
 
     async def _serve(self, messages: MessageStream, request: DialRequest) -> DialResponse:
-        peer_id, now_s = messages.connection.peer_id, trio.current_time()
-        bucket = self._peer_rates.setdefault(peer_id, TokenBucket(PEER_REQUESTS_PER_S, PEER_REQUESTS_BURST, now_s))
-        try:
-            self._limiter.acquire_on_behalf_of_nowait(messages)
-        except trio.WouldBlock:
+        # By origin: identities cost nothing.
+        host = messages.connection.host
+        client = None if host is None or messages.connection.relay is not None else origin(host)
+        if client is None or self._from_origin[client] >= MAX_AT_ONCE_PER_ORIGIN or not self._admits(client):
             return DialResponse(status=ResponseStatus.E_REQUEST_REJECTED)
+        self._from_origin[client] += 1
         try:
-            if messages.connection.relay is not None or not bucket.take(1, now_s) or not self._rate.take(1, now_s):
-                return DialResponse(status=ResponseStatus.E_REQUEST_REJECTED)
             return await self._dial(messages, request)
         finally:
-            self._limiter.release_on_behalf_of(messages)
+            self._from_origin[client] -= 1
+            self._from_origin += Counter()  # drops those without any
+
+    def _admits(self, client: str) -> bool:
+        """Take a request out of the rations of its origin and of all."""
+        now_s = trio.current_time()
+        full = TokenBucket(ORIGIN_REQUESTS_PER_S, ORIGIN_REQUESTS_BURST, now_s)
+        bucket = self._origin_rates.setdefault(client, full)
+        return self._from_origin.total() < MAX_AT_ONCE and bucket.take(1, now_s) and self._rate.take(1, now_s)
 
     async def _dial(self, messages: MessageStream, request: DialRequest) -> DialResponse:
         client_host = messages.connection.host

@@ -94,8 +94,8 @@ class GuardedSwarm(Swarm):
         )
         super().__init__(peer_id, BoundedPeerStore(), upgrader, list(transports), connection_config=config)
         self._swarm_key = psk
-        self.is_own: Callable[[TcpAddress], bool] = lambda address: False
-        """Whether to dial an address would be to dial ourselves."""
+        self.own_transports: Callable[[], set[str]] = set
+        """The endpoints at which to dial would be to dial ourselves."""
         self._book = book
         self._on_connected = on_connected
         self._on_disconnected = on_disconnected
@@ -202,6 +202,10 @@ class GuardedSwarm(Swarm):
         """Return the peers that are connected through relays only."""
         return [each for each in self.connections if self.live_connections(each) and not self.direct_connection(each)]
 
+    def is_own(self, address: TcpAddress) -> bool:
+        """Return whether to dial an address would be to dial ourselves."""
+        return address.relay is None and address.transport in self.own_transports()
+
     async def dial_direct(self, peer_id: ID, addresses: Sequence[TcpAddress]) -> bool:
         """Dial a peer that has a connection through a relay; return whether there is a direct one now."""
         with trio.move_on_after(self._dial_timeout_s):
@@ -296,13 +300,13 @@ class GuardedSwarm(Swarm):
             known = self.peerstore.addrs(peer_id)
         except PeerStoreError:
             return []
-        found: dict[str, TcpAddress] = {}
+        own, found = self.own_transports(), dict[str, TcpAddress]()
         for multiaddr in known:
             try:
                 address = parse_address(str(multiaddr))
             except ValueError:
                 continue
-            if not self.is_own(address):
+            if address.relay is not None or address.transport not in own:
                 found[address.endpoint] = address
         direct = [address for address in found.values() if address.relay is None]
         circuits = [address for address in found.values() if address.relay is not None]

@@ -163,7 +163,7 @@ class Libp2pNetwork:
             on_connected=self._on_connected,
             on_disconnected=self._on_disconnected,
         )
-        swarm.is_own = self._own.is_own
+        swarm.own_transports = self._own.transports
         swarm.peerstore.add_key_pair(swarm.self_id, key_pair)
         host = GuardedHost(swarm, nursery, self._endpoints, self._traversal.observer)
         for protocol, handler in self._handlers.items():

@@ -44,12 +44,9 @@ class OwnAddresses:
         circuits = list(self.circuits)
         return [*self.direct()[: MAX_ADDRESSES - len(circuits)], *circuits]
 
-    def is_own(self, address: TcpAddress) -> bool:
-        """Return whether to dial an address would be to dial ourselves."""
-        if address.relay is not None:
-            return False
-        own = {each.transport for each in chain(self.direct(), self._interfaces())}
-        return address.transport in own
+    def transports(self) -> set[str]:
+        """Return the endpoints at which to dial would be to dial ourselves."""
+        return {each.transport for each in chain(self.direct(), self._interfaces())}
 
     def gateway_candidates(self) -> list[TcpAddress]:
         """Return the private addresses to which a gateway could forward a port; none on a machine with a public one."""

@@ -184,6 +184,7 @@ class Traversal:
 
     def disconnected(self, peer: PeerId) -> None:
         """Note that a peer has no connection any more."""
+        self._observed.disconnected(peer)
         if self._relay is not None:
             self._relay.disconnected(peer)
 
@@ -196,7 +197,7 @@ class Traversal:
         if muxed.is_initiator and not self._tcp.maps_port(muxed.get_remote_address()):
             return
         before = self._observed.addresses()
-        self._observed.record(muxed.host, address)
+        self._observed.record(PeerId(muxed.peer_id.to_base58()), muxed.host, address)
         if self._observed.addresses() != before:
             self._changed.set()
 
@@ -247,14 +248,12 @@ class Traversal:
             logger.info("this node is %s", verdict)
 
     async def _check_address(self, client: AutonatClient, address: TcpAddress) -> None:
-        """Ask servers, one after another, until one has reached us."""
-        pause_s = RECHECK_S[self.verdict()] * 0.9
-        asked = 0
-        for peer, connection in self._servers():
-            now_s = trio.current_time()
-            if asked >= SERVERS_PER_ADDRESS or self._verdicts.asked(address, peer, now_s, pause_s):
-                continue
-            asked += 1
+        """Ask servers, one after another, until one has reached us; first those that were not asked for longest."""
+        asked_before_s = trio.current_time() - RECHECK_S[self.verdict()] * 0.9
+        servers = [(self._verdicts.asked_at_s(address, peer), peer, each) for peer, each in self._servers()]
+        due = sorted((each for each in servers if each[0] <= asked_before_s), key=lambda each: each[0])
+        for _, peer, connection in due[:SERVERS_PER_ADDRESS]:
+            self._verdicts.ask(address, peer, trio.current_time())
             found = await client.check(connection, [address])
             if found is not None:
                 self._verdicts.record(found[0], peer, reached=found[1], now_s=trio.current_time())
@@ -304,7 +303,7 @@ class _Observer(ObservedAddrManager):
             self._traversal.record_observed(conn, address)
 
     def remove_conn(self, conn: INetConn) -> None:
-        """Do nothing: the latest observation counts."""
+        """Do nothing: an observation ends with the last connection of its peer."""
 
     def addrs(self, min_observers: int = 0) -> list[Multiaddr]:
         """Return nothing to advertise."""

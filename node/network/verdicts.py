@@ -1,5 +1,6 @@
 """What dial-backs say of the addresses of this node, and the verdict on it as a whole. No I/O, no clock of its own."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
@@ -19,9 +20,10 @@ MAX_REPORTS: Final = 16
 
 @dataclass(slots=True)
 class _Reports:
-    """The latest report of each server on one address."""
+    """The latest report of each server on one address, and when each was last asked, whether it reported or not."""
 
     by_server: "LRUCache[PeerId, tuple[bool, float]]" = field(default_factory=lambda: LRUCache(MAX_REPORTS))
+    asked_at_s: "LRUCache[PeerId, float]" = field(default_factory=lambda: LRUCache(MAX_REPORTS))
 
 
 class Verdicts:
@@ -46,11 +48,14 @@ class Verdicts:
             return Verdict.PUBLIC
         return Verdict.PRIVATE if recent else Verdict.UNKNOWN
 
-    def asked(self, address: TcpAddress, server: PeerId, now_s: float, pause_s: float) -> bool:
-        """Return whether a server was asked about an address within a time."""
+    def ask(self, address: TcpAddress, server: PeerId, now_s: float) -> None:
+        """Note that a server is asked about an address: it may never report."""
+        self._reports.setdefault(address.transport, _Reports()).asked_at_s[server] = now_s
+
+    def asked_at_s(self, address: TcpAddress, server: PeerId) -> float:
+        """Return when a server was last asked about an address; minus infinity if never."""
         reports = self._reports.get(address.transport)
-        report = reports.by_server.get(server) if reports else None
-        return report is not None and now_s - report[1] < pause_s
+        return reports.asked_at_s.get(server, -math.inf) if reports else -math.inf
 
     def overall(self, candidates: Iterable[TcpAddress], now_s: float) -> Verdict:
         """Return the verdict on a node with these addresses.

@@ -254,7 +254,8 @@ class Directory:
         """Return the placements of a model that reached peers announced up to a moment.
 
         Deterministic: peers with the same heartbeats return the same, whenever they are asked. Excludes peers that
-        announce no placements; their spans show what they serve.
+        announce no placements; their spans show what they serve. Whether this node can reach them does not count, as
+        every node must plan with the same servers.
         """
         found = []
         for entry in self.reached():
@@ -262,7 +263,7 @@ class Directory:
             found += [
                 Server(Stage(entry.peer, placed.blocks), placed.rate, placed.movable)
                 for placed in (until[-1].placements if until else ())
-                if placed.model == model and self.can_open(self._own_peer, entry.peer)
+                if placed.model == model
             ]
         return tuple(sorted(found))
 
@@ -276,6 +277,11 @@ class Directory:
         if can_open(self.location_of(sender), self.location_of(receiver)) or sender == receiver:
             return True
         return self._own_peer in {sender, receiver} and not {sender, receiver}.isdisjoint(self._connected())
+
+    def is_public(self, peer: PeerId) -> bool:
+        """Return whether a live peer says that it can be dialled from anywhere."""
+        entry = self._entries.get(peer)
+        return entry is not None and entry.reachability is not None and entry.reachability.verdict is Verdict.PUBLIC
 
     def relay_rate(self, relay: PeerId) -> float:
         """Return the bytes per second that a peer relays in all, as it announces; infinite where it says nothing."""

@@ -54,20 +54,26 @@ class LinkEstimates:
         there, back = self._announced(a, b), self._announced(b, a)
         if there is None and back is None and not self._directory.can_open(a, b):
             return NO_LINK
+        link = self._unrelayed(a, b)
         relay = self._relay_between(a, b)
+        if relay is None:
+            return link
+        bytes_per_s = min(link.bytes_per_s, self._directory.relay_rate(relay))
+        if self._measured_s(a, b, there, back) is not None:
+            # What was measured through the circuit contains both its ways.
+            return Link(link.round_trip_s, bytes_per_s)
+        legs = (self._unrelayed(a, relay), self._unrelayed(relay, b))
+        return Link(sum(leg.round_trip_s for leg in legs), min(bytes_per_s, *(leg.bytes_per_s for leg in legs)))
+
+    def _unrelayed(self, a: PeerId, b: PeerId) -> Link:
+        """Return the link as measured, else guessed, whatever relays the peers claim to have."""
+        there, back = self._announced(a, b), self._announced(b, a)
         rates = (there and there.upload_bytes_per_s, back and back.download_bytes_per_s)
         known = [rate for rate in rates if rate]
-        bytes_per_s = min(known, default=UNKNOWN_BYTES_PER_S)
         round_trip_s = self._measured_s(a, b, there, back)
-        if relay is not None:
-            bytes_per_s = min(bytes_per_s, self._directory.relay_rate(relay))
-            if round_trip_s is None and relay not in {a, b}:
-                # Both ways of the circuit; what is measured through it contains them already.
-                legs = (self.between(a, relay), self.between(relay, b))
-                return Link(sum(leg.round_trip_s for leg in legs), min(bytes_per_s, *(leg.bytes_per_s for leg in legs)))
         if round_trip_s is None:
             round_trip_s = self._guessed_s(a, b)
-        return Link(round_trip_s + HANDLING_S, bytes_per_s)
+        return Link(round_trip_s + HANDLING_S, min(known, default=UNKNOWN_BYTES_PER_S))
 
     def _relay_between(self, a: PeerId, b: PeerId) -> PeerId | None:
         """Return the relay that two peers need, or have; the nearest to us of several."""
@@ -76,7 +82,8 @@ class LinkEstimates:
         a_is, b_is = self._directory.location_of(a), self._directory.location_of(b)
         if not is_relayed(a_is, b_is):
             return None
-        relays = [PeerId(relay) for relay in b_is.relays or a_is.relays]
+        claimed = (tuple(filter(self._directory.is_public, map(PeerId, each.relays))) for each in (b_is, a_is))
+        relays = next(filter(None, claimed), ())
         return min(relays, key=lambda relay: self._round_trip_s(relay) or math.inf, default=None)
 
     def _measured_s(self, a: PeerId, b: PeerId, there: Neighbour | None, back: Neighbour | None) -> float | None:

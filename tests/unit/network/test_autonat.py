@@ -2,12 +2,20 @@
 
 from typing import Any
 
+import pytest
+import trio
 from libp2p.abc import INetConn
 from libp2p.peer.id import ID
+from trio.testing import MockClock
 
-from node.network.addresses import parse_address
-from node.network.autonat import PEER_REQUESTS_BURST, AutonatClient
+from node.network.addresses import TcpAddress, parse_address
+from node.network.autonat import MAX_AT_ONCE_PER_ORIGIN, ORIGIN_REQUESTS_BURST, AutonatClient, AutonatServer
+from node.network.autonat_messages import DialRequest, DialResponse, DialStatus, ResponseStatus
 from node.network.host import Libp2pNetwork
+from node.network.message_stream import MessageStream
+from node.network.own_addresses import OwnAddresses
+from node.network.traversal import Traversal, TraversalOptions
+from protocol.announcements import Verdict
 from protocol.identity import PeerId
 
 from .conftest import limited, until
@@ -55,13 +63,62 @@ async def test_server_dials_no_private_address_but_the_clients_own() -> None:
             assert await check(client, server, "/ip4/10.1.2.3/tcp/4001") is None
 
 
-async def test_server_limits_requests() -> None:
+async def test_server_limits_requests_of_one_machine_whatever_identities_it_has() -> None:
+    clients, server = [host(1), host(3)], host(2)
+    with limited(20):
+        async with clients[0].running(), clients[1].running(), server.running():
+            for client in clients:
+                await client.connect(server.multiaddrs[0])
+            burst = ORIGIN_REQUESTS_BURST
+            answers = [await check(clients[n % 2], server, "/ip4/127.0.0.1/tcp/9") for n in range(burst + 2)]
+            assert answers == [False] * burst + [None] * 2
+
+
+async def test_server_dials_for_one_machine_a_few_times_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     client, server = host(1), host(2)
+    dialling, release = [0], trio.Event()
+
+    async def dial(self: AutonatServer, messages: MessageStream, request: DialRequest) -> DialResponse:
+        dialling[0] += 1
+        await release.wait()
+        return DialResponse(status=ResponseStatus.OK, addr_index=0, dial_status=DialStatus.E_DIAL_ERROR)
+
+    monkeypatch.setattr(AutonatServer, "_dial", dial)
+    answers: list[bool | None] = []
+
+    async def ask() -> None:
+        answers.append(await check(client, server, "/ip4/127.0.0.1/tcp/9"))
+
     with limited(20):
         async with client.running(), server.running():
             await client.connect(server.multiaddrs[0])
-            answers = [await check(client, server, "/ip4/127.0.0.1/tcp/9") for _ in range(int(PEER_REQUESTS_BURST) + 1)]
-            assert answers == [False] * int(PEER_REQUESTS_BURST) + [None]
+            async with trio.open_nursery() as nursery:
+                for _ in range(MAX_AT_ONCE_PER_ORIGIN + 1):
+                    nursery.start_soon(ask)
+                await until(lambda: answers == [None])
+                assert dialling == [MAX_AT_ONCE_PER_ORIGIN]
+                release.set()
+    assert answers == [None, *[False] * MAX_AT_ONCE_PER_ORIGIN]
+
+
+async def test_servers_that_do_not_help_are_asked_in_turn_with_the_others(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traversal = Traversal(TraversalOptions(), OwnAddresses(), private_swarm=False)
+    servers = [PeerId(f"server-{number}") for number in range(4)]
+    monkeypatch.setattr(traversal, "_servers", lambda: [(peer, peer) for peer in servers])
+    address = parse_address("/ip4/8.8.8.8/tcp/4001")
+    asked: list[PeerId] = []
+
+    class Client:
+        async def check(self, server: PeerId, addresses: list[TcpAddress]) -> tuple[TcpAddress, bool] | None:
+            asked.append(server)
+            return (addresses[0], False) if server == servers[-1] else None
+
+    for _ in range(2):
+        await traversal._check_address(Client(), address)  # type: ignore[arg-type]
+    assert asked == servers, "the next round asks the rest, and nobody again so soon"
+    assert traversal._verdicts.of(address, trio.current_time()) is Verdict.PRIVATE
 
 
 async def test_dial_back_leaves_no_connection_behind() -> None:

@@ -178,7 +178,9 @@ async def test_circuit_is_upgraded_to_a_direct_connection() -> None:
             await two.connect(relay.multiaddrs[0])
             for network in hosts:
                 (own,) = (each for each in network.multiaddrs if "p2p-circuit" not in each)
-                network._traversal._observed.record("9.9.9.9", parse_address(own.rpartition("/p2p/")[0]))
+                network._traversal._observed.record(
+                    PeerId("observer"), "9.9.9.9", parse_address(own.rpartition("/p2p/")[0])
+                )
             circuit = next(each for each in one.multiaddrs if "p2p-circuit" in each)
             await two.connect(circuit)
             assert two.way_to(one.peer_id) == Way(punched=True)

@@ -8,6 +8,7 @@ from protocol.identity import PeerId
 
 A, B = PeerId("server-a"), PeerId("server-b")
 HOME = parse_address("/ip4/8.8.8.8/tcp/4001")
+THIRD = parse_address("/ip4/8.8.8.8/tcp/60000")
 OTHER = parse_address("/ip4/8.8.8.8/tcp/50000")
 SIX = parse_address("/ip6/2a00::1/tcp/4001")
 NAME = parse_address("/dns4/example.org/tcp/4001")
@@ -46,17 +47,39 @@ def test_announced_name_counts_as_public() -> None:
 def observed(*seen: tuple[str, TcpAddress]) -> ObservedAddresses:
     found = ObservedAddresses()
     for host, address in seen:
-        found.record(host, address)
+        found.record(PeerId(host), host, address)
     return found
 
 
 def test_symmetric_nat_is_recognised_by_different_ports() -> None:
     assert not observed(("9.9.9.9", HOME)).endpoint_dependent
     assert not observed(("9.9.9.9", HOME), ("1.1.1.1", HOME)).endpoint_dependent
-    assert observed(("9.9.9.9", HOME), ("1.1.1.1", OTHER)).endpoint_dependent
+    assert not observed(("9.9.9.9", HOME), ("1.1.1.1", OTHER)).endpoint_dependent, "one of the two may lie"
+    assert observed(("9.9.9.9", HOME), ("1.1.1.1", OTHER), ("4.4.4.4", THIRD)).endpoint_dependent
     assert not observed(("9.9.9.9", HOME), ("1.1.1.1", HOME), ("4.4.4.4", OTHER)).endpoint_dependent
 
 
 def test_one_range_of_observers_counts_once() -> None:
     liars = [(f"9.9.9.{number}", OTHER) for number in range(20)]
     assert observed(*liars, ("1.1.1.1", HOME), ("4.4.4.4", HOME)).addresses()[0] == HOME
+
+
+def test_observation_ends_when_its_peer_disconnects() -> None:
+    moved = observed(*((host, HOME) for host in ("9.9.9.9", "1.1.1.1", "4.4.4.4")))
+    for host in ("9.9.9.9", "1.1.1.1"):
+        moved.disconnected(PeerId(host))
+    moved.record(PeerId("new"), "5.5.5.5", OTHER)
+    moved.record(PeerId("another"), "6.6.6.6", OTHER)
+    assert moved.addresses() == (OTHER, HOME)
+    moved.disconnected(PeerId("4.4.4.4"))
+    assert moved.addresses() == (OTHER,)
+    assert not moved.endpoint_dependent
+
+
+def test_last_observation_of_each_kind_stands_until_there_is_a_new_one() -> None:
+    alone = observed(("9.9.9.9", HOME), ("2a01::1", SIX))
+    alone.disconnected(PeerId("9.9.9.9"))
+    alone.disconnected(PeerId("2a01::1"))
+    assert alone.addresses() == (HOME, SIX)
+    alone.record(PeerId("new"), "1.1.1.1", OTHER)
+    assert alone.addresses() == (OTHER, SIX)

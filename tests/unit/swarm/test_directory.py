@@ -13,7 +13,7 @@ from node.swarm.directory import (
     MAX_UNREACHED_PER_RELAY,
     Directory,
 )
-from protocol.announcements import Heartbeat, Placement, ServedSpan
+from protocol.announcements import Heartbeat, Placement, Reachability, ServedSpan, Verdict
 from protocol.identity import BlockRange, ModelId, PeerId, peer_id_from_public_key
 from protocol.messages import Load
 
@@ -123,6 +123,22 @@ def test_announced_spans_count_once_the_peer_was_reached() -> None:
     assert directory.candidates(MODEL)
     directory.on_dialled(PEER, False)
     assert not directory.candidates(MODEL)
+
+
+def test_placements_are_the_same_wherever_the_observer_is() -> None:
+    def home(sequence: int, peer: PeerId, host: str) -> Heartbeat:
+        placement = Placement(model=MODEL, blocks=BlockRange(0, 3), rate=1.0, movable=True)
+        reachability = Reachability(verdict=Verdict.PRIVATE, observed=(f"/ip4/{host}/tcp/4001",))
+        said = heartbeat(sequence, peer=peer)
+        return replace(said, placements=(placement,), placed_at_ms=1, reachability=reachability)
+
+    one, other, friend = US, other_peer(1), other_peer(2)
+    said = [home(1, one, "8.8.8.8"), home(1, other, "9.9.9.9"), home(1, friend, "9.9.9.9")]
+    observers = [Directory(own_peer=each) for each in (one, other, friend)]
+    for directory in observers:
+        for each in said:
+            directory.update(each, 0.0, dialled=True)
+    assert {len(directory.servers(MODEL, 2)) for directory in observers} == {3}
 
 
 def test_number_of_unreached_peers_from_one_relay_is_bounded() -> None:

@@ -92,6 +92,21 @@ def test_relayed_pair_costs_both_legs_at_most_at_the_rate_of_the_relay() -> None
     assert punched.between(B, C).bytes_per_s == UNKNOWN_BYTES_PER_S
 
 
+def test_peers_that_name_each_other_as_relays_cost_an_estimate_and_no_recursion() -> None:
+    symmetric = home(C, "9.9.9.9", relays=(D,), endpoint_dependent=True)
+    for says in (Verdict.PRIVATE, Verdict.PUBLIC):
+        relay = heartbeat(D, "50.0.0.1", verdict=says, relays=(B,), endpoint_dependent=True)
+        links = swarm(relay, home(B, "8.8.8.8", relays=(D,), endpoint_dependent=True), symmetric)
+        for one, other in ((B, C), (C, B), (B, D), (D, B), (C, D), (D, C)):
+            assert math.isfinite(links.between(one, other).round_trip_s)
+
+
+def test_only_a_public_peer_is_believed_to_relay() -> None:
+    private = home(D, "50.0.0.1", relay_bytes_per_s=1.0)
+    links = swarm(private, home(B, "8.8.8.8", relays=(D,), endpoint_dependent=True), home(C, "9.9.9.9", relays=(D,)))
+    assert links.between(B, C).bytes_per_s == UNKNOWN_BYTES_PER_S
+
+
 def test_own_circuit_is_as_slow_as_was_measured_through_it() -> None:
     relay = heartbeat(D, "50.0.0.1", verdict=Verdict.PUBLIC, relay_bytes_per_s=1e6)
     assert swarm(relay, home(B, "8.8.8.8"), relay_to=D).between(A, B) == (0.04 + HANDLING_S, 1e6)

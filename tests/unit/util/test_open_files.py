@@ -14,7 +14,7 @@ from trio.testing import MockClock
 from node.capabilities import probe
 from node.capabilities.inventory import Inventory
 from node.capabilities.traffic import TrafficMeter
-from node.network.addresses import expand_wildcard, parse_address
+from node.network.addresses import _interface_addresses, expand_wildcard, parse_address
 from node.network.limits import NetworkLimits
 from node.util.open_files import is_file_shortage, open_file_limit, raise_open_file_limit, retry_on_file_shortage
 
@@ -86,6 +86,7 @@ async def test_last_reading_is_used_during_file_shortage() -> None:
     with no_file_left():
         with pytest.raises(OSError, match="Too many open files"):
             psutil.virtual_memory()
+        _interface_addresses.cache_clear()
         assert expand_wildcard(wildcard) == addresses
         without = inventory.capabilities()
     assert without is not None
