@@ -25,6 +25,10 @@ class ObservedAddresses:
         counts = Counter(self._seen.values())
         return tuple(address for address, _ in counts.most_common(MAX_OBSERVED))
 
+    def observers(self, address: TcpAddress) -> set[str]:
+        """Return the ranges of the peers that see this node at an address."""
+        return {observer for (_, observer), seen in self._seen.items() if seen == address}
+
     @property
     def endpoint_dependent(self) -> bool:
         """Whether the NAT maps the port to another one for each peer (symmetric): no hole can be punched from it."""

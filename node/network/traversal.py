@@ -16,7 +16,7 @@ from libp2p.host.observed_addr_manager import ObservedAddrManager
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
-from node.network.addresses import TcpAddress, is_private, parse_address
+from node.network.addresses import TcpAddress, address_range, is_private, parse_address
 from node.network.autonat import AutonatClient, AutonatServer
 from node.network.autonat_messages import DIAL_BACK_PROTOCOL, DIAL_REQUEST_PROTOCOL
 from node.network.circuits import Circuits
@@ -74,7 +74,7 @@ class Traversal:
         self._own = own
         self._private_swarm = private_swarm
         self._observed = ObservedAddresses()
-        self._verdicts = Verdicts()
+        self._verdicts = Verdicts(self._observers)
         self._changed = Signal()
         self._host: GuardedHost | None = None
         self._tcp: Tcp | None = None
@@ -156,6 +156,10 @@ class Traversal:
         """Return the public addresses at which this node might be dialled."""
         found = [*self._own.direct(), *self._observed.addresses()]
         return list(dict.fromkeys(each for each in found if each.is_public))[:MAX_CANDIDATES]
+
+    def _observers(self, address: TcpAddress) -> set[str] | None:
+        """Return the ranges of the peers that see us at an address; None for one that we know ourselves."""
+        return None if address in self._own.fixed() else self._observed.observers(address)
 
     def _is_relay(self) -> bool:
         """Return whether this node relays: where it is public, or has a public address that nobody has tried yet."""
@@ -257,8 +261,11 @@ class Traversal:
             asked += 1
             found = await client.check(connection, [address])
             if found is not None:
-                self._verdicts.record(found[0], peer, reached=found[1], now_s=trio.current_time())
-                if found[1]:
+                muxed = connection.muxed_conn
+                where = address_range(muxed.host or "") if isinstance(muxed, Yamux) else None
+                now_s = trio.current_time()
+                self._verdicts.record(found[0], peer, reached=found[1], now_s=now_s, server_range=where)
+                if self._verdicts.of(address, now_s) is Verdict.PUBLIC:
                     return
 
     def _servers(self) -> list[tuple[PeerId, INetConn]]:
