@@ -1,17 +1,22 @@
 """Relays over loopback: peers that listen on nothing are reached through circuits, within the relay's limits."""
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import pytest
 import trio
 from libp2p.peer.id import ID
+from libp2p.stream_muxer.exceptions import MuxedStreamError
 
+from node.network import hole_punch
 from node.network.addresses import parse_address
 from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError, Stream, Way
+from node.network.message_stream import MessageStream
+from node.network.protobuf import MalformedMessage
 from node.network.relay_ledger import RelayLimits
+from node.network.relay_messages import DCUTR_PROTOCOL, HolePunch, HolePunchType
 from node.network.traversal import TraversalOptions
 from node.network.yamux import Yamux
 from protocol.announcements import Verdict
@@ -163,8 +168,36 @@ async def test_reservation_ends_with_the_connection() -> None:
             assert hidden.multiaddrs == ()
 
 
-async def test_circuit_is_upgraded_to_a_direct_connection() -> None:
+async def test_hole_punching_is_served_on_circuits_of_our_own_and_not_again_after_a_failure() -> None:
+    relay, hidden, other = relay_host(), hidden_host(2), hidden_host(3)
+
+    async def is_served(client: Libp2pNetwork, server: Libp2pNetwork) -> bool:
+        assert client._host is not None
+        assert client._swarm is not None
+        (circuit,) = client._swarm.live_connections(ID.from_base58(server.peer_id))
+        async with MessageStream(await client._host.open_stream_on(circuit, DCUTR_PROTOCOL)) as messages:
+            with suppress(MuxedStreamError, MalformedMessage):
+                await messages.send(HolePunch(type=HolePunchType.CONNECT))
+                return (await messages.receive(HolePunch)).type is HolePunchType.CONNECT
+        return False
+
+    with limited(20):
+        async with reserved(relay, hidden=hidden), other.running():
+            await other.connect(hidden.multiaddrs[0])
+            opener, reached = other._traversal._puncher, hidden._traversal._puncher
+            assert opener is not None
+            assert reached is not None
+            await until(lambda: opener._failed and not opener._busy and not reached._busy)
+            assert not await is_served(hidden, other)  # it has just failed
+            opener._failed.clear()
+            assert await is_served(hidden, other)
+            reached._failed.clear()
+            assert not await is_served(other, hidden)  # which has not opened the circuit
+
+
+async def test_circuit_is_upgraded_to_a_direct_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over loopback every dial succeeds: both sides listen, and tell each other what the relay sees of them."""
+    monkeypatch.setattr(hole_punch, "is_target", lambda address: True)
     options = TraversalOptions(verdict=Verdict.PRIVATE)
     relay = relay_host()
     hosts = []
