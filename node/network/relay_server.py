@@ -131,9 +131,18 @@ class RelayServer:
         except ValueError:
             await _answer(messages, Status.MALFORMED_MESSAGE)
             return
+        if self._host.swarm.direct_connection(target) is None:
+            await _answer(messages, Status.NO_RESERVATION)
+            return
         try:
-            with self.ledger.circuit(_peer(source), _peer(target), trio.current_time()):
-                limit = await self._limit([source, target])
+            limit = await self._limit([source, target])
+            with self.ledger.circuit(
+                _peer(source),
+                messages.connection.host or "",
+                _peer(target),
+                trio.current_time(),
+                stranger=limit is not None,
+            ):
                 async with await self._reach(source, target, limit) as onward:
                     await messages.send(HopMessage(type=HopType.STATUS, status=Status.OK, limit=limit))
                     await self._carry(messages.muxed, onward.muxed, limit)
@@ -162,12 +171,16 @@ class RelayServer:
         return onward
 
     async def _carry(self, near: YamuxStream, far: YamuxStream, limit: Limit | None) -> None:
-        """Pass on what arrives, until both sides have ended or a limit is reached, which resets both streams."""
+        """Pass on what arrives, until both sides have ended, or nothing came for long, or a limit is reached.
+
+        The latter two reset both streams.
+        """
         near.max_window_bytes = far.max_window_bytes = WINDOW_BYTES
         most_bytes = (limit.data if limit else None) or None
         try:
             with trio.move_on_after((limit.duration if limit else None) or float("inf")):
                 async with trio.open_nursery() as nursery:
+                    nursery.cancel_scope.deadline = trio.current_time() + self._limits.idle_s
                     nursery.start_soon(self._pass_on, near, far, most_bytes, nursery.cancel_scope)
                     nursery.start_soon(self._pass_on, far, near, most_bytes, nursery.cancel_scope)
         finally:
@@ -189,6 +202,7 @@ class RelayServer:
                 await trio.sleep(self._rate.spend(len(data), trio.current_time()))
                 self.relayed_bytes += len(data)
                 await target.write(data)
+                both.deadline = trio.current_time() + self._limits.idle_s
         except MuxedStreamEOF:
             target.close_now(discard=False)
         except MuxedStreamError:

@@ -135,6 +135,18 @@ async def test_circuit_of_a_stranger_is_reset_at_its_limit() -> None:
             await until(lambda: other.way_to(hidden.peer_id) is None)
 
 
+async def test_circuit_that_carries_nothing_is_reset() -> None:
+    relay, hidden, other = relay_host(limits=RelayLimits(idle_s=1.0)), hidden_host(2), hidden_host(3)
+    with limited(20):
+        async with reserved(relay, hidden=hidden), other.running():
+            await other.connect(hidden.multiaddrs[0])
+            assert relay._traversal._relay is not None
+            ledger = relay._traversal._relay.ledger
+            await until(lambda: ledger.circuits == 1)
+            await until(lambda: ledger.circuits == 0)
+            await until(lambda: hidden.way_to(other.peer_id) is None)
+
+
 async def test_relay_refuses_what_nobody_reserved_and_never_dials() -> None:
     relay, hidden, other = relay_host(), hidden_host(2), hidden_host(3)
     public = relay_host(5)
