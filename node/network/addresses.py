@@ -144,7 +144,7 @@ def address_range(host: str) -> str | None:
     None for names and for addresses that the internet does not route: whole swarms live within one private range.
     """
     ip = _parse_ip(host)
-    if ip is None or not ip.is_global:
+    if ip is None or not _is_routed(ip):
         return None
     return str(ipaddress.ip_network((ip, 24 if ip.version == 4 else 56), strict=False))
 
@@ -152,7 +152,15 @@ def address_range(host: str) -> str | None:
 def is_private(host: str) -> bool:
     """Return whether a host is an address that the internet does not route; False for names."""
     ip = _parse_ip(host)
-    return ip is not None and not ip.is_global
+    return ip is not None and not _is_routed(ip)
+
+
+_TRANSLATED: Final = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16")))
+"""IPv6 addresses that stand for IPv4 ones, also for private ones: of NAT64 and of 6to4."""
+
+
+def _is_routed(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in _TRANSLATED)
 
 
 def _parse_ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -2,7 +2,7 @@
 
 The server dials the first address that it is willing to dial, from a port of its own choice and under an identity that
 is good for nothing else: so no hole that the client has opened for the server lets the connection in. The client
-believes a success only where the number that it chose has arrived.
+believes a success only where the number that it chose has arrived over a connection that somebody opened to it since.
 """
 
 import logging
@@ -10,6 +10,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -183,13 +184,13 @@ class AutonatClient:
 
     def __init__(self, host: GuardedHost) -> None:
         self._host = host
-        self._arrived: dict[int, bool] = {}
-        """Whether the number of each request under way has arrived."""
+        self._requests: dict[int, _Request] = {}
+        """Those under way, by the number that has to arrive."""
 
     async def check(self, server: INetConn, addresses: Sequence[TcpAddress]) -> tuple[TcpAddress, bool] | None:
         """Return the address that a server has dialled, and whether it reached us; None where it dialled none."""
         nonce = random.getrandbits(64)
-        self._arrived[nonce] = False
+        request = self._requests[nonce] = _Request(trio.current_time())
         try:
             with trio.fail_after(REQUEST_TIMEOUT_S):
                 stream = await self._host.open_stream_on(server, DIAL_REQUEST_PROTOCOL)
@@ -199,11 +200,11 @@ class AutonatClient:
             logger.debug("no dial-back from %s: %s", server.muxed_conn.peer_id, reason(error))
             return None
         finally:
-            arrived = self._arrived.pop(nonce)
+            del self._requests[nonce]
         index = response.addr_index or 0
         if response.status is not ResponseStatus.OK or index >= len(addresses):
             return None
-        if response.dial_status is DialStatus.OK and arrived:
+        if response.dial_status is DialStatus.OK and request.arrived:
             return addresses[index], True
         return (addresses[index], False) if response.dial_status is DialStatus.E_DIAL_ERROR else None
 
@@ -224,11 +225,26 @@ class AutonatClient:
                 await messages.send(part)
 
     async def handle_dial_back(self, stream: INetStream) -> None:
-        """Take a dial-back."""
+        """Take a dial-back.
+
+        Only over a connection that the server has dialled for it: on one that was there before, on a circuit, or
+        through a hole that we have opened for it, it could tell the number without having reached any address of ours.
+        """
         async with MessageStream(stream) as messages:
             with trio.fail_after(DIAL_TIMEOUT_S):
-                nonce = (await messages.receive(DialBack)).nonce
-                if nonce not in self._arrived:
+                request = self._requests.get((await messages.receive(DialBack)).nonce or 0)
+                over = messages.connection
+                if request is None or over.established_s < request.asked_s:
                     raise MalformedMessage("a dial-back that nobody asked for")
-                self._arrived[nonce] = True
+                if over.is_initiator or over.relay is not None or over.punched:
+                    raise MalformedMessage("a dial-back over a connection that was not dialled for it")
+                request.arrived = True
                 await messages.send(DialBackResponse(status=DialBackStatus.OK))
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request under way: when it began, and whether its number has arrived."""
+
+    asked_s: float
+    arrived: bool = False

@@ -132,6 +132,7 @@ class Circuits(ITransport):
             return
         async with messages.undone_on_error():
             with self._tcp.handshakes.place(f"relay {relay}") as scope:
+                await self._tcp.handshakes.wait_turn(f"relay {relay}")
                 muxed = await self._accept(host, messages, relay, source)
             if scope.cancelled_caught:
                 raise OpenConnectionError("too many circuits arrive through this relay")

@@ -197,7 +197,12 @@ class GuardedHost(BasicHost):
 
     async def wait_identified(self, peer_id: ID) -> None:
         """Wait until an identify request to a peer has ended; the caller bounds it."""
-        await self._identified.setdefault(peer_id, trio.Event()).wait()
+        event = self._identified.setdefault(peer_id, trio.Event())
+        try:
+            await event.wait()
+        finally:
+            if self._identified.get(peer_id) is event and not event.statistics().tasks_waiting:
+                del self._identified[peer_id]  # nobody may ever identify it
 
 
 def silence_library_log() -> None:

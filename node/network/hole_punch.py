@@ -36,9 +36,15 @@ PUNCH_TIMEOUT_S: Final = 3.0
 REFUSED_PAUSE_S: Final = 0.02
 """Pause before an address is dialled again whose gateway refused: our dial arrived before the other side's left."""
 
+REFUSED_DIALS: Final = 20
+"""Dials of such an address in one try. Few: the address is the peer's word, and may be somebody else's."""
+
 ENTERED_S: Final = 0.2
 FAILED_S: Final = 600.0
-MAX_ADDRESSES: Final = 8
+MAX_ADDRESSES: Final = 4
+MAX_HOSTS: Final = 2
+"""Hosts that one message may have dialled: a peer has an IPv4 and an IPv6 address."""
+
 MAX_AT_ONCE: Final = 16
 
 
@@ -67,11 +73,14 @@ class HolePuncher:
         self._arrived: dict[ID, trio.Event] = {}
         """and when there is one."""
         self._failed: TTLCache[ID, None] = TTLCache(1024, FAILED_S, trio.current_time)
+        """Peers to which no hole could be punched,"""
+        self._awaited: TTLCache[ID, None] = TTLCache(1024, FAILED_S, trio.current_time)
+        """and those whose hole was waited for in vain: it may come yet."""
 
     def circuit_opened(self, connection: Yamux) -> None:
         """Begin to upgrade a connection that a peer has opened to us through a relay."""
         peer_id = connection.peer_id
-        if peer_id not in self._busy and len(self._busy) < MAX_AT_ONCE:
+        if peer_id not in self._busy and peer_id not in self._failed and len(self._busy) < MAX_AT_ONCE:
             self._busy.add(peer_id)
             self._nursery.start_soon(self._upgrade, connection)
 
@@ -109,11 +118,17 @@ class HolePuncher:
         logger.info("no hole could be punched to %s", peer_id)
 
     async def handle(self, stream: INetStream) -> None:
-        """Serve the exchange: the second side."""
+        """Serve the exchange: the second side.
+
+        Only over a circuit that we have opened, as the protocol has it: a message says whom we dial, so whoever opens
+        a circuit to us must not be able to send as many as it likes.
+        """
         async with MessageStream(stream) as messages:
             peer_id = messages.connection.peer_id
-            if messages.connection.relay is None or peer_id in self._busy:
+            if messages.connection.relay is None or not messages.connection.is_initiator or peer_id in self._busy:
                 raise OpenConnectionError("there is nothing to upgrade")
+            if peer_id in self._failed or len(self._busy) >= MAX_AT_ONCE:
+                raise OpenConnectionError("not now")
             self._busy.add(peer_id)
             try:
                 for _ in range(TRIES):
@@ -130,6 +145,7 @@ class HolePuncher:
         """Note that there is a direct connection to a peer."""
         self.gave_up(peer_id)
         self._failed.pop(peer_id, None)
+        self._awaited.pop(peer_id, None)
         if (event := self._arrived.pop(peer_id, None)) is not None:
             direct = self._host.swarm.direct_connection(peer_id)
             if direct is not None and isinstance(direct.muxed_conn, Yamux):
@@ -146,12 +162,12 @@ class HolePuncher:
 
         Not where that failed a short while ago: NATs rarely change.
         """
-        if peer_id in self._failed:
+        if peer_id in self._failed or peer_id in self._awaited:
             return
         with trio.move_on_after(timeout_s):
             await self._settled.setdefault(peer_id, trio.Event()).wait()
         if self._host.swarm.direct_connection(peer_id) is None:
-            self._failed[peer_id] = None
+            self._awaited[peer_id] = None
         self.gave_up(peer_id)
 
     async def _tell(self, messages: MessageStream) -> None:
@@ -160,7 +176,7 @@ class HolePuncher:
 
     async def _punch(self, peer_id: ID, message: HolePunch, *, initiator: bool) -> bool:
         """Dial all of a peer's addresses from our port; return whether there is a direct connection now."""
-        targets = self._targets(message)
+        targets = punch_targets(message, self._host.swarm.is_own)
         if not targets:
             return False
         arrived = self._arrived.setdefault(peer_id, trio.Event())
@@ -169,7 +185,7 @@ class HolePuncher:
 
                 async def punch_one(address: TcpAddress) -> None:
                     try:
-                        stream = await self._connect(address)
+                        stream = await connect_refused(self._tcp, address)
                         await self._secure(stream, peer_id, initiator=initiator)
                     except Exception as error:  # noqa: BLE001  # a dozen types for a dial that failed
                         logger.debug("no hole to %s at %s: %s", peer_id, address.transport, reason(error))
@@ -187,27 +203,6 @@ class HolePuncher:
         self._arrived.pop(peer_id, None)
         return self._host.swarm.direct_connection(peer_id) is not None
 
-    def _targets(self, message: HolePunch) -> list[TcpAddress]:
-        """Return where to dial: what the internet routes, unless we are not seen from there ourselves."""
-        inside = not any(each.is_public for each in self._observed())
-        found: dict[str, TcpAddress] = {}
-        for data in message.addrs[:MAX_ADDRESSES]:
-            try:
-                address = parse_address(str(Multiaddr(data)))
-            except Exception:  # noqa: BLE001, S112  # the bytes are a peer's, and the codecs raise what they like
-                continue
-            if address.relay is None and address.kind in {"ip4", "ip6"} and (address.is_public or inside):
-                found[address.transport] = address
-        return list(found.values())
-
-    async def _connect(self, address: TcpAddress) -> TcpStream:
-        """Dial from our port, again and again while a gateway refuses."""
-        while True:
-            try:
-                return await self._tcp.connect_from_port(address)
-            except (ConnectionRefusedError, ConnectionResetError):
-                await trio.sleep(REFUSED_PAUSE_S)
-
     async def _secure(self, stream: TcpStream, peer_id: ID, *, initiator: bool) -> None:
         raw = RawConnection(stream, initiator=initiator)
         swarm = self._host.swarm
@@ -222,6 +217,35 @@ class HolePuncher:
         if not isinstance(muxed, Yamux) or muxed.peer_id != peer_id:
             await muxed.close()
             raise OpenConnectionError(f"another peer answered: {muxed.peer_id}")
+
+
+def punch_targets(message: HolePunch, is_own: Callable[[TcpAddress], bool]) -> list[TcpAddress]:
+    """Return where to dial of what a peer tells: a few addresses of a host or two that the internet routes."""
+    found: dict[str, TcpAddress] = {}
+    for data in message.addrs:
+        try:
+            address = parse_address(str(Multiaddr(data)))
+        except Exception:  # noqa: BLE001, S112  # the bytes are a peer's, and the codecs raise what they like
+            continue
+        hosts = {each.host for each in found.values()} | {address.host}
+        if is_target(address) and not is_own(address) and len(hosts) <= MAX_HOSTS:
+            found[address.transport] = address
+    return list(found.values())[:MAX_ADDRESSES]
+
+
+def is_target(address: TcpAddress) -> bool:
+    """Return whether an address may be dialled on a peer's word."""
+    return address.relay is None and address.kind in {"ip4", "ip6"} and address.is_public and address.port > 0
+
+
+async def connect_refused(tcp: Tcp, address: TcpAddress) -> TcpStream:
+    """Dial from our port, again for a moment where a gateway refuses."""
+    for _ in range(REFUSED_DIALS - 1):
+        try:
+            return await tcp.connect_from_port(address)
+        except (ConnectionRefusedError, ConnectionResetError):
+            await trio.sleep(REFUSED_PAUSE_S)
+    return await tcp.connect_from_port(address)
 
 
 async def _receive(messages: MessageStream, kind: HolePunchType) -> HolePunch:

@@ -42,6 +42,10 @@ class ObservedAddresses:
         kinds = {kind for kind, _ in self._seen}
         return (*seen, *(address for kind, address in self._last.items() if kind not in kinds))
 
+    def observers(self, address: TcpAddress) -> set[str]:
+        """Return the ranges of the peers that see this node at an address."""
+        return {observer for (_, observer), (_, seen) in self._seen.items() if seen == address}
+
     @property
     def endpoint_dependent(self) -> bool:
         """Whether the NAT maps the port to another one for each peer (symmetric): no hole can be punched from it."""

@@ -12,7 +12,7 @@ from protocol.limits import MAX_ADDRESSES
 class OwnAddresses:
     """Where this node can be dialled.
 
-    Others are told the announced addresses, those that a peer has dialled with success, those of the interfaces, and
+    Others are told the announced addresses, those at which a peer has reached us, those of the interfaces, and
     circuits through relays, in this order: of many, the last are left out.
     """
 
@@ -20,23 +20,22 @@ class OwnAddresses:
         """Raise ValueError for a malformed address."""
         self.announced = [parse_address(text) for text in announce]
         self.mapped: TcpAddress | None = None
-        """The address that a port mapping of the gateway has opened."""
+        """The address that the gateway claims to forward to us."""
         self.confirmed: Sequence[TcpAddress] = ()
-        """Addresses that others observed, and at which a peer has reached us."""
+        """Addresses that the gateway or peers told us of, and at which a peer has reached us."""
         self.circuits: Sequence[TcpAddress] = ()
         self.listening: Callable[[], Sequence[Multiaddr]] = tuple
 
     def direct(self) -> list[TcpAddress]:
         """Return the addresses at which TCP connections are accepted, or should be."""
-        return self._told(self.confirmed)
+        return self._with(self.confirmed)
 
     def fixed(self) -> list[TcpAddress]:
         """Return those of them that stay without our own dials: not what a NAT maps for a while."""
-        return self._told(())
+        return self._with([self.mapped] if self.mapped is not None else [])
 
-    def _told(self, confirmed: Sequence[TcpAddress]) -> list[TcpAddress]:
-        mapped = [self.mapped] if self.mapped is not None else []
-        found = [*self.announced, *mapped, *confirmed, *self._interfaces()]
+    def _with(self, others: Sequence[TcpAddress]) -> list[TcpAddress]:
+        found = [*self.announced, *others, *self._interfaces()]
         return list(dict.fromkeys(without_loopback(found)))
 
     def advertised(self) -> list[TcpAddress]:

@@ -4,10 +4,11 @@ The library under it (miniupnpc) is C code that parses what any device of the lo
 runs in a child process with limits, once for each lease.
 """
 
+import ipaddress
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import trio
@@ -40,34 +41,51 @@ async def keep_port_mapping(
     `candidates`: the private addresses that this node listens on; without any, as on a public machine, nothing is done.
     """
     mapped: TcpAddress | None = None
+    ends_s = 0.0
     try:
         while True:
-            found = None
-            for address in candidates()[:1]:
-                found = await _ask("add", address, mapped.port if mapped else address.port)
+            own = candidates()
+            found = await _ask("add", own, mapped.port if mapped else own[0].port) if own else None
+            pause_s = RENEWAL_S if found else RETRY_S
+            if found is not None:
+                ends_s = trio.current_time() + LEASE_S
+            elif trio.current_time() < ends_s:
+                found = mapped  # a renewal that failed ends no lease
             if found != mapped:
                 mapped = found
                 on_mapped(mapped)
                 if mapped is not None:
                     logger.info("the gateway forwards %s to this node", mapped.transport)
-            await trio.sleep(RENEWAL_S if mapped else RETRY_S)
+            await trio.sleep(pause_s)
     finally:
         if mapped is not None:
             with trio.move_on_after(TIME_LIMIT_S / 4) as scope:
                 scope.shield = True
-                await _ask("remove", mapped, mapped.port)
+                await _ask("remove", [mapped], mapped.port)
 
 
-async def _ask(verb: str, address: TcpAddress, port: int) -> TcpAddress | None:
+async def _ask(verb: str, own: Sequence[TcpAddress], port: int) -> TcpAddress | None:
     """Have the child process talk to the gateway; return the mapped address."""
-    arguments = (verb, address.host, str(address.port), str(port))
+    hosts = ",".join(each.host for each in own if each.port == own[0].port)
+    arguments = (verb, hosts, str(own[0].port), str(port))
     try:
         answer = await run((*COMMAND, *arguments), what="the port mapping", time_limit_s=TIME_LIMIT_S)
         found = json.loads(answer)
-        return TcpAddress("ip4", str(found["host"]), int(found["port"]), None) if verb == "add" else None
+        return _external(found["host"], found["port"]) if verb == "add" else None
     except (ChildError, ValueError, KeyError, TypeError) as error:
         logger.debug("no port mapping: %s", error)
         return None
+
+
+def _external(host: object, port: object) -> TcpAddress:
+    """Return the address that a gateway claims; raise ValueError where the internet does not route it.
+
+    As that of a gateway behind another NAT (100.64.0.0/10), or the answer of whatever else speaks UPnP.
+    """
+    address = TcpAddress("ip4", str(ipaddress.IPv4Address(str(host))), int(str(port)), None)
+    if not address.is_public or not 0 < address.port < 65536:
+        raise ValueError(f"the gateway claims {address.transport}")
+    return address
 
 
 def change_mapping(gateway: Any, verb: str, host: str, port: int, external_port: int) -> dict[str, object]:
@@ -94,12 +112,15 @@ def main(arguments: list[str]) -> None:
     """Change a mapping, and print the external address as JSON."""
     import miniupnpc
 
-    verb, host, port, external_port, *url = arguments
+    verb, hosts, port, external_port, *url = arguments
     gateway = miniupnpc.UPnP()
     gateway.discoverdelay = DISCOVERY_MS
     if not url:
         gateway.discover()
     gateway.selectigd(*url)
+    own = hosts.split(",")
+    # Of several networks, as with a VPN, that of the gateway.
+    host = gateway.lanaddr if gateway.lanaddr in own else own[0]
     print(json.dumps(change_mapping(gateway, verb, host, int(port), int(external_port))))  # noqa: T201
 
 

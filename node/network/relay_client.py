@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
@@ -88,10 +88,8 @@ class RelayClient:
         due = [peer for peer, each in self._held.items() if now_s >= each.renew_at_s]
         for peer in due:
             await self._reserve(peer, connections[peer])
-        for peer, connection in self._by_preference(connections):
-            if len(self._held) >= RELAYS:
-                break
-            await self._reserve(peer, connection)
+        while len(self._held) < RELAYS and (untried := self._by_preference(connections)):
+            await self._reserve(*untried[0])
 
     def _candidates(self) -> dict[PeerId, INetConn]:
         """Return the direct connections to peers that we dialled: those can be dialled, by others, too."""
@@ -123,7 +121,10 @@ class RelayClient:
                     answer = await messages.receive(HopMessage)
         except Exception as error:  # noqa: BLE001  # the peer's answer, or that it does not speak the protocol
             logger.debug("no reservation at %s: %s", peer, reason(error))
-            self._refused(peer)
+            if (held := self._held.get(peer)) is None:
+                self._refused(peer)
+            else:  # a slow answer ends no reservation
+                self._held[peer] = replace(held, renew_at_s=trio.current_time() + REFUSED_PAUSE_S)
             return
         if answer.type is not HopType.STATUS or answer.status is not Status.OK or answer.reservation is None:
             logger.debug("no reservation at %s: %s", peer, answer.status)

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 from node.network.addresses import address_range, origin
 from node.network.relay_messages import Status
@@ -20,8 +21,16 @@ class RelayLimits:
     reservations_per_range: int = 16
     """From one public /24 or /56."""
     circuits: int = 64
+    circuits_of_strangers: int = 16
+    """In which a peer takes part that is not of this swarm."""
     circuits_per_peer: int = 16
     circuits_per_pair: int = 4
+    circuits_per_origin: int = 24
+    """From or to one IPv4 address or IPv6 /64: identities cost nothing."""
+    circuits_per_range: int = 32
+    """From or to one public /24 or /56."""
+    idle_s: float = 60.0
+    """A circuit that carries nothing for so long is reset: multiplexers ping every 10 s, others' every 30 s."""
     reservation_s: int = 3600
     bytes_per_s: float = 16 << 20
     """Of all circuits together."""
@@ -44,18 +53,26 @@ class _Reservation:
     expires_s: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Circuit:
+    peers: frozenset[PeerId]
+    origins: frozenset[str]
+    ranges: frozenset[str]
+    stranger: bool
+
+
 class RelayLedger:
     """The reservations and circuits of a relay. A reservation belongs to the peer that was authenticated."""
 
     def __init__(self, limits: RelayLimits) -> None:
         self._limits = limits
         self._reservations: dict[PeerId, _Reservation] = {}
-        self._pairs: Counter[frozenset[PeerId]] = Counter()
+        self._circuits: set[_Circuit] = set()
 
     @property
     def circuits(self) -> int:
         """Circuits at present."""
-        return self._pairs.total()
+        return len(self._circuits)
 
     def reserved(self, now_s: float) -> tuple[PeerId, ...]:
         """Return the peers with a reservation."""
@@ -82,23 +99,38 @@ class RelayLedger:
         self._reservations.pop(peer, None)
 
     @contextmanager
-    def circuit(self, source: PeerId, target: PeerId, now_s: float) -> Iterator[None]:
+    def circuit(
+        self, source: PeerId, source_host: str, target: PeerId, now_s: float, *, stranger: bool = False
+    ) -> Iterator[None]:
         """Hold a circuit between two peers inside the block. Raises RelayRefusal."""
         if target not in self.reserved(now_s):
             raise RelayRefusal(Status.NO_RESERVATION)
-        pair, limits = frozenset({source, target}), self._limits
-        per_peer = Counter(peer for each, count in self._pairs.items() for peer in each for _ in range(count))
-        if (
-            source == target
-            or self.circuits >= limits.circuits
-            or self._pairs[pair] >= limits.circuits_per_pair
-            or max(per_peer[source], per_peer[target]) >= limits.circuits_per_peer
-        ):
+        hosts = (source_host, self._reservations[target].host)
+        circuit = _Circuit(
+            frozenset({source, target}),
+            frozenset(map(origin, hosts)),
+            frozenset(each for each in map(address_range, hosts) if each is not None),
+            stranger,
+        )
+        if source == target or not self._has_room(circuit):
             raise RelayRefusal(Status.RESOURCE_LIMIT_EXCEEDED)
-        self._pairs[pair] += 1
+        self._circuits.add(circuit)
         try:
             yield
         finally:
-            self._pairs[pair] -= 1
-            if not self._pairs[pair]:
-                del self._pairs[pair]
+            self._circuits.remove(circuit)
+
+    def _has_room(self, new: _Circuit) -> bool:
+        held, limits = self._circuits, self._limits
+        pairs = Counter(each.peers for each in held)
+        peers = Counter(chain.from_iterable(each.peers for each in held))
+        origins = Counter(chain.from_iterable(each.origins for each in held))
+        ranges = Counter(chain.from_iterable(each.ranges for each in held))
+        return (
+            len(held) < limits.circuits
+            and pairs[new.peers] < limits.circuits_per_pair
+            and all(peers[each] < limits.circuits_per_peer for each in new.peers)
+            and all(origins[each] < limits.circuits_per_origin for each in new.origins)
+            and all(ranges[each] < limits.circuits_per_range for each in new.ranges)
+            and not (new.stranger and sum(each.stranger for each in held) >= limits.circuits_of_strangers)
+        )

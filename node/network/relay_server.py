@@ -11,13 +11,14 @@ from collections.abc import Callable
 from typing import Final
 
 import trio
+from cachetools import LRUCache
 from libp2p.abc import INetStream
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 from multiaddr import Multiaddr
 
-from node.network.addresses import TcpAddress
+from node.network.addresses import TcpAddress, origin
 from node.network.guarded_host import GuardedHost
 from node.network.message_stream import MessageStream
 from node.network.protobuf import MalformedMessage
@@ -35,7 +36,7 @@ from node.network.relay_messages import (
 )
 from node.network.transport import reason
 from node.network.yamux_stream import YamuxStream
-from node.util.token_bucket import TokenBucket
+from node.util.token_bucket import Allowance, TokenBucket
 from protocol.identity import PeerId, parse_peer_id
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,9 @@ WINDOW_BYTES: Final = 1 << 20
 
 IDENTIFY_WAIT_S: Final = 2.0
 """How long a request waits until its peer is identified: one that asks at once is of this swarm as well."""
+
+CONNECTS: Final = Allowance(per_s=1.0, burst=32)
+"""Circuits that one address may ask for: each costs the peer behind us a handshake."""
 
 MAX_ADDRESSES: Final = 8
 MEMBER_PREFIX: Final = "/metaswarm/"
@@ -73,6 +77,7 @@ class RelayServer:
         self._private_swarm = private_swarm
         self._serves = serves
         self._addresses = addresses
+        self._connects: LRUCache[str, TokenBucket] = LRUCache(1024)
         self._rate = TokenBucket(limits.bytes_per_s, max(limits.bytes_per_s / 4, CHUNK_BYTES), trio.current_time())
 
     async def handle(self, stream: INetStream) -> None:
@@ -90,7 +95,12 @@ class RelayServer:
         if messages.connection.relay is not None or not self._serves():
             await _answer(messages, Status.PERMISSION_DENIED)
         elif message.type is HopType.CONNECT:
-            await self._connect(messages, message)
+            now_s = trio.current_time()
+            asked = self._connects.setdefault(origin(messages.connection.host or ""), CONNECTS.bucket(now_s))
+            if asked.take(1, now_s):
+                await self._connect(messages, message)
+            else:
+                await _answer(messages, Status.RESOURCE_LIMIT_EXCEEDED)
         elif message.type is HopType.STATUS:
             await _answer(messages, Status.UNEXPECTED_MESSAGE)
         else:
@@ -121,9 +131,18 @@ class RelayServer:
         except ValueError:
             await _answer(messages, Status.MALFORMED_MESSAGE)
             return
+        if self._host.swarm.direct_connection(target) is None:
+            await _answer(messages, Status.NO_RESERVATION)
+            return
         try:
-            with self.ledger.circuit(_peer(source), _peer(target), trio.current_time()):
-                limit = await self._limit([source, target])
+            limit = await self._limit([source, target])
+            with self.ledger.circuit(
+                _peer(source),
+                messages.connection.host or "",
+                _peer(target),
+                trio.current_time(),
+                stranger=limit is not None,
+            ):
                 async with await self._reach(source, target, limit) as onward:
                     await messages.send(HopMessage(type=HopType.STATUS, status=Status.OK, limit=limit))
                     await self._carry(messages.muxed, onward.muxed, limit)
@@ -152,12 +171,16 @@ class RelayServer:
         return onward
 
     async def _carry(self, near: YamuxStream, far: YamuxStream, limit: Limit | None) -> None:
-        """Pass on what arrives, until both sides have ended or a limit is reached, which resets both streams."""
+        """Pass on what arrives, until both sides have ended, or nothing came for long, or a limit is reached.
+
+        The latter two reset both streams.
+        """
         near.max_window_bytes = far.max_window_bytes = WINDOW_BYTES
         most_bytes = (limit.data if limit else None) or None
         try:
             with trio.move_on_after((limit.duration if limit else None) or float("inf")):
                 async with trio.open_nursery() as nursery:
+                    nursery.cancel_scope.deadline = trio.current_time() + self._limits.idle_s
                     nursery.start_soon(self._pass_on, near, far, most_bytes, nursery.cancel_scope)
                     nursery.start_soon(self._pass_on, far, near, most_bytes, nursery.cancel_scope)
         finally:
@@ -179,6 +202,7 @@ class RelayServer:
                 await trio.sleep(self._rate.spend(len(data), trio.current_time()))
                 self.relayed_bytes += len(data)
                 await target.write(data)
+                both.deadline = trio.current_time() + self._limits.idle_s
         except MuxedStreamEOF:
             target.close_now(discard=False)
         except MuxedStreamError:

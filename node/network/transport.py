@@ -184,10 +184,12 @@ class Tcp(ITransport):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             await sock.bind(source)
             await sock.connect((address.host, address.port))
-            return TcpStream(trio.SocketStream(sock), self.counts)
+            stream = TcpStream(trio.SocketStream(sock), self.counts)
         except BaseException:
             sock.close()
             raise
+        self._unmapped.pop(stream.get_remote_address(), None)
+        return stream
 
     async def _connect(self, address: TcpAddress) -> TcpStream:
         if self.dials_from_port and address.is_public:

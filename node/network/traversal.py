@@ -16,7 +16,7 @@ from libp2p.host.observed_addr_manager import ObservedAddrManager
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
-from node.network.addresses import TcpAddress, is_private, parse_address
+from node.network.addresses import TcpAddress, address_range, is_private, parse_address
 from node.network.autonat import AutonatClient, AutonatServer
 from node.network.autonat_messages import DIAL_BACK_PROTOCOL, DIAL_REQUEST_PROTOCOL
 from node.network.circuits import Circuits
@@ -74,7 +74,9 @@ class Traversal:
         self._own = own
         self._private_swarm = private_swarm
         self._observed = ObservedAddresses()
-        self._verdicts = Verdicts()
+        self._verdicts = Verdicts(self._observers)
+        self._seen_at: TcpAddress | None = None
+        """Where a peer has seen us last, from whatever port."""
         self._changed = Signal()
         self._host: GuardedHost | None = None
         self._tcp: Tcp | None = None
@@ -96,7 +98,7 @@ class Traversal:
         self._host = circuits.host = host
         client = AutonatClient(host)
         server = AutonatServer(host, self._kinds)
-        self._relays = RelayClient(host, lambda: self.verdict() is Verdict.PRIVATE, self._on_circuits)
+        self._relays = RelayClient(host, self._wants_relays, self._on_circuits)
         self._puncher = HolePuncher(nursery, host, self._tcp, observed=self._observed.addresses, known=known)
         handlers = {
             STOP_PROTOCOL: circuits.handle_stop,
@@ -154,8 +156,18 @@ class Traversal:
 
     def _candidates(self) -> list[TcpAddress]:
         """Return the public addresses at which this node might be dialled."""
-        found = [*self._own.direct(), *self._observed.addresses()]
+        found = [*self._own.fixed(), *self._own.direct(), *self._observed.addresses()]
         return list(dict.fromkeys(each for each in found if each.is_public))[:MAX_CANDIDATES]
+
+    def _observers(self, address: TcpAddress) -> set[str] | None:
+        """Return the ranges of the peers that see us at an address; None for one that we know ourselves."""
+        return None if address in self._own.fixed() else self._observed.observers(address)
+
+    def _wants_relays(self) -> bool:
+        """Return whether others may need relays to reach this node: where it is private, or behind a NAT untried."""
+        verdict, seen_at = self.verdict(), self._seen_at
+        behind_nat = seen_at is not None and seen_at.host not in {each.host for each in self._own.direct()}
+        return verdict is Verdict.PRIVATE or (verdict is Verdict.UNKNOWN and behind_nat)
 
     def _is_relay(self) -> bool:
         """Return whether this node relays: where it is public, or has a public address that nobody has tried yet."""
@@ -193,6 +205,8 @@ class Traversal:
         muxed = connection.muxed_conn
         if not isinstance(muxed, Yamux) or muxed.host is None or self._tcp is None:
             return
+        if address.is_public:
+            self._seen_at = address
         # A dial that left from another port shows that port's mapping, which nothing else uses.
         if muxed.is_initiator and not self._tcp.maps_port(muxed.get_remote_address()):
             return
@@ -238,8 +252,9 @@ class Traversal:
             for address in self._candidates():
                 nursery.start_soon(self._check_address, client, address)
         now_s, verdict = trio.current_time(), self.verdict()
-        observed = [each for each in self._observed.addresses() if each.is_public]
-        self._own.confirmed = [each for each in observed if self._verdicts.of(each, now_s) is Verdict.PUBLIC]
+        mapped = [self._own.mapped] if self._own.mapped is not None else []
+        told = [each for each in (*mapped, *self._observed.addresses()) if each.is_public]
+        self._own.confirmed = [each for each in told if self._verdicts.of(each, now_s) is Verdict.PUBLIC]
         if self._tcp is not None:
             # A mapping that makes a node public lives on its dials.
             self._tcp.dials_from_port = self._verdicts.overall(self._own.fixed(), now_s) is not Verdict.PUBLIC
@@ -256,8 +271,11 @@ class Traversal:
             self._verdicts.ask(address, peer, trio.current_time())
             found = await client.check(connection, [address])
             if found is not None:
-                self._verdicts.record(found[0], peer, reached=found[1], now_s=trio.current_time())
-                if found[1]:
+                muxed = connection.muxed_conn
+                where = address_range(muxed.host or "") if isinstance(muxed, Yamux) else None
+                now_s = trio.current_time()
+                self._verdicts.record(found[0], peer, reached=found[1], now_s=now_s, server_range=where)
+                if self._verdicts.of(address, now_s) is Verdict.PUBLIC:
                     return
 
     def _servers(self) -> list[tuple[PeerId, INetConn]]:

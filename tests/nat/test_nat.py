@@ -114,7 +114,8 @@ def goes_as_expected(one: Peer, two: Peer, kinds: tuple[Nat, Nat]) -> bool:
 
 @pytest.mark.parametrize("kind", list(Nat))
 def test_homes_behind_every_pair_of_nats_reach_each_other(kind: Nat) -> None:
-    with swarm(kind, *Nat, delay_ms=15) as (_, one, *others):
+    # Two public peers: nobody alone can tell a home at which address it is seen, and reached.
+    with swarm(kind, *Nat, delay_ms=15, relays=2) as (_, _, one, *others):
         for peer, its_kind in zip((one, *others), (kind, *Nat), strict=True):
             wait(partial(settled, peer, its_kind), peer)
         for two, other_kind in zip(others, Nat, strict=True):

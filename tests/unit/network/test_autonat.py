@@ -1,16 +1,27 @@
 """AutoNAT v2 over loopback: a server dials what it is asked to, and the client believes only what has arrived."""
 
+import contextlib
 from typing import Any
 
 import pytest
 import trio
-from libp2p.abc import INetConn
+from libp2p.abc import INetConn, INetStream
 from libp2p.peer.id import ID
 from trio.testing import MockClock
 
 from node.network.addresses import TcpAddress, parse_address
 from node.network.autonat import MAX_AT_ONCE_PER_ORIGIN, ORIGIN_REQUESTS_BURST, AutonatClient, AutonatServer
-from node.network.autonat_messages import DialRequest, DialResponse, DialStatus, ResponseStatus
+from node.network.autonat_messages import (
+    DIAL_BACK_PROTOCOL,
+    DIAL_REQUEST_PROTOCOL,
+    AutonatMessage,
+    DialBack,
+    DialBackResponse,
+    DialRequest,
+    DialResponse,
+    DialStatus,
+    ResponseStatus,
+)
 from node.network.host import Libp2pNetwork
 from node.network.message_stream import MessageStream
 from node.network.own_addresses import OwnAddresses
@@ -53,6 +64,35 @@ async def test_server_tells_whether_an_address_can_be_dialled() -> None:
                 assert await check(client, server, "/ip4/127.0.0.1/tcp/9") is False
                 # Another peer answers there.
                 assert await check(client, server, server.multiaddrs[0].rpartition("/p2p/")[0]) is False
+
+
+@pytest.mark.parametrize("opens_another", [False, True], ids=["clients-connection", "earlier-connection"])
+async def test_number_over_a_connection_that_was_there_before_is_no_success(opens_another: bool) -> None:
+    client, liar = host(1), host(2)
+
+    async def lie(stream: INetStream) -> None:
+        async with MessageStream(stream) as messages:
+            request = (await messages.receive(AutonatMessage)).dial_request
+            assert request is not None
+            assert liar._host is not None
+            held = connection(liar, client.peer_id)
+            async with MessageStream(await liar._host.open_stream_on(held, DIAL_BACK_PROTOCOL)) as back:
+                await back.send(DialBack(nonce=request.nonce))
+                with contextlib.suppress(Exception):
+                    await back.receive(DialBackResponse)
+            response = DialResponse(status=ResponseStatus.OK, addr_index=0, dial_status=DialStatus.OK)
+            await messages.send(AutonatMessage(dial_response=response))
+
+    with limited(20):
+        async with client.running(), liar.running():
+            assert liar._host is not None
+            liar._host.set_stream_handler(DIAL_REQUEST_PROTOCOL, lie)  # type: ignore[arg-type]
+            if opens_another:
+                await liar.connect(client.multiaddrs[0])
+                await until(lambda: client.connected_peers())
+            else:
+                await client.connect(liar.multiaddrs[0])
+            assert await check(client, liar, "/ip4/127.0.0.1/tcp/9") is None
 
 
 async def test_server_dials_no_private_address_but_the_clients_own() -> None:

@@ -6,8 +6,13 @@ from threading import Thread
 from typing import Any, ClassVar
 
 import pytest
+import trio.testing
 
-from node.network.port_mapping import LEASE_S, change_mapping, main
+from node.network import port_mapping
+from node.network.addresses import TcpAddress, parse_address
+from node.network.own_addresses import OwnAddresses
+from node.network.port_mapping import LEASE_S, change_mapping, keep_port_mapping, main
+from node.util.child_process import ChildError
 
 HOST, PORT = "192.168.1.2", 4001
 
@@ -108,14 +113,69 @@ class _GatewayServer(BaseHTTPRequestHandler):
         """Print nothing."""
 
 
-def test_mapping_is_made_at_a_gateway_that_speaks_upnp(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("own", "host"), [("127.0.0.1", "127.0.0.1"), (HOST, "10.8.0.2")])
+def test_mapping_is_made_at_a_gateway_that_speaks_upnp(own: str, host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """To the address in the gateway's network, of several."""
     with HTTPServer(("127.0.0.1", 0), _GatewayServer) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         try:
-            main(["add", HOST, str(PORT), str(PORT), f"http://127.0.0.1:{server.server_port}/description.xml"])
+            main(
+                [
+                    "add",
+                    "10.8.0.2," + own,
+                    str(PORT),
+                    str(PORT),
+                    f"http://127.0.0.1:{server.server_port}/description.xml",
+                ]
+            )
         finally:
             server.shutdown()
     assert json.loads(capsys.readouterr().out) == {"host": "9.9.9.9", "port": PORT}
     asked = _GatewayServer.asked["AddPortMapping"]
-    for part in (f">{HOST}<", f">{PORT}<", ">TCP<", f">{LEASE_S}<"):
+    for part in (f">{host}<", f">{PORT}<", ">TCP<", f">{LEASE_S}<"):
         assert part in asked
+
+
+async def mapped_by(monkeypatch: pytest.MonkeyPatch, *answers: str | None) -> list[str | None]:
+    """Return what a node takes for its mapped address as a gateway answers, or fails, for ever after the last one."""
+    left, taken = list(answers), list[str | None]()
+
+    async def answer(*_: Any, **__: Any) -> str:
+        found = left.pop(0) if left else None
+        if found is None:
+            raise ChildError("no gateway")
+        return found
+
+    monkeypatch.setattr(port_mapping, "run", answer)
+    own = [parse_address(f"/ip4/{HOST}/tcp/{PORT}")]
+
+    def take(address: TcpAddress | None) -> None:
+        taken.append(address.transport if address else None)
+
+    with trio.move_on_after(1.5 * LEASE_S):
+        await keep_port_mapping(lambda: own, take)
+    return taken
+
+
+@pytest.mark.parametrize("host", ["evil", "100.64.1.2", "192.168.1.1", "::1", "224.0.0.1", ""])
+async def test_gateway_is_believed_no_address_that_is_not_public(
+    host: str, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    assert await mapped_by(monkeypatch, json.dumps({"host": host, "port": PORT})) == []
+
+
+async def test_mapping_outlives_a_failed_renewal_but_not_its_lease(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    good = json.dumps({"host": "9.9.9.9", "port": PORT})
+    address = f"/ip4/9.9.9.9/tcp/{PORT}"
+    assert await mapped_by(monkeypatch, good, None, good) == [address]
+    assert await mapped_by(monkeypatch, good) == [address, None]
+
+
+def test_mapped_address_is_told_once_a_peer_has_reached_us_there() -> None:
+    own = OwnAddresses()
+    mapped = own.mapped = parse_address(f"/ip4/9.9.9.9/tcp/{PORT}")
+    assert mapped not in own.advertised()
+    own.confirmed = [mapped]
+    assert mapped in own.advertised()

@@ -1,19 +1,27 @@
 """Relays over loopback: peers that listen on nothing are reached through circuits, within the relay's limits."""
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import pytest
 import trio
 from libp2p.peer.id import ID
+from libp2p.stream_muxer.exceptions import MuxedStreamError
 
+from node.network import hole_punch, relay_server
 from node.network.addresses import parse_address
+from node.network.admission import HandshakeLimiter
 from node.network.host import Libp2pNetwork
-from node.network.interface import NetworkError, Stream, Way
+from node.network.interface import ByteCounts, NetworkError, Stream, Way
+from node.network.message_stream import MessageStream
+from node.network.protobuf import MalformedMessage
 from node.network.relay_ledger import RelayLimits
+from node.network.relay_messages import DCUTR_PROTOCOL, HolePunch, HolePunchType
+from node.network.transport import Tcp, bind
 from node.network.traversal import TraversalOptions
 from node.network.yamux import Yamux
+from node.util.token_bucket import Allowance
 from protocol.announcements import Verdict
 from protocol.identity import PeerId
 
@@ -127,6 +135,18 @@ async def test_circuit_of_a_stranger_is_reset_at_its_limit() -> None:
             await until(lambda: other.way_to(hidden.peer_id) is None)
 
 
+async def test_circuit_that_carries_nothing_is_reset() -> None:
+    relay, hidden, other = relay_host(limits=RelayLimits(idle_s=1.0)), hidden_host(2), hidden_host(3)
+    with limited(20):
+        async with reserved(relay, hidden=hidden), other.running():
+            await other.connect(hidden.multiaddrs[0])
+            assert relay._traversal._relay is not None
+            ledger = relay._traversal._relay.ledger
+            await until(lambda: ledger.circuits == 1)
+            await until(lambda: ledger.circuits == 0)
+            await until(lambda: hidden.way_to(other.peer_id) is None)
+
+
 async def test_relay_refuses_what_nobody_reserved_and_never_dials() -> None:
     relay, hidden, other = relay_host(), hidden_host(2), hidden_host(3)
     public = relay_host(5)
@@ -136,6 +156,68 @@ async def test_relay_refuses_what_nobody_reserved_and_never_dials() -> None:
             with pytest.raises(NetworkError, match="no reservation"):
                 await other.connect(f"{relay.multiaddrs[0]}/p2p-circuit/p2p/{public.peer_id}")
             assert public.peer_id not in relay.connected_peers()
+
+
+async def test_circuits_cost_the_peer_behind_a_relay_no_more_handshakes_than_a_rate_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(relay_server, "CONNECTS", Allowance(per_s=0.001, burst=2))
+    turns: list[str] = []
+
+    async def wait_turn(self: HandshakeLimiter, host: str) -> None:
+        turns.append(host)
+        await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(HandshakeLimiter, "wait_turn", wait_turn)
+    relay, hidden, other = relay_host(), hidden_host(2), hidden_host(3)
+    with limited(20):
+        async with reserved(relay, hidden=hidden), other.running():
+            for _ in range(2):
+                await other.connect(hidden.multiaddrs[0])
+                await other.disconnect(hidden.peer_id)
+                await until(lambda: hidden.way_to(other.peer_id) is None)
+            assert turns.count(f"relay {relay.peer_id}") == 2
+            with pytest.raises(NetworkError, match="as many circuits"):
+                await other.connect(hidden.multiaddrs[0])
+
+
+async def test_node_that_is_seen_behind_a_nat_has_relays_before_anybody_tried_to_dial_it() -> None:
+    relay, home = relay_host(), Libp2pNetwork((2).to_bytes(32, "big"), listen=[LOOPBACK])
+    with limited(20):
+        async with relay.running(), home.running():
+            await home.connect(relay.multiaddrs[0])
+            assert home._swarm is not None
+            assert not home._traversal._wants_relays()
+            (connection,) = home._swarm.live_connections(ID.from_base58(relay.peer_id))
+            # Over loopback it left from another port: which port of the NAT is ours it does not tell.
+            home._traversal.record_observed(connection, parse_address("/ip4/8.8.8.8/tcp/50000"))
+            await until(lambda: home.reachability.relays == (relay.peer_id,))
+            assert home.reachability.observed == ()
+
+
+async def test_endpoint_dialled_from_another_port_once_shows_our_own_when_dialled_from_it() -> None:
+    async with trio.open_nursery() as nursery:
+        bound = {"": await bind(parse_address(LOOPBACK))}
+        tcp = Tcp(nursery, bound, 8, ByteCounts())
+        (listener,) = await bind(parse_address(LOOPBACK))
+        remote = listener.socket.getsockname()
+        tcp._unmapped[remote] = None
+        assert not tcp.maps_port(remote)
+        stream = await tcp.connect_from_port(parse_address(f"/ip4/{remote[0]}/tcp/{remote[1]}"))
+        assert tcp.maps_port(remote)
+        await stream.close()
+        for each in (listener, *bound[""]):
+            await each.aclose()
+
+
+async def test_waiting_for_peers_that_nobody_identifies_leaves_nothing_behind() -> None:
+    relay = relay_host()
+    async with relay.running():
+        assert relay._host is not None
+        for number in range(3):
+            with trio.move_on_after(0.01):
+                await relay._host.wait_identified(ID.from_base58(hidden_host(9 + number).peer_id))
+        assert not relay._host._identified
 
 
 async def test_peer_without_relay_option_does_not_relay() -> None:
@@ -163,8 +245,36 @@ async def test_reservation_ends_with_the_connection() -> None:
             assert hidden.multiaddrs == ()
 
 
-async def test_circuit_is_upgraded_to_a_direct_connection() -> None:
+async def test_hole_punching_is_served_on_circuits_of_our_own_and_not_again_after_a_failure() -> None:
+    relay, hidden, other = relay_host(), hidden_host(2), hidden_host(3)
+
+    async def is_served(client: Libp2pNetwork, server: Libp2pNetwork) -> bool:
+        assert client._host is not None
+        assert client._swarm is not None
+        (circuit,) = client._swarm.live_connections(ID.from_base58(server.peer_id))
+        async with MessageStream(await client._host.open_stream_on(circuit, DCUTR_PROTOCOL)) as messages:
+            with suppress(MuxedStreamError, MalformedMessage):
+                await messages.send(HolePunch(type=HolePunchType.CONNECT))
+                return (await messages.receive(HolePunch)).type is HolePunchType.CONNECT
+        return False
+
+    with limited(20):
+        async with reserved(relay, hidden=hidden), other.running():
+            await other.connect(hidden.multiaddrs[0])
+            opener, reached = other._traversal._puncher, hidden._traversal._puncher
+            assert opener is not None
+            assert reached is not None
+            await until(lambda: opener._failed and not opener._busy and not reached._busy)
+            assert not await is_served(hidden, other)  # it has just failed
+            opener._failed.clear()
+            assert await is_served(hidden, other)
+            reached._failed.clear()
+            assert not await is_served(other, hidden)  # which has not opened the circuit
+
+
+async def test_circuit_is_upgraded_to_a_direct_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over loopback every dial succeeds: both sides listen, and tell each other what the relay sees of them."""
+    monkeypatch.setattr(hole_punch, "is_target", lambda address: True)
     options = TraversalOptions(verdict=Verdict.PRIVATE)
     relay = relay_host()
     hosts = []

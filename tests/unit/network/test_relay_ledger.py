@@ -1,6 +1,6 @@
 """Whom a relay serves: the bounds of reservations and circuits."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -15,6 +15,7 @@ LIMITS = RelayLimits(
     circuits=4,
     circuits_per_peer=3,
     circuits_per_pair=2,
+    circuits_of_strangers=1,
     reservation_s=100,
 )
 
@@ -58,7 +59,7 @@ def test_circuits_are_bounded_by_pair_peer_and_total() -> None:
     with ExitStack() as held:
 
         def connect(source: PeerId, target: PeerId) -> None:
-            held.enter_context(ledger.circuit(source, target, 0.0))
+            held.enter_context(ledger.circuit(source, "7.7.7.7", target, 0.0))
 
         connect(d, a)
         connect(a, b)
@@ -77,3 +78,35 @@ def test_circuits_are_bounded_by_pair_peer_and_total() -> None:
             connect(d, c)  # all together
         assert ledger.circuits == 4
     assert ledger.circuits == 0
+
+
+def test_one_address_or_range_cannot_take_all_circuits_with_many_identities() -> None:
+    limits = RelayLimits()
+    for near, most in (("8.8.8.8", limits.circuits_per_origin), ("8.8.8.{}", limits.circuits_per_range)):
+        ledger = RelayLedger(limits)
+        target, *sources = peers(100)
+        honest = PeerId("honest")
+        assert reserve(ledger, honest, "4.4.4.4")
+        behind = [PeerId(f"behind{number}") for number in range(8)]
+        for number, peer in enumerate(behind):
+            assert reserve(ledger, peer, near.format(number))
+        with ExitStack() as held:
+            for number, source in enumerate(sources):
+                with suppress(RelayRefusal):
+                    held.enter_context(ledger.circuit(source, near.format(number), behind[number % 8], 0.0))
+            assert ledger.circuits == most
+            held.enter_context(ledger.circuit(target, "9.9.9.9", honest, 0.0))
+
+
+def test_circuits_of_strangers_leave_room_for_those_of_the_swarm() -> None:
+    ledger = RelayLedger(LIMITS)
+    a, b, c, d = peers(4)
+    for number, peer in enumerate((a, b)):
+        assert reserve(ledger, peer, f"9.9.{number}.9")
+    with ledger.circuit(c, "7.7.7.7", a, 0.0, stranger=True):
+        with pytest.raises(RelayRefusal), ledger.circuit(d, "6.6.6.6", b, 0.0, stranger=True):
+            pass
+        with ledger.circuit(d, "6.6.6.6", b, 0.0):
+            assert ledger.circuits == 2
+    with ledger.circuit(d, "6.6.6.6", b, 0.0, stranger=True):
+        assert ledger.circuits == 1

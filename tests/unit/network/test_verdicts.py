@@ -25,6 +25,17 @@ def test_one_success_outweighs_failures_that_servers_claim() -> None:
     assert verdicts.overall([HOME], 2.0) is Verdict.PRIVATE
 
 
+def test_address_that_others_told_of_takes_peers_in_two_ranges() -> None:
+    seen_by: dict[TcpAddress, set[str]] = {HOME: {"9.9.9.0/24"}, OTHER: {"9.9.9.0/24", "1.1.1.0/24"}}
+    verdicts = Verdicts(seen_by.get)
+    for address in (HOME, OTHER):
+        verdicts.record(address, A, reached=True, now_s=0.0, server_range="9.9.9.0/24")
+    assert verdicts.of(HOME, 0.0) is Verdict.UNKNOWN  # who says that we are there has confirmed it, too
+    assert verdicts.of(OTHER, 0.0) is Verdict.PUBLIC
+    verdicts.record(HOME, B, reached=True, now_s=0.0, server_range="4.4.4.0/24")
+    assert verdicts.of(HOME, 0.0) is Verdict.PUBLIC
+
+
 def test_reports_expire() -> None:
     verdicts = Verdicts()
     verdicts.record(HOME, A, reached=True, now_s=0.0)
