@@ -19,6 +19,7 @@ import trio
 from node.models.errors import ModelError
 from node.models.files import disk_errors, flush_directory, part_of, sha256_of, size_of, try_lock
 from node.models.verification_record import FileStamp, VerificationRecord
+from node.network.addresses import parse_address
 from node.network.interface import Network, NetworkError, Stream
 from protocol.blobs import PROTOCOL_ID, BlobBusy, BlobData, BlobInitiator, BlobMissing, BlobRequest
 from protocol.errors import RemoteProtocolError
@@ -173,17 +174,22 @@ class _Fetch:
 
         Those that are reached through a relay last: the relay would carry all of it.
         """
-        peers.sort(key=self._is_relayed)
         reason = "no peer is known to have it"
         asked = len(peers)
         delays = iter(BUSY_BACKOFF_S)
         while self._part.have < self._part.size or not await self._is_right(peers):
-            for peer in tuple(peers):
+            queue = sorted(peers, key=self._is_relayed)
+            for number, peer in enumerate(queue):
+                is_first_time = peer not in queue[:number]
+                direct_left = not all(map(self._is_relayed, queue[number + 1 :]))
                 try:
                     if self._from_one_peer:
                         self._start_over()
-                    if await self._fetch_from(peer):
+                    done = await self._fetch_from(peer, unless_relayed=is_first_time and direct_left)
+                    if done:
                         break
+                    if done is None:
+                        queue.append(peer)
                     reason = f"{peer} is busy"
                 except (NetworkError, RemoteProtocolError) as error:
                     reason = f"{peer}: {error}"
@@ -197,8 +203,11 @@ class _Fetch:
                     raise FetchError(f"cannot fetch {name} from any of {asked} peers; the last reason: {reason}")
                 await trio.sleep(delay)
 
-    async def _fetch_from(self, peer: PeerId) -> bool:
-        """Fetch the rest from one peer; return False if it is busy. Raises when it fails or lacks the file."""
+    async def _fetch_from(self, peer: PeerId, *, unless_relayed: bool) -> bool | None:
+        """Fetch the rest from one peer; return False if it is busy. Raises when it fails or lacks the file.
+
+        Returns None where a relay would carry it, if `unless_relayed`: only a connection shows that for certain.
+        """
 
         async def store(data: memoryview) -> None:
             await trio.to_thread.run_sync(part.append, data)
@@ -208,6 +217,8 @@ class _Fetch:
 
         part = self._part
         async with _blob_stream(self._network, peer) as stream:
+            if unless_relayed and self._is_relayed(peer):
+                return None
             initiator = BlobInitiator()
             while part.have < part.size:
                 request = BlobRequest(
@@ -218,8 +229,11 @@ class _Fetch:
         return True
 
     def _is_relayed(self, peer: PeerId) -> bool:
-        way = self._network.way_to(peer)
-        return way is not None and way.relay is not None
+        """Return whether a peer is connected through a relay; without a connection, whether it will probably be."""
+        if (way := self._network.way_to(peer)) is not None:
+            return way.relay is not None
+        known = [parse_address(each) for each in self._network.addresses_of(peer)]
+        return any(each.relay for each in known) and not any(each.is_public for each in known if each.relay is None)
 
     async def _is_right(self, peers: list[PeerId]) -> bool:
         """Check the whole file's hash; when it is wrong, discard the file and blame its source if there is one."""

@@ -19,7 +19,7 @@ from node.models.importer import import_model
 from node.models.library import ANNOUNCED_AGAIN_S, provide_loop
 from node.models.store import ModelStore, Package, evict_for
 from node.models.verification_record import RECORD_FILE
-from node.network.interface import Network, Stream, StreamClosed
+from node.network.interface import Network, Stream, StreamClosed, Way
 from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetworkHub
 from protocol.blobs import PROTOCOL_ID, BlobBusy, BlobFound, BlobInitiator, BlobMissing, BlobRequest, BlobResponder
@@ -294,6 +294,47 @@ async def test_fetch_skips_peers_without_the_file_and_retries_busy_ones(
         asked = -10
         with pytest.raises(FetchError, match="is busy"):
             await fetch(client, peers, destination)
+
+
+class BehindRelays:
+    """A client's network, some of whose peers are reached through a relay, as each connection shows."""
+
+    def __init__(self, network: Network, relayed: set[PeerId], announced: set[PeerId]) -> None:
+        self._network = network
+        self._relayed = relayed
+        self._announced = announced
+        self._dialled: set[PeerId] = set()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._network, name)
+
+    def way_to(self, peer: PeerId) -> Way | None:
+        if peer not in self._dialled:
+            return None
+        return Way(relay=PeerId("relay")) if peer in self._relayed else Way()
+
+    def addresses_of(self, peer: PeerId) -> tuple[str, ...]:
+        relay = f"/ip4/8.8.8.8/tcp/1/p2p/{peer}/p2p-circuit/p2p/{peer}"
+        return (f"/ip4/192.168.1.2/tcp/1/p2p/{peer}", *([relay] if peer in self._announced else ()))
+
+    async def open_stream(self, peer: PeerId, *protocols: str) -> Stream:
+        self._dialled.add(peer)
+        return await self._network.open_stream(peer, *protocols)
+
+
+@pytest.mark.parametrize("announced", [False, True])
+async def test_relay_carries_a_file_only_where_no_direct_peer_gives_it(destination: Path, announced: bool) -> None:
+    requests: list[BlobRequest] = []
+    async with swarm(partial(serve, requests=requests), serve, partial(serve, answer=BlobMissing())) as (client, peers):
+        relayed, direct, lacking = peers
+        network = BehindRelays(client, {relayed}, {relayed} if announced else set())
+        fetched = await fetch(network, [relayed, lacking, direct], destination)  # type: ignore[arg-type]
+        assert fetched.bytes_by_peer == {direct: len(CONTENT)}
+        assert not requests
+        delete(destination)
+        network = BehindRelays(client, {relayed}, {relayed} if announced else set())
+        fetched = await fetch(network, [relayed, lacking], destination)  # type: ignore[arg-type]
+        assert fetched.bytes_by_peer == {relayed: len(CONTENT)}
 
 
 async def test_without_peers_the_line_says_so(destination: Path) -> None:
