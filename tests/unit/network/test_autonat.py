@@ -1,6 +1,7 @@
 """AutoNAT v2 over loopback: a server dials what it is asked to, and the client believes only what has arrived."""
 
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,14 +147,16 @@ async def test_servers_that_do_not_help_are_asked_in_turn_with_the_others(
 ) -> None:
     traversal = Traversal(TraversalOptions(), OwnAddresses(), private_swarm=False)
     servers = [PeerId(f"server-{number}") for number in range(4)]
-    monkeypatch.setattr(traversal, "_servers", lambda: [(peer, peer) for peer in servers])
+    monkeypatch.setattr(
+        traversal, "_servers", lambda: [(peer, SimpleNamespace(peer=peer, muxed_conn=None)) for peer in servers]
+    )
     address = parse_address("/ip4/8.8.8.8/tcp/4001")
     asked: list[PeerId] = []
 
     class Client:
-        async def check(self, server: PeerId, addresses: list[TcpAddress]) -> tuple[TcpAddress, bool] | None:
-            asked.append(server)
-            return (addresses[0], False) if server == servers[-1] else None
+        async def check(self, connection: Any, addresses: list[TcpAddress]) -> tuple[TcpAddress, bool] | None:
+            asked.append(connection.peer)
+            return (addresses[0], False) if connection.peer == servers[-1] else None
 
     for _ in range(2):
         await traversal._check_address(Client(), address)  # type: ignore[arg-type]
