@@ -82,6 +82,8 @@ class TaskOptions(TypedDict, total=False):
 
     model: str
     quality: Quality
+    objective: Objective
+    budget: float
     prompt_tokens: int
     max_tokens: int
     shared_prefix_share: float

@@ -9,13 +9,13 @@ import trio
 
 from node.api.fields import Field, ObjectForm, count_between, number_between, parse_count, parse_json
 from node.api.interface import ExplainedMethod, Explanation, PastDecision, PastDecisions, SelectionStatus
-from node.api.shared_fields import MODEL, QUALITY
+from node.api.shared_fields import BUDGET, MODEL, OBJECTIVE, QUALITY
 from node.coordinator.coordinator import Considered
 from node.coordinator.submission import JobOutcome, JobRequest, Selection
 from node.selection.chooser import LearnedChoice, LearnedChooser
 from node.selection.learner import ModelStatus
 from protocol.limits import MAX_PARALLEL_JOBS
-from protocol.measurements import QualityBound
+from protocol.measurements import Objective, QualityBound
 from protocol.schema import to_map
 
 RECENT: Final = 20
@@ -33,8 +33,9 @@ SHARED_PREFIX_SHARE: Final = Field("shared_prefix_share", number_between(0, 1))
 REPETITIVENESS: Final = Field("repetitiveness", number_between(0, 1))
 _CONCURRENCY: Final = Field("concurrency", count_between(1, MAX_PARALLEL_JOBS))
 TASK: Final = ObjectForm(
-    MODEL, PROMPT_TOKENS, MAX_TOKENS, SHARED_PREFIX_SHARE, REPETITIVENESS, _CONCURRENCY, QUALITY, required=[MODEL]
-)
+    MODEL, PROMPT_TOKENS, MAX_TOKENS, SHARED_PREFIX_SHARE, REPETITIVENESS, _CONCURRENCY, QUALITY, OBJECTIVE, BUDGET,
+    required=[MODEL],
+)  # fmt: skip
 
 
 def parse_task(body: bytes) -> tuple[JobRequest, dict[str, Any]]:
@@ -46,6 +47,8 @@ def parse_task(body: bytes) -> tuple[JobRequest, dict[str, Any]]:
         prompt_tokens=tuple(place % _TOKEN_IDS for place in range(prompt_tokens)),
         max_tokens=fields.get(MAX_TOKENS) or DEFAULT_TOKENS,
         quality=fields.get(QUALITY) or QualityBound.EXACT,
+        objective=fields.get(OBJECTIVE) or Objective.LATENCY,
+        budget=fields.get(BUDGET),
     )
     overrides: dict[str, Any] = {
         field.name: fields.get(field) or 0.0 for field in (SHARED_PREFIX_SHARE, REPETITIVENESS)
@@ -96,7 +99,7 @@ def explain(considered: Considered, chooser: LearnedChooser, model: ModelStatus 
     ]
     return {
         "model": considered.model,
-        "task": {name: value for name, value in considered.context.values().items() if name != "objective"},
+        "task": considered.context.values(),
         "route": _describe_route(considered),
         "selection": selection_status(chooser, model),
         "methods": methods,
@@ -129,7 +132,9 @@ def _reason(chosen: str, best: str, choice: LearnedChoice) -> str:
     if best not in trials:
         return "in use for tasks like this one; the best by prediction is not used before it won a trial here"
     if trials[best].log_ratio > trials[chosen].log_ratio if chosen in trials else False:
-        return "the fastest in a trial here of tasks like this one, whatever is predicted"
+        is_fastest = choice.request.context.objective == Objective.LATENCY
+        least = "the fastest" if is_fastest else "the one that computes least"
+        return f"{least} in a trial here of tasks like this one, whatever is predicted"
     return "the best of the methods that all stages offer and that this node accepts"
 
 

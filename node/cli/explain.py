@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from node.cli.job_options import quality_option
+from node.cli.job_options import objective_options, quality_option
 from node.cli.output import (
     api_option,
     format_duration,
@@ -37,6 +37,7 @@ _share_option = partial(click.option, type=click.FloatRange(0, 1), default=0.0)
 @_share_option("--repetitiveness", metavar="R", help="Fraction that repeats earlier text.")
 @click.option("--concurrency", type=click.IntRange(1), metavar="N", help="Concurrent jobs [default: as now].")
 @quality_option
+@objective_options
 @json_option
 def explain(as_json: bool, api: str | None, **task: Any) -> None:
     """Show which method a task would be served with, and why.

@@ -34,6 +34,24 @@ def quality_option(verb: F) -> F:
     )(verb)
 
 
+def objective_options(verb: F) -> F:
+    """Add `--objective` and `--budget` to a verb that runs or describes jobs."""
+    objective = click.option(
+        "--objective",
+        type=click.Choice(["latency", "throughput", "cost"]),
+        default="latency",
+        show_default=True,
+        help="Prefer the fastest job, the least computing, or the lowest cost.",
+    )
+    budget = click.option(
+        "--budget",
+        type=click.FloatRange(0, min_open=True),
+        metavar="COST",
+        help="Highest predicted cost: seconds of computing on each peer times its --price.",
+    )
+    return objective(budget(verb))
+
+
 def _parse_biases(texts: Sequence[str]) -> dict[str, float]:
     biases: dict[str, float] = {}
     for text in texts:
@@ -100,19 +118,7 @@ _FIXED_OPTIONS: Final[Sequence[_Decorator]] = (
         shell_complete=complete_methods,
         help="auto, or switches such as prefix_cache=on|speculation=ngram-8.",
     ),
-    click.option(
-        "--objective",
-        type=click.Choice(["latency", "throughput", "cost"]),
-        default="latency",
-        show_default=True,
-        help="Prefer the fastest job, the least computing, or the lowest cost.",
-    ),
-    click.option(
-        "--budget",
-        type=click.FloatRange(0, min_open=True),
-        metavar="COST",
-        help="Highest predicted cost: seconds of computing on each peer times its --price.",
-    ),
+    objective_options,
     click.option("--ignore-eos", is_flag=True, help="Continue past the end-of-text token, for measurements."),
 )
 """Those with the same default everywhere."""

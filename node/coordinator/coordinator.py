@@ -14,7 +14,7 @@ from typing import Any
 
 import trio
 
-from node.coordinator.budget import cost_of
+from node.coordinator.budget import cost_of, needs_of
 from node.coordinator.failover import ClosedRoute, ResilientRoute
 from node.coordinator.job import Job
 from node.coordinator.job_report import JobObserver, NoJobObserver, RunningJob
@@ -28,7 +28,7 @@ from node.coordinator.recent_jobs import JobState, RecentJob, RecentJobs
 from node.coordinator.refusals import RouteRejected, no_route
 from node.coordinator.result import result_of, served_of, timing_of, votes_of
 from node.coordinator.route import OpenRoute
-from node.coordinator.session_request import RouteServices, request_sessions
+from node.coordinator.session_request import RouteServices, plan_sessions
 from node.coordinator.submission import (
     CLIENT_MISTAKES,
     Cost,
@@ -203,10 +203,9 @@ class Coordinator:
         job = await self._prepare(request, overrides)
         self._prompts.release(job.claim)  # nothing of it is computed
         try:
-            planned = await self._planner.route(job.need())
+            planned, session_request = await plan_sessions(self._services, job, needs_of(request, job.need()))
         except NoRouteError as error:
             raise no_route(job, error, {}, {}) from None
-        session_request = await request_sessions(self._services, job, planned)
         route = OpenRoute(planned.stages, self._link_pool, session_request)
         try:
             with trio.fail_after(VOTE_LIMIT_S):

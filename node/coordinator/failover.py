@@ -17,11 +17,10 @@ import trio
 
 from node.coordinator.budget import needs_of
 from node.coordinator.job import Job
-from node.coordinator.method_choice import OverBudget
 from node.coordinator.planner import PlannedRoute, RouteNeed
-from node.coordinator.refusals import RouteRejected, StageRefusal, no_route, over_budget
+from node.coordinator.refusals import RouteRejected, StageRefusal, no_route
 from node.coordinator.route import LastStageOutput, OpenRoute, RouteLost, SampledToken
-from node.coordinator.session_request import RouteServices, SessionRequest, request_sessions
+from node.coordinator.session_request import RouteServices, SessionRequest, plan_sessions
 from node.coordinator.straggler_monitor import StragglerMonitor
 from node.coordinator.submission import JobError, JobErrorCode, JobTrace
 from node.coordinator.tracing import CLOCK_SAMPLES, JobTracer
@@ -256,18 +255,10 @@ class ResilientRoute:
 
         Raises NoRouteError, JobError.
         """
-        job, cheapest = self._job, None
+        job = self._job
         serving = () if self.is_background else self.peers  # jobs in the background are not counted anywhere
         needs = [self._need()] if self._is_accepted else needs_of(job.request, self._need())
-        for need in needs:
-            planned = await self._planner.route(need, may_explore=may_explore)
-            try:
-                return planned, await request_sessions(self._services, job, planned, self._method, serving)
-            except OverBudget as error:
-                cheapest = error if cheapest is None or error.cost < cheapest.cost else cheapest
-        if cheapest is None:
-            raise AssertionError("at least one route is compared")
-        raise over_budget(job, cheapest)
+        return await plan_sessions(self._services, job, needs, self._method, serving, may_explore=may_explore)
 
     async def _try_route(self, planned: PlannedRoute, request: SessionRequest) -> bool:
         """Open a route and send the tokens so far; return whether that succeeded. If not, peers to avoid are noted."""

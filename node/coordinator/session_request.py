@@ -1,14 +1,15 @@
 """What the coordinator asks of every stage of a route: the methods to vote on, the task, the sampling."""
 
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from node.coordinator.job import Job
-from node.coordinator.method_choice import Choice, Chooser, SelectionRequest
+from node.coordinator.method_choice import Choice, Chooser, OverBudget, SelectionRequest
 from node.coordinator.observation import model_facts, weight_type
-from node.coordinator.planner import PlannedRoute, Planner
+from node.coordinator.planner import PlannedRoute, Planner, RouteNeed
 from node.coordinator.prefix_sharing import RecentPrompts
+from node.coordinator.refusals import over_budget
 from node.coordinator.submission import AUTO
 from node.coordinator.swarm_view import SwarmView
 from node.links.link_pool import LinkPool
@@ -64,6 +65,29 @@ class RouteServices:
     chooser: Chooser
     prompts: RecentPrompts
     jitter: random.Random
+
+
+async def plan_sessions(
+    services: RouteServices,
+    job: Job,
+    needs: Sequence[RouteNeed],
+    begun: Method | None = None,
+    serving: Collection[PeerId] = (),
+    *,
+    may_explore: bool = False,
+) -> tuple[PlannedRoute, SessionRequest]:
+    """Return the route of the first need that stays within the job's budget, and what is asked of its stages.
+
+    `begun`, `serving`: see `request_sessions`. Raises NoRouteError, JobError.
+    """
+    over: list[OverBudget] = []
+    for need in needs:
+        planned = await services.planner.route(need, may_explore=may_explore)
+        try:
+            return planned, await request_sessions(services, job, planned, begun, serving)
+        except OverBudget as error:
+            over.append(error)
+    raise over_budget(job, min(over, key=lambda error: error.cost))
 
 
 async def request_sessions(

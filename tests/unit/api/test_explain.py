@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from node.coordinator.submission import JobError, JobErrorCode
-from protocol.measurements import QualityBound
+from protocol.measurements import Objective, QualityBound
 from tests.unit.api.fakes import FakeNode, FakeSubmitter, serve_node
 
 
@@ -18,12 +18,13 @@ async def ask(node: FakeNode, task: dict[str, Any]) -> httpx.Response:
 async def test_explain_passes_task_to_node() -> None:
     node = FakeNode()
     task = {"model": "tiny", "prompt_tokens": 300, "max_tokens": 7, "concurrency": 4, "quality": "near"}
+    task |= {"objective": "cost", "budget": 2.5}
     answer = await ask(node, {**task, "shared_prefix_share": 0.5})
     assert answer.status_code == 200
     assert answer.json()["agreed"]
     ((request, told),) = node.explained
     assert (request.model, len(request.prompt_tokens or ()), request.max_tokens) == ("tiny", 300, 7)
-    assert request.quality is QualityBound.NEAR
+    assert (request.quality, request.objective, request.budget) == (QualityBound.NEAR, Objective.COST, 2.5)
     assert told == {"concurrency": 4, "shared_prefix_share": 0.5, "repetitiveness": 0.0}
 
 
@@ -39,7 +40,8 @@ async def test_explain_passes_task_to_node() -> None:
         {"model": "tiny", "shared_prefix_share": 1.1},
         {"model": "tiny", "quality": "good"},
         {"model": "tiny", "hurry": 1},
-        {"model": "tiny", "objective": "latency"},
+        {"model": "tiny", "objective": "speed"},
+        {"model": "tiny", "budget": 0},
     ],
 )
 async def test_explain_refuses_invalid_task(task: dict[str, Any]) -> None:

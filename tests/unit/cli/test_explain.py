@@ -27,9 +27,10 @@ def test_prints_choice_with_predictions(serve: ServeNode, capsys: pytest.Capture
 
 def test_json_is_api_document(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
     node = FakeNode()
-    assert run(["explain", "--api", serve(node), "--quality", "near", "--json"]) == 0
+    assert run(["explain", "--api", serve(node), "--quality", "near", "--budget", "2.5", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["agreed"] == FASTER
-    assert node.explained[0][0].quality is QualityBound.NEAR
+    ((request, _),) = node.explained
+    assert (request.quality, request.budget) == (QualityBound.NEAR, 2.5)
 
 
 def test_refusal_is_one_line(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,3 +180,19 @@ async def test_an_embedding_tells_the_cost_that_its_budget_was_compared_with(vir
         with pytest.raises(JobError) as refused:
             await swarm.client.run(replace(job, budget=result.cost.predicted / 100))
         assert refused.value.code is JobErrorCode.OVER_BUDGET
+
+
+async def test_a_task_is_explained_for_its_objective_within_its_budget(virtual_clock: MockClock) -> None:
+    async with market() as swarm:
+        job = JobRequest(model="fake", prompt_tokens=(5,) * 40, max_tokens=16)
+        consider = swarm.client.coordinator.consider
+        quick, frugal = await consider(job, {}), await consider(replace(job, objective=Objective.COST), {})
+        assert [stage.peer for stage in quick.route] == [swarm.fast.id]
+        assert [stage.peer for stage in frugal.route] == [swarm.slow.id]
+        cost = frugal.choice.predicted_cost(frugal.agreed)
+        assert cost is not None
+        poor = await consider(replace(job, budget=1.5 * cost), {})
+        assert [stage.peer for stage in poor.route] == [swarm.slow.id]
+        with pytest.raises(JobError, match="the cheapest is") as refused:
+            await consider(replace(job, budget=0.1 * cost), {})
+        assert refused.value.code is JobErrorCode.OVER_BUDGET
