@@ -41,7 +41,7 @@ demo: $(STAMP) ## Three local peers hold a third of a model each and answer a qu
 	$(BIN)/metaswarm demo
 
 test: $(STAMP) interop ## Everything that needs no GPU.
-	$(BIN)/python -m pytest -m 'not soak and not nat' --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest -m 'not soak and not nat' --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP) ## Unit and property tests but for the slow ones: for while you work.
 	$(BIN)/python -m pytest -q -m 'not slow and not soak and not nat' tests/unit tests/property
