@@ -289,7 +289,8 @@ class Participant:
             return set()
         lists = (counted[peer].reveal.inclusion for peer in sortition.committee if peer in counted)
         named, _ = inclusion.count(lists, sortition.expected)
-        size, reveals, deadline_s = len(sortition.committee), self._reveals[epoch], self.clock.reveals_end_s(epoch)
+        size, deadline_s = len(sortition.committee), self.clock.reveals_end_s(epoch)
+        reveals = self._reveals.get(epoch, {})  # none after a restart
         return {
             peer
             for peer, each in counted.items()
@@ -298,7 +299,7 @@ class Participant:
 
     def _is_valid(self, state: State, statement: Statement) -> bool:
         """Return whether a statement follows from contributions that count for us, and leaves out no required one."""
-        if not {*statement.expelled} <= self.equivocators:
+        if not statement.commits or not {*statement.expelled} <= self.equivocators:
             return False
         counted = {each.commit.id: each for each in self._contributions(statement.epoch)}
         if not {*statement.commits} <= counted.keys():

@@ -196,6 +196,22 @@ def test_vote_refuses_a_statement_that_does_not_follow() -> None:
     assert vote.statement == right.id
 
 
+def test_member_without_any_message_of_the_epoch_refuses_an_empty_statement() -> None:
+    swarm = swarm_of(4)
+    swarm.play()
+    swarm.play()
+    voter = swarm.peers[0].participant
+    state = state_of(swarm.peers[0])
+    head, epoch = voter.chain.head, swarm.epoch
+    proposer = next(peer for peer in state.draw(epoch, PLAN).committee if peer != voter.peer)
+    empty = replace(
+        swarm.statements[-1], epoch=epoch, parent=head.id, proposer=proposer, commits=(), joined=(), left=()
+    )
+    voter.chain.add(empty)
+    voter.chain.add_signature(Signature(GENESIS, epoch, proposer, empty.id))
+    assert voter.vote(CLOCK.proposes_s(epoch, 3) + 1) is None
+
+
 def test_commit_after_the_reveal_phase_began_does_not_count() -> None:
     swarm = swarm_of(3)
     swarm.play()
