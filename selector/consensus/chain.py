@@ -23,6 +23,9 @@ SMALL_STALL_EPOCHS: Final = 2
 """Epochs without a statement after which the contributors may restart the chain. A swarm too small to tolerate one
 failure does not wait long."""
 
+ABANDONED_EPOCHS: Final = 1008
+"""A week of epochs without a statement, after which strangers may restart a chain: its members may be gone for good."""
+
 RETAINED_ENTRIES: Final = 256
 """Entries between the root and the head. Older statements are final: branches from them are not considered."""
 
@@ -43,6 +46,11 @@ def is_stalled(member_count: int, gap: int) -> bool:
     """Return whether a statement `gap` epochs after its parent restarts the chain, with only its own members."""
     limit = STALL_EPOCHS if member_count >= FAULT_TOLERANT else SMALL_STALL_EPOCHS
     return not member_count or gap > limit
+
+
+def is_abandoned(member_count: int, gap: int) -> bool:
+    """Return whether strangers may restart a chain: one too small to tolerate a failure, or stalled for a week."""
+    return is_stalled(member_count, gap) and (member_count < FAULT_TOLERANT or gap > ABANDONED_EPOCHS)
 
 
 @dataclass(eq=False)
@@ -212,6 +220,8 @@ def members_after(members: Sequence[PeerId], epoch: int, statement: Statement) -
     joined, gone = {*statement.joined}, {*statement.left, *statement.expelled}
     if joined & before or not {*statement.left} <= before or joined & gone:
         raise InvalidStatement("its list of members does not follow from the one before")
+    if restart and not joined <= {*members} and not is_abandoned(len(members), statement.epoch - epoch):
+        raise InvalidStatement("strangers restart the chain")
     if not (following := (before | joined) - gone):
         raise InvalidStatement("it leaves no members")
     return tuple(sorted(following)), restart

@@ -26,7 +26,7 @@ from protocol.consensus_values import (
 from protocol.forms import Digest
 from protocol.identity import PeerId
 from selector.consensus import inclusion
-from selector.consensus.chain import Chain, ChainEntry, is_stalled
+from selector.consensus.chain import Chain, ChainEntry, is_abandoned, is_stalled
 from selector.consensus.clock import EpochClock
 from selector.consensus.membership import founders
 from selector.consensus.sortition import MeasurementPlan, Sortition, beacon_of, newcomers_in_order, select_committee
@@ -195,6 +195,8 @@ class Participant:
         if is_stalled(len(head.members), epoch - head.epoch):
             beacon = self._beacon_after(state, contributions, epoch)
             voters = founders(head.members, (each.commit.peer for each in contributions), beacon)
+            if not {*voters} <= {*head.members} and not is_abandoned(len(head.members), epoch - head.epoch):
+                return None
         committee = select_committee(beacon_of(head.beacon, epoch), voters)
         if not contributions or self.peer not in committee:
             return None

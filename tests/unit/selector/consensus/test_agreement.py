@@ -6,7 +6,7 @@ import pytest
 
 from protocol.consensus_values import Cell, Signature
 from protocol.identity import PeerId
-from selector.consensus.chain import Chain, InvalidStatement, quorum_size
+from selector.consensus.chain import ABANDONED_EPOCHS, STALL_EPOCHS, Chain, InvalidStatement, quorum_size
 from selector.consensus.membership import MAX_ABSENCES
 from selector.consensus.participant import Participant
 from selector.consensus.sortition import MAX_CELLS_PER_PEER, MeasurementPlan, Sortition
@@ -130,6 +130,23 @@ def test_stalled_chain_restarts_and_fork_choice_prefers_the_larger_half() -> Non
     assert len(swarm.heads()) == 1
     assert larger <= {entry.id for entry in halves[1][0].participant.chain.canonical()}
     assert state_of(halves[0][0]).peers() == tuple(peer.name for peer in swarm.peers)
+
+
+def test_stranger_cannot_restart_a_stalled_chain_before_it_is_abandoned() -> None:
+    swarm = swarm_of(4)
+    swarm.play()
+    swarm.play()
+    chain = swarm.peers[0].participant.chain
+    head, stranger = chain.head, PeerId("stranger")
+    for gap, refused in ((STALL_EPOCHS + 1, True), (ABANDONED_EPOCHS, True), (ABANDONED_EPOCHS + 1, False)):
+        restart = replace(
+            swarm.statements[-1], epoch=head.epoch + gap, parent=head.id, proposer=stranger, joined=(stranger,), left=()
+        )
+        if refused:
+            with pytest.raises(InvalidStatement, match="strangers"):
+                chain.add(restart)
+        else:
+            chain.add(restart)
 
 
 def test_two_of_three_go_on_soon_after_the_third_has_gone() -> None:
