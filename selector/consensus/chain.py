@@ -30,7 +30,8 @@ RETAINED_ENTRIES: Final = 256
 """Entries between the root and the head. Older statements are final: branches from them are not considered."""
 
 MAX_CANDIDATES: Final = 512
-"""Statements without a quorum, and statements with early signatures, that are remembered."""
+"""Statements without a quorum, those with one beside the canonical branch, and those with early signatures, that are
+remembered."""
 
 
 class InvalidStatement(ValueError):
@@ -196,16 +197,29 @@ class Chain:
         self._entries = retained
 
     def _make_room(self, newcomer: ChainEntry) -> None:
-        """Evict an old statement without a quorum, where there are too many."""
-        candidates = [entry for entry in self._entries.values() if not entry.has_quorum]
-        if len(candidates) < MAX_CANDIDATES:
-            return
-        for entry in sorted(candidates, key=lambda entry: (entry.epoch >= newcomer.epoch - 1, entry.epoch, entry.id)):
+        """Evict an old statement without a quorum, or beside the canonical branch, where there are too many."""
+        canonical = {entry.id for entry in self.head.path()}
+        aside = [entry for entry in self._entries.values() if entry.id not in canonical]
+        for candidates in (
+            [each for each in aside if not each.has_quorum],
+            [each for each in aside if each.has_quorum],
+        ):
+            if len(candidates) >= MAX_CANDIDATES:
+                self._evict_one(candidates, newcomer)
+
+    def _evict_one(self, candidates: Sequence[ChainEntry], newcomer: ChainEntry) -> None:
+        """Evict the statement with the fewest signers, those of before first. Raises InvalidStatement."""
+
+        def order(entry: ChainEntry) -> tuple[bool, int, int, Digest]:
+            signers = len(entry.signers) if entry.has_quorum else 0
+            return entry.epoch >= newcomer.epoch - 1, signers, entry.epoch, entry.id
+
+        for entry in sorted(candidates, key=order):
             if not entry.children and entry.parent is not None and entry is not newcomer.parent:
                 entry.parent.children.remove(entry)
                 del self._entries[entry.id]
                 return
-        raise InvalidStatement("there are too many statements without a quorum")
+        raise InvalidStatement("there are too many statements beside the canonical branch")
 
 
 def members_after(members: Sequence[PeerId], epoch: int, statement: Statement) -> tuple[tuple[PeerId, ...], bool]:

@@ -6,7 +6,14 @@ import pytest
 
 from protocol.consensus_values import Cell, Signature
 from protocol.identity import PeerId
-from selector.consensus.chain import ABANDONED_EPOCHS, STALL_EPOCHS, Chain, InvalidStatement, quorum_size
+from selector.consensus.chain import (
+    ABANDONED_EPOCHS,
+    MAX_CANDIDATES,
+    STALL_EPOCHS,
+    Chain,
+    InvalidStatement,
+    quorum_size,
+)
 from selector.consensus.membership import MAX_ABSENCES
 from selector.consensus.participant import Participant
 from selector.consensus.sortition import MAX_CELLS_PER_PEER, MeasurementPlan, Sortition
@@ -147,6 +154,21 @@ def test_stranger_cannot_restart_a_stalled_chain_before_it_is_abandoned() -> Non
                 chain.add(restart)
         else:
             chain.add(restart)
+
+
+def test_strangers_that_found_chains_of_their_own_do_not_take_memory_without_end() -> None:
+    swarm = swarm_of(4)
+    swarm.play()
+    swarm.play()
+    chain, first = swarm.peers[0].participant.chain, swarm.statements[0]
+    head = chain.head
+    for number in range(MAX_CANDIDATES + 50):
+        stranger = PeerId(f"stranger-{number}")
+        founding = replace(first, parent=GENESIS, proposer=stranger, joined=(stranger,), left=())
+        chain.add(founding)
+        chain.add_signature(Signature(GENESIS, founding.epoch, stranger, founding.id))
+    assert chain.head is head
+    assert len(chain.statement_ids()) < MAX_CANDIDATES + 10
 
 
 def test_two_of_three_go_on_soon_after_the_third_has_gone() -> None:
