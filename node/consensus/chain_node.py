@@ -155,8 +155,9 @@ class ChainNode:
         await self._recovery.load_branch()
         self._update_agreement()
         if not complete:
-            # We may have voted in this epoch already, with a database that was lost.
+            # We may have voted or committed in this epoch already, with a database that was lost.
             participant.voted_epoch = epoch
+            self._contributor.abstain(epoch)
         for message in messages:
             if not isinstance(message.body, Reveal):  # a secret until its phase
                 self.replica.log.add(message, epoch)

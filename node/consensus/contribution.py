@@ -44,6 +44,11 @@ class Contributor:
         self._committed: set[tuple[int, Digest]] = set()
         """The epochs, and the heads in them, after which we have committed."""
         self._unrevealed: dict[Digest, SignedMessage] = {}
+        self._abstains_until = -1
+
+    def abstain(self, epoch: int) -> None:
+        """Neither commit nor reveal up to the end of an epoch, in which we may have done so and do not know how."""
+        self._abstains_until = epoch
 
     def restore(self, message: SignedMessage, now_s: float) -> None:
         """Take up a commit or a reveal of the last process."""
@@ -86,6 +91,8 @@ class Contributor:
         participant, epoch = self._participant, self._clock.epoch_at(now_s)
         key = (epoch, participant.chain.head.id)
         hardware = self._environment.hardware()
+        if epoch <= self._abstains_until:
+            return None
         if key in self._committed or hardware is None or not participant.is_selected(now_s):
             return None
         if now_s >= self._clock.reveals_begin_s(epoch) or self._must_wait_to_join(epoch):
@@ -119,6 +126,7 @@ class Contributor:
         if now_s < self._clock.reveals_begin_s(self._clock.epoch_at(now_s)):
             return []
         due, self._unrevealed = list(self._unrevealed.values()), {}
+        due = [message for message in due if message.epoch > self._abstains_until]
         return [final for message in due if (final := self._with_list(message, now_s))]
 
     def prune(self, epoch: int) -> None:

@@ -4,7 +4,7 @@
    (`Opened.votes`, made by a `Voter`).
 2. Tally: the coordinator adds its own ballot, takes the method that `selector.voting.tally` returns for all ballots,
    and sends it with the ballots (`Begin`). They weigh the same, unless all stages stand by one agreed statement of the
-   swarm, whose members then have the weights that it gives them; a ballot against its peer's own readings has none.
+   swarm, whose members then have the weights that it gives them; a ballot against what was measured has none.
 3. Verify: every stage repeats the tally before it begins (`tally_fault`), so that a coordinator can neither alter a
    vote nor choose another method.
 """
@@ -46,10 +46,13 @@ class Agreement:
         return bound_weights(methods, [*votes], self.weights, self._measured)
 
     def _measured(self, peer: str) -> dict[Cell, int]:
-        """Return the agreed values on a member's hardware, and its own readings where it has measured."""
+        """Return the agreed values on a member's hardware, and where there are none its own readings.
+
+        In this order: who reports false readings does not vote by them.
+        """
         kind = self.hardware.get(peer)
         agreed = {cell: each.value for cell, each in self.table.items() if each.firm and cell.hardware == kind}
-        return agreed | dict(self.readings.get(peer, {}))
+        return dict(self.readings.get(peer, {})) | agreed
 
 
 @dataclass(frozen=True, slots=True)

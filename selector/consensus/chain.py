@@ -23,11 +23,15 @@ SMALL_STALL_EPOCHS: Final = 2
 """Epochs without a statement after which the contributors may restart the chain. A swarm too small to tolerate one
 failure does not wait long."""
 
+ABANDONED_EPOCHS: Final = 1008
+"""A week of epochs without a statement, after which strangers may restart a chain: its members may be gone for good."""
+
 RETAINED_ENTRIES: Final = 256
 """Entries between the root and the head. Older statements are final: branches from them are not considered."""
 
 MAX_CANDIDATES: Final = 512
-"""Statements without a quorum, and statements with early signatures, that are remembered."""
+"""Statements without a quorum, those with one beside the canonical branch, and those with early signatures, that are
+remembered."""
 
 
 class InvalidStatement(ValueError):
@@ -43,6 +47,11 @@ def is_stalled(member_count: int, gap: int) -> bool:
     """Return whether a statement `gap` epochs after its parent restarts the chain, with only its own members."""
     limit = STALL_EPOCHS if member_count >= FAULT_TOLERANT else SMALL_STALL_EPOCHS
     return not member_count or gap > limit
+
+
+def is_abandoned(member_count: int, gap: int) -> bool:
+    """Return whether strangers may restart a chain: one too small to tolerate a failure, or stalled for a week."""
+    return is_stalled(member_count, gap) and (member_count < FAULT_TOLERANT or gap > ABANDONED_EPOCHS)
 
 
 @dataclass(eq=False)
@@ -188,16 +197,29 @@ class Chain:
         self._entries = retained
 
     def _make_room(self, newcomer: ChainEntry) -> None:
-        """Evict an old statement without a quorum, where there are too many."""
-        candidates = [entry for entry in self._entries.values() if not entry.has_quorum]
-        if len(candidates) < MAX_CANDIDATES:
-            return
-        for entry in sorted(candidates, key=lambda entry: (entry.epoch >= newcomer.epoch - 1, entry.epoch, entry.id)):
+        """Evict an old statement without a quorum, or beside the canonical branch, where there are too many."""
+        canonical = {entry.id for entry in self.head.path()}
+        aside = [entry for entry in self._entries.values() if entry.id not in canonical]
+        for candidates in (
+            [each for each in aside if not each.has_quorum],
+            [each for each in aside if each.has_quorum],
+        ):
+            if len(candidates) >= MAX_CANDIDATES:
+                self._evict_one(candidates, newcomer)
+
+    def _evict_one(self, candidates: Sequence[ChainEntry], newcomer: ChainEntry) -> None:
+        """Evict the statement with the fewest signers, those of before first. Raises InvalidStatement."""
+
+        def order(entry: ChainEntry) -> tuple[bool, int, int, Digest]:
+            signers = len(entry.signers) if entry.has_quorum else 0
+            return entry.epoch >= newcomer.epoch - 1, signers, entry.epoch, entry.id
+
+        for entry in sorted(candidates, key=order):
             if not entry.children and entry.parent is not None and entry is not newcomer.parent:
                 entry.parent.children.remove(entry)
                 del self._entries[entry.id]
                 return
-        raise InvalidStatement("there are too many statements without a quorum")
+        raise InvalidStatement("there are too many statements beside the canonical branch")
 
 
 def members_after(members: Sequence[PeerId], epoch: int, statement: Statement) -> tuple[tuple[PeerId, ...], bool]:
@@ -212,6 +234,8 @@ def members_after(members: Sequence[PeerId], epoch: int, statement: Statement) -
     joined, gone = {*statement.joined}, {*statement.left, *statement.expelled}
     if joined & before or not {*statement.left} <= before or joined & gone:
         raise InvalidStatement("its list of members does not follow from the one before")
+    if restart and not joined <= {*members} and not is_abandoned(len(members), statement.epoch - epoch):
+        raise InvalidStatement("strangers restart the chain")
     if not (following := (before | joined) - gone):
         raise InvalidStatement("it leaves no members")
     return tuple(sorted(following)), restart

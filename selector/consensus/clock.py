@@ -20,8 +20,10 @@ REVEAL_UNTIL: Final = 0.75
 others when the next step begins: what one of them requires is required by no one who lacks it."""
 
 PROPOSE_FROM: Final = 0.8
-TURN: Final = 0.04
-"""The first of the committee proposes; without a valid proposal the second, and so on."""
+TURN: Final = 0.05
+TURNS: Final = 4
+"""The first of the committee proposes; without a valid proposal the second, and so on, until the epoch ends. A turn is
+as long as a message may take."""
 
 Phase = Literal["measure", "reveal", "propose"]
 
@@ -73,7 +75,7 @@ class EpochClock:
 
     def turns(self) -> int:
         """Return how many members of the committee get their turn in an epoch."""
-        return int((1 - PROPOSE_FROM) / TURN)
+        return TURNS
 
     def next_phase_s(self, now_s: float) -> float:
         """Return when the next phase begins or the next proposer's turn comes."""

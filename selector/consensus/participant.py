@@ -26,7 +26,7 @@ from protocol.consensus_values import (
 from protocol.forms import Digest
 from protocol.identity import PeerId
 from selector.consensus import inclusion
-from selector.consensus.chain import Chain, ChainEntry, is_stalled
+from selector.consensus.chain import Chain, ChainEntry, is_abandoned, is_stalled
 from selector.consensus.clock import EpochClock
 from selector.consensus.membership import founders
 from selector.consensus.sortition import MeasurementPlan, Sortition, beacon_of, newcomers_in_order, select_committee
@@ -195,6 +195,8 @@ class Participant:
         if is_stalled(len(head.members), epoch - head.epoch):
             beacon = self._beacon_after(state, contributions, epoch)
             voters = founders(head.members, (each.commit.peer for each in contributions), beacon)
+            if not {*voters} <= {*head.members} and not is_abandoned(len(head.members), epoch - head.epoch):
+                return None
         committee = select_committee(beacon_of(head.beacon, epoch), voters)
         if not contributions or self.peer not in committee:
             return None
@@ -289,7 +291,8 @@ class Participant:
             return set()
         lists = (counted[peer].reveal.inclusion for peer in sortition.committee if peer in counted)
         named, _ = inclusion.count(lists, sortition.expected)
-        size, reveals, deadline_s = len(sortition.committee), self._reveals[epoch], self.clock.reveals_end_s(epoch)
+        size, deadline_s = len(sortition.committee), self.clock.reveals_end_s(epoch)
+        reveals = self._reveals.get(epoch, {})  # none after a restart
         return {
             peer
             for peer, each in counted.items()
@@ -298,7 +301,7 @@ class Participant:
 
     def _is_valid(self, state: State, statement: Statement) -> bool:
         """Return whether a statement follows from contributions that count for us, and leaves out no required one."""
-        if not {*statement.expelled} <= self.equivocators:
+        if not statement.commits or not {*statement.expelled} <= self.equivocators:
             return False
         counted = {each.commit.id: each for each in self._contributions(statement.epoch)}
         if not {*statement.commits} <= counted.keys():

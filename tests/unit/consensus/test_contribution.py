@@ -68,3 +68,17 @@ async def test_restarted_node_repeats_the_list_that_it_may_have_published() -> N
         for message in saved:
             restarted.restore(message, COMMITS_END_S)
         assert restarted.due_reveals(REVEALS_S + 1) == [published]
+
+
+async def test_node_that_lost_messages_neither_commits_nor_reveals_in_their_epoch() -> None:
+    first = contributor(member())
+    made = await first.contribution(COMMITS_END_S)
+    assert made is not None
+    restarted = contributor(member())
+    restarted.abstain(1)
+    for message in (made.commit, made.reveal):
+        restarted.restore(message, COMMITS_END_S)
+    assert restarted.due_reveals(REVEALS_S) == []
+    restarted = contributor(member())
+    restarted.abstain(1)
+    assert await restarted.contribution(COMMITS_END_S) is None

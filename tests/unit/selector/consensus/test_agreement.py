@@ -6,7 +6,14 @@ import pytest
 
 from protocol.consensus_values import Cell, Signature
 from protocol.identity import PeerId
-from selector.consensus.chain import Chain, InvalidStatement, quorum_size
+from selector.consensus.chain import (
+    ABANDONED_EPOCHS,
+    MAX_CANDIDATES,
+    STALL_EPOCHS,
+    Chain,
+    InvalidStatement,
+    quorum_size,
+)
 from selector.consensus.membership import MAX_ABSENCES
 from selector.consensus.participant import Participant
 from selector.consensus.sortition import MAX_CELLS_PER_PEER, MeasurementPlan, Sortition
@@ -132,6 +139,38 @@ def test_stalled_chain_restarts_and_fork_choice_prefers_the_larger_half() -> Non
     assert state_of(halves[0][0]).peers() == tuple(peer.name for peer in swarm.peers)
 
 
+def test_stranger_cannot_restart_a_stalled_chain_before_it_is_abandoned() -> None:
+    swarm = swarm_of(4)
+    swarm.play()
+    swarm.play()
+    chain = swarm.peers[0].participant.chain
+    head, stranger = chain.head, PeerId("stranger")
+    for gap, refused in ((STALL_EPOCHS + 1, True), (ABANDONED_EPOCHS, True), (ABANDONED_EPOCHS + 1, False)):
+        restart = replace(
+            swarm.statements[-1], epoch=head.epoch + gap, parent=head.id, proposer=stranger, joined=(stranger,), left=()
+        )
+        if refused:
+            with pytest.raises(InvalidStatement, match="strangers"):
+                chain.add(restart)
+        else:
+            chain.add(restart)
+
+
+def test_strangers_that_found_chains_of_their_own_do_not_take_memory_without_end() -> None:
+    swarm = swarm_of(4)
+    swarm.play()
+    swarm.play()
+    chain, first = swarm.peers[0].participant.chain, swarm.statements[0]
+    head = chain.head
+    for number in range(MAX_CANDIDATES + 50):
+        stranger = PeerId(f"stranger-{number}")
+        founding = replace(first, parent=GENESIS, proposer=stranger, joined=(stranger,), left=())
+        chain.add(founding)
+        chain.add_signature(Signature(GENESIS, founding.epoch, stranger, founding.id))
+    assert chain.head is head
+    assert len(chain.statement_ids()) < MAX_CANDIDATES + 10
+
+
 def test_two_of_three_go_on_soon_after_the_third_has_gone() -> None:
     swarm = swarm_of(3)
     for _ in range(2):
@@ -194,6 +233,22 @@ def test_vote_refuses_a_statement_that_does_not_follow() -> None:
     vote = voter.vote(late_s)
     assert vote is not None
     assert vote.statement == right.id
+
+
+def test_member_without_any_message_of_the_epoch_refuses_an_empty_statement() -> None:
+    swarm = swarm_of(4)
+    swarm.play()
+    swarm.play()
+    voter = swarm.peers[0].participant
+    state = state_of(swarm.peers[0])
+    head, epoch = voter.chain.head, swarm.epoch
+    proposer = next(peer for peer in state.draw(epoch, PLAN).committee if peer != voter.peer)
+    empty = replace(
+        swarm.statements[-1], epoch=epoch, parent=head.id, proposer=proposer, commits=(), joined=(), left=()
+    )
+    voter.chain.add(empty)
+    voter.chain.add_signature(Signature(GENESIS, epoch, proposer, empty.id))
+    assert voter.vote(CLOCK.proposes_s(epoch, 3) + 1) is None
 
 
 def test_commit_after_the_reveal_phase_began_does_not_count() -> None:
