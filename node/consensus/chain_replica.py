@@ -57,10 +57,10 @@ class ChainReplica:
         entry = self.chain.entry(message.body.statement) if isinstance(message.body, Signature) else None
         if entry is not None and message.peer not in entry.committee:
             return None  # it does not count, and must not take the room of those that do
-        is_member = message.peer in self.chain.head.members
-        if self.log.is_full(message, is_member=is_member) and message.epoch >= epoch - 1:
+        is_known = self.participant.knows(message.peer)
+        if self.log.is_full(message, is_known=is_known) and message.epoch >= epoch - 1:
             return None
-        found = self.log.add(message, epoch, is_member=is_member)
+        found = self.log.add(message, epoch, is_known=is_known)
         proof = self._accuse(message.peer, found) if found else None
         match message.body:
             case Commit() as commit:

@@ -1,6 +1,6 @@
 """The verified messages of one chain: those of recent epochs, and the statements and signatures that prove the branch.
 
-Other peers get them from here, and need not trust us. Bounded by kind, epoch and membership; past epochs are pruned.
+Other peers get them from here, and need not trust us. Bounded by kind, epoch and peer; past epochs are pruned.
 """
 
 import hashlib
@@ -15,10 +15,12 @@ from protocol.forms import Digest
 from protocol.identity import PeerId
 from protocol.limits import MAX_HAVE
 
-MAX_OF_MEMBERS: Final = {Commit: 576, Reveal: 576, Statement: 48, Signature: 448}
-MAX_OF_OTHERS: Final = {Commit: 192, Reveal: 192, Statement: 16, Signature: 192}
-"""Messages of one epoch that are held. An epoch counts at most 336 contributions and has 5 proposals and 128 signers.
-Identities are free: however many strangers send messages, there is room for those of members."""
+MAX_OF_PEER: Final = {Commit: 4, Reveal: 4, Statement: 3, Signature: 3}
+"""Messages of one peer in one epoch that are held. An honest one sends one of each, and again after another head."""
+
+MAX_OF_STRANGERS: Final = {Commit: 192, Reveal: 192, Statement: 16, Signature: 192}
+"""Messages of all peers in one epoch that are neither members nor candidates, of which there are 336 at most.
+Identities are free: however many strangers send messages, there is room for those of the others."""
 
 MAX_EQUIVOCATORS: Final = 256
 
@@ -42,13 +44,14 @@ class MessageLog:
         self._recent: dict[bytes, SignedMessage] = {}
         self._unique: dict[tuple[object, ...], SignedMessage] = {}
         """The first message of which a peer may sign only one."""
-        self._counts: Counter[tuple[int, type, bool]] = Counter()
+        self._counts: Counter[tuple[int, type, PeerId | None]] = Counter()
+        """By epoch, kind and peer; None for all strangers."""
 
-    def add(self, message: SignedMessage, current_epoch: int, *, is_member: bool = True) -> EquivocationProof | None:
+    def add(self, message: SignedMessage, current_epoch: int, *, is_known: bool = True) -> EquivocationProof | None:
         """Add a message; return the proof of the equivocation that it completes.
 
         Old statements and signatures are accepted as evidence; all other messages only for the current epoch, the one
-        before and the one after, because clocks differ.
+        before and the one after, because clocks differ. `is_known`: whether a member or a candidate sent it.
         """
         body = message.body
         if isinstance(body, EquivocationProof):
@@ -57,9 +60,11 @@ class MessageLog:
             return None
         proof = self._prove_equivocation(message)
         is_recent = abs(body.epoch - current_epoch) <= 1
-        if is_recent and message.id not in self._recent and not self.is_full(message, is_member=is_member):
+        if is_recent and message.id not in self._recent and not self.is_full(message, is_known=is_known):
             self._recent[message.id] = message
-            self._counts[body.epoch, type(body), is_member] += 1
+            self._counts[body.epoch, type(body), message.peer] += 1
+            if not is_known:
+                self._counts[body.epoch, type(body), None] += 1
         if isinstance(body, Signature):
             held = self.signatures.setdefault(body.statement, {})
             if len(held) < MAX_SIGNATURES:
@@ -71,13 +76,15 @@ class MessageLog:
         """Whether there is so much evidence that it must be pruned now: a peer may send old statements without end."""
         return max(len(self.statements), len(self.signatures)) > 2 * MAX_EVIDENCE
 
-    def is_full(self, message: SignedMessage, *, is_member: bool) -> bool:
-        """Return whether no more messages of this kind and epoch are accepted, from members or from others."""
+    def is_full(self, message: SignedMessage, *, is_known: bool) -> bool:
+        """Return whether no more messages of this kind and epoch are accepted from this peer, or from strangers."""
         body = message.body
         if isinstance(body, EquivocationProof):
             return len(self.equivocators) >= MAX_EQUIVOCATORS
-        bounds = MAX_OF_MEMBERS if is_member else MAX_OF_OTHERS
-        return self._counts[body.epoch, type(body), is_member] >= bounds[type(body)]
+        kind = type(body)
+        if self._counts[body.epoch, kind, message.peer] >= MAX_OF_PEER[kind]:
+            return True
+        return not is_known and self._counts[body.epoch, kind, None] >= MAX_OF_STRANGERS[kind]
 
     def prune(self, current_epoch: int, needed: Collection[Digest]) -> None:
         """Drop past epochs, and the oldest evidence of statements that are not `needed`."""

@@ -123,6 +123,12 @@ class Participant:
         state = self.state()
         return state.hardware.get(self.peer) if state else None
 
+    def knows(self, peer: PeerId) -> bool:
+        """Return whether a peer is a member, or a candidate."""
+        state = self.state()
+        is_candidate = state is not None and any(each.peer == peer for each in state.candidates)
+        return is_candidate or peer in self.chain.head.members
+
     def unconfirmed(self, now_s: float) -> list[Commit]:
         """Return the commits of this epoch whose observations may not be available here."""
         epoch = self.clock.epoch_at(now_s)

@@ -2,7 +2,7 @@
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.consensus.message_log import MAX_OF_OTHERS, MessageLog
+from node.consensus.message_log import MAX_OF_PEER, MAX_OF_STRANGERS, MessageLog
 from protocol.consensus import SignedMessage, equivocator_of, sign_message
 from protocol.consensus_values import Commit, Reveal, Signature
 from protocol.identity import PeerId, peer_id_from_public_key
@@ -26,16 +26,28 @@ def commit(number: int, epoch: int = 7, commitment: bytes = bytes(32)) -> Signed
 
 def test_strangers_cannot_crowd_out_members() -> None:
     log = MessageLog()
-    bound = MAX_OF_OTHERS[Commit]
+    bound = MAX_OF_STRANGERS[Commit]
     for number in range(bound + 20):
-        log.add(commit(number), 7, is_member=False)
+        log.add(commit(number), 7, is_known=False)
     assert len(log.recent()) == bound
     stranger, member = commit(5000), commit(5001)
-    assert log.is_full(stranger, is_member=False)
-    assert not log.is_full(member, is_member=True)
-    log.add(member, 7, is_member=True)
+    assert log.is_full(stranger, is_known=False)
+    assert not log.is_full(member, is_known=True)
+    log.add(member, 7, is_known=True)
     assert member in log.recent().values()
     assert bound + 1 < MAX_HAVE
+
+
+def test_one_member_cannot_crowd_out_others() -> None:
+    log = MessageLog()
+    for number in range(600):
+        body = Reveal(CHAIN, 7, peer(1), number.to_bytes(32, "big"), ())
+        log.add(sign_message(body, key(1)), 7)
+    assert len(log.recent()) == MAX_OF_PEER[Reveal]
+    other = sign_message(Reveal(CHAIN, 7, peer(2), bytes(32), ()), key(2))
+    assert not log.is_full(other, is_known=True)
+    log.add(other, 7)
+    assert other in log.recent().values()
 
 
 def test_digest_does_not_depend_on_the_order() -> None:
