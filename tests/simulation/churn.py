@@ -107,6 +107,9 @@ class Rumours:
 
     async def candidates(self, model: ModelId, cuts: Cuts, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         await trio.lowlevel.checkpoint()
+        return self.known_candidates(model, without=without)
+
+    def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         now_s = trio.current_time()
         found: list[Candidate] = []
         for peer in self._swarm.peers:
