@@ -71,7 +71,8 @@ const processorFields = map({
   logical_cores: integer(1, 65536),
   physical_cores: integer(1, 65536),
   instruction_sets: array(name(64), 0, 32),
-  throughput
+  throughput,
+  'threads?': integer(1, 65536)
 })
 
 function processor (value) {
@@ -112,7 +113,8 @@ const capabilitiesOf = map({
     'upload_bytes_per_s?': figure(1e15),
     'download_bytes_per_s?': figure(1e15),
     neighbours: array(neighbour, 0, 16)
-  })
+  }),
+  'price?': float(0, 1e6)
 })
 
 function multiaddr (value) {
@@ -124,6 +126,15 @@ export const prefix = (low, high) => value =>
 
 const MAX_COUNT = 2 ** 32
 
+const reachability = map({
+  verdict: one('public', 'private', 'unknown'),
+  observed: array(multiaddr, 0, 4),
+  endpoint_dependent: boolean,
+  port_mapped: boolean,
+  relays: array(peer, 0, 4),
+  relay_bytes_per_s: float(0, 1e15)
+}, { open: true })
+
 const kinds = {
   span: { model: bytes(32), blocks: array(blocks, 0, 48) },
   heartbeat: {
@@ -133,7 +144,8 @@ const kinds = {
     spans: array(map({ model: bytes(32), blocks, load }), 0, 48),
     placements: array(map({ model: bytes(32), blocks, rate: float(0, 1e9), movable: boolean }), 0, 48),
     placed_at_ms: integer(0, MAX_INTEGER),
-    leaving: boolean
+    leaving: boolean,
+    'reachability?': reachability
   },
   capability: { version: one(1), capabilities: orNil(capabilitiesOf) },
   history: {
@@ -152,7 +164,7 @@ export function openRecord (kind, envelope, now_s) {
     issued_at_s: integer(0, MAX_INTEGER),
     expires_at_s: integer(0, MAX_INTEGER),
     ...kinds[kind]
-  })(decodeCanonical(payload))
+  }, { open: kind === 'heartbeat' })(decodeCanonical(payload))
   const lifetime_s = record.expires_at_s - record.issued_at_s
   if (lifetime_s <= 0 || lifetime_s > MAX_RECORD_LIFETIME_S) refuse('an impossible lifetime')
   if (record.issued_at_s > now_s + MAX_CLOCK_SKEW_S) refuse('issued in the future')
@@ -201,8 +213,15 @@ const statistics = tuple(
   integer(0, MAX_INTEGER), integer(0, MAX_INTEGER)
 )
 
+const stageFacts = tuple(
+  integer(1, 1024), one('cpu', 'cuda', 'rocm', 'mps'), integer(1, 2 ** 50), integer(1, 65536), integer(0, 65536),
+  boolean, boolean, boolean,
+  orNil(figure(1e15)), orNil(figure(1e19)), orNil(figure(1e19)), orNil(figure(1e19)),
+  orNil(float(0, 60)), orNil(figure(1e15)), float(0, 1e6)
+)
+
 const observationOf = map({
-  version: one(1),
+  version: one(1, 2),
   observer: peer,
   job: bytes(16),
   kind: one('served', 'probe', 'assigned', 'bench'),
@@ -219,7 +238,12 @@ const observationOf = map({
     head_count: size,
     kv_head_count: size,
     expert_count: size,
-    active_expert_count: size
+    active_expert_count: size,
+    'head_size?': integer(1, MAX_VOCABULARY),
+    'block_bytes?': integer(0, MAX_INTEGER),
+    'block_parameters?': integer(0, MAX_INTEGER),
+    'active_block_parameters?': integer(0, MAX_INTEGER),
+    'kv_bytes_per_token?': integer(0, MAX_INTEGER)
   }),
   workload: map({
     prompt_tokens: integer(1, MAX_POSITIONS),
@@ -244,7 +268,8 @@ const observationOf = map({
   route: array(
     tuple(peer, blocks, name(64), statistics, orNil(float(0, MAX_SECONDS)), orNil(bytes(64))), 1, 64
   ),
-  software: dictionary(name(64), name(64), 16)
+  software: dictionary(name(64), name(64), 16),
+  'stage_facts?': array(stageFacts, 1, 32)
 })
 
 /** Return the observation in an envelope, with its id; throw ProtocolError for one that must be rejected. */
@@ -282,7 +307,10 @@ function checkFigures ({ kind, model, workload, method, measurements }) {
 }
 
 function checkStages (observation) {
-  const { route, model, workload, kind, measurements } = observation
+  const { route, model, workload, kind, measurements, stage_facts } = observation
+  if (stage_facts && !(stage_facts.length === route.length && route.every(([, [start, end]], n) => stage_facts[n][0] === end - start))) {
+    refuse('facts of other stages')
+  }
   if (route.some(([, [start]], index) => index > 0 && start !== route[index - 1][1][1])) refuse('stages do not follow')
   if (kind === 'served' || kind === 'probe') {
     if (route[0][1][0] !== 0 || route.at(-1)[1][1] !== model.block_count) refuse('stages do not cover the model')

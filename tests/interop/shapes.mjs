@@ -39,8 +39,8 @@ export const tuple = (...shapes) => value =>
     ? shapes.map((shape, index) => shape(value[index]))
     : refuse(`no array of ${shapes.length}`)
 
-/** A map with exactly these fields; those that end in `?` may be left out. */
-export const map = fields => value => {
+/** A map with exactly these fields; those that end in `?` may be left out. `open`: unknown ones are skipped. */
+export const map = (fields, { open = false } = {}) => value => {
   if (!(value instanceof Map)) refuse('no map')
   const left = new Map(value)
   const result = {}
@@ -50,7 +50,7 @@ export const map = fields => value => {
     else if (key === field) refuse(`${key} is missing`)
     left.delete(key)
   }
-  return left.size === 0 ? result : refuse(`unknown field ${[...left.keys()][0]}`)
+  return open || left.size === 0 ? result : refuse(`unknown field ${[...left.keys()][0]}`)
 }
 
 /** A map from and to these shapes, of at most so many entries. */
