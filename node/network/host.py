@@ -277,12 +277,15 @@ class Libp2pNetwork:
         for tries in range(1, OPEN_TRIES + 1):
             await self._dial(peer)
             assert self._host is not None
+            way = self.way_to(peer)
             try:
                 with trio.fail_after(self._limits.request_timeout_s):
                     stream = await self._host.new_stream(ID.from_base58(peer), list(map(TProtocol, protocols)))
                     return Libp2pStream(stream)
             except Exception as error:
-                if tries == OPEN_TRIES or self._running_swarm().live_connections(ID.from_base58(peer)):
+                # Maybe only the relay has died. A peer that a direct connection has lost would be dialled in vain.
+                is_final = tries == OPEN_TRIES or way is None or way.relay is None
+                if is_final or self._running_swarm().live_connections(ID.from_base58(peer)):
                     raise NetworkError(f"{what}: {reason(error)}") from error
         raise AssertionError  # the last try returns or raises
 

@@ -16,7 +16,7 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerstore import create_signed_peer_record
 from multiaddr import Multiaddr
 
-from node.network import dht, gossip
+from node.network import addresses, dht, gossip
 from node.network.addresses import parse_address
 from node.network.admission import SILENT_S, InboundLimits
 from node.network.guarded_host import start_service
@@ -145,12 +145,14 @@ async def test_wildcard_listen_address_is_expanded() -> None:
 async def test_announced_addresses_come_before_those_of_interfaces_and_loopback_is_told_to_nobody() -> None:
     interfaces = {"lo": ["127.0.0.1", "::1"], "eth0": ["192.168.1.2"], "docker0": ["172.17.0.1"]}
     found = {name: [SimpleNamespace(address=text) for text in texts] for name, texts in interfaces.items()}
+    addresses._interface_addresses.cache_clear()
     for listen in ("/ip4/0.0.0.0/tcp/0", LOOPBACK):
         network = Libp2pNetwork(bytes(32), listen=[listen], announce=["/dns4/node.example/tcp/4001"])
         with limited(), patch("psutil.net_if_addrs", lambda: found):
             async with network.running():
                 hosts = [address.split("/")[2] for address in network.multiaddrs]
                 assert hosts == ["node.example", *(["192.168.1.2"] if "0.0.0.0" in listen else [])]
+    addresses._interface_addresses.cache_clear()
 
 
 async def test_simultaneous_dials_end_in_one_connection() -> None:
