@@ -21,12 +21,14 @@ async def test_objective_and_budget_choose_between_a_dear_and_a_cheap_peer(start
         return await is_complete(client) and (await route(objective="cost"))[0] == cheap.peer_id
 
     await until(prefers_cheap, timeout_s=120)
-    peer, cost = await route(objective="cost")
-    assert peer == cheap.peer_id
-    peer, cost = await route(budget=100.0)  # below what the dear one takes for this
-    assert peer == cheap.peer_id
-    assert cost["actual"] < 100.0
-    assert cost["predicted"] <= cost["budget"] == 100.0
+    # Several: both peers are equally fast, so that one job may take the cheap peer by chance.
+    for _ in range(5):
+        peer, cost = await route(objective="cost")
+        assert peer == cheap.peer_id
+        peer, cost = await route(budget=100.0)  # below what the dear one takes for this
+        assert peer == cheap.peer_id
+        assert cost["actual"] < 100.0
+        assert cost["predicted"] <= cost["budget"] == 100.0
     body = {"model": MODEL, "prompt": "Once", "max_tokens": 4, "metaswarm": {"budget": 1e-6}}
     async with httpx.AsyncClient(base_url=client.api_url, timeout=60) as http:
         refused = await http.post("/v1/completions", json=body)
