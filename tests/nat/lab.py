@@ -6,6 +6,7 @@ All homes have the same private range. Every name begins with a prefix of this p
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PUBLIC = {"pub": "50.0.0.10", "pub2": "60.0.0.10"}
 """Public machines, in two ranges."""
-GATEWAYS = {home: f"{70 + number}.0.0.1" for number, home in enumerate("abcdef")}
+HOMES = "abcdefghij"
+GATEWAYS = {home: f"{70 + number}.0.0.1" for number, home in enumerate(HOMES)}
 
 
 class Nat(StrEnum):
@@ -71,11 +73,20 @@ def missing() -> str | None:
     return None if tried.returncode == 0 else "this kernel has no nftables, or namespaces are not allowed"
 
 
+def remove_abandoned() -> None:
+    """Remove the namespaces of test runs that were killed."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    for space in re.findall(r"^nat\d+-\S+", listed, re.MULTILINE):
+        if not Path("/proc", space.partition("-")[0].removeprefix("nat")).exists():
+            subprocess.run(["ip", "netns", "del", space], check=False, capture_output=True)
+
+
 class Lab:
     """The namespaces of one test."""
 
     def __init__(self) -> None:
         self._prefix = f"nat{os.getpid()}-"
+        remove_abandoned()
 
     def inside(self, space: str, *command: str) -> list[str]:
         """Return the command that runs another one in a namespace."""
@@ -88,7 +99,7 @@ class Lab:
 
     @contextmanager
     def built(self, *, delay_ms: float = 5, **kinds: Nat) -> Iterator["Lab"]:
-        """Build the lab with homes of these kinds, `a` to `f`; remove it at the end."""
+        """Build the lab with homes of these kinds, `a` to `j`; remove it at the end."""
         machines = {**PUBLIC, **{f"gate-{home}": GATEWAYS[home] for home in kinds}}
         spaces = ["switch", *machines, *kinds]
         switch: subprocess.Popen[str] | None = None
