@@ -42,7 +42,7 @@ from protocol.identity import PeerId, parse_peer_id
 logger = logging.getLogger(__name__)
 
 REQUEST_TIMEOUT_S: Final = 10.0
-CHUNK_BYTES: Final = 64 << 10
+CHUNK_BYTES: Final = 128 << 10
 WINDOW_BYTES: Final = 1 << 20
 """Largest window of one direction of a circuit: what the peers of 64 circuits can make a relay hold is bounded."""
 
@@ -194,7 +194,7 @@ class RelayServer:
         passed_bytes = 0
         try:
             while True:
-                data = await source.read(CHUNK_BYTES)
+                data = await source.read_available(CHUNK_BYTES)
                 passed_bytes += len(data)
                 if most_bytes is not None and passed_bytes > most_bytes:
                     both.cancel()

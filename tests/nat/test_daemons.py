@@ -1,6 +1,5 @@
 """Real daemons behind NATs serve each other's jobs."""
 
-import os
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,14 +14,9 @@ from node.models.importer import import_model
 from node.models.store import ModelStore
 
 from .daemon import MODEL, LabDaemon, until
-from .lab import GATEWAYS, PUBLIC, Lab, Nat, missing
+from .lab import GATEWAYS, PUBLIC, Lab, Nat
 
-REASON = missing()
-pytestmark = [
-    pytest.mark.nat,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(REASON is not None and not os.environ.get("METASWARM_REQUIRE_ALL"), reason=REASON or ""),
-]
+pytestmark = [pytest.mark.nat, pytest.mark.timeout(600)]
 
 FIRST, SECOND = f"{MODEL}:0-15", f"{MODEL}:15-30"
 REFUSED_S = 10.0
