@@ -4,9 +4,9 @@
 
 Four processes on loopback: a relay without a bound on its rate, a peer that can be dialled, one that is reached through
 the relay alone, and this one, which sends to both in turns. Then a hostile process with many identities floods the
-relay: it asks for more reservations than the relay gives, fills the windows of as many circuits as it gets and never
-reads them, and asks for circuits to peers that are not there. The relay's limits for each address are lifted, as though
-every identity came from an address of its own.
+relay: it asks for more reservations than the relay gives, fills the windows of as many circuits as it gets and stops
+reading at both of their ends, and asks for circuits to peers that are not there. The relay's limits for each address
+are lifted, as though every identity came from an address of its own.
 """
 
 import json
@@ -23,19 +23,37 @@ from typing import Any
 import click
 import psutil
 import trio
+from libp2p.abc import INetStream
+from libp2p.custom_types import TProtocol
+from libp2p.peer.id import ID
 
 from benchmarks.common import describe_machine, verdict
+from node.network.guarded_host import GuardedHost
 from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError, Stream
+from node.network.message_stream import MessageStream
 from node.network.relay_ledger import RelayLimits
+from node.network.relay_messages import (
+    HOP_PROTOCOL,
+    STOP_PROTOCOL,
+    HopMessage,
+    HopType,
+    Peer,
+    Status,
+    StopMessage,
+    StopType,
+)
 from node.network.traversal import TraversalOptions
+from node.util.token_bucket import Allowance
 from protocol.announcements import Verdict
 from protocol.identity import PeerId
 
 LISTEN = "/ip4/127.0.0.1/tcp/0"
 SINK = "/metaswarm/sink/1"
 ECHO = "/metaswarm/echo/1"
-LIMITS = RelayLimits(bytes_per_s=1 << 40, reservations_per_origin=64, circuits_per_origin=64, reservations_per_range=64)
+LIMITS = RelayLimits(
+    bytes_per_s=1 << 40, reservations_per_origin=64, circuits_per_origin=64, requests=Allowance(per_s=1000, burst=1000)
+)
 ROUNDS = 5
 ECHOES = 100
 ECHO_BYTES = 4096
@@ -48,7 +66,7 @@ JOINING = 4
 RESERVE_S = 90.0
 """How long they may take for that together."""
 READ_BYTES = 2 << 20
-"""What a hostile receiver reads, which widens the windows, before it stops."""
+"""What either end of a hostile circuit reads, which widens the windows, before it stops."""
 SAMPLE_S = 0.25
 TARGET_SHARE = 0.15
 TARGET_MIB = 256.0
@@ -143,7 +161,7 @@ async def run_hidden(relay: str) -> None:
 
 async def run_flood(relay: str) -> None:
     """Have many identities join and ask for reservations; then flood the relay with all of them."""
-    reserved: list[str] = []
+    reserved: list[ID] = []
     turns, joined = trio.CapacityLimiter(JOINING), trio.Event()
     async with trio.open_nursery() as nursery:
         for _ in range(IDENTITIES):
@@ -155,21 +173,23 @@ async def run_flood(relay: str) -> None:
         joined.set()
 
 
-async def be_hostile(relay: str, reserved: list[str], turns: trio.CapacityLimiter, joined: trio.Event) -> None:
-    """Be one identity: reserve, send through circuits to the others, never read for long, and come back."""
+async def be_hostile(relay: str, reserved: list[ID], turns: trio.CapacityLimiter, joined: trio.Event) -> None:
+    """Be one identity: reserve, then fill circuits from both their ends."""
     network = peer(Verdict.PRIVATE)
-    network.set_stream_handler(SINK, read_a_little)
     async with network.running():
+        host = network._host  # noqa: SLF001  # a hostile peer speaks the protocols as it likes
+        assert host is not None
+        host.set_stream_handler(TProtocol(STOP_PROTOCOL), accept_and_fill)
         async with turns:
             await join(network, relay)
             with trio.move_on_after(5):
-                while not network.multiaddrs:
+                while not network.reachability.relays:
                     await trio.sleep(SAMPLE_S)
-                reserved.append(network.multiaddrs[0])
+                reserved.append(host.get_id())
         await joined.wait()
         async with trio.open_nursery() as nursery:
             for _ in range(CIRCUITS_EACH):
-                nursery.start_soon(fill, network, relay, reserved)
+                nursery.start_soon(ask_and_fill, network, host, relay, reserved)
 
 
 async def join(network: Libp2pNetwork, relay: str) -> None:
@@ -181,25 +201,43 @@ async def join(network: Libp2pNetwork, relay: str) -> None:
         await trio.sleep(1)
 
 
-async def read_a_little(stream: Stream) -> None:
-    """Read until the windows are wide, and then no more."""
-    left = READ_BYTES
-    while left > 0 and (data := await stream.receive_some()):
-        left -= len(data)
-    await trio.sleep_forever()
-
-
-async def fill(network: Libp2pNetwork, relay: str, reserved: list[str]) -> None:
-    """Open circuits and write into them for ever; now and then to a peer that is not there."""
+async def ask_and_fill(network: Libp2pNetwork, host: GuardedHost, relay: str, reserved: list[ID]) -> None:
+    """Ask for circuits for ever, now and then to a peer that is not there."""
+    relay_id = ID.from_base58(relay.rpartition("/")[2])
     while True:
-        absent = f"{relay}/p2p-circuit/p2p/{Libp2pNetwork(os.urandom(32), listen=[]).peer_id}"
-        address = random.choice([*reserved, absent])
-        with suppress(NetworkError):
-            stream = await network.open_stream(await network.connect(address), SINK)
-            while True:
-                await stream.send_all(bytes(WRITE_BYTES))
+        target = random.choice([*reserved, relay_id])
+        with suppress(Exception):  # whatever the relay does to us
+            connection = host.swarm.direct_connection(relay_id)
+            assert connection is not None
+            async with MessageStream(await host.open_stream_on(connection, HOP_PROTOCOL)) as messages:
+                await messages.send(HopMessage(type=HopType.CONNECT, peer=Peer(id=target.to_bytes())))
+                if (await messages.receive(HopMessage)).status is Status.OK:
+                    await fill(messages)
         await join(network, relay)
         await trio.sleep(SAMPLE_S)
+
+
+async def accept_and_fill(stream: INetStream) -> None:
+    """Accept a circuit."""
+    with suppress(Exception):
+        async with MessageStream(stream) as messages:
+            await messages.receive(StopMessage)
+            await messages.send(StopMessage(type=StopType.STATUS, status=Status.OK))
+            await fill(messages)
+
+
+async def fill(messages: MessageStream) -> None:
+    """Write into a circuit for ever; read from it until its windows are wide, and then no more."""
+
+    async def read() -> None:
+        left = READ_BYTES
+        while left > 0:
+            left -= len(await messages.muxed.read())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read)
+        while True:
+            await messages.muxed.write(bytes(WRITE_BYTES))
 
 
 ROLES = {"relay": run_relay, "open": run_open, "hidden": run_hidden, "flood": run_flood}

@@ -36,7 +36,7 @@ from node.network.relay_messages import (
 )
 from node.network.transport import reason
 from node.network.yamux_stream import YamuxStream
-from node.util.token_bucket import Allowance, TokenBucket
+from node.util.token_bucket import TokenBucket
 from protocol.identity import PeerId, parse_peer_id
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,6 @@ WINDOW_BYTES: Final = 1 << 20
 
 IDENTIFY_WAIT_S: Final = 2.0
 """How long a request waits until its peer is identified: one that asks at once is of this swarm as well."""
-
-CONNECTS: Final = Allowance(per_s=1.0, burst=32)
-"""Circuits that one address may ask for: each costs the peer behind us a handshake."""
 
 MAX_ADDRESSES: Final = 8
 MEMBER_PREFIX: Final = "/metaswarm/"
@@ -96,7 +93,9 @@ class RelayServer:
             await _answer(messages, Status.PERMISSION_DENIED)
         elif message.type is HopType.CONNECT:
             now_s = trio.current_time()
-            asked = self._connects.setdefault(origin(messages.connection.host or ""), CONNECTS.bucket(now_s))
+            asked = self._connects.setdefault(
+                origin(messages.connection.host or ""), self._limits.requests.bucket(now_s)
+            )
             if asked.take(1, now_s):
                 await self._connect(messages, message)
             else:
