@@ -46,11 +46,20 @@ class ChainInitiator(Session[Message, ChainState]):
     """The side that begins a session, and fetches."""
 
     def __init__(
-        self, stream: Stream, throttle: Throttle, chain: ChainNode, verify: Callable[[bytes], SignedMessage]
+        self,
+        stream: Stream,
+        throttle: Throttle,
+        chain: ChainNode,
+        verify: Callable[[bytes], SignedMessage],
+        forward: Callable[[Sequence[SignedMessage]], None],
     ) -> None:
+        """`forward`: gossips recent messages that were missing here, and are to reach all others as well."""
         super().__init__(stream, ChainConnection(Role.INITIATOR), throttle)
         self._chain = chain
         self._verify = verify
+        self._forward = forward
+        self._received_ids: set[bytes] = set()
+        """The ids of the records that were received."""
         self._reached: bytes | None = None
         """The last statement that was received."""
 
@@ -71,8 +80,11 @@ class ChainInitiator(Session[Message, ChainState]):
             self.outcome.more = True
             return
         if rest is Remaining.RECENT:
-            await self._send(Inventory(tuple(await self._chain.recent_records())))
+            held = await self._chain.recent_records()
+            await self._send(Inventory(tuple(held)))
             await self._receive_records()
+            recent = await self._chain.recent_records()
+            self._forward([each for key, each in recent.items() if key not in held and each.id in self._received_ids])
         if self.outcome.retry_s is None:
             await self._fetch_state()
             self.outcome.equal = True
@@ -105,6 +117,7 @@ class ChainInitiator(Session[Message, ChainState]):
             if record.body.chain != self._chain.genesis:
                 raise RemoteProtocolError("received a record of another chain")
             records.append(record)
+            self._received_ids.add(record.id)
             if isinstance(statement := record.body, Statement):
                 self._reached = statement.id
             if number % VERIFIED_AT_A_TIME == 0:

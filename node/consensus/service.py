@@ -26,7 +26,6 @@ from node.util.token_bucket import Allowance
 from protocol.chains import PROTOCOL_ID
 from protocol.consensus import CONSENSUS_TOPIC, SignedMessage
 from protocol.consensus_values import EquivocationProof
-from protocol.errors import RemoteProtocolError
 from protocol.forms import Digest
 from protocol.identity import ModelId, PeerId
 from selector.consensus.clock import EpochClock
@@ -39,6 +38,10 @@ MODELS_ROUND_S: Final = 1.0
 
 VERIFIED_RECORDS: Final = 4096
 """Records remembered as verified, so that a duplicate is not verified again."""
+
+FORWARDERS: Final = 12
+"""Peers that gossip a message which all of a swarm fetched from neighbours. A message that a third of the members must
+have, so as to be listed, is then gossiped at least once but for one case in fifty."""
 
 SHORTEST_PULL_INTERVAL_S: Final = 0.5
 
@@ -154,12 +157,20 @@ class ConsensusService:
         self._gossip.publish(record.envelope for record in records)
 
     def _accepts(self, source: PeerId, record: SignedMessage) -> bool:
-        """Return whether a record is forwarded: of a chain that is followed, of now, and its publisher's own."""
-        if record.peer != source:
-            raise RemoteProtocolError("a batch contains a record that another peer signed")
+        """Return whether a record is forwarded, whoever signed it: of a chain that is followed, and of now."""
+        del source
         epoch = self._clock.epoch_at(self._environment.wall_clock())
         is_timely = isinstance(record.body, EquivocationProof) or abs(record.epoch - epoch) <= 1
         return is_timely and record.body.chain in self._by_genesis
+
+    def _forward(self, chain: ChainNode, records: Sequence[SignedMessage]) -> None:
+        """Gossip what was fetched from a neighbour: otherwise a peer decides who has its messages in time.
+
+        Of many peers that fetched the same, a few do it, drawn by chance, so that nobody can avoid them.
+        """
+        participant = chain.replica.participant
+        share = FORWARDERS / max(FORWARDERS, len(participant.chain.head.members))
+        self._publish([each for each in records if participant.knows(each.peer) and self._jitter.random() < share])
 
     async def _on_gossip(self, records: Sequence[SignedMessage]) -> None:
         for record in records:
@@ -171,7 +182,8 @@ class ConsensusService:
     async def _pull_loop(self, chain: ChainNode) -> None:
         """Fetch what is missing from a neighbour several times an epoch, and at once when something is known to be."""
         interval_s = self._clock.epoch_s / 20
-        initiate = partial(ChainInitiator, chain=chain, verify=self._verifier.verify)
+        forward = partial(self._forward, chain)
+        initiate = partial(ChainInitiator, chain=chain, verify=self._verifier.verify, forward=forward)
         while True:
             peer = self._pull.choose_neighbour()
             if peer and (await self._pull.pull(peer, initiate)).more:

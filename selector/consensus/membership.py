@@ -22,6 +22,9 @@ MAX_ABSENCES: Final = 3
 AUDITED: Final = COUNT_SCALE
 """Agreement after which a candidate may join: one cell that was hard to guess, or four that were not."""
 
+MEMBERS_PER_JOINED: Final = 8
+"""Of so many members one audited candidate joins per epoch: who has many identities needs time to become a third."""
+
 WAITING_EPOCHS: Final = 6
 """Epochs after which a candidate may join whose readings could not be compared; one of them in an epoch."""
 
@@ -126,7 +129,8 @@ def _admitted(
     # A swarm that cannot tolerate a failure does not wait.
     room = max(0, FAULT_TOLERANT - len(members))
     joining = {*newcomers_in_order(beacon, [each.peer for each in (*present, *coming)])[:room]}
-    joining |= {each.peer for each in present if each.agreed >= AUDITED and each.agreed > 2 * each.deviated}
+    audited = [each.peer for each in present if each.agreed >= AUDITED and each.agreed > 2 * each.deviated]
+    joining |= {*newcomers_in_order(beacon, audited)[: max(1, len(members) // MEMBERS_PER_JOINED)]}
     waited = [
         each.peer for each in present if epoch - each.since >= WAITING_EPOCHS and each.hardware not in presence.compared
     ]

@@ -1,11 +1,12 @@
 """Inclusion lists decide who was absent, audits who joins, and a beacon unknown before who comes first."""
 
-from protocol.consensus_values import MAX_CANDIDATES, MAX_JOINED, Member
+from protocol.consensus_values import MAX_CANDIDATES, MAX_JOINED, Commit, Member, Reveal
 from protocol.identity import PeerId
 from selector.consensus import inclusion
 from selector.consensus.membership import AUDITED, WAITING_EPOCHS, Presence, founders, succeed
 from selector.consensus.reputation import weight_of
 from selector.consensus.sortition import Sortition, next_beacon
+from selector.consensus.state import Contribution, State, beacon_after
 
 HARDWARE = "two cores"
 MEMBERS = [Member(PeerId(f"peer-{number}"), HARDWARE) for number in range(6)]
@@ -52,6 +53,31 @@ def test_candidate_joins_once_its_measurements_agree() -> None:
     unproven = Member(PeerId("unproven"), HARDWARE, AUDITED - 1, 0, since=1)
     doubtful = Member(PeerId("doubtful"), HARDWARE, 2 * AUDITED, 2 * AUDITED, since=1)
     assert {*after(lists_naming(0), [doubtful, good, unproven])} - {*NAMES} == {good.peer}
+
+
+def test_a_crowd_of_audited_candidates_joins_one_by_one() -> None:
+    crowd = [Member(PeerId(f"crowd-{number}"), HARDWARE, AUDITED, 0, since=1) for number in range(6)]
+    assert len({*after(lists_naming(0), crowd)} - {*NAMES}) == 1
+
+
+def test_nonce_that_came_too_late_for_the_lists_does_not_change_the_beacon() -> None:
+    state = State(8, tuple(MEMBERS), (), {}, (), b"beacon", b"")
+
+    def beacon(late_nonce: bytes, listed: int) -> bytes:
+        lists = lists_naming(listed) | {ABSENT: b""}
+        nonces = dict.fromkeys(NAMES, b"n" * 32) | {ABSENT: late_nonce}
+        contributions = [
+            Contribution(
+                Commit(b"chain", 9, b"parent", peer, "", b"commitment", ()),
+                Reveal(b"chain", 9, peer, nonces[peer], (), lists[peer]),
+            )
+            for peer in NAMES
+        ]
+        first = Sortition((ABSENT, *NAMES[:5]), {}, {})
+        return beacon_after(state, first, contributions, 9, restart=False)
+
+    assert beacon(b"one", listed=2) == beacon(b"two", listed=2)
+    assert beacon(b"one", listed=3) != beacon(b"two", listed=3)
 
 
 def test_where_nothing_is_compared_candidates_join_one_by_one_after_waiting() -> None:
