@@ -53,13 +53,11 @@ class ChainInitiator(Session[Message, ChainState]):
         verify: Callable[[bytes], SignedMessage],
         forward: Callable[[Sequence[SignedMessage]], None],
     ) -> None:
-        """`forward`: gossips recent messages that were missing here, and are to reach all others as well."""
+        """`forward`: gossips what all others must have as well, unless they got it by gossip."""
         super().__init__(stream, ChainConnection(Role.INITIATOR), throttle)
         self._chain = chain
         self._verify = verify
         self._forward = forward
-        self._received_ids: set[bytes] = set()
-        """The ids of the records that were received."""
         self._reached: bytes | None = None
         """The last statement that was received."""
 
@@ -80,11 +78,8 @@ class ChainInitiator(Session[Message, ChainState]):
             self.outcome.more = True
             return
         if rest is Remaining.RECENT:
-            held = await self._chain.recent_records()
-            await self._send(Inventory(tuple(held)))
+            await self._send(Inventory(tuple(await self._chain.recent_records())))
             await self._receive_records()
-            recent = await self._chain.recent_records()
-            self._forward([each for key, each in recent.items() if key not in held and each.id in self._received_ids])
         if self.outcome.retry_s is None:
             await self._fetch_state()
             self.outcome.equal = True
@@ -104,7 +99,9 @@ class ChainInitiator(Session[Message, ChainState]):
             count += len(message.envelopes)
             if count > MAX_ANSWER_RECORDS:
                 raise RemoteProtocolError(f"an answer has more than {MAX_ANSWER_RECORDS} records")
-            self._chain.receive(await self._verified(message.envelopes))
+            records = await self._verified(message.envelopes)
+            self._chain.receive(records)
+            self._forward(records)
         self.outcome.received += count
         if count:
             await self._chain.turn()
@@ -117,7 +114,6 @@ class ChainInitiator(Session[Message, ChainState]):
             if record.body.chain != self._chain.genesis:
                 raise RemoteProtocolError("received a record of another chain")
             records.append(record)
-            self._received_ids.add(record.id)
             if isinstance(statement := record.body, Statement):
                 self._reached = statement.id
             if number % VERIFIED_AT_A_TIME == 0:

@@ -17,6 +17,7 @@ from node.consensus.chain_node import ChainNode
 from node.consensus.chain_sync import ChainInitiator, ChainResponder
 from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.consensus.followed_chains import FollowedChains
+from node.consensus.forwarding import Forwarder
 from node.network.interface import Network
 from node.replication.gossip_topic import GossipTopic, Verifier
 from node.replication.peer_limits import Ban, PeerAllowances, PeerLimits
@@ -39,9 +40,8 @@ MODELS_ROUND_S: Final = 1.0
 VERIFIED_RECORDS: Final = 4096
 """Records remembered as verified, so that a duplicate is not verified again."""
 
-FORWARDERS: Final = 12
-"""Peers that gossip a message which all of a swarm fetched from neighbours. A message that a third of the members must
-have, so as to be listed, is then gossiped at least once but for one case in fifty."""
+FORWARDING_PAUSE: Final = 0.01
+"""Mean pause before fetched messages are gossiped onward, as a fraction of an epoch."""
 
 SHORTEST_PULL_INTERVAL_S: Final = 0.5
 
@@ -90,6 +90,7 @@ class ConsensusService:
         self._gossip = GossipTopic(
             network, CONSENSUS_TOPIC, self._verifier, self._peer_limits, GOSSIP_WORK, accepts=self._accepts
         )
+        self._forwarder = Forwarder(self._forward, clock.epoch_s * FORWARDING_PAUSE, jitter)
         self._pull = PullService(
             network,
             PROTOCOL_ID,
@@ -107,6 +108,7 @@ class ConsensusService:
         """Take part until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._gossip.run, self._on_gossip)
+            nursery.start_soon(self._forwarder.run)
             nursery.start_soon(self._pull.watch_connections, self._on_connected)
             while True:
                 self._follow_new_models(nursery)
@@ -163,16 +165,11 @@ class ConsensusService:
         is_timely = isinstance(record.body, EquivocationProof) or abs(record.epoch - epoch) <= 1
         return is_timely and record.body.chain in self._by_genesis
 
-    def _forward(self, chain: ChainNode, records: Sequence[SignedMessage]) -> None:
-        """Gossip what was fetched from a neighbour: otherwise a peer decides who has its messages in time.
-
-        Of many peers that fetched the same, a few do it, drawn by chance, so that nobody can avoid them.
-        """
-        participant = chain.replica.participant
-        share = FORWARDERS / max(FORWARDERS, len(participant.chain.head.members))
-        self._publish([each for each in records if participant.knows(each.peer) and self._jitter.random() < share])
+    async def _forward(self, records: Sequence[SignedMessage]) -> None:
+        await self._gossip.publish_batch([record.envelope for record in records])
 
     async def _on_gossip(self, records: Sequence[SignedMessage]) -> None:
+        self._forwarder.on_gossip(records)
         for record in records:
             if chain := self._by_genesis.get(record.body.chain):
                 chain.receive([record])
@@ -182,7 +179,7 @@ class ConsensusService:
     async def _pull_loop(self, chain: ChainNode) -> None:
         """Fetch what is missing from a neighbour several times an epoch, and at once when something is known to be."""
         interval_s = self._clock.epoch_s / 20
-        forward = partial(self._forward, chain)
+        forward = partial(self._forwarder.on_fetched, chain)
         initiate = partial(ChainInitiator, chain=chain, verify=self._verifier.verify, forward=forward)
         while True:
             peer = self._pull.choose_neighbour()

@@ -177,10 +177,11 @@ class Chain:
         if len(path) > 2 * RETAINED_ENTRIES:
             self._prune_to(path[RETAINED_ENTRIES])
 
-    def _rank(self, fork: ChainEntry, child: ChainEntry) -> tuple[bool, int, int, Digest]:
-        """Return the rank of a branch in the fork choice: checkpoint, then the number of signatures, then the digest.
+    def _rank(self, fork: ChainEntry, child: ChainEntry) -> tuple[bool, int, int, int, Digest]:
+        """Return the rank of a branch in the fork choice: checkpoint, then signers, then signatures, then the digest.
 
-        Signatures of the members at the fork come first, so that newcomers of one branch cannot outvote them.
+        Those of the members at the fork come first, so that newcomers of one branch cannot outvote them. Signers come
+        before signatures, so that a few members who restart the chain in secret cannot sign more often than the others.
         """
         signed: set[tuple[int, PeerId]] = set()
         pinned = False
@@ -191,8 +192,8 @@ class Chain:
             signed.update((each.epoch, peer) for peer in each.signers)
             waiting += [later for later in each.children if later.has_quorum]
         members = set(fork.members)
-        established = sum(peer in members for _, peer in signed) if members else 0
-        return pinned, established, len(signed), child.id
+        established = [peer for _, peer in signed if peer in members]
+        return pinned, len({*established}), len(established), len(signed), child.id
 
     def _prune_to(self, root: ChainEntry) -> None:
         """Make a later entry the root; drop everything that does not descend from it."""

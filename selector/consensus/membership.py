@@ -40,21 +40,28 @@ class Presence(NamedTuple):
     compared: frozenset[str] = frozenset()
 
 
-def found(former: Sequence[Member], presence: Presence, beacon: Digest, epoch: int) -> tuple[Member, ...]:
+def found(
+    former: Sequence[Member], presence: Presence, drawn: Digest, beacon: Digest, epoch: int
+) -> tuple[Member, ...]:
     """Return the members of a chain that starts, or restarts after a stall.
 
     Newcomers found a chain only where no former member is present: otherwise who stops a chain could take it over with
     as many identities as it likes.
     """
     known = {member.peer: member._replace(absences=0) for member in former}
-    founding = founders(known, presence.hardware, beacon)
+    founding = founders(known, presence.hardware, drawn, beacon)
     return tuple(sorted(known.get(peer) or Member(peer, presence.hardware[peer], since=epoch) for peer in founding))
 
 
-def founders(former: Iterable[PeerId], present: Iterable[PeerId], beacon: Digest) -> list[PeerId]:
-    """Return the peers that a chain starts or restarts with."""
+def founders(former: Iterable[PeerId], present: Iterable[PeerId], drawn: Digest, beacon: Digest) -> list[PeerId]:
+    """Return the peers that a chain starts or restarts with.
+
+    `drawn`: what the last beacon draws for the epoch, which decides among former members, since no proposer can change
+    it. `beacon`: of after the epoch, which decides among strangers, who knew the last one when they made their ids.
+    """
     peers = {*present}
-    return newcomers_in_order(beacon, peers & {*former} or peers)[:MAX_JOINED]
+    back = peers & {*former}
+    return newcomers_in_order(drawn if back else beacon, back or peers)[:MAX_JOINED]
 
 
 def succeed(

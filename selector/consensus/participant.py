@@ -129,6 +129,14 @@ class Participant:
         is_candidate = state is not None and any(each.peer == peer for each in state.candidates)
         return is_candidate or peer in self.chain.head.members
 
+    def is_awaited(self, message: Commit | Reveal) -> bool:
+        """Return whether an expected peer contributes to this epoch with a message that we hold."""
+        if self._drawn is None or self._drawn[:2] != (self.chain.head.id, message.epoch):
+            return False
+        own = self._commits.get((message.epoch, self.chain.head.id), {}).get(message.peer)
+        commitment = own.commit.commitment if own else None
+        return message.peer in self._drawn[2].expected and message.commitment == commitment
+
     def unconfirmed(self, now_s: float) -> list[Commit]:
         """Return the commits of this epoch whose observations may not be available here."""
         epoch = self.clock.epoch_at(now_s)
@@ -199,8 +207,8 @@ class Participant:
         contributions, head = self._contributions(epoch), self.chain.head
         voters: Collection[PeerId] = head.members
         if is_stalled(len(head.members), epoch - head.epoch):
-            beacon = self._beacon_after(state, contributions, epoch)
-            voters = founders(head.members, (each.commit.peer for each in contributions), beacon)
+            drawn, beacon = beacon_of(head.beacon, epoch), self._beacon_after(state, contributions, epoch)
+            voters = founders(head.members, (each.commit.peer for each in contributions), drawn, beacon)
             if head.members and restart_refused(head.members, voters, epoch - head.epoch):
                 return None
         committee = select_committee(beacon_of(head.beacon, epoch), voters)

@@ -195,7 +195,7 @@ def _members_after(
         compared=compared,
     )
     if restart:
-        return found(members, presence, beacon, epoch), ()
+        return found(members, presence, beacon_of(state.beacon, epoch), beacon, epoch), ()
     remaining, waiting = succeed(members, candidates, sortition, presence, beacon, epoch)
     return remaining, tuple(waiting)
 
@@ -211,14 +211,17 @@ def beacon_after(
 ) -> Digest:
     """Return the beacon after an epoch: of the nonces of the first of the committee, or of all that restart it.
 
-    Of the former those count that are listed: a nonce that came too late for the lists could be withheld at no cost.
+    Of the former those count that are listed, by lists of peers that are listed themselves: what came too late for the
+    lists could be left out, or withheld, at no cost.
     """
     reveals = {each.commit.peer: each.reveal for each in contributions}
     if restart:
         counted = {*state.peers()} & reveals.keys() or {*reveals}
     else:
-        lists = (reveals[peer].inclusion for peer in sortition.committee if peer in reveals)
-        listed = inclusion.listed(lists, sortition.expected, len(sortition.committee))
+        lists = {peer: reveals[peer].inclusion for peer in sortition.committee if peer in reveals}
+        for _ in ("by any list", "by those of the listed"):
+            listed = inclusion.listed(lists.values(), sortition.expected, len(sortition.committee))
+            lists = {peer: each for peer, each in lists.items() if peer in listed}
         counted = listed & {*sortition.committee[:BEACON_NONCES]} & reveals.keys()
     return next_beacon(state.beacon, epoch, {peer: reveals[peer].nonce for peer in counted})
 

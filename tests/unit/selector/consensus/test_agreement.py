@@ -178,6 +178,20 @@ def test_half_of_the_members_restart_a_stalled_chain_and_a_single_one_only_much_
             chain.add(restart)
 
 
+def test_a_few_who_restart_a_chain_in_secret_do_not_outvote_the_others_by_signing_more_often() -> None:
+    swarm = swarm_of(10)
+    swarm.play()
+    swarm.play()
+    few, most = swarm.peers[:3], swarm.peers[3:]
+    for number in range(80):
+        swarm.play([few, most] if number < 2 else [few])
+    assert state_of(few[0]).peers() == tuple(peer.name for peer in few)
+    agreed = swarm.heads(most)
+    swarm.play()
+    path = {entry.id for entry in few[0].participant.chain.canonical()}
+    assert agreed <= path
+
+
 def test_a_member_alone_does_not_propose_a_restart_that_others_refuse() -> None:
     swarm = swarm_of(10)
     swarm.play()
