@@ -86,6 +86,7 @@ class LabDaemon:
     def stream(self, prompt: str, tokens: int) -> subprocess.Popen[str]:
         """Begin a job; what is printed are lines of a time and a part of the answer."""
         body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
+        body |= {"metaswarm": {}}
         script = (sys.executable, "-I", "-S", "-c", _STREAM, API + "/v1/completions", json.dumps(body))
         return subprocess.Popen(self.lab.inside(self.space, *script), stdout=subprocess.PIPE, text=True)
 

@@ -1,5 +1,6 @@
 """Real daemons behind NATs serve each other's jobs."""
 
+import json
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,9 +22,7 @@ pytestmark = [pytest.mark.nat, pytest.mark.timeout(600)]
 FIRST, SECOND = f"{MODEL}:0-15", f"{MODEL}:15-30"
 REFUSED_S = 10.0
 PAUSE_S = 6.0
-"""Longest pause of a job whose relay dies: three seconds, on a busy machine,"""
-UNNOTICED_S = 1.0
-"""and of one that has nothing to do with it, on a busy machine."""
+"""Longest pause of a job whose relay dies: three seconds, on a busy machine."""
 
 HOMES = dict(zip("bcdef", Nat, strict=True))
 """The second home of each pair."""
@@ -110,19 +109,26 @@ def pair(
         yield peers
 
 
-def gaps(job: "subprocess.Popen[str]", at: int, act: Callable[[], None]) -> tuple[int, float]:
-    """Do something when a part of the answer has arrived; return the number of parts, and the longest wait after it."""
+def gaps(job: "subprocess.Popen[str]", at: int, act: Callable[[], None]) -> tuple[int, float, int]:
+    """Do something when a part of the answer has arrived.
+
+    Return the number of parts, the longest wait after it, and how many stages were replaced.
+    """
     assert job.stdout is not None
     times: list[float] = []
+    replays = -1
     with job:
         for line in job.stdout:
             at_s, _, data = line.partition(" ")
-            assert '"error"' not in data, data
-            if data.startswith("{"):
-                times.append(float(at_s))
+            if not data.startswith("{"):
+                continue
+            part = json.loads(data)
+            assert "error" not in part, part
+            replays = part.get("metaswarm", {}).get("replays", replays)
+            times.append(float(at_s))
             if len(times) == at:
                 act()
-    return len(times), max((b - a for a, b in pairwise(times[at - 1 :])), default=0.0)
+    return len(times), max((b - a for a, b in pairwise(times[at - 1 :])), default=0.0), replays
 
 
 def test_job_goes_on_when_its_relay_dies_and_there_is_another(tmp_path: Path) -> None:
@@ -136,7 +142,7 @@ def test_job_goes_on_when_its_relay_dies_and_there_is_another(tmp_path: Path) ->
             carrier = one.peer(two.id)["relay"]
             next(relay for relay in relays if relay.id == carrier).kill()
 
-        count, pause_s = gaps(one.stream("The sea is", 80), 20, kill)
+        count, pause_s, _ = gaps(one.stream("The sea is", 80), 20, kill)
         print(f"relay killed: pause {pause_s:.2f} s", flush=True)
         assert count > 40
         assert pause_s < PAUSE_S
@@ -148,10 +154,10 @@ def test_job_does_not_notice_that_a_relay_dies_after_a_hole_was_punched(tmp_path
         one.complete()
         until(lambda: one.way(two.id) == "punched", "punched")
         one.complete()
-        count, pause_s = gaps(one.stream("The sea is", 60), 20, relay.kill)
-        print(f"relay killed after the hole was punched: pause {pause_s:.2f} s", flush=True)
+        count, pause_s, replays = gaps(one.stream("The sea is", 60), 20, relay.kill)
+        print(f"relay killed after the hole was punched: longest wait {pause_s:.2f} s", flush=True)
         assert count > 30
-        assert pause_s < UNNOTICED_S
+        assert replays == 0
 
 
 @pytest.mark.parametrize("case", ["relayed", "punched", "forwarded"])
@@ -163,7 +169,8 @@ def test_private_swarm_is_served_behind_nats(case: str, tmp_path: Path) -> None:
     with pair(tmp_path, kind, kind, flags=flags, forward=case == "forwarded") as (relay, one, two):
         for peer in (one, two, relay):
             assert "error" not in (answer := peer.complete()), answer
-        assert two.way(one.id) == ("direct" if case == "forwarded" else case)
+        way = "direct" if case == "forwarded" else case
+        until(lambda: two.way(one.id) == way, way)
         assert [loopback(peer) for peer in (relay, one, two)] == [[], [], []]
         if case == "forwarded":
-            assert one.reach()["verdict"] == "public"
+            until(lambda: one.reach()["verdict"] == "public", "public")
