@@ -86,7 +86,6 @@ class LabDaemon:
     def stream(self, prompt: str, tokens: int) -> subprocess.Popen[str]:
         """Begin a job; what is printed are lines of a time and a part of the answer."""
         body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
-        body |= {"metaswarm": {}}
         script = (sys.executable, "-I", "-S", "-c", _STREAM, API + "/v1/completions", json.dumps(body))
         return subprocess.Popen(self.lab.inside(self.space, *script), stdout=subprocess.PIPE, text=True)
 
@@ -123,7 +122,7 @@ class LabDaemon:
                 self.kill()
 
 
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
     """Wait for something that other processes will make true."""
     end_s = time.monotonic() + timeout_s
     while not condition():
