@@ -2,9 +2,9 @@
 
     python -m benchmarks.clients [--clients N] [--disconnects N] [--tokens N] [--json]
 
-Three peers serve a third of the demo model each. N clients stream a chat from all three at the same time, twice: memory
-(PSS of the peers with all their processes) is compared with that after the first time, which fills caches and heaps.
-Then clients go away at a random moment, 50 at a time: most of them before the first token.
+Three peers serve a third of the demo model each. N clients stream a chat from all three at the same time. Then clients
+go away at a random moment, 50 at a time: most of them before the first token. The peers' memory (PSS with all their
+processes), sessions and open files are compared with those before, after a few clients. Figures come as they are known.
 """
 
 import json
@@ -25,6 +25,7 @@ from node.models.catalogue import DEMO_MODEL
 from node.models.store import Package
 
 MIB: Final = 2**20
+WARM_UP_CLIENTS: Final = 24
 CLIENTS_THAT_LEAVE: Final = 50
 """At a time."""
 
@@ -47,18 +48,18 @@ def main(clients: int, disconnects: int, tokens: int, as_json: bool) -> None:
 async def measure(package: Package, clients: int, disconnects: int, tokens: int) -> dict[str, Any]:
     """Return how the clients ended, and what the peers took before and after."""
     async with whole_swarm(package, 3) as peers:
-        load = Load(peers, tokens)
-        await load.run(clients)
+        await Load(peers, tokens).run(WARM_UP_CLIENTS)
         before = await resources_of(peers)
-        load.endings.clear()
-        load.first_byte_s.clear()
+        load = Load(peers, tokens)
         began_s = time.perf_counter()
         await load.run(clients)
         took_s = time.perf_counter() - began_s
+        first = spread_of(load.first_byte_s)
+        note(f"{clients} clients ended in {took_s:.0f} s: {dict(load.endings)}; first event: {first}")
         after = await resources_of(peers)
+        note(f"before {before}, after {after}")
         await load.leave(disconnects)
         left = await resources_of(peers)
-        first = spread_of(load.first_byte_s)
         return {
             **describe_machine(),
             "clients": clients,
@@ -70,6 +71,11 @@ async def measure(package: Package, clients: int, disconnects: int, tokens: int)
             "after": after,
             "after_disconnects": left,
         }
+
+
+def note(line: str) -> None:
+    """Tell what is known so far."""
+    click.echo(line, err=True)
 
 
 class Load:
@@ -172,8 +178,8 @@ def report(result: Mapping[str, Any]) -> str:
         f"{'':<28}{'memory of each peer, MiB':<28}{'sessions':<10}open files",
     ]
     rows = {
-        "after the first time": result["before"],
-        "after the second": result["after"],
+        f"after {WARM_UP_CLIENTS} clients": result["before"],
+        f"after {result['clients']} clients": result["after"],
         f"after {result['disconnects']} disconnects": result["after_disconnects"],
     }
     for name, row in rows.items():
