@@ -30,6 +30,7 @@ LONG = (
         "hub_import",
         "llamacpp",
         "structured_texts",
+        "relay",
     ),
 )
 WITH_ARGUMENTS = {"consensus": "DATASET_DIR", "trace": "FILE", "link": "HOST:PORT"}
