@@ -198,6 +198,7 @@ _SIGNATURES: Final[Mapping[str, tuple[Any, ...]]] = {
     "llama_init_from_model": (c_void_p, c_void_p, ContextParameters),
     "llama_free": (None, c_void_p),
     "llama_decode": (c_int32, c_void_p, Batch),
+    "llama_get_logits": (c_void_p, c_void_p),
     "llama_get_logits_ith": (POINTER(c_float), c_void_p, c_int32),
     "llama_get_memory": (c_void_p, c_void_p),
     "llama_model_n_swa": (c_int32, c_void_p),
