@@ -30,6 +30,7 @@ LONG = (
         "hub_import",
         "llamacpp",
         "structured_texts",
+        "relay",
         "clients",
     ),
 )
