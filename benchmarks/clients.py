@@ -132,11 +132,11 @@ class Load:
                 return
             has_begun = False
             async for line in answer.aiter_lines():
-                if line.startswith("data: ") and not has_begun:
+                if line.startswith('data: {"id"') and not has_begun:
                     has_begun = True
                     self.first_byte_s.append(time.perf_counter() - began_s)
                 if line.startswith('data: {"error"'):
-                    ending = "error"
+                    ending = f"{json.loads(line.removeprefix('data: '))['error']['code']} in the stream"
                 elif line == "data: [DONE]":
                     ending = "answer"
         endings[ending] += 1
