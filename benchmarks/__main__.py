@@ -31,6 +31,7 @@ LONG = (
         "llamacpp",
         "structured_texts",
         "relay",
+        "clients",
     ),
 )
 WITH_ARGUMENTS = {"consensus": "DATASET_DIR", "trace": "FILE", "link": "HOST:PORT"}
