@@ -1,6 +1,7 @@
 """Jobs whose prompt is scored: over any split, when stages die, with and without text behind it."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import trio
@@ -11,9 +12,11 @@ from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobR
 from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec
 from node.identity import Identity
 from node.selection.samples import sample_of
+from node.stages import session_admission
 from node.testing.fake_engine import expected_scores, expected_tokens, fake_span_info
 from protocol.identity import BlockRange
 from protocol.measurements import TaskKind
+from protocol.messages import Opened
 from protocol.observations import SignedObservation, verify_observation
 from protocol.tensors import Pooling
 from selector.task import method
@@ -166,3 +169,16 @@ async def test_refuses_methods_that_skip_rows(virtual_clock: MockClock) -> None:
         found, tokens, _ = await scored(peer, request(max_tokens=5, name=speculated))
         check(found)
         assert tokens == expected_tokens(INFO, PROMPT, 5)
+
+
+async def test_a_stage_that_claims_to_hold_a_new_session_computes_all_of_it(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def claiming(**answer: Any) -> Opened:
+        return Opened(**answer | {"held": 10})
+
+    monkeypatch.setattr(session_admission, "Opened", claiming)
+    async with open_swarm() as swarm:
+        peer = await swarm_of(swarm, (0, 9))
+        found, _, _ = await scored(peer, request())
+        check(found)
