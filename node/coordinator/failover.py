@@ -216,8 +216,9 @@ class ResilientRoute:
                 self._remove_lost(route, lost.session)
                 await self.open()
             else:
-                self._failures_since_token = 0
-                self._reconnected.clear()
+                if not isinstance(output, PromptScores):  # those begin anew on another route: they are no progress
+                    self._failures_since_token = 0
+                    self._reconnected.clear()
                 if self._tracer is not None and self._tracer.is_due:
                     await self._tracer.collect(route)
                 return output

@@ -1,5 +1,6 @@
 """Jobs whose prompt is scored: over any split, when stages die, with and without text behind it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from trio.testing import MockClock
 from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, PromptScored, TextDelta
 from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec
+from node.engine.interface import EngineError, SliceInput, StepResult
 from node.identity import Identity
 from node.selection.samples import sample_of
 from node.stages import session_admission
@@ -182,3 +184,21 @@ async def test_a_stage_that_claims_to_hold_a_new_session_computes_all_of_it(
         peer = await swarm_of(swarm, (0, 9))
         found, _, _ = await scored(peer, request())
         check(found)
+
+
+async def test_scoring_that_fails_on_every_route_is_given_up(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of(swarm, (0, 9), (0, 9))
+        for server in swarm.peers[:2]:
+            (engine,) = server.engines
+            server_step = engine.step
+
+            async def step(slices: Sequence[SliceInput], step: Any = server_step) -> StepResult:
+                if slices[0].position >= 128:
+                    raise EngineError("out of memory")
+                found: StepResult = await step(slices)
+                return found
+
+            engine.step = step  # type: ignore[method-assign]
+        with trio.fail_after(300), pytest.raises(JobError, match="routes were lost in a row"):
+            await peer.run(request(name=CHUNKED))
