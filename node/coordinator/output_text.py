@@ -41,7 +41,8 @@ class OutputText:
     async def add(self, sampled: SampledToken, finish: FinishReason | None) -> tuple[TextDelta, FinishReason | None]:
         """Add a token; return what it adds to the text, and why the text ends with it, if so. Raises JobError.
 
-        A stop token is not part of the text, and stop strings count from min_tokens on.
+        A stop token is not part of the text, and stop strings count from min_tokens on. Where the prompt is scored, the
+        stop token has log probabilities, too: evaluation harnesses count on one token behind the prompt.
         """
         self._count += 1
         is_text = finish is not FinishReason.STOP
@@ -53,7 +54,8 @@ class OutputText:
                 finish = FinishReason.STOP
             elif finish:
                 piece += self._finder.feed(await self._decoder.finish()) + self._finder.finish()
-            logprobs = await self._described(sampled.logprobs) if sampled.logprobs and is_text else ()
+            is_listed = is_text or self._request.prompt_logprobs
+            logprobs = await self._described(sampled.logprobs) if sampled.logprobs and is_listed else ()
         except ModelError as error:
             raise JobError(JobErrorCode.FAILED, str(error)) from None
         self._pieces.append(piece)

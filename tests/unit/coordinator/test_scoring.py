@@ -202,3 +202,18 @@ async def test_scoring_that_fails_on_every_route_is_given_up(virtual_clock: Mock
             engine.step = step  # type: ignore[method-assign]
         with trio.fail_after(300), pytest.raises(JobError, match="routes were lost in a row"):
             await peer.run(request(name=CHUNKED))
+
+
+async def test_a_stop_token_behind_a_scored_prompt_has_log_probabilities_and_no_text(virtual_clock: MockClock) -> None:
+    """Evaluation harnesses ask for one token and leave its log probability out."""
+    (stop,) = expected_tokens(INFO, PROMPT, 1)
+    async with open_swarm() as swarm:
+        peer = await swarm_of(swarm, (0, 9))
+        async with peer.coordinator.submit(replace(request(max_tokens=1), stop_token_ids=(stop,))) as events:
+            _, first, drawn, result = [event async for event in events]
+    assert isinstance(first, PromptScored)
+    check(first)
+    assert isinstance(drawn, TextDelta)
+    assert (drawn.text, [each.token for each in drawn.logprobs]) == ("", [stop])
+    assert isinstance(result, JobResult)
+    assert (result.text, result.finish_reason) == ("", "stop")
