@@ -12,12 +12,13 @@ from protocol.measurements import ModelFacts, TaskKind, Workload
 from protocol.stage_facts import DeviceKind, StageFacts
 from selector.dataset import Pairs
 from selector.features import PHYSICS, physics
-from selector.heuristic import preference
+from selector.heuristic import predicted_cost, preference
 from selector.prediction import train
 from selector.sample import Sample
 from selector.task import BASELINE, Method, TaskContext, method, portfolio
 from selector.task_buckets import canonicalise, task_bucket
 from selector.task_features import FEATURES, tabulate
+from selector.training_set import build_training_set
 from tests.unit.selector.test_training_set import CONTEXT, VIEWPOINT, sample
 
 KINDS = {
@@ -108,6 +109,19 @@ def test_observations_of_one_kind_teach_that_kind() -> None:
     assert {kind: best(samples, kind, methods) for kind in truth} == {
         kind: methods[place].name for place, kind in enumerate(truth)
     }
+
+
+def test_what_scores_take_longer_says_nothing_about_methods() -> None:
+    """Within one hour and route, one kind that is mostly served by one method is slower than the heuristic says."""
+    samples = [
+        sample(each.name, None, level=slower, context=context, cost=predicted_cost(context, each))
+        for kind, slower, counts in ((TaskKind.GENERATE, 0.0, (10, 40)), (TaskKind.SCORE, 1.0, (40, 10)))
+        for each, count in zip((BASELINE, method(engine="fused")), counts, strict=True)
+        for context in [canonicalise(KINDS[kind])] * count
+    ]
+    found = build_training_set(samples, VIEWPOINT)
+    assert found is not None
+    assert np.ptp(found.dataset.cost) < 0.05
 
 
 def test_heuristic_gives_prompts_alone_the_method_that_is_best_for_prompts() -> None:
