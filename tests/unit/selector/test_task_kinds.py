@@ -59,6 +59,9 @@ def test_kind_is_part_of_context_workload_and_bucket() -> None:
     assert TaskContext.of({"prompt_tokens": 5.0}).task_kind == "generate", "of a peer that knows no other kind"
     assert TaskContext.of({"task_kind": "translate"}).task_kind == "generate"
     assert len({task_bucket(context) for context in KINDS.values()}) == 3
+    texts = task_bucket(KINDS[TaskKind.GENERATE])
+    assert texts.endswith("/latency"), "as stored trials are named, from before there were kinds"
+    assert task_bucket(replace(KINDS[TaskKind.GENERATE], task_kind="score")) == f"{texts}/score"
     for kind, context in KINDS.items():
         assert TaskContext.of(context.values()) == context
         assert canonicalise(context).max_tokens == context.max_tokens
