@@ -100,6 +100,17 @@ class Job:
         is_scored = self.kind is TaskKind.SCORE and (self.scores_left > 0 or not self.tokens_left)
         return replace(self.sampling, max_tokens=self.tokens_left, prompt_logprobs=is_scored)
 
+    def scoring_factor(self, blocks: int) -> float:
+        """Return how much longer a last stage of so many blocks takes for rows that it scores.
+
+        Each passes the output layer, too, which is as large as the embedding: that of many blocks in a small model.
+        """
+        return 1 + self.model.manifest.embed.size_bytes / max(1, self._block_bytes * blocks)
+
+    @property
+    def _block_bytes(self) -> int:
+        return max((file.size_bytes for file in self.model.manifest.blocks), default=0)
+
     def need(self) -> RouteNeed:
         """Return what the rest of the job needs of a route."""
         demand = Demand(
@@ -112,7 +123,7 @@ class Job:
         return RouteNeed(
             model=self.model.id,
             demand=demand,
-            block_bytes=max((file.size_bytes for file in self.model.manifest.blocks), default=0),
+            block_bytes=self._block_bytes,
             parts=max((parts_of(method.engine) for method in self.admitted), default=Parts.ANY),
             objective=self.request.objective,
             compute_weight=0.0 if self.request.objective is Objective.LATENCY else ONLY_COMPUTING,
