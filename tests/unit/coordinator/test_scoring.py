@@ -15,6 +15,7 @@ from node.engine.interface import EngineError, SliceInput, StepResult
 from node.identity import Identity
 from node.selection.samples import sample_of
 from node.stages import session_admission
+from node.stages.scheduler import PolicyController, StagePolicy
 from node.testing.fake_engine import expected_scores, expected_tokens, fake_span_info
 from protocol.identity import BlockRange
 from protocol.measurements import TaskKind
@@ -217,3 +218,19 @@ async def test_a_stop_token_behind_a_scored_prompt_has_log_probabilities_and_no_
     assert (drawn.text, [each.token for each in drawn.logprobs]) == ("", [stop])
     assert isinstance(result, JobResult)
     assert (result.text, result.finish_reason) == ("", "stop")
+
+
+async def test_scores_do_not_teach_the_row_budget_of_texts(virtual_clock: MockClock) -> None:
+    observed: list[int] = []
+
+    class Watched(PolicyController):
+        def observe(self, rows: int, compute_s: float, now_s: float) -> StagePolicy:
+            observed.append(rows)
+            return super().observe(rows, compute_s, now_s)
+
+    async with open_swarm(controller=Watched) as swarm:
+        peer = await swarm_of(swarm, (0, 9))
+        await scored(peer, request())
+        assert not observed
+        await scored(peer, request(max_tokens=3))
+        assert observed == [1, 1], "the steps of the text behind the prompt"
