@@ -19,6 +19,11 @@ class TrialWorkload:
     repetitiveness: float = 0.0
 
     @property
+    def objective(self) -> str:
+        """What its cost is where it is measured for the agreed table: of jobs at the same time their computing."""
+        return "latency" if self.concurrency == 1 else "throughput"
+
+    @property
     def task(self) -> dict[str, Any]:
         """The fields of a task context that it decides."""
         return {
@@ -27,7 +32,7 @@ class TrialWorkload:
             "max_tokens": self.max_tokens,
             "shared_prefix_share": self.shared_prefix_share,
             "repetitiveness": self.repetitiveness,
-            "objective": "latency" if self.concurrency == 1 else "throughput",
+            "objective": self.objective,
         }
 
 

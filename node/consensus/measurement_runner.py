@@ -76,7 +76,9 @@ class MeasurementRunner:
         bound = QualityBound.EXACT if method.exact else QualityBound.ANY
         if not admits(bound, method, self._quality(method)):
             return None
-        objective = Objective.LATENCY if workload.concurrency == 1 else Objective.THROUGHPUT
+        objective = Objective(workload.objective)
+        # Members begin at the same time, often on one route: who is first goes on undisturbed, the others wait.
+        await trio.sleep(2 * IDLE_ROUND_S * self._rng.random())
         while self._is_busy():  # noqa: ASYNC110  # other peers' sessions end without notice
             await trio.sleep(IDLE_ROUND_S * self._rng.uniform(0.5, 2))
         spending = Spending()
@@ -85,6 +87,7 @@ class MeasurementRunner:
             methods=[cell.method],
             workload=workload,
             rounds=ROUNDS,
+            objectives=[objective],
             kind=ObservationKind.ASSIGNED,
             quality=bound,
             spending=spending,

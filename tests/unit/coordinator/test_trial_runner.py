@@ -55,7 +55,8 @@ def spec(**changes: Any) -> TrialSpec:
 async def test_every_round_is_paired_and_recorded(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         trials, kept, peer = await trials_of(swarm)
-        trial = await trials.run(spec(workload=TrialWorkload(concurrency=4, prompt_tokens=64, max_tokens=8)))
+        workload = TrialWorkload(concurrency=4, prompt_tokens=64, max_tokens=8)
+        trial = await trials.run(spec(workload=workload, objectives=[Objective.LATENCY, Objective.THROUGHPUT]))
         (tried,) = trial.methods
         assert len(tried.runs) == len(trial.baseline.runs) == 3
         observed = [each.observation for each in kept.observations]
@@ -70,6 +71,11 @@ async def test_every_round_is_paired_and_recorded(virtual_clock: MockClock) -> N
             if each.method.name == FUSED.name and each.workload.objective.value == "throughput"
         )
         assert ratios == pytest.approx(sorted(trial.log_ratios(tried, Objective.THROUGHPUT)))
+        computing = [
+            math.log(run.compute_s / plain.compute_s)
+            for run, plain in zip(tried.runs, trial.baseline.runs, strict=True)
+        ]
+        assert ratios == pytest.approx(sorted(computing)), "throughput is computing, whatever the links add"
         assert all(
             each.measurements.log_ratio_to_baseline == 0.0 for each in observed if each.method.name == BASELINE.name
         )
