@@ -154,11 +154,9 @@ def test_another_table_changes_the_predicted_best() -> None:
 
 def test_new_hardware_goes_by_what_all_other_hardware_has_ahead() -> None:
     def of(other_s_ratio: float) -> AgreedTable:
-        found = table((FUSED, -0.5, 3, True))
-        return replace(
-            found,
-            cells=found.cells | {Cell("other", WORKLOAD, FUSED): AgreedCell(round(other_s_ratio * 1e6), 3, firm=True)},
-        )
+        found, elsewhere = table((FUSED, -0.5, 3, True)), Cell("other", WORKLOAD, FUSED)
+        agreed = AgreedCell(round(other_s_ratio * 1e6), 3, firm=True)
+        return replace(found, cells={**found.cells, elsewhere: agreed})
 
     assert of(-0.1).is_ahead(FUSED, BASELINE.name, "new")
     assert not of(0.1).is_ahead(FUSED, BASELINE.name, "new")
