@@ -53,7 +53,7 @@ from node.swarm.membership import Membership
 from node.util.open_files import open_file_limit
 from node.util.signal import Signal
 from protocol.capabilities import Capabilities, Links, hardware_class, stage_facts
-from protocol.identity import ModelId, PeerId
+from protocol.identity import ModelId, PeerId, Stage
 from protocol.observations import bucket_of
 from selector.consensus.clock import EpochClock
 from selector.task import PackageFormat
@@ -361,6 +361,13 @@ def build_consensus(
 
     allowance = MeasuringAllowance(config.exploration, lambda: stages.served_s * network.busy_threads())
 
+    def own_route(model: ModelId) -> tuple[Stage, ...]:
+        """Return the route over this node alone; none where it does not serve the whole model."""
+        found = (each.info for each in stages.spans() if each.info.model == model)
+        return tuple(Stage(network.identity.peer_id, each.blocks) for each in found if each.is_first and each.is_last)[
+            :1
+        ]
+
     def meter(model: ModelId) -> MeasurementRunner:
         return MeasurementRunner(
             client.trials,
@@ -370,6 +377,7 @@ def build_consensus(
             network.jitter,
             allowance=allowance,
             quality=partial(client.quality_store.quality, model),
+            own_route=partial(own_route, model),
         )
 
     environment = ConsensusEnvironment(

@@ -13,7 +13,7 @@ from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError
 from node.coordinator.trial_runner import BenchmarkRunner, Spending, TrialSpec
 from protocol.consensus_values import Cell
-from protocol.identity import ModelId
+from protocol.identity import ModelId, Stage
 from protocol.measurements import Objective, Observation, ObservationKind, QualityBound
 from selector.consensus.sortition import MeasurementPlan
 from selector.task import PORTFOLIO, UNKNOWN_WEIGHT_TYPE, MeasuredQuality, Method, admits, portfolio
@@ -53,10 +53,12 @@ class MeasurementRunner:
         *,
         allowance: MeasuringAllowance,
         quality: Callable[[Method], MeasuredQuality | None],
+        own_route: Callable[[], tuple[Stage, ...]] = tuple,
     ) -> None:
         """`is_busy`: returns whether this node has other jobs, which are not disturbed.
 
         `quality`: of a lossy method, as far as it was measured here for users' jobs; others are not measured.
+        `own_route`: over this node alone, whose hardware the cells name, if it serves the whole model.
         """
         self._trials = trials
         self._recorder = recorder
@@ -65,6 +67,7 @@ class MeasurementRunner:
         self._rng = rng
         self._allowance = allowance
         self._quality = quality
+        self._own_route = own_route
         self._unrevealed: list[Observation] = []
 
     async def measure(self, cell: Cell) -> float | None:
@@ -91,6 +94,7 @@ class MeasurementRunner:
             kind=ObservationKind.ASSIGNED,
             quality=bound,
             spending=spending,
+            stages=self._own_route(),
         )
         try:
             trial = await self._trials.run(spec, self._withhold)

@@ -86,7 +86,8 @@ class TrialSpec:
     `is_decided`: whether the rounds so far suffice; asked from `rounds` on. None: they do.
 
     `model`, `methods`: as a user names them; no methods: all that there are for the model. `objectives`: the costs that
-    are recorded, each in an observation of its own.
+    are recorded, each in an observation of its own. `stages`: the route, if it is given; else the best at first, and
+    then the same for all runs.
     """
 
     model: str
@@ -99,6 +100,7 @@ class TrialSpec:
     kind: ObservationKind = ObservationKind.BENCH
     quality: QualityBound = QualityBound.EXACT
     seed: int | None = None
+    stages: tuple[Stage, ...] = ()
 
     @property
     def is_background(self) -> bool:
@@ -261,7 +263,7 @@ class BenchmarkRunner:
 class _TrialRuns:
     """The runs of one trial. `text`: token ids that prompts are made of; `common`: the prefix of all runs, if any.
 
-    `run_s`: what the last run took.
+    `run_s`: what the last run took. `stages`: the route that all runs take, once there was one.
     """
 
     coordinator: Coordinator
@@ -271,6 +273,7 @@ class _TrialRuns:
     common: Sequence[int] | None
     rng: random.Random
     run_s: float = 0.0
+    stages: tuple[Stage, ...] = ()
 
     async def warm_up(self, methods: Iterable[Method]) -> dict[str, str]:
         """Wait until each method is ready and run one short job; return why some are unavailable, by name."""
@@ -320,6 +323,8 @@ class _TrialRuns:
                 limit_s = BUSY_TIMEOUT_S if is_in_the_way else READY_TIMEOUT_S
                 if error.retry_after_s is None or trio.current_time() > began_s + limit_s:
                     raise
+                if error.code is not JobErrorCode.FULL:
+                    self.stages = ()  # a stage may be gone: the round is invalid then, and begun anew elsewhere
             await trio.sleep(RETRY_S * self.rng.uniform(0.5, 2))
             if self.spec.is_background:
                 await self._wait_for_gap(began_s + min(patience_s, BUSY_TIMEOUT_S))
@@ -355,6 +360,7 @@ class _TrialRuns:
                 quality=self.spec.quality,
                 method=method.name,
                 background=self.spec.is_background,
+                stages=self.spec.stages or self.stages,
             )
             try:
                 async with self.coordinator.submit(request, done.append) as events:
@@ -384,6 +390,7 @@ class _TrialRuns:
         if errors:
             raise errors[0]
         self.run_s = took_s
+        self.stages = tuple(Stage(stage.peer, stage.blocks) for stage in done[0].result.route)
         return Run(jobs=done)
 
 

@@ -13,6 +13,7 @@ from node.coordinator.submission import JobError, JobRequest
 from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec, make_prompts
 from node.engine.interface import REFERENCE
 from node.identity import Identity
+from protocol.identity import BlockRange, Stage
 from protocol.measurements import Objective, ObservationKind, QualityBound
 from protocol.observations import SignedObservation
 from selector.task import BASELINE, method
@@ -131,3 +132,23 @@ def test_prompts_share_their_prefix_and_nothing_with_other_runs() -> None:
     (repetitive,) = make_prompts(text, TrialWorkload(prompt_tokens=100, repetitiveness=0.9), rng)
     assert repetitive[10:34] == repetitive[34:58]
     assert not math.isclose(len(set(repetitive)), 100)
+
+
+async def test_all_runs_take_one_route_and_wait_for_it(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peers = [await swarm.join((0, 9), step_s=0.05) for _ in range(3)]
+        client, other = await swarm.join(), await swarm.join()
+        await swarm.settle()
+        kept = Kept()
+        trials = BenchmarkRunner(client.coordinator, Recorder(Identity(b"7" * 32), kept.publish))
+        chosen = Stage(peers[1].id, BlockRange(0, 9))
+        job = JobRequest(model="fake", prompt="1", max_tokens=100, stages=(chosen,))
+        async with trio.open_nursery() as nursery, other.coordinator.submit(job) as events:
+            nursery.start_soon(trials.run, spec(kind=ObservationKind.ASSIGNED, stages=(chosen,)))
+            await trio.sleep(3)
+            assert not kept.observations, "others are free, but not what is to be measured"
+            async for _ in events:
+                pass
+        assert {stage.peer for each in kept.observations for stage in each.observation.route} == {chosen.peer}
+        trial = await trials.run(spec(rounds=8))
+        assert len({run.route for tried in (trial.baseline, *trial.methods) for run in tried.runs}) == 1
