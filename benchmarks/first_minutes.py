@@ -3,10 +3,11 @@
 One daemon serves jobs of the families of `benchmarks.learning`, all of them with exact outputs, one after another
 without a gap. Each is served anew with every plain engine, in random order: an exact method with all else off.
 
-`python -m benchmarks.first_minutes [--jobs 100] [--json]`
+`python -m benchmarks.first_minutes [--minutes 10] [--json]`
 """
 
 import argparse
+import itertools
 import json
 import random
 import time
@@ -38,7 +39,7 @@ def plain_engines(methods: list[Method]) -> list[str]:
     return found
 
 
-async def measure(jobs: int) -> dict[str, Any]:
+async def measure(minutes: float) -> dict[str, Any]:
     """Return the figures."""
     package = demo_package()
     engines = plain_engines(list(portfolio(package.manifest.format)))
@@ -46,7 +47,9 @@ async def measure(jobs: int) -> dict[str, Any]:
     rng = random.Random(1)
     async with whole_model(package, 1) as ready, httpx.AsyncClient(base_url=ready.api_url, timeout=600) as client:
         began_s = time.monotonic()
-        for number in range(jobs):
+        for number in itertools.count():
+            if time.monotonic() > began_s + 60 * minutes:
+                break
             family = list(FAMILIES)[number % len(FAMILIES)]
             took_s: dict[str, float] = {}
             for method in rng.sample(["auto", *engines], 1 + len(engines)):
@@ -84,10 +87,10 @@ def windows(served: list[dict[str, Any]]) -> list[dict[str, float]]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    found = trio.run(measure, options.jobs)
+    found = trio.run(measure, options.minutes)
     if options.json:
         print(json.dumps(found))
         return

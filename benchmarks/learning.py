@@ -7,6 +7,8 @@ replayed in alternation: with the methods that the swarm now chooses, with those
 those two. Also told are the kinds of tasks that the families came to, the concurrency recorded for this serial client,
 how much longer jobs took beside a trial's, and by how much trials overdrew their allowance.
 
+With `--replays 0` that is all, and there is no hindsight.
+
 `python -m benchmarks.learning [--jobs 300] [--last N] [--replays 5] [--exact] [--plot FILE.png] [--json]`
 """
 
@@ -123,6 +125,18 @@ async def measure(jobs: int, last: int, replays: int, *, exact: bool) -> dict[st
         learning = [await _learn_from(client, names[number % len(names)], number) for number in range(jobs)]
         contexts = _served(ready)
         status = (await client.get("/swarm/status")).raise_for_status().json()["selection"]
+        told_anyway = {
+            **describe_machine(),
+            "jobs": jobs,
+            "selection": status,
+            "learning": learning,
+            "kinds": len({task_bucket(context) for context in contexts}),
+            "concurrency": dict(Counter(context.concurrency for context in contexts)),
+            "beside_trials": _beside(learning),
+            "overdraft_s": max(0.0, *(-each["budget_left_s"] for each in learning)),
+        }
+        if not replays:
+            return told_anyway
         rules = {family: (await _rule(client, family)).name for family in names}
         best, single = await _hindsight(client, _contenders(learning, rules), jobs)
         ways = {
@@ -142,14 +156,7 @@ async def measure(jobs: int, last: int, replays: int, *, exact: bool) -> dict[st
                 for name, way in ways.items():
                     costs[name][number].append(told[way[family]])
         return {
-            **describe_machine(),
-            "jobs": jobs,
-            "selection": status,
-            "learning": learning,
-            "kinds": len({task_bucket(context) for context in contexts}),
-            "concurrency": dict(Counter(context.concurrency for context in contexts)),
-            "beside_trials": _beside(learning),
-            "overdraft_s": max(0.0, *(-each["budget_left_s"] for each in learning)),
+            **told_anyway,
             "last": last,
             "rule": rules,
             "best": best,
@@ -319,11 +326,13 @@ def main() -> None:
         f"{beside['jobs']} jobs beside a trial's took {beside['median']:.2f} times as long as like jobs (median), "
         f"{beside['mean']:.2f} (mean), {beside['most']:.2f} (most)"
     )
-    for family, name in found["best"].items():
+    for family, name in found.get("best", {}).items():
         mine = [each["method"] for each in found["learning"] if each["family"] == family]
         print(f"{family:<16} chosen in the end {short(mine[-1])}")
         print(f"{'':<16} the rule's        {short(found['rule'][family])}")
         print(f"{'':<16} best in hindsight {short(name)}")
+    if not options.replays:
+        return
     print(f"{'every family':<16} best in hindsight {short(found['single_best'])}")
     for name, of in found["ratios"].items():
         print(f"last {found['last']} jobs, cost over {name:<18} {of['ratio']:.3f}  [{of['low']:.3f}, {of['high']:.3f}]")
