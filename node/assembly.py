@@ -361,13 +361,6 @@ def build_consensus(
 
     allowance = MeasuringAllowance(config.exploration, lambda: stages.served_s * network.busy_threads())
 
-    def own_route(model: ModelId) -> tuple[Stage, ...]:
-        """Return the route over this node alone; none where it does not serve the whole model."""
-        found = (each.info for each in stages.spans() if each.info.model == model)
-        return tuple(Stage(network.identity.peer_id, each.blocks) for each in found if each.is_first and each.is_last)[
-            :1
-        ]
-
     def meter(model: ModelId) -> MeasurementRunner:
         return MeasurementRunner(
             client.trials,
@@ -377,7 +370,7 @@ def build_consensus(
             network.jitter,
             allowance=allowance,
             quality=partial(client.quality_store.quality, model),
-            own_route=partial(own_route, model),
+            own_route=lambda: route_alone(stages, network.identity.peer_id, model),
         )
 
     environment = ConsensusEnvironment(
@@ -402,6 +395,14 @@ def build_consensus(
         )
 
     return ConsensusService(network.network, selection.chains, environment, clock, rules, network.jitter)
+
+
+def route_alone(stages: StageServer, own_peer: PeerId, model: ModelId) -> tuple[Stage, ...]:
+    """Return the route over this node alone; none where it does not serve the whole model."""
+    for span in stages.spans():
+        if span.info.model == model and span.info.is_first and span.info.is_last:
+            return (Stage(own_peer, span.info.blocks),)
+    return ()
 
 
 def is_busy(coordinator: Coordinator, stages: StageServer) -> bool:
