@@ -91,6 +91,7 @@ async def test_trial_beside_a_client_without_gaps_ends_and_seldom_runs(virtual_c
             model="fake",
             methods=[FUSED.name],
             workload=TrialWorkload(concurrency=1, prompt_tokens=40, max_tokens=20),
+            rounds=1,
             kind=ObservationKind.PROBE,
             spending=spending,
         )
@@ -105,7 +106,7 @@ async def test_trial_beside_a_client_without_gaps_ends_and_seldom_runs(virtual_c
             nursery.start_soon(serve_without_gaps)
             trial = await trials.run(spec)
             nursery.cancel_scope.cancel()
-        assert trial.observations == 6
+        assert trial.observations == 2
         assert spending.spent_s < 0.2 * (trio.current_time() - began_s)
         assert max(took_s) < 2 * alone_s
         assert sum(took_s) / len(took_s) < 1.1 * alone_s
@@ -127,7 +128,7 @@ async def test_trial_gives_way_to_a_job_at_once(virtual_clock: MockClock) -> Non
             await trio.sleep(10)
             assert peer.coordinator.statistics.trials_running == 8
             beside = await peer.run(job(2))
-            assert peer.coordinator.statistics.trials_running == 0
+            assert peer.coordinator.statistics.trials_failed == 8  # it may have begun anew since
             nursery.cancel_scope.cancel()
         assert beside.timing.total_s < 1.5 * alone.timing.total_s
         assert 0 < spending.spent_s < 11

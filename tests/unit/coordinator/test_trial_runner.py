@@ -143,12 +143,13 @@ async def test_all_runs_take_one_route_and_wait_for_it(virtual_clock: MockClock)
         trials = BenchmarkRunner(client.coordinator, Recorder(Identity(b"7" * 32), kept.publish))
         chosen = Stage(peers[1].id, BlockRange(0, 9))
         job = JobRequest(model="fake", prompt="1", max_tokens=100, stages=(chosen,))
+        short = TrialWorkload(prompt_tokens=16, max_tokens=4)
         async with trio.open_nursery() as nursery, other.coordinator.submit(job) as events:
-            nursery.start_soon(trials.run, spec(kind=ObservationKind.ASSIGNED, stages=(chosen,)))
+            nursery.start_soon(trials.run, spec(kind=ObservationKind.ASSIGNED, stages=(chosen,), workload=short))
             await trio.sleep(3)
             assert not kept.observations, "others are free, but not what is to be measured"
             async for _ in events:
                 pass
         assert {stage.peer for each in kept.observations for stage in each.observation.route} == {chosen.peer}
-        trial = await trials.run(spec(rounds=8))
+        trial = await trials.run(spec(workload=short))
         assert len({run.route for tried in (trial.baseline, *trial.methods) for run in tried.runs}) == 1
