@@ -20,6 +20,9 @@ TINY = LlamaShape(blocks=6, hidden=256, inner=512, heads=8, kv_heads=2, vocabula
 MEASURING_EPOCH_S = 60
 """Long enough for three daemons to measure a cell of a tiny model one after another, on a busy machine."""
 
+TRAINING_LIMIT_S = 300
+"""Models are trained at the lowest priority."""
+
 
 async def chain(daemon: Daemon) -> dict[str, Any]:
     """Return the status of the only model's chain on a daemon."""
@@ -125,7 +128,7 @@ async def test_what_daemons_measured_and_agreed_on_teaches_them_and_a_newcomer(
             explained = await explain(newcomer)
             return explained["table_digest"] in agreements.values() and explained["selection"]["basis"] == "model"
 
-        await until(explains_by_table, timeout_s=3 * MEASURING_EPOCH_S)
+        await until(explains_by_table, timeout_s=TRAINING_LIMIT_S)
         assert (await chain(newcomer))["measured"] == 0
 
         async def job_is_decided_by_table() -> bool:
@@ -134,5 +137,5 @@ async def test_what_daemons_measured_and_agreed_on_teaches_them_and_a_newcomer(
             consensus = answer["metaswarm"]["consensus"]
             return consensus["table_digest"] in agreements.values()
 
-        await until(job_is_decided_by_table, timeout_s=3 * MEASURING_EPOCH_S)
+        await until(job_is_decided_by_table, timeout_s=TRAINING_LIMIT_S)
         nursery.cancel_scope.cancel()
