@@ -150,6 +150,10 @@ class Sampling:
     """The coordinator gets the log probability of each token, and those of the likeliest `logprobs` - 1 tokens."""
     json_schema: Annotated[str, text(MAX_JSON_SCHEMA_BYTES), OMIT_DEFAULT] = ""
     """The output is JSON that follows this JSON Schema, itself JSON; empty for any output."""
+    reasoning_end: Annotated[TokenId | None, OMIT_DEFAULT] = None
+    """The JSON begins behind the first of this token: what is before is reasoning. None: with the first token."""
+    reasoning_begin: Annotated[TokenId | None, OMIT_DEFAULT] = None
+    """Only an output whose first token is this one has reasoning; None where the prompt ends within the reasoning."""
     pooling: Pooling | None = None
     """The coordinator gets an embedding of the prompt, and nothing is sampled."""
 
@@ -160,11 +164,15 @@ class Sampling:
         return any(penalties) or bool(self.json_schema)
 
     def check(self) -> None:
-        """Raise RemoteProtocolError where nothing could be sampled, or where biases are not in order."""
+        """Raise RemoteProtocolError where nothing could be sampled, and for biases or fields that contradict."""
         if self.top_p == 0.0:
             raise RemoteProtocolError("sampling top_p is 0: nothing could be drawn")
         if any(first[0] >= second[0] for first, second in pairwise(self.logit_bias)):
             raise RemoteProtocolError("sampling logit_bias: token ids are not ascending")
+        if (self.reasoning_end is not None and not self.json_schema) or (
+            self.reasoning_begin is not None and self.reasoning_end is None
+        ):
+            raise RemoteProtocolError("sampling: reasoning_end belongs to a JSON Schema, and reasoning_begin to it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

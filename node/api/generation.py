@@ -272,7 +272,6 @@ class _ChoiceReader:
     def __init__(self, index: int, generation: Generation) -> None:
         self._index = index
         self._rules = generation.rules
-        self._is_constrained = bool(generation.jobs[index].json_schema)
         self._parser = OutputParser(self._rules, None)
         self._calls = 0
 
@@ -280,7 +279,7 @@ class _ChoiceReader:
         """Yield the events that one of the job makes."""
         match event:
             case JobStarted():
-                self._parser = OutputParser(self._rules, event.chat_format, constrained=self._is_constrained)
+                self._parser = OutputParser(self._rules, event.chat_format)
                 yield ChoiceStarted(self._index, event)
                 if event.echo:
                     yield ChoiceText(self._index, event.echo)

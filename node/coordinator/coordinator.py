@@ -252,7 +252,7 @@ class Coordinator:
             model=model,
             prompt=prompt.tokens,
             chat_format=prompt.chat_format,
-            sampling=sampling_of(request, model, len(prompt.tokens)),
+            sampling=sampling_of(request, model, prompt),
             admitted=admitted_methods(request, model, self._quality_store),
             claim=self._prompts.record_prompt(prompt.tokens),
             began_s=began_s,

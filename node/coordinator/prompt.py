@@ -50,7 +50,7 @@ async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
     try:
         if request.messages is not None:
             text = await _conversation(request, request.messages, model)
-            chat_format = chat_format_of(model, text)
+            chat_format = _chat_format(request, request.messages, model, text)
             tokens = await model.tokenizer.encode(text, add_special_tokens=False)
         elif request.prompt is not None:
             tokens = await model.tokenizer.encode(request.prompt)
@@ -97,16 +97,33 @@ async def _conversation(request: JobRequest, messages: Sequence[ChatMessage], mo
     if request.tools and model.tokenizer.tool_format is None:
         message = "the model's chat template knows no tools, or writes their calls in an unknown form"
         raise JobError(JobErrorCode.INVALID, f"{message}: choose another model, or leave out tools", param="tools")
+    options = request.template_options
+    if request.json_schema and model.tokenizer.reasoning_tokens is None:
+        options = {"enable_thinking": False, **options}  # JSON cannot begin behind reasoning, as its end is no token
     turns = [message.for_template() for message in messages]
-    return await model.tokenizer.render_chat_text(turns, request.tools, request.template_options)
+    return await model.tokenizer.render_chat_text(
+        turns, request.tools, options, continue_final_message=request.continue_final_message
+    )
 
 
-def chat_format_of(model: KnownModel, text: str = "") -> ChatFormat:
-    """Return how a model continues a conversation, `text` by its chat template."""
+def chat_format_of(model: KnownModel) -> ChatFormat:
+    """Return how a model writes what is not its answer."""
     tokenizer = model.tokenizer
-    tools = ToolFormat(tokenizer.tool_format) if tokenizer.tool_format else None
-    began = tokenizer.reasons and text.rstrip().endswith("<think>")
-    return ChatFormat(tools=tools, reasons=tokenizer.reasons, reasoning_began=began)
+    return ChatFormat(
+        tools=ToolFormat(tokenizer.tool_format) if tokenizer.tool_format else None, reasons=tokenizer.reasons
+    )
+
+
+def _chat_format(request: JobRequest, messages: Sequence[ChatMessage], model: KnownModel, text: str) -> ChatFormat:
+    """Return how a model continues a conversation, which is `text` by its chat template."""
+    continued = messages[-1].content if request.continue_final_message else ""
+    ends = text.rstrip()
+    began = ends.endswith("<think>") or continued.rfind("<think>") > continued.rfind("</think>")
+    may_reason = model.tokenizer.reasons
+    if request.json_schema:
+        is_closed = ends.endswith("</think>") or request.template_options.get("enable_thinking") is False
+        may_reason = model.tokenizer.reasoning_tokens is not None and (began or not is_closed)
+    return replace(chat_format_of(model), reasons=may_reason, reasoning_began=may_reason and began)
 
 
 async def prompt_text(request: JobRequest, model: KnownModel) -> str:
@@ -120,11 +137,12 @@ async def prompt_text(request: JobRequest, model: KnownModel) -> str:
     return text
 
 
-def sampling_of(request: JobRequest, model: KnownModel, prompt_length: int) -> Sampling:
+def sampling_of(request: JobRequest, model: KnownModel, prompt: Prompt) -> Sampling:
     """Return a request's sampling, within the model's limits. Raises JobError.
 
     `max_tokens` is an upper bound: where the model's context holds fewer, the text ends with the context.
     """
+    prompt_length = len(prompt.tokens)
     room = model.max_positions - prompt_length
     if room < 1:
         raise JobError(
@@ -145,6 +163,7 @@ def sampling_of(request: JobRequest, model: KnownModel, prompt_length: int) -> S
         most = MAX_STOP_TOKENS - len(own_stops)
         message = f"stop_token_ids may have at most {most} entries with this model, which has {len(own_stops)} itself"
         raise JobError(JobErrorCode.INVALID, message, param="stop_token_ids")
+    begin, end = _reasoning_tokens(request, model, prompt.chat_format)
     sampling = Sampling(
         temperature=request.temperature,
         top_p=request.top_p,
@@ -159,10 +178,23 @@ def sampling_of(request: JobRequest, model: KnownModel, prompt_length: int) -> S
         logit_bias=request.logit_bias,
         logprobs=0 if request.top_logprobs is None else min(request.top_logprobs, model.vocabulary_size) + 1,
         json_schema=request.json_schema,
+        reasoning_end=end,
+        reasoning_begin=begin,
         pooling=request.pooling,
         min_length=min(prompt_length + request.min_tokens, MAX_POSITIONS) if request.min_tokens else 0,
     )
     return replace(sampling, prompt_length=prompt_length) if sampling.needs_history else sampling
+
+
+def _reasoning_tokens(
+    request: JobRequest, model: KnownModel, chat_format: ChatFormat | None
+) -> tuple[int | None, int | None]:
+    """Return the tokens that begin and end reasoning before JSON: None for what does not come."""
+    tokens = model.tokenizer.reasoning_tokens
+    if not request.json_schema or tokens is None or chat_format is None or not chat_format.reasons:
+        return None, None
+    begin, end = tokens
+    return None if chat_format.reasoning_began else begin, end
 
 
 def _check_tokens(param: str, tokens: Iterable[int], model: KnownModel) -> None:

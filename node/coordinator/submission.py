@@ -72,15 +72,15 @@ class ToolFormat(enum.StrEnum):
     MISTRAL = "mistral"
     """`[TOOL_CALLS]` and a list of `{"name": …, "arguments": …}`, or `name{…}`."""
     JSON = "json"
-    """The whole text is `{"name": …, "arguments": …}`, which a JSON Schema makes sure: no model's own."""
+    """The whole text, or all behind its reasoning, is `{"name": …, "arguments": …}`, which a JSON Schema makes sure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatFormat:
     """How a model writes tool calls and reasoning, by its chat template.
 
-    `tools`: None where it knows none. `reasons`: whether it writes reasoning in `<think>`. `reasoning_began`: whether
-    the prompt ends within it.
+    `tools`: None where it knows none. `reasons`: whether it may write reasoning in `<think>`. `reasoning_began`:
+    whether the prompt ends within it.
     """
 
     tools: ToolFormat | None = None
@@ -151,6 +151,7 @@ class JobRequest:
     `echo`: whether JobStarted has the prompt's text.
     `top_logprobs`: report the log probability of each token, and those of so many likeliest ones; None for neither.
     `tools`: that the model may call, as the OpenAI API describes them. `template_options`: for the chat template.
+    `continue_final_message`: the text goes on where the last message, the assistant's, ends (prefill).
     `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text; it comes from the
     field `json_schema_param` of the user's request, which errors name.
     `pooling`: the prompt becomes an embedding, and there is no text: JobStarted is followed by JobResult. `truncate`:
@@ -189,6 +190,7 @@ class JobRequest:
     json_schema_param: str = "response_format"
     tools: tuple[Mapping[str, Any], ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    continue_final_message: bool = False
     pooling: Pooling | None = None
     truncate: bool = False
     trace: bool = False

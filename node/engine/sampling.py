@@ -9,7 +9,8 @@ The order of operations is vLLM's:
 1. `logit_bias` is added;
 2. `repetition_penalty`: logits of tokens of prompt and text are divided by it where positive, else multiplied;
 3. `frequency_penalty` times a token's count in the text, and `presence_penalty` where it is in it, are taken off;
-4. tokens that a JSON Schema does not admit are masked, and stop tokens while the text is shorter than `min_length`;
+4. tokens that a JSON Schema does not admit are masked, stop tokens also before the JSON, in reasoning, and while the
+   text is shorter than `min_length`;
 5. temperature 0 takes the likeliest token (greedy); else logits are divided by it;
 6. `min_p` keeps the tokens at least so many times as likely as the likeliest;
 7. `top_k` keeps the likeliest k, of equal ones those with the smallest ids;
@@ -125,7 +126,7 @@ def draw(
         history.rewind(position)
     scores = _adjusted(logits, sampling, history)
     if constraint is not None and history is not None:
-        scores = _constrained(scores, sampling, *constraint.allowed(history.text()))
+        scores = _constrained(scores, sampling, history.text(), constraint)
     if position < sampling.min_length:
         scores = _without(scores, sampling.stop_tokens)
     token = _choose(scores, sampling, position)
@@ -211,10 +212,18 @@ def _without(scores: Scores, stop_tokens: Sequence[int]) -> Scores:
     return without if np.isfinite(without.max()) else scores
 
 
-def _constrained(scores: Scores, sampling: Sampling, allowed: npt.NDArray[np.bool_], may_end: bool) -> Scores:
+def _constrained(scores: Scores, sampling: Sampling, text: Sequence[int], constraint: TextConstraint) -> Scores:
     """Return scores of the allowed tokens alone, stop tokens where the text may end. Raises BadRequest for none."""
+    begin, end, document = sampling.reasoning_begin, sampling.reasoning_end, text
+    if end is not None and (begin is None or begin in text[:1]):
+        if end not in text:
+            return _without(scores, sampling.stop_tokens)
+        document = text[text.index(end) + 1 :]
+    allowed, may_end = constraint.allowed(document)
     admitted = np.zeros(len(scores), np.bool_)  # a manifest may state another size of the vocabulary
     admitted[: len(allowed)] = allowed[: len(scores)]
+    if begin is not None and not text and begin < len(scores):
+        admitted[begin] = True
     admitted[[token for token in sampling.stop_tokens if token < len(scores)]] = may_end
     constrained = np.where(admitted, scores, -np.inf)
     if not np.isfinite(constrained.max()):

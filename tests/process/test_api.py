@@ -55,7 +55,12 @@ async def test_clients_of_all_protocols(start_daemon: StartDaemon, package: Pack
     with closing(client._client):
         options = {"num_predict": 8, "temperature": 0}
         answer = await ask(lambda: client.chat(model=MODEL, messages=USER, options=options))
-        assert answer.message.content == "".join(getattr(block, "text", "") for block in message.content)
+        text = answer.message.content or ""
+        assert text == "".join(getattr(block, "text", "") for block in message.content)
+        said, space, rest = text.partition(" ")
+        unfinished = [*USER, {"role": "assistant", "content": said}]
+        more = await ask(lambda: client.chat(model=MODEL, messages=unfinished, options=options))
+        assert (more.message.content or "").startswith(space + rest), "the turn goes on where it would have"
         parts = await ask(lambda: list(client.generate(MODEL, "Once", raw=True, options=options, stream=True)))
         assert parts[-1].eval_count == 8
         [model] = (await ask(client.list)).models

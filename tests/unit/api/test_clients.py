@@ -66,6 +66,7 @@ def of_ollama() -> Iterator[Callable[[str], ollama.Client]]:
 
 
 Client = Callable[[str], Any]
+UNFINISHED = [*USER, {"role": "assistant", "content": "Once upon"}]
 FUNCTION = {"name": "weather", "description": "d", "parameters": SCHEMA}
 TOOL: Any = {"type": "function", "function": FUNCTION}
 
@@ -181,6 +182,14 @@ async def test_openai_structured_texts(node: FakeNode, url: str, of_openai: Clie
     form = {"type": "json_object"}
     await ask(lambda: client.chat.completions.create(model="tiny", messages=USER, response_format=form))
     assert json.loads(node.submitter.requests[-1].json_schema) == {"type": "object"}
+
+
+async def test_openai_continues_a_turn_on_request(node: FakeNode, url: str, of_openai: Client) -> None:
+    create = of_openai(url).chat.completions.create
+    continues = {"continue_final_message": True, "add_generation_prompt": False}
+    await ask(lambda: create(model="tiny", messages=UNFINISHED, extra_body=continues))
+    await ask(lambda: create(model="tiny", messages=UNFINISHED))
+    assert [job.continue_final_message for job in node.submitter.requests] == [True, False]
 
 
 async def test_openai_sampling_and_extensions(node: FakeNode, url: str, of_openai: Client) -> None:
@@ -326,6 +335,13 @@ async def test_anthropic_messages(node: FakeNode, url: str, of_anthropic: Client
     assert (job.max_tokens, job.top_k, job.temperature) == (9, 5, 1.0)
 
 
+async def test_anthropic_continues_a_turn(node: FakeNode, url: str, of_anthropic: Client) -> None:
+    create = of_anthropic(url).messages.create
+    answer = await ask(lambda: create(model="tiny", max_tokens=9, messages=UNFINISHED))
+    assert answer.content[0].text == "Hello, wörld", "without what was there"
+    assert node.submitter.requests[0].continue_final_message
+
+
 async def test_anthropic_streams_blocks(node: FakeNode, url: str, of_anthropic: Client) -> None:
     node.submitter.words, node.submitter.chat_format = SAYS_ALL, THINKING
     tool = {"name": "weather", "description": "d", "input_schema": SCHEMA}
@@ -426,6 +442,12 @@ async def test_ollama_chat(node: FakeNode, url: str, of_ollama: Client) -> None:
     assert (answer.prompt_eval_count, answer.eval_count, answer.total_duration) == (5, 3, 500_000_000)
     (job,) = node.submitter.requests
     assert (job.model, job.temperature, job.max_tokens, job.stop, job.seed) == ("tiny", 0.0, 7, ("x",) * 9, 3)
+
+
+async def test_ollama_continues_a_turn(node: FakeNode, url: str, of_ollama: Client) -> None:
+    answer = await ask(lambda: of_ollama(url).chat(model="tiny", messages=UNFINISHED))
+    assert answer.message.content == "Hello, wörld"
+    assert node.submitter.requests[0].continue_final_message
 
 
 async def test_ollama_streams_tools_and_thinking(node: FakeNode, url: str, of_ollama: Client) -> None:
