@@ -57,7 +57,7 @@ async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
         else:
             tokens = request.prompt_tokens or ()
         if request.truncate:
-            tokens = tokens[: model.max_positions - 1]
+            tokens = tokens[: model.max_positions - _least_text(request)]
     except TokenizerUnavailableError as error:
         raise _unavailable(error) from None
     except (ValueError, ModelError) as error:
@@ -144,14 +144,15 @@ def sampling_of(request: JobRequest, model: KnownModel, prompt: Prompt) -> Sampl
     """
     prompt_length = len(prompt.tokens)
     room = model.max_positions - prompt_length
-    if room < 1:
+    least = _least_text(request)
+    if room < least:
         raise JobError(
             JobErrorCode.CONTEXT_LENGTH,
             f"the prompt has {prompt_length} tokens, and the model's context holds {model.max_positions}, "
             "answer included: shorten the prompt",
         )
     wanted = min(room, DEFAULT_MAX_TOKENS) if request.max_tokens is None else request.max_tokens
-    if wanted < 1:
+    if wanted < least:
         raise JobError(JobErrorCode.INVALID, f"max_tokens is {wanted}: use at least 1", param="max_tokens")
     if not (math.isfinite(request.temperature) and 0 <= request.temperature <= 100 and 0 < request.top_p <= 1):
         raise JobError(JobErrorCode.INVALID, "temperature must be 0 to 100, and top_p above 0 and at most 1")
@@ -163,12 +164,13 @@ def sampling_of(request: JobRequest, model: KnownModel, prompt: Prompt) -> Sampl
         most = MAX_STOP_TOKENS - len(own_stops)
         message = f"stop_token_ids may have at most {most} entries with this model, which has {len(own_stops)} itself"
         raise JobError(JobErrorCode.INVALID, message, param="stop_token_ids")
+    count = request.top_logprobs if request.top_logprobs is not None or not request.prompt_logprobs else 0
     begin, end = _reasoning_tokens(request, model, prompt.chat_format)
     sampling = Sampling(
         temperature=request.temperature,
         top_p=request.top_p,
         seed=secrets.randbits(32) if request.seed is None else request.seed & (2**64 - 1),
-        max_tokens=min(room, wanted),
+        max_tokens=1 if request.pooling else min(room, wanted),
         stop_tokens=stop_tokens,
         top_k=request.top_k if request.top_k < model.vocabulary_size else 0,
         min_p=request.min_p,
@@ -176,14 +178,20 @@ def sampling_of(request: JobRequest, model: KnownModel, prompt: Prompt) -> Sampl
         frequency_penalty=request.frequency_penalty,
         presence_penalty=request.presence_penalty,
         logit_bias=request.logit_bias,
-        logprobs=0 if request.top_logprobs is None else min(request.top_logprobs, model.vocabulary_size) + 1,
+        logprobs=0 if count is None else min(count, model.vocabulary_size) + 1,
         json_schema=request.json_schema,
+        prompt_logprobs=request.prompt_logprobs,
         reasoning_end=end,
         reasoning_begin=begin,
         pooling=request.pooling,
         min_length=min(prompt_length + request.min_tokens, MAX_POSITIONS) if request.min_tokens else 0,
     )
     return replace(sampling, prompt_length=prompt_length) if sampling.needs_history else sampling
+
+
+def _least_text(request: JobRequest) -> int:
+    """Return how many tokens of text a job has at least."""
+    return 0 if request.pooling or (request.prompt_logprobs and request.max_tokens == 0) else 1
 
 
 def _reasoning_tokens(

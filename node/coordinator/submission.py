@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, Stage
-from protocol.measurements import MethodInForce, Objective, QualityBound, StageObservation
+from protocol.measurements import MethodInForce, Objective, QualityBound, StageObservation, TaskKind
 from protocol.messages import FinishReason
 from protocol.tensors import Pooling
 
@@ -154,9 +154,10 @@ class JobRequest:
     `continue_final_message`: the text goes on where the last message, the assistant's, ends (prefill).
     `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text; it comes from the
     field `json_schema_param` of the user's request, which errors name.
-    `pooling`: the prompt becomes an embedding, and there is no text: JobStarted is followed by JobResult. `truncate`:
-    cut the prompt to the model's context. `origin`: the API request that it comes from. `trace`: the
-    stages report where the time of each step went.
+    `prompt_logprobs`: the prompt is scored: JobStarted is followed by PromptScored, with `top_logprobs` likeliest
+    tokens; `max_tokens` may be 0 then. `pooling`: the prompt becomes an embedding, and there is no text: JobStarted is
+    followed by JobResult. `truncate`: cut the prompt to the model's context. `origin`: the API request that it comes
+    from. `trace`: the stages report where the time of each step went.
     Sampling: `node.engine.sampling`.
     """
 
@@ -190,11 +191,19 @@ class JobRequest:
     json_schema_param: str = "response_format"
     tools: tuple[Mapping[str, Any], ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    prompt_logprobs: bool = False
     continue_final_message: bool = False
     pooling: Pooling | None = None
     truncate: bool = False
     trace: bool = False
     origin: RequestOrigin = RequestOrigin()
+
+    @property
+    def task_kind(self) -> TaskKind:
+        """What is wanted of the prompt."""
+        if self.pooling is not None:
+            return TaskKind.EMBED
+        return TaskKind.SCORE if self.prompt_logprobs else TaskKind.GENERATE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,12 +224,20 @@ class JobStarted:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token, its bytes, and the natural logarithm of its probability; for a drawn one also the likeliest tokens."""
+    """A token, its bytes, and the natural logarithm of its probability; for one of a text also the likeliest tokens."""
 
     token: int
     text: bytes
-    logprob: float
+    logprob: float | None
+    """None for the first token of a prompt, before which there is nothing."""
     likeliest: "tuple[TokenLogprob, ...]" = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScored:
+    """All tokens of the prompt with their log probabilities."""
+
+    logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +257,11 @@ class Usage:
     completion_tokens: int
     cached_tokens: int = 0
     accepted_draft_tokens: int = 0
+
+    @property
+    def counted_tokens(self) -> int:
+        """The tokens that throughput is about; see `protocol.measurements.Workload`."""
+        return self.completion_tokens or self.prompt_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -408,14 +430,16 @@ class JobResult:
     """Where the job asked for one."""
 
 
-JobEvent = JobStarted | TextDelta | JobResult
+JobEvent = JobStarted | PromptScored | TextDelta | JobResult
 
 
 class Submitter(Protocol):
     """Takes jobs. The coordinator is one; so is a fake."""
 
     def submit(self, request: JobRequest) -> AbstractAsyncContextManager[AsyncIterator[JobEvent]]:
-        """Run a job inside the block: JobStarted, TextDelta…, JobResult. Leaving early cancels it on every stage.
+        """Run a job inside the block: JobStarted, PromptScored where it is wanted, TextDelta…, JobResult.
+
+        Leaving early cancels it on every stage.
 
         Raises JobError on entering the block or while iterating.
         """

@@ -23,7 +23,16 @@ from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.models.manifest import Manifest
 from node.models.sample import sample_text
 from protocol.identity import Stage
-from protocol.measurements import MIN_TOTAL_S, Measurements, Objective, Observation, ObservationKind, QualityBound
+from protocol.measurements import (
+    MIN_TOTAL_S,
+    Measurements,
+    Objective,
+    Observation,
+    ObservationKind,
+    QualityBound,
+    TaskKind,
+)
+from protocol.tensors import Pooling
 from selector.task import Method, MethodError, baseline_of, parse_method, portfolio
 from selector.workloads import TrialWorkload
 
@@ -150,8 +159,8 @@ class Run:
 
     @property
     def tokens_per_s(self) -> float:
-        """Output tokens per second of all jobs together."""
-        return sum(job.result.usage.completion_tokens for job in self.jobs) / self.makespan_s
+        """Output tokens per second of all jobs together; tokens of the prompts where there is no output."""
+        return sum(job.result.usage.counted_tokens for job in self.jobs) / self.makespan_s
 
     @property
     def ttft_s(self) -> float:
@@ -311,9 +320,8 @@ class _TrialRuns:
     async def _run_with_retry(self, workload: TrialWorkload, method: Method) -> Run:
         """Run a method once it is ready and the peers have room: peers build a variant when it is asked for."""
         began_s = trio.current_time()
-        patience_s = math.inf
-        if self.spec.kind is ObservationKind.PROBE:
-            patience_s = max(LEAST_PATIENCE_S, PATIENCE * self.run_s)
+        is_trial = self.spec.kind is ObservationKind.PROBE
+        patience_s = max(LEAST_PATIENCE_S, PATIENCE * self.run_s) if is_trial else math.inf
         while True:
             gives_way = self.spec.is_background and trio.current_time() < began_s + patience_s
             try:
@@ -356,6 +364,8 @@ class _TrialRuns:
                 model=self.spec.model,
                 prompt_tokens=prompt,
                 max_tokens=workload.max_tokens,
+                prompt_logprobs=workload.task_kind is TaskKind.SCORE,
+                pooling=Pooling.MEAN if workload.task_kind is TaskKind.EMBED else None,
                 ignore_eos=True,
                 quality=self.spec.quality,
                 method=method.name,
@@ -400,7 +410,7 @@ def _methods_of(spec: TrialSpec, manifest: Manifest) -> dict[str, Method]:
         methods = [parse_method(name, manifest.format) for name in spec.methods]
     except MethodError as error:
         raise JobError(JobErrorCode.INVALID, str(error)) from None
-    offered = methods or portfolio(manifest.format, weight_type(manifest))
+    offered = methods or portfolio(manifest.format, weight_type(manifest), spec.workload.task_kind)
     return {method.name: method for method in (offered[0].baseline, *offered)}
 
 

@@ -20,7 +20,7 @@ The order of operations is vLLM's:
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Final, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +33,6 @@ Logits = npt.NDArray[np.float32]
 
 Scores = npt.NDArray[np.float64]
 """Logits after all that changes them; shape (vocabulary,)."""
-
-
-LEAST_LOGPROB: Final = -9999.0
-"""Of a token that is as good as impossible, as in the OpenAI API."""
 
 
 class TokenCounts:
@@ -84,6 +80,13 @@ class TokenCounts:
         """Return the tokens of the text."""
         return self._tokens[self._prompt_length :]
 
+    def following(self, position: int, rows: int) -> Sequence[int]:
+        """Return the tokens that follow rows from a position on. Raises EngineError where some are not known."""
+        found = self._tokens[position + 1 : position + 1 + rows]
+        if len(found) < rows:
+            raise EngineError(f"only {len(self._tokens)} tokens of the prompt that is scored are known")
+        return found
+
     def seen(self) -> npt.NDArray[np.int64]:
         """Return the tokens that occur, each once."""
         return np.fromiter(self._seen, np.int64, len(self._seen))
@@ -95,7 +98,7 @@ class TokenCounts:
 
 
 def history_for(sampling: Sampling | None) -> TokenCounts | None:
-    """Return an empty history where draws depend on one."""
+    """Return an empty history where one is needed."""
     return TokenCounts(sampling.prompt_length) if sampling is not None and sampling.needs_history else None
 
 
@@ -157,29 +160,6 @@ def draw_and_verify(
         if constraint is not None and tokens[-1] in sampling.stop_tokens:
             break  # nothing follows the end of a text
     return tokens
-
-
-def logprob_rows(rows: Iterable[Logits], tokens: Sequence[int], sampling: Sampling) -> npt.NDArray[np.float32]:
-    """Return a row for each token drawn: it, its log probability, and the likeliest tokens with theirs.
-
-    Probabilities are the model's own, before anything adjusts the logits; see docs/protocol.md, Log probabilities.
-    """
-    found = np.empty((len(tokens), 2 * sampling.logprobs), np.float32)
-    for row, logits, token in zip(found, rows, tokens, strict=False):
-        scores = logits.astype(np.float64)
-        scores -= scores.max()
-        logprobs = np.clip(scores - np.log(np.exp(scores).sum()), LEAST_LOGPROB, 0.0)
-        count = sampling.logprobs - 1
-        chosen = [token, *_largest(logprobs, count)] if count else [token]
-        row[::2], row[1::2] = chosen, logprobs[chosen]
-    return found
-
-
-def _largest(values: Scores, count: int) -> npt.NDArray[np.intp]:
-    """Return the indices of the largest values, the largest first, of equal ones those with the smallest index."""
-    count = min(count, len(values))
-    candidates = np.flatnonzero(values >= np.partition(values, len(values) - count)[len(values) - count])
-    return candidates[np.argsort(-values[candidates], kind="stable")][:count]
 
 
 def uniform(seed: int, position: int) -> float:

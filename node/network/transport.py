@@ -44,6 +44,9 @@ LISTEN_BACKLOG: Final = 4096
 
 UPGRADE_TIMEOUT_S: Final = 5
 MAX_UNMAPPED: Final = 1024
+FROM_PORT_TIMEOUT_S: Final = 2.5
+"""How long a dial from our port may take before another port is tried: half of the time that a dial has. A NAT that
+still has the last connection between the two ports, which the other side had opened, drops it without a word."""
 
 
 class TcpStream(ReadWriteCloser):
@@ -194,7 +197,8 @@ class Tcp(ITransport):
     async def _connect(self, address: TcpAddress) -> TcpStream:
         if self.dials_from_port and address.is_public:
             try:
-                return await self.connect_from_port(address)
+                with trio.move_on_after(FROM_PORT_TIMEOUT_S):
+                    return await self.connect_from_port(address)
             except OSError as error:
                 # The port is bound to another address, or the last connection between the two endpoints is not over.
                 if error.errno not in {errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EINVAL, errno.ENETUNREACH}:

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.nat, pytest.mark.timeout(600)]
 FIRST, SECOND = f"{MODEL}:0-15", f"{MODEL}:15-30"
 REFUSED_S = 10.0
 PAUSE_S = 3.0
-PAUSE_TOKENS = 20
+PAUSE_TOKENS = 30
 """Longest pause of a job whose relay dies; or the time of so many tokens, where the machine is busy."""
 
 HOMES = dict(zip("bcdef", Nat, strict=True))

@@ -18,8 +18,10 @@ from .lab import HOMES, PUBLIC, Lab, Nat
 pytestmark = [pytest.mark.nat, pytest.mark.timeout(600)]
 
 JOINS = 100
-JOIN_S = 20.0
-"""Longest time from a start to the first answer of another home, on a busy machine."""
+JOIN_S = 30.0
+"""Longest time from a start to the first answer of another home, on a busy machine,"""
+SILENT_S = 20.0
+"""and until a call is answered or refused: ten seconds, on a busy machine."""
 SOON_S = 5.0
 """Over a connection that is there already, also on a busy machine."""
 
@@ -133,6 +135,14 @@ def test_homes_behind_every_pair_of_nats_reach_each_other() -> None:
             assert two.ask("echo", one.id, 1000) < SOON_S
 
 
+def calls(one: Peer, two: Peer) -> dict[str, Any]:
+    """Return the answer to a call, or why there was none: soon, in either case."""
+    started_s = time.monotonic()
+    answer = one.try_ask("echo", two.id, 1000)
+    assert time.monotonic() - started_s < SILENT_S, answer
+    return answer
+
+
 @pytest.mark.soak
 def test_none_of_a_hundred_joins_is_silent() -> None:
     """A peer joins at a home, as somebody new each time, and calls one at another, which calls back."""
@@ -150,9 +160,9 @@ def test_none_of_a_hundred_joins_is_silent() -> None:
             for relay in relays:
                 one.ask("connect", relay.address(PUBLIC[relay.space]))
             one.ask("learn", two.id, *two.ask("addresses"))
-            one.ask("echo", two.id, 1000)
+            while "error" in (answer := calls(one, two)):
+                assert time.monotonic() - started_s < JOIN_S, (kind, other_kind, answer)
             took_s.append(time.monotonic() - started_s)
-            assert took_s[-1] < JOIN_S, f"{kind} to {other_kind}"
             wait(lambda a=one, b=two, kinds=(kind, other_kind): goes_as_expected(a, b, kinds), one)  # type: ignore[misc]
             assert two.ask("echo", one.id, 1000) < SOON_S
             ways[one.ask("way", two.id)] += 1

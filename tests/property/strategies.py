@@ -125,6 +125,14 @@ samplings = st.builds(
     logprobs=st.integers(0, MAX_LOGPROBS),
     json_schema=st.sampled_from(["", "{}", '{"type": "object"}']),
 ).flatmap(lambda sampling: with_reasoning(sampling) if sampling.json_schema else st.just(sampling))
+_scoring = st.builds(
+    Sampling,
+    max_tokens=st.integers(0, MAX_POSITIONS),
+    prompt_length=st.integers(1, MAX_POSITIONS),
+    logprobs=st.integers(1, MAX_LOGPROBS),
+    prompt_logprobs=st.just(True),
+)
+samplings = samplings | _scoring
 _last_or_not = st.one_of(st.tuples(st.none(), samplings, st.none() | peers), st.tuples(peers, st.none(), st.none()))
 
 

@@ -20,6 +20,7 @@ from node.api.fields import (
     parse_boolean,
     parse_json,
     parse_limit,
+    parse_limit_or_none,
     parse_object,
     parse_text,
     refuse,
@@ -223,22 +224,24 @@ _CONTINUES: Final = Field("continue_final_message", parse_boolean)
 _ADDS_GENERATION_PROMPT: Final = Field("add_generation_prompt", parse_boolean)
 
 _PROMPTS: Final = Field("prompt", prompts_of(MAX_CHOICES))
+_COMPLETION_TOKENS: Final = Field("max_tokens", parse_limit_or_none)
 _LOGPROBS: Final = Field("logprobs", _parse_logprobs)
 _ECHO: Final = Field("echo", parse_boolean)
 
 _COMMON: Final = (
-    MODEL, STREAM, _STREAM_OPTIONS, MAX_TOKENS, _MIN_TOKENS, TEMPERATURE, TOP_P, _TOP_K, MIN_P, _REPETITION_PENALTY,
+    MODEL, STREAM, _STREAM_OPTIONS, _MIN_TOKENS, TEMPERATURE, TOP_P, _TOP_K, MIN_P, _REPETITION_PENALTY,
     FREQUENCY_PENALTY, PRESENCE_PENALTY, _LOGIT_BIAS, SEED, STOP, _STOP_TOKEN_IDS, IGNORE_EOS, METASWARM, _N,
     _RESPONSE_FORMAT,
 )  # fmt: skip
 CHAT: Final = ObjectForm(
-    *_COMMON, MESSAGES, _MAX_COMPLETION_TOKENS, _CHAT_LOGPROBS, TOP_LOGPROBS, TOOLS, TOOL_CHOICE, PARALLEL_TOOL_CALLS,
-    _TEMPLATE_OPTIONS, _REASONING_EFFORT, _CONTINUES, _ADDS_GENERATION_PROMPT, required=[MODEL, MESSAGES],
-    ignored=IGNORED, neutral=NEUTRAL_FOR_CHAT,
+    *_COMMON, MESSAGES, MAX_TOKENS, _MAX_COMPLETION_TOKENS, _CHAT_LOGPROBS, TOP_LOGPROBS, TOOLS, TOOL_CHOICE,
+    PARALLEL_TOOL_CALLS, _TEMPLATE_OPTIONS, _REASONING_EFFORT, _CONTINUES, _ADDS_GENERATION_PROMPT,
+    required=[MODEL, MESSAGES], ignored=IGNORED, neutral=NEUTRAL_FOR_CHAT,
 )  # fmt: skip
 COMPLETION: Final = ObjectForm(
-    *_COMMON, _PROMPTS, _LOGPROBS, _ECHO, required=[MODEL, _PROMPTS], ignored=IGNORED, neutral=NEUTRAL_FOR_COMPLETION
-)
+    *_COMMON, _PROMPTS, _COMPLETION_TOKENS, _LOGPROBS, _ECHO,
+    required=[MODEL, _PROMPTS], ignored=IGNORED, neutral=NEUTRAL_FOR_COMPLETION,
+)  # fmt: skip
 
 
 def parse_chat_request(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
@@ -258,18 +261,22 @@ def parse_chat_request(body: bytes, headers: Headers) -> tuple[Generation, Answe
 
 
 def parse_completion_request(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
-    """Return the body of `POST /v1/completions` as a request. Raises ApiError."""
+    """Return the body of `POST /v1/completions` as a request. Raises ApiError.
+
+    With `echo` the prompt is part of the text, and so of its `logprobs`.
+    """
     fields = COMPLETION.read(parse_json(body))
     prompts = fields.require(_PROMPTS)
-    job = _parse_job(fields, fields.get(MAX_TOKENS) or DEFAULT_COMPLETION_TOKENS)
+    max_tokens, echo, top_logprobs = fields.get(_COMPLETION_TOKENS), fields.get(_ECHO) or False, fields.get(_LOGPROBS)
     job = replace(
-        job,
-        echo=fields.get(_ECHO) or False,
-        top_logprobs=fields.get(_LOGPROBS),
+        _parse_job(fields, DEFAULT_COMPLETION_TOKENS if max_tokens is None else max_tokens),
+        echo=echo,
+        top_logprobs=top_logprobs,
+        prompt_logprobs=echo and top_logprobs is not None,
         json_schema=fields.get(_RESPONSE_FORMAT) or "",
     )
-    if job.echo and job.top_logprobs is not None:
-        refuse("logprobs", "cannot be combined with echo: the prompt's log probabilities are not available")
+    if not job.max_tokens and not job.prompt_logprobs:
+        refuse("max_tokens", "may be 0 only with echo and logprobs, for the log probabilities of the prompt")
     return _parse_form(fields, headers, [with_prompt(job, prompt) for prompt in prompts])
 
 

@@ -268,6 +268,19 @@ async def test_openai_completions_and_models(node: FakeNode, url: str, of_openai
         await ask(lambda: client.models.retrieve("other"))
 
 
+async def test_openai_scores_prompts(node: FakeNode, url: str, of_openai: Client) -> None:
+    client = of_openai(url)
+    job: dict[str, Any] = {"model": "tiny", "prompt": ["a b", "c d e"], "echo": True, "logprobs": 1}
+    answer = await ask(lambda: client.completions.create(**job, max_tokens=0))
+    found = [choice.logprobs.token_logprobs for choice in answer.choices if choice.logprobs]
+    assert found == [[None, -0.75], [None, -0.75, -0.75]]
+    assert [choice.text for choice in answer.choices] == ["a b", "c d e"]
+    node.submitter.words = ("!",)
+    answer = await ask(lambda: client.completions.create(**job, max_tokens=1, temperature=0, seed=1))
+    found = [choice.logprobs.token_logprobs[:-1] for choice in answer.choices if choice.logprobs]
+    assert found == [[None, -0.75], [None, -0.75, -0.75]], "as lm-evaluation-harness reads it"
+
+
 async def test_openai_errors(node: FakeNode, url: str, of_openai: Client) -> None:
     client = of_openai(url)
     node.submitter.refuse = JobError(JobErrorCode.FULL, "No room.")

@@ -20,6 +20,7 @@ from node.api.shared_fields import MAX_SEED, MIN_SEED
 from node.coordinator.submission import ChatMessage, JobRequest
 from node.models.json_schema import make_matcher
 from protocol.limits import MAX_LOGIT_BIASES, MAX_POSITIONS, MAX_STOP_TOKENS, MAX_VOCABULARY
+from protocol.measurements import TaskKind
 
 
 def chat(**fields: Any) -> bytes:
@@ -209,10 +210,23 @@ def test_log_probabilities_reach_job() -> None:
     assert parse_completion_request(completion(logprobs=5)).top_logprobs == 5
     assert parse_completion_request(completion(logprobs=0)).top_logprobs == 0
     assert parse_completion_request(completion(logprobs=False)).top_logprobs is None
-    for fields in ({"logprobs": 21}, {"logprobs": True}, {"logprobs": 1, "echo": True}):
+    for fields in ({"logprobs": 21}, {"logprobs": True}):
         with pytest.raises(ApiError) as caught:
             parse_completion_request(completion(**fields))
         assert caught.value.param == "logprobs"
+
+
+def test_prompt_is_scored_where_it_is_part_of_the_text_with_log_probabilities() -> None:
+    for limit, expected in ((None, 16), (1, 1), (0, 0)):
+        job = parse_completion_request(completion(logprobs=1, echo=True, max_tokens=limit))
+        assert (job.task_kind, job.top_logprobs, job.max_tokens) == (TaskKind.SCORE, 1, expected)
+    assert parse_completion_request(completion(echo=True)).task_kind is TaskKind.GENERATE
+    for fields in ({}, {"echo": True}, {"logprobs": 1}):
+        with pytest.raises(ApiError, match="only with echo and logprobs") as caught:
+            parse_completion_request(completion(max_tokens=0, **fields))
+        assert caught.value.param == "max_tokens"
+    with pytest.raises(ApiError):
+        parse_chat_request(chat(max_tokens=0))
 
 
 def test_tools_reach_job() -> None:

@@ -9,8 +9,8 @@ import trio
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 
-from node.network import hole_punch
-from node.network.addresses import parse_address
+from node.network import hole_punch, transport
+from node.network.addresses import TcpAddress, parse_address
 from node.network.admission import HandshakeLimiter
 from node.network.host import Libp2pNetwork
 from node.network.interface import ByteCounts, NetworkError, Stream, Way
@@ -208,6 +208,25 @@ async def test_endpoint_dialled_from_another_port_once_shows_our_own_when_dialle
         await stream.close()
         for each in (listener, *bound[""]):
             await each.aclose()
+
+
+async def test_dial_that_is_not_answered_is_tried_from_another_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "FROM_PORT_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(TcpAddress, "is_public", True)
+
+    async def connect_from_port(self: Tcp, address: TcpAddress) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(Tcp, "connect_from_port", connect_from_port)
+    async with trio.open_nursery() as nursery:
+        tcp = Tcp(nursery, {}, 8, ByteCounts())
+        (listener,) = await bind(parse_address(LOOPBACK))
+        remote = listener.socket.getsockname()
+        with limited(5):
+            stream = await tcp._connect(parse_address(f"/ip4/{remote[0]}/tcp/{remote[1]}"))
+        assert not tcp.maps_port(remote)
+        await stream.close()
+        await listener.aclose()
 
 
 async def test_waiting_for_peers_that_nobody_identifies_leaves_nothing_behind() -> None:
