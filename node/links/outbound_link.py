@@ -40,6 +40,9 @@ from protocol.states import Role, SessionState
 PONG_LIMIT_S: Final = 8.0
 """A link on which a ping is unanswered for this long is broken, whatever else trickles in."""
 
+LATE_WAKE_S: Final = 0.25
+"""A timer that fires so late was held up by our own machine, which did not read meanwhile either."""
+
 MAX_PENDING_PINGS: Final = 8
 """Pings that await their pong; more are of no use."""
 
@@ -243,7 +246,9 @@ class OutboundLink(JobLink):
         with trio.move_on_after(timeout_s + self._in_flight_s()) as scope:
             await received.wait()
         if scope.cancelled_caught:
-            self._break(f"silent for {self.silence_s:.1f} s")
+            await self._read_after_late_wake(scope.deadline)
+            if not (received.is_set() or self.broken):
+                self._break(f"silent for {self.silence_s:.1f} s")
 
     async def request_progress(self, session: SessionId, timeout_s: float) -> Progress | None:
         """Return the progress of a begun session; None without a timely answer, and from a peer of version 1.0."""
@@ -316,7 +321,9 @@ class OutboundLink(JobLink):
 
     async def _liveness_loop(self) -> None:
         while True:
-            await trio.sleep(PING_INTERVAL_S)
+            due_s = trio.current_time() + PING_INTERVAL_S
+            await trio.sleep_until(due_s)
+            await self._read_after_late_wake(due_s)
             if self.broken:
                 raise NetworkError(self.broken)
             silence_s, in_flight_s = self.silence_s, self._in_flight_s()
@@ -325,6 +332,12 @@ class OutboundLink(JobLink):
                 raise NetworkError(f"nothing received for {silence_s:.1f} s, and no pong for {pending_s:.1f} s")
             if silence_s >= PING_INTERVAL_S * 0.9:
                 self._ping()
+
+    async def _read_after_late_wake(self, due_s: float) -> None:
+        """Wait, where we woke late, until what arrived meanwhile is read: a busy machine is no sign of a dead peer."""
+        late_s = trio.current_time() - due_s
+        if late_s > LATE_WAKE_S:
+            await trio.sleep(min(late_s, PING_INTERVAL_S))
 
     def _ping(self) -> None:
         if (ping := self._pings.ping(self._queue.accepted_bytes, trio.current_time())) is not None:

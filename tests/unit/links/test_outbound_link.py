@@ -171,6 +171,24 @@ async def test_concurrent_probes_of_a_slow_peer_leave_the_link_alone(virtual_clo
         nursery.cancel_scope.cancel()
 
 
+async def test_busy_machine_reads_what_has_arrived_before_it_takes_a_peer_for_dead(virtual_clock: MockClock) -> None:
+    async with trio.open_nursery() as nursery:
+        link, far, other = await running(nursery)
+        await begin(link, far, other)
+        nursery.start_soon(link.probe, 2.5)
+        await trio.sleep(0.5)
+        pings = [message for message in await receive(far, other) if isinstance(message, Ping)]
+        # Our process gets no processor for five seconds; the pong arrives as it wakes, behind the timers.
+        virtual_clock.jump(5.0)
+        await trio.lowlevel.checkpoint()
+        await trio.sleep(0.1)
+        for ping in pings:
+            await send(far, other, Pong(nonce=ping.nonce))
+        await trio.sleep(0.5)
+        assert not link.broken
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize(("megabytes", "patience_s"), [(0, 0.0), (3, 5.0)])
 async def test_peer_is_not_declared_dead_while_bytes_are_in_flight(
     megabytes: int, patience_s: float, virtual_clock: MockClock
