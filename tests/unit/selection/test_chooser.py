@@ -114,8 +114,14 @@ async def test_method_is_used_without_a_trial_only_if_firm_cells_have_it_ahead(
     assert choice.learned_from is not None
     assert list(choice.ballot([])) == [used]
 
-    elsewhere = replace(request, context=replace(CONTEXT, hardware="test+other"))  # no cells of the second stage
-    assert list((await chooser.choose(elsewhere)).ballot([])) == [USUAL]
+    elsewhere = replace(
+        request, context=replace(CONTEXT, hardware="test+new")
+    )  # nobody has measured the second stage's
+    assert list((await chooser.choose(elsewhere)).ballot([])) == [used]
+    slower_there = {Cell("other", next(iter(WORKLOADS)), TOUTED): AgreedCell(500_000, 5, firm=True)}
+    predictions.set_predictor(misled, 10, {MODEL: replace(table, cells={**table.cells, **slower_there})})
+    contradicted = replace(request, context=replace(CONTEXT, hardware="test+other"))
+    assert list((await chooser.choose(contradicted)).ballot([])) == [USUAL]
 
 
 def compute_request(*admitted: Method, is_free: bool) -> SelectionRequest:
