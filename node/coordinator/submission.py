@@ -289,8 +289,9 @@ class Selection:
     """This node's assessment of a job's method selection, for the tokens that came.
 
     `basis`: `rule` or `model`. `experiences`: measurements that the model was trained on. `accepted`: the methods that
-    the votes decided between; `explored`: whether it was one to explore. `regret_s`: predicted cost over that of the
-    best method.
+    the votes decided between; `explored`: whether it was one to explore. `confidence`: the probability that no method
+    is clearly better than the one in use, of those that were not tried here a short time ago; where it is too low, the
+    `probes` get a trial here. `regret_s`: predicted cost over that of the best method.
     """
 
     basis: str
@@ -298,6 +299,8 @@ class Selection:
     predictions: dict[str, PredictedCost]
     accepted: tuple[str, ...]
     explored: bool
+    confidence: float
+    probes: tuple[str, ...]
     predicted_s: float
     predicted_speedup: float
     regret_s: float
