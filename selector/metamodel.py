@@ -1,13 +1,16 @@
 """The meta-model: one joint regression over pairs of context and method, so that methods share what is learned.
 
-Its members weigh the same; weights settled on the data at hand were worth less on other data than they cost. What it
-predicts is the cost of a method relative to the other methods of the context, which is what a choice depends on.
+It is the mean of three members: histogram gradient boosting on the cost, the same on the cost relative to the context's
+effect with roofline estimates, and extremely randomised trees [Geurts, Ernst, Wehenkel, Machine Learning 2006] on the
+latter. More members, and weights for them, fitted the data at hand rather than other data. What is predicted is the
+cost of a method relative to the other methods of the context, on which a choice depends.
 """
 
 from dataclasses import dataclass
 from typing import Final, Self
 
 import numpy as np
+from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import GroupKFold
 from sklearn.utils.validation import check_is_fitted
@@ -29,6 +32,10 @@ MIN_CONTEXTS: Final = 12
 
 MIN_DEVIATION: Final = 1e-3
 """Lower bound of standard deviations, in natural logarithms of cost."""
+
+MAX_DISAGREEMENT: Final = 4.0
+"""Errors by which a variance of the members is multiplied, at most: where they all but agree, fits of it are arbitrary.
+"""
 
 COVERAGE: Final = 0.9
 """Share of the errors within INTERVAL standard deviations."""
@@ -57,7 +64,7 @@ class MetaModel(Selector):
         group: str | None = None,
         *,
         boosting_rounds: int = 150,
-        tree_count: int = 40,
+        tree_count: int = 20,
         max_rows: int = 60_000,
         random_state: int = 0,
     ) -> None:
@@ -113,21 +120,24 @@ class MetaModel(Selector):
         if folds < 2 or len(np.unique(pairs.context)) < MIN_CONTEXTS:
             return
         error, variance = np.empty(len(y)), np.empty(len(y))
-        for train, test in GroupKFold(folds).split(groups, groups=groups):
+        # Shuffled: measurements may repeat the methods in a cycle, which folds in their order would leave out.
+        splits = GroupKFold(folds, shuffle=True, random_state=self.random_state)
+        for train, test in splits.split(groups, groups=groups):
             members = _Members(self).fit(pairs.take(train), y[train], weight[train])
             mean, variance[test] = _mean_and_variance(members.predict(pairs.take(test)))
             error[test] = mean - _relative(y[test], pairs.take(test))
         design = np.column_stack([np.ones(len(variance)), variance])
         fit = LinearRegression(fit_intercept=False, positive=True).fit(design, error**2, sample_weight=weight)
-        expected = np.sqrt(np.maximum(design @ fit.coef_, MIN_DEVIATION**2))
-        self.variance_ = fit.coef_ * (np.quantile(np.abs(error) / expected, COVERAGE) / INTERVAL) ** 2
+        coefficients = np.minimum(fit.coef_, [np.inf, MAX_DISAGREEMENT])
+        expected = np.sqrt(np.maximum(design @ coefficients, MIN_DEVIATION**2))
+        self.variance_ = coefficients * (np.quantile(np.abs(error) / expected, COVERAGE) / INTERVAL) ** 2
 
 
 class _Members:
     """The members, fitted on the same rows.
 
-    Boosting on the cost from plain numbers and boosting on the cost relative to the context's effect with roofline
-    estimates err differently: either is far better than the other on some data.
+    They are of different kinds, and see different features and targets, since such members err differently: each is
+    far behind another one on some data, and none is ahead everywhere.
     """
 
     def __init__(self, of: MetaModel) -> None:
@@ -137,13 +147,17 @@ class _Members:
         self._table = PairTable().fit(pairs)
         plain, full = self._tables(pairs)
         relative = y - fit_effects(pairs, y, weight).of_context[pairs.context]
-        self._boosted = [self._boosting().fit(plain, y, weight), self._boosting().fit(full, relative, weight)]
+        self._fitted = [
+            self._boosting().fit(plain, y, weight),
+            self._boosting().fit(full, relative, weight),
+            self._extra_trees().fit(full, relative, weight),
+        ]
         return self
 
     def predict(self, pairs: Pairs) -> FloatArray:
         """Return each member's predictions relative to the context, shape (pairs, members)."""
-        tables = self._tables(pairs)
-        predicted = [model.predict(table) for model, table in zip(self._boosted, tables, strict=True)]
+        plain, full = self._tables(pairs)
+        predicted = [model.predict(table) for model, table in zip(self._fitted, (plain, full, full), strict=True)]
         return np.column_stack([_relative(each, pairs) for each in predicted])
 
     def _tables(self, pairs: Pairs) -> tuple[FloatArray, FloatArray]:
@@ -152,6 +166,10 @@ class _Members:
     def _boosting(self) -> BoostedTrees:
         of = self._of
         return BoostedTrees(max_iter=of.boosting_rounds, learning_rate=0.12, random_state=of.random_state)
+
+    def _extra_trees(self) -> ExtraTreesRegressor:
+        of = self._of
+        return ExtraTreesRegressor(of.tree_count, min_samples_leaf=2, max_features=0.4, random_state=of.random_state)
 
 
 def _mean_and_variance(predicted: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -165,8 +183,12 @@ def _relative(values: FloatArray, pairs: Pairs) -> FloatArray:
 
 
 def _groups(pairs: Pairs, column: str | None) -> IntArray:
-    """Return each pair's group in cross-validation: its value of `column`, else contexts equal but for the budget."""
+    """Return each pair's group in cross-validation: its value of `column`, else contexts equal but for the budget.
+
+    Where all contexts are equal, as on a node with one kind of jobs, each is a group of its own.
+    """
     names = pairs.contexts.names
     if column is not None and column in names and len(np.unique(names[column][pairs.context])) > 2:
         return np.unique(names[column], return_inverse=True)[1].astype(np.intp)[pairs.context]
-    return pairs.contexts.siblings()[pairs.context]
+    siblings = pairs.contexts.siblings()[pairs.context]
+    return siblings if len(np.unique(siblings)) > 1 else pairs.context
