@@ -148,8 +148,8 @@ class _Members:
         plain, full = self._tables(pairs)
         relative = y - fit_effects(pairs, y, weight).of_context[pairs.context]
         self._fitted = [
-            self._boosting().fit(plain, y, weight),
-            self._boosting().fit(full, relative, weight),
+            self._boosting(len(y)).fit(plain, y, weight),
+            self._boosting(len(y)).fit(full, relative, weight),
             self._extra_trees().fit(full, relative, weight),
         ]
         return self
@@ -163,9 +163,14 @@ class _Members:
     def _tables(self, pairs: Pairs) -> tuple[FloatArray, FloatArray]:
         return self._table.transform(pairs, roofline=False), self._table.transform(pairs, roofline=True)
 
-    def _boosting(self) -> BoostedTrees:
+    def _boosting(self, rows: int) -> BoostedTrees:
         of = self._of
-        return BoostedTrees(max_iter=of.boosting_rounds, learning_rate=0.12, random_state=of.random_state)
+        return BoostedTrees(
+            max_iter=of.boosting_rounds,
+            learning_rate=0.12,
+            min_samples_leaf=int(np.clip(rows // 40, 2, 20)),
+            random_state=of.random_state,
+        )
 
     def _extra_trees(self) -> ExtraTreesRegressor:
         of = self._of
