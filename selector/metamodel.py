@@ -1,9 +1,9 @@
 """The meta-model: one joint regression over pairs of context and method, so that methods share what is learned.
 
-It is the mean of three members: histogram gradient boosting on the cost, the same on the cost relative to the context's
-effect with roofline estimates, and extremely randomised trees [Geurts, Ernst, Wehenkel, Machine Learning 2006] on the
-latter. More members, and weights for them, fitted the data at hand rather than other data. What is predicted is the
-cost of a method relative to the other methods of the context, on which a choice depends.
+It is the mean of four members: histogram gradient boosting on the cost, without and with roofline estimates; the same
+on the cost relative to the context's effect; and extremely randomised trees [Geurts, Ernst, Wehenkel, Machine Learning
+2006] on the latter. More members, and weights for them, fitted the data at hand rather than other data. What is
+predicted is the cost of a method relative to the other methods of the context, on which a choice depends.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from selector.effects import fit_effects
 from selector.estimator import Selector, weights_of
 from selector.features import PairTable
 
-CALIBRATION_ROWS: Final = 5_000
+CALIBRATION_ROWS: Final = 3_000
 """Rows of the cross-validation that the uncertainty follows from."""
 
 CALIBRATION_FOLDS: Final = 3
@@ -149,6 +149,7 @@ class _Members:
         relative = y - fit_effects(pairs, y, weight).of_context[pairs.context]
         self._fitted = [
             self._boosting(len(y)).fit(plain, y, weight),
+            self._boosting(len(y)).fit(full, y, weight),
             self._boosting(len(y)).fit(full, relative, weight),
             self._extra_trees().fit(full, relative, weight),
         ]
@@ -157,7 +158,8 @@ class _Members:
     def predict(self, pairs: Pairs) -> FloatArray:
         """Return each member's predictions relative to the context, shape (pairs, members)."""
         plain, full = self._tables(pairs)
-        predicted = [model.predict(table) for model, table in zip(self._fitted, (plain, full, full), strict=True)]
+        tables = (plain, full, full, full)
+        predicted = [model.predict(table) for model, table in zip(self._fitted, tables, strict=True)]
         return np.column_stack([_relative(each, pairs) for each in predicted])
 
     def _tables(self, pairs: Pairs) -> tuple[FloatArray, FloatArray]:
