@@ -30,6 +30,8 @@ LONG = (
         "hub_import",
         "llamacpp",
         "structured_texts",
+        "relay",
+        "clients",
     ),
 )
 WITH_ARGUMENTS = {"consensus": "DATASET_DIR", "trace": "FILE", "link": "HOST:PORT"}

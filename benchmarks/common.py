@@ -25,6 +25,13 @@ def demo_package() -> Package:
 @asynccontextmanager
 async def whole_model(package: Package, peers: int) -> AsyncIterator[NodeReady]:
     """Run a swarm that serves the whole model in equal parts; yield the first peer once it sees every block served."""
+    async with whole_swarm(package, peers) as swarm:
+        yield swarm[0]
+
+
+@asynccontextmanager
+async def whole_swarm(package: Package, peers: int) -> AsyncIterator[list[NodeReady]]:
+    """As `whole_model`, with all peers."""
     block_count = package.manifest.block_count
     async with (
         local_swarm(DEMO_MODEL, block_count, peers, default_cache_dir(), lambda *_: None) as swarm,
@@ -33,7 +40,7 @@ async def whole_model(package: Package, peers: int) -> AsyncIterator[NodeReady]:
         with trio.fail_after(60):
             while not await _is_complete(client):
                 await trio.sleep(0.1)
-        yield swarm[0].ready
+        yield [peer.ready for peer in swarm]
 
 
 async def _is_complete(client: httpx.AsyncClient) -> bool:

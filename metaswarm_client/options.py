@@ -70,10 +70,14 @@ class JobOptions(TypedDict, total=False):
 
 
 class ChatOptions(JobOptions, total=False):
-    """Options of a chat. `tool_choice`: `auto`, `none`, `required`, or the name of a tool."""
+    """Options of a chat. `tool_choice`: `auto`, `none`, `required`, or the name of a tool.
+
+    `continue_final_message`: the answer goes on where the last message, one of the assistant, ends.
+    """
 
     tools: Sequence[Tool]
     tool_choice: str
+    continue_final_message: bool
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 

@@ -21,9 +21,10 @@ from node.coordinator.observation import Recorder, software_name, software_versi
 from node.coordinator.quality_store import LocalQualityStore
 from node.coordinator.swarm_view import SwarmView
 from node.coordinator.trial_runner import BenchmarkRunner
-from node.engine.client import SpareWorker, start_engine
+from node.engine.client import start_engine
 from node.engine.device import Device
 from node.engine.interface import EngineOptions
+from node.engine.worker_process import SpareWorker
 from node.identity import Identity, IdentityError, load_or_create
 from node.models.files import Progress
 from node.models.library import Library

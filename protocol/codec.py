@@ -119,7 +119,7 @@ def minor_of(message: ControlMessage) -> int:
         return 2
     if isinstance(message, Open) and message.sampling is not None:
         sampling = message.sampling
-        if sampling.logprobs or sampling.json_schema or sampling.pooling:
+        if sampling.logprobs or sampling.json_schema or sampling.pooling:  # prompt_logprobs come with logprobs
             return 2
         plain = Sampling(
             temperature=sampling.temperature,

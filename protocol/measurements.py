@@ -81,6 +81,23 @@ class ObservationKind(enum.StrEnum):
     """A benchmark requested by the peer's owner."""
 
 
+class TaskKind(enum.StrEnum):
+    """What a job wants of its prompt."""
+
+    GENERATE = "generate"
+    """Text that continues it."""
+    EMBED = "embed"
+    """Its embedding: nothing is decoded, and no logits are computed."""
+    SCORE = "score"
+    """The log probability of each of its tokens: logits of every row; then as much text as was asked for, maybe none.
+    """
+
+    @property
+    def needs_every_row(self) -> bool:
+        """Whether each row of the prompt has to be computed, also one that a prefix cache has."""
+        return self is not TaskKind.GENERATE
+
+
 class Objective(enum.StrEnum):
     """The cost that a job minimises."""
 
@@ -138,11 +155,11 @@ class Workload:
     `cached_tokens`: of the prompt, from a prefix cache. `concurrency`: the most jobs on any stage of the route at
     admission, this one included. `shared_prefix_share`: the fraction of the prompt shared with other recent jobs.
     `repetitiveness`: the fraction of the prompt's tokens that an n-gram lookup predicts. `link_s`: the time per token
-    that the route's links add.
+    that the route's links add. `task_kind`: absent in observations of before there were others than `generate`.
     """
 
     prompt_tokens: Annotated[int, Range(1, MAX_POSITIONS)]
-    completion_tokens: Annotated[int, Range(1, MAX_POSITIONS)]
+    completion_tokens: Annotated[int, Range(0, MAX_POSITIONS)]
     cached_tokens: Annotated[int, Range(0, MAX_POSITIONS)] = 0
     concurrency: Annotated[int, Range(1, MAX_PARALLEL_JOBS)] = 1
     shared_prefix_share: Share = 0.0
@@ -150,6 +167,12 @@ class Workload:
     link_s: Seconds = 0.0
     objective: Objective = Objective.LATENCY
     quality: QualityBound = QualityBound.EXACT
+    task_kind: Annotated[TaskKind, OMIT_DEFAULT] = TaskKind.GENERATE
+
+    @property
+    def counted_tokens(self) -> int:
+        """The tokens that its throughput is about: of the text or, where a job wants none, of the prompt."""
+        return self.completion_tokens or self.prompt_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,9 +196,10 @@ class MethodInForce:
 class Measurements:
     """The job's cost, as the observer measured it.
 
-    `ttft_s`: time to first token. `tpot_s`: time per further token; 0 without any. `tokens_per_s`: output tokens of all
-    jobs that were measured together (of a served job: its own). `log_ratio_to_baseline`: natural logarithm of this
-    method's cost divided by the baseline's. `replays`: stages that were lost and replaced.
+    `ttft_s`: time to first token; to the result where there is no text. `tpot_s`: time per further token; 0 without
+    any. `tokens_per_s`: `counted_tokens` of all jobs that were measured together (of a served job: its own).
+    `log_ratio_to_baseline`: natural logarithm of this method's cost divided by the baseline's. `replays`: stages that
+    were lost and replaced.
     """
 
     ttft_s: Seconds
@@ -244,6 +268,10 @@ def _check_workload(observation: Observation) -> None:
         raise RemoteProtocolError(f"observation of {tokens} tokens: the model has {model.max_positions} positions")
     if workload.cached_tokens >= workload.prompt_tokens:
         raise RemoteProtocolError("observation: cached_tokens is not below prompt_tokens")
+    if (completion := workload.completion_tokens) and workload.task_kind is TaskKind.EMBED:
+        raise RemoteProtocolError(f"observation: {completion} completion_tokens of an embedding")
+    if not completion and workload.task_kind is TaskKind.GENERATE:
+        raise RemoteProtocolError("observation: no completion_tokens of a job that generates")
     if (model.active_expert_count or 0) > (model.expert_count or 0):
         raise RemoteProtocolError("observation: active_expert_count exceeds expert_count")
     compared = observation.measurements.log_ratio_to_baseline is not None
@@ -255,17 +283,17 @@ def _check_workload(observation: Observation) -> None:
 
 def _check_times(observation: Observation) -> None:
     measured, count = observation.measurements, observation.workload.completion_tokens
-    if count == 1 and measured.tpot_s != 0.0:
-        raise RemoteProtocolError("observation: tpot_s is not 0 for a single token")
+    if count <= 1 and measured.tpot_s != 0.0:
+        raise RemoteProtocolError("observation: tpot_s is not 0 for at most a single token")
     sum_s = measured.ttft_s + measured.tpot_s * (count - 1)
     if abs(sum_s - measured.total_s) > RELATIVE_TOLERANCE * measured.total_s + ABSOLUTE_TOLERANCE_S:
         raise RemoteProtocolError(
             f"observation: total_s is {measured.total_s:.6g}, but ttft_s and tpot_s add up to {sum_s:.6g} s"
         )
-    together = measured.tokens_per_s * measured.total_s
-    most = count * (1 + RELATIVE_TOLERANCE) if observation.kind is ObservationKind.SERVED else math.inf
-    if not count * (1 - RELATIVE_TOLERANCE) <= together <= most:
-        raise RemoteProtocolError(f"observation: tokens_per_s makes {together:.6g} tokens of completion_tokens {count}")
+    together, counted = measured.tokens_per_s * measured.total_s, observation.workload.counted_tokens
+    most = counted * (1 + RELATIVE_TOLERANCE) if observation.kind is ObservationKind.SERVED else math.inf
+    if not counted * (1 - RELATIVE_TOLERANCE) <= together <= most:
+        raise RemoteProtocolError(f"observation: tokens_per_s makes {together:.6g} tokens of {counted}")
 
 
 def _check_route(observation: Observation) -> None:

@@ -124,7 +124,7 @@ class Hello:
 class Sampling:
     """How the last stage samples tokens; temperature 0 is greedy. Keyed by (seed, position): a replay draws the same.
 
-    All but the first five fields exist since version 1.1, the last three since 1.2. The penalties are those of the
+    All but the first five fields exist since version 1.1, from `logprobs` on since 1.2. The penalties are those of the
     OpenAI API (presence and frequency, of the output) and of transformers (repetition, of prompt and output); they
     depend on the job's tokens, see `TokenHistory`. `logit_bias`: pairs of a token id, ascending, and the term added to
     its logit.
@@ -133,7 +133,7 @@ class Sampling:
     temperature: Annotated[float, Range(0.0, MAX_TEMPERATURE)] = 0.0
     top_p: Share = 1.0
     seed: Nonce = 0
-    max_tokens: Annotated[int, Range(1, MAX_POSITIONS)]
+    max_tokens: Annotated[int, Range(0, MAX_POSITIONS)]
     stop_tokens: Annotated[tuple[TokenId, ...], Count(MAX_STOP_TOKENS)] = ()
     top_k: Annotated[int, Range(1, MAX_VOCABULARY), OMIT_DEFAULT] = 0
     """Sample from this many of the likeliest tokens; 0 for all."""
@@ -150,21 +150,44 @@ class Sampling:
     """The coordinator gets the log probability of each token, and those of the likeliest `logprobs` - 1 tokens."""
     json_schema: Annotated[str, text(MAX_JSON_SCHEMA_BYTES), OMIT_DEFAULT] = ""
     """The output is JSON that follows this JSON Schema, itself JSON; empty for any output."""
+    reasoning_end: Annotated[TokenId | None, OMIT_DEFAULT] = None
+    """The JSON begins behind the first of this token: what is before is reasoning. None: with the first token."""
+    reasoning_begin: Annotated[TokenId | None, OMIT_DEFAULT] = None
+    """Only an output whose first token is this one has reasoning; None where the prompt ends within the reasoning."""
     pooling: Pooling | None = None
     """The coordinator gets an embedding of the prompt, and nothing is sampled."""
+    prompt_logprobs: Annotated[bool, OMIT_DEFAULT] = False
+    """The coordinator gets the log probabilities of the prompt's tokens, too; `prompt_length`, `logprobs` are set."""
 
     @property
-    def needs_history(self) -> bool:
+    def draws_by_history(self) -> bool:
         """Whether a draw depends on the tokens before it."""
         penalties = (self.repetition_penalty - 1.0, self.frequency_penalty, self.presence_penalty)
         return any(penalties) or bool(self.json_schema)
 
+    @property
+    def needs_history(self) -> bool:
+        """Whether the last stage needs the tokens so far: draws depend on them, or the prompt's are scored."""
+        return self.draws_by_history or self.prompt_logprobs
+
+    def scored_rows(self, position: int, rows: int) -> int:
+        """Return behind how many of the rows from a position on a token of the prompt follows that is to be scored."""
+        return max(0, min(rows, self.prompt_length - 1 - position)) if self.prompt_logprobs else 0
+
     def check(self) -> None:
-        """Raise RemoteProtocolError where nothing could be sampled, or where biases are not in order."""
+        """Raise RemoteProtocolError where nothing could be sampled, and for biases or fields that contradict."""
+        if self.prompt_logprobs and not (self.prompt_length and self.logprobs and self.pooling is None):
+            raise RemoteProtocolError("sampling prompt_logprobs: expected prompt_length and logprobs, and no pooling")
+        if not (self.max_tokens or self.prompt_logprobs):
+            raise RemoteProtocolError("sampling max_tokens is 0 without prompt_logprobs: nothing is asked for")
         if self.top_p == 0.0:
             raise RemoteProtocolError("sampling top_p is 0: nothing could be drawn")
         if any(first[0] >= second[0] for first, second in pairwise(self.logit_bias)):
             raise RemoteProtocolError("sampling logit_bias: token ids are not ascending")
+        if (self.reasoning_end is not None and not self.json_schema) or (
+            self.reasoning_begin is not None and self.reasoning_end is None
+        ):
+            raise RemoteProtocolError("sampling: reasoning_end belongs to a JSON Schema, and reasoning_begin to it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -418,8 +441,7 @@ class Pong:
 
 SessionMessage: TypeAlias = (
     Open | Opened | Refused | TokenHistory | Begin | Credit | ProgressRequest | Progress | TimingsRequest | Timings
-    | Reroute | Failed | Close
-    | Closed
+    | Reroute | Failed | Close | Closed
 )  # fmt: skip
 """A control message about one session."""
 

@@ -169,7 +169,7 @@ def _canonical_name(method: str) -> str:
 def _sizes(context: TaskContext) -> Hashable:
     context = canonicalise(context)
     shares = (context.shared_prefix_share, context.repetitiveness)
-    return context.prompt_tokens, context.max_tokens, context.concurrency, *shares
+    return context.task_kind, context.prompt_tokens, context.max_tokens, context.concurrency, *shares
 
 
 def _adds_to(cells: Sequence[AgreedCell], sample: Sample, viewpoint: Viewpoint) -> bool:

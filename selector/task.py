@@ -12,7 +12,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Final
 
-from protocol.measurements import ModelFacts, Objective, QualityBound, Workload
+from protocol.measurements import ModelFacts, Objective, QualityBound, TaskKind, Workload
 from protocol.stage_facts import StageFacts
 
 
@@ -162,6 +162,17 @@ class Method:
     def without_speculation(self) -> "Method":
         """The same method without speculative decoding, which changes when rows are computed, never their values."""
         return Method(MappingProxyType({**self.switches, "speculation": SWITCHES["speculation"].baseline}))
+
+    @property
+    def for_every_row(self) -> "Method":
+        """The same method for tasks that need every row of the prompt: without prefix cache, nor speculation."""
+        prefix_cache = {"prefix_cache": SWITCHES["prefix_cache"].baseline}
+        return Method(MappingProxyType({**self.without_speculation.switches, **prefix_cache}))
+
+    def suits(self, kind: TaskKind) -> bool:
+        """Return whether it can serve tasks of a kind. Speculation is for text, also behind a prompt that is scored."""
+        speculates = self.drafter != "off"
+        return not (kind.needs_every_row and self.prefix_cache) and not (kind is TaskKind.EMBED and speculates)
 
     @property
     def kv_key(self) -> str:
@@ -316,10 +327,18 @@ PORTFOLIOS: Final[Mapping[PackageFormat, Mapping[str, Method]]] = MappingProxyTy
 """The methods that are chosen from, by package format and name: few enough to learn, diverse enough that one wins
 anywhere."""
 
-PORTFOLIO: Final[Mapping[str, Method]] = MappingProxyType(
-    {name: each for portfolio in PORTFOLIOS.values() for name, each in portfolio.items()}
+_EVERY_ROW: Final[Mapping[PackageFormat, Mapping[str, Method]]] = MappingProxyType(
+    {
+        package_format: MappingProxyType({each.for_every_row.name: each.for_every_row for each in methods.values()})
+        for package_format, methods in PORTFOLIOS.items()
+    }
 )
-"""The methods of all package formats."""
+"""Those that tasks are served with that need every row of the prompt."""
+
+PORTFOLIO: Final[Mapping[str, Method]] = MappingProxyType(
+    {name: each for known in (PORTFOLIOS, _EVERY_ROW) for methods in known.values() for name, each in methods.items()}
+)
+"""The methods of all package formats and kinds of task."""
 
 
 _HALF_PRECISION: Final = frozenset({"bf16", "f16"})
@@ -327,38 +346,17 @@ _WIDENED_VARIANTS: Final = frozenset({("onnxruntime", "fp32")})
 """What would hold weights published in two bytes in four, where another variant computes as exactly with two."""
 
 
-def portfolio(package_format: str, weight_type: str = UNKNOWN_WEIGHT_TYPE) -> Sequence[Method]:
-    """Return the methods that a model of this package format may be served with, unless a job names another.
+def portfolio(
+    package_format: str, weight_type: str = UNKNOWN_WEIGHT_TYPE, kind: TaskKind = TaskKind.GENERATE
+) -> Sequence[Method]:
+    """Return the methods that tasks of a kind may be served with, unless a job names another.
 
     `weight_type`: of the model; of methods as exact, those that take twice its memory are left out.
     """
-    methods = PORTFOLIOS[PackageFormat(package_format)].values()
+    known = _EVERY_ROW if kind.needs_every_row else PORTFOLIOS
+    methods = known[PackageFormat(package_format)].values()
     left_out = _WIDENED_VARIANTS if weight_type in _HALF_PRECISION else frozenset()
     return tuple(each for each in methods if (each.engine, each.arithmetic) not in left_out)
-
-
-@dataclass(frozen=True, slots=True)
-class MeasuredQuality:
-    """Effect of a lossy method on a model's output, relative to the reference of its package format.
-
-    `perplexity_change`: relative, 0.01 is one per cent more. `mean_kl`: mean KL divergence in nats.
-    `greedy_agreement`: share of positions with equal greedy tokens; no bound depends on it.
-    """
-
-    perplexity_change: float
-    mean_kl: float
-    greedy_agreement: float | None = None
-
-
-def admits(bound: QualityBound, candidate: Method, quality: MeasuredQuality | None) -> bool:
-    """Return whether a quality bound admits a method; a lossy one only if it was measured for the model."""
-    if candidate.exact:
-        return True
-    if quality is None or bound is QualityBound.EXACT:
-        return False
-    if bound is QualityBound.NEAR:
-        return quality.perplexity_change <= 0.01 and quality.mean_kl <= 0.02
-    return quality.perplexity_change <= 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -368,7 +366,7 @@ class TaskContext:
     The coordinator describes it, and it travels to the stages, which vote about it. None: not known. A feature that is
     measured, too, has the same name in `protocol.measurements`, from where it is copied by that name. `weight_type`:
     what most of the model's weights are published in, as `bf16`, `f32`, `q4_1` or `q4_k`. `max_tokens`: new tokens
-    asked for. `shared_prefix_share`: part of the prompt, 0 to 1, that recent prompts began with, too.
+    asked for, 0 for none. `shared_prefix_share`: part of the prompt, 0 to 1, that recent prompts began with, too.
     `repetitiveness`: part of the prompt's tokens, 0 to 1, that an n-gram lookup predicts. `concurrency`: most jobs on
     any stage of the route, this one included. `hardware`: the stages' hardware classes in order, joined by "+".
     `link_s`: time per token that the links' latency adds. `transfer_s`: time that their bandwidth adds to the whole
@@ -402,6 +400,7 @@ class TaskContext:
     transfer_s: float = 0.0
     objective: str = "latency"
     quality: str = "exact"
+    task_kind: str = "generate"
     stage_facts: tuple[StageFacts, ...] = ()
 
     @classmethod
@@ -416,8 +415,8 @@ class TaskContext:
         """Return a workload with the features that it has in common with the context, and `values`."""
         names = {field.name for field in fields(self)} - values.keys()
         shared = {field.name: getattr(self, field.name) for field in fields(Workload) if field.name in names}
-        enums = {"objective": Objective(self.objective), "quality": QualityBound(self.quality)}
-        return Workload(**{**shared, **enums, **values})
+        shared |= {"objective": Objective(self.objective), "quality": QualityBound(self.quality)}
+        return Workload(**{**shared, "task_kind": TaskKind(self.task_kind), **values})
 
     def values(self) -> dict[str, str | float]:
         """Return the plain names and numbers, without what is not known, and without the stages' facts."""
@@ -434,13 +433,15 @@ class TaskContext:
                 kind is str if isinstance(value, str) else kind is not str and least <= value <= most
             ):
                 taken[name] = value if kind in {str, float} else int(value)
+        if taken.get("task_kind") not in (*TaskKind, None):  # one of a later version
+            del taken["task_kind"]
         return cls(**taken, stage_facts=tuple(stage_facts))
 
 
 _PLAIN: Final[Mapping[str, Any]] = {each.name: each.type for each in fields(TaskContext) if each.name != "stage_facts"}
 """The names of a context's plain values and their types."""
 
-_LEAST: Final = dict.fromkeys(("prompt_tokens", "max_tokens", "concurrency", "stage_count"), 1.0)
+_LEAST: Final = dict.fromkeys(("prompt_tokens", "concurrency", "stage_count"), 1.0)
 _MOST: Final = {"shared_prefix_share": 1.0, "repetitiveness": 1.0}
 
 

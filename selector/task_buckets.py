@@ -40,7 +40,7 @@ def canonicalise(context: TaskContext) -> TaskContext:
     return replace(
         context,
         prompt_tokens=_rounded(context.prompt_tokens),
-        max_tokens=_rounded(context.max_tokens),
+        max_tokens=_rounded(context.max_tokens) if context.max_tokens else 0,
         concurrency=_rounded(context.concurrency),
         shared_prefix_share=round(context.shared_prefix_share, 1),
         repetitiveness=round(context.repetitiveness, 1),
@@ -77,7 +77,7 @@ def task_bucket(context: TaskContext) -> str:
     shares = (min(2, int(3 * share)) for share in (context.shared_prefix_share, context.repetitiveness))
     link = 0 if context.link_s < SHORT_LINK_S else 1 + int(math.log(context.link_s / SHORT_LINK_S, 8))
     model = (context.architecture, context.block_count, context.hidden_size, context.weight_bytes)
-    parts = (*model, *sizes, *shares, link, context.stage_count, context.hardware, context.objective)
+    parts = (*model, *sizes, *shares, link, context.stage_count, context.hardware, context.objective, context.task_kind)
     return "/".join(map(str, parts))
 
 

@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 
+from protocol.measurements import TaskKind
 from protocol.stage_facts import DeviceKind, StageFacts
 from selector.dataset import Contexts
 from selector.task import TaskContext
@@ -23,6 +24,9 @@ BILLION: Final = float(1 << 30)
 
 LINK_FLOOR_S: Final = 1e-4
 """Added to times of links before their logarithm: shorter ones are alike."""
+
+NO_TEXT: Final = 2.0**-8
+"""In place of no new tokens, which have no logarithm: decoding so little costs nothing."""
 
 MAX_NAME: Final = 128
 """Characters of a name in a table, where all names take the width of the longest; longer ones are hashed."""
@@ -94,6 +98,11 @@ def _new_rows(context: TaskContext) -> float:
     return context.prompt_tokens * (1 - context.shared_prefix_share)
 
 
+def _scored_rows(context: TaskContext) -> float:
+    """Return how many rows of the prompt the head is computed for, beside those behind which a token is drawn."""
+    return context.prompt_tokens if context.task_kind == TaskKind.SCORE else 0.0
+
+
 def _kv_gigabytes(context: TaskContext) -> float:
     if context.kv_bytes_per_token is None:
         return math.nan
@@ -129,9 +138,11 @@ FEATURES: Final[Mapping[str, Callable[[TaskContext], float]]] = {
     "l_kv_token": lambda task: log2(task.kv_bytes_per_token),
     # The job
     "l_isl": lambda task: log2(task.prompt_tokens),
-    "l_osl": lambda task: log2(task.max_tokens),
+    "l_osl": lambda task: log2(task.max_tokens or NO_TEXT),
     "l_bs": lambda task: log2(task.concurrency),
     "l_rows": lambda task: math.log2(1 + _new_rows(task)),
+    "l_scored": lambda task: math.log2(1 + _scored_rows(task)),
+    "embeds": lambda task: float(task.task_kind == TaskKind.EMBED),
     "l_prompt_over_new": lambda task: math.log2((1 + _new_rows(task)) / max(1, task.max_tokens)),
     "shared": lambda task: task.shared_prefix_share,
     "repetitiveness": lambda task: task.repetitiveness,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Final
 
+from protocol.measurements import TaskKind
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialWorkload:
@@ -17,6 +19,7 @@ class TrialWorkload:
     max_tokens: int = 32
     shared_prefix_share: float = 0.0
     repetitiveness: float = 0.0
+    task_kind: TaskKind = TaskKind.GENERATE
 
     @property
     def task(self) -> dict[str, Any]:
@@ -27,6 +30,7 @@ class TrialWorkload:
             "max_tokens": self.max_tokens,
             "shared_prefix_share": self.shared_prefix_share,
             "repetitiveness": self.repetitiveness,
+            "task_kind": self.task_kind.value,
             "objective": "latency" if self.concurrency == 1 else "throughput",
         }
 
@@ -48,4 +52,5 @@ WORKLOADS: Final = {
         TrialWorkload(concurrency=4, prompt_tokens=256, max_tokens=16, shared_prefix_share=0.9),
     )
 }
-"""Few and different: a different method is best for each."""
+"""Few and different: a different method is best for each. All generate: what methods are worth for other kinds of task
+is found by trials, on the nodes that serve them."""

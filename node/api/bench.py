@@ -13,11 +13,11 @@ from starlette.types import Receive, Scope, Send
 
 from node.api.access import begin_answers
 from node.api.endpoint import until_disconnect
-from node.api.explanation import MAX_TOKENS, PROMPT_TOKENS, REPETITIVENESS, SHARED_PREFIX_SHARE
+from node.api.explanation import MAX_TOKENS, PROMPT_TOKENS, REPETITIVENESS, SHARED_PREFIX_SHARE, TASK_KIND, new_tokens
 from node.api.fields import Field, ObjectForm, count_between, list_of, parse_json, parse_method
 from node.api.shared_fields import MODEL, QUALITY
 from node.coordinator.trial_runner import MethodTrial, Run, Trial, TrialSpec
-from protocol.measurements import Objective, QualityBound
+from protocol.measurements import Objective, QualityBound, TaskKind
 from selector.workloads import TrialWorkload
 
 MAX_ROUNDS: Final = 100
@@ -28,7 +28,7 @@ _CONCURRENCY: Final = Field("concurrency", count_between(1, MAX_CONCURRENCY))
 _METHODS: Final = Field("methods", list_of(parse_method, "methods", MAX_METHODS, least=1))
 _ROUNDS: Final = Field("rounds", count_between(1, MAX_ROUNDS))
 _SEED: Final = Field("seed", count_between(1, 2**31 - 1))
-WORKLOAD: Final = ObjectForm(_CONCURRENCY, PROMPT_TOKENS, MAX_TOKENS, SHARED_PREFIX_SHARE, REPETITIVENESS)
+WORKLOAD: Final = ObjectForm(TASK_KIND, _CONCURRENCY, PROMPT_TOKENS, MAX_TOKENS, SHARED_PREFIX_SHARE, REPETITIVENESS)
 _WORKLOAD: Final = Field("workload", WORKLOAD.form)
 BENCH: Final = ObjectForm(MODEL, _METHODS, _WORKLOAD, _ROUNDS, QUALITY, _SEED, required=[MODEL])
 
@@ -54,14 +54,15 @@ def parse_spec(body: bytes) -> TrialSpec:
     """Return the trial. Raises ApiError."""
     fields = BENCH.read(parse_json(body))
     model, workload = fields.require(MODEL), fields.get(_WORKLOAD) or WORKLOAD.read({})
-    plain = TrialWorkload()
+    plain, kind = TrialWorkload(), workload.get(TASK_KIND) or TaskKind.GENERATE
     return TrialSpec(
         model=model,
         methods=fields.get(_METHODS) or (),
         workload=TrialWorkload(
             concurrency=workload.get(_CONCURRENCY) or plain.concurrency,
             prompt_tokens=workload.get(PROMPT_TOKENS) or plain.prompt_tokens,
-            max_tokens=workload.get(MAX_TOKENS) or plain.max_tokens,
+            max_tokens=new_tokens(workload, kind, plain.max_tokens),
+            task_kind=kind,
             shared_prefix_share=workload.get(SHARED_PREFIX_SHARE) or 0.0,
             repetitiveness=workload.get(REPETITIVENESS) or 0.0,
         ),

@@ -23,7 +23,7 @@ from node.api.generation import (
     Outcome,
     run_generation,
 )
-from node.coordinator.submission import JobError, RequestOrigin, Submitter
+from node.coordinator.submission import JobError, JobErrorCode, RequestOrigin, Submitter
 
 UNACCEPTED_S: Final = 9.0
 """Longest wait of the first keep-alive for a job's route to open: until then an error can still be a status."""
@@ -73,8 +73,7 @@ class GenerationEndpoint:
         request = Request(scope, receive)
         generation, writer = self._parse(await request.body(), request.headers)
         if not generation.stream and generation.logprob_count() > MAX_LOGPROBS_IN_ANSWER:
-            message = f"the answer may have more than {MAX_LOGPROBS_IN_ANSWER} log probabilities: stream it, or ask for"
-            raise ApiError(400, f"{message} fewer choices, tokens or top_logprobs", param="top_logprobs")
+            raise ApiError.from_job_error(_too_many_logprobs())
         begin_answers(scope, len(generation.jobs))
         generation = generation.from_request(origin_of(scope))
         answer = self._stream if generation.stream else self._answer_whole
@@ -84,9 +83,16 @@ class GenerationEndpoint:
         self, generation: Generation, writer: AnswerWriter, scope: Scope, receive: Receive, send: Send
     ) -> None:
         outcome = Outcome()
+        left = MAX_LOGPROBS_IN_ANSWER - generation.logprob_count()
         async with run_generation(self._submitter, generation) as events:
             async for event in events:
-                outcome.take(event)
+                choice = outcome.take(event)
+                if isinstance(event, ChoiceStarted) and (job := generation.jobs[choice.index]).prompt_logprobs:
+                    left -= event.job.prompt_tokens * (1 + (job.top_logprobs or 0))
+                    if left < 0:  # how long a prompt is shows only now
+                        break
+        if left < 0:
+            raise _too_many_logprobs()
         await JSONResponse(writer.whole(outcome))(scope, receive, send)
 
     async def _stream(
@@ -123,6 +129,12 @@ class GenerationEndpoint:
                 elif waiting:
                     await stream.send(waiting)
                     waiting = b""
+
+
+def _too_many_logprobs() -> JobError:
+    message = f"the answer may have more than {MAX_LOGPROBS_IN_ANSWER} log probabilities: stream it, or ask for"
+    message += " fewer choices, tokens or top_logprobs"
+    return JobError(JobErrorCode.INVALID, message, param="top_logprobs")
 
 
 def origin_of(scope: Scope) -> RequestOrigin:

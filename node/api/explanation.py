@@ -7,16 +7,28 @@ from typing import Any, Final
 
 import trio
 
-from node.api.fields import Field, ObjectForm, count_between, number_between, parse_count, parse_json
+from node.api.fields import (
+    Field,
+    Fields,
+    Form,
+    ObjectForm,
+    count_between,
+    number_between,
+    one_of,
+    parse_count,
+    parse_json,
+    refuse,
+)
 from node.api.interface import ExplainedMethod, Explanation, PastDecision, PastDecisions, SelectionStatus
 from node.api.shared_fields import BUDGET, MODEL, OBJECTIVE, QUALITY
 from node.coordinator.coordinator import Considered
 from node.coordinator.submission import JobOutcome, JobRequest, Selection
 from node.selection.chooser import LearnedChoice, LearnedChooser
 from node.selection.learner import ModelStatus
-from protocol.limits import MAX_PARALLEL_JOBS
-from protocol.measurements import Objective, QualityBound
+from protocol.limits import MAX_PARALLEL_JOBS, MAX_POSITIONS
+from protocol.measurements import Objective, QualityBound, TaskKind
 from protocol.schema import to_map
+from protocol.tensors import Pooling
 from selector.confidence import INTERVAL
 from selector.task import baseline_of
 
@@ -30,13 +42,15 @@ _TOKEN_IDS: Final = 256
 """Distinct ids in the prompt, which is never computed."""
 
 PROMPT_TOKENS: Final = Field("prompt_tokens", parse_count)
-MAX_TOKENS: Final = Field("max_tokens", parse_count)
+MAX_TOKENS: Final = Field("max_tokens", count_between(0, MAX_POSITIONS))
 SHARED_PREFIX_SHARE: Final = Field("shared_prefix_share", number_between(0, 1))
 REPETITIVENESS: Final = Field("repetitiveness", number_between(0, 1))
 _CONCURRENCY: Final = Field("concurrency", count_between(1, MAX_PARALLEL_JOBS))
+_kind: Final = one_of(*TaskKind)
+TASK_KIND: Final = Field("task", Form(lambda param, value: TaskKind(_kind(param, value)), _kind.schema))
 TASK: Final = ObjectForm(
-    MODEL, PROMPT_TOKENS, MAX_TOKENS, SHARED_PREFIX_SHARE, REPETITIVENESS, _CONCURRENCY, QUALITY, OBJECTIVE, BUDGET,
-    required=[MODEL],
+    MODEL, TASK_KIND, PROMPT_TOKENS, MAX_TOKENS, SHARED_PREFIX_SHARE, REPETITIVENESS, _CONCURRENCY, QUALITY, OBJECTIVE,
+    BUDGET, required=[MODEL],
 )  # fmt: skip
 
 
@@ -44,10 +58,13 @@ def parse_task(body: bytes) -> tuple[JobRequest, dict[str, Any]]:
     """Return the job, and the fields of its context that are overridden. Raises ApiError."""
     fields = TASK.read(parse_json(body))
     model, prompt_tokens = fields.require(MODEL), fields.get(PROMPT_TOKENS) or DEFAULT_TOKENS
+    kind = fields.get(TASK_KIND) or TaskKind.GENERATE
     request = JobRequest(
         model=model,
         prompt_tokens=tuple(place % _TOKEN_IDS for place in range(prompt_tokens)),
-        max_tokens=fields.get(MAX_TOKENS) or DEFAULT_TOKENS,
+        max_tokens=new_tokens(fields, kind, DEFAULT_TOKENS),
+        prompt_logprobs=kind is TaskKind.SCORE,
+        pooling=Pooling.MEAN if kind is TaskKind.EMBED else None,
         quality=fields.get(QUALITY) or QualityBound.EXACT,
         objective=fields.get(OBJECTIVE) or Objective.LATENCY,
         budget=fields.get(BUDGET),
@@ -59,6 +76,18 @@ def parse_task(body: bytes) -> tuple[JobRequest, dict[str, Any]]:
     if concurrency is not None:
         overrides["concurrency"] = concurrency
     return request, overrides
+
+
+def new_tokens(fields: Fields, kind: TaskKind, default: int) -> int:
+    """Return how many new tokens a task is to have. Raises ApiError."""
+    given = fields.get(MAX_TOKENS)
+    if given is None:
+        return default if kind is TaskKind.GENERATE else 0
+    if kind is TaskKind.EMBED and given:
+        refuse(MAX_TOKENS.name, "must be 0 for an embedding, which has no text")
+    if kind is TaskKind.GENERATE and not given:
+        refuse(MAX_TOKENS.name, "must be at least 1 for a text")
+    return given
 
 
 def selection_status(chooser: LearnedChooser, model: ModelStatus | None) -> SelectionStatus:

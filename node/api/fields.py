@@ -261,6 +261,14 @@ def parse_limit(param: str, value: Any) -> int:
     return min(value, MAX_POSITIONS)
 
 
+@form({"type": "integer", "minimum": 0})
+def parse_limit_or_none(param: str, value: Any) -> int:
+    """Return a limit of tokens like `parse_limit`, or 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        refuse(param, "must be an integer of at least 0")
+    return min(value, MAX_POSITIONS)
+
+
 def count_between(low: int, high: int) -> Form[int]:
     """Return the form of integers within bounds."""
 

@@ -21,6 +21,7 @@ from node.coordinator.submission import (
     JobRequest,
     JobResult,
     JobStarted,
+    PromptScored,
     RequestOrigin,
     Submitter,
     TextDelta,
@@ -53,9 +54,9 @@ class Generation:
     rules: ParserRules = PLAIN_TEXT
 
     def logprob_count(self) -> int:
-        """Return how many log probabilities its answer may have."""
+        """Return how many log probabilities its answer may have, those of prompts apart."""
         return sum(
-            (job.max_tokens or DEFAULT_MAX_TOKENS) * (job.top_logprobs + 1)
+            (DEFAULT_MAX_TOKENS if job.max_tokens is None else job.max_tokens) * (job.top_logprobs + 1)
             for job in self.jobs
             if job.top_logprobs is not None
         )
@@ -272,7 +273,8 @@ class _ChoiceReader:
     def __init__(self, index: int, generation: Generation) -> None:
         self._index = index
         self._rules = generation.rules
-        self._is_constrained = bool(generation.jobs[index].json_schema)
+        self._is_scored = generation.jobs[index].prompt_logprobs
+        self._echo = ""
         self._parser = OutputParser(self._rules, None)
         self._calls = 0
 
@@ -280,10 +282,13 @@ class _ChoiceReader:
         """Yield the events that one of the job makes."""
         match event:
             case JobStarted():
-                self._parser = OutputParser(self._rules, event.chat_format, constrained=self._is_constrained)
+                self._parser = OutputParser(self._rules, event.chat_format)
                 yield ChoiceStarted(self._index, event)
-                if event.echo:
+                self._echo = event.echo
+                if event.echo and not self._is_scored:
                     yield ChoiceText(self._index, event.echo)
+            case PromptScored(logprobs=logprobs):
+                yield ChoiceText(self._index, self._echo, logprobs)
             case TextDelta(text=text, token_ids=token_ids, logprobs=logprobs):
                 tokens = len(token_ids)
                 for parsed in self._parser.feed(text):

@@ -355,6 +355,7 @@ class JobDocument(TypedDict):
     name: str
     state: Literal["opening", "running", "done", "failed", "cancelled"]
     trial: bool
+    task: Literal["generate", "embed", "score"]
     submitted_at: float
     prompt_tokens: int
     tokens: int

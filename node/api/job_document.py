@@ -37,6 +37,7 @@ def describe_recent_job(job: RecentJob) -> JobDocument:
         "name": job.model_name,
         "state": job.state.value,
         "trial": job.is_trial,
+        "task": job.task.value,
         "submitted_at": round(job.submitted_s, 3),
         "prompt_tokens": job.prompt_tokens,
         "tokens": job.tokens,

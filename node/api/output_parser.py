@@ -40,8 +40,8 @@ class ParserRules:
     """What is read from a text.
 
     `reasoning`: whether it is told from the answer. `tools`: those that may be called; without any no call is read.
-    `forced`: a JSON Schema has made sure that the whole text is a call, or else follows another schema. `single`: no
-    more than one call.
+    `forced`: a JSON Schema has made sure that the text, but for reasoning, is a call, or else follows another schema.
+    `single`: no more than one call.
     """
 
     reasoning: bool = False
@@ -57,16 +57,14 @@ PLAIN_TEXT: Final = ParserRules()
 class OutputParser:
     """Reads the text of one choice, in pieces."""
 
-    def __init__(self, rules: ParserRules, chat_format: ChatFormat | None, *, constrained: bool = False) -> None:
-        """`constrained`: the text follows a JSON Schema from its first character on."""
+    def __init__(self, rules: ParserRules, chat_format: ChatFormat | None) -> None:
         self._rules = rules
         self._format = ToolFormat.JSON if rules.forced else chat_format.tools if chat_format and rules.tools else None
-        reads_reasoning = rules.reasoning and chat_format is not None and chat_format.reasons and not constrained
-        self._may_reason = reads_reasoning
-        self._is_reasoning = reads_reasoning and chat_format is not None and chat_format.reasoning_began
+        self._may_reason = rules.reasoning and chat_format is not None and chat_format.reasons
+        self._is_reasoning = self._may_reason and chat_format is not None and chat_format.reasoning_began
         self._held = ""
         """Text that may begin a mark, or belongs to a call that has not ended."""
-        self._in_call = self._format is ToolFormat.JSON
+        self._in_call = False
         self._space = ""
         """White space before text: it does not count where a tool call follows."""
         self._has_text = False
@@ -118,6 +116,7 @@ class OutputParser:
                 ToolFormat.HERMES: [_HERMES_BEGIN],
                 ToolFormat.MISTRAL: [MISTRAL_BEGIN],
                 ToolFormat.LLAMA3: [_LLAMA_TAG] if self._has_text else [_LLAMA_TAG, "{"],
+                ToolFormat.JSON: [] if self._has_text else ["{"],
             }.get(self._format, [])
         text, found = self._take_until(marks, last=last)
         yield from self._answer(text)

@@ -25,13 +25,12 @@ class ToolChoice:
     param: str = ""
 
     def apply(self, job: JobRequest) -> JobRequest:
-        """Return a job with them. A text that follows a schema has no reasoning before it, unless that is wanted."""
+        """Return a job with them. Raises ApiError where the text cannot follow the schema."""
         if not self.schema:
             return replace(job, tools=self.tools)
-        options = {"enable_thinking": False, **job.template_options}
-        return replace(
-            job, tools=self.tools, json_schema=self.schema, json_schema_param=self.param, template_options=options
-        )
+        if job.continue_final_message:
+            refuse(self.param, "takes a text from its beginning: the last turn cannot be the assistant's")
+        return replace(job, tools=self.tools, json_schema=self.schema, json_schema_param=self.param)
 
 
 def choose_tools(
@@ -52,7 +51,7 @@ def choose_tools(
     if not tools or choice == "none":
         return ToolChoice(schema=schema, param=param)
     parameters = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
-    forced = ParserRules(tools=parameters, forced=True, single=True)
+    forced = ParserRules(reasoning=True, tools=parameters, forced=True, single=True)
     if choice == "auto":
         if schema:
             return ToolChoice(tools=tools, rules=forced, schema=call_schema(param, tools, schema), param=param)

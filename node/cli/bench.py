@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from node.cli.explain import short_method
-from node.cli.job_options import quality_option
+from node.cli.job_options import quality_option, task_option
 from node.cli.json_lines import ResultFile
 from node.cli.output import (
     CommandError,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from node.evaluation.paired_stats import Speedup
 
 F = TypeVar("F", bound=Callable[..., Any])
-Workload = dict[str, float]
+Workload = dict[str, Any]
 
 AXES: Final[Mapping[str, float]] = {
     "concurrency": 1,
@@ -76,6 +76,7 @@ def _axis(name: str, what: str, kind: "click.ParamType[Any]") -> Callable[[F], F
 @click.command()
 @model_option
 @api_option
+@task_option
 @_axis("concurrency", "Concurrent jobs, 1 to 64.", click.IntRange(1, 64))
 @_axis("prompt_tokens", "Tokens of a prompt.", click.IntRange(1))
 @_axis("max_tokens", "Tokens of an answer.", click.IntRange(1))
@@ -99,6 +100,7 @@ def _axis(name: str, what: str, kind: "click.ParamType[Any]") -> Callable[[F], F
 def bench(
     model: str | None,
     api: str | None,
+    task: str,
     methods: tuple[str, ...],
     quality: str,
     rounds: int,
@@ -123,7 +125,7 @@ def bench(
             check_plot(plot)
         cells = [
             {"methods": list(methods) or None, "quality": quality, "rounds": rounds, "workload": workload}
-            for workload in grid(axes)
+            for workload in grid(axes, task)
         ]
         results = trio.run(_measure, find_api(api), model, cells, output)
         if plot:
@@ -137,12 +139,17 @@ def bench(
             out().print(table(cell))
 
 
-def grid(axes: Mapping[str, Sequence[float]]) -> list[Workload]:
-    """Return the product of the axes that have values, or the default grid."""
-    if not any(axes.values()):
-        return [dict(workload) for workload in WORKLOADS]
+def grid(axes: Mapping[str, Sequence[float]], task: str = "generate") -> list[Workload]:
+    """Return the product of the axes that have values, or the default grid; of its prompts, if the task has no text."""
     values = [axes.get(name) or (plain,) for name, plain in AXES.items()]
-    return [dict(zip(AXES, point, strict=True)) for point in itertools.product(*values)]
+    cells = [dict(zip(AXES, point, strict=True)) for point in itertools.product(*values)]
+    cells = cells if any(axes.values()) else [dict(workload) for workload in WORKLOADS]
+    if task == "generate":
+        return cells
+    if axes.get("max_tokens"):
+        raise click.UsageError(f"--max-tokens is of texts: --task {task} has none")
+    prompts = dict.fromkeys((cell["concurrency"], cell["prompt_tokens"]) for cell in cells)
+    return [{"task": task, "concurrency": jobs, "prompt_tokens": tokens} for jobs, tokens in prompts]
 
 
 async def _measure(
@@ -190,14 +197,16 @@ def ranked(cell: Mapping[str, Any]) -> list[MethodResult]:
     return sorted(tried, key=lambda result: -result.speedup.mean if result.speedup else 1.0)
 
 
-def describe(workload: Mapping[str, float]) -> str:
+def describe(workload: Mapping[str, Any]) -> str:
     """Describe a workload in words."""
     jobs = int(workload["concurrency"])
     parts = [f"{jobs} job{'s' if jobs > 1 else ''}"]
-    parts += [f"{workload['prompt_tokens']:.0f} in", f"{workload['max_tokens']:.0f} out"]
-    if workload["shared_prefix_share"]:
+    parts += [f"{workload['prompt_tokens']:.0f} in", f"{workload.get('max_tokens', 0):.0f} out"]
+    if task := workload.get("task"):
+        parts[-1] = task
+    if workload.get("shared_prefix_share"):
         parts.append(f"{workload['shared_prefix_share']:.0%} shared")
-    if workload["repetitiveness"]:
+    if workload.get("repetitiveness"):
         parts.append(f"{workload['repetitiveness']:.0%} repetitive")
     return ", ".join(parts)
 

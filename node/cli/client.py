@@ -174,9 +174,13 @@ class ApiClient:
             raise CommandError(f"the answer of the node at {self.url} is incomplete: try again")
         return completion
 
+    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the whole answer to a request, without a timeout."""
+        return cast("dict[str, Any]", await self.request("POST", path, json=body, timeout=UNLIMITED))
+
     async def bench(self, body: dict[str, Any]) -> dict[str, Any]:
         """Measure methods, without a timeout; return the document."""
-        return cast("dict[str, Any]", await self.request("POST", "/swarm/bench", json=body, timeout=UNLIMITED))
+        return await self.post("/swarm/bench", body)
 
     async def request(self, method: str, path: str, **settings: Any) -> Any:
         """Return the JSON document that a page answers."""

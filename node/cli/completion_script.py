@@ -35,6 +35,7 @@ def completion(shell: str, as_json: bool) -> None:
     made = found(cli, {}, "metaswarm", VARIABLE)
     # Without `source()`, which starts the shell to find out its version.
     script = (made.source_template % made.source_vars()).strip()
+    script = script.replace('string split ","', 'string split --max 1 ","')  # fish: a summary may have commas
     if as_json:
         print_json({"shell": shell, "script": script})
     else:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from node.cli.job_options import objective_options, quality_option
+from node.cli.job_options import objective_options, quality_option, task_option
 from node.cli.output import (
     api_option,
     format_duration,
@@ -31,8 +31,9 @@ _share_option = partial(click.option, type=click.FloatRange(0, 1), default=0.0)
 @click.command()
 @model_option
 @api_option
+@task_option
 @click.option("--prompt-tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N")
-@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N")
+@click.option("--max-tokens", type=click.IntRange(0), metavar="N", help="New tokens [default: 64, else 0].")
 @_share_option("--shared-prefix", "shared_prefix_share", metavar="S", help="Fraction of a shared prefix.")
 @_share_option("--repetitiveness", metavar="R", help="Fraction that repeats earlier text.")
 @click.option("--concurrency", type=click.IntRange(1), metavar="N", help="Concurrent jobs [default: as now].")

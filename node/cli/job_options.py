@@ -23,6 +23,17 @@ _OPTIONAL_FIELDS: Final = JOB_OPTIONS[JOB_OPTIONS.index("min_tokens") :]
 """Of those, fields of the same name in the request, sent only if given."""
 
 
+def task_option(verb: F) -> F:
+    """Add the `--task` of verbs that describe jobs."""
+    return click.option(
+        "--task",
+        type=click.Choice(["generate", "embed", "score"]),
+        default="generate",
+        show_default=True,
+        help="Kind of task: a text, an embedding, or log probabilities of the prompt.",
+    )(verb)
+
+
 def quality_option(verb: F) -> F:
     """Add the `--quality` of every verb that runs or describes jobs."""
     return click.option(

@@ -256,6 +256,16 @@ def read_config(*arguments: str) -> NodeConfig:
     return make_config(command.make_context("metaswarm", list(arguments)).params)
 
 
+def read_cache_dir(*arguments: str) -> Path:
+    """Return the cache directory from these flags, the environment and the file. Raises UsageError or ConfigError.
+
+    Other options are not looked at: METASWARM_API may be another node's URL.
+    """
+    options: list[click.Parameter] = [each for each in NODE_OPTIONS if each.name == "cache_dir" or each is _CONFIG]
+    command = click.Command("node", params=options, context_settings=SETTINGS)
+    return make_config(command.make_context("metaswarm", list(arguments)).params).cache_dir
+
+
 def environment_without(names: Collection[str]) -> dict[str, str]:
     """Return what environment and file say of the other options, as environment variables. Raises UsageError.
 

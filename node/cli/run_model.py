@@ -81,12 +81,12 @@ def _node_with(model: str, api: str | None, bootstrap: tuple[str, ...]) -> Itera
 
 def _import(model: str) -> str:
     """Return the name of a model in the user's cache; one that is not there is imported."""
-    from node.cli.options import read_config
+    from node.cli.options import read_cache_dir
     from node.models.errors import ModelError
     from node.models.importer import import_model
     from node.models.store import ModelStore
 
-    store = ModelStore(read_config().cache_dir)
+    store = ModelStore(read_cache_dir())
     try:
         package = store.find(store.resolve(model))
     except ModelError:

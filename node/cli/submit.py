@@ -49,7 +49,7 @@ _Run = Callable[["ApiClient", Sequence[Mapping[str, Any]], str], Awaitable[None]
     "prompts_file",
     type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
     metavar="PROMPTS.jsonl",
-    help='JSON lines {"prompt": …, OPTION: …} to submit; prints one document a line, and retries while peers are full.',
+    help='JSON lines to submit, {"prompt": …, OPTION: …} or as OpenAI batches have; prints one document a line.',
 )
 @click.option(
     "--output",

@@ -1,4 +1,7 @@
-"""`metaswarm submit --file`: many jobs from a file of JSON lines, several at a time; interrupted, it goes on later."""
+"""`metaswarm submit --file`: many jobs from a file of JSON lines, several at a time; interrupted, it goes on later.
+
+A line is a prompt with options, or a request as batches of the OpenAI API have them, which may be for embeddings, too.
+"""
 
 import hashlib
 import json
@@ -17,7 +20,7 @@ from node.cli.output import CommandError, print_error, print_json, progress_bars
 from node.util.suggestions import did_you_mean
 
 if TYPE_CHECKING:
-    from node.cli.client import ApiClient, Completion
+    from node.cli.client import ApiClient
 
 RETRIED_CODES: Final = frozenset({
     "peers_full", "quality_being_measured", "rate_limit_exceeded", "too_many_requests", "too_many_connections",
@@ -27,6 +30,8 @@ RETRY_TIMEOUT_S: Final = 600.0
 """Longest time in which a job is retried."""
 RETRY_JITTER: Final = (0.5, 1.5)
 """Factors of Retry-After, so that jobs refused together do not retry together."""
+BATCH_URLS: Final = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+"""What a line in the OpenAI API's batch format may ask for."""
 MAX_SHOWN: Final = 5
 """Errors of jobs that are shown on stderr; the rest are counted."""
 
@@ -45,6 +50,9 @@ def read_jobs(path: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
             job = json.loads(line)
         except ValueError as error:
             raise click.UsageError(f"{path}, line {number}: not valid JSON: {error}") from None
+        if isinstance(job, dict) and "body" in job:
+            jobs.append({**_batch_request(job, f"{path}, line {number}"), "line": number})
+            continue
         prompt = job.get("prompt") if isinstance(job, dict) else None
         is_token_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
         if not is_token_ids and not isinstance(prompt, str):
@@ -60,11 +68,33 @@ def read_jobs(path: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     return jobs
 
 
+def _batch_request(job: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a request in the OpenAI API's batch format. Raises UsageError."""
+    body, url, name = job["body"], job.get("url"), job.get("custom_id")
+    if unknown := job.keys() - {"custom_id", "method", "url", "body"}:
+        raise click.UsageError(f"{where}: unknown field {min(unknown)!r} of a batch request")
+    if not isinstance(name, str) or not isinstance(body, dict) or job.get("method", "POST") != "POST":
+        raise click.UsageError(f'{where}: expected "custom_id", a text, "body", an object, and the method POST')
+    if url not in BATCH_URLS:
+        raise click.UsageError(f"{where}: url is {url!r}: expected {', '.join(BATCH_URLS)}")
+    if body.get("stream"):
+        raise click.UsageError(f"{where}: leave out stream, as an answer is one line")
+    return {"model": body.get("model"), "custom_id": name, "url": url, "body": body}
+
+
+def _request_of(job: Mapping[str, Any], default_model: str) -> dict[str, Any]:
+    """Return the body of a job's request; of a line in the batch format with what is around it."""
+    if "body" not in job:
+        return make_body(job, default_model)
+    body = {**job["body"], "model": job["model"] or default_model}
+    return {"custom_id": job["custom_id"], "url": job["url"], "body": body}
+
+
 async def run_file(
     client: "ApiClient", jobs: Sequence[Mapping[str, Any]], default_model: str, *, output: Path | None, concurrency: int
 ) -> None:
     """Run the jobs. Their documents go to stdout, in order, or to `output`. Raises CommandError if any failed."""
-    bodies = {job["line"]: make_body(job, default_model) for job in jobs}
+    bodies = {job["line"]: _request_of(job, default_model) for job in jobs}
     sink: _Printed | _Saved = _Printed(list(bodies)) if output is None else _Saved(output, bodies)
     left = [line for line in bodies if line not in sink.done]
     errors: dict[int, str] = {}
@@ -114,12 +144,12 @@ async def _run_jobs(
         nonlocal ended
         for line, body in left:  # which the tasks share
             try:
-                document = (await _complete_with_retry(client, body)).document()
+                document = await _answer_with_retry(client, body)
             except CommandError as error:
                 if isinstance(error, NodeLostError) and not await client.is_there():
                     raise
                 errors[line] = error.message
-                sink.failed(line, error)
+                sink.failed(line, body, error)
             else:
                 sink.add(line, document)
             ended += 1
@@ -147,9 +177,10 @@ class _Printed:
             print_json(self._waiting.pop(self._next))
             self._next = next(self._lines, -1)
 
-    def failed(self, line: int, error: CommandError) -> None:
+    def failed(self, line: int, body: Mapping[str, Any], error: CommandError) -> None:
         """Print an error in its place."""
-        self.add(line, {"error": {"message": error.message, "code": getattr(error, "code", None)}})
+        about = {"custom_id": body["custom_id"], "response": None} if "custom_id" in body else {}
+        self.add(line, {**about, "error": {"message": error.message, "code": getattr(error, "code", None)}})
 
     def finish(self) -> None:
         """Do nothing: all is printed."""
@@ -184,7 +215,7 @@ class _Saved:
         self._file.append(result)
         self._results[line] = result
 
-    def failed(self, line: int, error: CommandError) -> None:
+    def failed(self, line: int, body: Mapping[str, Any], error: CommandError) -> None:
         """Do nothing: the next run tries it again."""
 
     def finish(self) -> None:
@@ -196,7 +227,15 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
 
-async def _complete_with_retry(client: "ApiClient", body: dict[str, Any]) -> "Completion":
+async def _answer(client: "ApiClient", body: dict[str, Any]) -> dict[str, Any]:
+    """Submit a job once; return its document."""
+    if "url" not in body:
+        return (await client.complete(body)).document()
+    answer = await client.post(body["url"], body["body"])
+    return {"custom_id": body["custom_id"], "response": {"status_code": 200, "body": answer}, "error": None}
+
+
+async def _answer_with_retry(client: "ApiClient", body: dict[str, Any]) -> dict[str, Any]:
     """Submit a job, with retries while peers are full or its method is being measured. Raises RefusedError."""
     import trio
 
@@ -205,7 +244,7 @@ async def _complete_with_retry(client: "ApiClient", body: dict[str, Any]) -> "Co
     deadline_s = trio.current_time() + RETRY_TIMEOUT_S
     while True:
         try:
-            return await client.complete(body)
+            return await _answer(client, body)
         except RefusedError as error:
             if error.code not in RETRIED_CODES or error.retry_after_s is None or trio.current_time() > deadline_s:
                 raise

@@ -206,7 +206,8 @@ def _jobs_table(jobs: Sequence[Mapping[str, Any]], speeds: Mapping[str, float], 
         {
             "job": job["job_id"][:8],
             "model": _name(job),
-            "state": f"{job['state']}{' (trial)' if job['trial'] else ''}",
+            "state": f"{'' if job['task'] == 'generate' else job['task'] + ' '}{job['state']}"
+            f"{' (trial)' if job['trial'] else ''}",
             "prompt": job["prompt_tokens"],
             "tokens": job["tokens"],
             "tokens/s": f"{speed:.1f}" if (speed := speeds.get(job["job_id"], 0.0)) else "",

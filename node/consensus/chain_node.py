@@ -94,6 +94,10 @@ class ChainNode:
                 self._inbox.append(message)
         self._wake.set()
 
+    def awaits(self, message: SignedMessage) -> bool:
+        """Return whether a message is what an expected peer contributes to this epoch."""
+        return isinstance(message.body, Commit | Reveal) and self.replica.participant.is_awaited(message.body)
+
     # Anti-entropy sessions
 
     async def position(self) -> tuple[tuple[Digest, ...], Digest]:

@@ -46,11 +46,18 @@ class ChainInitiator(Session[Message, ChainState]):
     """The side that begins a session, and fetches."""
 
     def __init__(
-        self, stream: Stream, throttle: Throttle, chain: ChainNode, verify: Callable[[bytes], SignedMessage]
+        self,
+        stream: Stream,
+        throttle: Throttle,
+        chain: ChainNode,
+        verify: Callable[[bytes], SignedMessage],
+        forward: Callable[[Sequence[SignedMessage]], None],
     ) -> None:
+        """`forward`: gossips what all others must have as well, unless they got it by gossip."""
         super().__init__(stream, ChainConnection(Role.INITIATOR), throttle)
         self._chain = chain
         self._verify = verify
+        self._forward = forward
         self._reached: bytes | None = None
         """The last statement that was received."""
 
@@ -92,7 +99,9 @@ class ChainInitiator(Session[Message, ChainState]):
             count += len(message.envelopes)
             if count > MAX_ANSWER_RECORDS:
                 raise RemoteProtocolError(f"an answer has more than {MAX_ANSWER_RECORDS} records")
-            self._chain.receive(await self._verified(message.envelopes))
+            records = await self._verified(message.envelopes)
+            self._chain.receive(records)
+            self._forward(records)
         self.outcome.received += count
         if count:
             await self._chain.turn()

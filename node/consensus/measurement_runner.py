@@ -16,7 +16,8 @@ from protocol.consensus_values import Cell
 from protocol.identity import ModelId
 from protocol.measurements import Objective, Observation, ObservationKind, QualityBound
 from selector.consensus.sortition import MeasurementPlan
-from selector.task import PORTFOLIO, UNKNOWN_WEIGHT_TYPE, MeasuredQuality, Method, admits, portfolio
+from selector.quality import MeasuredQuality, admits
+from selector.task import PORTFOLIO, UNKNOWN_WEIGHT_TYPE, Method, portfolio
 from selector.workloads import WORKLOADS
 
 ROUNDS: Final = 2

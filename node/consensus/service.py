@@ -17,6 +17,7 @@ from node.consensus.chain_node import ChainNode
 from node.consensus.chain_sync import ChainInitiator, ChainResponder
 from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.consensus.followed_chains import FollowedChains
+from node.consensus.forwarding import Forwarder
 from node.network.interface import Network
 from node.replication.gossip_topic import GossipTopic, Verifier
 from node.replication.peer_limits import Ban, PeerAllowances, PeerLimits
@@ -26,7 +27,6 @@ from node.util.token_bucket import Allowance
 from protocol.chains import PROTOCOL_ID
 from protocol.consensus import CONSENSUS_TOPIC, SignedMessage
 from protocol.consensus_values import EquivocationProof
-from protocol.errors import RemoteProtocolError
 from protocol.forms import Digest
 from protocol.identity import ModelId, PeerId
 from selector.consensus.clock import EpochClock
@@ -39,6 +39,9 @@ MODELS_ROUND_S: Final = 1.0
 
 VERIFIED_RECORDS: Final = 4096
 """Records remembered as verified, so that a duplicate is not verified again."""
+
+FORWARDING_PAUSE: Final = 0.01
+"""Mean pause before fetched messages are gossiped onward, as a fraction of an epoch."""
 
 SHORTEST_PULL_INTERVAL_S: Final = 0.5
 
@@ -87,6 +90,7 @@ class ConsensusService:
         self._gossip = GossipTopic(
             network, CONSENSUS_TOPIC, self._verifier, self._peer_limits, GOSSIP_WORK, accepts=self._accepts
         )
+        self._forwarder = Forwarder(self._forward, clock.epoch_s * FORWARDING_PAUSE, jitter)
         self._pull = PullService(
             network,
             PROTOCOL_ID,
@@ -104,6 +108,7 @@ class ConsensusService:
         """Take part until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._gossip.run, self._on_gossip)
+            nursery.start_soon(self._forwarder.run)
             nursery.start_soon(self._pull.watch_connections, self._on_connected)
             while True:
                 self._follow_new_models(nursery)
@@ -154,14 +159,17 @@ class ConsensusService:
         self._gossip.publish(record.envelope for record in records)
 
     def _accepts(self, source: PeerId, record: SignedMessage) -> bool:
-        """Return whether a record is forwarded: of a chain that is followed, of now, and its publisher's own."""
-        if record.peer != source:
-            raise RemoteProtocolError("a batch contains a record that another peer signed")
+        """Return whether a record is forwarded, whoever signed it: of a chain that is followed, and of now."""
+        del source
         epoch = self._clock.epoch_at(self._environment.wall_clock())
         is_timely = isinstance(record.body, EquivocationProof) or abs(record.epoch - epoch) <= 1
         return is_timely and record.body.chain in self._by_genesis
 
+    async def _forward(self, records: Sequence[SignedMessage]) -> None:
+        await self._gossip.publish_batch([record.envelope for record in records])
+
     async def _on_gossip(self, records: Sequence[SignedMessage]) -> None:
+        self._forwarder.on_gossip(records)
         for record in records:
             if chain := self._by_genesis.get(record.body.chain):
                 chain.receive([record])
@@ -171,7 +179,8 @@ class ConsensusService:
     async def _pull_loop(self, chain: ChainNode) -> None:
         """Fetch what is missing from a neighbour several times an epoch, and at once when something is known to be."""
         interval_s = self._clock.epoch_s / 20
-        initiate = partial(ChainInitiator, chain=chain, verify=self._verifier.verify)
+        forward = partial(self._forwarder.on_fetched, chain)
+        initiate = partial(ChainInitiator, chain=chain, verify=self._verifier.verify, forward=forward)
         while True:
             peer = self._pull.choose_neighbour()
             if peer and (await self._pull.pull(peer, initiate)).more:

@@ -49,6 +49,7 @@ from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.util.text import one_line
 from protocol.identity import JobId, ModelId, PeerId, Stage
+from protocol.measurements import TaskKind
 from protocol.messages import FinishReason
 from selector.reliability import PeerRecord
 from selector.routing import NoRouteError
@@ -177,7 +178,7 @@ class Coordinator:
             running.job = job = replace(await self._prepare(request, on_served=on_served), trace_parent=trace_parent)
             running.prepared_s = trio.current_time()
             entry = self.recent_jobs.begin(
-                job.id, job.model.id, job.model.name, is_trial=is_trial, prompt_tokens=len(job.prompt)
+                job.id, job.model.id, job.model.name, is_trial=is_trial, prompt_tokens=len(job.prompt), task=job.kind
             )
             async with self._routed(job, running) as route, aclosing(self._events(job, route, entry)) as events:
                 yield events
@@ -252,7 +253,7 @@ class Coordinator:
             model=model,
             prompt=prompt.tokens,
             chat_format=prompt.chat_format,
-            sampling=sampling_of(request, model, len(prompt.tokens)),
+            sampling=sampling_of(request, model, prompt),
             admitted=admitted_methods(request, model, self._quality_store),
             claim=self._prompts.record_prompt(prompt.tokens),
             began_s=began_s,
@@ -288,11 +289,14 @@ class Coordinator:
             echo=await prompt_text(job.request, job.model) if job.request.echo else "",
             chat_format=job.chat_format,
         )
-        if job.is_embedding:
-            entry.result = await self._embed(job, route)
+        output = OutputText(job.request, job.model)
+        if job.kind is TaskKind.SCORE:
+            await route.score()
+            yield await output.scored(job.prompt[0], job.output.scores)
+        if not job.tokens_left:
+            entry.result = await self._prefilled(job, route)
             yield entry.result
             return
-        output = OutputText(job.request, job.model)
         finish: FinishReason | None = None
         while finish is None:
             sampled = await route.next_token()
@@ -313,21 +317,26 @@ class Coordinator:
             entry, stages=route.stages, method=method, tokens=len(job.output.tokens), replays=route.replays
         )
 
-    async def _embed(self, job: Job, route: ResilientRoute) -> JobResult:
-        """Return the result of a job whose prompt becomes an embedding."""
-        embedding = await route.embedding()
+    async def _prefilled(self, job: Job, route: ResilientRoute) -> JobResult:
+        """Return the result of a job that wants no text, with the embedding if it wants that."""
+        is_embedding = job.kind is TaskKind.EMBED
+        embedding = await route.embedding() if is_embedding else None
         job.output.first_token_s = job.output.last_token_s = trio.current_time()
-        return replace(await self._finish(job, route, "", FinishReason.STOP), embedding=embedding)
+        finish = FinishReason.STOP if is_embedding else FinishReason.LENGTH
+        return replace(await self._finish(job, route, "", finish), embedding=embedding)
 
     async def _finish(self, job: Job, route: ResilientRoute, text: str, finish: FinishReason) -> JobResult:
         """Close the route, learn from the job, record it, and return its result."""
         done = await route.finish()
         stages = done.route.stages
         self._planner.served(stage.peer for stage in stages)
-        self._planner.measured(job.need(), stages, done.route.loads(), timing_of(done))
+        if job.kind is not TaskKind.SCORE:  # whose rows take longer on the last stage
+            self._planner.measured(job.need(), stages, done.route.loads(), timing_of(done))
         result = result_of(job, done, text, finish)
-        # Task contexts do not tell kinds of jobs apart: an embedding would be learned from as a short text.
-        selection = None if job.is_embedding else self._assess(job, done, result)
+        is_measured = bool(
+            job.kind is not TaskKind.SCORE or job.output.scores or job.output.tokens
+        )  # one token has none
+        selection = self._assess(job, done, result) if is_measured else None
         cost = Cost(
             objective=job.request.objective,
             budget=job.request.budget,
@@ -336,12 +345,11 @@ class Coordinator:
         )
         result = replace(result, selection=selection, cost=cost)
         job.output.result = result
-        if not job.is_embedding:
-            served = served_of(job, done, result)
-            if job.on_served is not None:
-                job.on_served(served)
-            elif self._recorder is not None:
-                await self._recorder.record(served)
+        served = served_of(job, done, result)
+        if job.on_served is not None:
+            job.on_served(served)
+        elif self._recorder is not None and is_measured:
+            await self._recorder.record(served)
         return result
 
     def _assess(self, job: Job, done: ClosedRoute, result: JobResult) -> Selection | None:

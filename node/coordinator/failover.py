@@ -19,7 +19,8 @@ from node.coordinator.budget import needs_of
 from node.coordinator.job import Job
 from node.coordinator.planner import PlannedRoute, RouteNeed
 from node.coordinator.refusals import RouteRejected, StageRefusal, no_route
-from node.coordinator.route import LastStageOutput, OpenRoute, RouteLost, SampledToken
+from node.coordinator.route import OpenRoute, RouteLost
+from node.coordinator.route_output import LastStageOutput, PromptScores, SampledToken
 from node.coordinator.session_request import RouteServices, SessionRequest, plan_sessions
 from node.coordinator.straggler_monitor import StragglerMonitor
 from node.coordinator.submission import JobError, JobErrorCode, JobTrace
@@ -179,6 +180,17 @@ class ResilientRoute:
         output = await self._next_output()
         assert isinstance(output, SampledToken)
         return output
+
+    async def score(self) -> None:
+        """Wait until all tokens of the prompt are scored; see `_next_output`. A new route begins anew."""
+        scores = self._job.output.scores
+        while self._job.scores_left:
+            route = self._open_route()
+            output = await self._next_output()
+            if route is not self._open_route():
+                scores.clear()
+            assert isinstance(output, PromptScores)
+            scores += output.tokens
 
     async def embedding(self) -> "array[float]":
         """Wait for the prompt's embedding; see `_next_output`."""
@@ -397,8 +409,7 @@ class ResilientRoute:
         """Make the open route a previous one, whose stages are continued as far as they still hold the session."""
         if self._route is None:
             return
-        # The last stage of an embedding counts every row once: another route begins anew.
-        holding = {} if self._job.is_embedding else self._route.held()
+        holding = self._route.held() if self._job.is_resumable else {}
         for stage, answer in zip(self._route.stages, self._route.answers, strict=True):
             if stage in holding:
                 self._held[stage] = holding[stage]

@@ -1,7 +1,7 @@
 """A job: what was asked for, fixed once it was prepared, and the tokens that came so far."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from node.coordinator.observation import ServedJob
@@ -11,8 +11,9 @@ from node.coordinator.submission import ChatFormat, JobRequest, JobResult
 from node.engine.interface import parts_of
 from node.models.library import KnownModel
 from protocol.identity import JobId
-from protocol.measurements import Objective
+from protocol.measurements import Objective, TaskKind
 from protocol.messages import Sampling
+from protocol.tensors import TokenLogprobs
 from selector.cuts import Parts
 from selector.routing import Demand
 from selector.task import Method
@@ -22,6 +23,8 @@ from selector.task import Method
 class JobOutput:
     """What has come of a job so far, and when."""
 
+    scores: list[TokenLogprobs] = field(default_factory=list)
+    """Of the prompt's tokens from the second on, where these are wanted."""
     tokens: list[int] = field(default_factory=list)
     routed_s: float = 0.0
     """When its first route was open and had the prompt; 0 before."""
@@ -71,14 +74,31 @@ class Job:
         return [*self.prompt, *self.output.tokens]
 
     @property
-    def tokens_left(self) -> int:
-        """How many tokens may still come."""
-        return self.sampling.max_tokens - len(self.output.tokens)
+    def kind(self) -> TaskKind:
+        """What is wanted of the prompt."""
+        return self.request.task_kind
 
     @property
-    def is_embedding(self) -> bool:
-        """Whether the prompt's embedding is wanted, and no text."""
-        return self.sampling.pooling is not None
+    def tokens_left(self) -> int:
+        """How many tokens of text may still come."""
+        return 0 if self.kind is TaskKind.EMBED else self.sampling.max_tokens - len(self.output.tokens)
+
+    @property
+    def scores_left(self) -> int:
+        """How many tokens of the prompt are still to be scored."""
+        return len(self.prompt) - 1 - len(self.output.scores) if self.kind is TaskKind.SCORE else 0
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether a new route may go on where the last one was: not while what the last stage makes needs every row."""
+        return self.kind is not TaskKind.EMBED and not self.scores_left
+
+    def next_sampling(self) -> Sampling:
+        """Return what the next route is asked to sample."""
+        if self.kind is TaskKind.EMBED:
+            return self.sampling
+        is_scored = self.kind is TaskKind.SCORE and (self.scores_left > 0 or not self.tokens_left)
+        return replace(self.sampling, max_tokens=self.tokens_left, prompt_logprobs=is_scored)
 
     def need(self) -> RouteNeed:
         """Return what the rest of the job needs of a route."""

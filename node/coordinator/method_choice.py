@@ -14,8 +14,9 @@ from node.stages.voter import TableVersion
 from protocol.figures import USUAL_PRICE
 from protocol.identity import ModelId
 from protocol.limits import MAX_VOTES
-from protocol.measurements import QualityBound
-from selector.task import MeasuredQuality, Method, MethodError, TaskContext, admits, parse_method, portfolio
+from protocol.measurements import QualityBound, TaskKind
+from selector.quality import MeasuredQuality, admits
+from selector.task import Method, MethodError, TaskContext, parse_method, portfolio
 
 MEASURING_RETRY_S = 10.0
 """When a client should retry a method whose quality is being measured."""
@@ -101,25 +102,23 @@ class Chooser(Protocol):
 
 
 def admitted_methods(request: JobRequest, model: KnownModel, store: QualityStore) -> list[Method]:
-    """Return the methods that a job may be served with: the one that it names, else all within its quality bound.
+    """Return the methods that a job may be served with: the one that it names, else all for its kind within its bound.
 
     The measurement of a model is requested where needed; until it is done lossy methods are not admitted.
-    Raises JobError for a method that does not exist for the model or that the bound does not admit.
+    Raises JobError for a method that does not exist for the model, or that the kind or the bound does not admit.
     """
-    bound, package_format = request.quality, model.manifest.format
+    bound, package_format, kind = request.quality, model.manifest.format, request.task_kind
     is_pending = bound is not QualityBound.EXACT and store.request(model)
     if request.method == AUTO:
-        offered = portfolio(package_format, weight_type(model.manifest))
-        admitted = [each for each in offered if admits(bound, each, store.quality(model.id, each))]
-        if request.pooling is not None:
-            admitted = [each for each in admitted if _embeds(each)]
-        return admitted[:MAX_VOTES]
+        offered = portfolio(package_format, weight_type(model.manifest), kind)
+        return [each for each in offered if admits(bound, each, store.quality(model.id, each))][:MAX_VOTES]
     try:
         named = parse_method(request.method, package_format)
     except MethodError as error:
         raise JobError(JobErrorCode.INVALID, f"{error}; or use auto") from None
-    if request.pooling is not None and not _embeds(named):
-        message = f"{named.name} is not for embeddings, which need every row: use prefix_cache=off|speculation=off"
+    if not named.suits(kind):
+        what = "embeddings" if kind is TaskKind.EMBED else "log probabilities of the prompt"
+        message = f"{named.name} is not for {what}, which need every row: use prefix_cache=off|speculation=off"
         raise JobError(JobErrorCode.INVALID, message)
     quality = store.quality(model.id, named)
     if not admits(bound, named, quality):
@@ -128,11 +127,6 @@ def admitted_methods(request: JobRequest, model: KnownModel, store: QualityStore
             raise JobError(JobErrorCode.MEASURING, message, retry_after_s=MEASURING_RETRY_S)
         raise JobError(JobErrorCode.INVALID, _why_not(named, bound, quality))
     return [named]
-
-
-def _embeds(method: Method) -> bool:
-    """Return whether a method computes each row of a prompt, and only these: their states make the embedding."""
-    return not method.prefix_cache and method.drafter == "off"
 
 
 def _why_not(method: Method, bound: QualityBound, quality: MeasuredQuality | None) -> str:

@@ -70,7 +70,7 @@ def observation_of(served: ServedJob, observer: PeerId, issued_at_s: int) -> Obs
             ttft_s=timing.ttft_s,
             tpot_s=timing.tpot_s,
             total_s=timing.total_s,
-            tokens_per_s=usage.completion_tokens / timing.total_s if timing.total_s else 0.0,
+            tokens_per_s=usage.counted_tokens / timing.total_s if timing.total_s else 0.0,
             replays=result.replays,
         ),
         route=result.route,

@@ -1,14 +1,18 @@
 """The text of a job's tokens: detokenised, ended by stop strings, with log probabilities where they are wanted."""
 
 from collections.abc import Sequence
+from typing import Final
 
-from node.coordinator.route import SampledToken
-from node.coordinator.submission import JobError, JobErrorCode, JobRequest, TextDelta, TokenLogprob
+from node.coordinator.route_output import SampledToken
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest, PromptScored, TextDelta, TokenLogprob
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.streaming import StopFinder, StreamDecoder
 from protocol.messages import FinishReason
 from protocol.tensors import TokenLogprobs
+
+SPELT_AT_ONCE: Final = 256
+"""Tokens of a prompt whose bytes are asked for at a time."""
 
 
 class OutputText:
@@ -55,11 +59,29 @@ class OutputText:
         self._pieces.append(piece)
         return TextDelta(text=piece, token_ids=(sampled.token,), logprobs=logprobs), finish
 
-    async def _described(self, drawn: TokenLogprobs) -> tuple[TokenLogprob, ...]:
-        pairs = [(drawn.token, drawn.logprob), *drawn.likeliest]
-        await self._spell([token for token, _ in pairs])
-        first, *likeliest = (TokenLogprob(token, self._spelt[token], logprob) for token, logprob in pairs)
-        return (TokenLogprob(first.token, first.text, first.logprob, tuple(likeliest)),)
+    async def scored(self, first: int, scores: Sequence[TokenLogprobs]) -> PromptScored:
+        """Return the prompt's tokens with their log probabilities, but for the first one. Raises JobError."""
+        try:
+            await self._spell([first])
+            described = [TokenLogprob(first, self._spelt[first], None)]
+            for start in range(0, len(scores), SPELT_AT_ONCE):
+                described += await self._described(*scores[start : start + SPELT_AT_ONCE])
+        except ModelError as error:
+            raise JobError(JobErrorCode.FAILED, str(error)) from None
+        return PromptScored(tuple(described))
+
+    async def _described(self, *tokens: TokenLogprobs) -> tuple[TokenLogprob, ...]:
+        await self._spell([token for each in tokens for token in (each.token, *(other for other, _ in each.likeliest))])
+        spelt = self._spelt
+        return tuple(
+            TokenLogprob(
+                each.token,
+                spelt[each.token],
+                each.logprob,
+                tuple(TokenLogprob(token, spelt[token], logprob) for token, logprob in each.likeliest),
+            )
+            for each in tokens
+        )
 
     async def _spell(self, tokens: Sequence[int]) -> None:
         unknown = [token for token in dict.fromkeys(tokens) if token not in self._spelt]

@@ -50,14 +50,14 @@ async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
     try:
         if request.messages is not None:
             text = await _conversation(request, request.messages, model)
-            chat_format = chat_format_of(model, text)
+            chat_format = _chat_format(request, request.messages, model, text)
             tokens = await model.tokenizer.encode(text, add_special_tokens=False)
         elif request.prompt is not None:
             tokens = await model.tokenizer.encode(request.prompt)
         else:
             tokens = request.prompt_tokens or ()
         if request.truncate:
-            tokens = tokens[: model.max_positions - 1]
+            tokens = tokens[: model.max_positions - _least_text(request)]
     except TokenizerUnavailableError as error:
         raise _unavailable(error) from None
     except (ValueError, ModelError) as error:
@@ -97,16 +97,33 @@ async def _conversation(request: JobRequest, messages: Sequence[ChatMessage], mo
     if request.tools and model.tokenizer.tool_format is None:
         message = "the model's chat template knows no tools, or writes their calls in an unknown form"
         raise JobError(JobErrorCode.INVALID, f"{message}: choose another model, or leave out tools", param="tools")
+    options = request.template_options
+    if request.json_schema and model.tokenizer.reasoning_tokens is None:
+        options = {"enable_thinking": False, **options}  # JSON cannot begin behind reasoning, as its end is no token
     turns = [message.for_template() for message in messages]
-    return await model.tokenizer.render_chat_text(turns, request.tools, request.template_options)
+    return await model.tokenizer.render_chat_text(
+        turns, request.tools, options, continue_final_message=request.continue_final_message
+    )
 
 
-def chat_format_of(model: KnownModel, text: str = "") -> ChatFormat:
-    """Return how a model continues a conversation, `text` by its chat template."""
+def chat_format_of(model: KnownModel) -> ChatFormat:
+    """Return how a model writes what is not its answer."""
     tokenizer = model.tokenizer
-    tools = ToolFormat(tokenizer.tool_format) if tokenizer.tool_format else None
-    began = tokenizer.reasons and text.rstrip().endswith("<think>")
-    return ChatFormat(tools=tools, reasons=tokenizer.reasons, reasoning_began=began)
+    return ChatFormat(
+        tools=ToolFormat(tokenizer.tool_format) if tokenizer.tool_format else None, reasons=tokenizer.reasons
+    )
+
+
+def _chat_format(request: JobRequest, messages: Sequence[ChatMessage], model: KnownModel, text: str) -> ChatFormat:
+    """Return how a model continues a conversation, which is `text` by its chat template."""
+    continued = messages[-1].content if request.continue_final_message else ""
+    ends = text.rstrip()
+    began = ends.endswith("<think>") or continued.rfind("<think>") > continued.rfind("</think>")
+    may_reason = model.tokenizer.reasons
+    if request.json_schema:
+        is_closed = ends.endswith("</think>") or request.template_options.get("enable_thinking") is False
+        may_reason = model.tokenizer.reasoning_tokens is not None and (began or not is_closed)
+    return replace(chat_format_of(model), reasons=may_reason, reasoning_began=may_reason and began)
 
 
 async def prompt_text(request: JobRequest, model: KnownModel) -> str:
@@ -120,20 +137,22 @@ async def prompt_text(request: JobRequest, model: KnownModel) -> str:
     return text
 
 
-def sampling_of(request: JobRequest, model: KnownModel, prompt_length: int) -> Sampling:
+def sampling_of(request: JobRequest, model: KnownModel, prompt: Prompt) -> Sampling:
     """Return a request's sampling, within the model's limits. Raises JobError.
 
     `max_tokens` is an upper bound: where the model's context holds fewer, the text ends with the context.
     """
+    prompt_length = len(prompt.tokens)
     room = model.max_positions - prompt_length
-    if room < 1:
+    least = _least_text(request)
+    if room < least:
         raise JobError(
             JobErrorCode.CONTEXT_LENGTH,
             f"the prompt has {prompt_length} tokens, and the model's context holds {model.max_positions}, "
             "answer included: shorten the prompt",
         )
     wanted = min(room, DEFAULT_MAX_TOKENS) if request.max_tokens is None else request.max_tokens
-    if wanted < 1:
+    if wanted < least:
         raise JobError(JobErrorCode.INVALID, f"max_tokens is {wanted}: use at least 1", param="max_tokens")
     if not (math.isfinite(request.temperature) and 0 <= request.temperature <= 100 and 0 < request.top_p <= 1):
         raise JobError(JobErrorCode.INVALID, "temperature must be 0 to 100, and top_p above 0 and at most 1")
@@ -145,11 +164,13 @@ def sampling_of(request: JobRequest, model: KnownModel, prompt_length: int) -> S
         most = MAX_STOP_TOKENS - len(own_stops)
         message = f"stop_token_ids may have at most {most} entries with this model, which has {len(own_stops)} itself"
         raise JobError(JobErrorCode.INVALID, message, param="stop_token_ids")
+    count = request.top_logprobs if request.top_logprobs is not None or not request.prompt_logprobs else 0
+    begin, end = _reasoning_tokens(request, model, prompt.chat_format)
     sampling = Sampling(
         temperature=request.temperature,
         top_p=request.top_p,
         seed=secrets.randbits(32) if request.seed is None else request.seed & (2**64 - 1),
-        max_tokens=min(room, wanted),
+        max_tokens=1 if request.pooling else min(room, wanted),
         stop_tokens=stop_tokens,
         top_k=request.top_k if request.top_k < model.vocabulary_size else 0,
         min_p=request.min_p,
@@ -157,12 +178,31 @@ def sampling_of(request: JobRequest, model: KnownModel, prompt_length: int) -> S
         frequency_penalty=request.frequency_penalty,
         presence_penalty=request.presence_penalty,
         logit_bias=request.logit_bias,
-        logprobs=0 if request.top_logprobs is None else min(request.top_logprobs, model.vocabulary_size) + 1,
+        logprobs=0 if count is None else min(count, model.vocabulary_size) + 1,
         json_schema=request.json_schema,
+        prompt_logprobs=request.prompt_logprobs,
+        reasoning_end=end,
+        reasoning_begin=begin,
         pooling=request.pooling,
         min_length=min(prompt_length + request.min_tokens, MAX_POSITIONS) if request.min_tokens else 0,
     )
     return replace(sampling, prompt_length=prompt_length) if sampling.needs_history else sampling
+
+
+def _least_text(request: JobRequest) -> int:
+    """Return how many tokens of text a job has at least."""
+    return 0 if request.pooling or (request.prompt_logprobs and request.max_tokens == 0) else 1
+
+
+def _reasoning_tokens(
+    request: JobRequest, model: KnownModel, chat_format: ChatFormat | None
+) -> tuple[int | None, int | None]:
+    """Return the tokens that begin and end reasoning before JSON: None for what does not come."""
+    tokens = model.tokenizer.reasoning_tokens
+    if not request.json_schema or tokens is None or chat_format is None or not chat_format.reasons:
+        return None, None
+    begin, end = tokens
+    return None if chat_format.reasoning_began else begin, end
 
 
 def _check_tokens(param: str, tokens: Iterable[int], model: KnownModel) -> None:

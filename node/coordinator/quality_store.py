@@ -24,7 +24,8 @@ from node.models.sample import sample_text
 from node.util.child_process import ChildError, run
 from node.util.interpreter import python
 from protocol.identity import BlockRange, ModelId
-from selector.task import MeasuredQuality, Method, PackageFormat, portfolio
+from selector.quality import MeasuredQuality
+from selector.task import Method, PackageFormat, portfolio
 
 MEASURE: Final = python("-m", "node.engine.quality")
 

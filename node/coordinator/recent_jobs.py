@@ -9,6 +9,7 @@ from typing import Final
 
 from node.coordinator.submission import JobResult
 from protocol.identity import JobId, ModelId, Stage
+from protocol.measurements import TaskKind
 
 MAX_RUNNING: Final = 100
 """Running jobs that are listed, the newest ones."""
@@ -38,6 +39,7 @@ class RecentJob:
     is_trial: bool
     prompt_tokens: int
     submitted_s: float
+    task: TaskKind = TaskKind.GENERATE
     state: JobState = JobState.OPENING
     stages: tuple[Stage, ...] = ()
     method: str | None = None
@@ -57,7 +59,16 @@ class RecentJobs:
         self._running: dict[JobId, RecentJob] = {}
         self._ended: dict[bool, deque[RecentJob]] = {kind: deque(maxlen=MAX_ENDED) for kind in (False, True)}
 
-    def begin(self, job_id: JobId, model: ModelId, model_name: str, *, is_trial: bool, prompt_tokens: int) -> RecentJob:
+    def begin(
+        self,
+        job_id: JobId,
+        model: ModelId,
+        model_name: str,
+        *,
+        is_trial: bool,
+        prompt_tokens: int,
+        task: TaskKind = TaskKind.GENERATE,
+    ) -> RecentJob:
         """Enter a job whose route is about to be opened."""
         job = RecentJob(
             id=job_id,
@@ -66,6 +77,7 @@ class RecentJobs:
             is_trial=is_trial,
             prompt_tokens=prompt_tokens,
             submitted_s=time.time(),
+            task=task,
         )
         self._running[job_id] = job
         self._touch(job)

@@ -7,6 +7,7 @@ from node.coordinator.job import Job
 from node.coordinator.method_choice import OverBudget
 from node.coordinator.submission import JobError, JobErrorCode
 from protocol.identity import PeerId
+from protocol.measurements import TaskKind
 from protocol.messages import RefusalReason
 from selector.routing import NoRouteError
 
@@ -50,7 +51,8 @@ def no_route(
     kinds = {refusal.reason for refusal in avoided.values()}
     code = JobErrorCode.UNCOVERED
     if not avoided and outdated:
-        leave_out = "" if job.is_embedding else "leave out top_k, min_p, penalties, logit_bias and min_tokens, or "
+        options = "top_k, min_p, penalties, logit_bias and min_tokens"
+        leave_out = "" if job.kind is TaskKind.EMBED else f"leave out {options}, or "
         message = (
             f"no peer that serves the last blocks of {name} supports what the job asks for ({reasons}): "
             f"{leave_out}wait for a peer of a later version"

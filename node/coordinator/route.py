@@ -1,14 +1,13 @@
 """An open route: the sessions of one job on all its stages, and the receiver of its tokens."""
 
 import secrets
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, TypeAlias
 
 import trio
 
 from node.coordinator.refusals import RouteRejected, StageRefusal
+from node.coordinator.route_output import LastStageOutput, OutputReader, PromptScores
 from node.coordinator.session_request import SessionRequest
 from node.coordinator.straggler_detector import Progress, StragglerDetector
 from node.coordinator.submission import JobError
@@ -26,7 +25,6 @@ from protocol.messages import (
     Begin,
     Closed,
     FailureReason,
-    FinishReason,
     Load,
     Open,
     Opened,
@@ -36,15 +34,7 @@ from protocol.messages import (
     Step,
 )
 from protocol.reports import ProgressRequest
-from protocol.tensors import (
-    DType,
-    Tensor,
-    TokenLogprobs,
-    drawn_tokens,
-    embedding_from_tensor,
-    logprobs_from_tensor,
-    tensor_from_tokens,
-)
+from protocol.tensors import DType, Tensor, tensor_from_tokens
 from selector.task import Method
 from selector.voting import tally
 
@@ -58,18 +48,6 @@ class RouteLost(Exception):
     def __init__(self, lost: SessionLost) -> None:
         super().__init__(f"{lost.blamed}: {lost.message}")
         self.session = lost
-
-
-class SampledToken(NamedTuple):
-    """A token as it arrived from the last stage."""
-
-    token: int
-    finish_reason: FinishReason | None
-    logprobs: TokenLogprobs | None = None
-
-
-LastStageOutput: TypeAlias = "SampledToken | array[float]"
-"""A token, or the prompt's embedding."""
 
 
 class OpenRoute:
@@ -112,8 +90,9 @@ class OpenRoute:
         self._links: dict[int, OutboundLink] = {}
         self._unwatch: list[Callable[[], None]] = []
         self._sources: set[InboundLink] = set()
-        # The last stage may send this many tokens and no more: the channel is full only if it lies.
-        self._outputs_in, self._outputs = trio.open_memory_channel[LastStageOutput](request.sampling.max_tokens)
+        self._reader = OutputReader(request.sampling)
+        # The last stage may send this many outputs and no more: the channel is full only if it lies.
+        self._outputs_in, self._outputs = trio.open_memory_channel[LastStageOutput](self._reader.most)
         self._lost: SessionLost | None = None
         self._sending = trio.CancelScope()
         self._opening = trio.CancelScope()
@@ -128,39 +107,32 @@ class OpenRoute:
 
     def admit(self, part: Slice, dtype: DType, width: tuple[int, ...], link: InboundLink) -> bool:
         """Return whether a message has the form of the job's output; if not, its sender is lost."""
-        if (dtype, width) == self.request.output_form and part.rows <= self.request.sampling.max_tokens:
+        if (dtype, width) == self.request.output_form and part.rows <= self._reader.most:
             return True
         self.lose(SessionLost(link.peer, link.peer, FailureReason.ENGINE, "sent invalid output"))
         return False
 
     def receive(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
-        """Receive what the last stage sends: tokens, or an embedding."""
+        """Receive what the last stage sends: tokens, scores, or an embedding."""
         if self._lost or self._stalled:
             return
         self._sources.add(link)
-        self.rounds += 1
-        self.last_token_s = trio.current_time()
-        self.first_token_s = self.first_token_s or self.last_token_s
+        self.last_token_s = now_s = trio.current_time()
         try:
-            outputs = self._read(part, tensor)
-            self.on_tokens(part.position, len(outputs), self.last_token_s)
+            outputs = self._reader.read(part, tensor)
+            drawn = sum(not isinstance(output, PromptScores) for output in outputs)
+            if drawn:
+                self.rounds += 1
+                self.on_tokens(part.position + tensor.rows - drawn, drawn, now_s)
+            if not self.rounds or not self.first_token_s:  # where no text follows, the last of the scores counts
+                self.first_token_s = now_s
             for output in outputs:
                 self._outputs_in.send_nowait(output)
             if self.detector is not None and tensor.rows:
-                self.detector.token(part.position + tensor.rows - 1, self.last_token_s)
+                self.detector.token(part.position + tensor.rows - 1, now_s, is_fed_back=drawn > 0)
         except (ValueError, trio.WouldBlock):
             self.lose(SessionLost(link.peer, link.peer, FailureReason.ENGINE, "sent invalid output"))
         link.consumed(part.session, len(tensor.data))
-
-    def _read(self, part: Slice, tensor: Tensor) -> Sequence[LastStageOutput]:
-        """Return the outputs in a message. Raises ValueError."""
-        sampling = self.request.sampling
-        if sampling.pooling is not None:
-            return [embedding_from_tensor(tensor)]
-        logprobs = logprobs_from_tensor(tensor) if sampling.logprobs else [None] * tensor.rows
-        tokens = drawn_tokens(tensor)
-        finish = [*[None] * (len(tokens) - 1), part.finish_reason]
-        return [SampledToken(*each) for each in zip(tokens, finish, logprobs, strict=True)] if tokens else []
 
     def lose(self, lost: SessionLost) -> None:
         """Record that a stage is lost: the next `next_output` raises RouteLost."""
@@ -225,6 +197,7 @@ class OpenRoute:
         self.method = method
         self.began_s = trio.current_time()
         self.begun_rows = tuple(len(tokens) - start for start in self.starts)
+        self._reader.begin(tokens, self.starts[-1])
         return method
 
     def loads(self) -> list[Load]:
@@ -276,7 +249,7 @@ class OpenRoute:
             with self._sending:
                 for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
                     rows = tokens[start:end]
-                    draws = 1 if end == len(tokens) else 0
+                    draws = 1 if end == len(tokens) and self.request.sampling.max_tokens else 0
                     part = Slice(session=first, position=start, rows=len(rows), draws=draws)
                     await self._links[0].send_step(Step(slices=(part,), tensor=tensor_from_tokens(rows)))
         except LinkBroken as broken:

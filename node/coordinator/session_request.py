@@ -107,13 +107,11 @@ async def request_sessions(
     admitted = job.admitted
     if begun is not None:  # a replacement may lack the draft model; speculation never changes the text
         admitted = [begun, begun.without_speculation] if begun.drafter == "draft" else [begun]
-    # Embeddings are not recorded as observations yet, so exploring methods with them would teach nothing.
-    is_free = job.request.method == AUTO and begun is None and not job.is_embedding
     selection = SelectionRequest(
         model=job.model.id,
         context=context,
         admitted=admitted,
-        is_free=is_free,
+        is_free=job.request.method == AUTO and begun is None,
         budget=job.request.budget if begun is None else None,
         # Nothing is asked of the prediction for a text that has begun.
         stage_compute_s=planned.stage_compute_s if begun is None else (),
@@ -121,18 +119,19 @@ async def request_sessions(
     )
     choice = await services.chooser.choose(selection)
     uses_prefixes = any(method.prefix_cache for method in choice.order)
+    agreed = services.swarm.agreed(job.model.id)
     return SessionRequest(
         model=job.model.id,
         prices=planned.prices,
         methods={method.name: method for method in choice.order},
         choice=choice,
         context=context,
-        positions=len(job.prompt) + job.sampling.max_tokens,
+        positions=len(job.prompt) + len(job.output.tokens) + job.tokens_left,
         prefix=b"".join(job.claim.pages) if uses_prefixes else b"",
-        sampling=replace(job.sampling, max_tokens=job.tokens_left),
+        sampling=job.next_sampling(),
         hidden_size=job.model.hidden_size,
         background=job.request.background,
-        agreed=services.swarm.agreed(job.model.id),
+        agreed=agreed and agreed.for_task(context.task_kind),
         request_id=job.request_id,
         trace_parent=job.trace_parent,
     )
@@ -146,8 +145,8 @@ def _describe(services: RouteServices, job: Job, planned: PlannedRoute, serving:
         weight_type=weight_type(job.model.manifest),
         prompt_tokens=len(job.prompt),
         max_tokens=job.tokens_left,
-        shared_prefix_share=job.claim.shared_share,
-        repetitiveness=repetitiveness(job.prompt[-LOOKED_AT_TOKENS:]),
+        shared_prefix_share=0.0 if job.kind.needs_every_row else job.claim.shared_share,
+        repetitiveness=repetitiveness(job.prompt[-LOOKED_AT_TOKENS:]) if job.tokens_left else 0.0,
         concurrency=services.planner.concurrency(stages, planned.loads, serving),
         stage_count=max(1, len(stages)),
         stage_facts=swarm.stage_facts(stages),
@@ -156,5 +155,6 @@ def _describe(services: RouteServices, job: Job, planned: PlannedRoute, serving:
         transfer_s=services.planner.transfer_s(stages, job.need().demand),
         quality=job.request.quality.value,
         objective=job.request.objective.value,
+        task_kind=job.kind.value,
     )
     return replace(context, **job.overrides)

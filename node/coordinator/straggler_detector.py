@@ -83,10 +83,13 @@ class StragglerDetector:
         self._whole_s: float | None = None
         """Expected time of all stages together until the next token; None until it is needed."""
 
-    def token(self, position: int, now_s: float) -> None:
-        """Record the token for a position: every stage has computed the rows before it."""
+    def token(self, position: int, now_s: float, *, is_fed_back: bool = True) -> None:
+        """Record the token for a position: every stage has computed the rows before it.
+
+        `is_fed_back`: whether it goes to the first stage, too, as one of the text.
+        """
         self._end = max(self._end, position + 1)
-        self._has_token = True
+        self._has_token = self._has_token or is_fed_back
         self._computed = [max(computed, position) for computed in self._computed]
         self._wait_from(now_s)
         self._began_s = self._moved_s = now_s

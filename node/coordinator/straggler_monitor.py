@@ -11,7 +11,8 @@ import trio
 from node.coordinator.job import Job
 from node.coordinator.planner import Planner
 from node.coordinator.refusals import RETRY_AFTER_S, RouteRejected, StageRefusal
-from node.coordinator.route import LastStageOutput, OpenRoute, RouteLost
+from node.coordinator.route import OpenRoute, RouteLost
+from node.coordinator.route_output import LastStageOutput
 from node.coordinator.straggler_detector import Lag, StragglerDetector
 from node.coordinator.submission import JobError, JobErrorCode
 from node.links.outbound_link import SessionLost

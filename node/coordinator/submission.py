@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from protocol.identity import BlockRange, JobId, ModelId, PeerId
-from protocol.measurements import MethodInForce, Objective, QualityBound, StageObservation
+from protocol.measurements import MethodInForce, Objective, QualityBound, StageObservation, TaskKind
 from protocol.messages import FinishReason
 from protocol.tensors import Pooling
 
@@ -72,15 +72,15 @@ class ToolFormat(enum.StrEnum):
     MISTRAL = "mistral"
     """`[TOOL_CALLS]` and a list of `{"name": …, "arguments": …}`, or `name{…}`."""
     JSON = "json"
-    """The whole text is `{"name": …, "arguments": …}`, which a JSON Schema makes sure: no model's own."""
+    """The whole text, or all behind its reasoning, is `{"name": …, "arguments": …}`, which a JSON Schema makes sure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatFormat:
     """How a model writes tool calls and reasoning, by its chat template.
 
-    `tools`: None where it knows none. `reasons`: whether it writes reasoning in `<think>`. `reasoning_began`: whether
-    the prompt ends within it.
+    `tools`: None where it knows none. `reasons`: whether it may write reasoning in `<think>`. `reasoning_began`:
+    whether the prompt ends within it.
     """
 
     tools: ToolFormat | None = None
@@ -150,11 +150,13 @@ class JobRequest:
     None for any. `background`: gives way to other jobs. `echo`: whether JobStarted has the prompt's text.
     `top_logprobs`: report the log probability of each token, and those of so many likeliest ones; None for neither.
     `tools`: that the model may call, as the OpenAI API describes them. `template_options`: for the chat template.
+    `continue_final_message`: the text goes on where the last message, the assistant's, ends (prefill).
     `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text; it comes from the
     field `json_schema_param` of the user's request, which errors name.
-    `pooling`: the prompt becomes an embedding, and there is no text: JobStarted is followed by JobResult. `truncate`:
-    cut the prompt to the model's context. `origin`: the API request that it comes from. `trace`: the
-    stages report where the time of each step went.
+    `prompt_logprobs`: the prompt is scored: JobStarted is followed by PromptScored, with `top_logprobs` likeliest
+    tokens; `max_tokens` may be 0 then. `pooling`: the prompt becomes an embedding, and there is no text: JobStarted is
+    followed by JobResult. `truncate`: cut the prompt to the model's context. `origin`: the API request that it comes
+    from. `trace`: the stages report where the time of each step went.
     Sampling: `node.engine.sampling`.
     """
 
@@ -187,10 +189,19 @@ class JobRequest:
     json_schema_param: str = "response_format"
     tools: tuple[Mapping[str, Any], ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    prompt_logprobs: bool = False
+    continue_final_message: bool = False
     pooling: Pooling | None = None
     truncate: bool = False
     trace: bool = False
     origin: RequestOrigin = RequestOrigin()
+
+    @property
+    def task_kind(self) -> TaskKind:
+        """What is wanted of the prompt."""
+        if self.pooling is not None:
+            return TaskKind.EMBED
+        return TaskKind.SCORE if self.prompt_logprobs else TaskKind.GENERATE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,12 +222,20 @@ class JobStarted:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token, its bytes, and the natural logarithm of its probability; for a drawn one also the likeliest tokens."""
+    """A token, its bytes, and the natural logarithm of its probability; for one of a text also the likeliest tokens."""
 
     token: int
     text: bytes
-    logprob: float
+    logprob: float | None
+    """None for the first token of a prompt, before which there is nothing."""
     likeliest: "tuple[TokenLogprob, ...]" = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScored:
+    """All tokens of the prompt with their log probabilities."""
+
+    logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,6 +255,11 @@ class Usage:
     completion_tokens: int
     cached_tokens: int = 0
     accepted_draft_tokens: int = 0
+
+    @property
+    def counted_tokens(self) -> int:
+        """The tokens that throughput is about; see `protocol.measurements.Workload`."""
+        return self.completion_tokens or self.prompt_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -407,14 +431,16 @@ class JobResult:
     """Where the job asked for one."""
 
 
-JobEvent = JobStarted | TextDelta | JobResult
+JobEvent = JobStarted | PromptScored | TextDelta | JobResult
 
 
 class Submitter(Protocol):
     """Takes jobs. The coordinator is one; so is a fake."""
 
     def submit(self, request: JobRequest) -> AbstractAsyncContextManager[AsyncIterator[JobEvent]]:
-        """Run a job inside the block: JobStarted, TextDelta…, JobResult. Leaving early cancels it on every stage.
+        """Run a job inside the block: JobStarted, PromptScored where it is wanted, TextDelta…, JobResult.
+
+        Leaving early cancels it on every stage.
 
         Raises JobError on entering the block or while iterating.
         """

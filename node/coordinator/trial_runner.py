@@ -23,7 +23,8 @@ from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.models.manifest import Manifest
 from node.models.sample import sample_text
 from protocol.identity import Stage
-from protocol.measurements import Measurements, Objective, Observation, ObservationKind, QualityBound
+from protocol.measurements import Measurements, Objective, Observation, ObservationKind, QualityBound, TaskKind
+from protocol.tensors import Pooling
 from selector.task import Method, MethodError, baseline_of, parse_method, portfolio
 from selector.workloads import TrialWorkload
 
@@ -140,8 +141,8 @@ class Run:
 
     @property
     def tokens_per_s(self) -> float:
-        """Output tokens per second of all jobs together."""
-        return sum(job.result.usage.completion_tokens for job in self.jobs) / self.makespan_s
+        """Output tokens per second of all jobs together; tokens of the prompts where there is no output."""
+        return sum(job.result.usage.counted_tokens for job in self.jobs) / self.makespan_s
 
     @property
     def ttft_s(self) -> float:
@@ -326,6 +327,8 @@ class _TrialRuns:
                 model=self.spec.model,
                 prompt_tokens=prompt,
                 max_tokens=workload.max_tokens,
+                prompt_logprobs=workload.task_kind is TaskKind.SCORE,
+                pooling=Pooling.MEAN if workload.task_kind is TaskKind.EMBED else None,
                 ignore_eos=True,
                 quality=self.spec.quality,
                 method=method.name,
@@ -367,7 +370,7 @@ def _methods_of(spec: TrialSpec, manifest: Manifest) -> dict[str, Method]:
         methods = [parse_method(name, manifest.format) for name in spec.methods]
     except MethodError as error:
         raise JobError(JobErrorCode.INVALID, str(error)) from None
-    offered = methods or portfolio(manifest.format, weight_type(manifest))
+    offered = methods or portfolio(manifest.format, weight_type(manifest), spec.workload.task_kind)
     return {method.name: method for method in (offered[0].baseline, *offered)}
 
 

@@ -266,7 +266,8 @@ class SliceInput:
     `draws`: number of trailing rows after each of which a last span draws a token. `drafts`: on a last span, drafts of
     the tokens that the trailing rows but the last yield, so one fewer than `draws`; drawing ends with the first
     rejected draft. `history`: on a last span, the tokens at all positions before the first that is drawn, where draws
-    depend on them; given with the first slice that draws, and again when a session is carried on.
+    depend on them, or the prompt's tokens where these are scored; given with the first slice that draws or is scored,
+    and again when a session is carried on.
     """
 
     session: SessionId
@@ -283,7 +284,8 @@ class SliceOutput:
 
     Hidden states (rows, hidden_size) in the session's codec; on a last span the tokens drawn, i32 (draws,), or with
     drafts 1 to draws of them; where log probabilities are sampled, too, rows of f32 as in `logprobs_from_tensor`. Where
-    the prompt's embedding is wanted, it is the output of the slice that draws, f32 (1, hidden_size).
+    the prompt is scored, `Sampling.scored_rows` such rows come first. Where its embedding is wanted, it is the output
+    of the slice that draws, f32 (1, hidden_size).
     """
 
     session: SessionId

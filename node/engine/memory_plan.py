@@ -85,12 +85,10 @@ class EngineCosts:
     """What an engine holds.
 
     `weight_factor`: bytes in memory for each byte of the files. `kv_element_bytes`: of an element of keys and values.
-    `drops_outside_window`: whether a block with a sliding window keeps the keys and values of its window only.
     """
 
     weight_factor: float
     kv_element_bytes: float
-    drops_outside_window: bool = False
 
 
 GGUF_COSTS: Final = EngineCosts(weight_factor=1.0, kv_element_bytes=2.5)
@@ -124,14 +122,15 @@ class MemoryPlan:
 def memory_plan(
     model: ModelSizes, blocks: BlockRange, costs: EngineCosts, positions: int = PLANNED_POSITIONS
 ) -> MemoryPlan:
-    """Return what a span takes, with keys and values of `positions` tokens, or of the longest text if that is less."""
+    """Return what a span takes, with keys and values of `positions` tokens, or of the longest text if that is less.
+
+    Blocks with a sliding window hold those of all positions, too: rollbacks and cached prefixes may end anywhere.
+    """
     positions = -(-min(positions, model.max_positions) // PAGE_POSITIONS) * PAGE_POSITIONS
     width, hidden = _F32_BYTES, find_integer(model.config, ("hidden_size", "n_embd", "d_model")) or MAX_WIDTH
     kv_bytes = positions * hidden * _F32_BYTES
     for number in range(blocks.start, blocks.end):
-        window = sliding_window(model.config, number) if costs.drops_outside_window else None
-        kept = positions if window is None else min(positions, window + STEP_ROWS)
-        kv_bytes += int(kept * kv_elements(model.config, number) * costs.kv_element_bytes)
+        kv_bytes += int(positions * kv_elements(model.config, number) * costs.kv_element_bytes)
     inner = find_integer(model.config, ("intermediate_size", "n_inner", "ffn_dim")) or 4 * hidden
     reserve = STEP_ROWS * (4 * hidden + 2 * inner) * width
     if blocks.end == model.cuts.block_count:
@@ -191,16 +190,6 @@ def kv_elements(config: Mapping[str, Json], block: int) -> int:
     sizes = [find_integer(config, (key,)) for key in ("head_dim", "global_head_dim")]
     head_size = max((size for size in sizes if size), default=-(-hidden // heads))
     return 2 * (heads if kv_heads is None else kv_heads) * head_size
-
-
-def sliding_window(config: Mapping[str, Json], block: int) -> int | None:
-    """Return the sliding window of a block where the config says so block by block, else None for full attention."""
-    window = find_integer(config, ("sliding_window",))
-    kinds = _find(config, "layer_types")
-    if window and isinstance(kinds, list) and block < len(kinds):
-        return window if "sliding" in str(kinds[block]) else None
-    pattern = find_integer(config, ("sliding_window_pattern",))
-    return window if window and pattern and (block + 1) % pattern else None
 
 
 def mebibytes(count: int) -> str:

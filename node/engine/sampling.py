@@ -9,7 +9,8 @@ The order of operations is vLLM's:
 1. `logit_bias` is added;
 2. `repetition_penalty`: logits of tokens of prompt and text are divided by it where positive, else multiplied;
 3. `frequency_penalty` times a token's count in the text, and `presence_penalty` where it is in it, are taken off;
-4. tokens that a JSON Schema does not admit are masked, and stop tokens while the text is shorter than `min_length`;
+4. tokens that a JSON Schema does not admit are masked, stop tokens also before the JSON, in reasoning, and while the
+   text is shorter than `min_length`;
 5. temperature 0 takes the likeliest token (greedy); else logits are divided by it;
 6. `min_p` keeps the tokens at least so many times as likely as the likeliest;
 7. `top_k` keeps the likeliest k, of equal ones those with the smallest ids;
@@ -19,7 +20,7 @@ The order of operations is vLLM's:
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Final, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,10 +33,6 @@ Logits = npt.NDArray[np.float32]
 
 Scores = npt.NDArray[np.float64]
 """Logits after all that changes them; shape (vocabulary,)."""
-
-
-LEAST_LOGPROB: Final = -9999.0
-"""Of a token that is as good as impossible, as in the OpenAI API."""
 
 
 class TokenCounts:
@@ -83,6 +80,13 @@ class TokenCounts:
         """Return the tokens of the text."""
         return self._tokens[self._prompt_length :]
 
+    def following(self, position: int, rows: int) -> Sequence[int]:
+        """Return the tokens that follow rows from a position on. Raises EngineError where some are not known."""
+        found = self._tokens[position + 1 : position + 1 + rows]
+        if len(found) < rows:
+            raise EngineError(f"only {len(self._tokens)} tokens of the prompt that is scored are known")
+        return found
+
     def seen(self) -> npt.NDArray[np.int64]:
         """Return the tokens that occur, each once."""
         return np.fromiter(self._seen, np.int64, len(self._seen))
@@ -94,7 +98,7 @@ class TokenCounts:
 
 
 def history_for(sampling: Sampling | None) -> TokenCounts | None:
-    """Return an empty history where draws depend on one."""
+    """Return an empty history where one is needed."""
     return TokenCounts(sampling.prompt_length) if sampling is not None and sampling.needs_history else None
 
 
@@ -125,7 +129,7 @@ def draw(
         history.rewind(position)
     scores = _adjusted(logits, sampling, history)
     if constraint is not None and history is not None:
-        scores = _constrained(scores, sampling, *constraint.allowed(history.text()))
+        scores = _constrained(scores, sampling, history.text(), constraint)
     if position < sampling.min_length:
         scores = _without(scores, sampling.stop_tokens)
     token = _choose(scores, sampling, position)
@@ -158,29 +162,6 @@ def draw_and_verify(
     return tokens
 
 
-def logprob_rows(rows: Iterable[Logits], tokens: Sequence[int], sampling: Sampling) -> npt.NDArray[np.float32]:
-    """Return a row for each token drawn: it, its log probability, and the likeliest tokens with theirs.
-
-    Probabilities are the model's own, before anything adjusts the logits; see docs/protocol.md, Log probabilities.
-    """
-    found = np.empty((len(tokens), 2 * sampling.logprobs), np.float32)
-    for row, logits, token in zip(found, rows, tokens, strict=False):
-        scores = logits.astype(np.float64)
-        scores -= scores.max()
-        logprobs = np.clip(scores - np.log(np.exp(scores).sum()), LEAST_LOGPROB, 0.0)
-        count = sampling.logprobs - 1
-        chosen = [token, *_largest(logprobs, count)] if count else [token]
-        row[::2], row[1::2] = chosen, logprobs[chosen]
-    return found
-
-
-def _largest(values: Scores, count: int) -> npt.NDArray[np.intp]:
-    """Return the indices of the largest values, the largest first, of equal ones those with the smallest index."""
-    count = min(count, len(values))
-    candidates = np.flatnonzero(values >= np.partition(values, len(values) - count)[len(values) - count])
-    return candidates[np.argsort(-values[candidates], kind="stable")][:count]
-
-
 def uniform(seed: int, position: int) -> float:
     """Return a number from 0 up to but not including 1 that depends on seed and position alone."""
     bits = np.random.Philox(key=seed % (1 << 64), counter=position)
@@ -211,10 +192,18 @@ def _without(scores: Scores, stop_tokens: Sequence[int]) -> Scores:
     return without if np.isfinite(without.max()) else scores
 
 
-def _constrained(scores: Scores, sampling: Sampling, allowed: npt.NDArray[np.bool_], may_end: bool) -> Scores:
+def _constrained(scores: Scores, sampling: Sampling, text: Sequence[int], constraint: TextConstraint) -> Scores:
     """Return scores of the allowed tokens alone, stop tokens where the text may end. Raises BadRequest for none."""
+    begin, end, document = sampling.reasoning_begin, sampling.reasoning_end, text
+    if end is not None and (begin is None or begin in text[:1]):
+        if end not in text:
+            return _without(scores, sampling.stop_tokens)
+        document = text[text.index(end) + 1 :]
+    allowed, may_end = constraint.allowed(document)
     admitted = np.zeros(len(scores), np.bool_)  # a manifest may state another size of the vocabulary
     admitted[: len(allowed)] = allowed[: len(scores)]
+    if begin is not None and not text and begin < len(scores):
+        admitted[begin] = True
     admitted[[token for token in sampling.stop_tokens if token < len(scores)]] = may_end
     constrained = np.where(admitted, scores, -np.inf)
     if not np.isfinite(constrained.max()):

@@ -3,10 +3,11 @@
 It imports no engine, so that a worker loads only the one that it runs.
 """
 
+import enum
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -35,7 +36,8 @@ from node.engine.interface import (
 )
 from node.engine.kv_allocator import KvReservation, check_slice
 from node.engine.pooling import Pool, pool_for
-from node.engine.sampling import TokenCounts, draw_and_verify, history_for, logprob_rows
+from node.engine.sampling import TokenCounts, draw_and_verify, history_for
+from node.engine.scoring import Scored, logprob_rows, scored_pieces
 from node.util.text import one_line
 from protocol.identity import BlockRange, SessionId
 from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
@@ -69,12 +71,15 @@ class ShardSession(Generic[KvT]):
 
 @dataclass(frozen=True, slots=True)
 class SessionRows(Generic[KvT]):
-    """SessionRows of one session in a step: token ids i64 (rows,), or hidden states f32 (rows, hidden size)."""
+    """Rows of one session in a step: token ids i64 (rows,), or hidden states f32 (rows, hidden size)."""
 
     rows: Array
     kv: KvT
     position: int
     draws: int
+    following: Sequence[int] = ()
+    """The tokens of the prompt behind its first rows, where these are scored; with each so many likeliest ones:"""
+    likeliest: int = 0
 
 
 @dataclass(slots=True)
@@ -94,6 +99,19 @@ class _Batch(Generic[KvT]):
         self.faults[number] = SliceFault(
             self.slices[number].session, message, isinstance(error, BadRows), isinstance(error, BadRequest)
         )
+
+
+class _Pass(enum.Enum):
+    """What is wanted of the rows of a last span; rows of others give their states anyway."""
+
+    LOGITS = enum.auto()
+    STATES = enum.auto()
+    """Behind the final norm, for an embedding."""
+    SCORES = enum.auto()
+
+
+_Outputs = Sequence[Array | Scored]
+_Compute = Callable[[Sequence[SessionRows[KvT]]], _Outputs]
 
 
 class Shard(ABC, Generic[KvT]):
@@ -160,6 +178,22 @@ class Shard(ABC, Generic[KvT]):
         """Return whether nothing can be computed here any more."""
         return False
 
+    def _score(self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[KvT]]) -> Sequence[Scored]:
+        """Return the scores of each part's rows, and the logits that `_compute` would."""
+        scores: list[list[Array]] = [[] for _ in parts]
+        logits: list[list[Array]] = [[] for _ in parts]
+        for pieces in scored_pieces([len(part.rows) for part in parts], self.info.vocabulary_size):
+            given = [
+                replace(part, rows=part.rows[start:end], position=part.position + start, draws=end - start)
+                for number, start, end in pieces
+                for part in [parts[number]]
+            ]
+            for (number, start, end), output in zip(pieces, self._compute(variant, blocks, given), strict=True):
+                part = parts[number]
+                scores[number].append(logprob_rows(output, part.following[start:end], part.likeliest))
+                logits[number].append(output[max(0, len(part.rows) - part.draws - start) :].copy())
+        return [Scored(np.concatenate(of), np.concatenate(tail)) for of, tail in zip(scores, logits, strict=True)]
+
     def _parts(self, _variant: Variant, numbers: Sequence[int]) -> Sequence[Sequence[int]]:
         """Return which slices of a variant are computed together."""
         return [numbers]
@@ -216,8 +250,13 @@ class Shard(ABC, Generic[KvT]):
         started_s = perf_counter()
         batch: _Batch[KvT] = _Batch(slices)
         try:
-            for (variant, blocks, embeds), numbers in self._grouped(batch).items():
-                compute = partial(self._embed if embeds else self._compute, variant, blocks)
+            for (variant, blocks, pass_), numbers in self._grouped(batch).items():
+                passes: dict[_Pass, Callable[[Variant, BlockRange, Sequence[SessionRows[KvT]]], _Outputs]] = {
+                    _Pass.LOGITS: self._compute,
+                    _Pass.STATES: self._embed,
+                    _Pass.SCORES: self._score,
+                }
+                compute: _Compute[KvT] = partial(passes[pass_], variant, blocks)
                 for part in self._parts(variant, numbers):
                     self._run(batch, compute, part)
         except EngineError:
@@ -232,28 +271,26 @@ class Shard(ABC, Generic[KvT]):
         outputs = tuple(output for _, output in sorted(batch.outputs.items()))
         return StepResult(outputs=outputs, compute_s=perf_counter() - started_s, faults=faults)
 
-    def _grouped(self, batch: _Batch[KvT]) -> dict[tuple[Variant, BlockRange, bool], list[int]]:
-        """Return the valid slices, by number, grouped by variant, blocks, and whether an embedding is wanted."""
-        groups: dict[tuple[Variant, BlockRange, bool], list[int]] = {}
+    def _grouped(self, batch: _Batch[KvT]) -> dict[tuple[Variant, BlockRange, _Pass], list[int]]:
+        """Return the valid slices, by number, grouped by variant, blocks, and what is wanted of their rows."""
+        groups: dict[tuple[Variant, BlockRange, _Pass], list[int]] = {}
         counts = Counter(rows.session for rows in batch.slices)
         for number, rows in enumerate(batch.slices):
             try:
                 session = batch.sessions[number] = self._session_of(rows, alone=counts[rows.session] == 1)
                 prepared = self._input(rows.tensor, session.info)
+                following = _scored_tokens(rows, session)
             except EngineError as error:
                 batch.fail(number, error)
                 continue
-            batch.rows[number] = SessionRows(prepared, session.kv, rows.position, rows.draws)
-            group = session.options.variant, session.info.blocks, session.pool is not None
-            groups.setdefault(group, []).append(number)
+            sampling = session.options.sampling
+            likeliest = sampling.logprobs - 1 if sampling is not None and following else 0
+            batch.rows[number] = SessionRows(prepared, session.kv, rows.position, rows.draws, following, likeliest)
+            wanted = _Pass.STATES if session.pool is not None else _Pass.SCORES if following else _Pass.LOGITS
+            groups.setdefault((session.options.variant, session.info.blocks, wanted), []).append(number)
         return groups
 
-    def _run(
-        self,
-        batch: _Batch[KvT],
-        compute: Callable[[Sequence[SessionRows[KvT]]], Sequence[Array]],
-        numbers: Sequence[int],
-    ) -> None:
+    def _run(self, batch: _Batch[KvT], compute: _Compute[KvT], numbers: Sequence[int]) -> None:
         """Run slices together; where that fails, each half of them again, until those that fail are alone.
 
         The next pass overwrites the positions that a failed one wrote. Raises EngineError where the device is lost.
@@ -303,8 +340,21 @@ class Shard(ABC, Generic[KvT]):
         return tokens
 
 
-def _output(rows: SliceInput, session: ShardSession[Any], output: Array) -> Tensor:
-    """Return a slice's output: encoded hidden states, the tokens drawn from logits, or the embedding."""
+def _scored_tokens(rows: SliceInput, session: ShardSession[Any]) -> Sequence[int]:
+    """Return the tokens behind the rows of a slice that are to be scored. Raises EngineError for unknown ones."""
+    sampling, history = session.options.sampling, session.history
+    if sampling is None or history is None:
+        return ()
+    if rows.history is not None:
+        history.reset(rows.history)
+    return history.following(rows.position, sampling.scored_rows(rows.position, rows.tensor.rows))
+
+
+def _output(rows: SliceInput, session: ShardSession[Any], output: Array | Scored) -> Tensor:
+    """Return a slice's output: encoded hidden states, scores and the tokens drawn from logits, or the embedding."""
+    scores = np.empty((0, 0), np.float32)
+    if isinstance(output, Scored):
+        scores, output = output
     if not session.info.is_last:
         check_rows(output)
         return encode_rows(output, session.options.activations)
@@ -317,11 +367,10 @@ def _output(rows: SliceInput, session: ShardSession[Any], output: Array) -> Tens
     sampling = session.options.sampling
     assert sampling is not None
     first_drawn = rows.position + rows.tensor.rows - rows.draws + 1
-    history = session.history
-    if history is not None and rows.history is not None:
-        history.reset(rows.history)
+    history = session.history if sampling.draws_by_history else None
     tokens = draw_and_verify(output, sampling, first_drawn, rows.drafts, history, session.constraint)
     if sampling.logprobs:
-        drawn = logprob_rows(output, tokens, sampling)
-        return Tensor(DType.FLOAT32, drawn.shape, drawn.tobytes())
+        found = logprob_rows(output, tokens, sampling.logprobs - 1)
+        found = np.concatenate([scores, found]) if len(scores) else found
+        return Tensor(DType.FLOAT32, found.shape, found.tobytes())
     return tensor_from_tokens(tokens)

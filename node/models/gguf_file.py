@@ -229,7 +229,8 @@ def _check_magic(path: Path, beginning: bytes, size: int) -> None:
     if magic in _OLD_MAGICS:
         raise GgufError(f"{path.name} is in a format older than GGUF ({magic[::-1].decode()}): convert the model again")
     if magic != _MAGIC:
-        raise GgufError(f"{path.name} is not a GGUF file: it starts with {magic!r}")
+        reason = f"it starts with {magic!r}" if size else "it is empty"
+        raise GgufError(f"{path.name} is not a GGUF file: {reason}")
     if len(beginning) < 8:
         raise GgufError(f"{path.name} is cut short: it has only {size} bytes")
     if version in _VERSIONS:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from typing import Protocol
 
 import structlog
@@ -38,8 +39,8 @@ RETRY_S = 30.0
 ANNOUNCED_AGAIN_S = 12 * 3600.0
 """The records of the DHT live for a day at least."""
 
-ANNOUNCE_PACE_S = 1.0
-"""Between two announcements, each of which asks many peers; servers of a model are found faster."""
+ANNOUNCE_PACE_S = 2.0
+"""Between two announcements, each of which asks many peers; who finds a model's manifest asks its holder for files."""
 
 ANNOUNCE_ROUND_S = 10.0
 """How often new files are looked for."""
@@ -312,16 +313,16 @@ async def provide_loop(network: Network, store: ModelStore) -> None:
                 present = await trio.to_thread.run_sync(store.file_hashes)
             except ModelError as error:
                 _logger.warning("files not announced", reason=str(error))
-        kept = frozenset(present)
+        kept, now_s = frozenset(present), trio.current_time()
         announced_s = {sha256: when_s for sha256, when_s in announced_s.items() if sha256 in kept}
-        for sha256 in present[:MAX_ANNOUNCED]:
-            if announced_s.get(sha256, float("-inf")) + ANNOUNCED_AGAIN_S > trio.current_time():
-                continue
+        due = (each for each in present[:MAX_ANNOUNCED] if announced_s.get(each, -inf) + ANNOUNCED_AGAIN_S <= now_s)
+        if (sha256 := next(due, None)) is not None:
             try:
                 await network.provide(blob_provider_key(sha256))
             except NetworkError as error:
                 _logger.debug("file not announced", sha256=sha256, reason=str(error))
-                break
-            announced_s[sha256] = trio.current_time()
-            await trio.sleep(ANNOUNCE_PACE_S)
+            else:
+                announced_s[sha256] = now_s
+                await trio.sleep(ANNOUNCE_PACE_S)
+                continue
         await trio.sleep(ANNOUNCE_ROUND_S)

@@ -147,6 +147,7 @@ class TokenizerService:
             facts["has_chat_template"],
             facts["tool_format"],
             facts["reasons"],
+            facts["reasoning_tokens"] and tuple(facts["reasoning_tokens"]),
             dict(facts["marks"]),
         )
 
@@ -207,6 +208,8 @@ class ModelTokenizer:
     """How the model writes tool calls, by its chat template: `hermes`, `llama3` or `mistral`; None if it cannot."""
     reasons: bool = False
     """Whether the model writes reasoning in `<think>`."""
+    reasoning_tokens: tuple[int, int] | None = None
+    """The tokens that begin and end it, if `<think>` and `</think>` are one token each."""
     marks: Mapping[int, str] = field(default_factory=dict)
     """Special tokens that mark reasoning and tool calls, which `decode` leaves out."""
 
@@ -237,10 +240,13 @@ class ModelTokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
         options: Mapping[str, Any] | None = None,
+        *,
+        continue_final_message: bool = False,
     ) -> str:
         """Return the prompt of a conversation as text, special tokens included.
 
         `tools`: descriptions as in the OpenAI API. `options`: further variables of the template.
+        `continue_final_message`: the prompt ends where the last message does, which the model continues.
         Raises ChatTemplateError and ModelError.
         """
         if self.is_absent:
@@ -252,6 +258,7 @@ class ModelTokenizer:
             "messages": [dict(message) for message in messages],
             "tools": [dict(tool) for tool in tools],
             "options": dict(options or {}),
+            "continue_final_message": continue_final_message,
         }
         text: str = (await self._ask("the model's chat template", request, self._limits.render_s))["text"]
         return text

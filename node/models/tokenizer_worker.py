@@ -16,20 +16,15 @@ import resource
 import signal
 import sys
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-import jinja2
 import msgpack
 import tokenizers
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from node.models.chat_template import ChatTemplate
 from node.models.errors import ChatTemplateError, ModelError
 from node.models.manifest import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Json
 from node.models.vocabulary import TokenKind, Vocabulary
@@ -37,7 +32,6 @@ from node.util.heap import trim_heap
 from node.util.text import one_line
 from protocol.limits import MAX_STOP_TOKENS, MAX_VOCABULARY
 
-MAX_PROMPT_CHARACTERS: Final = 8 << 20
 MAX_DECODED_CHARACTERS: Final = 1 << 20
 """Of one answer to `decode`: a decoder may make long texts of short tokens."""
 
@@ -87,6 +81,8 @@ class Tokenizer:
         """How the model writes tool calls: `hermes`, `llama3`, `mistral`, or None."""
         self.reasons = "<think>" in (chat_template or "")
         """Whether the model writes reasoning."""
+        self.reasoning_tokens = self._find_reasoning_tokens() if self.reasons else None
+        """The tokens that begin and end reasoning, if each mark is one token."""
         self.marks = {
             token: description.content
             for token, description in added.items()
@@ -132,6 +128,8 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
         options: Mapping[str, Any] | None = None,
+        *,
+        continue_final_message: bool = False,
     ) -> str:
         """Return the prompt of a conversation, mappings with `role` and `content`, with special tokens as text.
 
@@ -142,7 +140,9 @@ class Tokenizer:
         if self._chat_template is None:
             # Compiled on demand, as compiling may take for ever: plain prompts do not need it.
             self._chat_template = ChatTemplate(self._template_source)
-        return self._chat_template.render(messages, self.special_tokens, tools, options)
+        return self._chat_template.render(
+            messages, self.special_tokens, tools, options, continue_final_message=continue_final_message
+        )
 
     def vocabulary(self) -> Vocabulary:
         """Return the bytes or kinds of all tokens. Raises ModelError for tokens too large for the daemon."""
@@ -164,6 +164,10 @@ class Tokenizer:
             texts.append(self.special_tokens["eos_token"])
         found = (self._tokenizer.token_to_id(text) for text in texts)
         return tuple(sorted({*eos_token_ids, *(token for token in found if token is not None)})[:MAX_STOP_TOKENS])
+
+    def _find_reasoning_tokens(self) -> tuple[int, int] | None:
+        begin, end = (self._tokenizer.token_to_id(text) for text in ("<think>", "</think>"))
+        return None if begin is None or end is None else (begin, end)
 
 
 def read_tokenizer(folder: Path, names: Sequence[str], eos_token_ids: Sequence[int]) -> Tokenizer:
@@ -250,90 +254,6 @@ def _library_errors(failure: str) -> Iterator[None]:
         raise TokenizerPanic(f"{failure}: {one_line(error)}") from error
 
 
-class ChatTemplate:
-    """A compiled chat template, rendered as transformers does."""
-
-    def __init__(self, source: str) -> None:
-        """Compile a template; raise ChatTemplateError when it is not valid."""
-        with _contained("is broken"):  # compiling folds constants, and so may take as long as rendering
-            environment = ImmutableSandboxedEnvironment(
-                trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-            )
-            environment.filters["tojson"] = _tojson
-            environment.globals["raise_exception"] = _raise_exception
-            environment.globals["strftime_now"] = lambda layout: datetime.now().astimezone().strftime(layout)
-            self._template = environment.from_string(source)
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        special_tokens: Mapping[str, str],
-        tools: Sequence[Mapping[str, Any]] = (),
-        options: Mapping[str, Any] | None = None,
-    ) -> str:
-        """Return the prompt of a conversation, ending where the assistant's answer begins.
-
-        `special_tokens` maps names such as `bos_token` to their text. `options`: further variables. Raises
-        ChatTemplateError.
-        """
-        values = {
-            **(options or {}),
-            "tools": [dict(tool) for tool in tools] or None,
-            "documents": None,
-            **special_tokens,
-            "messages": [dict(message) for message in messages],
-            "add_generation_prompt": True,
-        }
-        with _contained("fails on these messages"):
-            text = "".join(_limited(self._template.generate(values)))
-            text.encode()  # a template can spell half a surrogate pair, which no tokenizer takes
-            return text
-
-
-@contextmanager
-def _contained(failure: str) -> Iterator[None]:
-    try:
-        yield
-    except (ChatTemplateError, MemoryError):
-        raise
-    except Exception as error:  # a template can make Python raise anything that code without I/O can
-        raise ChatTemplateError(f"the model's chat template {failure}: {one_line(error)}") from error
-
-
-def _limited(pieces: Iterable[str]) -> Iterator[str]:
-    length = 0
-    for piece in pieces:
-        length += len(piece)
-        if length > MAX_PROMPT_CHARACTERS:
-            raise ChatTemplateError("the model's chat template makes too long a prompt")
-        yield piece
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for training. For a prompt it is just its content."""
-
-    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _tojson(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Unlike jinja2's own, transformers' filter escapes nothing for HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
 def main() -> None:
     """Answer requests until the daemon closes its end."""
     requests, answers = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb")
@@ -382,6 +302,7 @@ def _facts(tokenizer: Tokenizer) -> dict[str, Any]:
         "stop_tokens": tokenizer.stop_tokens,
         "tool_format": tokenizer.tool_format,
         "reasons": tokenizer.reasons,
+        "reasoning_tokens": tokenizer.reasoning_tokens,
         "marks": sorted(tokenizer.marks.items()),
     }
 
@@ -389,7 +310,8 @@ def _facts(tokenizer: Tokenizer) -> dict[str, Any]:
 def _answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
     match request["do"]:
         case "render":
-            return {"text": tokenizer.render_chat_text(request["messages"], request["tools"], request["options"])}
+            names = ("messages", "tools", "options", "continue_final_message")
+            return {"text": tokenizer.render_chat_text(**{name: request[name] for name in names})}
         case "encode":
             tokens = tokenizer.encode(request["text"], add_special_tokens=request["add_special_tokens"])
             if len(tokens) > request["max_tokens"]:

@@ -5,10 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from typing import Final
 
 from node.network.addresses import address_range, origin
 from node.network.relay_messages import Status
+from node.util.token_bucket import Allowance
 from protocol.identity import PeerId
+
+_REQUESTS: Final = Allowance(per_s=1.0, burst=32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +33,8 @@ class RelayLimits:
     """From or to one IPv4 address or IPv6 /64: identities cost nothing."""
     circuits_per_range: int = 32
     """From or to one public /24 or /56."""
+    requests: Allowance = _REQUESTS
+    """Circuits that one address may ask for: each costs the peer behind us a handshake."""
     idle_s: float = 60.0
     """A circuit that carries nothing for so long is reset: multiplexers ping every 10 s, others' every 30 s."""
     reservation_s: int = 3600

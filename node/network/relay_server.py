@@ -36,21 +36,18 @@ from node.network.relay_messages import (
 )
 from node.network.transport import reason
 from node.network.yamux_stream import YamuxStream
-from node.util.token_bucket import Allowance, TokenBucket
+from node.util.token_bucket import TokenBucket
 from protocol.identity import PeerId, parse_peer_id
 
 logger = logging.getLogger(__name__)
 
 REQUEST_TIMEOUT_S: Final = 10.0
-CHUNK_BYTES: Final = 64 << 10
+CHUNK_BYTES: Final = 128 << 10
 WINDOW_BYTES: Final = 1 << 20
 """Largest window of one direction of a circuit: what the peers of 64 circuits can make a relay hold is bounded."""
 
 IDENTIFY_WAIT_S: Final = 2.0
 """How long a request waits until its peer is identified: one that asks at once is of this swarm as well."""
-
-CONNECTS: Final = Allowance(per_s=1.0, burst=32)
-"""Circuits that one address may ask for: each costs the peer behind us a handshake."""
 
 MAX_ADDRESSES: Final = 8
 MEMBER_PREFIX: Final = "/metaswarm/"
@@ -96,7 +93,9 @@ class RelayServer:
             await _answer(messages, Status.PERMISSION_DENIED)
         elif message.type is HopType.CONNECT:
             now_s = trio.current_time()
-            asked = self._connects.setdefault(origin(messages.connection.host or ""), CONNECTS.bucket(now_s))
+            asked = self._connects.setdefault(
+                origin(messages.connection.host or ""), self._limits.requests.bucket(now_s)
+            )
             if asked.take(1, now_s):
                 await self._connect(messages, message)
             else:
@@ -194,7 +193,7 @@ class RelayServer:
         passed_bytes = 0
         try:
             while True:
-                data = await source.read(CHUNK_BYTES)
+                data = await source.read_available(CHUNK_BYTES)
                 passed_bytes += len(data)
                 if most_bytes is not None and passed_bytes > most_bytes:
                     both.cancel()

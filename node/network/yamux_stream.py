@@ -110,6 +110,16 @@ class YamuxStream(IMuxedStream):
             if self.broken or self.discarding:
                 raise MuxedStreamReset("stream was reset")
             await self.readable.park()
+        return self._take(n)
+
+    async def read_available(self, n: int) -> bytes:
+        """Return what `read` would, and what has arrived behind it: whoever passes it on needs fewer frames."""
+        data = await self.read(n)
+        while len(data) < n and self.chunks:
+            data += self._take(n - len(data))
+        return data
+
+    def _take(self, n: int | None) -> bytes:
         chunk = self.chunks[0]
         if n is None or n < 0 or len(chunk) <= n:
             self.chunks.popleft()

@@ -126,6 +126,10 @@ class GossipTopic(Generic[R]):
         self._queue += [(now_s, envelope) for envelope in envelopes]
         self._queued.set()
 
+    async def publish_batch(self, envelopes: Sequence[bytes]) -> None:
+        """Gossip records at once, in a batch of their own: ours do not share its fate where it is refused."""
+        await self._send(take_batch(deque(envelopes)))
+
     async def run(self, receive: Callable[[Sequence[R]], Awaitable[None]]) -> None:
         """Publish what is queued, and pass the records of others to `receive`, until cancelled."""
         async with trio.open_nursery() as nursery:
@@ -136,12 +140,15 @@ class GossipTopic(Generic[R]):
         while True:
             await self._queued.wait()
             while batch := self._next_batch():
-                try:
-                    await self._network.publish(self._topic, batch)
-                except NetworkError as error:
-                    _logger.debug("batch not gossiped", topic=self._topic, reason=str(error))
+                await self._send(batch)
                 if self._pacer is not None:
                     await trio.sleep(self._pacer.pause_s())
+
+    async def _send(self, batch: bytes) -> None:
+        try:
+            await self._network.publish(self._topic, batch)
+        except NetworkError as error:
+            _logger.debug("batch not gossiped", topic=self._topic, reason=str(error))
 
     def _next_batch(self) -> bytes | None:
         now_s = trio.current_time()

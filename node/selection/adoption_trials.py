@@ -6,7 +6,7 @@ from typing import Final
 
 from node.coordinator.trial_runner import BenchmarkRunner, Run, Spending, TrialSpec
 from node.selection.trial_scheduler import TrialRequest
-from protocol.measurements import MIN_TOTAL_S, Objective, ObservationKind, QualityBound
+from protocol.measurements import MIN_TOTAL_S, Objective, ObservationKind, QualityBound, TaskKind
 from selector.adoption import ROUNDS_WITH_LOOKS, is_decided
 from selector.task import baseline_of
 from selector.workloads import TrialWorkload
@@ -55,6 +55,7 @@ class AdoptionTrials:
                     max_tokens=min(TOKENS, context.max_tokens),
                     shared_prefix_share=context.shared_prefix_share,
                     repetitiveness=min(context.repetitiveness, 1 - context.shared_prefix_share),
+                    task_kind=TaskKind(context.task_kind),
                 ),
                 rounds=MIN_ROUNDS,
                 is_decided=enough,

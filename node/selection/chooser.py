@@ -22,7 +22,7 @@ from node.selection.trial_scheduler import TrialRequest, TrialScheduler, switche
 from node.stages.voter import StageVote, TableVersion
 from node.storage.adoption_store import AdoptionStore
 from protocol.identity import ModelId
-from protocol.measurements import Objective
+from protocol.measurements import Objective, TaskKind
 from selector.adoption import MAX_LOSS, Adoption, Candidates, ExplorationAllowance
 from selector.heuristic import CostEstimate, predicted_cost, preference
 from selector.task import Method, TaskContext, portfolio
@@ -126,7 +126,8 @@ class LearnedChooser:
         prediction = await self.predictions.predict(context, admitted, request.model)
         bucket, usual = task_bucket(context), _default(context, admitted)
         tried = self.adoption.trials(bucket)
-        better = {} if tried else _agreed_better(prediction, usual, admitted, context.hardware)
+        is_agreed_on = not tried and context.task_kind == TaskKind.GENERATE  # cells are of no other kind
+        better = {} if not is_agreed_on else _agreed_better(prediction, usual, admitted, context.hardware)
         default = min(better, key=better.__getitem__, default=usual)
         choice = LearnedChoice(
             request=request,
@@ -148,7 +149,7 @@ class LearnedChooser:
         """Return the method in use for tasks like this one where the user leaves it open."""
         methods, context = request.admitted, request.context
         if not request.is_free:
-            offered = portfolio(methods[0].package_format, context.weight_type)
+            offered = portfolio(methods[0].package_format, context.weight_type, TaskKind(context.task_kind))
             methods = [method for method in offered if method.exact]
         names = {method.name: method for method in methods}
         return names[self.adoption.in_use(task_bucket(context), list(names), _default(context, methods))]

@@ -19,7 +19,7 @@ CALIBRATION_RATE: Final = 0.2
 
 
 class Calibration:
-    """Moving average of the log ratio of measured to predicted cost, by model, hardware and number of stages.
+    """Moving average of the log ratio of measured to predicted cost, by model, kind of task, hardware and stages.
 
     Predictions are in the seconds of the heuristic's reference machine. Time and computing are apart.
     """
@@ -40,7 +40,8 @@ class Calibration:
     @staticmethod
     def _key(context: TaskContext) -> tuple[object, ...]:
         model = (context.architecture, context.hidden_size, context.block_count, context.weight_bytes)
-        return *model, context.hardware, context.stage_count, context.objective == Objective.LATENCY
+        where = (context.hardware, context.stage_count, context.objective == Objective.LATENCY)
+        return *model, context.task_kind, *where
 
 
 @dataclass(frozen=True, slots=True)

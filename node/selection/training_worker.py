@@ -22,10 +22,11 @@ from typing import IO, TYPE_CHECKING, Any, Final
 from node.selection.agreed_tables import load_table
 from node.selection.samples import read_samples
 from node.util.priority import LOWEST, set_session_nice
+from protocol.measurements import TaskKind
 from protocol.schema import from_map
 from protocol.stage_facts import StageFacts
 from selector.evidence import AgreedTable
-from selector.task import PORTFOLIO, TaskContext
+from selector.task import PackageFormat, TaskContext, portfolio
 from selector.task_buckets import Viewpoint
 
 if TYPE_CHECKING:
@@ -103,7 +104,9 @@ def _answer(predictor: "Predictor", values: dict[str, Any]) -> dict[str, tuple[f
 
 def _predict(predictor: "Predictor", values: dict[str, Any]) -> dict[str, tuple[float, float]]:
     facts = [from_map(StageFacts, each, "stage facts") for each in values.pop("stage_facts")]
-    table = predictor.table(TaskContext.of(values, facts), tuple(PORTFOLIO.values()))
+    context = TaskContext.of(values, facts)
+    methods = [each for known in PackageFormat for each in portfolio(known, kind=TaskKind(context.task_kind))]
+    table = predictor.table(context, methods)
     return {name: (each.log_cost, each.deviation) for name, each in table.items()}
 
 

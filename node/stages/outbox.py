@@ -187,7 +187,7 @@ def _cut(output: Output) -> Iterator[Output]:
     part, most = output.part, max_rows(output.tensor.row_bytes)
     last = (part.rows - max(1, part.draws)) // most * most
     for start in range(0, last, most):
-        before = replace(part, position=part.position + start, rows=most, draws=0, drafts=())
+        before = replace(part, position=part.position + start, rows=most, draws=0, drafts=(), finish_reason=None)
         yield replace(output, part=before, tensor=output.tensor.cut(start, start + most))
     behind = replace(part, position=part.position + last, rows=part.rows - last)
     yield replace(output, part=behind, tensor=output.tensor.cut(last, part.rows))

@@ -333,7 +333,7 @@ class StageSession:
         """Return rows for the engine, with the history that it has not got yet, and count how long they waited."""
         self.state.counters.queue_s += now_s - work.arrived_s
         history: Sequence[int] | None = None
-        if work.part.draws:
+        if work.part.draws or self._scored_rows(work.part):
             history, self._history = self._history, None
         return SliceInput(
             session=self.id,
@@ -377,19 +377,28 @@ class StageSession:
                 return []
             forward = replace(part, session=following, position=part.position + known, rows=part.rows - known)
             return self._outputs((forward, output.cut(known, part.rows)))
-        if not part.draws:
-            return []
+        sampling, scored = self.request.sampling, self._scored_rows(part)
         position = part.position + part.rows - part.draws + 1
-        if self.request.sampling.pooling is not None:
+        if sampling.pooling is not None and part.draws:
             return self._outputs((Slice(session=following, position=position, rows=1, draws=0), output))
-        tokens, finish = self.accept_tokens(drawn_tokens(output))
-        self.known_tokens = position + len(tokens)
-        drawn = Slice(session=following, position=position, rows=len(tokens), draws=0, finish_reason=finish)
-        reported = output.cut(0, len(tokens))  # with log probabilities, where the coordinator wants them
-        if finish is not None:
-            return self._outputs((drawn, reported))
-        fed_back = replace(drawn, session=SessionId(job, 0), draws=1)
-        return self._outputs((drawn, reported), (fed_back, tensor_from_tokens(tokens)))
+        tokens, finish = self.accept_tokens(drawn_tokens(output.cut(scored, output.rows))) if part.draws else ([], None)
+        if tokens:
+            self.known_tokens = position + len(tokens)
+        count = scored + len(tokens)
+        if not count:
+            return []
+        first = part.position + 1 if scored else position  # nothing is between what is scored and what is drawn
+        sent = Slice(session=following, position=first, rows=count, draws=0, finish_reason=finish)
+        reported = output.cut(0, count)  # with log probabilities, where the coordinator wants them
+        if finish is not None or not tokens:
+            return self._outputs((sent, reported))
+        fed_back = replace(sent, session=SessionId(job, 0), position=position, rows=len(tokens), draws=1)
+        return self._outputs((sent, reported), (fed_back, tensor_from_tokens(tokens)))
+
+    def _scored_rows(self, part: Slice) -> int:
+        """Return behind how many of a slice's rows the engine scores a token of the prompt."""
+        sampling = self.request.sampling
+        return 0 if sampling is None else sampling.scored_rows(part.position, part.rows)
 
     def _outputs(self, *rows: tuple[Slice, Tensor]) -> list[Output]:
         if self.outbox.is_closed:

@@ -150,7 +150,8 @@ class SessionAdmission:
             # A session that continues one that has not begun has no more time than that one had.
             is_unbegun = former is not None and former.method is None
             opened_s = former.opened_s if former and is_unbegun else trio.current_time()
-            session.on_opened(dict(vote.scores), self._agreed(message.model), opened_s)
+            agreed = self._agreed(message.model)
+            session.on_opened(dict(vote.scores), agreed and agreed.for_task(context.task_kind), opened_s)
             return Opened(
                 session=session.id,
                 load=span.load(),

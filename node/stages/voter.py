@@ -10,12 +10,13 @@
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
 from protocol.consensus_values import Cell
 from protocol.forms import Digest
 from protocol.identity import ModelId, PeerId
+from protocol.measurements import TaskKind
 from protocol.messages import Begin
 from selector.consensus.table import AgreedCell
 from selector.task import Method, TaskContext
@@ -40,6 +41,10 @@ class Agreement:
     table: dict[Cell, AgreedCell]
     hardware: Mapping[str, str] = field(default_factory=dict)
     readings: Mapping[str, Mapping[Cell, int]] = field(default_factory=dict)
+
+    def for_task(self, task_kind: str) -> "Agreement":
+        """Return what binds votes on tasks of a kind: cells are measured by tasks that generate."""
+        return self if task_kind == TaskKind.GENERATE else replace(self, table={}, readings={})
 
     def weigh(self, methods: Sequence[str], votes: Iterable[tuple[str, Vote]]) -> tuple[int, ...]:
         """Return the weight of each peer's vote on these methods."""

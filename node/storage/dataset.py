@@ -33,7 +33,7 @@ def to_row(signed: SignedObservation) -> dict[str, Any]:
         "issued_at_s": observation.issued_at_s,
         "countersigned": observation.is_countersigned,
         "model": {**wire["model"], "id": observation.model.model},
-        "workload": wire["workload"],
+        "workload": {**wire["workload"], "task_kind": observation.workload.task_kind.value},
         "method": {"name": observation.method.name, **wire["method"]},
         "measurements": wire["measurements"],
         "route": [

@@ -16,6 +16,7 @@ def log_job(report: JobReport) -> None:
         "request_id": report.request.origin.request_id or report.job_id or "-",
         "endpoint": report.request.origin.endpoint or "-",
         "model": report.model or "-",
+        "task": report.request.task_kind.value,
         "outcome": report.outcome,
         "route": ",".join(f"{stage.peer}:{stage.blocks}" for stage in report.stages) or "-",
         "method": report.method or "-",

@@ -187,13 +187,14 @@ class FakeEngine(Engine):
             return Tensor(DType.FLOAT32, pooled.shape, pooled.tobytes())
         if session.history is not None and rows.history is not None:
             session.history.reset(rows.history)
+        scores = session.score(rows.position, hidden)
         first_drawn = len(hidden) - rows.draws
         drawn: list[int] = []
         for number, row in enumerate(hidden[first_drawn:]):
             drawn.append(session.draw(rows.position + first_drawn + number + 1, row))
             if number < len(rows.drafts) and rows.drafts[number] != drawn[-1]:
                 break
-        return session.reported(drawn)
+        return session.reported(drawn, scores)
 
 
 _Memory = dict[tuple[int, int], bytes]
@@ -239,7 +240,8 @@ class _Session:
 
     def draw(self, position: int, row: bytes) -> int:
         """Return the token at `position`, from the row before it and the sampling options."""
-        sampling, history = self._sampling, self.history
+        sampling = self._sampling
+        history = self.history if sampling is not None and sampling.draws_by_history else None
         if sampling is None:
             return int.from_bytes(_digest("head", row, ())[:8], "big") % self.info.vocabulary_size
         if sampling.json_schema == UNSATISFIABLE and position >= sampling.prompt_length + 4:
@@ -263,13 +265,28 @@ class _Session:
             history.append(token)
         return token
 
-    def reported(self, tokens: Sequence[int]) -> Tensor:
-        """Return tokens that were drawn, with what the options want beside them."""
+    def score(self, position: int, rows: Sequence[bytes]) -> list[list[float]]:
+        """Return the scores of the prompt's tokens that follow rows from a position on, where they are wanted."""
+        sampling, history = self._sampling, self.history
+        if sampling is None or history is None:
+            return []
+        following = history.following(position, sampling.scored_rows(position, len(rows)))
+        return [fake_score(row, token, sampling.logprobs) for row, token in zip(rows, following, strict=False)]
+
+    def reported(self, tokens: Sequence[int], scores: Sequence[list[float]] = ()) -> Tensor:
+        """Return scores and tokens that were drawn, with what the options want beside them."""
         count = 0 if self._sampling is None else self._sampling.logprobs
         if not count:
             return tensor_from_tokens(tokens)
-        rows = np.array([fake_logprobs(token, count) for token in tokens], np.float32)
+        found = [*scores, *(fake_logprobs(token, count) for token in tokens)]
+        rows = np.array(found, np.float32).reshape(-1, 2 * count)
         return Tensor(DType.FLOAT32, rows.shape, rows.tobytes())
+
+
+def fake_score(row: bytes, token: int, count: int) -> list[float]:
+    """Return a token's score, which depends on all rows before it, and those of the tokens that follow it in number."""
+    scores = [-_digest("score", row, token + number)[0] / 16 for number in range(count)]
+    return [value for number, score in enumerate(scores) for value in (token + number, score)]
 
 
 def fake_logprobs(token: int, count: int) -> list[float]:
@@ -299,6 +316,15 @@ def expected_tokens(
         tokens.append(session.draw(position, rows[-1]))
         rows = session.run(position, [_embed(info, tokens[-1])])
     return tuple(tokens)
+
+
+def expected_scores(info: SpanInfo, prompt: Sequence[int]) -> list[float]:
+    """Return the log probability of each token of a prompt but the first; `info` describes any of its spans."""
+    pages = tuple(range(-(-len(prompt) // PAGE_POSITIONS)))
+    whole = replace(info, blocks=BlockRange(0, info.block_count))
+    session = _Session(whole, SessionOptions(variant=REFERENCE), {}, KvReservation(positions=len(prompt), pages=pages))
+    rows = session.run(0, [_embed(info, token) for token in prompt])
+    return [fake_score(row, token, 1)[1] for row, token in zip(rows, prompt[1:], strict=False)]
 
 
 def expected_embedding(info: SpanInfo, prompt: Sequence[int], pooling: Pooling) -> list[float]:

@@ -1,7 +1,8 @@
-"""Pages of files that this process has mapped."""
+"""Pages of memory that this process has mapped."""
 
 import ctypes
 import mmap
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,12 +12,22 @@ def drop_mapped_pages(path: Path) -> None:
 
     For mappings of libraries, where only Linux tells where they are.
     """
-    if not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    with suppress(OSError, AttributeError, ValueError):
-        advise = ctypes.CDLL(None).madvise
+    with suppress(OSError, ValueError):
         for line in Path("/proc/self/maps").read_text().splitlines():
             addresses, *_, name = line.split(maxsplit=5)
             if name == str(path):
                 start, end = (int(each, 16) for each in addresses.split("-"))
-                advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+                drop_pages(start, end - start)
+
+
+def drop_pages(start: int, size_bytes: int) -> None:
+    """Give the memory of whole pages in a range of addresses back; what no file holds reads as zeros then.
+
+    Only Linux does so at once and for certain.
+    """
+    if sys.platform != "linux":
+        return
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (start + size_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)

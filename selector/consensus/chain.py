@@ -4,11 +4,12 @@ The chain holds a growing set of statements and signatures, and its head is a fu
 hold the same set have the same head, in whatever order they received it.
 """
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from protocol.consensus_values import Signature, Statement
+from protocol.consensus_values import MAX_JOINED, Signature, Statement
 from protocol.forms import Digest
 from protocol.identity import PeerId
 from selector.consensus.sortition import beacon_of, select_committee
@@ -47,6 +48,15 @@ def is_stalled(member_count: int, gap: int) -> bool:
     """Return whether a statement `gap` epochs after its parent restarts the chain, with only its own members."""
     limit = STALL_EPOCHS if member_count >= FAULT_TOLERANT else SMALL_STALL_EPOCHS
     return not member_count or gap > limit
+
+
+def restart_size(member_count: int, gap: int) -> int:
+    """Return how many former members at least restart a stalled chain: half of them at first, fewer as time goes on.
+
+    Otherwise a single one could, while the others are cut off for a while.
+    """
+    limit = STALL_EPOCHS if member_count >= FAULT_TOLERANT else SMALL_STALL_EPOCHS
+    return min(MAX_JOINED, max(1, math.ceil(member_count * limit / (2 * gap))))
 
 
 def is_abandoned(member_count: int, gap: int) -> bool:
@@ -167,10 +177,11 @@ class Chain:
         if len(path) > 2 * RETAINED_ENTRIES:
             self._prune_to(path[RETAINED_ENTRIES])
 
-    def _rank(self, fork: ChainEntry, child: ChainEntry) -> tuple[bool, int, int, Digest]:
-        """Return the rank of a branch in the fork choice: checkpoint, then the number of signatures, then the digest.
+    def _rank(self, fork: ChainEntry, child: ChainEntry) -> tuple[bool, int, int, int, Digest]:
+        """Return the rank of a branch in the fork choice: checkpoint, then signers, then signatures, then the digest.
 
-        Signatures of the members at the fork come first, so that newcomers of one branch cannot outvote them.
+        Those of the members at the fork come first, so that newcomers of one branch cannot outvote them. Signers come
+        before signatures, so that a few members who restart the chain in secret cannot sign more often than the others.
         """
         signed: set[tuple[int, PeerId]] = set()
         pinned = False
@@ -181,8 +192,8 @@ class Chain:
             signed.update((each.epoch, peer) for peer in each.signers)
             waiting += [later for later in each.children if later.has_quorum]
         members = set(fork.members)
-        established = sum(peer in members for _, peer in signed) if members else 0
-        return pinned, established, len(signed), child.id
+        established = [peer for _, peer in signed if peer in members]
+        return pinned, len({*established}), len(established), len(signed), child.id
 
     def _prune_to(self, root: ChainEntry) -> None:
         """Make a later entry the root; drop everything that does not descend from it."""
@@ -222,6 +233,17 @@ class Chain:
         raise InvalidStatement("there are too many statements beside the canonical branch")
 
 
+def restart_refused(members: Collection[PeerId], present: Collection[PeerId], gap: int) -> str | None:
+    """Return why these peers cannot restart the chain of some members that stalled, None where they can."""
+    if is_abandoned(len(members), gap):
+        return None
+    if not {*present} <= {*members}:
+        return "strangers restart the chain"
+    if len(present) < restart_size(len(members), gap):
+        return "too few of its members restart the chain"
+    return None
+
+
 def members_after(members: Sequence[PeerId], epoch: int, statement: Statement) -> tuple[tuple[PeerId, ...], bool]:
     """Return the members after a statement, and whether it restarts the chain.
 
@@ -234,8 +256,8 @@ def members_after(members: Sequence[PeerId], epoch: int, statement: Statement) -
     joined, gone = {*statement.joined}, {*statement.left, *statement.expelled}
     if joined & before or not {*statement.left} <= before or joined & gone:
         raise InvalidStatement("its list of members does not follow from the one before")
-    if restart and not joined <= {*members} and not is_abandoned(len(members), statement.epoch - epoch):
-        raise InvalidStatement("strangers restart the chain")
+    if restart and members and (reason := restart_refused(members, joined, statement.epoch - epoch)):
+        raise InvalidStatement(reason)
     if not (following := (before | joined) - gone):
         raise InvalidStatement("it leaves no members")
     return tuple(sorted(following)), restart

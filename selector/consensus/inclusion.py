@@ -27,6 +27,12 @@ def count(lists: Iterable[bytes], expected: Sequence[PeerId]) -> tuple[Counter[P
     return named, len(valid)
 
 
+def listed(lists: Iterable[bytes], expected: Sequence[PeerId], committee_size: int) -> set[PeerId]:
+    """Return the peers that more than a third of the committee list."""
+    named, _ = count(lists, expected)
+    return {peer for peer, times in named.items() if is_listed(times, committee_size)}
+
+
 def is_listed(times: int, committee_size: int) -> bool:
     """Return whether so many lists are more than a third of the committee: at least one of them is honest."""
     return 3 * times > committee_size

@@ -22,6 +22,9 @@ MAX_ABSENCES: Final = 3
 AUDITED: Final = COUNT_SCALE
 """Agreement after which a candidate may join: one cell that was hard to guess, or four that were not."""
 
+MEMBERS_PER_JOINED: Final = 8
+"""Of so many members one audited candidate joins per epoch: who has many identities needs time to become a third."""
+
 WAITING_EPOCHS: Final = 6
 """Epochs after which a candidate may join whose readings could not be compared; one of them in an epoch."""
 
@@ -37,21 +40,28 @@ class Presence(NamedTuple):
     compared: frozenset[str] = frozenset()
 
 
-def found(former: Sequence[Member], presence: Presence, beacon: Digest, epoch: int) -> tuple[Member, ...]:
+def found(
+    former: Sequence[Member], presence: Presence, drawn: Digest, beacon: Digest, epoch: int
+) -> tuple[Member, ...]:
     """Return the members of a chain that starts, or restarts after a stall.
 
     Newcomers found a chain only where no former member is present: otherwise who stops a chain could take it over with
     as many identities as it likes.
     """
     known = {member.peer: member._replace(absences=0) for member in former}
-    founding = founders(known, presence.hardware, beacon)
+    founding = founders(known, presence.hardware, drawn, beacon)
     return tuple(sorted(known.get(peer) or Member(peer, presence.hardware[peer], since=epoch) for peer in founding))
 
 
-def founders(former: Iterable[PeerId], present: Iterable[PeerId], beacon: Digest) -> list[PeerId]:
-    """Return the peers that a chain starts or restarts with."""
+def founders(former: Iterable[PeerId], present: Iterable[PeerId], drawn: Digest, beacon: Digest) -> list[PeerId]:
+    """Return the peers that a chain starts or restarts with.
+
+    `drawn`: what the last beacon draws for the epoch, which decides among former members, since no proposer can change
+    it. `beacon`: of after the epoch, which decides among strangers, who knew the last one when they made their ids.
+    """
     peers = {*present}
-    return newcomers_in_order(beacon, peers & {*former} or peers)[:MAX_JOINED]
+    back = peers & {*former}
+    return newcomers_in_order(drawn if back else beacon, back or peers)[:MAX_JOINED]
 
 
 def succeed(
@@ -126,7 +136,8 @@ def _admitted(
     # A swarm that cannot tolerate a failure does not wait.
     room = max(0, FAULT_TOLERANT - len(members))
     joining = {*newcomers_in_order(beacon, [each.peer for each in (*present, *coming)])[:room]}
-    joining |= {each.peer for each in present if each.agreed >= AUDITED and each.agreed > 2 * each.deviated}
+    audited = [each.peer for each in present if each.agreed >= AUDITED and each.agreed > 2 * each.deviated]
+    joining |= {*newcomers_in_order(beacon, audited)[: max(1, len(members) // MEMBERS_PER_JOINED)]}
     waited = [
         each.peer for each in present if epoch - each.since >= WAITING_EPOCHS and each.hardware not in presence.compared
     ]

@@ -26,7 +26,7 @@ from protocol.consensus_values import (
 from protocol.forms import Digest
 from protocol.identity import PeerId
 from selector.consensus import inclusion
-from selector.consensus.chain import Chain, ChainEntry, is_abandoned, is_stalled
+from selector.consensus.chain import Chain, ChainEntry, is_stalled, restart_refused
 from selector.consensus.clock import EpochClock
 from selector.consensus.membership import founders
 from selector.consensus.sortition import MeasurementPlan, Sortition, beacon_of, newcomers_in_order, select_committee
@@ -129,6 +129,14 @@ class Participant:
         is_candidate = state is not None and any(each.peer == peer for each in state.candidates)
         return is_candidate or peer in self.chain.head.members
 
+    def is_awaited(self, message: Commit | Reveal) -> bool:
+        """Return whether an expected peer contributes to this epoch with a message that we hold."""
+        if self._drawn is None or self._drawn[:2] != (self.chain.head.id, message.epoch):
+            return False
+        own = self._commits.get((message.epoch, self.chain.head.id), {}).get(message.peer)
+        commitment = own.commit.commitment if own else None
+        return message.peer in self._drawn[2].expected and message.commitment == commitment
+
     def unconfirmed(self, now_s: float) -> list[Commit]:
         """Return the commits of this epoch whose observations may not be available here."""
         epoch = self.clock.epoch_at(now_s)
@@ -199,9 +207,9 @@ class Participant:
         contributions, head = self._contributions(epoch), self.chain.head
         voters: Collection[PeerId] = head.members
         if is_stalled(len(head.members), epoch - head.epoch):
-            beacon = self._beacon_after(state, contributions, epoch)
-            voters = founders(head.members, (each.commit.peer for each in contributions), beacon)
-            if not {*voters} <= {*head.members} and not is_abandoned(len(head.members), epoch - head.epoch):
+            drawn, beacon = beacon_of(head.beacon, epoch), self._beacon_after(state, contributions, epoch)
+            voters = founders(head.members, (each.commit.peer for each in contributions), drawn, beacon)
+            if head.members and restart_refused(head.members, voters, epoch - head.epoch):
                 return None
         committee = select_committee(beacon_of(head.beacon, epoch), voters)
         if not contributions or self.peer not in committee:
@@ -296,13 +304,12 @@ class Participant:
         if sortition is None:
             return set()
         lists = (counted[peer].reveal.inclusion for peer in sortition.committee if peer in counted)
-        named, _ = inclusion.count(lists, sortition.expected)
-        size, deadline_s = len(sortition.committee), self.clock.reveals_end_s(epoch)
-        reveals = self._reveals.get(epoch, {})  # none after a restart
+        listed = inclusion.listed(lists, sortition.expected, len(sortition.committee))
+        reveals, deadline_s = self._reveals.get(epoch, {}), self.clock.reveals_end_s(epoch)
         return {
             peer
             for peer, each in counted.items()
-            if inclusion.is_listed(named[peer], size) and reveals[each.commit.commitment].received_s <= deadline_s
+            if peer in listed and reveals[each.commit.commitment].received_s <= deadline_s
         }
 
     def _is_valid(self, state: State, statement: Statement) -> bool:

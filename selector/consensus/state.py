@@ -18,6 +18,7 @@ from protocol.consensus_values import (
 )
 from protocol.forms import Digest
 from protocol.identity import PeerId
+from selector.consensus import inclusion
 from selector.consensus.audit import credited
 from selector.consensus.membership import Presence, found, succeed
 from selector.consensus.reputation import weight_of
@@ -194,7 +195,7 @@ def _members_after(
         compared=compared,
     )
     if restart:
-        return found(members, presence, beacon, epoch), ()
+        return found(members, presence, beacon_of(state.beacon, epoch), beacon, epoch), ()
     remaining, waiting = succeed(members, candidates, sortition, presence, beacon, epoch)
     return remaining, tuple(waiting)
 
@@ -208,11 +209,21 @@ def counts(state: State, contribution: Contribution) -> bool:
 def beacon_after(
     state: State, sortition: Sortition, contributions: Iterable[Contribution], epoch: int, *, restart: bool
 ) -> Digest:
-    """Return the beacon after an epoch: of the nonces of the first of the committee, or of all that restart it."""
-    nonces = {each.commit.peer: each.reveal.nonce for each in contributions}
-    former = {*state.peers()} & nonces.keys() if restart else {*sortition.committee[:BEACON_NONCES]}
-    counted = {peer: nonce for peer, nonce in nonces.items() if peer in former or (restart and not former)}
-    return next_beacon(state.beacon, epoch, counted)
+    """Return the beacon after an epoch: of the nonces of the first of the committee, or of all that restart it.
+
+    Of the former those count that are listed, by lists of peers that are listed themselves: what came too late for the
+    lists could be left out, or withheld, at no cost.
+    """
+    reveals = {each.commit.peer: each.reveal for each in contributions}
+    if restart:
+        counted = {*state.peers()} & reveals.keys() or {*reveals}
+    else:
+        lists = {peer: reveals[peer].inclusion for peer in sortition.committee if peer in reveals}
+        for _ in ("by any list", "by those of the listed"):
+            listed = inclusion.listed(lists.values(), sortition.expected, len(sortition.committee))
+            lists = {peer: each for peer, each in lists.items() if peer in listed}
+        counted = listed & {*sortition.committee[:BEACON_NONCES]} & reveals.keys()
+    return next_beacon(state.beacon, epoch, {peer: reveals[peer].nonce for peer in counted})
 
 
 def _peer_of(contribution: Contribution) -> PeerId:

@@ -247,14 +247,15 @@ const observationOf = map({
   }),
   workload: map({
     prompt_tokens: integer(1, MAX_POSITIONS),
-    completion_tokens: integer(1, MAX_POSITIONS),
+    completion_tokens: integer(0, MAX_POSITIONS),
     cached_tokens: integer(0, MAX_POSITIONS),
     concurrency: integer(1, 65536),
     shared_prefix_share: float(0, 1),
     repetitiveness: float(0, 1),
     link_s: float(0, 1e9),
-    objective: one('latency', 'throughput'),
-    quality: one('exact', 'near', 'any')
+    objective: one('latency', 'throughput', 'cost'),
+    quality: one('exact', 'near', 'any'),
+    'task_kind?': one('embed', 'score')
   }),
   method: map({ switches, stage_policy: switches }),
   measurements: map({
@@ -294,16 +295,18 @@ function checkFigures ({ kind, model, workload, method, measurements }) {
   name(256)(methodName(method))
   const ratioIsThere = measurements.log_ratio_to_baseline !== null
   if (kind === 'served' ? ratioIsThere : kind !== 'bench' && !ratioIsThere) refuse('a ratio too many or too few')
-  const { prompt_tokens, completion_tokens, cached_tokens } = workload
+  const { prompt_tokens, completion_tokens, cached_tokens, task_kind } = workload
+  if (task_kind === 'embed' ? completion_tokens > 0 : !task_kind && completion_tokens === 0) refuse('tokens of another kind of task')
   if (prompt_tokens + completion_tokens > model.max_positions) refuse('more tokens than positions')
   if (cached_tokens >= prompt_tokens) refuse('all of the prompt was cached')
   if (model.expert_count !== null && model.active_expert_count > model.expert_count) refuse('too many active experts')
   const { ttft_s, tpot_s, total_s, tokens_per_s } = measurements
-  if (completion_tokens === 1 && tpot_s !== 0) refuse('a time per further token without any')
+  if (completion_tokens <= 1 && tpot_s !== 0) refuse('a time per further token without any')
   if (Math.abs(ttft_s + tpot_s * (completion_tokens - 1) - total_s) > 0.01 * total_s + 0.001) refuse('times do not add up')
   const produced = tokens_per_s * total_s
-  if (produced < 0.99 * completion_tokens) refuse('fewer tokens a second than there were')
-  if (kind === 'served' && produced > 1.01 * completion_tokens) refuse('more tokens a second than there were')
+  const counted = completion_tokens || prompt_tokens
+  if (produced < 0.99 * counted) refuse('fewer tokens a second than there were')
+  if (kind === 'served' && produced > 1.01 * counted) refuse('more tokens a second than there were')
 }
 
 function checkStages (observation) {

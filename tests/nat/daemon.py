@@ -122,7 +122,7 @@ class LabDaemon:
                 self.kill()
 
 
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
     """Wait for something that other processes will make true."""
     end_s = time.monotonic() + timeout_s
     while not condition():

@@ -6,6 +6,7 @@ All homes have the same private range. Every name begins with a prefix of this p
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PUBLIC = {"pub": "50.0.0.10", "pub2": "60.0.0.10"}
 """Public machines, in two ranges."""
-GATEWAYS = {home: f"{70 + number}.0.0.1" for number, home in enumerate("abcdef")}
+HOMES = "abcdefghij"
+GATEWAYS = {home: f"{70 + number}.0.0.1" for number, home in enumerate(HOMES)}
 
 
 class Nat(StrEnum):
@@ -60,15 +62,47 @@ table ip home {{
 """
 
 
+def _rules(kind: Nat) -> str:
+    return _RULES.format(
+        full_cone='iifname "wan" tcp dport @mapped dnat to 192.168.1.2' if kind is Nat.FULL_CONE else "",
+        random="fully-random" if kind is Nat.SYMMETRIC else "",
+        refuse="ip protocol tcp reject with tcp reset" if kind is Nat.RESETTING else "drop",
+    )
+
+
+_PROBE = """
+trap 'ip netns del {probe}' EXIT
+ip netns add {probe}
+ip -n {probe} link add wan type veth peer name lan
+ip netns exec {probe} ethtool -K wan tx off
+ip netns exec {probe} sysctl -qw net.ipv4.ip_forward=1
+ip netns exec {probe} nft -f - <<'RULES'
+{rules}
+RULES
+"""
+
+
 def missing() -> str | None:
-    """Return why the lab cannot be built here."""
+    """Return what is not installed here that the lab is built with."""
+    absent = [program for program in ("ip", "nft", "ethtool", "sysctl") if shutil.which(program) is None]
+    return f"{absent[0]} is not installed" if absent else None
+
+
+def refused() -> str | None:
+    """Return why this machine does not let us build the lab."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    for program in ("ip", "nft", "ethtool"):
-        if shutil.which(program) is None:
-            return f"{program} is not installed"
-    tried = subprocess.run(["unshare", "-n", "nft", "add", "table", "ip", "t"], capture_output=True, check=False)
-    return None if tried.returncode == 0 else "this kernel has no nftables, or namespaces are not allowed"
+    script = _PROBE.format(probe=f"nat{os.getpid()}-probe", rules=_rules(Nat.SYMMETRIC))
+    tried = subprocess.run(["sh", "-e"], input=script, capture_output=True, text=True, check=False)
+    return f"the lab cannot be built here: {tried.stderr.strip().splitlines()[0]}" if tried.returncode else None
+
+
+def remove_abandoned() -> None:
+    """Remove the namespaces of test runs that were killed."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    for space in re.findall(r"^nat\d+-\S+", listed, re.MULTILINE):
+        if not Path("/proc", space.partition("-")[0].removeprefix("nat")).exists():
+            subprocess.run(["ip", "netns", "del", space], check=False, capture_output=True)
 
 
 class Lab:
@@ -76,6 +110,7 @@ class Lab:
 
     def __init__(self) -> None:
         self._prefix = f"nat{os.getpid()}-"
+        remove_abandoned()
 
     def inside(self, space: str, *command: str) -> list[str]:
         """Return the command that runs another one in a namespace."""
@@ -88,7 +123,7 @@ class Lab:
 
     @contextmanager
     def built(self, *, delay_ms: float = 5, **kinds: Nat) -> Iterator["Lab"]:
-        """Build the lab with homes of these kinds, `a` to `f`; remove it at the end."""
+        """Build the lab with homes of these kinds, `a` to `j`; remove it at the end."""
         machines = {**PUBLIC, **{f"gate-{home}": GATEWAYS[home] for home in kinds}}
         spaces = ["switch", *machines, *kinds]
         switch: subprocess.Popen[str] | None = None
@@ -139,10 +174,5 @@ class Lab:
             yield f"ip -n {inner} route add 192.168.1.1 dev eth0"
         else:
             yield f"ip -n {inner} addr add 192.168.1.2/24 dev eth0"
-            rules = _RULES.format(
-                full_cone='iifname "wan" tcp dport @mapped dnat to 192.168.1.2' if kind is Nat.FULL_CONE else "",
-                random="fully-random" if kind is Nat.SYMMETRIC else "",
-                refuse="ip protocol tcp reject with tcp reset" if kind is Nat.RESETTING else "drop",
-            )
-            yield f"ip netns exec {gate} nft -f - <<'RULES'\n{rules}\nRULES"
+            yield f"ip netns exec {gate} nft -f - <<'RULES'\n{_rules(kind)}\nRULES"
         yield f"ip -n {inner} route add default via 192.168.1.1"

@@ -1,13 +1,14 @@
 """A bare peer in a namespace: no models, the network alone. It takes one command a line and answers in JSON.
 
 addresses | connect MULTIADDR | learn PEER MULTIADDR... | echo PEER BYTES | way PEER | relay PEER | reach | peers
+rejoin SEED: leave, and come back as another peer
 """
 
 import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import trio
 
@@ -66,22 +67,33 @@ async def answer(network: Libp2pNetwork, words: Sequence[str]) -> Any:
 
 async def main(*arguments: str) -> None:
     seed, *announce = arguments
-    network = Libp2pNetwork(
-        int(seed).to_bytes(32, "big"),
-        listen=["/ip4/0.0.0.0/tcp/4001"],
-        announce=announce,
-        traversal=TraversalOptions(relay=RelayLimits(bytes_per_s=1 << 30)),
-    )
-    network.set_stream_handler(ECHO, serve_echo)
-    async with network.running():
-        print(json.dumps(network.peer_id), flush=True)
-        lines = trio.wrap_file(sys.stdin)
-        while line := await lines.readline():
-            try:
-                result = {"ok": await answer(network, line.split())}
-            except NetworkError as error:
-                result = {"error": str(error)}
-            print(json.dumps(result), flush=True)
+    lines = trio.wrap_file(sys.stdin)
+    while seed:
+        network = Libp2pNetwork(
+            int(seed).to_bytes(32, "big"),
+            listen=["/ip4/0.0.0.0/tcp/4001"],
+            announce=announce,
+            traversal=TraversalOptions(relay=RelayLimits(bytes_per_s=1 << 30)),
+        )
+        network.set_stream_handler(ECHO, serve_echo)
+        async with network.running():
+            print(json.dumps(network.peer_id), flush=True)
+            seed = await serve(network, lines)
+
+
+async def serve(network: Libp2pNetwork, lines: trio._file_io.AsyncIOWrapper[TextIO]) -> str:
+    """Take commands until the end, or until one says to come back; return with which seed."""
+    while line := await lines.readline():
+        match line.split():
+            case ["rejoin", seed]:
+                return seed
+            case words:
+                try:
+                    result = {"ok": await answer(network, words)}
+                except NetworkError as error:
+                    result = {"error": str(error)}
+                print(json.dumps(result), flush=True)
+    return ""
 
 
 if __name__ == "__main__":

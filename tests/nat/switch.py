@@ -18,16 +18,20 @@ def main(delay_s: float, interfaces: list[str]) -> None:
         sock.setblocking(False)
         sockets.append(sock)
     waiting: list[tuple[float, int, int, bytes]] = []
+    ports: dict[bytes, int] = {}
+    """Behind which interface each hardware address is."""
     count = 0
     print("ready", flush=True)
     while True:
         now_s = time.monotonic()
         while waiting and waiting[0][0] <= now_s:
             _, _, origin, frame = heapq.heappop(waiting)
-            for number, sock in enumerate(sockets):
+            ports[frame[6:12]] = origin
+            known = ports.get(frame[:6])
+            for number in range(len(sockets)) if known is None else (known,):
                 if number != origin:
                     try:
-                        sock.send(frame)
+                        sockets[number].send(frame)
                     except OSError:
                         continue  # its queue is full: the packet is lost
         left_s = max(0.0, waiting[0][0] - now_s) if waiting else 1.0

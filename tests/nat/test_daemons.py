@@ -1,11 +1,13 @@
 """Real daemons behind NATs serve each other's jobs."""
 
-import os
+import json
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -15,21 +17,15 @@ from node.models.importer import import_model
 from node.models.store import ModelStore
 
 from .daemon import MODEL, LabDaemon, until
-from .lab import GATEWAYS, PUBLIC, Lab, Nat, missing
+from .lab import GATEWAYS, PUBLIC, Lab, Nat
 
-REASON = missing()
-pytestmark = [
-    pytest.mark.nat,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(REASON is not None and not os.environ.get("METASWARM_REQUIRE_ALL"), reason=REASON or ""),
-]
+pytestmark = [pytest.mark.nat, pytest.mark.timeout(600)]
 
 FIRST, SECOND = f"{MODEL}:0-15", f"{MODEL}:15-30"
 REFUSED_S = 10.0
-PAUSE_S = 6.0
-"""Longest pause of a job whose relay dies: three seconds, on a busy machine,"""
-UNNOTICED_S = 1.0
-"""and of one that has nothing to do with it, on a busy machine."""
+PAUSE_S = 3.0
+PAUSE_TOKENS = 20
+"""Longest pause of a job whose relay dies; or the time of so many tokens, where the machine is busy."""
 
 HOMES = dict(zip("bcdef", Nat, strict=True))
 """The second home of each pair."""
@@ -116,19 +112,35 @@ def pair(
         yield peers
 
 
-def gaps(job: "subprocess.Popen[str]", at: int, act: Callable[[], None]) -> tuple[int, float]:
-    """Do something when a part of the answer has arrived; return the number of parts, and the longest wait after it."""
+@dataclass(frozen=True)
+class Watched:
+    """What was seen of a job in which something was done half-way."""
+
+    before_s: list[float]
+    """Waits for a part of the answer before it was done,"""
+    after_s: list[float]
+    """and from then on."""
+
+    def __str__(self) -> str:
+        return f"a token in {median(self.before_s):.2f} s before (median), in at most {max(self.after_s):.2f} s after"
+
+
+def watch(job: "subprocess.Popen[str]", at: int, act: Callable[[], None]) -> Watched:
+    """Do something when so many parts of the answer have arrived."""
     assert job.stdout is not None
     times: list[float] = []
     with job:
         for line in job.stdout:
             at_s, _, data = line.partition(" ")
-            assert '"error"' not in data, data
-            if data.startswith("{"):
-                times.append(float(at_s))
+            if not data.startswith("{"):
+                continue
+            part = json.loads(data)
+            assert "error" not in part, part
+            times.append(float(at_s))
             if len(times) == at:
                 act()
-    return len(times), max((b - a for a, b in pairwise(times[at - 1 :])), default=0.0)
+    waits_s = [b - a for a, b in pairwise(times)]
+    return Watched(waits_s[: at - 1], waits_s[at - 1 :])
 
 
 def test_job_goes_on_when_its_relay_dies_and_there_is_another(tmp_path: Path) -> None:
@@ -142,10 +154,10 @@ def test_job_goes_on_when_its_relay_dies_and_there_is_another(tmp_path: Path) ->
             carrier = one.peer(two.id)["relay"]
             next(relay for relay in relays if relay.id == carrier).kill()
 
-        count, pause_s = gaps(one.stream("The sea is", 80), 20, kill)
-        print(f"relay killed: pause {pause_s:.2f} s", flush=True)
-        assert count > 40
-        assert pause_s < PAUSE_S
+        seen = watch(one.stream("The sea is", 80), 20, kill)
+        print(f"relay killed: {seen}", flush=True)
+        assert len(seen.after_s) > 20
+        assert max(seen.after_s) < max(PAUSE_S, PAUSE_TOKENS * median(seen.before_s))
         assert one.way(two.id) == "relayed"
 
 
@@ -154,10 +166,11 @@ def test_job_does_not_notice_that_a_relay_dies_after_a_hole_was_punched(tmp_path
         one.complete()
         until(lambda: one.way(two.id) == "punched", "punched")
         one.complete()
-        count, pause_s = gaps(one.stream("The sea is", 60), 20, relay.kill)
-        print(f"relay killed after the hole was punched: pause {pause_s:.2f} s", flush=True)
-        assert count > 30
-        assert pause_s < UNNOTICED_S
+        seen = watch(one.stream("The sea is", 60), 20, relay.kill)
+        print(f"relay killed after the hole was punched: {seen}", flush=True)
+        assert len(seen.after_s) > 10
+        # On a busy machine a stage may be replaced because it lags, but none that was out of reach.
+        assert not [line for line in one.log.read_text().splitlines() if "stage lost" in line and "connection" in line]
 
 
 @pytest.mark.parametrize("case", ["relayed", "punched", "forwarded"])
@@ -169,7 +182,8 @@ def test_private_swarm_is_served_behind_nats(case: str, tmp_path: Path) -> None:
     with pair(tmp_path, kind, kind, flags=flags, forward=case == "forwarded") as (relay, one, two):
         for peer in (one, two, relay):
             assert "error" not in (answer := peer.complete()), answer
-        assert two.way(one.id) == ("direct" if case == "forwarded" else case)
+        way = "direct" if case == "forwarded" else case
+        until(lambda: two.way(one.id) == way, way)
         assert [loopback(peer) for peer in (relay, one, two)] == [[], [], []]
         if case == "forwarded":
-            assert one.reach()["verdict"] == "public"
+            until(lambda: one.reach()["verdict"] == "public", "public")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ import torch
 import trio
 
 from node.models.store import Package
+from node.selection.samples import read_samples
+from protocol.measurements import TaskKind
 from tests.process.daemons import MODEL, THIRDS, Daemon, StartDaemon, complete_swarm
 from tests.process.test_parity import whole_model
 from tests.support.tokenizers import load_tokenizer
@@ -55,12 +58,20 @@ async def test_clients_of_all_protocols(start_daemon: StartDaemon, package: Pack
     with closing(client._client):
         options = {"num_predict": 8, "temperature": 0}
         answer = await ask(lambda: client.chat(model=MODEL, messages=USER, options=options))
-        assert answer.message.content == "".join(getattr(block, "text", "") for block in message.content)
+        text = answer.message.content or ""
+        assert text == "".join(getattr(block, "text", "") for block in message.content)
+        said, space, rest = text.partition(" ")
+        unfinished = [*USER, {"role": "assistant", "content": said}]
+        more = await ask(lambda: client.chat(model=MODEL, messages=unfinished, options=options))
+        assert (more.message.content or "").startswith(space + rest), "the turn goes on where it would have"
         parts = await ask(lambda: list(client.generate(MODEL, "Once", raw=True, options=options, stream=True)))
         assert parts[-1].eval_count == 8
         [model] = (await ask(client.list)).models
         assert (model.model, model.size) == (MODEL, package.manifest.size_bytes)
-    await check_embeddings(daemons[0], dequantised)
+    alone = await trio.to_thread.run_sync(Alone.load, dequantised)
+    await check_embeddings(daemons[0], alone)
+    await check_scores(daemons[0], alone)
+    await check_kinds(daemons[0])
 
 
 async def check_openai(daemon: Daemon) -> None:
@@ -83,10 +94,10 @@ async def check_openai(daemon: Daemon) -> None:
         assert (response.status, response.usage and response.usage.output_tokens) == ("incomplete", 5)
 
 
-async def check_embeddings(daemon: Daemon, dequantised: Package) -> None:
+async def check_embeddings(daemon: Daemon, alone: "Alone") -> None:
     """Vectors of three stages are those of transformers over the same weights, but for llama.cpp's rounding."""
     texts = ["The cat sat on the mat.", "Stocks fell sharply on Monday.", "A kitten lay on the rug. " * 10]
-    states = await trio.to_thread.run_sync(partial(last_states, dequantised, texts))
+    states = await trio.to_thread.run_sync(alone.last_states, texts)
     with openai.OpenAI(base_url=f"{daemon.api_url}/v1", api_key="unused") as client:
         create = client.embeddings.create
         for pooling in ("mean", "last"):
@@ -102,11 +113,74 @@ async def check_embeddings(daemon: Daemon, dequantised: Package) -> None:
                 assert found[0] @ found[2] > found[0] @ found[1], "cats are nearer to cats than to stocks"
 
 
-def last_states(package: Package, texts: list[str]) -> list[npt.NDArray[Any]]:
-    """Return transformers' last hidden states of each text."""
-    model, tokenizer = whole_model(package.path, dict(package.manifest.config)).model, load_tokenizer(package)
-    with torch.inference_mode():
-        return [model(torch.tensor([tokenizer.encode(text)])).last_hidden_state[0].numpy() for text in texts]
+async def check_scores(daemon: Daemon, alone: "Alone") -> None:
+    """Scores of several prompts over three stages are transformers' log probabilities, but for llama.cpp's rounding."""
+    texts = ["The capital of France is Paris.", "The capital of France is a banana.", "One two three four. " * 12]
+    wanted = await trio.to_thread.run_sync(alone.logprobs, texts)
+    with openai.OpenAI(base_url=f"{daemon.api_url}/v1", api_key="unused") as client:
+        job: dict[str, Any] = {"model": MODEL, "prompt": texts, "echo": True, "logprobs": 1, "temperature": 0}
+        found: list[list[float]] = []
+        for max_tokens in (0, 1):
+            answer = await ask(partial(client.completions.create, **job, max_tokens=max_tokens))
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens == max_tokens * len(texts)
+            for choice, text, expected in zip(answer.choices, texts, wanted, strict=True):
+                assert choice.text.startswith(text)
+                assert choice.logprobs is not None
+                scores = list(choice.logprobs.token_logprobs or ())
+                assert scores.pop(0) is None
+                assert "".join(choice.logprobs.tokens or ()) == choice.text
+                assert np.abs(np.array(scores[: len(expected)]) - expected).mean() < 0.1
+                assert len(scores) == len(expected) + max_tokens
+                found.append(scores[: len(expected)])
+        assert found[: len(texts)] == found[len(texts) :], "the same, whatever follows"
+        assert sum(found[0]) > sum(found[1]), "France is known for Paris"
+
+
+async def check_kinds(daemon: Daemon) -> None:
+    """Each kind of job left its own observations, and has its own methods."""
+    samples = await trio.to_thread.run_sync(lambda: list(read_samples(daemon.data_dir / "metaswarm.sqlite3")))
+    lengths = {
+        kind: {each.context.max_tokens for each in samples if each.context.task_kind == kind} for kind in TaskKind
+    }
+    assert (lengths[TaskKind.EMBED], lengths[TaskKind.SCORE]) == ({0}, {0, 1})
+    assert min(lengths[TaskKind.GENERATE]) > 0
+    async with httpx.AsyncClient(base_url=daemon.api_url, timeout=60) as client:
+        for task in ("generate", "embed", "score"):
+            body = {"model": MODEL, "task": task, "prompt_tokens": 200}
+            answer = (await client.post("/swarm/explain", json=body)).raise_for_status().json()
+            assert answer["task"]["task_kind"] == task
+            names = [method["name"] for method in answer["methods"]]
+            assert any("prefix_cache=on" in name for name in names) == (task == "generate")
+            assert all(method["votes"] for method in answer["methods"] if method["name"] == answer["agreed"])
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The whole model in transformers."""
+
+    model: Any
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, package: Package) -> "Alone":
+        return cls(whole_model(package.path, dict(package.manifest.config)), load_tokenizer(package))
+
+    def last_states(self, texts: list[str]) -> list[npt.NDArray[Any]]:
+        """Return the last hidden states of each text."""
+        with torch.inference_mode():
+            return [self.model.model(self._ids(text)).last_hidden_state[0].numpy() for text in texts]
+
+    def logprobs(self, texts: list[str]) -> list[npt.NDArray[Any]]:
+        """Return the log probability of each token of a text but the first."""
+        with torch.inference_mode():
+            return [self._logprobs(self._ids(text)).numpy() for text in texts]
+
+    def _ids(self, text: str) -> torch.Tensor:
+        return torch.tensor([self.tokenizer.encode(text)])
+
+    def _logprobs(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.log_softmax(self.model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])[:, 0]
 
 
 async def check_structured_texts(daemon: Daemon) -> None:

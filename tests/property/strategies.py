@@ -1,5 +1,7 @@
 """Hypothesis strategies for everything that travels between peers."""
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from protocol.canonical import Value
@@ -94,6 +96,15 @@ block_ranges = st.tuples(st.integers(0, 1023), st.integers(1, 1024)).map(
     lambda pair: BlockRange(min(pair[0], pair[1] - 1), max(pair[0] + 1, pair[1]))
 )
 loads = st.builds(Load, sessions=counts, queued_rows=counts, free_positions=counts, step_s=seconds)
+
+
+def with_reasoning(sampling: Sampling) -> st.SearchStrategy[Sampling]:
+    """The same with reasoning before its JSON, or without."""
+    token = st.integers(0, MAX_VOCABULARY - 1)
+    tokens = st.one_of(st.just((None, None)), st.tuples(st.none(), token), st.tuples(token, token))
+    return tokens.map(lambda pair: replace(sampling, reasoning_begin=pair[0], reasoning_end=pair[1]))
+
+
 samplings = st.builds(
     Sampling,
     temperature=st.floats(0, MAX_TEMPERATURE),
@@ -113,7 +124,15 @@ samplings = st.builds(
     prompt_length=st.integers(0, MAX_POSITIONS),
     logprobs=st.integers(0, MAX_LOGPROBS),
     json_schema=st.sampled_from(["", "{}", '{"type": "object"}']),
+).flatmap(lambda sampling: with_reasoning(sampling) if sampling.json_schema else st.just(sampling))
+_scoring = st.builds(
+    Sampling,
+    max_tokens=st.integers(0, MAX_POSITIONS),
+    prompt_length=st.integers(1, MAX_POSITIONS),
+    logprobs=st.integers(1, MAX_LOGPROBS),
+    prompt_logprobs=st.just(True),
 )
+samplings = samplings | _scoring
 _last_or_not = st.one_of(st.tuples(st.none(), samplings, st.none() | peers), st.tuples(peers, st.none(), st.none()))
 
 

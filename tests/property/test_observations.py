@@ -19,6 +19,7 @@ from protocol.measurements import (
     ObservationKind,
     QualityBound,
     StageObservation,
+    TaskKind,
     Workload,
 )
 from protocol.messages import SessionStatistics
@@ -45,7 +46,9 @@ def observations(draw: st.DrawFn) -> tuple[Observation, int]:
     """Draw an observation of any kind, countersigned by some of its stages, and its observer's number."""
     observer = draw(st.integers(0, 3))
     kind = draw(st.sampled_from(ObservationKind))
-    prompt, completion = draw(positive), draw(positive)
+    task_kind, prompt = draw(st.sampled_from(TaskKind)), draw(positive)
+    least, most = (0, 0) if task_kind is TaskKind.EMBED else (1 if task_kind is TaskKind.GENERATE else 0, 4096)
+    completion = draw(st.integers(least, most))
     ends = sorted(draw(st.sets(st.integers(1, 64), min_size=1, max_size=4)))
     model = ModelFacts(
         model=ModelId(draw(st.binary(min_size=32, max_size=32)).hex()),
@@ -83,13 +86,14 @@ def observations(draw: st.DrawFn) -> tuple[Observation, int]:
             link_s=draw(st.floats(0.0, 1e9)),
             objective=draw(st.sampled_from(Objective)),
             quality=draw(st.sampled_from(QualityBound)),
+            task_kind=task_kind,
         ),
         method=method,
         measurements=Measurements(
             ttft_s=ttft_s,
             tpot_s=tpot_s,
             total_s=total_s,
-            tokens_per_s=completion / total_s * together,
+            tokens_per_s=(completion or prompt) / total_s * together,
             log_ratio_to_baseline=draw(st.floats(-20, 20)) if compared else None,
             replays=draw(st.integers(0, 5)),
         ),

@@ -9,7 +9,8 @@ from node.models.library import KnownModel
 from node.stages.voter import StageVote, TableVersion
 from protocol.identity import ModelId
 from selector.heuristic import predicted_cost, preference
-from selector.task import MeasuredQuality, Method, TaskContext
+from selector.quality import MeasuredQuality
+from selector.task import Method, TaskContext
 
 
 class NullQualityStore:

@@ -59,6 +59,7 @@ class NumberTokenizer:
     is_absent = False
     tool_format: str | None = None
     reasons = False
+    reasoning_tokens: tuple[int, int] | None = None
     marks: dict[int, str] = {}  # noqa: RUF012 - as the real one has it
     stop_tokens: tuple[int, ...] = ()
 

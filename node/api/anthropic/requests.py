@@ -31,9 +31,9 @@ from node.api.openai.messages import (
     MAX_MESSAGES,
     MAX_TOOLS,
     NAME,
+    continues_final_message,
     described_tool,
     parse_arguments,
-    refuse_prefill,
 )
 from node.api.schemas import parse_schema
 from node.api.shared_fields import MAX_SEED, MAX_TOKENS, MODEL, STREAM, TOP_P, text_or_parts
@@ -204,10 +204,12 @@ def parse_count_request(body: bytes) -> JobRequest:
 def _parse_conversation(fields: Fields, options: Mapping[str, Any], choice: ToolChoice) -> JobRequest:
     """Return a job with the prompt of a request, and all else as it is by default."""
     turns = tuple(turn for turns in fields.require(_MESSAGES) for turn in turns)
-    refuse_prefill(_MESSAGES.name, turns)
+    continues = continues_final_message(_MESSAGES.name, turns)
     if system := fields.get(_SYSTEM):
         turns = (ChatMessage(role="system", content=system), *turns)
-    return choice.apply(JobRequest(model=fields.require(MODEL), messages=turns, template_options=options))
+    model = fields.require(MODEL)
+    job = JobRequest(model=model, messages=turns, template_options=options, continue_final_message=continues)
+    return choice.apply(job)
 
 
 def _parse_output(fields: Fields) -> tuple[dict[str, Any], str]:

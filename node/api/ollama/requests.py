@@ -23,7 +23,7 @@ from node.api.fields import (
 )
 from node.api.generation import Generation
 from node.api.ollama.answers import OllamaWriter
-from node.api.openai.messages import MAX_MESSAGES, TOOL_CALLS, TOOLS, refuse_prefill
+from node.api.openai.messages import MAX_MESSAGES, TOOL_CALLS, TOOLS, continues_final_message
 from node.api.output_parser import PLAIN_TEXT
 from node.api.schemas import ANY_OBJECT, parse_schema
 from node.api.shared_fields import (
@@ -149,9 +149,9 @@ def parse_chat(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]
     """Return the body of `POST /api/chat` as a request. Raises ApiError."""
     fields = CHAT.read(parse_json(body))
     messages = fields.get(_MESSAGES) or ()
-    refuse_prefill(_MESSAGES.name, messages)
+    continues = continues_final_message(_MESSAGES.name, messages)
     choice = choose_tools(fields.get(TOOLS) or (), "auto", schema=fields.get(_FORMAT) or "", param="format")
-    job = choice.apply(replace(_parse_job(fields), messages=messages))
+    job = choice.apply(replace(_parse_job(fields), messages=messages, continue_final_message=continues))
     generation = Generation(
         jobs=(job,) if messages else (), stream=_streams(fields), rules=choice.rules, details=wants_details(headers)
     )

@@ -17,7 +17,10 @@ def describe_logprobs(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
 
 
 def completion_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-    """Return the field `logprobs` of a completion's choice, whose tokens begin at a character of the text."""
+    """Return the field `logprobs` of a completion's choice, whose tokens begin at a character of the text.
+
+    The first token of a prompt has no log probability.
+    """
     texts = [_text(token) for token in tokens]
     offsets = []
     for text in texts:
@@ -26,7 +29,10 @@ def completion_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str
     return {
         "tokens": texts,
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [{_text(each): each.logprob for each in token.likeliest} for token in tokens],
+        "top_logprobs": [
+            None if token.logprob is None else {_text(each): each.logprob for each in token.likeliest}
+            for token in tokens
+        ],
         "text_offset": offsets,
     }
 

@@ -34,10 +34,13 @@ NEUTRAL_IN_MESSAGE: Final[Mapping[str, tuple[Any, ...]]] = {
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
-def refuse_prefill(param: str, turns: Sequence[ChatMessage]) -> None:
-    """Refuse a conversation whose last turn a server of the protocol would continue, as chat templates end turns."""
-    if turns and turns[-1].role == "assistant":
-        refuse(param, "cannot end with a turn of the assistant: continuing it is not supported")
+def continues_final_message(param: str, turns: Sequence[ChatMessage]) -> bool:
+    """Return whether a conversation ends with a turn of the assistant, which the answer is to continue (prefill)."""
+    if not turns or turns[-1].role != "assistant":
+        return False
+    if turns[-1].tool_calls:
+        refuse(param, "ends with tool calls: add a turn with the result of each")
+    return True
 
 
 def parse_tools(fields: Fields, schema: str = "") -> ToolChoice:

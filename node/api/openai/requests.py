@@ -20,13 +20,14 @@ from node.api.fields import (
     parse_boolean,
     parse_json,
     parse_limit,
+    parse_limit_or_none,
     parse_object,
     parse_text,
     refuse,
 )
 from node.api.generation import MAX_CHOICES, Generation, several
 from node.api.openai.answers import CompletionWriter
-from node.api.openai.messages import MESSAGES, TOOL_CHOICE, TOOLS, parse_tools
+from node.api.openai.messages import MESSAGES, TOOL_CHOICE, TOOLS, continues_final_message, parse_tools
 from node.api.output_parser import ParserRules
 from node.api.schemas import ANY_OBJECT, parse_schema
 from node.api.shared_fields import (
@@ -54,7 +55,7 @@ from node.api.shared_fields import (
     TRACE,
     asks_details,
 )
-from node.coordinator.submission import JobRequest
+from node.coordinator.submission import ChatMessage, JobRequest
 from protocol.limits import (
     MAX_LOGIT_BIAS,
     MAX_LOGIT_BIASES,
@@ -91,10 +92,9 @@ NEUTRAL_FOR_CHAT: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("functions", "documents"), ([],)),
     **dict.fromkeys(("function_call",), ("none", "auto")),
     **dict.fromkeys(("audio", "prediction", "web_search_options", "chat_template"), ()),
-    **dict.fromkeys(("continue_final_message", "add_special_tokens", "echo"), (False,)),
+    **dict.fromkeys(("add_special_tokens", "echo"), (False,)),
     "modalities": (["text"],),
     "verbosity": ("medium",),
-    "add_generation_prompt": (True,),
 }
 NEUTRAL_FOR_COMPLETION: Final[Mapping[str, tuple[Any, ...]]] = {
     **NEUTRAL, "best_of": (1,), "suffix": ("",), "add_special_tokens": (True,)
@@ -220,23 +220,28 @@ _MAX_COMPLETION_TOKENS: Final = Field("max_completion_tokens", parse_limit)
 _CHAT_LOGPROBS: Final = Field("logprobs", parse_boolean)
 _TEMPLATE_OPTIONS: Final = Field("chat_template_kwargs", _parse_template_options)
 _REASONING_EFFORT: Final = Field("reasoning_effort", one_of(*REASONING_EFFORTS))
+_CONTINUES: Final = Field("continue_final_message", parse_boolean)
+_ADDS_GENERATION_PROMPT: Final = Field("add_generation_prompt", parse_boolean)
 
 _PROMPTS: Final = Field("prompt", prompts_of(MAX_CHOICES))
+_COMPLETION_TOKENS: Final = Field("max_tokens", parse_limit_or_none)
 _LOGPROBS: Final = Field("logprobs", _parse_logprobs)
 _ECHO: Final = Field("echo", parse_boolean)
 
 _COMMON: Final = (
-    MODEL, STREAM, _STREAM_OPTIONS, MAX_TOKENS, _MIN_TOKENS, TEMPERATURE, TOP_P, _TOP_K, MIN_P, _REPETITION_PENALTY,
+    MODEL, STREAM, _STREAM_OPTIONS, _MIN_TOKENS, TEMPERATURE, TOP_P, _TOP_K, MIN_P, _REPETITION_PENALTY,
     FREQUENCY_PENALTY, PRESENCE_PENALTY, _LOGIT_BIAS, SEED, STOP, _STOP_TOKEN_IDS, IGNORE_EOS, METASWARM, _N,
     _RESPONSE_FORMAT,
 )  # fmt: skip
 CHAT: Final = ObjectForm(
-    *_COMMON, MESSAGES, _MAX_COMPLETION_TOKENS, _CHAT_LOGPROBS, TOP_LOGPROBS, TOOLS, TOOL_CHOICE, PARALLEL_TOOL_CALLS,
-    _TEMPLATE_OPTIONS, _REASONING_EFFORT, required=[MODEL, MESSAGES], ignored=IGNORED, neutral=NEUTRAL_FOR_CHAT,
+    *_COMMON, MESSAGES, MAX_TOKENS, _MAX_COMPLETION_TOKENS, _CHAT_LOGPROBS, TOP_LOGPROBS, TOOLS, TOOL_CHOICE,
+    PARALLEL_TOOL_CALLS, _TEMPLATE_OPTIONS, _REASONING_EFFORT, _CONTINUES, _ADDS_GENERATION_PROMPT,
+    required=[MODEL, MESSAGES], ignored=IGNORED, neutral=NEUTRAL_FOR_CHAT,
 )  # fmt: skip
 COMPLETION: Final = ObjectForm(
-    *_COMMON, _PROMPTS, _LOGPROBS, _ECHO, required=[MODEL, _PROMPTS], ignored=IGNORED, neutral=NEUTRAL_FOR_COMPLETION
-)
+    *_COMMON, _PROMPTS, _COMPLETION_TOKENS, _LOGPROBS, _ECHO,
+    required=[MODEL, _PROMPTS], ignored=IGNORED, neutral=NEUTRAL_FOR_COMPLETION,
+)  # fmt: skip
 
 
 def parse_chat_request(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
@@ -249,24 +254,29 @@ def parse_chat_request(body: bytes, headers: Headers) -> tuple[Generation, Answe
         _parse_job(fields, fields.get(_MAX_COMPLETION_TOKENS) or max_tokens),
         messages=messages,
         template_options=_template_options(fields),
+        continue_final_message=_continues(fields, messages),
         top_logprobs=_chat_logprobs(fields),
     )
     return _parse_form(fields, headers, [choice.apply(job)], choice.rules)
 
 
 def parse_completion_request(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
-    """Return the body of `POST /v1/completions` as a request. Raises ApiError."""
+    """Return the body of `POST /v1/completions` as a request. Raises ApiError.
+
+    With `echo` the prompt is part of the text, and so of its `logprobs`.
+    """
     fields = COMPLETION.read(parse_json(body))
     prompts = fields.require(_PROMPTS)
-    job = _parse_job(fields, fields.get(MAX_TOKENS) or DEFAULT_COMPLETION_TOKENS)
+    max_tokens, echo, top_logprobs = fields.get(_COMPLETION_TOKENS), fields.get(_ECHO) or False, fields.get(_LOGPROBS)
     job = replace(
-        job,
-        echo=fields.get(_ECHO) or False,
-        top_logprobs=fields.get(_LOGPROBS),
+        _parse_job(fields, DEFAULT_COMPLETION_TOKENS if max_tokens is None else max_tokens),
+        echo=echo,
+        top_logprobs=top_logprobs,
+        prompt_logprobs=echo and top_logprobs is not None,
         json_schema=fields.get(_RESPONSE_FORMAT) or "",
     )
-    if job.echo and job.top_logprobs is not None:
-        refuse("logprobs", "cannot be combined with echo: the prompt's log probabilities are not available")
+    if not job.max_tokens and not job.prompt_logprobs:
+        refuse("max_tokens", "may be 0 only with echo and logprobs, for the log probabilities of the prompt")
     return _parse_form(fields, headers, [with_prompt(job, prompt) for prompt in prompts])
 
 
@@ -282,6 +292,17 @@ def _template_options(fields: Fields) -> dict[str, Any]:
     if effort is None:
         return options
     return {"reasoning_effort": effort, "enable_thinking": effort != "none", **options}
+
+
+def _continues(fields: Fields, messages: Sequence[ChatMessage]) -> bool:
+    """Return whether the answer continues the last message: in this API only where that is asked for, as in vLLM."""
+    continues = fields.get(_CONTINUES) or False
+    adds = fields.get(_ADDS_GENERATION_PROMPT)
+    if adds is not None and adds == continues:
+        refuse("add_generation_prompt", f"must be {str(not adds).lower()} or absent")
+    if continues and not continues_final_message(MESSAGES.name, messages):
+        refuse("continue_final_message", "requires a last message of the assistant")
+    return continues
 
 
 def _chat_logprobs(fields: Fields) -> int | None:

@@ -70,8 +70,8 @@ _TOKENS: Final = array(record(**_TOKEN, top_logprobs=array(record(**_TOKEN))))
 _CHAT_LOGPROBS: Final = record(content=_TOKENS, refusal=NULL)
 _COMPLETION_LOGPROBS: Final = record(
     tokens=array(STRING),
-    token_logprobs=array(NUMBER),
-    top_logprobs=array({"type": "object", "additionalProperties": NUMBER}),
+    token_logprobs=array(nullable(NUMBER)),
+    top_logprobs=array(nullable({"type": "object", "additionalProperties": NUMBER})),
     text_offset=array(INTEGER),
 )
 _TOOL_CALL: Final = record(id=STRING, type=const("function"), function=record(name=STRING, arguments=STRING))

@@ -88,7 +88,8 @@ function updateRow(row, job) {
   row.classList.toggle("selected", job.job_id === selected);
   row.classList.toggle("running", job.state === "running");
   const timing = job.details?.timing;
-  const words = (job.trial ? "trial " : "") + job.state + (job.replays ? `, ${job.replays} replaced` : "");
+  const kind = job.task === "generate" ? "" : `${job.task} `;
+  const words = (job.trial ? "trial " : "") + kind + job.state + (job.replays ? `, ${job.replays} replaced` : "");
   if (state.textContent !== words) state.replaceChildren(el("span", { class: `badge ${STATES[job.state]}` }, words));
   state.title = job.error ?? "";
   drawStages(stages, job);

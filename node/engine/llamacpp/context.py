@@ -22,7 +22,7 @@ from node.engine.llamacpp.embedding import Embedding
 from node.engine.llamacpp.kv_budget import ROUNDED_TO, KvBudget
 from node.engine.llamacpp.kv_memory import OWN_SEQUENCES, KvMemory, PassFailed, Piece
 from node.engine.llamacpp.library import FLASH_ATTENTION_ON, GGML_KV_TYPES, LOAD_MAPPED, Batch, EvalCallback, Library
-from node.util.mapped_pages import drop_mapped_pages
+from node.util.mapped_pages import drop_mapped_pages, drop_pages
 from node.util.text import one_line
 
 Floats = npt.NDArray[np.float32]
@@ -36,6 +36,8 @@ another way with other rounding: a prompt would have other keys and values in ch
 
 _FINAL_NORM: Final = b"result_norm"
 """llama.cpp's name of the tensor that goes into the head."""
+
+_LOGIT_BYTES: Final = 4
 
 FIRST_POSITIONS: Final = 512
 """KV memory has room for so many at first, and doubles when sessions fill it: llama.cpp writes to all of it at once, so
@@ -150,7 +152,12 @@ class SpanContext:
     def _open(self, positions: int, is_watched: bool) -> int | None:
         """Return a context with KV memory for `positions`, or None where there is no memory for it."""
         parameters = self._parameters(positions, is_watched)
-        return self._library.llama_init_from_model(self._model.handle, parameters) or None
+        context: int | None = self._library.llama_init_from_model(self._model.handle, parameters) or None
+        if context is not None and not self._library.llama_supports_gpu_offload():
+            # llama.cpp has written zeros to the logits of as many rows as there may be sequences.
+            row_bytes = self._model.vocabulary_size * _LOGIT_BYTES
+            drop_pages(self._library.llama_get_logits(context), parameters.n_seq_max * row_bytes)
+        return context
 
     def _use(self, context: int) -> None:
         self._opened.context = self._context = context

@@ -198,6 +198,7 @@ _SIGNATURES: Final[Mapping[str, tuple[Any, ...]]] = {
     "llama_init_from_model": (c_void_p, c_void_p, ContextParameters),
     "llama_free": (None, c_void_p),
     "llama_decode": (c_int32, c_void_p, Batch),
+    "llama_get_logits": (c_void_p, c_void_p),
     "llama_get_logits_ith": (POINTER(c_float), c_void_p, c_int32),
     "llama_get_memory": (c_void_p, c_void_p),
     "llama_model_n_swa": (c_int32, c_void_p),
@@ -316,10 +317,20 @@ def load_library() -> Library:
     shared = [path for folder in folders for path in Path(folder).glob(f"{WHEEL}*.so")]
     if not shared:
         raise EngineError(f"{WHEEL} {installed} has no shared object in {folders[0]}: {_REINSTALL}")
+    _check_size(shared[0])
     library = Library(shared[0])
     library.check()
     library.llama_backend_init()
     return library
+
+
+def _check_size(shared: Path) -> None:
+    """Raise EngineError for a shared object that was cut short: loading that may end the process by a signal."""
+    listed = {Path(file.locate()): file.size for file in importlib.metadata.files(WHEEL) or ()}
+    expected, found = listed.get(shared), shared.stat().st_size
+    if expected is not None and found != expected:
+        what = f"{shared.name} has {found} bytes, not {expected}"
+        raise EngineError(f"{WHEEL} {VERSION} is damaged ({what}): {_REINSTALL}")
 
 
 def _tell_abort(message: bytes | None) -> None:

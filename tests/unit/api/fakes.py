@@ -40,6 +40,7 @@ from node.coordinator.submission import (
     JobResult,
     JobStarted,
     ModelCapabilities,
+    PromptScored,
     TextDelta,
     Timing,
     TokenLogprob,
@@ -174,19 +175,25 @@ class FakeSubmitter:
             length = float(len(request.prompt or request.prompt_tokens or ()))
             yield replace(make_result("", ()), embedding=array("f", (3.0, 4.0, 0.0, length)))
             return
-        for index, word in enumerate(self.words):
+        words = self.words if request.max_tokens != 0 else ()
+        if request.prompt_logprobs:
+            likeliest = tuple(TokenLogprob(number, b"x", -0.5) for number in range(request.top_logprobs or 0))
+            prompt = [word.encode() for word in (request.prompt or "").split(" ")]
+            scores = [TokenLogprob(number, b" " + word, -0.75, likeliest) for number, word in enumerate(prompt[1:], 1)]
+            yield PromptScored((TokenLogprob(0, prompt[0], None), *scores))
+        for index, word in enumerate(words):
             await trio.sleep(self.pauses.get(index, 0))
             logprobs: tuple[TokenLogprob, ...] = ()
             if request.top_logprobs is not None:
                 likeliest = tuple(TokenLogprob(number, b"x", -0.5) for number in range(request.top_logprobs))
                 logprobs = (TokenLogprob(index, word.encode(), -0.25, likeliest),)
             yield TextDelta(text=word, token_ids=(index,), logprobs=logprobs)
-        await trio.sleep(self.pauses.get(len(self.words), 0))
+        await trio.sleep(self.pauses.get(len(words), 0))
         if self.hang:
             await trio.sleep_forever()
         if self.fail:
             raise self.fail
-        yield make_result("".join(self.words), tuple(range(len(self.words))))
+        yield make_result("".join(words), tuple(range(len(words))))
 
 
 @dataclass

@@ -66,6 +66,7 @@ def of_ollama() -> Iterator[Callable[[str], ollama.Client]]:
 
 
 Client = Callable[[str], Any]
+UNFINISHED = [*USER, {"role": "assistant", "content": "Once upon"}]
 FUNCTION = {"name": "weather", "description": "d", "parameters": SCHEMA}
 TOOL: Any = {"type": "function", "function": FUNCTION}
 
@@ -183,6 +184,14 @@ async def test_openai_structured_texts(node: FakeNode, url: str, of_openai: Clie
     assert json.loads(node.submitter.requests[-1].json_schema) == {"type": "object"}
 
 
+async def test_openai_continues_a_turn_on_request(node: FakeNode, url: str, of_openai: Client) -> None:
+    create = of_openai(url).chat.completions.create
+    continues = {"continue_final_message": True, "add_generation_prompt": False}
+    await ask(lambda: create(model="tiny", messages=UNFINISHED, extra_body=continues))
+    await ask(lambda: create(model="tiny", messages=UNFINISHED))
+    assert [job.continue_final_message for job in node.submitter.requests] == [True, False]
+
+
 async def test_openai_sampling_and_extensions(node: FakeNode, url: str, of_openai: Client) -> None:
     sampling = {
         "temperature": 0.5, "top_p": 0.9, "seed": 7, "stop": ["x"], "max_completion_tokens": 9,
@@ -259,6 +268,19 @@ async def test_openai_completions_and_models(node: FakeNode, url: str, of_openai
         await ask(lambda: client.models.retrieve("other"))
 
 
+async def test_openai_scores_prompts(node: FakeNode, url: str, of_openai: Client) -> None:
+    client = of_openai(url)
+    job: dict[str, Any] = {"model": "tiny", "prompt": ["a b", "c d e"], "echo": True, "logprobs": 1}
+    answer = await ask(lambda: client.completions.create(**job, max_tokens=0))
+    found = [choice.logprobs.token_logprobs for choice in answer.choices if choice.logprobs]
+    assert found == [[None, -0.75], [None, -0.75, -0.75]]
+    assert [choice.text for choice in answer.choices] == ["a b", "c d e"]
+    node.submitter.words = ("!",)
+    answer = await ask(lambda: client.completions.create(**job, max_tokens=1, temperature=0, seed=1))
+    found = [choice.logprobs.token_logprobs[:-1] for choice in answer.choices if choice.logprobs]
+    assert found == [[None, -0.75], [None, -0.75, -0.75]], "as lm-evaluation-harness reads it"
+
+
 async def test_openai_errors(node: FakeNode, url: str, of_openai: Client) -> None:
     client = of_openai(url)
     node.submitter.refuse = JobError(JobErrorCode.FULL, "No room.")
@@ -324,6 +346,13 @@ async def test_anthropic_messages(node: FakeNode, url: str, of_anthropic: Client
     (job,) = node.submitter.requests
     assert [message.role for message in job.messages or ()] == ["system", "user"]
     assert (job.max_tokens, job.top_k, job.temperature) == (9, 5, 1.0)
+
+
+async def test_anthropic_continues_a_turn(node: FakeNode, url: str, of_anthropic: Client) -> None:
+    create = of_anthropic(url).messages.create
+    answer = await ask(lambda: create(model="tiny", max_tokens=9, messages=UNFINISHED))
+    assert answer.content[0].text == "Hello, wörld", "without what was there"
+    assert node.submitter.requests[0].continue_final_message
 
 
 async def test_anthropic_streams_blocks(node: FakeNode, url: str, of_anthropic: Client) -> None:
@@ -426,6 +455,12 @@ async def test_ollama_chat(node: FakeNode, url: str, of_ollama: Client) -> None:
     assert (answer.prompt_eval_count, answer.eval_count, answer.total_duration) == (5, 3, 500_000_000)
     (job,) = node.submitter.requests
     assert (job.model, job.temperature, job.max_tokens, job.stop, job.seed) == ("tiny", 0.0, 7, ("x",) * 9, 3)
+
+
+async def test_ollama_continues_a_turn(node: FakeNode, url: str, of_ollama: Client) -> None:
+    answer = await ask(lambda: of_ollama(url).chat(model="tiny", messages=UNFINISHED))
+    assert answer.message.content == "Hello, wörld"
+    assert node.submitter.requests[0].continue_final_message
 
 
 async def test_ollama_streams_tools_and_thinking(node: FakeNode, url: str, of_ollama: Client) -> None:

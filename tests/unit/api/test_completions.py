@@ -130,6 +130,41 @@ async def test_answer_has_metaswarm_only_on_request(client: httpx.AsyncClient, s
         assert "metaswarm" in (await client.post(f"/v1/{path}", json=body, headers={"X-Metaswarm": "true"})).text
 
 
+async def test_scores_prompts_as_evaluation_harnesses_ask_for_it(node: FakeNode, client: httpx.AsyncClient) -> None:
+    """`echo` with `logprobs`: the prompt's tokens have theirs, but the first; `max_tokens` is 0 or 1."""
+    body = completion_body(prompt=["one two", "a b c"], echo=True, logprobs=1, max_tokens=0)
+    answer = (await client.post("/v1/completions", json=body)).json()
+    first, second = answer["choices"]
+    assert (first["text"], first["finish_reason"], answer["usage"]["completion_tokens"]) == ("one two", "stop", 0)
+    assert first["logprobs"] == {
+        "tokens": ["one", " two"],
+        "token_logprobs": [None, -0.75],
+        "top_logprobs": [None, {"x": -0.5}],
+        "text_offset": [0, 3],
+    }
+    assert second["logprobs"]["token_logprobs"] == [None, -0.75, -0.75]
+    assert [job.max_tokens for job in node.submitter.requests] == [0, 0]
+    node.submitter.words = ("!",)
+    answer = (await client.post("/v1/completions", json={**body, "max_tokens": 1, "prompt": "one two"})).json()
+    (choice,) = answer["choices"]
+    assert choice["text"] == "one two!"
+    assert choice["logprobs"]["token_logprobs"] == [None, -0.75, -0.25]
+    chunks = events_of(await client.post("/v1/completions", json={**body, "prompt": "one two", "stream": True}))
+    scored = next(chunk["choices"][0] for chunk in chunks if chunk != "[DONE]")
+    assert (scored["text"], scored["logprobs"]["token_logprobs"]) == ("one two", [None, -0.75])
+
+
+async def test_bounds_the_log_probabilities_of_prompts(
+    node: FakeNode, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.api.endpoint.MAX_LOGPROBS_IN_ANSWER", 2 * 5 * 2)
+    body = completion_body(prompt=["a b", "c d"], echo=True, logprobs=1, max_tokens=0)
+    assert (await client.post("/v1/completions", json=body)).status_code == 200
+    answer = await client.post("/v1/completions", json={**body, "prompt": ["a b", "c d", "e f"]})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "top_logprobs")
+    assert node.submitter.running == 0
+
+
 async def test_answers_several_prompts_and_choices(node: FakeNode, client: httpx.AsyncClient) -> None:
     body = completion_body(prompt=["one: ", "two: "], n=2, echo=True, metaswarm={})
     answer = (await client.post("/v1/completions", json=body)).json()

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from node.coordinator.submission import JobError, JobErrorCode
-from protocol.measurements import Objective, QualityBound
+from protocol.measurements import Objective, QualityBound, TaskKind
 from tests.unit.api.fakes import FakeNode, FakeSubmitter, serve_node
 
 
@@ -29,9 +29,28 @@ async def test_explain_passes_task_to_node() -> None:
 
 
 @pytest.mark.parametrize(
+    ("task", "kind", "max_tokens"),
+    [
+        ({}, TaskKind.GENERATE, 64),
+        ({"task": "embed"}, TaskKind.EMBED, 0),
+        ({"task": "score"}, TaskKind.SCORE, 0),
+        ({"task": "score", "max_tokens": 1}, TaskKind.SCORE, 1),
+    ],
+)
+async def test_explain_describes_each_kind_of_task(task: dict[str, Any], kind: TaskKind, max_tokens: int) -> None:
+    node = FakeNode()
+    assert (await ask(node, {"model": "tiny", **task})).status_code == 200
+    ((request, _),) = node.explained
+    assert (request.task_kind, request.max_tokens) == (kind, max_tokens)
+
+
+@pytest.mark.parametrize(
     "task",
     [
         {},
+        {"model": "tiny", "task": "sing"},
+        {"model": "tiny", "task": "embed", "max_tokens": 1},
+        {"model": "tiny", "max_tokens": 0},
         {"model": "tiny", "prompt_tokens": 0},
         {"model": "tiny", "prompt_tokens": 99999999999999999999},
         {"model": "tiny", "max_tokens": -1},

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,9 +93,15 @@ def test_reads_reasoning(size: int) -> None:
     assert read("text, then <think>", thinking, size) == ("text, then <think>", "", [])
 
 
-def test_forced_call_is_the_whole_text() -> None:
-    rules = ParserRules(tools=TOOLS, forced=True, single=True)
-    assert read(CALL, ChatFormat(reasons=True, reasoning_began=True), 3, rules) == ("", "", [ADD])
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_forced_call_is_the_whole_text_but_for_reasoning(size: int) -> None:
+    rules = ParserRules(reasoning=True, tools=TOOLS, forced=True, single=True)
+    assert read(CALL, HERMES, size, rules) == ("", "", [ADD])
+    thinking = ChatFormat(reasons=True)
+    assert read(CALL, thinking, size, rules) == ("", "", [ADD])
+    assert read(f"<think>{{a}}</think>{CALL}", thinking, size, rules) == ("", "{a}", [ADD])
+    assert read(f"a</think>\n{CALL}", replace(thinking, reasoning_began=True), size, rules) == ("", "a", [ADD])
+    assert read('<think>a</think>["{", 1]', thinking, size, rules) == ('["{", 1]', "a", [])
     cut = CALL[:20]
     assert read(cut, ChatFormat(), 3, rules) == (cut, "", [])
 

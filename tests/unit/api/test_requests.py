@@ -20,6 +20,7 @@ from node.api.shared_fields import MAX_SEED, MIN_SEED
 from node.coordinator.submission import ChatMessage, JobRequest
 from node.models.json_schema import make_matcher
 from protocol.limits import MAX_LOGIT_BIASES, MAX_POSITIONS, MAX_STOP_TOKENS, MAX_VOCABULARY
+from protocol.measurements import TaskKind
 
 
 def chat(**fields: Any) -> bytes:
@@ -166,7 +167,6 @@ def test_refuses_non_neutral_value(name: str, value: Any, chatting: bool) -> Non
         {"chat_template": "{{ messages }}"},
         {"echo": True},
         {"add_generation_prompt": False},
-        {"continue_final_message": True},
         {"documents": [{"text": "a"}]},
         {"verbosity": "low"},
         {"stream": True, "stream_options": {"continuous_usage_stats": True}},
@@ -210,10 +210,23 @@ def test_log_probabilities_reach_job() -> None:
     assert parse_completion_request(completion(logprobs=5)).top_logprobs == 5
     assert parse_completion_request(completion(logprobs=0)).top_logprobs == 0
     assert parse_completion_request(completion(logprobs=False)).top_logprobs is None
-    for fields in ({"logprobs": 21}, {"logprobs": True}, {"logprobs": 1, "echo": True}):
+    for fields in ({"logprobs": 21}, {"logprobs": True}):
         with pytest.raises(ApiError) as caught:
             parse_completion_request(completion(**fields))
         assert caught.value.param == "logprobs"
+
+
+def test_prompt_is_scored_where_it_is_part_of_the_text_with_log_probabilities() -> None:
+    for limit, expected in ((None, 16), (1, 1), (0, 0)):
+        job = parse_completion_request(completion(logprobs=1, echo=True, max_tokens=limit))
+        assert (job.task_kind, job.top_logprobs, job.max_tokens) == (TaskKind.SCORE, 1, expected)
+    assert parse_completion_request(completion(echo=True)).task_kind is TaskKind.GENERATE
+    for fields in ({}, {"echo": True}, {"logprobs": 1}):
+        with pytest.raises(ApiError, match="only with echo and logprobs") as caught:
+            parse_completion_request(completion(max_tokens=0, **fields))
+        assert caught.value.param == "max_tokens"
+    with pytest.raises(ApiError):
+        parse_chat_request(chat(max_tokens=0))
 
 
 def test_tools_reach_job() -> None:
@@ -272,9 +285,7 @@ def test_answer_in_a_format_leaves_tools_possible() -> None:
     assert admits(job.json_schema, {"name": "f", "arguments": {}})
     assert not admits(job.json_schema, 8)
     assert job.json_schema_param == "response_format"
-    assert job.template_options == {"enable_thinking": False}
-    chosen = generation_of_chat(chat(response_format=form, reasoning_effort="high")).jobs[0]
-    assert chosen.template_options["enable_thinking"] is True
+    assert job.template_options == {}, "a format leaves reasoning as it is"
 
 
 def admits(schema: str, value: Any) -> bool:
@@ -311,14 +322,48 @@ def response(**fields: Any) -> bytes:
     return json.dumps({"model": "tiny", "input": "Hi", **fields}).encode()
 
 
-def test_turn_of_the_assistant_is_not_continued() -> None:
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Once"}]
-    body = {"model": "tiny", "max_tokens": 5, "messages": turns}
-    for parse in (parse_message_request, parse_ollama_chat):
-        fields = body if parse is parse_message_request else {"model": "tiny", "messages": turns}
-        with pytest.raises(ApiError, match="cannot end with a turn of the assistant") as caught:
-            parse(json.dumps(fields).encode(), Headers())
-        assert caught.value.param == "messages"
+ENDS_WITH_ASSISTANT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Once"}]
+CONTINUES = {"continue_final_message": True, "add_generation_prompt": False}
+ANY = {"tools": [{"name": "f"}], "tool_choice": {"type": "any"}}
+CONTINUING: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
+    (parse_message_request, {"max_tokens": 5}, ANY),
+    (parse_ollama_chat, {}, {"format": "json"}),
+    (parse_chat, CONTINUES, {"response_format": {"type": "json_object"}}),
+]
+"""Parsers of bodies, what makes them continue a turn, and what makes a text follow a JSON Schema."""
+
+
+@pytest.mark.parametrize(("parse", "fields", "form"), CONTINUING)
+def test_last_turn_of_the_assistant_is_continued(parse: Any, fields: dict[str, Any], form: dict[str, Any]) -> None:
+    def job(**more: Any) -> JobRequest:
+        body = {"model": "tiny", "messages": ENDS_WITH_ASSISTANT, **fields, **more}
+        generation, _ = parse(json.dumps(body).encode(), Headers())
+        request: JobRequest = generation.jobs[0]
+        return request
+
+    assert job().continue_final_message
+    assert [turn.content for turn in job().messages or ()] == ["Hi", "Once"]
+    with pytest.raises(ApiError, match="takes a text from its beginning") as caught:
+        job(**form)
+    assert caught.value.param in form
+
+
+def test_turn_of_tool_calls_is_not_continued() -> None:
+    turns = [{"role": "assistant", "content": [{"type": "tool_use", "name": "f"}]}]
+    with pytest.raises(ApiError, match="ends with tool calls"):
+        parse_message_request(json.dumps({"model": "tiny", "max_tokens": 5, "messages": turns}).encode(), Headers())
+
+
+def test_chat_completion_continues_a_turn_on_request_only() -> None:
+    def parsed(**fields: Any) -> JobRequest:
+        return generation_of_chat(chat(messages=ENDS_WITH_ASSISTANT, **fields)).jobs[0]
+
+    assert not parsed().continue_final_message
+    for fields in ({"add_generation_prompt": False}, {"continue_final_message": True, "add_generation_prompt": True}):
+        with pytest.raises(ApiError, match="add_generation_prompt must be"):
+            parsed(**fields)
+    with pytest.raises(ApiError, match="requires a last message of the assistant"):
+        generation_of_chat(chat(continue_final_message=True))
 
 
 def test_items_of_one_turn_make_one_turn() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from node.cli import run
+from node.cli import VERBS, run
 from node.cli.completion_script import SHELLS
 from tests.unit.api.fakes import PEERS, FakeNode
 from tests.unit.cli.conftest import ServeNode
@@ -42,6 +42,14 @@ def test_completes_verbs_and_options() -> None:
     assert complete("sta") == ["status"]
     assert complete("model ver") == ["verify"]
     assert complete("submit --boo") == ["--bootstrap"]
+
+
+def test_verbs_come_with_their_whole_summaries(capsys: pytest.CaptureFixture[str]) -> None:
+    in_fish = {"_METASWARM_COMPLETE": "fish_complete", "COMP_WORDS": "metaswarm mode", "COMP_CWORD": "mode"}
+    summaries = dict(each.split("\t") for each in complete("", **in_fish))
+    assert summaries["model"] == VERBS["model"][1]
+    assert run(["completion", "fish"]) == 0
+    assert 'string split --max 1 "," $completion' in capsys.readouterr().out, "a summary may have commas"
 
 
 def test_completes_models_of_swarm_cache_and_catalogue(api: str, tmp_path: Path) -> None:

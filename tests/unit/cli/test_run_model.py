@@ -7,27 +7,30 @@ import pytest
 
 from node.cli import run, run_model
 from node.models import importer
-from tests.unit.api.fakes import FakeNode
+from node.models.store import ModelStore
+from tests.unit.api.fakes import MODEL, FakeNode
 from tests.unit.cli.conftest import ServeNode
 
 Started = list[tuple[str | None, tuple[str, ...], bool]]
 
 
 @pytest.fixture
-def started(serve: ServeNode, monkeypatch: pytest.MonkeyPatch) -> Started:
-    """What nodes were started: each is a fake node that has its model complete."""
+def started(serve: ServeNode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Started:
+    """What nodes were started: each is a fake node that has its model complete, which is not in the cache before."""
     found: Started = []
+    monkeypatch.setenv("METASWARM_CACHE_DIR", str(tmp_path))
+    ModelStore(tmp_path).set_name("tiny", MODEL)
 
     @contextmanager
     def local_node(model: str | None, bootstrap: tuple[str, ...], *, share_data_dir: bool) -> Iterator[str]:
         found.append((model, bootstrap, share_data_dir))
         yield serve(FakeNode())
 
-    def import_model(name: str, store: object, **options: object) -> object:
-        return SimpleNamespace(model_id="ab" * 32)
+    def import_model(name: str, store: ModelStore, **options: object) -> object:
+        assert name in {"tiny", "owner/tiny"}
+        return SimpleNamespace(model_id=MODEL)
 
     monkeypatch.setattr(run_model, "local_node", local_node)
-    monkeypatch.setattr(run_model, "_import", lambda model: model)
     monkeypatch.setattr(importer, "import_model", import_model)
     return found
 
@@ -50,8 +53,11 @@ def test_running_node_with_the_model_is_asked(
     assert started == []
 
 
-def test_starts_node_that_serves_model(nobody: None, started: Started, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["run", "tiny", "Why?"]) == 0
+@pytest.mark.parametrize("name", ["tiny", "owner/tiny"])
+def test_imports_model_and_starts_node_that_serves_it(
+    name: str, nobody: None, started: Started, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["run", name, "Why?"]) == 0
     assert capsys.readouterr().out == "Hello, wörld\n"
     assert started == [("tiny", (), True)]
 

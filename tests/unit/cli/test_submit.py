@@ -303,6 +303,45 @@ class TestFile:
             5,
         )
 
+    def test_requests_of_batches(
+        self, tmp_path: Path, node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The OpenAI API's format: several prompts are scored in one line, texts embedded in another."""
+        score = {"prompt": ["one two", "three"], "max_tokens": 0, "echo": True, "logprobs": 0}
+        lines = [
+            {"custom_id": "s", "method": "POST", "url": "/v1/completions", "body": score},
+            {"custom_id": "e", "url": "/v1/embeddings", "body": {"model": "other", "input": ["a", "bc"]}},
+        ]
+        file = self.write(tmp_path, *map(json.dumps, lines), '{"prompt": "x"}')
+        assert run(["submit", *file, "--model", "tiny", *api]) == 0
+        scored, embedded, text = self.documents(capsys)
+        assert (scored["custom_id"], embedded["custom_id"], text) == ("s", "e", DOCUMENT)
+        assert scored["response"]["status_code"] == 200
+        choices = scored["response"]["body"]["choices"]
+        assert [choice["logprobs"]["token_logprobs"] for choice in choices] == [[None, -0.75], [None]]
+        assert [item["index"] for item in embedded["response"]["body"]["data"]] == [0, 1]
+        assert {job.model for job in node.submitter.requests} == {"tiny", "other"}
+        node.submitter.refuse = JobError(JobErrorCode.FAILED, "a stage failed")
+        assert run(["submit", *file, *api]) == 1
+        failed, *_ = self.documents(capsys)
+        error = {"message": "a stage failed", "code": "job_failed"}
+        assert failed == {"custom_id": "s", "response": None, "error": error}
+
+    @pytest.mark.parametrize(
+        ("line", "says"),
+        [
+            ({"custom_id": "a", "url": "/v1/audio", "body": {}}, "url is '/v1/audio'"),
+            ({"url": "/v1/embeddings", "body": {}}, "custom_id"),
+            ({"custom_id": "a", "url": "/v1/completions", "body": {"stream": True}}, "leave out stream"),
+            ({"custom_id": "a", "url": "/v1/completions", "body": {}, "modle": "b"}, "'modle'"),
+        ],
+    )
+    def test_refuses_bad_requests_of_batches(
+        self, tmp_path: Path, api: list[str], capsys: pytest.CaptureFixture[str], line: dict[str, Any], says: str
+    ) -> None:
+        assert run(["submit", *self.write(tmp_path, json.dumps(line)), *api]) == 2
+        assert says in capsys.readouterr().err
+
     def test_unicode_line_ends_in_a_prompt(self, tmp_path: Path, node: FakeNode, api: list[str]) -> None:
         prompt = "one\u2028two\u2029three\x85four"
         assert run(["submit", *self.write(tmp_path, json.dumps({"prompt": prompt}, ensure_ascii=False)), *api]) == 0

@@ -14,6 +14,7 @@ JOB: dict[str, Any] = {
     "name": "tiny",
     "state": "running",
     "trial": False,
+    "task": "generate",
     "submitted_at": 1_700_000_000.0,
     "prompt_tokens": 5,
     "tokens": 10,

@@ -39,7 +39,6 @@ async def test_embedding_is_the_same_on_every_split(
             result = await peer.run(request(pooling, name))
             assert vector(result) == right(pooling)
             assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (len(PROMPT), 0)
-            assert result.selection is None, "nothing is learned from it yet"
         text = await peer.run(JobRequest(model="fake", prompt_tokens=PROMPT, max_tokens=3))
         assert len(text.token_ids) == 3
 

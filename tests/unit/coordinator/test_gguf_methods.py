@@ -20,7 +20,8 @@ from node.testing.fake_engine import FAKE_GGUF_MODEL, FakeEngine, expected_token
 from protocol.identity import BlockRange, ModelId
 from protocol.measurements import QualityBound
 from protocol.observations import SignedObservation, verify_observation
-from selector.task import MeasuredQuality, Method, parse_method, portfolio
+from selector.quality import MeasuredQuality
+from selector.task import Method, parse_method, portfolio
 from selector.workloads import TrialWorkload
 from tests.support.heuristic_selection import NullQualityStore
 from tests.support.job_peers import BLOCKS, FakeModels, NumberTokenizer, Peer, Swarm, open_swarm

@@ -7,7 +7,8 @@ from unittest.mock import Mock
 import pytest
 import trio
 
-from node.coordinator.route import OpenRoute, SampledToken
+from node.coordinator.route import OpenRoute
+from node.coordinator.route_output import SampledToken
 from node.coordinator.submission import JobError, JobErrorCode
 from protocol.identity import BlockRange, JobId, PeerId, SessionId, Stage
 from protocol.messages import Sampling, Slice

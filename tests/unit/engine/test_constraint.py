@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def logits(position: int) -> Any:
     return np.random.default_rng(position).normal(size=VOCABULARY).astype(np.float32)
 
 
-def generate(process: ConstraintProcess, sampling: Sampling, *, given: tuple[int, ...] = ()) -> list[int]:
+def generate(process: ConstraintProcess, sampling: Sampling, *, given: Sequence[int] = ()) -> list[int]:
     """Return the tokens of a text, drawn one by one; `given` were drawn elsewhere."""
     history = history_for(sampling)
     assert history is not None
@@ -87,6 +87,45 @@ def test_text_follows_schema(process: ConstraintProcess, temperature: float) -> 
         assert 0 <= value["count"] <= 99
         found.add(value["count"])
     assert len(found) == 1 if temperature == 0 else len(found) > 1
+
+
+THINK, THOUGHT = 30, 31
+"""Tokens that no JSON of SCHEMA has."""
+
+
+@pytest.mark.parametrize(("begin", "drawn"), [(None, []), (THINK, [THINK])])
+def test_json_begins_behind_reasoning(process: ConstraintProcess, begin: int | None, drawn: list[int]) -> None:
+    options = sampling(reasoning_begin=begin, reasoning_end=THOUGHT, logit_bias=((STOP, 100.0),), max_tokens=400)
+    thought = [*drawn, 50, 51, 52]
+    for length in range(len(drawn), len(thought) + 1):
+        assert draw_one(process, options, thought[:length]) != STOP, "a text does not end within its reasoning"
+    tokens = generate(process, options, given=[*thought, THOUGHT])
+    document = tokens[len(thought) + 1 :]
+    assert json.loads(text_of(document))["word"] in {"fox", "dog"}
+    for length in range(len(thought) + 1, len(tokens)):
+        assert draw_one(process, options, tokens[:length]) == tokens[length], "a replay draws the same"
+
+
+def test_reasoning_begins_with_the_first_token_or_never(process: ConstraintProcess) -> None:
+    wanted = sampling(reasoning_begin=THINK, reasoning_end=THOUGHT, logit_bias=((THINK, 100.0),))
+    assert draw_one(process, wanted, []) == THINK
+    text = generate(process, sampling())
+    assert THINK not in [draw_one(process, wanted, text[:length]) for length in range(1, len(text))]
+    assert draw_one(process, sampling(logit_bias=((THINK, 100.0),)), []) != THINK, "where there is no reasoning"
+    beyond = sampling(reasoning_begin=VOCABULARY, reasoning_end=VOCABULARY + 1)
+    assert draw_one(process, beyond, []) == text[0], "a peer's odd token costs nothing"
+
+
+def draw_one(process: ConstraintProcess, sampling: Sampling, text: Sequence[int]) -> int:
+    """Return the token that is drawn behind a text."""
+    history = history_for(sampling)
+    assert history is not None
+    history.reset([*PROMPT, *text])
+    constraint = process.open(sampling.json_schema)
+    position = len(PROMPT) + len(text)
+    (token,) = draw_and_verify([logits(position)], sampling, position, (), history, constraint)
+    constraint.close()
+    return token
 
 
 def test_replay_draws_the_same(process: ConstraintProcess) -> None:

@@ -18,7 +18,6 @@ from node.engine.memory_plan import (
     longest_spans,
     memory_plan,
     refusal,
-    sliding_window,
 )
 from node.models.manifest import FileEntry, Manifest
 from node.stages.memory_admission import longest_in, shortage, span_bytes_for
@@ -134,16 +133,13 @@ def test_heads_of_keys_and_values_differ_by_architecture_and_block(config: Any, 
     assert [kv_elements(config, block) for block in range(2)] == elements
 
 
-def test_engine_that_drops_rows_outside_the_window_is_planned_with_the_window() -> None:
+def test_blocks_with_a_sliding_window_are_planned_with_all_positions() -> None:
     config = LLAMA_8B | {"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"] * 16}
-    model = ModelSizes.of_manifest(gguf(config))
     plans = [
-        memory_plan(model, BlockRange(8, 10), EngineCosts(1.0, 2.0, drops_outside_window=drops), 32_768).kv_bytes
-        for drops in (False, True)
+        memory_plan(ModelSizes.of_manifest(gguf(each)), BlockRange(8, 10), GGUF_COSTS, 32_768).kv_bytes
+        for each in (LLAMA_8B, config)
     ]
-    assert plans[0] - plans[1] == (32_768 - 1024) * 2 * 8 * 128 * 2
-    assert [sliding_window({"sliding_window": 8, "sliding_window_pattern": 3}, n) for n in range(3)] == [8, 8, None]
-    assert sliding_window({"sliding_window": 8}, 0) is None
+    assert plans[0] == plans[1]
 
 
 def test_refusal_names_what_is_missing_and_what_would_fit() -> None:

@@ -18,7 +18,8 @@ from transformers.generation.logits_process import (
 )
 
 from node.engine.interface import EngineError
-from node.engine.sampling import LEAST_LOGPROB, TokenCounts, draw, draw_and_verify, history_for, logprob_rows, uniform
+from node.engine.sampling import TokenCounts, draw, draw_and_verify, history_for, uniform
+from node.engine.scoring import LEAST_LOGPROB, logprob_rows
 from protocol.messages import Sampling
 
 PROBABILITIES = np.array([0.02, 0.4, 0.08, 0.25, 0.05, 0.2])
@@ -213,11 +214,13 @@ def test_rewind_drops_drawn_tokens() -> None:
 
 def test_log_probabilities_are_those_of_the_model_whatever_is_drawn() -> None:
     sampling = Sampling(max_tokens=2, logprobs=3, temperature=1.0, logit_bias=((2, 100.0),))
-    (row,) = logprob_rows([LOGITS], [draw(LOGITS, sampling, 0)], sampling)
+    (row,) = logprob_rows(LOGITS[np.newaxis], [draw(LOGITS, sampling, 0)], 2)
     assert row[::2].tolist() == [2, 1, 3]
     assert np.allclose(np.exp(row[1::2]), PROBABILITIES[[2, 1, 3]])
     impossible = np.array([0.0, -np.inf, 0.0], np.float32)
-    (row,) = logprob_rows([impossible], [1], sampling)
+    (row,) = logprob_rows(impossible[np.newaxis], [1], 2)
     assert row.tolist() == pytest.approx([1, LEAST_LOGPROB, 0, np.log(0.5), 2, np.log(0.5)])
-    everything = logprob_rows([LOGITS], [0], replace(sampling, logprobs=len(LOGITS) + 1))
+    everything = logprob_rows(LOGITS[np.newaxis], [0], len(LOGITS))
     assert np.exp(everything[0, 3::2]).sum() == pytest.approx(1, abs=1e-5)
+    with pytest.raises(EngineError, match="not finite"):
+        logprob_rows(np.full((1, 3), np.nan, np.float32), [0], 0)

@@ -1,5 +1,6 @@
 """The engine in real worker processes: exact, in order, and its faults are those of the calls they concern."""
 
+import itertools
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import psutil
 import pytest
@@ -17,8 +19,8 @@ import trio
 import trio.testing
 from tokenizers import decoders, models, pre_tokenizers
 
-from node.engine import client, on_demand, worker_protocol
-from node.engine.client import SpareWorker, WorkerEngine, start_worker
+from node.engine import client, on_demand, worker_process, worker_protocol
+from node.engine.client import WorkerEngine, start_worker
 from node.engine.interface import (
     REFERENCE,
     BadRequest,
@@ -35,11 +37,13 @@ from node.engine.interface import (
     VariantNotReady,
 )
 from node.engine.torch_shard import TorchShard
+from node.engine.worker_process import READ_AHEAD_BYTES, SpareWorker, WorkerExited, WorkerProcess
 from node.engine.worker_protocol import Buffer, Header
+from node.util.child_process import Child
 from node.util.interpreter import python
 from protocol.identity import BlockRange
 from protocol.messages import Sampling
-from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
+from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
 from tests.support import hostile_directory
 from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, session, spans, start, step
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, VOCABULARY, TinyModel
@@ -267,7 +271,7 @@ async def test_a_worker_imports_nothing_from_the_current_directory(
 async def test_worker_crash_reports_its_last_stderr_line(
     make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "python", lambda *_: python("-c", "raise ImportError('no torch here')"))
+    monkeypatch.setattr(worker_process, "python", lambda *_: python("-c", "raise ImportError('no torch here')"))
     with pytest.raises(EngineCrashed, match=r"^the worker of blocks 0-4 exited with 1: ImportError: no torch here$"):
         async with start_worker(make_tiny_model("llama").source(WHOLE), WHOLE, OPTIONS):
             pass
@@ -438,3 +442,24 @@ async def test_session_that_no_schema_can_bind_does_not_begin(make_tiny_model: M
         with pytest.raises(BadRequest, match="its tokenizer cannot be read"):
             await engine.begin(session(1), options)
         assert engine.statistics().sessions == 0
+
+
+async def test_frames_of_any_size_arrive_whole_and_in_order() -> None:
+    sizes = (0, 3, READ_AHEAD_BYTES - 20, READ_AHEAD_BYTES, 1, 1 << 20, 5, 0)
+    tensors = [Tensor(DType.INT32, (size,), bytes([number]) * 4 * size) for number, size in enumerate(sizes)]
+    ours, theirs = (trio.socket.from_stdlib_socket(end) for end in socket.socketpair())
+    process = WorkerProcess(ours, cast("Child", None))
+
+    async def send() -> None:
+        buffers = [worker_protocol.encode_frame({"number": n}, [each]) for n, each in enumerate(tensors)]
+        await trio.SocketStream(theirs).send_all(b"".join(map(bytes, itertools.chain(*buffers))))
+        theirs.close()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        for number, tensor in enumerate(tensors):
+            header, payload = await process.receive()
+            assert (header["number"], bytes(payload)) == (number, bytes(tensor.data))
+        with pytest.raises(WorkerExited):
+            await process.receive()
+    ours.close()

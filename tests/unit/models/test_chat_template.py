@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from node.models.chat_template import ChatTemplate
 from node.models.errors import ChatTemplateError
-from node.models.tokenizer_worker import ChatTemplate
 
 TURNS = [
     {"role": "system", "content": "Be brief & <kind>."},

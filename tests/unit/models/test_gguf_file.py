@@ -100,7 +100,7 @@ def test_truncated_gguf_names_both_sizes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (b"", "is not a GGUF file: it starts with b''"),
+        (b"", "is not a GGUF file: it is empty"),
         (b"PK\x03\x04 a zip file", "is not a GGUF file: it starts with b'PK"),
         (b"GGUF", "is cut short: it has only 4 bytes"),
         (b"GGUF" + struct.pack("<IQQ", 1, 1, 1), "is GGUF version 1, which is too old"),

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer as Trained
 
 from node.models.errors import ModelError
 from node.models.manifest import Json
@@ -65,6 +66,15 @@ def test_a_token_that_is_too_long_is_refused() -> None:
 def test_template_tells_how_the_model_writes(template: str, tool_format: str | None, reasons: bool) -> None:
     tokenizer = Tokenizer(byte_level(), {}, template)
     assert (tokenizer.tool_format, tokenizer.reasons) == (tool_format, reasons)
+
+
+def test_reasoning_is_known_by_its_tokens() -> None:
+    trained = Trained.from_str(byte_level())
+    assert Tokenizer(trained.to_str(), {}, "<think>").reasoning_tokens is None, "its marks are several tokens"
+    trained.add_tokens(["<think>", "</think>"])
+    marks = trained.token_to_id("<think>"), trained.token_to_id("</think>")
+    assert Tokenizer(trained.to_str(), {}, "<think>").reasoning_tokens == marks
+    assert Tokenizer(trained.to_str(), {}, "plain").reasoning_tokens is None
 
 
 def test_template_gets_tools_and_options() -> None:

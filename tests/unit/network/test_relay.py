@@ -9,7 +9,7 @@ import trio
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 
-from node.network import hole_punch, relay_server
+from node.network import hole_punch
 from node.network.addresses import parse_address
 from node.network.admission import HandshakeLimiter
 from node.network.host import Libp2pNetwork
@@ -161,7 +161,6 @@ async def test_relay_refuses_what_nobody_reserved_and_never_dials() -> None:
 async def test_circuits_cost_the_peer_behind_a_relay_no_more_handshakes_than_a_rate_allows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(relay_server, "CONNECTS", Allowance(per_s=0.001, burst=2))
     turns: list[str] = []
 
     async def wait_turn(self: HandshakeLimiter, host: str) -> None:
@@ -169,7 +168,8 @@ async def test_circuits_cost_the_peer_behind_a_relay_no_more_handshakes_than_a_r
         await trio.lowlevel.checkpoint()
 
     monkeypatch.setattr(HandshakeLimiter, "wait_turn", wait_turn)
-    relay, hidden, other = relay_host(), hidden_host(2), hidden_host(3)
+    limits = RelayLimits(requests=Allowance(per_s=0.001, burst=2))
+    relay, hidden, other = relay_host(limits=limits), hidden_host(2), hidden_host(3)
     with limited(20):
         async with reserved(relay, hidden=hidden), other.running():
             for _ in range(2):

@@ -16,7 +16,7 @@ from libp2p.abc import IMuxedConn, IMuxedStream
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError, MuxedStreamReset
 
-from node.network.yamux_stream import INITIAL_WINDOW_BYTES, YamuxLimits
+from node.network.yamux_stream import INITIAL_WINDOW_BYTES, YamuxLimits, YamuxStream
 
 from .pipes import (
     ACK,
@@ -123,6 +123,18 @@ async def _frames_around_a_cancelled_write(make: Callable[[PipeConnection], IMux
                 while len(frames) < 2:
                     frames.append((await raw.receive_kind(DATA))[4])
     return frames
+
+
+async def test_available_bytes_of_several_frames_are_one_read() -> None:
+    left, right = map(ours, connection_pair())
+    async with started(left, right):
+        near, far = await open_both(left, right)
+        for part in (b"abc", b"defg", b"hi"):
+            await near.write(part)
+        await trio.testing.wait_all_tasks_blocked()
+        assert isinstance(far, YamuxStream)
+        assert await far.read_available(5) == b"abcde"
+        assert await far.read_available(100) == b"fghi"
 
 
 async def test_library_loses_bytes_when_read_is_cancelled() -> None:

@@ -2,6 +2,7 @@ import random
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -483,6 +484,12 @@ def test_earlier_versions_reject_additions_of_1_2(protocol: str, sampling: Sampl
     responder.receive_data(wire(hello()))
     with pytest.raises(RemoteProtocolError, match="version 1"):
         responder.receive_data(wire(replace(open_message(), sampling=sampling)))
+
+
+@pytest.mark.parametrize("fields", [{"reasoning_end": 3}, {"json_schema": "{}", "reasoning_begin": 3}])
+def test_reasoning_without_json_behind_it_is_rejected(fields: dict[str, Any]) -> None:
+    with pytest.raises(LocalProtocolError, match="reasoning_end belongs to a JSON Schema"):
+        wire(replace(open_message(), sampling=Sampling(max_tokens=10, **fields)))
 
 
 @pytest.mark.parametrize("message", LATER, ids=lambda message: type(message).__name__)

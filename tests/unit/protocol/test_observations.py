@@ -20,6 +20,7 @@ from protocol.measurements import (
     Observation,
     ObservationKind,
     StageObservation,
+    TaskKind,
     Workload,
 )
 from protocol.messages import SessionStatistics
@@ -171,6 +172,10 @@ def test_observations_expire_by_whole_buckets() -> None:
         ({"workload__link_s": -1.0}, "expected"),
         ({"workload__concurrency": 0}, "expected"),
         ({"workload__objective": "fame"}, "is not one of"),
+        ({"workload__task_kind": "sing"}, "is not one of"),
+        ({"workload__task_kind": "generate"}, "left out at this value"),
+        ({"workload__task_kind": "embed"}, "completion_tokens of an embedding"),
+        ({"workload__completion_tokens": 0}, "no completion_tokens of a job that generates"),
         ({"model__hidden_size": 1 << 40}, "expected"),
         ({"model__active_expert_count": 8}, "active_expert_count"),
         ({"method__switches": {"a|b": "c"}}, "switches: a name or value"),
@@ -258,8 +263,21 @@ def test_single_token_has_no_tpot() -> None:
         measurements=replace(made.measurements, ttft_s=1.0, tpot_s=0.0, total_s=1.0, tokens_per_s=1.0),
     )
     assert sign_observation(single, key(0)).observation == single
-    with pytest.raises(LocalProtocolError, match="tpot_s is not 0 for a single token"):
+    with pytest.raises(LocalProtocolError, match="tpot_s is not 0"):
         sign_observation(replace(single, measurements=replace(single.measurements, tpot_s=0.1)), key(0))
+
+
+@pytest.mark.parametrize("kind", [TaskKind.EMBED, TaskKind.SCORE])
+def test_job_without_text_is_measured_by_its_prompt(kind: TaskKind) -> None:
+    made = observation()
+    workload = replace(made.workload, completion_tokens=0, task_kind=kind)
+    measured = replace(made.measurements, ttft_s=2.0, tpot_s=0.0, total_s=2.0, tokens_per_s=workload.prompt_tokens / 2)
+    prefilled = replace(made, workload=workload, measurements=measured)
+    assert sign_observation(prefilled, key(0)).observation == prefilled
+    with pytest.raises(LocalProtocolError, match="tpot_s is not 0"):
+        sign_observation(replace(prefilled, measurements=replace(measured, tpot_s=0.1)), key(0))
+    with pytest.raises(LocalProtocolError, match="tokens_per_s"):
+        sign_observation(replace(prefilled, measurements=replace(measured, tokens_per_s=0.0)), key(0))
 
 
 def test_method_name_is_its_sorted_switches() -> None:

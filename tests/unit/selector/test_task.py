@@ -9,17 +9,16 @@ from hypothesis import strategies as st
 
 from protocol.identity import ModelId
 from protocol.limits import MAX_NUMBER
-from protocol.measurements import ModelFacts, Objective, QualityBound, Workload
+from protocol.measurements import ModelFacts, Objective, QualityBound, TaskKind, Workload
 from selector.consensus.reputation import NEWCOMER_WEIGHT
 from selector.heuristic import predicted_cost, preference
+from selector.quality import MeasuredQuality, admits
 from selector.task import (
     BASELINE,
     PORTFOLIO,
     SWITCHES,
-    MeasuredQuality,
     MethodError,
     TaskContext,
-    admits,
     baseline_of,
     method,
     parse_method,
@@ -32,7 +31,8 @@ from selector.voting import scores, tally, weights_of
 
 def test_portfolio_names_parse_back() -> None:
     assert 20 <= len(portfolio("safetensors")) <= 40
-    assert set(PORTFOLIO) == {each.name for known in ("safetensors", "gguf") for each in portfolio(known)}
+    known = [portfolio(each, kind=kind) for each in ("safetensors", "gguf") for kind in TaskKind]
+    assert set(PORTFOLIO) == {each.name for methods in known for each in methods}
     for name, each in PORTFOLIO.items():
         assert parse_method(name) == each
         assert parse_method("|".join(reversed(name.split("|")))).name == name

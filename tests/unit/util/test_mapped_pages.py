@@ -1,11 +1,13 @@
 """A mapped file's memory can be given back, and is read again when it is used."""
 
+import ctypes
 import mmap
+import sys
 from pathlib import Path
 
 import pytest
 
-from node.util.mapped_pages import drop_mapped_pages
+from node.util.mapped_pages import drop_mapped_pages, drop_pages
 
 
 def resident_bytes(path: Path) -> int:
@@ -34,3 +36,14 @@ def test_pages_of_a_mapping_are_given_back_and_read_again(tmp_path: Path) -> Non
 
 def test_unknown_file_is_no_error(tmp_path: Path) -> None:
     drop_mapped_pages(tmp_path / "nothing")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives pages back at once")
+def test_only_whole_pages_of_a_range_are_given_back() -> None:
+    size = 4 * mmap.PAGESIZE
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as mapped:
+        mapped.write(b"x" * size)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        drop_pages(start + 10, 2 * mmap.PAGESIZE)
+        kept = bytes(mapped)
+    assert kept == b"x" * mmap.PAGESIZE + bytes(mmap.PAGESIZE) + b"x" * 2 * mmap.PAGESIZE

@@ -14,7 +14,7 @@ from node.engine.llamacpp.library import load_library
 from node.engine.llamacpp.tiny_model import random_weights
 from node.models.gguf_writer import GgufData, GgufValue, write_gguf
 
-HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, INNER, VOCABULARY, EXPERTS, EXPERT_INNER = 64, 4, 2, 16, 96, 200, 8, 48
+HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, INNER, VOCABULARY, EXPERTS, EXPERT_INNER = 64, 4, 2, 16, 96, 200, 8, 32
 ROWS, KV_ROWS = HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE
 
 Shapes = dict[str, tuple[int, ...]]
@@ -150,13 +150,17 @@ def write_model(architecture: Architecture, path: Path, kind: GGMLQuantizationTy
         shapes["output.weight"] = (VOCABULARY, hidden)
     for block in range(architecture.blocks):
         shapes |= {f"blk.{block}.{name}": shape for name, shape in architecture.block.items()}
-    kinds = {name: kind if len(shape) > 1 else GGMLQuantizationType.F32 for name, shape in shapes.items()}
+    kinds = {name: kind if _is_matrix(name, shape) else GGMLQuantizationType.F32 for name, shape in shapes.items()}
     tensors = [
         GgufData(name, shape, kinds[name], quantized(random_weights(name, shape).astype(np.float32), kinds[name]))
         for name, shape in shapes.items()
     ]
     write_gguf(path, metadata, tensors)
     return path
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) > 1 and name.endswith(".weight")
 
 
 def quantized(values: NDArray[np.float32], kind: GGMLQuantizationType) -> bytes:

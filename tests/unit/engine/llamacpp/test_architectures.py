@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 
 from node.engine.interface import EngineOptions
 from node.engine.llamacpp.granularity import find_granularity
@@ -12,8 +13,9 @@ from node.engine.llamacpp.shard import LLAMACPP
 from node.engine.shard import Array
 from node.models.gguf_file import read_gguf
 from protocol.identity import BlockRange
-from tests.unit.engine.driving import AnyEngine, InProcess, Part, decode
+from tests.unit.engine.driving import AnyEngine, InProcess, Part, decode, session
 from tests.unit.engine.llamacpp.architectures import ARCHITECTURES, VOCABULARY, write_model
+from tests.unit.engine.llamacpp.jobs import decode_cached, decode_drafted, decode_replayed, decode_together
 from tests.unit.engine.llamacpp.packages import write_package
 
 PROMPT = np.random.default_rng(0).integers(0, VOCABULARY, 30).tolist()
@@ -34,6 +36,24 @@ async def test_admissible_cuts_change_nothing(name: str, tmp_path: Path) -> None
             rows = shard.run_alone(LLAMACPP, rows, draws=len(PROMPT))
         assert np.abs(rows - wanted).max() == 0.0
         assert await decode([InProcess(shard) for shard in shards], PROMPT, 12, chunk=13, variant=LLAMACPP) == tokens
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+async def test_batches_prefixes_drafts_and_replays_change_nothing(name: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
+    path = write_model(architecture, tmp_path / "model.gguf", GGMLQuantizationType.Q8_0)
+    files = write_package(path, tmp_path / "package")
+    alone, longest = files.alone(), [*PROMPT, *PROMPT[::-1]]
+    prompts = [longest[: 5 + 7 * number] for number in range(8)]
+    wanted = [alone.decode(prompt, 24) for prompt in prompts]
+    assert len({token for text in wanted for token in text}) > 12, "texts that repeat themselves prove little"
+    cuts = range(architecture.granularity, architecture.blocks, architecture.granularity)
+    cut = [InProcess(shard) for shard in files.shards(list(cuts))]
+    assert await decode_together(cut, prompts, 24) == wanted
+    assert await decode_drafted(cut, session(8), prompts[3], wanted[3]) == wanted[3]
+    assert await decode_replayed(cut, session(8), prompts[4], 24) == wanted[4]
+    found = [await decode_cached(cut, session(20 + number), prompts[7], 24) for number in range(2)]
+    assert found == [(0, wanted[7]), (32, wanted[7])]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -22,7 +22,8 @@ from protocol.identity import ModelId
 from protocol.measurements import QualityBound
 from protocol.tensors import tensor_from_tokens
 from selector.features import arithmetic_of
-from selector.task import MeasuredQuality, Method, parse_method, portfolio
+from selector.quality import MeasuredQuality
+from selector.task import Method, parse_method, portfolio
 from tests.support.heuristic_selection import NullQualityStore
 from tests.support.job_peers import FakeModels, NumberTokenizer
 from tests.unit.engine.driving import GREEDY, InProcess, decode, session

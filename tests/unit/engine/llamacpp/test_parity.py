@@ -6,15 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from node.engine.interface import EngineOptions, Prefix, SessionOptions, SliceInput
+from node.engine.interface import EngineOptions, SessionOptions, SliceInput
 from node.engine.llamacpp import context
 from node.engine.llamacpp.context import SequenceRows
 from node.engine.llamacpp.shard import LLAMACPP
 from node.engine.shard import Array
-from protocol.identity import BlockRange, SessionId
+from protocol.identity import BlockRange
 from protocol.messages import Sampling
-from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
-from tests.unit.engine.driving import GREEDY, InProcess, decode, session, start, step
+from protocol.tensors import tensor_from_tokens, tokens_from_tensor
+from tests.unit.engine.driving import InProcess, decode, session, start
+from tests.unit.engine.llamacpp.jobs import decode_cached, decode_drafted, decode_replayed, decode_together
 from tests.unit.engine.llamacpp.packages import POSITIONS, Alone, GgufFiles
 
 TEXT = [
@@ -80,58 +81,16 @@ async def test_prompt_longer_than_a_pass(smol: GgufFiles, smol_alone: Alone, mon
     assert await decode(engines(smol, [15]), prompt, 1, variant=LLAMACPP) == smol_alone.decode(prompt, 1)
 
 
-async def step_all(cut: Sequence[InProcess], slices: Sequence[SliceInput]) -> list[list[int]]:
-    """Take rows of several sessions through all spans in common steps; return the tokens that each draws."""
-    rows: list[Tensor] = [each.tensor for each in slices]
-    for engine in cut:
-        result = await engine.step([replace(each, tensor=given) for each, given in zip(slices, rows, strict=True)])
-        assert not result.faults
-        rows = [output.tensor for output in result.outputs]
-    return [tokens_from_tensor(each) for each in rows]
-
-
 async def test_eight_sessions_at_once_get_the_tokens_of_each_alone(smol: GgufFiles, smol_alone: Alone) -> None:
-    cut = engines(smol, [10, 20])
     wanted = [smol_alone.decode(text, 8) for text in PROMPTS]
-    for number in range(8):
-        for engine in cut:
-            await start(engine, session(number), 100, variant=LLAMACPP)
-    found: list[list[int]] = [[] for _ in PROMPTS]
-    given = [SliceInput(session(n), 0, tensor_from_tokens(text), 1) for n, text in enumerate(PROMPTS)]
-    for _ in range(8):
-        for number, tokens in enumerate(await step_all(cut, given)):
-            found[number] += tokens
-        given = [
-            SliceInput(session(n), len(PROMPTS[n]) + len(found[n]) - 1, tensor_from_tokens(found[n][-1:]), 1)
-            for n in range(8)
-        ]
-    assert found == wanted
-
-
-async def cached_decode(
-    cut: Sequence[InProcess], of: SessionId, prompt: Sequence[int], count: int
-) -> tuple[int, list[int]]:
-    """Decode with the prefix cache; return how many positions of the prompt were found in it."""
-    hashes = b"".join(bytes(str(prompt[: end + 32]).encode()[-16:].rjust(16)) for end in range(0, len(prompt) - 31, 32))
-    hits = []
-    for engine in cut:
-        await engine.open(of, len(prompt) + count, Prefix(namespace="peer", hashes=hashes))
-        sampling = GREEDY if engine.info.is_last else None
-        hits.append(await engine.begin(of, SessionOptions(sampling=sampling, variant=LLAMACPP)))
-    cached = min(*hits, len(prompt) - 1)
-    tokens = tokens_from_tensor(await step(cut, of, cached, prompt[cached:], 1))
-    while len(tokens) < count:
-        tokens += tokens_from_tensor(await step(cut, of, len(prompt) + len(tokens) - 1, tokens[-1:], 1))
-    for engine in cut:
-        await engine.close(of)
-    return cached, tokens
+    assert await decode_together(engines(smol, [10, 20]), PROMPTS, 8) == wanted
 
 
 async def test_prefix_cache_changes_no_token(smol: GgufFiles, smol_alone: Alone) -> None:
     cut = engines(smol, [15])
     shared = noise(96, seed=7)
     prompts = [[*shared, *text] for text in PROMPTS[:3]]
-    found = [await cached_decode(cut, session(n), prompt, 6) for n, prompt in enumerate(prompts)]
+    found = [await decode_cached(cut, session(n), prompt, 6) for n, prompt in enumerate(prompts)]
     assert [tokens for _, tokens in found] == [smol_alone.decode(prompt, 6) for prompt in prompts]
     assert [cached for cached, _ in found] == [0, 96, 96]
 
@@ -141,29 +100,22 @@ async def test_prefix_cache_survives_its_session_until_its_pages_are_needed(smol
     cut = [InProcess(shard) for shard in smol.shards([15], options)]
     text = noise(100, seed=9)
     wanted = smol_alone.decode(text, 4)
-    assert await cached_decode(cut, session(1), text, 4) == (0, wanted)
-    assert await cached_decode(cut, session(2), text, 4) == (96, wanted)
+    assert await decode_cached(cut, session(1), text, 4) == (0, wanted)
+    assert await decode_cached(cut, session(2), text, 4) == (96, wanted)
     other = noise(220, seed=10)  # takes nearly all pages
-    assert await cached_decode(cut, session(3), other, 4) == (0, smol_alone.decode(other, 4))
-    cached, tokens = await cached_decode(cut, session(4), text, 4)
+    assert await decode_cached(cut, session(3), other, 4) == (0, smol_alone.decode(other, 4))
+    cached, tokens = await decode_cached(cut, session(4), text, 4)
     assert tokens == wanted
     assert cached < 96
 
 
 async def test_rejected_drafts_leave_no_trace(smol: GgufFiles, smol_alone: Alone) -> None:
-    cut, of = engines(smol, [10, 20]), session(1)
     wanted = smol_alone.decode(PROMPT, 10)
-    for engine in cut:
-        await start(engine, of, 100, variant=LLAMACPP)
-    tokens = tokens_from_tensor(await step(cut, of, 0, PROMPT, 1))
-    while len(tokens) < 10:
-        known = len(PROMPT) + len(tokens) - 1
-        right = wanted[len(tokens) : len(tokens) + 1]
-        drafts = (*right, 1234, 4321)
-        drawn = tokens_from_tensor(await step(cut, of, known, [tokens[-1], *drafts], 1 + len(drafts), drafts=drafts))
-        assert len(drawn) == len(right) + 1
-        tokens += drawn
-    assert tokens[:10] == wanted
+    assert await decode_drafted(engines(smol, [10, 20]), session(1), PROMPT, wanted) == wanted
+
+
+async def test_replayed_stages_leave_no_trace(smol: GgufFiles, smol_alone: Alone) -> None:
+    assert await decode_replayed(engines(smol, [10, 20]), session(1), PROMPT, 24) == smol_alone.decode(PROMPT, 24)
 
 
 async def test_seeded_sampling_is_repeated_on_other_cuts(smol: GgufFiles) -> None:

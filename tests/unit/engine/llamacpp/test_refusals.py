@@ -182,5 +182,19 @@ def test_damaged_library_is_refused(tmp_path: Path) -> None:
         library.Library(tmp_path / "xllamacpp.so")
 
 
+def test_library_that_was_cut_short_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its size is that of the wheel's record, as its loader may end the process by a signal."""
+    package, about = tmp_path / library.WHEEL, tmp_path / f"{library.WHEEL}-{library.VERSION}.dist-info"
+    for folder in (package, about):
+        folder.mkdir()
+    (package / "__init__.py").touch()
+    (package / "xllamacpp.so").write_bytes(b"\x7fELF")
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {library.WHEEL}\nVersion: {library.VERSION}\n")
+    (about / "RECORD").write_text(f"{library.WHEEL}/xllamacpp.so,sha256=x,1000\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EngineError, match=r"is damaged \(xllamacpp.so has 4 bytes, not 1000\): .*pip install"):
+        library.load_library.__wrapped__()
+
+
 def driven(number: int, tokens: list[int]) -> SliceInput:
     return SliceInput(session(number), 0, tensor_from_tokens(tokens), 1)

@@ -11,9 +11,10 @@ import pytest
 import trio
 
 from node.engine.base import Engine
-from node.engine.client import SpareWorker, start_worker
+from node.engine.client import start_worker
 from node.engine.interface import EngineCrashed, EngineError, EngineOptions, SliceInput, Variant
 from node.engine.llamacpp.shard import LLAMACPP
+from node.engine.worker_process import SpareWorker
 from node.models.layout import GGUF, SAFETENSORS
 from protocol.identity import BlockRange
 from protocol.tensors import tensor_from_tokens

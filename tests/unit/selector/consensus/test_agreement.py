@@ -132,7 +132,7 @@ def test_stalled_chain_restarts_and_fork_choice_prefers_the_larger_half() -> Non
     larger, smaller = swarm.heads(halves[0]), swarm.heads(halves[1])
     assert larger != smaller
     assert state_of(halves[0][0]).peers() == tuple(peer.name for peer in halves[0])
-    for _ in range(4):  # the others are candidates until their measurements are audited
+    for _ in range(8):  # the others are candidates until their measurements are audited, and join one by one
         swarm.play()
     assert len(swarm.heads()) == 1
     assert larger <= {entry.id for entry in halves[1][0].participant.chain.canonical()}
@@ -154,6 +154,52 @@ def test_stranger_cannot_restart_a_stalled_chain_before_it_is_abandoned() -> Non
                 chain.add(restart)
         else:
             chain.add(restart)
+
+
+def test_half_of_the_members_restart_a_stalled_chain_and_a_single_one_only_much_later() -> None:
+    swarm = swarm_of(10)
+    swarm.play()
+    swarm.play()
+    chain = swarm.peers[0].participant.chain
+    head, names = chain.head, [peer.name for peer in swarm.peers]
+    for present, gap, refused in ((4, 13, True), (5, 13, False), (1, 59, True), (1, 60, False)):
+        restart = replace(
+            swarm.statements[-1],
+            epoch=head.epoch + gap,
+            parent=head.id,
+            proposer=names[0],
+            joined=tuple(names[:present]),
+            left=(),
+        )
+        if refused:
+            with pytest.raises(InvalidStatement, match="too few"):
+                chain.add(restart)
+        else:
+            chain.add(restart)
+
+
+def test_a_few_who_restart_a_chain_in_secret_do_not_outvote_the_others_by_signing_more_often() -> None:
+    swarm = swarm_of(10)
+    swarm.play()
+    swarm.play()
+    few, most = swarm.peers[:3], swarm.peers[3:]
+    for number in range(80):
+        swarm.play([few, most] if number < 2 else [few])
+    assert state_of(few[0]).peers() == tuple(peer.name for peer in few)
+    agreed = swarm.heads(most)
+    swarm.play()
+    path = {entry.id for entry in few[0].participant.chain.canonical()}
+    assert agreed <= path
+
+
+def test_a_member_alone_does_not_propose_a_restart_that_others_refuse() -> None:
+    swarm = swarm_of(10)
+    swarm.play()
+    swarm.play()
+    before, alone = swarm.heads(), swarm.peers[:1]
+    for _ in range(20):
+        swarm.play([alone])
+    assert swarm.heads(alone) == before
 
 
 def test_strangers_that_found_chains_of_their_own_do_not_take_memory_without_end() -> None:

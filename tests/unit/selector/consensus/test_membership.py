@@ -1,11 +1,14 @@
 """Inclusion lists decide who was absent, audits who joins, and a beacon unknown before who comes first."""
 
-from protocol.consensus_values import MAX_CANDIDATES, MAX_JOINED, Member
+from collections.abc import Sequence
+
+from protocol.consensus_values import MAX_CANDIDATES, MAX_JOINED, Commit, Member, Reveal
 from protocol.identity import PeerId
 from selector.consensus import inclusion
 from selector.consensus.membership import AUDITED, WAITING_EPOCHS, Presence, founders, succeed
 from selector.consensus.reputation import weight_of
 from selector.consensus.sortition import Sortition, next_beacon
+from selector.consensus.state import Contribution, State, beacon_after
 
 HARDWARE = "two cores"
 MEMBERS = [Member(PeerId(f"peer-{number}"), HARDWARE) for number in range(6)]
@@ -54,6 +57,49 @@ def test_candidate_joins_once_its_measurements_agree() -> None:
     assert {*after(lists_naming(0), [doubtful, good, unproven])} - {*NAMES} == {good.peer}
 
 
+def test_a_crowd_of_audited_candidates_joins_one_by_one() -> None:
+    crowd = [Member(PeerId(f"crowd-{number}"), HARDWARE, AUDITED, 0, since=1) for number in range(6)]
+    assert len({*after(lists_naming(0), crowd)} - {*NAMES}) == 1
+
+
+def test_nonce_that_came_too_late_for_the_lists_does_not_change_the_beacon() -> None:
+    state = State(8, tuple(MEMBERS), (), {}, (), b"beacon", b"")
+
+    def beacon(late_nonce: bytes, listed: int) -> bytes:
+        lists = lists_naming(listed) | {ABSENT: b""}
+        nonces = dict.fromkeys(NAMES, b"n" * 32) | {ABSENT: late_nonce}
+        contributions = [
+            Contribution(
+                Commit(b"chain", 9, b"parent", peer, "", b"commitment", ()),
+                Reveal(b"chain", 9, peer, nonces[peer], (), lists[peer]),
+            )
+            for peer in NAMES
+        ]
+        first = Sortition((ABSENT, *NAMES[:5]), {}, {})
+        return beacon_after(state, first, contributions, 9, restart=False)
+
+    assert beacon(b"one", listed=2) == beacon(b"two", listed=2)
+    assert beacon(b"one", listed=3) != beacon(b"two", listed=3)
+
+
+def test_lists_of_peers_that_came_too_late_do_not_decide_whose_nonce_counts() -> None:
+    state = State(8, tuple(MEMBERS), (), {}, (), b"beacon", b"")
+    late, disputed, *others = NAMES
+    sortition = Sortition((disputed, late, *others), {}, {})
+
+    def beacon(nonce: bytes, present: Sequence[PeerId]) -> bytes:
+        # Two honest members and the late one list the disputed peer, whose nonce would count with three lists.
+        held = {late: [disputed, *others], others[0]: [disputed, *others], others[1]: [disputed, *others]}
+        contributions = []
+        for peer in present:
+            listed = inclusion.pack(held.get(peer, others), NAMES)
+            reveal = Reveal(b"chain", 9, peer, nonce if peer == disputed else b"n" * 32, (), listed)
+            contributions.append(Contribution(Commit(b"chain", 9, b"parent", peer, "", b"", ()), reveal))
+        return beacon_after(state, sortition, contributions, 9, restart=False)
+
+    assert beacon(b"one", NAMES) == beacon(b"two", NAMES) == beacon(b"one", [disputed, *others])
+
+
 def test_where_nothing_is_compared_candidates_join_one_by_one_after_waiting() -> None:
     waiting = [Member(PeerId(f"other-{number}"), f"class {number}", since=3) for number in range(4)]
     assert {*after(lists_naming(0), waiting, epoch=3 + WAITING_EPOCHS - 1)} == {*NAMES}
@@ -76,8 +122,13 @@ def test_newcomers_are_drawn_by_a_beacon_that_nobody_knew_when_they_came() -> No
 
 def test_strangers_do_not_found_a_chain_beside_former_members() -> None:
     strangers = [PeerId(f"a-{number:03}") for number in range(200)]
-    assert {*founders(NAMES, [*strangers, *NAMES[:2]], b"beacon")} == {*NAMES[:2]}
-    assert len(founders(NAMES, strangers, b"beacon")) == MAX_JOINED
+    assert {*founders(NAMES, [*strangers, *NAMES[:2]], b"drawn", b"beacon")} == {*NAMES[:2]}
+    assert len(founders(NAMES, strangers, b"drawn", b"beacon")) == MAX_JOINED
+
+
+def test_nonces_do_not_change_which_former_members_restart_a_chain() -> None:
+    former = [PeerId(f"former-{number:03}") for number in range(3 * MAX_JOINED)]
+    assert founders(former, former, b"drawn", b"one") == founders(former, former, b"drawn", b"two")
 
 
 def test_inclusion_list_names_the_held_commits() -> None:

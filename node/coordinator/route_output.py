@@ -1,0 +1,62 @@
+"""What the last stage of a route sends to the coordinator: tokens, scores of the prompt, or its embedding."""
+
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+from protocol.messages import FinishReason, Sampling, Slice
+from protocol.tensors import Tensor, TokenLogprobs, drawn_tokens, embedding_from_tensor, logprobs_from_tensor
+
+
+class SampledToken(NamedTuple):
+    """A token as it arrived from the last stage."""
+
+    token: int
+    finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None
+
+
+class PromptScores(NamedTuple):
+    """The log probabilities of some tokens of the prompt, as they arrived from the last stage."""
+
+    tokens: Sequence[TokenLogprobs]
+
+
+LastStageOutput: TypeAlias = "SampledToken | PromptScores | array[float]"
+"""A token, scores, or an embedding."""
+
+
+class OutputReader:
+    """Reads the messages of a last stage. `most`: rows, and outputs of all messages together, at most."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._unscored: Sequence[int] = ()
+        """The tokens of the prompt whose scores are to come next."""
+        self.most = sampling.max_tokens + (sampling.prompt_length if sampling.prompt_logprobs else 0)
+
+    def begin(self, tokens: Sequence[int], start: int) -> None:
+        """Expect outputs for a job's tokens. `start`: the first position that the last stage computes."""
+        if self._sampling.prompt_logprobs:
+            self._unscored = tokens[start + 1 : self._sampling.prompt_length]
+
+    def read(self, part: Slice, tensor: Tensor) -> list[LastStageOutput]:
+        """Return the outputs in a message. Raises ValueError."""
+        if self._sampling.pooling is not None:
+            return [embedding_from_tensor(tensor)]
+        count = min(len(self._unscored), tensor.rows)
+        scores, drawn = self._read_scores(part, tensor.cut(0, count)), tensor.cut(count, tensor.rows)
+        logprobs = logprobs_from_tensor(drawn) if self._sampling.logprobs else [None] * drawn.rows
+        tokens = drawn_tokens(drawn)
+        finish = [*[None] * (len(tokens) - 1), part.finish_reason] if tokens else []
+        return [*scores, *(SampledToken(*each) for each in zip(tokens, finish, logprobs, strict=True))]
+
+    def _read_scores(self, part: Slice, tensor: Tensor) -> list[PromptScores]:
+        if not tensor.rows:
+            return []
+        found = logprobs_from_tensor(tensor)
+        begins = self._sampling.prompt_length - len(self._unscored)
+        if part.position != begins or [each.token for each in found] != list(self._unscored[: len(found)]):
+            raise ValueError("scores of other tokens than the prompt's next ones")
+        self._unscored = self._unscored[len(found) :]
+        return [PromptScores(found)]
