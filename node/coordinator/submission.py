@@ -313,9 +313,8 @@ class Selection:
     """This node's assessment of a job's method selection, for the tokens that came.
 
     `basis`: `rule` or `model`. `experiences`: measurements that the model was trained on. `accepted`: the methods that
-    the votes decided between; `explored`: whether it was one to explore. `confidence`: the probability that no method
-    is clearly better than the one in use, of those that were not tried here a short time ago; where it is too low, the
-    `probes` get a trial here. `regret_s`: predicted cost over that of the best method.
+    the votes decided between; `explored`: whether it was one to explore. `confidence`: that no untried method is much
+    better than that in use; if too low, `probes` get a trial. `regret_s`: predicted cost over that of the best method.
     """
 
     basis: str
@@ -328,8 +327,7 @@ class Selection:
     predicted_s: float
     predicted_speedup: float
     regret_s: float
-    predicted_cost: float | None = None
-    """Of the method in use, for the tokens that came: seconds of computing times the peers' prices."""
+    predicted_cost: float | None = None  # of the method in use: seconds of computing times the peers' prices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
