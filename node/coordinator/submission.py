@@ -312,9 +312,9 @@ class PredictedCost:
 class Selection:
     """This node's assessment of a job's method selection, for the tokens that came.
 
-    `basis`: `rule` or `model`. `experiences`: measurements that the model was trained on. `accepted`: the methods that
-    the votes decided between; `explored`: whether it was one to explore. `regret_s`: predicted cost over that of the
-    best method.
+    `basis`: `rule` or `model`. `experiences`: measurements in training. `accepted`: what the votes decided between.
+    `explored`: whether it was to be explored. `confidence`: that no untried method is much better than that in use; if
+    too low, `probes` get a trial. `regret_s`: predicted cost over that of the best method.
     """
 
     basis: str
@@ -322,11 +322,12 @@ class Selection:
     predictions: dict[str, PredictedCost]
     accepted: tuple[str, ...]
     explored: bool
+    confidence: float
+    probes: tuple[str, ...]
     predicted_s: float
     predicted_speedup: float
     regret_s: float
-    predicted_cost: float | None = None
-    """Of the method in use, for the tokens that came: seconds of computing times the peers' prices."""
+    predicted_cost: float | None = None  # of the method in use: seconds of computing times the peers' prices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
