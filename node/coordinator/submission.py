@@ -312,9 +312,8 @@ class PredictedCost:
 class Selection:
     """This node's assessment of a job's method selection, for the tokens that came.
 
-    `basis`: `rule` or `model`. `experiences`: measurements in training. `accepted`: what the votes decided between.
-    `explored`: whether it was to be explored. `confidence`: that no untried method is much better than that in use; if
-    too low, `probes` get a trial. `regret_s`: predicted cost over that of the best method.
+    `basis`: `rule`, or `model` of `experiences`. `accepted`: for the vote. `confidence`: that no untried method is much
+    better than that in use; if too low, `probes` get a trial. `regret_s`: predicted cost over that of the best method.
     """
 
     basis: str
