@@ -21,6 +21,8 @@ LONG = (
         "engine",
         "methods",
         "learning",
+        "first_minutes",
+        "budget",
         "placement",
         "paths",
         "architectures",

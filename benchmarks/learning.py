@@ -4,9 +4,12 @@ Three daemons serve mixed jobs of four families in turn, two of which demand exa
 beforehand how lossy methods change the model's answers. Then the best method of each family and the best single method
 are determined in hindsight, by a few jobs of each family with each method that was used. Finally the last jobs are
 replayed in alternation: with the methods that the swarm now chooses, with those of the hand-written rule, and with
-those two.
+those two. Also told are the kinds of tasks that the families came to, the concurrency recorded for this serial client,
+how much longer jobs took beside a trial's, and by how much trials overdrew their allowance.
 
-`python -m benchmarks.learning [--jobs 300] [--last N] [--replays 5] [--plot FILE.png] [--json]`
+With `--replays 0` that is all, and there is no hindsight.
+
+`python -m benchmarks.learning [--jobs 300] [--last N] [--replays 5] [--exact] [--plot FILE.png] [--json]`
 """
 
 import argparse
@@ -17,19 +20,26 @@ import random
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
 import numpy as np
+import psutil
 import trio
 
 from benchmarks.common import demo_package, describe_machine, whole_model
 from node.cli.explain import short_method as short
+from node.config import NodeReady
 from node.models.catalogue import DEMO_MODEL
 from node.models.sample import sample_text
+from node.selection.samples import read_samples
+from node.storage.database import DATABASE_FILE
+from protocol.measurements import ObservationKind
 from selector.heuristic import preference
 from selector.task import PORTFOLIO, Method, TaskContext
+from selector.task_buckets import task_bucket
 
 BOOTSTRAPS: Final = 2000
 JUDGE_LIMIT_S: Final = 1800.0
@@ -75,10 +85,15 @@ def body_of(family: str, number: int, method: str = "auto") -> dict[str, Any]:
     return {**common, "prompt": prompt}
 
 
-async def serve(client: httpx.AsyncClient, family: str, number: int, method: str = "auto") -> dict[str, Any]:
+def in_exact(body: dict[str, Any]) -> dict[str, Any]:
+    """Return the request with exact outputs."""
+    return {**body, "metaswarm": {**body["metaswarm"], "quality": "exact"}}
+
+
+async def serve(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
     """Run a job; return its field `metaswarm`."""
     while True:
-        answer = await client.post("/v1/completions", json=body_of(family, number, method))
+        answer = await client.post("/v1/completions", json=body)
         if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
             break
         await trio.sleep(1.0)
@@ -88,7 +103,7 @@ async def serve(client: httpx.AsyncClient, family: str, number: int, method: str
 
 async def judge(client: httpx.AsyncClient) -> None:
     """Measure the effect of lossy methods on the model's answers, as a node does once when idle."""
-    await serve(client, next(family for family, shape in FAMILIES.items() if shape["quality"] == "any"), 0)
+    await serve(client, body_of(next(family for family, shape in FAMILIES.items() if shape["quality"] == "any"), 0))
     with trio.move_on_after(JUDGE_LIMIT_S):
         while not any(model["quality"] for model in (await client.get("/swarm/models")).json()["models"]):
             await trio.sleep(1)
@@ -96,19 +111,32 @@ async def judge(client: httpx.AsyncClient) -> None:
     raise SystemExit(f"what lossy methods do to the model was not known after {JUDGE_LIMIT_S:.0f} s")
 
 
-async def measure(jobs: int, last: int, replays: int) -> dict[str, Any]:
-    """Return the figures."""
+async def measure(jobs: int, last: int, replays: int, *, exact: bool) -> dict[str, Any]:
+    """Return the figures. `exact`: all families demand exact outputs, so that no method has to be judged."""
     package = demo_package()
     names = list(FAMILIES)
-    async with whole_model(package, 1) as ready, httpx.AsyncClient(base_url=ready.api_url, timeout=600) as client:
-        await judge(client)  # kept in the cache folder; what else these peers have learned is gone with them
+    if exact:
+        for shape in FAMILIES.values():
+            shape["quality"] = "exact"
+    else:
+        async with whole_model(package, 1) as ready, httpx.AsyncClient(base_url=ready.api_url, timeout=600) as client:
+            await judge(client)  # kept in the cache folder; what else these peers have learned is gone with them
     async with whole_model(package, 3) as ready, httpx.AsyncClient(base_url=ready.api_url, timeout=600) as client:
-        learning: list[dict[str, Any]] = []
-        for number in range(jobs):
-            family = names[number % len(names)]
-            done = await serve(client, family, number)
-            learning.append({"family": family, **_told(done)})
+        learning = [await _learn_from(client, names[number % len(names)], number) for number in range(jobs)]
+        contexts = _served(ready)
         status = (await client.get("/swarm/status")).raise_for_status().json()["selection"]
+        told_anyway = {
+            **describe_machine(),
+            "jobs": jobs,
+            "selection": status,
+            "learning": learning,
+            "kinds": len({task_bucket(context) for context in contexts}),
+            "concurrency": dict(Counter(context.concurrency for context in contexts)),
+            "beside_trials": _beside(learning),
+            "overdraft_s": max(0.0, *(-each["budget_left_s"] for each in learning)),
+        }
+        if not replays:
+            return told_anyway
         rules = {family: (await _rule(client, family)).name for family in names}
         best, single = await _hindsight(client, _contenders(learning, rules), jobs)
         ways = {
@@ -124,14 +152,11 @@ async def measure(jobs: int, last: int, replays: int) -> dict[str, Any]:
                 family = names[number % len(names)]
                 told: dict[str, float] = {}
                 for method in _shuffled({way[family] for way in ways.values()}, rng):
-                    told[method] = _told(await serve(client, family, number, method))["total_s"]
+                    told[method] = _told(await serve(client, body_of(family, number, method)))["total_s"]
                 for name, way in ways.items():
                     costs[name][number].append(told[way[family]])
         return {
-            **describe_machine(),
-            "jobs": jobs,
-            "selection": status,
-            "learning": learning,
+            **told_anyway,
             "last": last,
             "rule": rules,
             "best": best,
@@ -139,6 +164,44 @@ async def measure(jobs: int, last: int, replays: int) -> dict[str, Any]:
             "ratios": _ratios(costs),
             "costs": costs,
         }
+
+
+async def _learn_from(client: httpx.AsyncClient, family: str, number: int) -> dict[str, Any]:
+    """Serve a job; return how it went, and whether jobs of a trial ran beside it."""
+    before = (await client.get("/swarm/status")).raise_for_status().json()["jobs"]["trials"]
+    done = await serve(client, body_of(family, number))
+    status = (await client.get("/swarm/status")).raise_for_status().json()
+    trials = status["jobs"]["trials"]
+    beside = bool(before["running"] or trials["running"] or trials["done"] > before["done"])
+    left_s = status["selection"]["budget_left_s"]
+    return {"family": family, **_told(done), "beside_trial": beside, "budget_left_s": left_s}
+
+
+def _served(ready: NodeReady) -> list[TaskContext]:
+    """Return the contexts of the jobs in a daemon's history that it had served for its users."""
+    command = psutil.Process(ready.pid).cmdline()
+    database = Path(command[command.index("--data-dir") + 1]) / DATABASE_FILE
+    samples = [each for each in read_samples(database) if each.observer == ready.peer_id]
+    return [each.context for each in samples if each.kind is ObservationKind.SERVED]
+
+
+def _beside(learning: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return how many jobs ran beside a trial's, and their times over those of like jobs that did not."""
+    alone: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for each in learning:
+        if not each["beside_trial"]:
+            alone[each["family"], each["method"]].append(each["total_s"])
+    ratios = [
+        each["total_s"] / statistics.median(alone[key])
+        for each in learning
+        if each["beside_trial"] and (key := (each["family"], each["method"])) in alone
+    ]
+    return {
+        "jobs": sum(each["beside_trial"] for each in learning),
+        "median": statistics.median(ratios) if ratios else math.nan,
+        "mean": statistics.fmean(ratios) if ratios else math.nan,
+        "most": max(ratios, default=math.nan),
+    }
 
 
 def _told(done: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +237,7 @@ async def _hindsight(
     for number in range(jobs, jobs + SCOUTS):
         for family, methods in contenders.items():
             for method in _shuffled(methods, rng):
-                costs[family][method] += _told(await serve(client, family, number, method))["total_s"]
+                costs[family][method] += _told(await serve(client, body_of(family, number, method)))["total_s"]
     best = {family: min(by, key=by.__getitem__) for family, by in costs.items()}
     everywhere = set.intersection(*contenders.values())
     return best, min(sorted(everywhere), key=lambda method: sum(by[method] for by in costs.values()))
@@ -241,11 +304,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=300)
     parser.add_argument("--last", type=int, help="jobs that are replayed; default: a third")
     parser.add_argument("--replays", type=int, default=5)
+    parser.add_argument("--exact", action="store_true", help="exact outputs only: no method has to be judged before")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     last = options.last or math.ceil(options.jobs / 3)
-    found = trio.run(measure, options.jobs, last, options.replays)
+    found = trio.run(partial(measure, options.jobs, last, options.replays, exact=options.exact))
     if options.plot:
         plot(found, options.plot)
     if options.json:
@@ -254,11 +318,21 @@ def main() -> None:
     print(f"load average {found['load_average']:.1f} on {found['cores']:.0f} cores")
     selection = found["selection"]
     print(f"{found['jobs']} jobs; {selection['trials']} trials took {selection['trial_s']:.0f} s")
-    for family, name in found["best"].items():
+    beside = found["beside_trials"]
+    print(
+        f"{found['kinds']} kinds of tasks, concurrency {found['concurrency']}, overdraft {found['overdraft_s']:.0f} s"
+    )
+    print(
+        f"{beside['jobs']} jobs beside a trial's took {beside['median']:.2f} times as long as like jobs (median), "
+        f"{beside['mean']:.2f} (mean), {beside['most']:.2f} (most)"
+    )
+    for family, name in found.get("best", {}).items():
         mine = [each["method"] for each in found["learning"] if each["family"] == family]
         print(f"{family:<16} chosen in the end {short(mine[-1])}")
         print(f"{'':<16} the rule's        {short(found['rule'][family])}")
         print(f"{'':<16} best in hindsight {short(name)}")
+    if not options.replays:
+        return
     print(f"{'every family':<16} best in hindsight {short(found['single_best'])}")
     for name, of in found["ratios"].items():
         print(f"last {found['last']} jobs, cost over {name:<18} {of['ratio']:.3f}  [{of['low']:.3f}, {of['high']:.3f}]")

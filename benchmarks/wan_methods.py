@@ -4,7 +4,7 @@
 
 Three stages on loopback, each pair connected through `benchmarks.link`. Chunked prefill: time to first token of a
 prompt of 1,024. Speculative decoding: tokens per second on repetitive text. Prefix caching: eight jobs that share 90 %
-of 400 tokens, until the last is done, on links without delay. Method and baseline alternate, as in `metaswarm bench`.
+of 400 tokens, their computing, on links without delay. Method and baseline alternate, as in `metaswarm bench`.
 """
 
 import json

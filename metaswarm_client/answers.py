@@ -72,13 +72,18 @@ class PredictedCost:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The asked node's own view of the choice of the method."""
+    """The asked node's own view of the choice of the method.
+
+    `confidence`: that no method is clearly better than the one in use; where it is too low, the `probes` get a trial.
+    """
 
     basis: str
     experiences: int
     predictions: Mapping[str, PredictedCost]
     accepted: tuple[str, ...]
     explored: bool
+    confidence: float
+    probes: tuple[str, ...]
     predicted_s: float
     predicted_speedup: float
     regret_s: float

@@ -174,7 +174,10 @@ class PastDecisions:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Which method a task would be served with, and why; the most promising method first."""
+    """Which method a task would be served with, and why; the most promising method first.
+
+    `confidence`: that no method is clearly better than the one in use; where it is too low, the `probes` get a trial.
+    """
 
     model: str
     task: Mapping[str, Any]
@@ -183,6 +186,8 @@ class Explanation:
     methods: tuple[ExplainedMethod, ...]
     agreed: str
     reason: str
+    confidence: float
+    probes: tuple[str, ...]
     table_digest: str | None
     past: PastDecisions
 

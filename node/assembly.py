@@ -54,7 +54,7 @@ from node.swarm.membership import Membership
 from node.util.open_files import open_file_limit
 from node.util.signal import Signal
 from protocol.capabilities import Capabilities, Links, hardware_class, stage_facts
-from protocol.identity import ModelId, PeerId
+from protocol.identity import ModelId, PeerId, Stage
 from protocol.observations import bucket_of
 from selector.consensus.clock import EpochClock
 from selector.task import PackageFormat
@@ -371,6 +371,7 @@ def build_consensus(
             network.jitter,
             allowance=allowance,
             quality=partial(client.quality_store.quality, model),
+            own_route=lambda: route_alone(stages, network.identity.peer_id, model),
         )
 
     environment = ConsensusEnvironment(
@@ -395,6 +396,14 @@ def build_consensus(
         )
 
     return ConsensusService(network.network, selection.chains, environment, clock, rules, network.jitter)
+
+
+def route_alone(stages: StageServer, own_peer: PeerId, model: ModelId) -> tuple[Stage, ...]:
+    """Return the route over this node alone; none where it does not serve the whole model."""
+    for span in stages.spans():
+        if span.info.model == model and span.info.is_first and span.info.is_last:
+            return (Stage(own_peer, span.info.blocks),)
+    return ()
 
 
 def is_busy(coordinator: Coordinator, stages: StageServer) -> bool:

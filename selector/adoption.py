@@ -13,6 +13,8 @@ from typing import Final
 
 from cachetools import FIFOCache
 
+from selector.confidence import MIN_CONFIDENCE, chance_better, confidence
+from selector.heuristic import CostEstimate, CostTable
 from selector.task import baseline_of
 
 MARGIN: Final = 0.03
@@ -29,12 +31,6 @@ three rounds would adopt it in 25 %.
 MAX_ROUNDS: Final = max(ROUNDS_WITH_LOOKS)
 
 _BEYOND_TIE: Final = MARGIN + 1e-6
-
-MIN_EXPECTED_GAIN: Final = 0.1
-"""Natural logarithm of cost that a method must be hoped to save to get a trial."""
-
-OPTIMISM: Final = 0.5
-"""Standard deviations added to a method's expected gain when candidates are ranked (upper confidence bound)."""
 
 MAX_LOSS: Final = 0.7
 """Natural logarithm: no job explores a method that is expected to cost more than twice as much."""
@@ -62,6 +58,14 @@ class TrialRecord:
     log_ratio: float
     tried_s: float
     effect: Hashable = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Methods worth a trial. `confidence`: in the method in use, against what was not tried here a short time ago."""
+
+    confidence: float
+    names: tuple[str, ...] = ()
 
 
 def is_better(differences: Sequence[float]) -> bool | None:
@@ -133,20 +137,18 @@ class Adoption:
         bucket: str,
         admitted: Collection[str],
         default: str,
-        expected: Mapping[str, float],
-        deviations: Mapping[str, float],
+        expected: CostTable,
         now_s: float,
         effects: Mapping[str, Hashable] | None = None,
-    ) -> list[str]:
-        """Return the methods worth a trial, the most promising first.
+    ) -> Candidates:
+        """Return the methods worth a trial, the predicted best first.
 
-        `admitted`: in order of simplicity. `expected`, `deviations`: predicted natural logarithms of cost of the
-        offered methods, with their standard deviations. `effects`: effective switches by method; of methods with equal
-        ones only the simplest is tried. None: all differ.
+        `admitted`: in order of simplicity. `expected`: predicted costs of the offered methods. `effects`: effective
+        switches by method; of methods with equal ones only the simplest is tried. None: all differ.
         """
         used = self.in_use(bucket, admitted, default)
         if used not in expected:
-            return []  # nothing to compare with
+            return Candidates(1.0)
         effect_of = {name: name for name in admitted} if effects is None else effects
         recent = {name: trial for name, trial in self.trials(bucket).items() if now_s - trial.tried_s < RETRY_S}
         missing = {
@@ -154,18 +156,18 @@ class Adoption:
         }
         plain = baseline_of(default).name
         known = {effect_of.get(used), effect_of.get(plain), *(trial.effect for trial in recent.values())}
-        gains: dict[Hashable, float] = {}
+        best: dict[Hashable, CostEstimate] = {}
         simplest: dict[Hashable, str] = {}
         for name in admitted:
             if name in {used, plain, *recent, *missing} or name not in expected or effect_of[name] in known:
                 continue
-            gain = expected[used] - expected[name] + OPTIMISM * deviations[name]
-            if gain > MIN_EXPECTED_GAIN:
-                effect = effect_of[name]
-                gains[effect] = max(gain, gains.get(effect, gain))
-                simplest.setdefault(effect, name)
-        promising = sorted(gains, key=lambda effect: (-gains[effect], simplest[effect]))
-        return [simplest[effect] for effect in promising[:MAX_CANDIDATES]]
+            effect, estimate = effect_of[name], expected[name]
+            best[effect] = min(estimate, best.get(effect, estimate), key=lambda each: each.log_cost)
+            simplest.setdefault(effect, name)
+        doubts = [effect for effect, each in best.items() if chance_better(expected[used], each) > 1 - MIN_CONFIDENCE]
+        doubts.sort(key=lambda effect: (best[effect].log_cost, simplest[effect]))
+        names = tuple(simplest[effect] for effect in doubts[:MAX_CANDIDATES])
+        return Candidates(confidence(expected[used], best.values()), names)
 
     def restore(self, bucket: str, trials: Mapping[str, TrialRecord]) -> None:
         """Restore the results of an earlier process, unless there are newer ones."""

@@ -28,13 +28,10 @@ class Selector(BaseEstimator):  # type: ignore[misc]  # scikit-learn is not type
         """Return a predicted logarithm of cost for every pair. Raises sklearn.exceptions.NotFittedError."""
         raise NotImplementedError
 
-    def probe_scores(self, X: Pairs, count: int) -> FloatArray:
-        """Return a score for every pair; the `count` methods of a context with the lowest are to be measured first.
-
-        By default these are the predicted best.
-        """
-        del count
-        return self.predict(X)
+    def deviation(self, X: Pairs) -> FloatArray | None:
+        """Return the standard deviation of each prediction, relative to its context; None if it is not known."""
+        del X
+        return None
 
     def fit_dataset(self, dataset: Dataset) -> Self:
         """Fit to a dataset with its weights."""

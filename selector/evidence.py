@@ -57,7 +57,15 @@ class AgreedTable:
         return replace(self, cells=firm)
 
     def is_ahead(self, method: str, other: str, hardware: str) -> bool:
-        """Return whether a method is cheaper than another on this hardware under any workload with cells of both."""
+        """Return whether a method is cheaper than another on this hardware under any workload with cells of both.
+
+        On hardware of which there is no cell: whether it is on all that there are cells of.
+        """
+        known = {cell.hardware for cell in self.cells}
+        classes = {hardware} if hardware in known else known
+        return bool(classes) and all(self._is_ahead(method, other, each) for each in classes)
+
+    def _is_ahead(self, method: str, other: str, hardware: str) -> bool:
         for workload in WORKLOADS:
             own, others = (self._value(Cell(hardware, workload, name)) for name in (method, other))
             if own is not None and others is not None and own < others:

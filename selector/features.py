@@ -14,7 +14,7 @@ from typing import Final, Self
 
 import numpy as np
 
-from selector.dataset import Contexts, FloatArray, IntArray, Pairs
+from selector.dataset import Contexts, FloatArray, Pairs
 
 MAX_CATEGORIES: Final = 32
 """Values of a named column, or factors of methods, with an indicator column: the most frequent ones."""
@@ -99,8 +99,12 @@ def _number(token: str) -> tuple[str, float] | None:
 
 
 PHYSICS: Final = ("total", "decode", "prefill", "memory_over_compute", "fill", "weight_bits", "kv_bits", "compute_bits",
-                  "devices", "rate", "gain", "gain_of_decode", "gain_of_prefill", "communication")  # fmt: skip
-"""Columns of `physics`. Gains and communication are relative to the times of a plain method."""
+                  "devices", "gain", "gain_of_decode", "gain_of_prefill", "communication",
+                  "decode_over_prefill")  # fmt: skip
+"""Columns of `physics`. Gains are relative to the times of a plain method, communication to the total."""
+
+RELATIVE_PHYSICS: Final = tuple(PHYSICS.index(name) for name in PHYSICS if name not in {"total", "decode", "prefill"})
+"""The features among them. Absolute times tell contexts apart rather than methods: on new hardware they mislead."""
 
 PLAIN: Final = Arithmetic(weight_bits=16.0, kv_bits=16.0, compute_bits=16.0, devices=1.0)
 """Arithmetic of a method whose name implies none."""
@@ -113,7 +117,7 @@ def physics(pairs: Pairs) -> FloatArray:
         return np.full((len(pairs), len(PHYSICS)), np.nan)
     facts = np.array([astuple(arithmetic_of(method)) for method in pairs.methods])
     own, plain = _roofline(pairs, facts[pairs.method]), _roofline(pairs, np.tile(astuple(PLAIN), (len(pairs), 1)))
-    return np.column_stack([own[:, :-1], own[:, :3] - plain[:, :3], own[:, -1]])
+    return np.column_stack([own[:, :-1], own[:, :3] - plain[:, :3], own[:, -1], own[:, 1] - own[:, 2]])
 
 
 def _roofline(pairs: Pairs, table: FloatArray) -> FloatArray:
@@ -132,10 +136,12 @@ def _roofline(pairs: Pairs, table: FloatArray) -> FloatArray:
     rate = rate + np.where(compute_bits >= 5, of("l_f32", -1.0), 0.0)
     weight_bytes = of("l_params") + 30 + weight_bits - 3
     kv_bytes = np.log2(np.maximum(of("kvgb"), 1e-6)) + 30 + kv_bits - 4
-    read = np.logaddexp2(active + 30 + weight_bits - 3, kv_bytes) - of("l_bw") - devices
+    # The sequences of a batch choose different experts, up to all of them.
+    read_weights = np.fmin(of("l_params"), active + of("l_bs", 0.0)) + 30 + weight_bits - 3
+    read = np.logaddexp2(read_weights, kv_bytes) - of("l_bw") - devices
     multiply = active + 31 + of("l_bs", 0.0) - rate - devices
     decode = np.maximum(read, multiply) + of("l_osl", 0.0)
-    prefill = np.maximum(multiply + of("l_isl", 0.0), active + 30 + weight_bits - 3 - of("l_bw") - devices)
+    prefill = np.maximum(multiply + of("l_isl", 0.0), weight_bytes - of("l_bw") - devices)
     total = np.logaddexp2(decode, prefill)
     memory = of("l_mem") if "l_mem" in contexts.columns else np.log2(np.maximum(of("memgb"), 1e-6)) + 30
     fill = np.logaddexp2(weight_bytes, kv_bytes) - memory - devices
@@ -144,9 +150,8 @@ def _roofline(pairs: Pairs, table: FloatArray) -> FloatArray:
     tokens = of("l_bs", 0.0) + np.logaddexp2(of("l_isl", 0.0), of("l_osl", 0.0))
     exchanged = np.log2(of("layers")) + of("l_hidden") + tokens + share + 3.0 - of("l_link")
     return np.column_stack(
-        [total, decode, prefill, read - multiply, fill, weight_bits, kv_bits, compute_bits, devices, rate,
-         exchanged - total]
-    )  # fmt: skip
+        [total, decode, prefill, read - multiply, fill, weight_bits, kv_bits, compute_bits, devices, exchanged - total]
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -193,7 +198,7 @@ class ContextTable:
 
 
 class PairTable:
-    """Pairs as a matrix: context features, method factors and roofline estimates."""
+    """Pairs as a matrix: context features, method factors and, on request, roofline estimates."""
 
     def fit(self, pairs: Pairs) -> Self:
         """Select the columns that vary among these pairs."""
@@ -201,27 +206,16 @@ class PairTable:
         self.contexts_ = ContextTable.of(pairs.contexts.take(used))
         self.methods_ = MethodTable.of([pairs.methods[i] for i in np.unique(pairs.method)])
         table = physics(pairs)
-        self.physics_ = tuple(j for j in range(table.shape[1]) if _differs(table[:, j]))
+        self.physics_ = [j for j in RELATIVE_PHYSICS if _differs(table[:, j])]
         return self
 
-    def columns_of_group(self, pairs: Pairs, group: str | None) -> IntArray:
-        """Return the columns that merely identify the value of `group`: constant within each of its values."""
-        if group is None or group not in pairs.contexts.names:
-            return np.zeros(0, dtype=np.intp)
-        used = np.unique(pairs.context)
-        names = pairs.contexts.names[group][used]
-        table = _finite(pairs.contexts.features[used])[:, list(self.contexts_.kept)]
-        varies = np.zeros(table.shape[1], dtype=bool)
-        for name in np.unique(names):
-            # dtype: the list is empty where all contexts are equal.
-            varies |= np.array([_differs(column) for column in table[names == name].T], dtype=bool)
-        return np.flatnonzero(~varies)
-
-    def transform(self, pairs: Pairs) -> FloatArray:
+    def transform(self, pairs: Pairs, *, roofline: bool) -> FloatArray:
         """Return one row per pair."""
         contexts = self.contexts_.matrix(pairs.contexts)[pairs.context]
         methods = self.methods_.matrix(pairs.methods)[pairs.method]
-        return np.hstack([contexts, methods, _finite(physics(pairs)[:, list(self.physics_)])])
+        if not roofline:
+            return np.hstack([contexts, methods])
+        return np.hstack([contexts, methods, _finite(physics(pairs)[:, self.physics_])])
 
 
 def _finite(table: FloatArray) -> FloatArray:

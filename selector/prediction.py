@@ -83,5 +83,6 @@ def fit_model(pairs: Pairs, cost: FloatArray, weight: FloatArray, group: str | N
 
     Trees weigh rows against settings meant for single rows, so that the mean weight must be one.
     """
-    model = MetaModel(group, max_rows=max(2, len(cost)), max_leaves=100_000, tree_count=40)
-    return model.fit(pairs, cost, weight * (len(weight) / max(weight.sum(), 1e-300)))
+    return MetaModel(group, max_rows=max(2, len(cost))).fit(
+        pairs, cost, weight * (len(weight) / max(weight.sum(), 1e-300))
+    )

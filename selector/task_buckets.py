@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Final
 
 from protocol.measurements import TaskKind
@@ -30,6 +31,7 @@ class Viewpoint:
     default_trust: float = 1.0
 
 
+@lru_cache(maxsize=4096)
 def canonicalise(context: TaskContext) -> TaskContext:
     """Return the canonical context of all similar ones, for which predictions are cached.
 

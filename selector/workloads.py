@@ -22,6 +22,11 @@ class TrialWorkload:
     task_kind: TaskKind = TaskKind.GENERATE
 
     @property
+    def objective(self) -> str:
+        """What its cost is where it is measured for the agreed table: of jobs at the same time their computing."""
+        return "latency" if self.concurrency == 1 else "throughput"
+
+    @property
     def task(self) -> dict[str, Any]:
         """The fields of a task context that it decides."""
         return {
@@ -31,7 +36,7 @@ class TrialWorkload:
             "shared_prefix_share": self.shared_prefix_share,
             "repetitiveness": self.repetitiveness,
             "task_kind": self.task_kind.value,
-            "objective": "latency" if self.concurrency == 1 else "throughput",
+            "objective": self.objective,
         }
 
 

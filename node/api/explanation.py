@@ -29,6 +29,8 @@ from protocol.limits import MAX_PARALLEL_JOBS, MAX_POSITIONS
 from protocol.measurements import Objective, QualityBound, TaskKind
 from protocol.schema import to_map
 from protocol.tensors import Pooling
+from selector.confidence import INTERVAL
+from selector.task import baseline_of
 
 RECENT: Final = 20
 """Past choices that are listed."""
@@ -113,13 +115,14 @@ def explain(considered: Considered, chooser: LearnedChooser, model: ModelStatus 
         raise TypeError("a choice of another chooser")
     selection = chooser.describe(choice, considered.agreed)
     trials = chooser.adoption.trials(choice.bucket)
+    deviations = _deviations_of_speedups(selection)
     methods: list[ExplainedMethod] = [
         {
             "name": name,
             "predicted_s": predicted.cost_s,
             "predicted_speedup": predicted.speedup,
-            "speedup_low": predicted.speedup * math.exp(-predicted.deviation),
-            "speedup_high": predicted.speedup * math.exp(predicted.deviation),
+            "speedup_low": predicted.speedup * math.exp(-INTERVAL * deviations[name]),
+            "speedup_high": predicted.speedup * math.exp(INTERVAL * deviations[name]),
             "votes": {vote.peer: vote.scores[name] for vote in considered.votes if name in vote.scores},
             "accepted": name in choice.accepted,
             "trial_speedup": math.exp(-trials[name].log_ratio) if name in trials else None,
@@ -134,9 +137,19 @@ def explain(considered: Considered, chooser: LearnedChooser, model: ModelStatus 
         "methods": methods,
         "agreed": considered.agreed,
         "reason": _reason(considered.agreed, next(iter(selection.predictions)), choice),
+        "confidence": selection.confidence,
+        "probes": list(selection.probes),
         "table_digest": choice.learned_from.digest.hex() if choice.learned_from else None,
         "past": past_decisions(chooser.decisions, RECENT),
     }
+
+
+def _deviations_of_speedups(selection: Selection) -> dict[str, float]:
+    """Return the standard deviation of each method's predicted speed-up, as a logarithm: of both costs in it."""
+    predictions = selection.predictions
+    plain = predictions.get(baseline_of(next(iter(predictions))).name)
+    of_plain = plain.deviation if plain else 0.0
+    return {name: 0.0 if each is plain else math.hypot(each.deviation, of_plain) for name, each in predictions.items()}
 
 
 def _describe_route(considered: Considered) -> list[dict[str, Any]]:

@@ -199,6 +199,8 @@ class Explanation(TypedDict):
     methods: list[ExplainedMethod]
     agreed: str
     reason: str
+    confidence: float
+    probes: list[str]
     table_digest: str | None
     past: PastDecisions
 

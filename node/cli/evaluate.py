@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from node.evaluation.compare import Comparison
+    from selector.evaluation.certainty import Certainty
     from selector.evaluation.measures import Group
 
 MAX_PROCESSES = 8
@@ -122,10 +123,27 @@ def _print_table(comparison: "Comparison") -> None:
         more = comparison.rows[0].more_than_n.contexts if comparison.rows else 0
         title = f"only the {more} contexts with more than {comparison.probes} methods"
         out().print(_table(comparison, more_than_n=True, title=title))
+    for row in comparison.rows:
+        if row.certainty is not None:
+            out().print(f"{row.selector}: {_describe_certainty(row.certainty)}")
     for name, reason in comparison.left_out.items():
         err().print(f"without {name}: {reason}")
     for note in dataset.notes:
         err().print(f"note: {printable(note)}")
+
+
+def _describe_certainty(found: "Certainty") -> str:
+    """Return how far the meta-model knows its own errors, without probes, in words."""
+    text = (
+        f"90 % intervals cover {found.interval_coverage:.1%}; accuracy {found.accuracy_at_70_percent:.3f} "
+        "in the 70 % of contexts with the highest confidence"
+    )
+    if found.stated_confidence is None:
+        return f"{text}; no choice is confident enough to need no probes"
+    return (
+        f"{text}; {found.answered:.0%} of the choices are confident enough to need no probes, of which "
+        f"{found.within_5_percent_of_answered:.1%} cost at most 5 % too much (stated {found.stated_confidence:.1%})"
+    )
 
 
 def _table(comparison: "Comparison", *, more_than_n: bool, title: str) -> "Table":

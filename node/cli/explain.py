@@ -43,8 +43,8 @@ _share_option = partial(click.option, type=click.FloatRange(0, 1), default=0.0)
 def explain(as_json: bool, api: str | None, **task: Any) -> None:
     """Show which method a task would be served with, and why.
 
-    For every admitted method: predicted speed-up over the baseline with its standard deviation, votes of the stages,
-    and measured trials; then the outcome of past choices.
+    For every admitted method: predicted speed-up over the baseline with its 90 % interval, votes of the stages, and
+    measured trials; then how sure the choice is, and the outcome of past choices.
     """
     import trio
 
@@ -90,6 +90,7 @@ def render_explanation(answer: "Explanation") -> "RenderableType":
     error = past["typical_error"]
     facts = {
         "chosen": answer["reason"],
+        "sure": _certainty(answer),
         "based on": basis + (", and the table that the swarm agreed on" if answer["table_digest"] else ""),
         "votes": "natural logarithm of the predicted seconds, one of each stage; the lowest wins",
         "tried": f"{selection['trials']} trials in {format_duration(selection['trial_s'])}, "
@@ -100,6 +101,15 @@ def render_explanation(answer: "Explanation") -> "RenderableType":
         f"expected regret {format_duration(past['mean_regret_s'])} a job",
     }
     return Group(table, Text("\n".join(f"{name:<8} {value}" for name, value in facts.items())))
+
+
+def _certainty(answer: "Explanation") -> str:
+    """Return how sure the choice is, and what is measured where it is not."""
+    sure = f"{answer['confidence']:.0%} that no method untried here is clearly better than the one in use"
+    if not answer["probes"]:
+        return sure
+    probes = " and ".join(short_method(name) for name in answer["probes"])
+    return f"{sure}: too little, so that such jobs get a trial of {probes}"
 
 
 def short_method(name: str) -> str:

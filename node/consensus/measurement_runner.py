@@ -13,7 +13,7 @@ from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError
 from node.coordinator.trial_runner import BenchmarkRunner, Spending, TrialSpec
 from protocol.consensus_values import Cell
-from protocol.identity import ModelId
+from protocol.identity import ModelId, Stage
 from protocol.measurements import Objective, Observation, ObservationKind, QualityBound
 from selector.consensus.sortition import MeasurementPlan
 from selector.quality import MeasuredQuality, admits
@@ -54,10 +54,12 @@ class MeasurementRunner:
         *,
         allowance: MeasuringAllowance,
         quality: Callable[[Method], MeasuredQuality | None],
+        own_route: Callable[[], tuple[Stage, ...]] = tuple,
     ) -> None:
         """`is_busy`: returns whether this node has other jobs, which are not disturbed.
 
         `quality`: of a lossy method, as far as it was measured here for users' jobs; others are not measured.
+        `own_route`: over this node alone, whose hardware the cells name, if it serves the whole model.
         """
         self._trials = trials
         self._recorder = recorder
@@ -66,6 +68,7 @@ class MeasurementRunner:
         self._rng = rng
         self._allowance = allowance
         self._quality = quality
+        self._own_route = own_route
         self._unrevealed: list[Observation] = []
 
     async def measure(self, cell: Cell) -> float | None:
@@ -77,7 +80,9 @@ class MeasurementRunner:
         bound = QualityBound.EXACT if method.exact else QualityBound.ANY
         if not admits(bound, method, self._quality(method)):
             return None
-        objective = Objective.LATENCY if workload.concurrency == 1 else Objective.THROUGHPUT
+        objective = Objective(workload.objective)
+        # Members begin at the same time, often on one route: who is first goes on undisturbed, the others wait.
+        await trio.sleep(2 * IDLE_ROUND_S * self._rng.random())
         while self._is_busy():  # noqa: ASYNC110  # other peers' sessions end without notice
             await trio.sleep(IDLE_ROUND_S * self._rng.uniform(0.5, 2))
         spending = Spending()
@@ -86,9 +91,11 @@ class MeasurementRunner:
             methods=[cell.method],
             workload=workload,
             rounds=ROUNDS,
+            objectives=[objective],
             kind=ObservationKind.ASSIGNED,
             quality=bound,
             spending=spending,
+            stages=self._own_route(),
         )
         try:
             trial = await self._trials.run(spec, self._withhold)

@@ -166,7 +166,8 @@ class ResilientRoute:
                 break
             self._retire_route()
             # Peers of an older version are found out one by one, and cost the job no attempt.
-            if not is_patient and attempt + 1 - len(self._outdated) >= MAX_ATTEMPTS:
+            is_last = attempt + 1 - len(self._outdated) >= MAX_ATTEMPTS or bool(self._job.request.stages)
+            if not is_patient and is_last:
                 raise no_route(self._job, NoRouteError(()), self._avoided, self._outdated)
         if search.is_logged:
             waited_s = round(trio.current_time() - search.began_s, 1)
@@ -251,7 +252,8 @@ class ResilientRoute:
 
     def _need(self, leaving: Collection[PeerId] = (), begun: OpenRoute | None = None) -> RouteNeed:
         """Return what the job needs of the next route: without some peers, and like the route begun, or else before."""
-        held = begun.held() if begun else self._held
+        like: Sequence[Stage] = begun.stages if begun else self._stages or self._job.request.stages
+        held: Collection[Stage] = begun.held() if begun else self._held if self._stages else like
         need = self._job.need()
         if self._method is not None:  # routes are asked for this one only
             need = replace(need, parts=parts_of(self._method.engine))
@@ -259,7 +261,7 @@ class ResilientRoute:
             need,
             not_last=frozenset(self._outdated),
             without={*self._avoided, *leaving},
-            like=begun.stages if begun else self._stages,
+            like=like,
             held=[stage for stage in held if stage.peer not in leaving],
         )
 

@@ -264,7 +264,8 @@ class Planner:
         """Learn the speed of a route's stages from a job. `loads`: each stage's report when it was opened."""
         own, now_s = self._in_flight(), trio.current_time()
         self._ended = {peer: found for peer, found in self._ended.items() if now_s - found[0] < REPORT_AGE_S}
-        self._ended |= {stage.peer: (now_s, own[stage.peer]) for stage in stages}
+        # A job in the background is in no report, and must not hide that one of ours is still in a recent one.
+        self._ended |= {stage.peer: (now_s, count) for stage in stages if (count := own[stage.peer])}
         sharing = [self._sharing(stage.peer, load) for stage, load in zip(stages, loads, strict=True)]
         ones = (1,) * len(stages)
         prompt_links_s = self.round_s(stages) + self.transfer_s(stages, need.demand)

@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from protocol.identity import BlockRange, JobId, ModelId, PeerId
+from protocol.identity import BlockRange, JobId, ModelId, PeerId, Stage
 from protocol.measurements import MethodInForce, Objective, QualityBound, StageObservation, TaskKind
 from protocol.messages import FinishReason
 from protocol.tensors import Pooling
@@ -147,17 +147,16 @@ class JobRequest:
     added to their logits. `seed`: None for a random one; taken modulo 2**64. `stop_token_ids`: besides the model's own
     end-of-text tokens. `ignore_eos`: do not end at the model's end-of-text tokens; for benchmarks. `method`: `auto`, or
     a method by its switches. `objective`: what route and method are chosen for. `budget`: the highest predicted cost,
-    None for any. `background`: gives way to other jobs. `echo`: whether JobStarted has the prompt's text.
-    `top_logprobs`: report the log probability of each token, and those of so many likeliest ones; None for neither.
-    `tools`: that the model may call, as the OpenAI API describes them. `template_options`: for the chat template.
-    `continue_final_message`: the text goes on where the last message, the assistant's, ends (prefill).
-    `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text; it comes from the
-    field `json_schema_param` of the user's request, which errors name.
+    None for any. `background`: gives way to other jobs. `stages`: the only route to take; empty for the best one.
+    `echo`: whether JobStarted has the prompt's text. `top_logprobs`: report the log probability of each token, and
+    those of so many likeliest ones; None for neither. `tools`: that the model may call, as the OpenAI API describes
+    them. `template_options`: for the chat template. `continue_final_message`: the text goes on where the last message,
+    the assistant's, ends (prefill). `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty
+    for any text; it comes from the field `json_schema_param` of the user's request, which errors name.
     `prompt_logprobs`: the prompt is scored: JobStarted is followed by PromptScored, with `top_logprobs` likeliest
     tokens; `max_tokens` may be 0 then. `pooling`: the prompt becomes an embedding, and there is no text: JobStarted is
     followed by JobResult. `truncate`: cut the prompt to the model's context. `origin`: the API request that it comes
-    from. `trace`: the stages report where the time of each step went.
-    Sampling: `node.engine.sampling`.
+    from. `trace`: the stages report where the time of each step went. Sampling: `node.engine.sampling`.
     """
 
     model: str
@@ -183,6 +182,7 @@ class JobRequest:
     objective: Objective = Objective.LATENCY
     budget: float | None = None
     background: bool = False
+    stages: tuple[Stage, ...] = ()
     echo: bool = False
     top_logprobs: int | None = None
     json_schema: str = ""
@@ -312,9 +312,8 @@ class PredictedCost:
 class Selection:
     """This node's assessment of a job's method selection, for the tokens that came.
 
-    `basis`: `rule` or `model`. `experiences`: measurements that the model was trained on. `accepted`: the methods that
-    the votes decided between; `explored`: whether it was one to explore. `regret_s`: predicted cost over that of the
-    best method.
+    `basis`: `rule`, or `model` of `experiences`. `accepted`: for the vote. `confidence`: that no untried method is much
+    better than that in use; if too low, `probes` get a trial. `regret_s`: predicted cost over that of the best method.
     """
 
     basis: str
@@ -322,11 +321,12 @@ class Selection:
     predictions: dict[str, PredictedCost]
     accepted: tuple[str, ...]
     explored: bool
+    confidence: float
+    probes: tuple[str, ...]
     predicted_s: float
     predicted_speedup: float
     regret_s: float
-    predicted_cost: float | None = None
-    """Of the method in use, for the tokens that came: seconds of computing times the peers' prices."""
+    predicted_cost: float | None = None  # of the method in use: seconds of computing times the peers' prices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

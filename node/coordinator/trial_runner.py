@@ -23,7 +23,15 @@ from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.models.manifest import Manifest
 from node.models.sample import sample_text
 from protocol.identity import Stage
-from protocol.measurements import Measurements, Objective, Observation, ObservationKind, QualityBound, TaskKind
+from protocol.measurements import (
+    MIN_TOTAL_S,
+    Measurements,
+    Objective,
+    Observation,
+    ObservationKind,
+    QualityBound,
+    TaskKind,
+)
 from protocol.tensors import Pooling
 from selector.task import Method, MethodError, baseline_of, parse_method, portfolio
 from selector.workloads import TrialWorkload
@@ -35,13 +43,19 @@ BUSY_TIMEOUT_S: Final = 120.0
 """How long a run of a background measurement is repeated where it is in the way of jobs, here or at other peers."""
 
 RETRY_S: Final = 1.0
-"""Pause before another attempt while a method is not ready or the peers are full;"""
-
-BACKGROUND_RETRY_S: Final = 10.0
-"""and for background measurements, which give way to jobs."""
+"""Pause before another attempt while a method is not ready or the peers are full."""
 
 GIVE_WAY_S: Final = 0.05
 """Interval at which a background measurement looks whether it is in the way of a user's job."""
+
+PATIENCE: Final = 9.0
+"""How long each run of an adoption trial gives way to this node's jobs, in durations of the run before.
+
+After that it goes on beside them: a node whose jobs leave no gap would otherwise never finish a trial. So trials run
+beside jobs for a tenth of the time at most.
+"""
+
+LEAST_PATIENCE_S: Final = 5.0
 
 MAX_INVALID: Final = 3
 """Rounds that may be invalid, by a changed route or a lost stage, before the trial gives up."""
@@ -80,7 +94,9 @@ class TrialSpec:
 
     `is_decided`: whether the rounds so far suffice; asked from `rounds` on. None: they do.
 
-    `model`, `methods`: as a user names them; no methods: all that there are for the model.
+    `model`, `methods`: as a user names them; no methods: all that there are for the model. `objectives`: the costs that
+    are recorded, each in an observation of its own. `stages`: the route, if it is given; else the best at first, and
+    then the same for all runs.
     """
 
     model: str
@@ -89,9 +105,11 @@ class TrialSpec:
     rounds: int = 3
     is_decided: Callable[[Sequence[Mapping[str, "Run"]]], bool] | None = None
     spending: Spending = field(default_factory=Spending)
+    objectives: Sequence[Objective] = (Objective.LATENCY,)
     kind: ObservationKind = ObservationKind.BENCH
     quality: QualityBound = QualityBound.EXACT
     seed: int | None = None
+    stages: tuple[Stage, ...] = ()
 
     @property
     def is_background(self) -> bool:
@@ -134,10 +152,10 @@ class Run:
         return max(job.result.timing.total_s for job in self.jobs)
 
     def cost_s(self, objective: Objective) -> float:
-        """Return the jobs' mean time for latency, their makespan for throughput."""
-        if objective is Objective.THROUGHPUT:
-            return self.makespan_s
-        return statistics.fmean(job.result.timing.total_s for job in self.jobs)
+        """Return the jobs' mean time for latency, and for every other objective their computing."""
+        if objective is Objective.LATENCY:
+            return statistics.fmean(job.result.timing.total_s for job in self.jobs)
+        return max(MIN_TOTAL_S, self.compute_s)
 
     @property
     def tokens_per_s(self) -> float:
@@ -217,12 +235,11 @@ class BenchmarkRunner:
         self, spec: TrialSpec, rounds: Sequence[Mapping[str, Run]], record: Callable[[Observation], Awaitable[bool]]
     ) -> int:
         """Record an observation for each run and objective; return how many there were."""
-        objectives = [Objective.LATENCY, *([Objective.THROUGHPUT] if spec.workload.concurrency > 1 else [])]
         count = 0
         for runs in rounds:
             [plain] = (run for name, run in runs.items() if name == baseline_of(name).name)
             for run in runs.values():
-                for objective in objectives:
+                for objective in spec.objectives:
                     ratio = math.log(run.cost_s(objective) / plain.cost_s(objective))
                     count += await record(self._observation(spec, run, objective, ratio))
         return count
@@ -251,9 +268,12 @@ class BenchmarkRunner:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _TrialRuns:
-    """The runs of one trial. `text`: token ids that prompts are made of; `common`: the prefix of all runs, if any."""
+    """The runs of one trial. `text`: token ids that prompts are made of; `common`: the prefix of all runs, if any.
+
+    `run_s`: what the last run took. `stages`: the route that all runs take, once there was one.
+    """
 
     coordinator: Coordinator
     lock: trio.Lock
@@ -261,6 +281,8 @@ class _TrialRuns:
     text: Sequence[int]
     common: Sequence[int] | None
     rng: random.Random
+    run_s: float = 0.0
+    stages: tuple[Stage, ...] = ()
 
     async def warm_up(self, methods: Iterable[Method]) -> dict[str, str]:
         """Wait until each method is ready and run one short job; return why some are unavailable, by name."""
@@ -298,28 +320,43 @@ class _TrialRuns:
     async def _run_with_retry(self, workload: TrialWorkload, method: Method) -> Run:
         """Run a method once it is ready and the peers have room: peers build a variant when it is asked for."""
         began_s = trio.current_time()
-        pause_s = BACKGROUND_RETRY_S if self.spec.is_background else RETRY_S
+        is_trial = self.spec.kind is ObservationKind.PROBE
+        patience_s = max(LEAST_PATIENCE_S, PATIENCE * self.run_s) if is_trial else math.inf
         while True:
+            gives_way = self.spec.is_background and trio.current_time() < began_s + patience_s
             try:
-                return await self._run(workload, method)
+                return await self._run(workload, method, gives_way=gives_way)
             except JobError as error:
                 is_in_the_way = self.spec.is_background and error.code is JobErrorCode.FULL
                 limit_s = BUSY_TIMEOUT_S if is_in_the_way else READY_TIMEOUT_S
                 if error.retry_after_s is None or trio.current_time() > began_s + limit_s:
                     raise
-                await trio.sleep(pause_s * self.rng.uniform(0.5, 2))
+                if error.code is not JobErrorCode.FULL:
+                    self.stages = ()  # a stage may be gone: the round is invalid then, and begun anew elsewhere
+            await trio.sleep(RETRY_S * self.rng.uniform(0.5, 2))
+            if self.spec.is_background:
+                await self._wait_for_gap(began_s + min(patience_s, BUSY_TIMEOUT_S))
 
-    async def _run(self, workload: TrialWorkload, method: Method) -> Run:
-        """Have a method do a workload once, with new prompts."""
+    async def _wait_for_gap(self, until_s: float) -> None:
+        """Wait until no user's job of this node runs, or until a time."""
+        with trio.move_on_at(until_s):
+            while self._is_in_the_way():  # noqa: ASYNC110  # jobs begin and end without notice
+                await trio.sleep(GIVE_WAY_S)
+
+    def _is_in_the_way(self) -> bool:
+        statistics = self.coordinator.statistics
+        return statistics.running > statistics.trials_running
+
+    async def _run(self, workload: TrialWorkload, method: Method, *, gives_way: bool) -> Run:
+        """Have a method do a workload once, with new prompts. `gives_way`: to a job of this node, by JobError."""
         done: list[ServedJob] = []
         errors: list[JobError] = []
         spending = self.spec.spending
 
         async def give_way() -> None:
-            statistics = self.coordinator.statistics
-            while statistics.running == statistics.trials_running:  # noqa: ASYNC110  # jobs begin without notice
+            while not self._is_in_the_way():  # noqa: ASYNC110  # jobs begin without notice
                 await trio.sleep(GIVE_WAY_S)
-            errors.append(JobError(JobErrorCode.FULL, "users' jobs came", retry_after_s=BACKGROUND_RETRY_S))
+            errors.append(JobError(JobErrorCode.FULL, "users' jobs came", retry_after_s=RETRY_S))
             nursery.cancel_scope.cancel()
 
         async def run_job(prompt: tuple[int, ...]) -> None:
@@ -333,6 +370,7 @@ class _TrialRuns:
                 quality=self.spec.quality,
                 method=method.name,
                 background=self.spec.is_background,
+                stages=self.spec.stages or self.stages,
             )
             try:
                 async with self.coordinator.submit(request, done.append) as events:
@@ -348,19 +386,21 @@ class _TrialRuns:
             try:
                 with trio.move_on_after(spending.limit_s - spending.spent_s) as limit:
                     async with trio.open_nursery() as watching:
-                        if self.spec.is_background:
+                        if gives_way:
                             watching.start_soon(give_way)
                         async with trio.open_nursery() as nursery:
                             for prompt in prompts:
                                 nursery.start_soon(run_job, prompt)
                         watching.cancel_scope.cancel()
             finally:
-                is_done = len(done) == len(prompts)
-                spending.charge(trio.current_time() - began_s, Run(jobs=done), is_done=is_done)
+                took_s, is_done = trio.current_time() - began_s, len(done) == len(prompts)
+                spending.charge(took_s, Run(jobs=done), is_done=is_done)
         if limit.cancelled_caught:
             raise JobError(JobErrorCode.FAILED, f"the trial took longer than the {spending.limit_s:.0f} s that it may")
         if errors:
             raise errors[0]
+        self.run_s = took_s
+        self.stages = tuple(Stage(stage.peer, stage.blocks) for stage in done[0].result.route)
         return Run(jobs=done)
 
 

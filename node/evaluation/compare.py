@@ -11,6 +11,7 @@ from node.evaluation.parallel_fit import FitResult, FitTask, fit_all
 from selector.dataset import Dataset
 from selector.estimator import Selector
 from selector.evaluation.baselines import BASELINES, TextEmbedding, VirtualBest
+from selector.evaluation.certainty import Certainty, certainty_of
 from selector.evaluation.measures import Group, Measures, outcomes, split
 from selector.evaluation.text_embedding import Encoder, KnownTexts, texts_of
 from selector.metamodel import MetaModel
@@ -34,12 +35,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One selector's measures. `seconds`: training and prediction, summed over all folds."""
+    """One selector's measures. `seconds`: training and prediction, summed over all folds.
+
+    `certainty`: how true its statements about its own errors are; None for a selector that makes none.
+    """
 
     selector: str
     measures: Measures
     more_than_n: Measures
     seconds: float
+    certainty: Certainty | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row for JSON."""
@@ -48,6 +53,7 @@ class Row:
             **asdict(self.measures),
             "seconds": self.seconds,
             "more_than_n": asdict(self.more_than_n),
+            "certainty": asdict(self.certainty) if self.certainty else None,
         }
 
 
@@ -108,7 +114,7 @@ def compare(
         results[ORACLE][i] = FitResult(ORACLE, i, oracle.predict(dataset.pairs.take(fold.test)), 0.0)
     if len(dataset) < MIN_ROWS_OF_PROCESSES:
         process_count = 1
-    with closing(fit_all(dataset, folds, _tasks(makers, len(folds), probes, progress), process_count)) as found:
+    with closing(fit_all(dataset, folds, _tasks(makers, len(folds), progress), process_count)) as found:
         for result in found:
             results[result.name][result.fold] = result
             progress(result.name, len(results[result.name]), len(folds))
@@ -122,19 +128,19 @@ def compare(
             continue
         chosen = outcomes(dataset, folds, scores, probes=probes, default=default)
         seconds = sum(each.seconds for each in of_folds)
-        rows.append(Row(name, chosen.measures(), chosen.measures(more_than=probes), seconds))
+        deviations = [each.deviation for each in of_folds if each.deviation is not None]
+        certainty = certainty_of(dataset, folds, scores, deviations) if deviations else None
+        rows.append(Row(name, chosen.measures(), chosen.measures(more_than=probes), seconds, certainty))
     return Comparison(dataset, group, probes, len(folds), tuple(rows), left_out)
 
 
-def _tasks(
-    makers: Mapping[str, Callable[[], Selector]], folds: int, probes: int, progress: Progress
-) -> Iterator[FitTask]:
+def _tasks(makers: Mapping[str, Callable[[], Selector]], folds: int, progress: Progress) -> Iterator[FitTask]:
     """Yield the fits, slowest (the meta-model's) first."""
     for name, make in makers.items():
         progress(name, 0, folds)
         selector = make()
         for fold in range(folds):
-            yield FitTask(name, selector, fold, probes)
+            yield FitTask(name, selector, fold)
 
 
 def _encode_texts(dataset: Dataset, encode: Encoder, progress: Progress) -> KnownTexts:

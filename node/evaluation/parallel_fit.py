@@ -33,22 +33,25 @@ _EXIT_LIMIT_S: Final = 0.2
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FitTask:
-    """A selector to fit on a fold's training rows. `probes`: methods of each context that may be measured."""
+    """A selector to fit on a fold's training rows."""
 
     name: str
     selector: Selector
     fold: int
-    probes: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FitResult:
-    """Scores of the fold's test rows; None if the selector does not apply, for the reason in `inapplicable`."""
+    """Scores of the fold's test rows; None if the selector does not apply, for the reason in `inapplicable`.
+
+    `deviation`: of these scores; None where the selector does not know it.
+    """
 
     name: str
     fold: int
     scores: FloatArray | None
     seconds: float
+    deviation: FloatArray | None = None
     inapplicable: str = ""
 
 
@@ -123,9 +126,10 @@ def _fit(dataset: Dataset, folds: tuple[Fold, ...], task: FitTask) -> FitResult:
     try:
         selector = task.selector.fit_dataset(dataset.take(fold.train))
     except NotApplicableError as error:
-        return FitResult(task.name, task.fold, None, 0.0, str(error))
-    scores = checked(selector.probe_scores(dataset.pairs.take(fold.test), task.probes), fold)
-    return FitResult(task.name, task.fold, scores, time.perf_counter() - began_s)
+        return FitResult(task.name, task.fold, None, 0.0, inapplicable=str(error))
+    test = dataset.pairs.take(fold.test)
+    scores = checked(selector.predict(test), fold)
+    return FitResult(task.name, task.fold, scores, time.perf_counter() - began_s, selector.deviation(test))
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from typing import Final
 
 from node.coordinator.trial_runner import BenchmarkRunner, Run, Spending, TrialSpec
 from node.selection.trial_scheduler import TrialRequest
-from protocol.measurements import MIN_TOTAL_S, Objective, ObservationKind, QualityBound, TaskKind
+from protocol.measurements import Objective, ObservationKind, QualityBound, TaskKind
 from selector.adoption import ROUNDS_WITH_LOOKS, is_decided
 from selector.task import baseline_of
 from selector.workloads import TrialWorkload
@@ -33,10 +33,13 @@ class AdoptionTrials:
         The cost of a whole job is extrapolated from the short jobs' TTFT and TPOT.
         """
         context = request.context
+        # At given prices the cheapest method is the one that computes least.
+        is_latency = context.objective == Objective.LATENCY
+        objective = Objective.LATENCY if is_latency else Objective.THROUGHPUT
 
         def log_cost(run: Run) -> float:
-            if context.objective != Objective.LATENCY:
-                return math.log(max(MIN_TOTAL_S, run.compute_s))
+            if objective is not Objective.LATENCY:
+                return math.log(run.cost_s(objective))
             return math.log(run.ttft_s + run.tpot_s * (context.max_tokens - 1))
 
         def enough(rounds: Sequence[Mapping[str, Run]]) -> bool:
@@ -60,6 +63,7 @@ class AdoptionTrials:
                 rounds=MIN_ROUNDS,
                 is_decided=enough,
                 spending=spending,
+                objectives=[objective],
                 kind=ObservationKind.PROBE,
                 quality=QualityBound(context.quality),
             )

@@ -23,8 +23,8 @@ from node.stages.voter import StageVote, TableVersion
 from node.storage.adoption_store import AdoptionStore
 from protocol.identity import ModelId
 from protocol.measurements import Objective, TaskKind
-from selector.adoption import MAX_LOSS, Adoption, ExplorationAllowance
-from selector.heuristic import predicted_cost, preference
+from selector.adoption import MAX_LOSS, Adoption, Candidates, ExplorationAllowance
+from selector.heuristic import CostEstimate, predicted_cost, preference
 from selector.task import Method, TaskContext, portfolio
 from selector.task_buckets import simplest_first, task_bucket
 from selector.voting import scores
@@ -160,20 +160,19 @@ class LearnedChooser:
             return None
         costs = choice.log_costs
         offered = {name: cost for name, cost in costs.items() if name in self._offered or name == choice.in_use}
-        for name in self._candidates(choice, offered):
+        for name in self._candidates(choice, offered).names:
             if costs[name] - costs[choice.in_use] < MAX_LOSS:
                 return name
         return None
 
-    def _candidates(self, choice: LearnedChoice, expected: Mapping[str, float]) -> list[str]:
+    def _candidates(self, choice: LearnedChoice, expected: Mapping[str, float]) -> Candidates:
         """Return the methods worth a trial, given expected logarithms of cost."""
-        admitted = choice.request.admitted
+        admitted, table = choice.request.admitted, choice.prediction.table
         return self.adoption.candidates(
             choice.bucket,
             [method.name for method in simplest_first(admitted)],
             choice.default,
-            expected,
-            {name: estimate.deviation for name, estimate in choice.prediction.table.items()},
+            {name: CostEstimate(cost, table[name].deviation) for name, cost in expected.items()},
             trio.current_time(),
             switches_in_effect(choice.request.context, admitted),
         )
@@ -197,7 +196,7 @@ class LearnedChooser:
             self._calibrate(choice, outcome, expected[outcome.method])
             if choice.request.is_free:
                 self._record(choice, outcome, selection)
-                self._request_trial(choice)
+                self._request_trial(choice, selection.probes)
         return selection
 
     def describe(self, choice: LearnedChoice, method: str) -> Selection:
@@ -207,6 +206,7 @@ class LearnedChooser:
     def _selection(self, choice: LearnedChoice, expected: Mapping[str, float], method: str) -> Selection:
         context = choice.request.context
         offset = self._calibration.of(context)
+        candidates = self._candidates(choice, choice.votes)
         plain = choice.order[0].baseline
         baseline = expected.get(plain.name, predicted_cost(context, plain))
         predictions = {
@@ -223,6 +223,8 @@ class LearnedChooser:
             predictions=predictions,
             accepted=tuple(sorted(choice.accepted)),
             explored=choice.explored is not None,
+            confidence=candidates.confidence,
+            probes=candidates.names,
             predicted_s=predictions[method].cost_s,
             predicted_speedup=predictions[method].speedup,
             regret_s=predictions[method].cost_s - min(each.cost_s for each in predictions.values()),
@@ -250,16 +252,15 @@ class LearnedChooser:
             outcome = replace(outcome, total_s=outcome.compute_s or outcome.total_s)
         self.decisions.append((outcome, replace(selection, predictions={})))
 
-    def _request_trial(self, choice: LearnedChoice) -> None:
-        """Request a trial of the methods that votes, or our own predictions, rank before the one in use.
+    def _request_trial(self, choice: LearnedChoice, probes: Sequence[str]) -> None:
+        """Request a trial of the probes against the method in use.
 
         What is in use because the swarm agreed on it gets one in any case.
         """
-        candidates = self._candidates(choice, choice.votes)
-        if choice.agreed_better and not candidates:
-            candidates = [choice.usual]
-        if candidates:
-            names = {choice.in_use, *candidates}
+        if choice.agreed_better and not probes:
+            probes = (choice.usual,)
+        if probes:
+            names = {choice.in_use, *probes}
             methods = [method for method in choice.request.admitted if method.name in names]
             request = TrialRequest(
                 model=choice.request.model, context=choice.request.context, methods=methods, in_use=choice.in_use

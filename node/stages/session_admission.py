@@ -109,12 +109,15 @@ class SessionAdmission:
         return await self._open_on(span, message, link, former, _offered_methods(message, span, self._table))
 
     def _span_for(self, message: Open, peer: PeerId) -> Span:
-        """Return the span for a new session. Raises _Refusal; a measurement yields to all other sessions."""
+        """Return the span for a new session. Raises _Refusal; a measurement yields to the sessions of other peers.
+
+        Whether it is in the way of its own peer's jobs is for that peer to say.
+        """
         span = self._table.holding(message.model, message.blocks)
         if self._table.is_draining:
             raise _Refusal(RefusalReason.LEAVING, "this peer is about to leave", span)
         sessions = list(self._table.sessions())
-        if message.background and any(not s.request.background or s.opened_by.peer != peer for s in sessions):
+        if message.background and any(session.opened_by.peer != peer for session in sessions):
             raise _Refusal(RefusalReason.FULL, "this peer serves others, who come before a measurement", span)
         if sum(session.opened_by.peer == peer for session in sessions) >= MAX_SESSIONS:
             raise _Refusal(RefusalReason.FULL, f"{MAX_SESSIONS} sessions of yours are open here, the maximum", span)

@@ -1,7 +1,7 @@
 """Baselines of the evaluation: from a random choice to the algorithm selection of the literature."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Self
 
 import numpy as np
@@ -15,7 +15,7 @@ from selector.dataset import FloatArray, IntArray, Pairs
 from selector.effects import fit_effects, mean_regrets
 from selector.estimator import NotApplicableError, Selector, weights_of
 from selector.evaluation.text_embedding import Encoder, HashedNgrams, describe_contexts, describe_method
-from selector.features import PHYSICS, ContextTable, physics
+from selector.features import PHYSICS, ContextTable, PairTable, physics
 
 UNKNOWN: Final = 1e6
 """Score of a method never measured: after every other."""
@@ -176,8 +176,49 @@ def _solve(matrix: FloatArray, known: FloatArray, factors: FloatArray, ridge: fl
     return solved[:, :, 0]
 
 
+class Lookup(Selector):
+    """The single best of the same model and hardware; where they are new, of the same hardware, or model, or of all."""
+
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:
+        weight = weights_of(y, sample_weight)
+        overall = np.minimum(mean_regrets(X, y, weight), UNKNOWN)
+        self.methods_ = X.methods
+        self.regrets_ = {}
+        for names in _LOOKUP_NAMES:
+            for key, rows in _rows_by_names(X, names):
+                regret = mean_regrets(X.take(rows), y[rows], weight[rows])
+                self.regrets_[names, key] = np.where(np.isfinite(regret), regret, overall + 1.0)
+        return self
+
+    def predict(self, X: Pairs) -> FloatArray:
+        check_is_fitted(self)
+        method, scores = _positions(self.methods_, X), np.empty(len(X))
+        for names in _LOOKUP_NAMES:
+            for key, rows in _rows_by_names(X, names):
+                if (regret := self.regrets_.get((names, key))) is not None:
+                    scores[rows] = regret[method[rows]]
+        return scores
+
+
+_LOOKUP_NAMES: Final = ((), ("model",), ("hardware",), ("model", "hardware"))
+"""What contexts must have in common, in ascending order of preference."""
+
+
+def _rows_by_names(pairs: Pairs, names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], IntArray]]:
+    """Yield the rows of the contexts with equal names. Columns that the dataset lacks are equal everywhere."""
+    of_contexts = [pairs.contexts.names[name] for name in names if name in pairs.contexts.names]
+    rows_of: dict[tuple[str, ...], list[int]] = {}
+    for row, context in enumerate(pairs.context):
+        rows_of.setdefault(tuple(str(values[context]) for values in of_contexts), []).append(row)
+    for key, rows in rows_of.items():
+        yield key, np.array(rows, dtype=np.intp)
+
+
 class PerMethod(Selector, ABC):
-    """One regression per method, from the features of a context to its logarithm of cost."""
+    """One regression per method, from the features of a context to the cost relative to the context's effect.
+
+    Relative costs, since a regression of the level that is wrong by another error for every method misleads.
+    """
 
     def __init__(self, min_rows: int = 8, random_state: int = 0) -> None:
         self.min_rows = min_rows
@@ -185,6 +226,7 @@ class PerMethod(Selector, ABC):
 
     def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:
         weight = weights_of(y, sample_weight)
+        y = y - fit_effects(X, y, weight).of_context[X.context]
         self.table_ = _context_table(X)
         points, position = _points(self.table_, X, standardised=False)
         self.models_ = {}
@@ -229,6 +271,24 @@ class GradientBoosting(PerMethod):
         return BoostedTrees(max_iter=100, min_samples_leaf=5, random_state=self.random_state)
 
 
+class JointBoosting(Selector):
+    """One gradient boosting over pairs: numbers of the context and factors of the method, without roofline features."""
+
+    def __init__(self, random_state: int = 0) -> None:
+        self.random_state = random_state
+
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:
+        self.table_ = PairTable().fit(X)
+        trees = BoostedTrees(max_iter=150, learning_rate=0.12, random_state=self.random_state)
+        self.trees_ = trees.fit(self.table_.transform(X, roofline=False), y, sample_weight=weights_of(y, sample_weight))
+        return self
+
+    def predict(self, X: Pairs) -> FloatArray:
+        check_is_fitted(self)
+        scores: FloatArray = self.trees_.predict(self.table_.transform(X, roofline=False))
+        return scores
+
+
 class TextEmbedding(Selector):
     """The pipeline of MetaInf [arXiv 2410.21340]: embedded descriptions of both sides, then boosted trees.
 
@@ -247,7 +307,7 @@ class TextEmbedding(Selector):
         described = describe_contexts(X.contexts, used)
         self.contexts_ = [_Embedding(encode, self.components).fit(texts) for texts in described]
         self.methods_ = _Embedding(encode, self.components).fit([describe_method(method) for method in X.methods])
-        trees = BoostedTrees(max_iter=100, random_state=self.random_state)
+        trees = BoostedTrees(max_iter=300, random_state=self.random_state)
         self.trees_ = trees.fit(self._table(X), y, sample_weight=weights_of(y, sample_weight))
         return self
 
@@ -327,12 +387,14 @@ def _points(table: ContextTable, pairs: Pairs, *, standardised: bool = True) -> 
 BASELINES: Final[dict[str, Callable[[], Selector]]] = {
     "random": RandomChoice,
     "single_best": SingleBest,
+    "lookup": Lookup,
     "rule": Roofline,
     "nearest_neighbours": NearestNeighbours,
     "isac": Isac,
     "alors": Alors,
     "random_forest": RandomForest,
     "gradient_boosting": GradientBoosting,
+    "joint_boosting": JointBoosting,
     "text_embedding": TextEmbedding,
     "virtual_best": VirtualBest,
 }

@@ -1,4 +1,6 @@
-"""Budget and objective over real daemons: one peer is dear, another cheap."""
+"""Budget and objective over real daemons: one peer is fast and dear, another slow and cheap."""
+
+import statistics
 
 import httpx
 
@@ -6,12 +8,13 @@ from tests.process.daemons import MODEL, StartDaemon, is_complete, until
 
 
 async def test_objective_and_budget_choose_between_a_dear_and_a_cheap_peer(start_daemon: StartDaemon) -> None:
-    dear = await start_daemon("--serve", MODEL, "--price", "1000")
-    cheap = await start_daemon("--serve", MODEL, "--price", "0.5", "--bootstrap", dear.multiaddr)
+    dear = await start_daemon("--serve", MODEL, "--price", "1000", "--threads", "2")
+    slow = ("--serve", MODEL, "--price", "0.5", "--threads", "1")
+    cheap = await start_daemon(*slow, "--bootstrap", dear.multiaddr)
     client = await start_daemon("--bootstrap", dear.multiaddr)
 
     async def route(**wishes: object) -> tuple[str, dict[str, float]]:
-        done = (await client.complete(prompt="Once", max_tokens=4, metaswarm={"ignore_eos": True, **wishes}))[
+        done = (await client.complete(prompt="Once", max_tokens=8, metaswarm={"ignore_eos": True, **wishes}))[
             "metaswarm"
         ]
         return done["route"][0]["peer"], done["cost"]
@@ -21,15 +24,19 @@ async def test_objective_and_budget_choose_between_a_dear_and_a_cheap_peer(start
         return await is_complete(client) and (await route(objective="cost"))[0] == cheap.peer_id
 
     await until(prefers_cheap, timeout_s=120)
-    # Several: both peers are equally fast, so that one job may take the cheap peer by chance.
+    # Several: the fast peer is hardly faster on a busy machine, so that one job may take the cheap one by chance.
+    errors = []
     for _ in range(5):
-        peer, cost = await route(objective="cost")
-        assert peer == cheap.peer_id
-        peer, cost = await route(budget=100.0)  # below what the dear one takes for this
-        assert peer == cheap.peer_id
-        assert cost["actual"] < 100.0
-        assert cost["predicted"] <= cost["budget"] == 100.0
-    body = {"model": MODEL, "prompt": "Once", "max_tokens": 4, "metaswarm": {"budget": 1e-6}}
+        for wishes in ({"objective": "cost"}, {"budget": 100.0}):  # below what the dear one takes for this
+            peer, cost = await route(**wishes)
+            assert peer == cheap.peer_id
+            errors.append(abs(cost["predicted"] / cost["actual"] - 1))
+            if "budget" in wishes:
+                assert cost["actual"] < 100.0
+                assert cost["predicted"] <= cost["budget"] == 100.0
+    # 0.25 where the machine has nothing else to do: see benchmarks/budget.py.
+    assert statistics.median(errors) < 0.5, errors
+    body = {"model": MODEL, "prompt": "Once", "max_tokens": 8, "metaswarm": {"budget": 1e-6}}
     async with httpx.AsyncClient(base_url=client.api_url, timeout=60) as http:
         refused = await http.post("/v1/completions", json=body)
     assert refused.status_code == 400

@@ -387,6 +387,8 @@ class FakeNode:
             ],
             "agreed": FASTER,
             "reason": "lowest predicted cost",
+            "confidence": 0.9,
+            "probes": [],
             "table_digest": None,
             "past": {"jobs": 0, "typical_error": None, "mean_regret_s": 0.0, "recent": []},
         }

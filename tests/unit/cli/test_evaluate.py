@@ -15,8 +15,8 @@ from selector.metamodel import MetaModel
 from tests.unit.selector.measurements import made_up, write, write_folder
 
 NAMES = [
-    "metaswarm", "random", "single_best", "nearest_neighbours", "isac", "alors", "random_forest", "gradient_boosting",
-    "text_embedding", "virtual_best",
+    "metaswarm", "random", "single_best", "lookup", "nearest_neighbours", "isac", "alors", "random_forest",
+    "gradient_boosting", "joint_boosting", "text_embedding", "virtual_best",
 ]  # fmt: skip
 MEASURES = {"accuracy", "accuracy_within_5_percent", "mean_speedup", "ratio_to_virtual_best", "closed_gap", "f1"}
 
@@ -26,7 +26,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models: what the verb does is tested here, not how good they are. No sentence encoder, installed or not."""
     for name, baseline in (("random_forest", RandomForest), ("gradient_boosting", GradientBoosting)):
         monkeypatch.setitem(BASELINES, name, partial(baseline, min_rows=1000))
-    monkeypatch.setattr(compare, "MetaModel", lambda group, **_: MetaModel(group, boosting_rounds=20, tree_count=10))
+    monkeypatch.setattr(compare, "MetaModel", lambda group, **_: MetaModel(group, boosting_rounds=20))
     monkeypatch.setattr("node.engine.sentence_encoder.PACKAGE", "no_such_package")
 
 
@@ -47,6 +47,10 @@ def test_prints_every_selector_and_measure_as_json(folder: Path, capsys: pytest.
         assert row.keys() >= MEASURES | {"seconds", "more_than_n"}
         assert row["more_than_n"].keys() >= MEASURES
     assert document["rows"][-1]["accuracy"] == 1.0
+    certainty, *others = (row["certainty"] for row in document["rows"])
+    assert 0.5 < certainty["interval_coverage"] <= 1
+    assert 0 < certainty["answered"] <= 1
+    assert others == [None] * len(others)
 
 
 def test_parallel_fit_equals_serial_fit(
@@ -92,6 +96,7 @@ def test_prints_a_table_and_draws_a_plot(folder: Path, tmp_path: Path, capsys: p
     printed = capsys.readouterr().out
     assert "20 contexts" in printed
     assert "metaswarm" in printed
+    assert "intervals cover" in printed
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

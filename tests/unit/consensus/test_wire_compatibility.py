@@ -20,7 +20,7 @@ KEYS = {
 }
 PEERS = sorted(KEYS)
 RELEASED = "7707a8d1e446261a46cdb62055b6eecb925441d6680cf57fbfb836a6f303c845"
-"""The sha256 of six epochs as they are signed and stored since version 2 of the chains (`metaswarm/2`)."""
+"""The sha256 of six epochs as they are signed and stored since version 2 of the protocol."""
 
 
 def contribution(number: int, peer: PeerId, epoch: int, parent: bytes, cells: list[Cell]) -> Contribution:

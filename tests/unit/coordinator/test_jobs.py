@@ -257,8 +257,11 @@ async def test_background_job_gives_way_to_other_jobs(virtual_clock: MockClock) 
                     await peer.run(measurement)
                 assert caught.value.retry_after_s
         assert peer.coordinator.statistics.failed == 0
+        async with peer.coordinator.submit(replace(measurement, background=False)):
+            await peer.run(measurement)  # whether it is in the way of its own jobs is for the peer to say
         async with peer.coordinator.submit(measurement):
             await peer.run(measurement)  # of one peer several at a time are one measurement
+            await peer.run(replace(measurement, background=False))
             await other.run(replace(measurement, background=False))  # nobody waits for it
         await all_free(swarm)
 

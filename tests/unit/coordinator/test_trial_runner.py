@@ -13,6 +13,7 @@ from node.coordinator.submission import JobError, JobRequest
 from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec, make_prompts
 from node.engine.interface import REFERENCE
 from node.identity import Identity
+from protocol.identity import BlockRange, Stage
 from protocol.measurements import Objective, ObservationKind, QualityBound
 from protocol.observations import SignedObservation
 from selector.task import BASELINE, method
@@ -55,7 +56,8 @@ def spec(**changes: Any) -> TrialSpec:
 async def test_every_round_is_paired_and_recorded(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         trials, kept, peer = await trials_of(swarm)
-        trial = await trials.run(spec(workload=TrialWorkload(concurrency=4, prompt_tokens=64, max_tokens=8)))
+        workload = TrialWorkload(concurrency=4, prompt_tokens=64, max_tokens=8)
+        trial = await trials.run(spec(workload=workload, objectives=[Objective.LATENCY, Objective.THROUGHPUT]))
         (tried,) = trial.methods
         assert len(tried.runs) == len(trial.baseline.runs) == 3
         observed = [each.observation for each in kept.observations]
@@ -70,6 +72,11 @@ async def test_every_round_is_paired_and_recorded(virtual_clock: MockClock) -> N
             if each.method.name == FUSED.name and each.workload.objective.value == "throughput"
         )
         assert ratios == pytest.approx(sorted(trial.log_ratios(tried, Objective.THROUGHPUT)))
+        computing = [
+            math.log(run.compute_s / plain.compute_s)
+            for run, plain in zip(tried.runs, trial.baseline.runs, strict=True)
+        ]
+        assert ratios == pytest.approx(sorted(computing)), "throughput is computing, whatever the links add"
         assert all(
             each.measurements.log_ratio_to_baseline == 0.0 for each in observed if each.method.name == BASELINE.name
         )
@@ -125,3 +132,24 @@ def test_prompts_share_their_prefix_and_nothing_with_other_runs() -> None:
     (repetitive,) = make_prompts(text, TrialWorkload(prompt_tokens=100, repetitiveness=0.9), rng)
     assert repetitive[10:34] == repetitive[34:58]
     assert not math.isclose(len(set(repetitive)), 100)
+
+
+async def test_all_runs_take_one_route_and_wait_for_it(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peers = [await swarm.join((0, 9), step_s=0.05) for _ in range(3)]
+        client, other = await swarm.join(), await swarm.join()
+        await swarm.settle()
+        kept = Kept()
+        trials = BenchmarkRunner(client.coordinator, Recorder(Identity(b"7" * 32), kept.publish))
+        chosen = Stage(peers[1].id, BlockRange(0, 9))
+        job = JobRequest(model="fake", prompt="1", max_tokens=100, stages=(chosen,))
+        short = TrialWorkload(prompt_tokens=16, max_tokens=4)
+        async with trio.open_nursery() as nursery, other.coordinator.submit(job) as events:
+            nursery.start_soon(trials.run, spec(kind=ObservationKind.ASSIGNED, stages=(chosen,), workload=short))
+            await trio.sleep(3)
+            assert not kept.observations, "others are free, but not what is to be measured"
+            async for _ in events:
+                pass
+        assert {stage.peer for each in kept.observations for stage in each.observation.route} == {chosen.peer}
+        trial = await trials.run(spec(workload=short))
+        assert len({run.route for tried in (trial.baseline, *trial.methods) for run in tried.runs}) == 1

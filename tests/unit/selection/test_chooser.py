@@ -17,11 +17,15 @@ from node.selection.trial_scheduler import TrialRequest
 from protocol.consensus_values import Cell
 from protocol.forms import Digest
 from protocol.identity import JobId, ModelId
+from protocol.measurements import ObservationKind
 from selector.adoption import TrialRecord
+from selector.confidence import MIN_CONFIDENCE
 from selector.consensus.table import AgreedCell
 from selector.evidence import AgreedTable
+from selector.prediction import train
+from selector.sample import Sample
 from selector.task import BASELINE, PORTFOLIO, Method, TaskContext, method, parse_method, portfolio
-from selector.task_buckets import task_bucket
+from selector.task_buckets import Viewpoint, task_bucket
 from selector.workloads import WORKLOADS
 
 FUSED, CHUNKED = method(engine="fused"), method(engine="fused", prefill_chunk="64")
@@ -114,8 +118,14 @@ async def test_method_is_used_without_a_trial_only_if_firm_cells_have_it_ahead(
     assert choice.learned_from is not None
     assert list(choice.ballot([])) == [used]
 
-    elsewhere = replace(request, context=replace(CONTEXT, hardware="test+other"))  # no cells of the second stage
-    assert list((await chooser.choose(elsewhere)).ballot([])) == [USUAL]
+    elsewhere = replace(
+        request, context=replace(CONTEXT, hardware="test+new")
+    )  # nobody has measured the second stage's
+    assert list((await chooser.choose(elsewhere)).ballot([])) == [used]
+    slower_there = {Cell("other", next(iter(WORKLOADS)), TOUTED): AgreedCell(500_000, 5, firm=True)}
+    predictions.set_predictor(misled, 10, {MODEL: replace(table, cells={**table.cells, **slower_there})})
+    contradicted = replace(request, context=replace(CONTEXT, hardware="test+other"))
+    assert list((await chooser.choose(contradicted)).ballot([])) == [USUAL]
 
 
 def compute_request(*admitted: Method, is_free: bool) -> SelectionRequest:
@@ -157,3 +167,73 @@ async def test_jobs_with_a_named_method_calibrate_predictions(virtual_clock: Moc
     choice = await chooser.choose(compute_request(BASELINE, is_free=False))
     assert choice.predicted_cost(BASELINE.name) == pytest.approx(3.0)
     assert not chooser.decisions, "nothing was left open"
+
+
+GUESSING = method(engine="onnxruntime", prefix_cache="on", speculation="ngram-8").name
+VIEWPOINT = Viewpoint(peer="me", hardware="test", software="1", hour=100)
+
+
+def history(log_ratios: Mapping[str, float], count: int) -> list[Sample]:
+    """Return measurements by this node, with a noise of 5 %."""
+    rng = random.Random(1)
+    return [
+        Sample(
+            kind=ObservationKind.BENCH,
+            model=MODEL,
+            context=CONTEXT,
+            method=name,
+            log_cost=ratio,
+            log_ratio=ratio + rng.gauss(0, 0.05),
+            observer="me",
+            route="me",
+            hour=100,
+            software="1",
+            countersigned=True,
+        )
+        for _ in range(count)
+        for name, ratio in log_ratios.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("log_ratios", "count", "probes"),
+    [
+        ({USUAL: -1.5, FUSED.name: -0.3, GUESSING: -0.3}, 60, ()),
+        ({USUAL: -1.5, FUSED.name: -1.5, GUESSING: -0.3}, 60, (FUSED.name,)),
+        ({USUAL: -1.5, FUSED.name: -1.55, GUESSING: -1.5}, 60, (FUSED.name, GUESSING)),
+        ({USUAL: -1.5, FUSED.name: -0.3, GUESSING: -0.3}, 2, (GUESSING,)),
+    ],
+    ids=["clear", "one is close", "both are close", "hardly measured"],
+)
+async def test_choice_is_a_probe_of_the_predicted_best_where_the_trained_model_is_not_confident(
+    log_ratios: Mapping[str, float],
+    count: int,
+    probes: tuple[str, ...],
+    nursery: trio.Nursery,
+    virtual_clock: MockClock,
+) -> None:
+    predictor = train(history(log_ratios, count), VIEWPOINT)
+    assert predictor is not None
+
+    async def ask(context: TaskContext) -> Mapping[str, tuple[float, float]]:
+        await trio.lowlevel.checkpoint()
+        return {name: (each.log_cost, each.deviation) for name, each in predictor.table(context).items()}
+
+    predictions = PredictionCache()
+    predictions.set_predictor(ask, predictor.sample_count)
+    nursery.start_soon(predictions.run)
+    chooser = LearnedChooser(predictions, random.Random(1))
+    admitted = [BASELINE, parse_method(USUAL), FUSED, parse_method(GUESSING)]
+    request = SelectionRequest(model=MODEL, context=CONTEXT, admitted=admitted)
+    choice = await chooser.choose(request)
+    assert list(choice.ballot([])) == [USUAL]
+    outcome = JobOutcome(job_id=JobId("cd" * 16), method=USUAL, completion_tokens=16, total_s=1.0, replays=0)
+    selection = chooser.served(choice, outcome)
+    assert selection is not None
+    assert selection.basis == "model"
+    assert selection.probes == probes
+    assert (selection.confidence < MIN_CONFIDENCE) == bool(probes)
+    runner = RecordingRunner()
+    with trio.move_on_after(60):
+        await chooser.trials.run(runner, lambda: False)
+    assert {each.name for each in runner.methods} == ({USUAL, *probes} if probes else set())

@@ -13,6 +13,7 @@ from node.selection.trial_scheduler import FAILED_RETRY_S, MAX_OVERDRAFT_S, Tria
 from node.storage.adoption_store import AdoptionStore, StoredTrials
 from protocol.identity import ModelId
 from selector.adoption import Adoption, ExplorationAllowance
+from selector.heuristic import CostEstimate
 from selector.task import BASELINE, TaskContext, method
 
 FUSED, CHUNKED = method(engine="fused"), method(engine="fused", prefill_chunk="64")
@@ -21,8 +22,7 @@ REQUEST = TrialRequest(
     model=ModelId("ab" * 32), context=CONTEXT, methods=[BASELINE, FUSED, CHUNKED], in_use=BASELINE.name
 )
 NAMES = [each.name for each in REQUEST.methods]
-EXPECTED = {BASELINE.name: 0.0, FUSED.name: -0.9, CHUNKED.name: -9.0}
-SURE = dict.fromkeys(NAMES, 0.01)
+EXPECTED = {name: CostEstimate(cost, 0.01) for name, cost in zip(NAMES, (0.0, -0.9, -9.0), strict=True)}
 
 
 class SlowRunner:
@@ -76,8 +76,8 @@ class Node:
     def in_use(self) -> str:
         return self.adoption.in_use("bucket", NAMES, BASELINE.name)
 
-    def candidates(self) -> list[str]:
-        return self.adoption.candidates("bucket", NAMES, BASELINE.name, EXPECTED, SURE, trio.current_time())
+    def candidates(self) -> tuple[str, ...]:
+        return self.adoption.candidates("bucket", NAMES, BASELINE.name, EXPECTED, trio.current_time()).names
 
 
 async def test_restart_restores_adopted_methods(virtual_clock: MockClock) -> None:
@@ -86,7 +86,7 @@ async def test_restart_restores_adopted_methods(virtual_clock: MockClock) -> Non
     restarted = Node(store)
     await restarted.run(SlowRunner(fails=True))
     assert restarted.in_use() == FUSED.name
-    assert restarted.candidates() == [CHUNKED.name]
+    assert restarted.candidates() == (CHUNKED.name,)
 
 
 async def test_failed_trials_are_charged_to_the_allowance(virtual_clock: MockClock) -> None:
@@ -144,4 +144,4 @@ async def test_trial_that_overdraws_the_allowance_is_given_up(virtual_clock: Moc
     assert runner.trials == 1
     assert node.allowance.trial_s == pytest.approx(INITIAL_ALLOWANCE_S + MAX_OVERDRAFT_S)
     assert node.in_use() == BASELINE.name
-    assert node.candidates() == []  # not at once again
+    assert node.candidates() == ()  # not at once again

@@ -1,15 +1,22 @@
 """Only confirmed methods are adopted, and the cost of exploration is bounded."""
 
 import random
+from collections.abc import Mapping
 
 import pytest
 
 from selector.adoption import MAX_ROUNDS, RETRY_S, UNAVAILABLE_RETRY_S, Adoption, ExplorationAllowance, is_decided
+from selector.confidence import MIN_CONFIDENCE
+from selector.heuristic import CostEstimate, CostTable
 from selector.task import BASELINE, parse_method
 
 PLAIN = BASELINE.name
 ALL = [PLAIN, "a", "b", "c"]
-SURE = dict.fromkeys(ALL, 0.01)
+
+
+def costs(expected: Mapping[str, float], **deviations: float) -> CostTable:
+    """Return predicted costs, all but certain unless a standard deviation is given."""
+    return {name: CostEstimate(cost, deviations.get(name, 0.01)) for name, cost in expected.items()}
 
 
 def test_only_the_default_is_accepted_before_any_trial() -> None:
@@ -74,9 +81,9 @@ def test_methods_of_gguf_packages_are_tried_against_their_own_baseline() -> None
     adoption, plain = Adoption(), parse_method("baseline", "gguf").name
     cached, chunked = (parse_method(text, "gguf").name for text in ("prefix_cache=on", "prefill_chunk=128"))
     admitted = [plain, cached, chunked]
-    expected, sure = {plain: 0.0, cached: -0.5, chunked: -0.4}, dict.fromkeys(admitted, 0.01)
+    expected = costs({plain: 0.0, cached: -0.5, chunked: -0.4})
     assert adoption.accepted("bucket", admitted, [plain, chunked], cached) == {plain}
-    assert adoption.candidates("bucket", admitted, plain, expected, sure, 0.0) == [cached, chunked]
+    assert adoption.candidates("bucket", admitted, plain, expected, 0.0).names == (cached, chunked)
     assert adoption.record_trial("bucket", cached, {cached: [0.3] * 3}, 0.0) == plain
     assert adoption.trials("bucket").keys() == {plain, cached}
 
@@ -102,41 +109,52 @@ def test_slow_baseline_does_not_revive_a_method_that_lost() -> None:
 
 def test_method_that_lost_is_retried_after_a_pause() -> None:
     adoption = Adoption()
-    expected = {PLAIN: 0.0, "a": -0.5, "b": -1.0, "c": -0.4}
-    assert adoption.candidates("bucket", ALL, "a", expected, SURE, 0.0) == ["b"]
+    expected = costs({PLAIN: 0.0, "a": -0.5, "b": -1.0, "c": -0.4})
+    assert adoption.candidates("bucket", ALL, "a", expected, 0.0).names == ("b",)
     adoption.record_trial("bucket", "a", {"a": [-0.5] * 3, "b": [-0.1] * 3}, 0.0)
-    assert adoption.candidates("bucket", ALL, "a", expected, SURE, 1.0) == []
-    assert adoption.candidates("bucket", ALL, "a", expected, SURE, RETRY_S + 1.0) == ["b"]
+    assert adoption.candidates("bucket", ALL, "a", expected, 1.0).names == ()
+    assert adoption.candidates("bucket", ALL, "a", expected, RETRY_S + 1.0).names == ("b",)
 
 
 def test_unavailable_method_is_retried_after_a_pause() -> None:
     adoption = Adoption()
-    expected = {PLAIN: 0.0, "a": -0.5, "b": -1.0, "c": -0.7}
+    expected = costs({PLAIN: 0.0, "a": -0.5, "b": -1.0, "c": -0.7})
     adoption.record_unavailable("bucket", {"b"}, 0.0)
-    assert adoption.candidates("bucket", ALL, "a", expected, SURE, 1.0) == ["c"]
-    assert adoption.candidates("another bucket", ALL, "a", expected, SURE, 1.0) == ["b", "c"]
-    assert adoption.candidates("bucket", ALL, "a", expected, SURE, UNAVAILABLE_RETRY_S + 1.0) == ["b", "c"]
+    assert adoption.candidates("bucket", ALL, "a", expected, 1.0).names == ("c",)
+    assert adoption.candidates("another bucket", ALL, "a", expected, 1.0).names == ("b", "c")
+    assert adoption.candidates("bucket", ALL, "a", expected, UNAVAILABLE_RETRY_S + 1.0).names == ("b", "c")
     assert "b" not in adoption.trials("bucket")
 
 
-def test_candidates_include_uncertain_methods_but_not_known_losers() -> None:
-    expected = {PLAIN: 0.0, "a": -0.5, "b": -0.45, "c": -0.45}
-    assert Adoption().candidates("bucket", ALL, "a", expected, {**SURE, "b": 0.5}, 0.0) == ["b"]
+@pytest.mark.parametrize(("deviation", "probed"), [(0.01, ()), (0.1, ()), (0.4, ("b", "c"))])
+def test_two_best_are_probed_where_the_choice_is_not_confident(deviation: float, probed: tuple[str, ...]) -> None:
+    expected = {PLAIN: 0.0, "a": -0.5, "b": -0.4, "c": -0.35, "d": -0.3}
+    found = Adoption().candidates("bucket", [*ALL, "d"], "a", costs(expected, **dict.fromkeys("abcd", deviation)), 0.0)
+    assert found.names == probed
+    assert (found.confidence < MIN_CONFIDENCE) == bool(probed)
+
+
+def test_confidence_is_in_what_was_not_tried() -> None:
+    adoption, expected = Adoption(), costs({PLAIN: 0.0, "a": -0.5, "b": -0.5}, b=0.3)
+    doubted = adoption.candidates("bucket", ALL, "a", expected, 0.0)
+    adoption.record_trial("bucket", "a", {"a": [-0.5] * 3, "b": [-0.1] * 3}, 0.0)
+    settled = adoption.candidates("bucket", ALL, "a", expected, 1.0)
+    assert doubted.confidence < MIN_CONFIDENCE < settled.confidence == 1.0
 
 
 def test_one_of_equivalent_methods_is_tried() -> None:
     adoption = Adoption()
-    expected = {PLAIN: 0.0, "a": -0.5, "b": -1.0, "c": -0.9}
+    expected = costs({PLAIN: 0.0, "a": -0.5, "b": -1.0, "c": -0.9})
     effects = {PLAIN: "nothing", "a": "something", "b": "more", "c": "more"}
-    assert adoption.candidates("bucket", ALL, "a", expected, SURE, 0.0, effects) == ["b"]
+    assert adoption.candidates("bucket", ALL, "a", expected, 0.0, effects).names == ("b",)
     adoption.record_trial("bucket", "a", {"a": [-0.5] * 3, "b": [-0.1] * 3}, 0.0, effects)
-    assert adoption.candidates("bucket", ALL, "a", expected, SURE, 1.0, effects) == []
+    assert adoption.candidates("bucket", ALL, "a", expected, 1.0, effects).names == ()
     elsewhere = {**effects, "b": "less"}  # what b did to the other task, c does to this one
-    assert adoption.candidates("bucket", ALL, "a", expected, SURE, 1.0, elsewhere) == []
+    assert adoption.candidates("bucket", ALL, "a", expected, 1.0, elsewhere).names == ()
 
 
 def test_no_candidates_while_the_method_in_use_is_not_offered() -> None:
-    assert Adoption().candidates("bucket", ALL, "a", {PLAIN: 0.0, "b": -9.0}, SURE, 0.0) == []
+    assert Adoption().candidates("bucket", ALL, "a", costs({PLAIN: 0.0, "b": -9.0}), 0.0).names == ()
 
 
 def test_oldest_buckets_are_evicted() -> None:

@@ -150,3 +150,16 @@ def test_another_table_changes_the_predicted_best() -> None:
     others = [(method(engine="fused", prefill_chunk=chunk).name, 0.5, 5, True) for chunk in ("64", "128", "256")]
     for winner, loser in ((FUSED, ONNX), (ONNX, FUSED)):
         assert best(table((winner, -2.0, 5, True), (loser, 1.0, 5, True), *others), *known) == winner
+
+
+def test_new_hardware_goes_by_what_all_other_hardware_has_ahead() -> None:
+    def of(other_s_ratio: float) -> AgreedTable:
+        found, elsewhere = table((FUSED, -0.5, 3, True)), Cell("other", WORKLOAD, FUSED)
+        agreed = AgreedCell(round(other_s_ratio * 1e6), 3, firm=True)
+        return replace(found, cells={**found.cells, elsewhere: agreed})
+
+    assert of(-0.1).is_ahead(FUSED, BASELINE.name, "new")
+    assert not of(0.1).is_ahead(FUSED, BASELINE.name, "new")
+    assert of(0.1).is_ahead(FUSED, BASELINE.name, HARDWARE), "what is measured of a class decides for it"
+    assert not of(-0.1).is_ahead(ONNX, BASELINE.name, "new"), "nobody has measured it"
+    assert not table().is_ahead(FUSED, BASELINE.name, "new")

@@ -6,19 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from sklearn.base import clone
-from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.exceptions import NotFittedError
 
-from selector.dataset import Dataset, FloatArray, IntArray
+from selector.dataset import Dataset
 from selector.estimator import NotApplicableError, Selector
 from selector.evaluation.baselines import BASELINES, TextEmbedding
-from selector.evaluation.measures import Fold, outcomes, split
+from selector.evaluation.certainty import certainty_of
+from selector.evaluation.measures import outcomes, split
 from selector.metamodel import MetaModel
 from tests.unit.selector.measurements import made_up, out_of_fold_scores
 
 
 def small_metamodel() -> MetaModel:
-    return MetaModel(boosting_rounds=40, tree_count=10)
+    return MetaModel(boosting_rounds=40)
 
 
 SELECTORS: dict[str, Callable[[], Selector]] = {"metaswarm": small_metamodel, **BASELINES}
@@ -113,57 +113,37 @@ def test_metamodel_generalises_over_method_factors() -> None:
     assert said[of_new].mean() < said[~of_new].mean() - 0.5
 
 
-def test_first_probe_is_the_predicted_best(make: Callable[[], Selector]) -> None:
-    selector = make().fit_dataset(DATASET)
-    chosen = chosen_by(selector.predict(DATASET.pairs))
-    np.testing.assert_array_equal(chosen_by(selector.probe_scores(DATASET.pairs, 1)), chosen)
-    np.testing.assert_array_equal(chosen_by(selector.probe_scores(DATASET.pairs, 2)), chosen)
+@pytest.mark.parametrize("noise", [0.1, 0.5])
+def test_intervals_cover_nine_of_ten_costs_on_hardware_left_out(noise: float) -> None:
+    dataset = made_up(contexts=200, noise=noise)
+    folds = split(dataset, "hardware")
+    models = [MetaModel("hardware", boosting_rounds=40).fit_dataset(dataset.take(fold.train)) for fold in folds]
+    found = [model.predict_all(dataset.pairs.take(fold.test)) for model, fold in zip(models, folds, strict=True)]
+    certainty = certainty_of(dataset, folds, [each.relative for each in found], [each.deviation for each in found])
+    assert 0.85 < certainty.interval_coverage < 0.95
 
 
-def chosen_by(scores: FloatArray) -> IntArray:
-    """Return the method with the least score, of each context."""
-    fold = Fold(np.arange(0), np.arange(len(DATASET)))
-    return outcomes(DATASET, [fold], [scores]).chosen_method
+def test_confident_choices_are_right_and_others_are_probed() -> None:
+    dataset = made_up(contexts=160, noise=0.2)
+    folds = split(dataset, "random")
+    models = [small_metamodel().fit_dataset(dataset.take(fold.train)) for fold in folds]
+    found = [model.predict_all(dataset.pairs.take(fold.test)) for model, fold in zip(models, folds, strict=True)]
+    scores = [each.relative for each in found]
+    certainty = certainty_of(dataset, folds, scores, [each.deviation for each in found])
+    overall = outcomes(dataset, folds, scores).measures()
+    assert certainty.within_5_percent_of_answered is not None
+    assert overall.accuracy is not None
+    assert overall.accuracy_within_5_percent is not None
+    assert 0.2 < certainty.answered < 0.9
+    assert certainty.accuracy_at_70_percent > overall.accuracy + 0.03
+    assert certainty.within_5_percent_of_answered > overall.accuracy_within_5_percent + 0.03
+    assert certainty.stated_confidence == pytest.approx(certainty.within_5_percent_of_answered, abs=0.1)
 
 
-def test_unmeasured_methods_are_probed_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = made_up(contexts=60, per_context=8)
-    new = dataset.pairs.method == dataset.pairs.methods.index("b|fp8|tp1")
-    model = small_metamodel().fit_dataset(dataset.take(~new))
-
-    def places() -> IntArray:
-        """Return in which place the new method would be measured, of each context."""
-        order = np.argsort(model.probe_scores(dataset.pairs, 2).reshape(60, 8))
-        of_new: IntArray = np.argsort(order)[new.reshape(60, 8)]
-        return of_new
-
-    eager = places()
-    monkeypatch.setattr(model.ensemble_, "method_variance", lambda pairs: np.zeros(len(pairs)))
-    sober = places()
-    assert (eager <= sober).all()
-    assert (eager < sober).any()
-
-
-def test_deviation_matches_the_prediction_error() -> None:
-    dataset = made_up(contexts=160, noise=0.3)
-    training, test = dataset.of_contexts(np.arange(110)), dataset.of_contexts(np.arange(110, 160))
-    found = small_metamodel().fit_dataset(training).predict_all(test.pairs)
-    means = np.bincount(test.pairs.context, test.cost) / np.maximum(np.bincount(test.pairs.context), 1)
-    error = test.cost - means[test.pairs.context] - found.relative
-    assert 0.6 < np.sqrt(np.mean((error / found.deviation) ** 2)) < 1.6
-
-
-def test_metamodel_size_is_bounded() -> None:
-    model = MetaModel(boosting_rounds=20, tree_count=10, max_rows=100, max_leaves=200).fit_dataset(DATASET)
-    forests = [fit.model for fit in model.ensemble_._fits if isinstance(fit.model, ExtraTreesRegressor)]
-    assert forests
-    assert all(sum(tree.get_n_leaves() for tree in forest.estimators_) <= 200 for forest in forests)
-
-
-def test_member_weights_sum_to_one() -> None:
-    model = small_metamodel().fit_dataset(DATASET)
-    assert model.weights_.sum() == pytest.approx(1.0)
-    assert (model.weights_ > 0).all()
+def test_metamodel_learns_from_a_bounded_number_of_rows() -> None:
+    contexts = DATASET.take(MetaModel(max_rows=100)._sample(DATASET.pairs, 100)).pairs.context
+    assert 90 <= len(contexts) <= 100
+    assert (np.unique(contexts, return_counts=True)[1] == 5).all()  # whole ones
 
 
 def test_text_embedding_uses_the_given_encoder() -> None:
