@@ -30,6 +30,7 @@ from node.links.outbound_link import SessionLost
 from node.util.backoff import backoff_s
 from protocol.identity import PeerId, SessionId, Stage
 from protocol.messages import Closed, FailureReason, RefusalReason
+from protocol.tensors import TokenLogprobs
 from selector.routing import NoRouteError
 from selector.task import Method
 
@@ -182,9 +183,9 @@ class ResilientRoute:
         assert isinstance(output, SampledToken)
         return output
 
-    async def score(self) -> None:
+    async def score(self) -> list[TokenLogprobs]:
         """Wait until all tokens of the prompt are scored; see `_next_output`. A new route begins anew."""
-        scores = self._job.output.scores
+        scores: list[TokenLogprobs] = []
         while self._job.scores_left:
             route = self._open_route()
             output = await self._next_output()
@@ -192,6 +193,8 @@ class ResilientRoute:
                 scores.clear()
             assert isinstance(output, PromptScores)
             scores += output.tokens
+            self._job.output.scored = len(scores)
+        return scores
 
     async def embedding(self) -> "array[float]":
         """Wait for the prompt's embedding; see `_next_output`."""

@@ -13,7 +13,6 @@ from node.models.library import KnownModel
 from protocol.identity import JobId
 from protocol.measurements import Objective, TaskKind
 from protocol.messages import Sampling
-from protocol.tensors import TokenLogprobs
 from selector.cuts import Parts
 from selector.routing import Demand
 from selector.task import Method
@@ -23,8 +22,8 @@ from selector.task import Method
 class JobOutput:
     """What has come of a job so far, and when."""
 
-    scores: list[TokenLogprobs] = field(default_factory=list)
-    """Of the prompt's tokens from the second on, where these are wanted."""
+    scored: int = 0
+    """Tokens of the prompt that are scored, of those from the second on, where that is wanted."""
     tokens: list[int] = field(default_factory=list)
     routed_s: float = 0.0
     """When its first route was open and had the prompt; 0 before."""
@@ -86,7 +85,7 @@ class Job:
     @property
     def scores_left(self) -> int:
         """How many tokens of the prompt are still to be scored."""
-        return len(self.prompt) - 1 - len(self.output.scores) if self.kind is TaskKind.SCORE else 0
+        return len(self.prompt) - 1 - self.output.scored if self.kind is TaskKind.SCORE else 0
 
     @property
     def is_resumable(self) -> bool:

@@ -1,7 +1,9 @@
 """The text of a job's tokens: detokenised, ended by stop strings, with log probabilities where they are wanted."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Final
+
+import trio
 
 from node.coordinator.route_output import SampledToken
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, PromptScored, TextDelta, TokenLogprob
@@ -11,8 +13,8 @@ from node.models.streaming import StopFinder, StreamDecoder
 from protocol.messages import FinishReason
 from protocol.tensors import TokenLogprobs
 
-SPELT_AT_ONCE: Final = 256
-"""Tokens of a prompt whose bytes are asked for at a time."""
+SCORES_AT_ONCE: Final = 512
+"""Tokens of a prompt that an event has the log probabilities of: more would hold up the event loop."""
 
 
 class OutputText:
@@ -61,16 +63,18 @@ class OutputText:
         self._pieces.append(piece)
         return TextDelta(text=piece, token_ids=(sampled.token,), logprobs=logprobs), finish
 
-    async def scored(self, first: int, scores: Sequence[TokenLogprobs]) -> PromptScored:
-        """Return the prompt's tokens with their log probabilities, but for the first one. Raises JobError."""
+    async def scored(self, first: int, scores: Sequence[TokenLogprobs]) -> AsyncGenerator[PromptScored, None]:
+        """Yield the prompt's tokens with their log probabilities, but for the first one, in pieces. Raises JobError."""
         try:
             await self._spell([first])
-            described = [TokenLogprob(first, self._spelt[first], None)]
-            for start in range(0, len(scores), SPELT_AT_ONCE):
-                described += await self._described(*scores[start : start + SPELT_AT_ONCE])
+            described: tuple[TokenLogprob, ...] = (TokenLogprob(first, self._spelt[first], None),)
+            for start in range(0, max(1, len(scores)), SCORES_AT_ONCE):
+                described += await self._described(*scores[start : start + SCORES_AT_ONCE])
+                yield PromptScored(described)
+                described = ()
+                await trio.lowlevel.checkpoint()
         except ModelError as error:
             raise JobError(JobErrorCode.FAILED, str(error)) from None
-        return PromptScored(tuple(described))
 
     async def _described(self, *tokens: TokenLogprobs) -> tuple[TokenLogprob, ...]:
         await self._spell([token for each in tokens for token in (each.token, *(other for other, _ in each.likeliest))])

@@ -233,7 +233,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class PromptScored:
-    """All tokens of the prompt with their log probabilities."""
+    """Some tokens of the prompt with their log probabilities; such events follow each other until all have come."""
 
     logprobs: tuple[TokenLogprob, ...]
 
@@ -435,7 +435,7 @@ class Submitter(Protocol):
     """Takes jobs. The coordinator is one; so is a fake."""
 
     def submit(self, request: JobRequest) -> AbstractAsyncContextManager[AsyncIterator[JobEvent]]:
-        """Run a job inside the block: JobStarted, PromptScored where it is wanted, TextDelta…, JobResult.
+        """Run a job inside the block: JobStarted, PromptScored… where it is wanted, TextDelta…, JobResult.
 
         Leaving early cancels it on every stage.
 

@@ -150,8 +150,10 @@ async def test_scores_prompts_as_evaluation_harnesses_ask_for_it(node: FakeNode,
     assert choice["text"] == "one two!"
     assert choice["logprobs"]["token_logprobs"] == [None, -0.75, -0.25]
     chunks = events_of(await client.post("/v1/completions", json={**body, "prompt": "one two", "stream": True}))
-    scored = next(chunk["choices"][0] for chunk in chunks if chunk != "[DONE]")
-    assert (scored["text"], scored["logprobs"]["token_logprobs"]) == ("one two", [None, -0.75])
+    first, second, *_ = [chunk["choices"][0] for chunk in chunks if chunk != "[DONE]"]
+    assert (first["text"], first["logprobs"]["token_logprobs"]) == ("one two", [None])
+    assert (second["text"], second["logprobs"]["token_logprobs"]) == ("", [-0.75]), "long ones come in pieces"
+    assert second["logprobs"]["text_offset"] == [3]
 
 
 async def test_bounds_the_log_probabilities_of_prompts(
@@ -163,6 +165,14 @@ async def test_bounds_the_log_probabilities_of_prompts(
     answer = await client.post("/v1/completions", json={**body, "prompt": ["a b", "c d", "e f"]})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "top_logprobs")
     assert node.submitter.running == 0
+    assert (await client.post("/v1/completions", json={**body, "stream": True})).text.endswith("data: [DONE]\n\n")
+    streamed = await client.post("/v1/completions", json={**body, "prompt": ["a b", "c d", "e f"], "stream": True})
+    assert "top_logprobs" in streamed.text
+    assert "[DONE]" not in streamed.text
+    assert node.submitter.running == 0
+    monkeypatch.setattr("node.api.endpoint.MAX_LOGPROBS_IN_ANSWER", 9)
+    streamed = await client.post("/v1/completions", json={**body, "prompt": "a b", "stream": True})
+    assert streamed.status_code == 400, "before anything was sent"
 
 
 async def test_answers_several_prompts_and_choices(node: FakeNode, client: httpx.AsyncClient) -> None:

@@ -9,6 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from node.coordinator.observation import Recorder
+from node.coordinator.output_text import SCORES_AT_ONCE
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, PromptScored, TextDelta
 from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec
 from node.engine.interface import EngineError, SliceInput, StepResult
@@ -107,8 +108,9 @@ async def test_a_prompt_may_fill_the_context_where_no_text_follows(virtual_clock
     async with open_swarm() as swarm:
         peer = await swarm_of(swarm, (0, 9))
         whole = tuple(number % 900 for number in range(INFO.max_positions))
-        found, _, _ = await scored(peer, replace(request(), prompt_tokens=whole))
-        assert len(found.logprobs) == len(whole)
+        async with peer.coordinator.submit(replace(request(), prompt_tokens=whole)) as events:
+            found = [event.logprobs async for event in events if isinstance(event, PromptScored)]
+        assert sum(map(len, found)) == len(whole)
         with pytest.raises(JobError) as caught:
             await scored(peer, replace(request(max_tokens=1), prompt_tokens=whole))
         assert caught.value.code is JobErrorCode.CONTEXT_LENGTH
@@ -234,3 +236,17 @@ async def test_scores_do_not_teach_the_row_budget_of_texts(virtual_clock: MockCl
         assert not observed
         await scored(peer, request(max_tokens=3))
         assert observed == [1, 1], "the steps of the text behind the prompt"
+
+
+async def test_scores_of_a_long_prompt_come_in_pieces(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of(swarm, (0, 9))
+        long = PROMPT * 4
+        async with peer.coordinator.submit(replace(request(), prompt_tokens=long)) as events:
+            _, *pieces, result = [event async for event in events]
+    assert isinstance(result, JobResult)
+    found = [piece.logprobs for piece in pieces if isinstance(piece, PromptScored)]
+    assert len(found) == len(pieces) > 1
+    assert max(map(len, found)) <= SCORES_AT_ONCE + 1
+    assert [each.token for piece in found for each in piece] == list(long)
+    assert [each.logprob for piece in found for each in piece] == [None, *expected_scores(INFO, long)]
