@@ -67,7 +67,10 @@ class OutputText:
         """Yield the prompt's tokens with their log probabilities, but for the first one, in pieces. Raises JobError."""
         try:
             await self._spell([first])
-            described: tuple[TokenLogprob, ...] = (TokenLogprob(first, self._spelt[first], None),)
+            has_text = self._tokenizer.vocabulary.has_text(first)
+            described: tuple[TokenLogprob, ...] = (
+                TokenLogprob(first, self._spelt[first], None, is_special=not has_text),
+            )
             for start in range(0, max(1, len(scores)), SCORES_AT_ONCE):
                 described += await self._described(*scores[start : start + SCORES_AT_ONCE])
                 yield PromptScored(described)
@@ -78,13 +81,14 @@ class OutputText:
 
     async def _described(self, *tokens: TokenLogprobs) -> tuple[TokenLogprob, ...]:
         await self._spell([token for each in tokens for token in (each.token, *(other for other, _ in each.likeliest))])
-        spelt = self._spelt
+        spelt, vocabulary = self._spelt, self._tokenizer.vocabulary
         return tuple(
             TokenLogprob(
                 each.token,
                 spelt[each.token],
                 each.logprob,
                 tuple(TokenLogprob(token, spelt[token], logprob) for token, logprob in each.likeliest),
+                is_special=not vocabulary.has_text(each.token),
             )
             for each in tokens
         )

@@ -229,6 +229,8 @@ class TokenLogprob:
     logprob: float | None
     """None for the first token of a prompt, before which there is nothing."""
     likeliest: "tuple[TokenLogprob, ...]" = ()
+    is_special: bool = False
+    """Whether it adds nothing to a text; its bytes are its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,9 +439,7 @@ class Submitter(Protocol):
     def submit(self, request: JobRequest) -> AbstractAsyncContextManager[AsyncIterator[JobEvent]]:
         """Run a job inside the block: JobStarted, PromptScored… where it is wanted, TextDelta…, JobResult.
 
-        Leaving early cancels it on every stage.
-
-        Raises JobError on entering the block or while iterating.
+        Leaving early cancels it on every stage. Raises JobError on entering the block or while iterating.
         """
 
     async def count_tokens(self, request: JobRequest) -> int:

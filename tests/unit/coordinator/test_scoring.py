@@ -14,6 +14,7 @@ from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobR
 from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec
 from node.engine.interface import EngineError, SliceInput, StepResult
 from node.identity import Identity
+from node.models.vocabulary import Vocabulary
 from node.selection.samples import sample_of
 from node.stages import session_admission
 from node.stages.scheduler import PolicyController, StagePolicy
@@ -25,7 +26,7 @@ from protocol.observations import SignedObservation, verify_observation
 from protocol.tensors import Pooling
 from selector.task import method
 from selector.workloads import TrialWorkload
-from tests.support.job_peers import BLOCKS, Peer, open_swarm
+from tests.support.job_peers import BLOCKS, VOCABULARY, Peer, open_swarm
 from tests.unit.coordinator.test_sampling import THIRDS, make_old, swarm_of
 
 PROMPT = tuple(range(100, 400))
@@ -212,12 +213,15 @@ async def test_a_stop_token_behind_a_scored_prompt_has_log_probabilities_and_no_
     (stop,) = expected_tokens(INFO, PROMPT, 1)
     async with open_swarm() as swarm:
         peer = await swarm_of(swarm, (0, 9))
+        pieces = [b"" if token == stop else b"some" for token in range(VOCABULARY)]
+        peer.tokenizer.vocabulary = Vocabulary.build(b"", pieces)
         async with peer.coordinator.submit(replace(request(max_tokens=1), stop_token_ids=(stop,))) as events:
             _, first, drawn, result = [event async for event in events]
     assert isinstance(first, PromptScored)
     check(first)
     assert isinstance(drawn, TextDelta)
-    assert (drawn.text, [each.token for each in drawn.logprobs]) == ("", [stop])
+    assert (drawn.text, [(each.token, each.is_special) for each in drawn.logprobs]) == ("", [(stop, True)])
+    assert not first.logprobs[0].is_special
     assert isinstance(result, JobResult)
     assert (result.text, result.finish_reason) == ("", "stop")
 
