@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Final
 
+from protocol.measurements import TaskKind
 from selector.task import Method, TaskContext
 
 SHORT_LINK_S: Final = 2**-6.5
@@ -69,7 +70,8 @@ def task_bucket(context: TaskContext) -> str:
     """Return the name of the bucket of tasks for which one method is adopted.
 
     Sizes are bucketed by factors of four (bounds 19, 76, 304, …: not powers of two, around which sizes cluster), shares
-    by thirds, links by factors of eight. A task and its canonical context share a bucket.
+    by thirds, links by factors of eight. A task and its canonical context share a bucket. The names of buckets of texts
+    say no kind, as they did not before there were others: trials are kept under them.
     """
     context = canonicalise(context)
     counts = (context.prompt_tokens, context.max_tokens, context.concurrency)
@@ -77,7 +79,8 @@ def task_bucket(context: TaskContext) -> str:
     shares = (min(2, int(3 * share)) for share in (context.shared_prefix_share, context.repetitiveness))
     link = 0 if context.link_s < SHORT_LINK_S else 1 + int(math.log(context.link_s / SHORT_LINK_S, 8))
     model = (context.architecture, context.block_count, context.hidden_size, context.weight_bytes)
-    parts = (*model, *sizes, *shares, link, context.stage_count, context.hardware, context.objective, context.task_kind)
+    kind = () if context.task_kind == TaskKind.GENERATE else (context.task_kind,)
+    parts = (*model, *sizes, *shares, link, context.stage_count, context.hardware, context.objective, *kind)
     return "/".join(map(str, parts))
 
 

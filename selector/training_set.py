@@ -1,8 +1,8 @@
 """Training set: the history as weighted samples, as one peer sees them.
 
 Absolute times do not travel between machines. The target is therefore the residual of a measurement over the heuristic,
-less what all measurements on the same route within the same hour have in common: a busy evening or a slow machine says
-nothing about methods.
+less what all measurements of a kind of task on the same route within the same hour have in common: a busy evening, a
+slow machine, or that scores take longer than the heuristic says, tells nothing about methods.
 """
 
 from collections.abc import Mapping, Sequence
@@ -79,8 +79,8 @@ class _Row:
     method: str
     residual: float
     weight: float
-    level: tuple[str, int]
-    """Rows of one route and hour share a level."""
+    level: tuple[str, str, int]
+    """Rows of one route, kind of task and hour share a level."""
     is_first: bool
     """Whether it is the first row of its sample: rows of one sample are compared with one another."""
 
@@ -92,7 +92,7 @@ def _rows_of(sample: Sample, number: int, weight: float) -> list[_Row]:
     except MethodError:
         return []
     context = canonicalise(sample.context)
-    level = (sample.route if sample.log_ratio is None else f"sample {number}", sample.hour)
+    level = (sample.route if sample.log_ratio is None else f"sample {number}", context.task_kind, sample.hour)
 
     def row(of: Method, log_cost: float, *, is_first: bool) -> _Row:
         return _Row(context, of.name, log_cost - predicted_cost(context, of), weight, level, is_first)
@@ -106,7 +106,7 @@ def _rows_of(sample: Sample, number: int, weight: float) -> list[_Row]:
 
 
 def _residuals(rows: Sequence[_Row], pairs: Pairs) -> FloatArray:
-    """Return each row's residual over the heuristic and the level of its route and hour, clipped."""
+    """Return each row's residual over the heuristic and the level of its route, kind of task and hour, clipped."""
     levels = {level: i for i, level in enumerate(sorted({row.level for row in rows}))}
     level = np.array([levels[row.level] for row in rows], dtype=np.intp)
     no_features = Contexts(tuple(map(str, levels.values())), {}, (), np.zeros((len(levels), 0)))

@@ -73,7 +73,7 @@ class GenerationEndpoint:
         request = Request(scope, receive)
         generation, writer = self._parse(await request.body(), request.headers)
         if not generation.stream and generation.logprob_count() > MAX_LOGPROBS_IN_ANSWER:
-            raise ApiError.from_job_error(_too_many_logprobs())
+            raise ApiError.from_job_error(_too_many_logprobs("stream it, or "))
         begin_answers(scope, len(generation.jobs))
         generation = generation.from_request(origin_of(scope))
         answer = self._stream if generation.stream else self._answer_whole
@@ -86,13 +86,8 @@ class GenerationEndpoint:
         left = MAX_LOGPROBS_IN_ANSWER - generation.logprob_count()
         async with run_generation(self._submitter, generation) as events:
             async for event in events:
-                choice = outcome.take(event)
-                if isinstance(event, ChoiceStarted) and (job := generation.jobs[choice.index]).prompt_logprobs:
-                    left -= event.job.prompt_tokens * (1 + (job.top_logprobs or 0))
-                    if left < 0:  # how long a prompt is shows only now
-                        break
-        if left < 0:
-            raise _too_many_logprobs()
+                outcome.take(event)
+                left = _logprobs_left(left, event, generation)
         await JSONResponse(writer.whole(outcome))(scope, receive, send)
 
     async def _stream(
@@ -119,10 +114,12 @@ class GenerationEndpoint:
 
         The route of the first job that starts is that of the answer.
         """
+        left = MAX_LOGPROBS_IN_ANSWER
         async with run_generation(self._submitter, generation) as events:
             waiting = b""
             async for event in events:
                 outcome.take(event)
+                left = _logprobs_left(left, event, generation)
                 waiting += stream.writer.chunks(event)
                 if isinstance(event, ChoiceStarted) and not stream.started:
                     stream.accepted.set()
@@ -131,8 +128,20 @@ class GenerationEndpoint:
                     waiting = b""
 
 
-def _too_many_logprobs() -> JobError:
-    message = f"the answer may have more than {MAX_LOGPROBS_IN_ANSWER} log probabilities: stream it, or ask for"
+def _logprobs_left(left: int, event: GenerationEvent, generation: Generation) -> int:
+    """Return how many log probabilities an answer may have after an event. Raises JobError where a prompt has more.
+
+    All of a prompt are in memory at a time, also for a stream; how long it is shows only once its job begins.
+    """
+    if isinstance(event, ChoiceStarted) and (job := generation.jobs[event.choice]).prompt_logprobs:
+        left -= event.job.prompt_tokens * (1 + (job.top_logprobs or 0))
+        if left < 0:
+            raise _too_many_logprobs()
+    return left
+
+
+def _too_many_logprobs(hint: str = "") -> JobError:
+    message = f"the answer may have more than {MAX_LOGPROBS_IN_ANSWER} log probabilities: {hint}ask for"
     message += " fewer choices, tokens or top_logprobs"
     return JobError(JobErrorCode.INVALID, message, param="top_logprobs")
 

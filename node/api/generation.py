@@ -36,7 +36,8 @@ PARALLEL_CHOICES: Final = 8
 """Jobs of one request that run at a time."""
 
 MAX_LOGPROBS_IN_ANSWER: Final = 1 << 18
-"""Log probabilities that an answer may have that is not streamed: they are held until it is complete."""
+"""Log probabilities that an answer may have that is not streamed: they are held until it is complete. Of prompts a
+streamed one may not have more, either."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,6 +290,7 @@ class _ChoiceReader:
                     yield ChoiceText(self._index, event.echo)
             case PromptScored(logprobs=logprobs):
                 yield ChoiceText(self._index, self._echo, logprobs)
+                self._echo = ""
             case TextDelta(text=text, token_ids=token_ids, logprobs=logprobs):
                 tokens = len(token_ids)
                 for parsed in self._parser.feed(text):

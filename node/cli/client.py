@@ -5,7 +5,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any, Final, TypedDict, cast
 from urllib.parse import urlsplit
 
 import click
@@ -47,17 +47,35 @@ def _parse_url(text: str) -> str:
     return url.rstrip("/")
 
 
+class BatchResponse(TypedDict):
+    """An answer as lines of batches have it."""
+
+    status_code: int
+    request_id: str
+    body: dict[str, Any]
+
+
 class NodeLostError(CommandError):
     """No node answers, or the connection to it was lost."""
 
 
 class RefusedError(CommandError):
-    """The node answered with an error. `code` and `retry_after_s` are None if the answer has none."""
+    """The node answered with an error. `code` and `retry_after_s` are None if the answer has none.
 
-    def __init__(self, message: str, code: str | None, retry_after_s: float | None = None) -> None:
+    `response`: the whole answer, but for one that came in a stream.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        code: str | None,
+        retry_after_s: float | None = None,
+        response: "BatchResponse | None" = None,
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.retry_after_s = retry_after_s
+        self.response = response
 
 
 @dataclass(slots=True)
@@ -178,6 +196,13 @@ class ApiClient:
         """Return the whole answer to a request, without a timeout."""
         return cast("dict[str, Any]", await self.request("POST", path, json=body, timeout=UNLIMITED))
 
+    async def respond(self, path: str, body: dict[str, Any]) -> BatchResponse:
+        """Return the whole answer to a request with what is around it, without a timeout."""
+        with _faults(self.url):
+            response = await self._http.post(path, json=body, timeout=UNLIMITED)
+            await _raise_for_error(response, self.url)
+            return _described(response, response.json())
+
     async def bench(self, body: dict[str, Any]) -> dict[str, Any]:
         """Measure methods, without a timeout; return the document."""
         return await self.post("/swarm/bench", body)
@@ -233,6 +258,11 @@ async def _raise_for_error(response: httpx.Response, url: str) -> None:
         return
     if response.status_code == 401:
         raise RefusedError(f"the node at {url} requires an API key: set {ENVIRONMENT_PREFIX}API_KEY", None)
-    error = json.loads(await response.aread())["error"]
-    retry_after = response.headers.get("Retry-After")
-    raise RefusedError(error["message"], error["code"], float(retry_after) if retry_after else None)
+    body = json.loads(await response.aread())
+    error, retry_after = body["error"], response.headers.get("Retry-After")
+    retry_after_s = float(retry_after) if retry_after else None
+    raise RefusedError(error["message"], error["code"], retry_after_s, _described(response, body))
+
+
+def _described(response: httpx.Response, body: dict[str, Any]) -> BatchResponse:
+    return {"status_code": response.status_code, "request_id": response.headers.get("X-Request-Id", ""), "body": body}

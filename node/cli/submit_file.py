@@ -20,7 +20,7 @@ from node.cli.output import CommandError, print_error, print_json, progress_bars
 from node.util.suggestions import did_you_mean
 
 if TYPE_CHECKING:
-    from node.cli.client import ApiClient
+    from node.cli.client import ApiClient, BatchResponse
 
 RETRIED_CODES: Final = frozenset({
     "peers_full", "quality_being_measured", "rate_limit_exceeded", "too_many_requests", "too_many_connections",
@@ -42,7 +42,8 @@ def read_jobs(path: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises UsageError that names the line.
     """
     text = read_text(str(path))
-    jobs = []
+    jobs: list[dict[str, Any]] = []
+    lines_of_names: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), 1):  # `splitlines` also cuts JSON at U+2028 and the like
         if not line.strip():
             continue
@@ -50,18 +51,24 @@ def read_jobs(path: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
             job = json.loads(line)
         except ValueError as error:
             raise click.UsageError(f"{path}, line {number}: not valid JSON: {error}") from None
+        where = f"{path}, line {number}"
         if isinstance(job, dict) and "body" in job:
-            jobs.append({**_batch_request(job, f"{path}, line {number}"), "line": number})
+            request = _batch_request(job, where)
+            first = lines_of_names.setdefault(request["custom_id"], number)
+            if first != number:
+                raise click.UsageError(f"{where}: custom_id {request['custom_id']!r} is also that of line {first}")
+            jobs.append({**request, "line": number})
             continue
         prompt = job.get("prompt") if isinstance(job, dict) else None
         is_token_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
         if not is_token_ids and not isinstance(prompt, str):
-            raise click.UsageError(f'{path}, line {number}: expected an object with a "prompt", text or token ids')
+            raise click.UsageError(f'{where}: expected an object with a "prompt", text or token ids')
         unknown = job.keys() - {"prompt", *JOB_OPTIONS}
         if unknown:
             name = min(unknown)
             hint = did_you_mean(name, JOB_OPTIONS) or f"; the options are {', '.join(JOB_OPTIONS)}"
-            raise click.UsageError(f"{path}, line {number}: unknown option {name!r}{hint}")
+            raise click.UsageError(f"{where}: unknown option {name!r}{hint}")
+        _check_model(job.get("model"), where)
         jobs.append({**options, **job, "line": number})
     if not jobs:
         raise click.UsageError(f"{path} contains no prompts")
@@ -79,7 +86,14 @@ def _batch_request(job: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise click.UsageError(f"{where}: url is {url!r}: expected {', '.join(BATCH_URLS)}")
     if body.get("stream"):
         raise click.UsageError(f"{where}: leave out stream, as an answer is one line")
+    _check_model(body.get("model"), where)
     return {"model": body.get("model"), "custom_id": name, "url": url, "body": body}
+
+
+def _check_model(model: Any, where: str) -> None:
+    """Raise UsageError where a model is no name."""
+    if model is not None and not isinstance(model, str):
+        raise click.UsageError(f"{where}: model is {json.dumps(model)}: expected its name")
 
 
 def _request_of(job: Mapping[str, Any], default_model: str) -> dict[str, Any]:
@@ -179,8 +193,13 @@ class _Printed:
 
     def failed(self, line: int, body: Mapping[str, Any], error: CommandError) -> None:
         """Print an error in its place."""
-        about = {"custom_id": body["custom_id"], "response": None} if "custom_id" in body else {}
-        self.add(line, {**about, "error": {"message": error.message, "code": getattr(error, "code", None)}})
+        described = {"message": error.message, "code": getattr(error, "code", None)}
+        if "custom_id" not in body:
+            self.add(line, {"error": described})
+        elif (response := getattr(error, "response", None)) is not None:
+            self.add(line, _batch_result(body, response=response))
+        else:
+            self.add(line, _batch_result(body, error=described))
 
     def finish(self) -> None:
         """Do nothing: all is printed."""
@@ -227,12 +246,18 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _batch_result(
+    body: Mapping[str, Any], *, response: "BatchResponse | None" = None, error: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the line that answers a request of a batch. `error`: where there was no response, not even a refusal."""
+    return {"id": f"batch_req_{_digest(body)}", "custom_id": body["custom_id"], "response": response, "error": error}
+
+
 async def _answer(client: "ApiClient", body: dict[str, Any]) -> dict[str, Any]:
     """Submit a job once; return its document."""
     if "url" not in body:
         return (await client.complete(body)).document()
-    answer = await client.post(body["url"], body["body"])
-    return {"custom_id": body["custom_id"], "response": {"status_code": 200, "body": answer}, "error": None}
+    return _batch_result(body, response=await client.respond(body["url"], body["body"]))
 
 
 async def _answer_with_retry(client: "ApiClient", body: dict[str, Any]) -> dict[str, Any]:

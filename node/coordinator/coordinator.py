@@ -291,8 +291,9 @@ class Coordinator:
         )
         output = OutputText(job.request, job.model)
         if job.kind is TaskKind.SCORE:
-            await route.score()
-            yield await output.scored(job.prompt[0], job.output.scores)
+            async with aclosing(output.scored(job.prompt[0], await route.score())) as pieces:
+                async for scored in pieces:
+                    yield scored
         if not job.tokens_left:
             entry.result = await self._prefilled(job, route)
             yield entry.result
@@ -334,7 +335,7 @@ class Coordinator:
             self._planner.measured(job.need(), stages, done.route.loads(), timing_of(done))
         result = result_of(job, done, text, finish)
         is_measured = bool(
-            job.kind is not TaskKind.SCORE or job.output.scores or job.output.tokens
+            job.kind is not TaskKind.SCORE or job.output.scored or job.output.tokens
         )  # one token has none
         selection = self._assess(job, done, result) if is_measured else None
         cost = Cost(

@@ -30,6 +30,7 @@ from node.links.outbound_link import SessionLost
 from node.util.backoff import backoff_s
 from protocol.identity import PeerId, SessionId, Stage
 from protocol.messages import Closed, FailureReason, RefusalReason
+from protocol.tensors import TokenLogprobs
 from selector.routing import NoRouteError
 from selector.task import Method
 
@@ -182,9 +183,9 @@ class ResilientRoute:
         assert isinstance(output, SampledToken)
         return output
 
-    async def score(self) -> None:
+    async def score(self) -> list[TokenLogprobs]:
         """Wait until all tokens of the prompt are scored; see `_next_output`. A new route begins anew."""
-        scores = self._job.output.scores
+        scores: list[TokenLogprobs] = []
         while self._job.scores_left:
             route = self._open_route()
             output = await self._next_output()
@@ -192,6 +193,8 @@ class ResilientRoute:
                 scores.clear()
             assert isinstance(output, PromptScores)
             scores += output.tokens
+            self._job.output.scored = len(scores)
+        return scores
 
     async def embedding(self) -> "array[float]":
         """Wait for the prompt's embedding; see `_next_output`."""
@@ -217,8 +220,9 @@ class ResilientRoute:
                 self._remove_lost(route, lost.session)
                 await self.open()
             else:
-                self._failures_since_token = 0
-                self._reconnected.clear()
+                if not isinstance(output, PromptScores):  # those begin anew on another route: they are no progress
+                    self._failures_since_token = 0
+                    self._reconnected.clear()
                 if self._tracer is not None and self._tracer.is_due:
                     await self._tracer.collect(route)
                 return output

@@ -13,7 +13,6 @@ from node.models.library import KnownModel
 from protocol.identity import JobId
 from protocol.measurements import Objective, TaskKind
 from protocol.messages import Sampling
-from protocol.tensors import TokenLogprobs
 from selector.cuts import Parts
 from selector.routing import Demand
 from selector.task import Method
@@ -23,8 +22,8 @@ from selector.task import Method
 class JobOutput:
     """What has come of a job so far, and when."""
 
-    scores: list[TokenLogprobs] = field(default_factory=list)
-    """Of the prompt's tokens from the second on, where these are wanted."""
+    scored: int = 0
+    """Tokens of the prompt that are scored, of those from the second on, where that is wanted."""
     tokens: list[int] = field(default_factory=list)
     routed_s: float = 0.0
     """When its first route was open and had the prompt; 0 before."""
@@ -86,7 +85,7 @@ class Job:
     @property
     def scores_left(self) -> int:
         """How many tokens of the prompt are still to be scored."""
-        return len(self.prompt) - 1 - len(self.output.scores) if self.kind is TaskKind.SCORE else 0
+        return len(self.prompt) - 1 - self.output.scored if self.kind is TaskKind.SCORE else 0
 
     @property
     def is_resumable(self) -> bool:
@@ -100,6 +99,17 @@ class Job:
         is_scored = self.kind is TaskKind.SCORE and (self.scores_left > 0 or not self.tokens_left)
         return replace(self.sampling, max_tokens=self.tokens_left, prompt_logprobs=is_scored)
 
+    def scoring_factor(self, blocks: int) -> float:
+        """Return how much longer a last stage of so many blocks takes for rows that it scores.
+
+        Each passes the output layer, too, which is as large as the embedding: that of many blocks in a small model.
+        """
+        return 1 + self.model.manifest.embed.size_bytes / max(1, self._block_bytes * blocks)
+
+    @property
+    def _block_bytes(self) -> int:
+        return max((file.size_bytes for file in self.model.manifest.blocks), default=0)
+
     def need(self) -> RouteNeed:
         """Return what the rest of the job needs of a route."""
         demand = Demand(
@@ -112,7 +122,7 @@ class Job:
         return RouteNeed(
             model=self.model.id,
             demand=demand,
-            block_bytes=max((file.size_bytes for file in self.model.manifest.blocks), default=0),
+            block_bytes=self._block_bytes,
             parts=max((parts_of(method.engine) for method in self.admitted), default=Parts.ANY),
             objective=self.request.objective,
             compute_weight=0.0 if self.request.objective is Objective.LATENCY else ONLY_COMPUTING,

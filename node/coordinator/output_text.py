@@ -1,7 +1,9 @@
 """The text of a job's tokens: detokenised, ended by stop strings, with log probabilities where they are wanted."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Final
+
+import trio
 
 from node.coordinator.route_output import SampledToken
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, PromptScored, TextDelta, TokenLogprob
@@ -11,8 +13,8 @@ from node.models.streaming import StopFinder, StreamDecoder
 from protocol.messages import FinishReason
 from protocol.tensors import TokenLogprobs
 
-SPELT_AT_ONCE: Final = 256
-"""Tokens of a prompt whose bytes are asked for at a time."""
+SCORES_AT_ONCE: Final = 512
+"""Tokens of a prompt that an event has the log probabilities of: more would hold up the event loop."""
 
 
 class OutputText:
@@ -41,7 +43,8 @@ class OutputText:
     async def add(self, sampled: SampledToken, finish: FinishReason | None) -> tuple[TextDelta, FinishReason | None]:
         """Add a token; return what it adds to the text, and why the text ends with it, if so. Raises JobError.
 
-        A stop token is not part of the text, and stop strings count from min_tokens on.
+        A stop token is not part of the text, and stop strings count from min_tokens on. Where the prompt is scored, the
+        stop token has log probabilities, too: evaluation harnesses count on one token behind the prompt.
         """
         self._count += 1
         is_text = finish is not FinishReason.STOP
@@ -53,32 +56,39 @@ class OutputText:
                 finish = FinishReason.STOP
             elif finish:
                 piece += self._finder.feed(await self._decoder.finish()) + self._finder.finish()
-            logprobs = await self._described(sampled.logprobs) if sampled.logprobs and is_text else ()
+            is_listed = is_text or self._request.prompt_logprobs
+            logprobs = await self._described(sampled.logprobs) if sampled.logprobs and is_listed else ()
         except ModelError as error:
             raise JobError(JobErrorCode.FAILED, str(error)) from None
         self._pieces.append(piece)
         return TextDelta(text=piece, token_ids=(sampled.token,), logprobs=logprobs), finish
 
-    async def scored(self, first: int, scores: Sequence[TokenLogprobs]) -> PromptScored:
-        """Return the prompt's tokens with their log probabilities, but for the first one. Raises JobError."""
+    async def scored(self, first: int, scores: Sequence[TokenLogprobs]) -> AsyncGenerator[PromptScored, None]:
+        """Yield the prompt's tokens with their log probabilities, but for the first one, in pieces. Raises JobError."""
         try:
             await self._spell([first])
-            described = [TokenLogprob(first, self._spelt[first], None)]
-            for start in range(0, len(scores), SPELT_AT_ONCE):
-                described += await self._described(*scores[start : start + SPELT_AT_ONCE])
+            has_text = self._tokenizer.vocabulary.has_text(first)
+            described: tuple[TokenLogprob, ...] = (
+                TokenLogprob(first, self._spelt[first], None, is_special=not has_text),
+            )
+            for start in range(0, max(1, len(scores)), SCORES_AT_ONCE):
+                described += await self._described(*scores[start : start + SCORES_AT_ONCE])
+                yield PromptScored(described)
+                described = ()
+                await trio.lowlevel.checkpoint()
         except ModelError as error:
             raise JobError(JobErrorCode.FAILED, str(error)) from None
-        return PromptScored(tuple(described))
 
     async def _described(self, *tokens: TokenLogprobs) -> tuple[TokenLogprob, ...]:
         await self._spell([token for each in tokens for token in (each.token, *(other for other, _ in each.likeliest))])
-        spelt = self._spelt
+        spelt, vocabulary = self._spelt, self._tokenizer.vocabulary
         return tuple(
             TokenLogprob(
                 each.token,
                 spelt[each.token],
                 each.logprob,
                 tuple(TokenLogprob(token, spelt[token], logprob) for token, logprob in each.likeliest),
+                is_special=not vocabulary.has_text(each.token),
             )
             for each in tokens
         )

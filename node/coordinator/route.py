@@ -1,7 +1,7 @@
 """An open route: the sessions of one job on all its stages, and the receiver of its tokens."""
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import trio
@@ -175,7 +175,7 @@ class OpenRoute:
         method, ballots = self.agree()
         agreed = self.request.agreed
         statement = agreed.statement if agreed and self.is_weighted() else None
-        self.starts = plan_resume([_resume_point(answer, method) for answer in self.answers if answer], len(tokens) - 1)
+        self.starts = plan_resume(list(self._resume_points(method)), len(tokens) - 1)
         forward_from = [*self.starts[1:], self.starts[-1]]
         last = len(self.stages) - 1
         try:
@@ -197,8 +197,22 @@ class OpenRoute:
         self.method = method
         self.began_s = trio.current_time()
         self.begun_rows = tuple(len(tokens) - start for start in self.starts)
-        self._reader.begin(tokens, self.starts[-1])
+        self._reader.begin(tokens)
         return method
+
+    def _resume_points(self, method: Method) -> Iterator[ResumePoint]:
+        """Yield what each stage has of the job: computed for a previous route, or in its prefix cache.
+
+        A stage that no session is continued at has computed nothing, whatever it says.
+        """
+        for stage, answer in zip(self.stages, self.answers, strict=True):
+            if answer is None:
+                continue
+            if answer.held and stage in self._continued:
+                yield ResumePoint(answer.held, answer.kept_from)
+            else:
+                cached = answer.cached.get(method.kv_key, 0) if method.prefix_cache else 0
+                yield ResumePoint(cached, cached)
 
     def loads(self) -> list[Load]:
         """Return each stage's load when it opened."""
@@ -387,14 +401,6 @@ class OpenRoute:
             request_id=request.request_id,
             trace_parent=request.trace_parent,
         )
-
-
-def _resume_point(answer: Opened, method: Method) -> ResumePoint:
-    """Return what a stage has of the session: computed for a previous route, or in its prefix cache."""
-    if answer.held:
-        return ResumePoint(answer.held, answer.kept_from)
-    cached = answer.cached.get(method.kv_key, 0) if method.prefix_cache else 0
-    return ResumePoint(cached, cached)
 
 
 def _lost_at(broken: LinkBroken) -> RouteLost:

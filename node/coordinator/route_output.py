@@ -31,32 +31,35 @@ class OutputReader:
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
-        self._unscored: Sequence[int] = ()
-        """The tokens of the prompt whose scores are to come next."""
+        self._unscored: Sequence[int] | None = None if sampling.prompt_logprobs else ()
+        """The tokens of the prompt whose scores are to come next; None before that is known."""
         self.most = sampling.max_tokens + (sampling.prompt_length if sampling.prompt_logprobs else 0)
 
-    def begin(self, tokens: Sequence[int], start: int) -> None:
-        """Expect outputs for a job's tokens. `start`: the first position that the last stage computes."""
+    def begin(self, tokens: Sequence[int]) -> None:
+        """Expect outputs for a job's tokens. Where they are scored, the last stage computes all of them."""
         if self._sampling.prompt_logprobs:
-            self._unscored = tokens[start + 1 : self._sampling.prompt_length]
+            self._unscored = tokens[1 : self._sampling.prompt_length]
 
     def read(self, part: Slice, tensor: Tensor) -> list[LastStageOutput]:
         """Return the outputs in a message. Raises ValueError."""
         if self._sampling.pooling is not None:
             return [embedding_from_tensor(tensor)]
+        if self._unscored is None:
+            raise ValueError("scores of a prompt that was not sent yet")
         count = min(len(self._unscored), tensor.rows)
-        scores, drawn = self._read_scores(part, tensor.cut(0, count)), tensor.cut(count, tensor.rows)
+        scores = self._read_scores(part, tensor.cut(0, count), self._unscored)
+        drawn = tensor.cut(count, tensor.rows)
         logprobs = logprobs_from_tensor(drawn) if self._sampling.logprobs else [None] * drawn.rows
         tokens = drawn_tokens(drawn)
         finish = [*[None] * (len(tokens) - 1), part.finish_reason] if tokens else []
         return [*scores, *(SampledToken(*each) for each in zip(tokens, finish, logprobs, strict=True))]
 
-    def _read_scores(self, part: Slice, tensor: Tensor) -> list[PromptScores]:
+    def _read_scores(self, part: Slice, tensor: Tensor, unscored: Sequence[int]) -> list[PromptScores]:
         if not tensor.rows:
             return []
         found = logprobs_from_tensor(tensor)
-        begins = self._sampling.prompt_length - len(self._unscored)
-        if part.position != begins or [each.token for each in found] != list(self._unscored[: len(found)]):
+        begins = self._sampling.prompt_length - len(unscored)
+        if part.position != begins or [each.token for each in found] != list(unscored[: len(found)]):
             raise ValueError("scores of other tokens than the prompt's next ones")
-        self._unscored = self._unscored[len(found) :]
+        self._unscored = unscored[len(found) :]
         return [PromptScores(found)]

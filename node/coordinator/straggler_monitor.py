@@ -107,10 +107,13 @@ class StragglerMonitor:
     def begin(self, route: OpenRoute, failures: int) -> None:
         """Begin to watch a route that has just begun. `failures`: routes lost since the last token."""
         need, stages, loads = self._job.need(), route.stages, route.loads()
-        round_s = self._planner.round_s(stages)
+        round_s, last = self._planner.round_s(stages), len(stages) - 1
+        is_scored = route.request.sampling.prompt_logprobs
 
         def expected_s(stage: int, rows: int) -> float:
             compute_s = self._planner.expected_s(need, stages[stage], rows, loads[stage])
+            if is_scored and stage == last:
+                compute_s *= self._job.scoring_factor(len(stages[stage].blocks))
             way_s = self._planner.way_s(need, stages[stage - 1], stages[stage], rows) if stage else 0.0
             return compute_s + way_s + round_s / len(stages)
 

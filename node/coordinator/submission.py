@@ -229,11 +229,13 @@ class TokenLogprob:
     logprob: float | None
     """None for the first token of a prompt, before which there is nothing."""
     likeliest: "tuple[TokenLogprob, ...]" = ()
+    is_special: bool = False
+    """Whether it adds nothing to a text; its bytes are its name."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptScored:
-    """All tokens of the prompt with their log probabilities."""
+    """Some tokens of the prompt with their log probabilities; such events follow each other until all have come."""
 
     logprobs: tuple[TokenLogprob, ...]
 
@@ -435,11 +437,9 @@ class Submitter(Protocol):
     """Takes jobs. The coordinator is one; so is a fake."""
 
     def submit(self, request: JobRequest) -> AbstractAsyncContextManager[AsyncIterator[JobEvent]]:
-        """Run a job inside the block: JobStarted, PromptScored where it is wanted, TextDelta…, JobResult.
+        """Run a job inside the block: JobStarted, PromptScored… where it is wanted, TextDelta…, JobResult.
 
-        Leaving early cancels it on every stage.
-
-        Raises JobError on entering the block or while iterating.
+        Leaving early cancels it on every stage. Raises JobError on entering the block or while iterating.
         """
 
     async def count_tokens(self, request: JobRequest) -> int:

@@ -66,6 +66,10 @@ class Vocabulary:
         """Return the kind of a token."""
         return TokenKind(self.kinds[token]) if 0 <= token < len(self.kinds) else TokenKind.NO_TEXT
 
+    def has_text(self, token: int) -> bool:
+        """Return whether a token adds to a text."""
+        return bool(self.bytes_of(token)) if self.is_byte_level else self.kind_of(token) is not TokenKind.NO_TEXT
+
     def bytes_of(self, token: int) -> bytes:
         """Return the bytes that a token of a byte-level vocabulary adds to the text."""
         if not 0 <= token < len(self.ends):

@@ -22,7 +22,10 @@ MIN_PREFILL_ROWS: Final = 16
 """Prompt rows that a step takes however many sessions decode: else these could starve a new session."""
 
 PREFILL_ROWS: Final = 512
-"""Prompt rows after which a step takes no further prompt when no session decodes: more gains nothing."""
+"""Prompt rows after which a step takes no further prompt when no session decodes: more gains nothing.
+
+Scored rows, which take longer, are cut to as many in any case: else a long prompt would look like a stage that hangs.
+"""
 
 STATIC_PATIENCE_S: Final = 1.0
 """How long a static batch waits for its own rows before another forms: its sessions may be stuck elsewhere."""
@@ -71,7 +74,7 @@ class Work(Generic[L]):
     `part.session` is the session's id here. `coordinator`: whose job they belong to. `origin`: where their credit is
     returned; `payload_bytes`: how much that is, which need not be the tensor's size. `received_s`: when they arrived;
     `arrived_s`: when they could be queued, with their drafts. `held_rows`: rows as they arrived, whose memory is free
-    once these are computed.
+    once these are computed. `is_scored`: whether tokens of the prompt behind them are scored.
     """
 
     part: Slice
@@ -82,6 +85,7 @@ class Work(Generic[L]):
     arrived_s: float
     received_s: float = 0.0
     held_rows: int = 0
+    is_scored: bool = False
 
     @property
     def session(self) -> SessionId:
@@ -133,7 +137,11 @@ class Scheduler(Generic[L]):
 
     def add(self, work: Work[L]) -> None:
         """Queue rows."""
-        self._waiting.setdefault(work.session, deque()).append(work)
+        queue = self._waiting.setdefault(work.session, deque())
+        while work.is_scored and work.rows - work.part.draws > PREFILL_ROWS:
+            piece, work = work.cut(PREFILL_ROWS)
+            queue.append(piece)
+        queue.append(work)
         # A new coordinator starts level with the one served least, without a claim on what was served before.
         self._served.setdefault(work.coordinator, min(self._served.values(), default=0))
         self.changed.set()

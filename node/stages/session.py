@@ -298,6 +298,7 @@ class StageSession:
             arrived_s=now_s,
             received_s=now_s,
             held_rows=part.rows,
+            is_scored=self._scored_rows(part) > 0,
         )
         if self._tracker is not None:
             self._queue_with_drafts(self._tracker, work)

@@ -80,6 +80,8 @@ class CompletionWriter:
     """The job that names the answer."""
     _offsets: dict[int, int] = field(default_factory=dict, init=False)
     """Characters of each choice's tokens so far."""
+    _echoes: dict[int, str] = field(default_factory=dict, init=False)
+    """The prompt of each choice whose text begins with it."""
 
     def whole(self, outcome: Outcome) -> dict[str, Any]:
         """Return the answer in one document."""
@@ -94,6 +96,7 @@ class CompletionWriter:
 
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
         document: dict[str, Any] = {"index": choice.index, "finish_reason": choice.finish_reason}
+        self._echoes[choice.index] = choice.started.echo
         document["logprobs"] = self._logprobs(choice.index, choice.logprobs)
         if self.is_chat:
             document["message"] = _message(choice)
@@ -106,6 +109,7 @@ class CompletionWriter:
         match event:
             case ChoiceStarted(choice=index, job=job):
                 self._first = self._first or job
+                self._echoes[index] = job.echo
                 return self._chunk(index, {"role": "assistant", "content": ""}) if self.is_chat else b""
             case ChoiceText(choice=index, text=text, logprobs=logprobs):
                 return self._chunk(index, {"content": text} if self.is_chat else {"text": text}, logprobs=logprobs)
@@ -141,8 +145,8 @@ class CompletionWriter:
             return None
         if self.is_chat:
             return chat_logprobs(tokens)
-        described = completion_logprobs(tokens, self._offsets.get(index, 0))
-        self._offsets[index] = self._offsets.get(index, 0) + sum(map(len, described["tokens"]))
+        begins, echo = self._offsets.get(index, 0), self._echoes.get(index, "")
+        described, self._offsets[index] = completion_logprobs(tokens, begins, echo)
         return described
 
     def _details(self, result: JobResult) -> dict[str, Any]:

@@ -16,17 +16,18 @@ def describe_logprobs(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
     return [_described(token) | {"top_logprobs": [_described(each) for each in token.likeliest]} for token in tokens]
 
 
-def completion_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-    """Return the field `logprobs` of a completion's choice, whose tokens begin at a character of the text.
+def completion_logprobs(tokens: Sequence[TokenLogprob], offset: int, echo: str = "") -> tuple[dict[str, Any], int]:
+    """Return the field `logprobs` of a completion's choice, and where in its text the tokens behind these begin.
 
-    The first token of a prompt has no log probability.
+    `offset`: the character of the text at which these begin. `echo`: the prompt, where the text begins with it. The
+    first token of a prompt has no log probability.
     """
     texts = [_text(token) for token in tokens]
     offsets = []
-    for text in texts:
+    for token, text in zip(tokens, texts, strict=True):
         offsets.append(offset)
-        offset += len(text)
-    return {
+        offset += _length_in_text(token, text, offset, echo)
+    document = {
         "tokens": texts,
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": [
@@ -35,6 +36,19 @@ def completion_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str
         ],
         "text_offset": offsets,
     }
+    return document, offset
+
+
+def _length_in_text(token: TokenLogprob, text: str, offset: int, echo: str) -> int:
+    """Return how many characters of the text a token is; one of several bytes counts where it begins.
+
+    Special tokens are in a text only where a prompt spells them: not the BOS that the tokenizer puts before it, nor the
+    space that some tokenizers put before its first word.
+    """
+    if token.is_special and not echo.startswith(text, offset):
+        return 0
+    is_space_added = not offset and bool(echo) and text.startswith(" ") and not echo.startswith(" ")
+    return sum(byte & 0xC0 != 0x80 for byte in token.text) - is_space_added
 
 
 def _described(token: TokenLogprob) -> dict[str, Any]:

@@ -180,7 +180,8 @@ class FakeSubmitter:
             likeliest = tuple(TokenLogprob(number, b"x", -0.5) for number in range(request.top_logprobs or 0))
             prompt = [word.encode() for word in (request.prompt or "").split(" ")]
             scores = [TokenLogprob(number, b" " + word, -0.75, likeliest) for number, word in enumerate(prompt[1:], 1)]
-            yield PromptScored((TokenLogprob(0, prompt[0], None), *scores))
+            yield PromptScored((TokenLogprob(0, prompt[0], None),))
+            yield PromptScored(tuple(scores))
         for index, word in enumerate(words):
             await trio.sleep(self.pauses.get(index, 0))
             logprobs: tuple[TokenLogprob, ...] = ()

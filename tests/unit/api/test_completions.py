@@ -11,6 +11,7 @@ from trio.testing import MockClock
 from node.api.endpoint import GenerationEndpoint
 from node.api.errors import ApiError
 from node.api.generation import ChoiceStarted, ChoiceText, Outcome
+from node.api.openai.logprobs import completion_logprobs
 from node.api.openai.requests import parse_completion_request
 from node.coordinator.submission import ChatMessage, JobError, JobErrorCode, JobStarted, TokenLogprob
 from protocol.measurements import QualityBound
@@ -150,8 +151,38 @@ async def test_scores_prompts_as_evaluation_harnesses_ask_for_it(node: FakeNode,
     assert choice["text"] == "one two!"
     assert choice["logprobs"]["token_logprobs"] == [None, -0.75, -0.25]
     chunks = events_of(await client.post("/v1/completions", json={**body, "prompt": "one two", "stream": True}))
-    scored = next(chunk["choices"][0] for chunk in chunks if chunk != "[DONE]")
-    assert (scored["text"], scored["logprobs"]["token_logprobs"]) == ("one two", [None, -0.75])
+    first, second, *_ = [chunk["choices"][0] for chunk in chunks if chunk != "[DONE]"]
+    assert (first["text"], first["logprobs"]["token_logprobs"]) == ("one two", [None])
+    assert (second["text"], second["logprobs"]["token_logprobs"]) == ("", [-0.75]), "long ones come in pieces"
+    assert second["logprobs"]["text_offset"] == [3]
+
+
+@pytest.mark.parametrize(
+    ("echo", "tokens", "offsets"),
+    [
+        ("The sky", ("<s>*", "The", " sky"), [0, 0, 3]),
+        ("The sky", ("<s>*", " The", " sky"), [0, 0, 3]),
+        ("<s> The", ("<s>*", " The", "</s>*"), [0, 3, 7]),
+        ("a\u00fc!", ("a", b"\xc3", b"\xbc", "!", "</s>*"), [0, 1, 2, 2, 3]),
+        ("", (" sky", "."), [0, 4]),
+    ],
+)
+def test_offsets_point_into_the_text(echo: str, tokens: tuple[str | bytes, ...], offsets: list[int]) -> None:
+    """Special tokens (here with a star) that the prompt does not spell have no place in it."""
+    given = [
+        TokenLogprob(
+            0,
+            token if isinstance(token, bytes) else token.rstrip("*").encode(),
+            -1.0,
+            is_special=isinstance(token, str) and token.endswith("*"),
+        )
+        for token in tokens
+    ]
+    whole, end = completion_logprobs(given, 0, echo)
+    assert whole["text_offset"] == offsets
+    first, middle = completion_logprobs(given[:1], 0, echo)
+    rest, last = completion_logprobs(given[1:], middle, echo)
+    assert (first["text_offset"] + rest["text_offset"], last) == (offsets, end)
 
 
 async def test_bounds_the_log_probabilities_of_prompts(
@@ -163,6 +194,14 @@ async def test_bounds_the_log_probabilities_of_prompts(
     answer = await client.post("/v1/completions", json={**body, "prompt": ["a b", "c d", "e f"]})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "top_logprobs")
     assert node.submitter.running == 0
+    assert (await client.post("/v1/completions", json={**body, "stream": True})).text.endswith("data: [DONE]\n\n")
+    streamed = await client.post("/v1/completions", json={**body, "prompt": ["a b", "c d", "e f"], "stream": True})
+    assert "top_logprobs" in streamed.text
+    assert "[DONE]" not in streamed.text
+    assert node.submitter.running == 0
+    monkeypatch.setattr("node.api.endpoint.MAX_LOGPROBS_IN_ANSWER", 9)
+    streamed = await client.post("/v1/completions", json={**body, "prompt": "a b", "stream": True})
+    assert streamed.status_code == 400, "before anything was sent"
 
 
 async def test_answers_several_prompts_and_choices(node: FakeNode, client: httpx.AsyncClient) -> None:

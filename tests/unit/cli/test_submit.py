@@ -316,7 +316,11 @@ class TestFile:
         assert run(["submit", *file, "--model", "tiny", *api]) == 0
         scored, embedded, text = self.documents(capsys)
         assert (scored["custom_id"], embedded["custom_id"], text) == ("s", "e", DOCUMENT)
-        assert scored["response"]["status_code"] == 200
+        assert list(scored) == ["id", "custom_id", "response", "error"]
+        assert scored["id"].startswith("batch_req_")
+        assert scored["id"] != embedded["id"]
+        assert (scored["response"]["status_code"], scored["error"]) == (200, None)
+        assert len({each["response"]["request_id"] for each in (scored, embedded)} - {""}) == 2
         choices = scored["response"]["body"]["choices"]
         assert [choice["logprobs"]["token_logprobs"] for choice in choices] == [[None, -0.75], [None]]
         assert [item["index"] for item in embedded["response"]["body"]["data"]] == [0, 1]
@@ -324,8 +328,10 @@ class TestFile:
         node.submitter.refuse = JobError(JobErrorCode.FAILED, "a stage failed")
         assert run(["submit", *file, *api]) == 1
         failed, *_ = self.documents(capsys)
-        error = {"message": "a stage failed", "code": "job_failed"}
-        assert failed == {"custom_id": "s", "response": None, "error": error}
+        assert (failed["id"], failed["custom_id"], failed["error"]) == (scored["id"], "s", None)
+        assert failed["response"]["status_code"] == 502
+        assert failed["response"]["body"]["error"]["message"] == "a stage failed"
+        assert failed["response"]["request_id"]
 
     @pytest.mark.parametrize(
         ("line", "says"),
@@ -334,6 +340,8 @@ class TestFile:
             ({"url": "/v1/embeddings", "body": {}}, "custom_id"),
             ({"custom_id": "a", "url": "/v1/completions", "body": {"stream": True}}, "leave out stream"),
             ({"custom_id": "a", "url": "/v1/completions", "body": {}, "modle": "b"}, "'modle'"),
+            ({"custom_id": "a", "url": "/v1/completions", "body": {"model": []}}, "model is []"),
+            ({"prompt": "x", "model": {}}, "model is {}"),
         ],
     )
     def test_refuses_bad_requests_of_batches(
@@ -341,6 +349,14 @@ class TestFile:
     ) -> None:
         assert run(["submit", *self.write(tmp_path, json.dumps(line)), *api]) == 2
         assert says in capsys.readouterr().err
+
+    def test_refuses_a_batch_with_two_requests_of_one_name(
+        self, tmp_path: Path, node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        line = json.dumps({"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "x"}})
+        assert run(["submit", *self.write(tmp_path, line, line), *api]) == 2
+        assert "line 2: custom_id 'a' is also that of line 1" in capsys.readouterr().err
+        assert not node.submitter.requests
 
     def test_unicode_line_ends_in_a_prompt(self, tmp_path: Path, node: FakeNode, api: list[str]) -> None:
         prompt = "one\u2028two\u2029three\x85four"

@@ -4,15 +4,16 @@ from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import trio
 
-from node.coordinator.route import OpenRoute
+from node.coordinator.route import OpenRoute, RouteLost
 from node.coordinator.route_output import SampledToken
 from node.coordinator.submission import JobError, JobErrorCode
 from protocol.identity import BlockRange, JobId, PeerId, SessionId, Stage
 from protocol.messages import Sampling, Slice
-from protocol.tensors import tensor_from_tokens
+from protocol.tensors import DType, Tensor, tensor_from_tokens
 
 PEER = PeerId("a")
 
@@ -29,3 +30,16 @@ async def test_token_after_a_stall_is_dropped() -> None:
         assert await route.next_output() == SampledToken(7, None)
         with pytest.raises(JobError, match="no progress"):
             await route.next_output()
+
+
+async def test_a_stage_that_draws_before_the_prompt_is_sent_for_scoring_is_lost() -> None:
+    sampling = Sampling(max_tokens=0, prompt_logprobs=True, prompt_length=5, logprobs=1)
+    route = OpenRoute(
+        [Stage(PEER, BlockRange(0, 9))], cast("Any", None), cast("Any", SimpleNamespace(sampling=sampling))
+    )
+    row = np.array([[7, -0.5]], np.float32)
+    part = Slice(session=SessionId(JobId("00" * 16), 1), position=5, rows=1)
+    route.receive(part, Tensor(DType.FLOAT32, row.shape, row.tobytes()), cast("Any", Mock(peer=PEER)))
+    with trio.fail_after(1), pytest.raises(RouteLost) as caught:
+        await route.next_output()
+    assert caught.value.session.blamed == PEER

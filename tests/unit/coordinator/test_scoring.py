@@ -1,24 +1,32 @@
 """Jobs whose prompt is scored: over any split, when stages die, with and without text behind it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock
 
 from node.coordinator.observation import Recorder
+from node.coordinator.output_text import SCORES_AT_ONCE
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, PromptScored, TextDelta
 from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec
+from node.engine.interface import EngineError, SliceInput, StepResult
 from node.identity import Identity
+from node.models.vocabulary import Vocabulary
 from node.selection.samples import sample_of
+from node.stages import session_admission
+from node.stages.scheduler import PolicyController, StagePolicy
 from node.testing.fake_engine import expected_scores, expected_tokens, fake_span_info
 from protocol.identity import BlockRange
 from protocol.measurements import TaskKind
+from protocol.messages import Opened
 from protocol.observations import SignedObservation, verify_observation
 from protocol.tensors import Pooling
 from selector.task import method
 from selector.workloads import TrialWorkload
-from tests.support.job_peers import BLOCKS, Peer, open_swarm
+from tests.support.job_peers import BLOCKS, VOCABULARY, Peer, open_swarm
 from tests.unit.coordinator.test_sampling import THIRDS, make_old, swarm_of
 
 PROMPT = tuple(range(100, 400))
@@ -101,8 +109,9 @@ async def test_a_prompt_may_fill_the_context_where_no_text_follows(virtual_clock
     async with open_swarm() as swarm:
         peer = await swarm_of(swarm, (0, 9))
         whole = tuple(number % 900 for number in range(INFO.max_positions))
-        found, _, _ = await scored(peer, replace(request(), prompt_tokens=whole))
-        assert len(found.logprobs) == len(whole)
+        async with peer.coordinator.submit(replace(request(), prompt_tokens=whole)) as events:
+            found = [event.logprobs async for event in events if isinstance(event, PromptScored)]
+        assert sum(map(len, found)) == len(whole)
         with pytest.raises(JobError) as caught:
             await scored(peer, replace(request(max_tokens=1), prompt_tokens=whole))
         assert caught.value.code is JobErrorCode.CONTEXT_LENGTH
@@ -166,3 +175,82 @@ async def test_refuses_methods_that_skip_rows(virtual_clock: MockClock) -> None:
         found, tokens, _ = await scored(peer, request(max_tokens=5, name=speculated))
         check(found)
         assert tokens == expected_tokens(INFO, PROMPT, 5)
+
+
+async def test_a_stage_that_claims_to_hold_a_new_session_computes_all_of_it(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def claiming(**answer: Any) -> Opened:
+        return Opened(**answer | {"held": 10})
+
+    monkeypatch.setattr(session_admission, "Opened", claiming)
+    async with open_swarm() as swarm:
+        peer = await swarm_of(swarm, (0, 9))
+        found, _, _ = await scored(peer, request())
+        check(found)
+
+
+async def test_scoring_that_fails_on_every_route_is_given_up(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of(swarm, (0, 9), (0, 9))
+        for server in swarm.peers[:2]:
+            (engine,) = server.engines
+            server_step = engine.step
+
+            async def step(slices: Sequence[SliceInput], step: Any = server_step) -> StepResult:
+                if slices[0].position >= 128:
+                    raise EngineError("out of memory")
+                found: StepResult = await step(slices)
+                return found
+
+            engine.step = step  # type: ignore[method-assign]
+        with trio.fail_after(300), pytest.raises(JobError, match="routes were lost in a row"):
+            await peer.run(request(name=CHUNKED))
+
+
+async def test_a_stop_token_behind_a_scored_prompt_has_log_probabilities_and_no_text(virtual_clock: MockClock) -> None:
+    """Evaluation harnesses ask for one token and leave its log probability out."""
+    (stop,) = expected_tokens(INFO, PROMPT, 1)
+    async with open_swarm() as swarm:
+        peer = await swarm_of(swarm, (0, 9))
+        pieces = [b"" if token == stop else b"some" for token in range(VOCABULARY)]
+        peer.tokenizer.vocabulary = Vocabulary.build(b"", pieces)
+        async with peer.coordinator.submit(replace(request(max_tokens=1), stop_token_ids=(stop,))) as events:
+            _, first, drawn, result = [event async for event in events]
+    assert isinstance(first, PromptScored)
+    check(first)
+    assert isinstance(drawn, TextDelta)
+    assert (drawn.text, [(each.token, each.is_special) for each in drawn.logprobs]) == ("", [(stop, True)])
+    assert not first.logprobs[0].is_special
+    assert isinstance(result, JobResult)
+    assert (result.text, result.finish_reason) == ("", "stop")
+
+
+async def test_scores_do_not_teach_the_row_budget_of_texts(virtual_clock: MockClock) -> None:
+    observed: list[int] = []
+
+    class Watched(PolicyController):
+        def observe(self, rows: int, compute_s: float, now_s: float) -> StagePolicy:
+            observed.append(rows)
+            return super().observe(rows, compute_s, now_s)
+
+    async with open_swarm(controller=Watched) as swarm:
+        peer = await swarm_of(swarm, (0, 9))
+        await scored(peer, request())
+        assert not observed
+        await scored(peer, request(max_tokens=3))
+        assert observed == [1, 1], "the steps of the text behind the prompt"
+
+
+async def test_scores_of_a_long_prompt_come_in_pieces(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of(swarm, (0, 9))
+        long = PROMPT * 4
+        async with peer.coordinator.submit(replace(request(), prompt_tokens=long)) as events:
+            _, *pieces, result = [event async for event in events]
+    assert isinstance(result, JobResult)
+    found = [piece.logprobs for piece in pieces if isinstance(piece, PromptScored)]
+    assert len(found) == len(pieces) > 1
+    assert max(map(len, found)) <= SCORES_AT_ONCE + 1
+    assert [each.token for piece in found for each in piece] == list(long)
+    assert [each.logprob for piece in found for each in piece] == [None, *expected_scores(INFO, long)]

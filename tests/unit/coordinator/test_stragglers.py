@@ -2,13 +2,17 @@
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import trio
 from trio.testing import MockClock
 
 from node.coordinator import planner
+from node.coordinator.route import OpenRoute
+from node.coordinator.straggler_monitor import StragglerMonitor
 from node.coordinator.submission import JobRequest, JobResult, JobStarted, TextDelta
 from node.engine.interface import SliceInput, StepResult
 from node.links import outbound_link
@@ -16,7 +20,7 @@ from node.stages.outbox import Output, send_outputs
 from node.stages.span import Span
 from node.testing.memory_links import LinkModel
 from protocol.connection import PROTOCOL_IDS
-from protocol.identity import JobId, PeerId, SessionId
+from protocol.identity import BlockRange, JobId, PeerId, SessionId, Stage
 from protocol.reports import Progress
 from selector.task import method
 from tests.support.hostile_peer import Hole, join_hole
@@ -236,6 +240,25 @@ async def test_keeps_slow_stage_that_makes_progress(virtual_clock: MockClock, ch
         result = await peer.run(JobRequest(model="fake", prompt="7 " * 1500, max_tokens=4, method=name))
         assert result.timing.ttft_s > 1500 * row_s
         assert result.replays == 0
+
+
+async def test_a_last_stage_has_time_for_the_output_layer_of_scored_rows(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        coordinator = (await swarm.join()).coordinator
+        text = await coordinator._prepare(JobRequest(model="fake", prompt="7 " * 1500, max_tokens=1))
+    planner = Mock(round_s=lambda stages: 0.0, expected_s=lambda need, stage, rows, load: 0.01 * rows)
+    manifest = replace(text.model.manifest, embed=replace(text.model.manifest.embed, size_bytes=2 * BLOCKS * (8 << 20)))
+    text = replace(text, model=replace(text.model, manifest=manifest))
+    expected_s = []
+    for sampling in (text.sampling, replace(text.sampling, prompt_logprobs=True, prompt_length=1500, logprobs=1)):
+        request: Any = Mock(sampling=sampling)
+        route = OpenRoute([Stage(PeerId("a"), BlockRange(*WHOLE))], Mock(), request)
+        route.starts = [0]
+        StragglerMonitor(text, planner, Mock()).begin(route, 0)
+        assert route.detector is not None
+        expected_s.append(route.detector.total_s())
+    texts_s, scores_s = expected_s
+    assert scores_s == pytest.approx(3 * texts_s), "the layer is twice as large as the blocks together"
 
 
 async def test_keeps_stages_behind_slow_links(virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,13 @@ from protocol.measurements import ModelFacts, TaskKind, Workload
 from protocol.stage_facts import DeviceKind, StageFacts
 from selector.dataset import Pairs
 from selector.features import PHYSICS, physics
-from selector.heuristic import preference
+from selector.heuristic import predicted_cost, preference
 from selector.prediction import train
 from selector.sample import Sample
 from selector.task import BASELINE, Method, TaskContext, method, portfolio
 from selector.task_buckets import canonicalise, task_bucket
 from selector.task_features import FEATURES, tabulate
+from selector.training_set import build_training_set
 from tests.unit.selector.test_training_set import CONTEXT, VIEWPOINT, sample
 
 KINDS = {
@@ -58,6 +59,9 @@ def test_kind_is_part_of_context_workload_and_bucket() -> None:
     assert TaskContext.of({"prompt_tokens": 5.0}).task_kind == "generate", "of a peer that knows no other kind"
     assert TaskContext.of({"task_kind": "translate"}).task_kind == "generate"
     assert len({task_bucket(context) for context in KINDS.values()}) == 3
+    texts = task_bucket(KINDS[TaskKind.GENERATE])
+    assert texts.endswith("/latency"), "as stored trials are named, from before there were kinds"
+    assert task_bucket(replace(KINDS[TaskKind.GENERATE], task_kind="score")) == f"{texts}/score"
     for kind, context in KINDS.items():
         assert TaskContext.of(context.values()) == context
         assert canonicalise(context).max_tokens == context.max_tokens
@@ -108,6 +112,19 @@ def test_observations_of_one_kind_teach_that_kind() -> None:
     assert {kind: best(samples, kind, methods) for kind in truth} == {
         kind: methods[place].name for place, kind in enumerate(truth)
     }
+
+
+def test_what_scores_take_longer_says_nothing_about_methods() -> None:
+    """Within one hour and route, one kind that is mostly served by one method is slower than the heuristic says."""
+    samples = [
+        sample(each.name, None, level=slower, context=context, cost=predicted_cost(context, each))
+        for kind, slower, counts in ((TaskKind.GENERATE, 0.0, (10, 40)), (TaskKind.SCORE, 1.0, (40, 10)))
+        for each, count in zip((BASELINE, method(engine="fused")), counts, strict=True)
+        for context in [canonicalise(KINDS[kind])] * count
+    ]
+    found = build_training_set(samples, VIEWPOINT)
+    assert found is not None
+    assert np.ptp(found.dataset.cost) < 0.05
 
 
 def test_heuristic_gives_prompts_alone_the_method_that_is_best_for_prompts() -> None:

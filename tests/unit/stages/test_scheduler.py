@@ -1,6 +1,7 @@
 """Who goes into the next step, and when the policy changes."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -102,6 +103,18 @@ def test_chunked_prefill_fits_rest_of_row_budget() -> None:
 def test_prefill_alone_is_not_chunked() -> None:
     made = scheduler(Batching.CONTINUOUS, work(1, 2000))
     assert [each.rows for each in made.next_batch(0)] == [2000]
+
+
+@pytest.mark.parametrize("batching", Batching)
+def test_scored_rows_are_cut(batching: Batching) -> None:
+    made = scheduler(batching, replace(work(1, 2 * PREFILL_ROWS + 9), is_scored=True))
+    batches = [made.next_batch(0) for _ in range(3)]
+    assert [[(each.part.position, each.rows, each.part.draws) for each in batch] for batch in batches] == [
+        [(0, PREFILL_ROWS, 0)],
+        [(PREFILL_ROWS, PREFILL_ROWS, 0)],
+        [(2 * PREFILL_ROWS, 9, 1)],
+    ]
+    assert not made.rows
 
 
 def test_short_prefills_share_step_up_to_bound() -> None:
