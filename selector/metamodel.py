@@ -1,9 +1,9 @@
 """The meta-model: one joint regression over pairs of context and method, so that methods share what is learned.
 
-It is the mean of four members: histogram gradient boosting on the cost, without and with roofline estimates; the same
-on the cost relative to the context's effect; and extremely randomised trees [Geurts, Ernst, Wehenkel, Machine Learning
-2006] on the latter. More members, and weights for them, fitted the data at hand rather than other data. What is
-predicted is the cost of a method relative to the other methods of the context, on which a choice depends.
+It is the mean of four members: histogram gradient boosting on the cost, and on the residual of a linear fit, which
+extrapolates to hardware and models beyond those seen; extremely randomised trees [Geurts, Ernst, Wehenkel, Machine
+Learning 2006] on the cost relative to the context's effect, and on that residual. What is predicted is the cost of a
+method relative to the other methods of the context, on which a choice depends.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,10 @@ from typing import Final, Self
 
 import numpy as np
 from sklearn.ensemble import ExtraTreesRegressor
-from sklearn.linear_model import LinearRegression
+from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.model_selection import GroupKFold
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.utils.validation import check_is_fitted
 
 from selector.boosting import BoostedTrees
@@ -136,8 +138,8 @@ class MetaModel(Selector):
 class _Members:
     """The members, fitted on the same rows.
 
-    They are of different kinds, and see different features and targets, since such members err differently: each is
-    far behind another one on some data, and none is ahead everywhere.
+    They are of different kinds, and have different targets, since such members err differently: each is far behind
+    another one on some data, and none is ahead everywhere.
     """
 
     def __init__(self, of: MetaModel) -> None:
@@ -145,25 +147,25 @@ class _Members:
 
     def fit(self, pairs: Pairs, y: FloatArray, weight: FloatArray) -> Self:
         self._table = PairTable().fit(pairs)
-        plain, full = self._tables(pairs)
+        table = self._table.transform(pairs, roofline=True)
+        self._line = _linear_fit().fit(table, y, ridge__sample_weight=weight)
+        residual = y - self._line.predict(table)
         relative = y - fit_effects(pairs, y, weight).of_context[pairs.context]
-        self._fitted = [
-            self._boosting(len(y)).fit(plain, y, weight),
-            self._boosting(len(y)).fit(full, y, weight),
-            self._boosting(len(y)).fit(full, relative, weight),
-            self._extra_trees().fit(full, relative, weight),
+        self._on_cost = self._boosting(len(y)).fit(table, y, weight)
+        self._on_relative = self._extra_trees(1.0).fit(table, relative, weight)
+        self._on_residual = [
+            self._boosting(len(y)).fit(table, residual, weight),
+            self._extra_trees(0.5).fit(table, residual, weight),
         ]
         return self
 
     def predict(self, pairs: Pairs) -> FloatArray:
         """Return each member's predictions relative to the context, shape (pairs, members)."""
-        plain, full = self._tables(pairs)
-        tables = (plain, full, full, full)
-        predicted = [model.predict(table) for model, table in zip(self._fitted, tables, strict=True)]
+        table = self._table.transform(pairs, roofline=True)
+        line = self._line.predict(table)
+        predicted = [self._on_cost.predict(table), self._on_relative.predict(table)]
+        predicted += [line + member.predict(table) for member in self._on_residual]
         return np.column_stack([_relative(each, pairs) for each in predicted])
-
-    def _tables(self, pairs: Pairs) -> tuple[FloatArray, FloatArray]:
-        return self._table.transform(pairs, roofline=False), self._table.transform(pairs, roofline=True)
 
     def _boosting(self, rows: int) -> BoostedTrees:
         of = self._of
@@ -174,9 +176,22 @@ class _Members:
             random_state=of.random_state,
         )
 
-    def _extra_trees(self) -> ExtraTreesRegressor:
+    def _extra_trees(self, features: float) -> ExtraTreesRegressor:
+        """Return trees that choose each split from a share of the features."""
         of = self._of
-        return ExtraTreesRegressor(of.tree_count, min_samples_leaf=2, max_features=0.4, random_state=of.random_state)
+        return ExtraTreesRegressor(
+            of.tree_count, min_samples_leaf=2, max_features=features, random_state=of.random_state
+        )
+
+
+def _linear_fit() -> Pipeline:
+    """Return a linear fit on the features, most of which are logarithms, as roofline times are."""
+    return make_pipeline(StandardScaler(), FunctionTransformer(_fill_and_clip), Ridge(alpha=10.0))
+
+
+def _fill_and_clip(table: FloatArray) -> FloatArray:
+    """Return standardised features with missing values at the mean, and without outliers, which would bend a line."""
+    return np.clip(np.nan_to_num(table), -4.0, 4.0)
 
 
 def _mean_and_variance(predicted: FloatArray) -> tuple[FloatArray, FloatArray]:
