@@ -50,11 +50,13 @@ class AgreedTable:
     epoch: int
     digest: Digest
     cells: Mapping[Cell, AgreedCell]
+    measured: frozenset[str] = frozenset()
+    """Hardware classes with cells that `firm_part` left out."""
 
     def firm_part(self, hardware: Collection[str]) -> "AgreedTable":
         """Return the table with nothing but its firm cells of these hardware classes."""
         firm = {cell: each for cell, each in self.cells.items() if each.firm and cell.hardware in hardware}
-        return replace(self, cells=firm)
+        return replace(self, cells=firm, measured=frozenset(cell.hardware for cell in self.cells))
 
     def is_ahead(self, method: str, other: str, hardware: str) -> bool:
         """Return whether a method is cheaper than another on this hardware under any workload with cells of both.
@@ -62,7 +64,7 @@ class AgreedTable:
         On hardware of which there is no cell: whether it is on all that there are cells of.
         """
         known = {cell.hardware for cell in self.cells}
-        classes = {hardware} if hardware in known else known
+        classes = {hardware} if hardware in known | self.measured else known
         return bool(classes) and all(self._is_ahead(method, other, each) for each in classes)
 
     def _is_ahead(self, method: str, other: str, hardware: str) -> bool:

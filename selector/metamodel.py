@@ -115,8 +115,11 @@ class MetaModel(Selector):
     def _calibrate(self, pairs: Pairs, y: FloatArray, weight: FloatArray) -> None:
         """Fit the variance to errors out of fold, as a constant and a multiple of the members' disagreement.
 
-        It is scaled so that the intervals cover as many of these errors as they should: errors have long tails.
+        It is scaled so that the intervals cover as many of these errors as they should: errors have long tails. Only
+        contexts count in which methods can be compared: relative to a single one, any prediction of it is right.
         """
+        compared = np.flatnonzero(np.bincount(pairs.context)[pairs.context] > 1)
+        pairs, y, weight = pairs.take(compared), y[compared], weight[compared]
         groups = _groups(pairs, self.group)
         folds = min(CALIBRATION_FOLDS, len(np.unique(groups)))
         if folds < 2 or len(np.unique(pairs.context)) < MIN_CONTEXTS:
@@ -147,7 +150,7 @@ class _Members:
 
     def fit(self, pairs: Pairs, y: FloatArray, weight: FloatArray) -> Self:
         self._table = PairTable().fit(pairs)
-        table = self._table.transform(pairs, roofline=True)
+        table = self._matrix(pairs)
         self._line = _linear_fit().fit(table, y, ridge__sample_weight=weight)
         residual = y - self._line.predict(table)
         relative = y - fit_effects(pairs, y, weight).of_context[pairs.context]
@@ -161,11 +164,15 @@ class _Members:
 
     def predict(self, pairs: Pairs) -> FloatArray:
         """Return each member's predictions relative to the context, shape (pairs, members)."""
-        table = self._table.transform(pairs, roofline=True)
+        table = self._matrix(pairs)
         line = self._line.predict(table)
         predicted = [self._on_cost.predict(table), self._on_relative.predict(table)]
         predicted += [line + member.predict(table) for member in self._on_residual]
         return np.column_stack([_relative(each, pairs) for each in predicted])
+
+    def _matrix(self, pairs: Pairs) -> FloatArray:
+        table = self._table.transform(pairs, roofline=True)
+        return table if table.shape[1] else np.zeros((len(pairs), 1))  # where all that was measured is equal
 
     def _boosting(self, rows: int) -> BoostedTrees:
         of = self._of

@@ -49,13 +49,13 @@ GIVE_WAY_S: Final = 0.05
 """Interval at which a background measurement looks whether it is in the way of a user's job."""
 
 PATIENCE: Final = 9.0
-"""How long each run of an adoption trial gives way to this node's jobs, in durations of the run before.
+"""How long each run of an adoption trial gives way to this node's jobs, in durations of the longest run so far.
 
-After that it goes on beside them: a node whose jobs leave no gap would otherwise never finish a trial. So trials run
-beside jobs for a tenth of the time at most.
+After that it goes on beside them: a node whose jobs leave no gap would otherwise never finish a trial.
 """
 
 LEAST_PATIENCE_S: Final = 5.0
+MOST_PATIENCE_S: Final = 60.0
 
 MAX_INVALID: Final = 3
 """Rounds that may be invalid, by a changed route or a lost stage, before the trial gives up."""
@@ -272,7 +272,7 @@ class BenchmarkRunner:
 class _TrialRuns:
     """The runs of one trial. `text`: token ids that prompts are made of; `common`: the prefix of all runs, if any.
 
-    `run_s`: what the last run took. `stages`: the route that all runs take, once there was one.
+    `run_s`: what the longest run took. `stages`: the route that all runs take, once there was one.
     """
 
     coordinator: Coordinator
@@ -293,7 +293,7 @@ class _TrialRuns:
             try:
                 await self._run_with_retry(short, method)
             except JobError as error:
-                if method == method.baseline:
+                if method == method.baseline or self.spec.spending.spent_s >= self.spec.spending.limit_s:
                     raise
                 errors[method.name] = error.message
         return errors
@@ -301,17 +301,17 @@ class _TrialRuns:
     async def rounds(self, methods: Sequence[Method]) -> list[dict[str, Run]]:
         """Return the run of each method for every round, all of them over the same stages."""
         rounds: list[dict[str, Run]] = []
-        invalid = 0
-        is_decided = self.spec.is_decided
+        invalid, is_decided = 0, self.spec.is_decided
         while len(rounds) < self.spec.rounds or not (is_decided is None or is_decided(rounds)):
             runs: dict[str, Run] = {}
             for method in self.rng.sample(methods, len(methods)):
                 runs[method.name] = await self._run_with_retry(self.spec.workload, method)
-            routes = {run.route for run in (*runs.values(), *(rounds[0].values() if rounds else ()))}
-            if len(routes) == 1 and not any(run.is_invalid for run in runs.values()):
+            routes = {run.route for run in runs.values()}
+            is_valid = len(routes) == 1 and not any(run.is_invalid for run in runs.values())
+            if is_valid and (not rounds or routes <= {run.route for run in rounds[0].values()}):
                 rounds.append(runs)
                 continue
-            invalid += 1
+            rounds, invalid = [runs] if is_valid else rounds, invalid + 1  # another route: the comparison begins anew
             if invalid > MAX_INVALID:
                 message = f"the stages of the route changed in {invalid} rounds, so that methods cannot be compared"
                 raise JobError(JobErrorCode.FAILED, f"{message}: try again later")
@@ -321,7 +321,7 @@ class _TrialRuns:
         """Run a method once it is ready and the peers have room: peers build a variant when it is asked for."""
         began_s = trio.current_time()
         is_trial = self.spec.kind is ObservationKind.PROBE
-        patience_s = max(LEAST_PATIENCE_S, PATIENCE * self.run_s) if is_trial else math.inf
+        patience_s = min(max(LEAST_PATIENCE_S, PATIENCE * self.run_s), MOST_PATIENCE_S) if is_trial else math.inf
         while True:
             gives_way = self.spec.is_background and trio.current_time() < began_s + patience_s
             try:
@@ -384,7 +384,7 @@ class _TrialRuns:
         async with self.lock:
             began_s = trio.current_time()
             try:
-                with trio.move_on_after(spending.limit_s - spending.spent_s) as limit:
+                with trio.move_on_after(max(0.0, spending.limit_s - spending.spent_s)) as limit:
                     async with trio.open_nursery() as watching:
                         if gives_way:
                             watching.start_soon(give_way)
@@ -399,7 +399,7 @@ class _TrialRuns:
             raise JobError(JobErrorCode.FAILED, f"the trial took longer than the {spending.limit_s:.0f} s that it may")
         if errors:
             raise errors[0]
-        self.run_s = took_s
+        self.run_s = max(self.run_s, took_s)
         self.stages = tuple(Stage(stage.peer, stage.blocks) for stage in done[0].result.route)
         return Run(jobs=done)
 

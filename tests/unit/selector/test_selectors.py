@@ -158,3 +158,24 @@ def test_text_embedding_uses_the_given_encoder() -> None:
     assert "model m1, " in {text[:10] for text in read}
     assert any("input tokens" in text for text in read)
     assert "method a fp8 tp2" in read
+
+
+def test_jobs_without_comparison_do_not_make_predictions_certain() -> None:
+    """Served jobs stand alone in their contexts: what is predicted of them, relative to these, is always right."""
+    dataset = made_up(contexts=400, noise=0.3)
+    first = np.unique(dataset.pairs.context, return_index=True)[1]
+    alone = first[40:]
+    compared = np.flatnonzero(dataset.pairs.context < 40)
+    served = small_metamodel().fit_dataset(dataset.take(np.concatenate([compared, alone])))
+    queries = dataset.of_contexts(np.arange(100, 140)).pairs
+    assert np.median(served.deviation(queries)) > 0.1
+
+
+def test_metamodel_learns_from_equal_contexts_with_hardly_any_second_method() -> None:
+    dataset = made_up(contexts=12, per_context=1)
+    pairs = dataset.pairs
+    method = np.zeros(len(pairs), dtype=np.intp)
+    method[-1] = 1
+    features = np.repeat(pairs.contexts.features[:1], len(pairs.contexts), axis=0)
+    equal = replace(pairs, method=method, contexts=replace(pairs.contexts, features=features))
+    assert np.isfinite(MetaModel().fit(equal, dataset.cost).predict(equal)).all()
