@@ -85,6 +85,7 @@ class TaskOptions(TypedDict, total=False):
     """A task for `explain`; see docs/http-api.md."""
 
     model: str
+    task: Literal["generate", "embed", "score"]
     quality: Quality
     objective: Objective
     budget: float

@@ -158,7 +158,7 @@ async def overlapping_steps_run_in_call_order(engine: WorkerEngine, tiny: TinyMo
             await trio.testing.wait_all_tasks_blocked()
         os.kill(engine.statistics().worker_pid or 0, signal.SIGCONT)
     assert drawn == {position: [text[position + 4]] if position >= 8 else drawn[position] for position in drawn}
-    assert list(drawn) == list(range(0, 24, 4))
+    assert sorted(drawn) == list(range(0, 24, 4))  # answers that arrive together wake their tasks in any order
 
 
 async def cancelled_step_does_not_affect_other_answers(engine: WorkerEngine, tiny: TinyModel) -> None:
