@@ -27,13 +27,13 @@ async def test_objective_and_budget_choose_between_a_dear_and_a_cheap_peer(start
     # Several: the fast peer is hardly faster on a busy machine, so that one job may take the cheap one by chance.
     ratios = []
     for _ in range(5):
-        for wishes in ({"objective": "cost"}, {"budget": 100.0}):  # below what the dear one takes for this
+        for wishes in ({"objective": "cost"}, {"budget": 5.0}):  # far below what the dear one takes for this
             peer, cost = await route(**wishes)
             assert peer == cheap.peer_id
             ratios.append(cost["predicted"] / cost["actual"])
             if "budget" in wishes:
-                assert cost["actual"] < 100.0
-                assert cost["predicted"] <= cost["budget"] == 100.0
+                assert cost["actual"] < 5.0
+                assert cost["predicted"] <= cost["budget"] == 5.0
     # In the same unit. How close they are on a machine that has nothing else to do: see benchmarks/budget.py.
     assert 0.1 < statistics.median(ratios) < 10, ratios
     body = {"model": MODEL, "prompt": "Once", "max_tokens": 8, "metaswarm": {"budget": 1e-6}}
