@@ -8,7 +8,7 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 from selector.dataset import FloatArray
 
 MAX_BINS: Final = 64
-"""Bins per column. The limit of scikit-learn's histograms, 255, takes longer and fits no better."""
+"""Bins per column. The limit of scikit-learn's histograms, 255, takes longer."""
 
 
 class BoostedTrees:
