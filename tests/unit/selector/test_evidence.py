@@ -163,3 +163,11 @@ def test_new_hardware_goes_by_what_all_other_hardware_has_ahead() -> None:
     assert of(0.1).is_ahead(FUSED, BASELINE.name, HARDWARE), "what is measured of a class decides for it"
     assert not of(-0.1).is_ahead(ONNX, BASELINE.name, "new"), "nobody has measured it"
     assert not table().is_ahead(FUSED, BASELINE.name, "new")
+
+
+def test_hardware_with_hints_alone_does_not_go_by_other_hardware() -> None:
+    found, hint = table((FUSED, -0.5, 3, True)), Cell("other", WORKLOAD, FUSED)
+    agreed = replace(found, cells={**found.cells, hint: AgreedCell(round(0.3e6), 1, firm=False)})
+    firm = agreed.firm_part({HARDWARE})
+    assert firm.is_ahead(FUSED, BASELINE.name, "new")
+    assert not firm.is_ahead(FUSED, BASELINE.name, "other"), "its own readings say otherwise"
