@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError, JobRequest
-from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec, make_prompts
+from node.coordinator.trial_runner import BenchmarkRunner, Spending, TrialSpec, make_prompts
 from node.engine.interface import REFERENCE
 from node.identity import Identity
 from protocol.identity import BlockRange, Stage
@@ -105,6 +105,14 @@ async def test_assigned_trial_waits_until_peers_are_idle(virtual_clock: MockCloc
                 async for _ in events:
                     pass
         assert len(kept.observations) == 3 * 2
+
+
+async def test_trial_that_has_overdrawn_its_limit_ends_with_the_reason(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        trials, kept, _ = await trials_of(swarm)
+        with pytest.raises(JobError, match="longer than the 5 s"):
+            await trials.run(spec(spending=Spending(limit_s=5.0, spent_s=7.0)))
+        assert not kept.observations
 
 
 async def test_unavailable_method_does_not_fail_the_trial(virtual_clock: MockClock) -> None:
