@@ -36,6 +36,19 @@ class Terminal:
     def resize(self, columns: int, lines: int) -> None:
         ioctl(self._descriptor, TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
+    def interrupt(self, text: str, after: int = 0) -> int:
+        """Press Ctrl-C until a text is shown, behind a place; return the place behind it.
+
+        Once may not do: Python sees a signal that arrives just before it waits for a key only at the next key.
+        """
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while self.text.find(text, after) < 0:
+            assert time.monotonic() < deadline_s, f"{text!r} is not in {self.text[after:]!r}"
+            self.type("\x03")
+            if select.select([self._descriptor], [], [], 1.0)[0]:
+                self._read()
+        return self.wait_for(text, after)
+
     def wait_for(self, text: str, after: int = 0) -> int:
         """Wait until a text is shown, behind a place; return the place behind it."""
         deadline_s = time.monotonic() + TIMEOUT_S

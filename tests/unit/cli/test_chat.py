@@ -140,8 +140,7 @@ def test_ctrl_c_stops_answer_and_ctrl_d_leaves(node: FakeNode, api: list[str]) -
         place = terminal.wait_for(">>> ", place)
         terminal.type("half a line")
         place = terminal.wait_for("half a line", place)  # else the terminal drops it, and nothing is interrupted
-        terminal.type("\x03")
-        terminal.wait_for(">>> ", terminal.wait_for("(Ctrl-D leaves)", place))
+        terminal.wait_for(">>> ", terminal.interrupt("(Ctrl-D leaves)", place))
         terminal.type("\x04")
         assert terminal.wait_exit() == 0
     assert said(node) == [("user", "Hi"), ("assistant", "Hello, wörld"), ("user", "Hi")]
