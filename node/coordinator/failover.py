@@ -47,6 +47,9 @@ or to end other jobs. What the remaining stages have computed is held meanwhile.
 HOPELESS_LIMIT_S = 4.0
 """How long it waits while no known peer could: the lost peer may return, or another be discovered, within it."""
 
+RECONNECT_LIMIT_S = 6.0
+"""How long a new job waits for a route where links to its peers broke: one that was busy for a moment is back soon."""
+
 BACKOFF_S = (0.1, 1.0)
 """First and longest pause before another route is tried."""
 
@@ -142,7 +145,8 @@ class ResilientRoute:
         """Open a route for the rest of the job and send the tokens so far; try others where stages refuse.
 
         A running job waits where there is no route, and forgives the peers that it avoided, as long as known peers
-        could serve it. Previous routes are closed once their sessions are continued. Raises JobError.
+        could serve it; a new one, for a shorter time, where links broke. Previous routes are closed once their sessions
+        are continued. Raises JobError.
         """
         self._retire_route()
         search = _RouteSearch(began_s=trio.current_time(), candidates_seen_s=trio.current_time())
@@ -151,14 +155,13 @@ class ResilientRoute:
                 await trio.sleep(backoff_s(attempt, BACKOFF_S, self._services.jitter))
             # Background jobs and trials, which compare methods on one route, do not explore peers.
             may_explore = not (attempt or self._is_accepted or self._job.request.background or self._job.on_served)
-            is_patient = self._is_accepted and trio.current_time() < search.began_s + RECOVERY_LIMIT_S
             try:
                 planned, request = await self._plan(may_explore=may_explore)
             except NoRouteError as error:
                 if self._bad_request is not None:
                     raise self._invalid(self._bad_request) from None
                 search.refusals |= self._reconnected | self._avoided
-                if not is_patient or self._is_hopeless(search, error):
+                if not self._may_wait(search) or self._is_hopeless(search, error):
                     raise no_route(self._job, error, search.refusals, self._outdated) from None
                 self._avoided.clear()
                 continue
@@ -168,7 +171,7 @@ class ResilientRoute:
             self._retire_route()
             # Peers of an older version are found out one by one, and cost the job no attempt.
             is_last = attempt + 1 - len(self._outdated) >= MAX_ATTEMPTS or bool(self._job.request.stages)
-            if not is_patient and is_last:
+            if not self._may_wait(search) and is_last:
                 raise no_route(self._job, NoRouteError(()), self._avoided, self._outdated)
         if search.is_logged:
             waited_s = round(trio.current_time() - search.began_s, 1)
@@ -399,6 +402,14 @@ class ResilientRoute:
             finally:
                 self._searched_s = trio.current_time()
         return False
+
+    def _may_wait(self, search: "_RouteSearch") -> bool:
+        """Return whether there is time left to wait for a route."""
+        waited_s = trio.current_time() - search.began_s
+        if self._is_accepted:
+            return waited_s < RECOVERY_LIMIT_S
+        is_broken = any(refusal.reason is None for refusal in search.refusals.values())
+        return is_broken and not self.is_background and waited_s < RECONNECT_LIMIT_S
 
     def _is_hopeless(self, search: "_RouteSearch", error: NoRouteError) -> bool:
         """Return whether no known peers could serve the missing blocks for a while."""

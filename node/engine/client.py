@@ -32,7 +32,7 @@ from node.engine.interface import (
     source_from_package,
 )
 from node.engine.kv_allocator import KvReservation
-from node.engine.on_demand import OnDemand
+from node.engine.on_demand import UNLOAD_AFTER_S, OnDemand
 from node.engine.worker_process import SpareWorker, WorkerExited, WorkerProcess, start_process
 from node.models.store import Package
 from node.util.signal import Signal
@@ -141,6 +141,8 @@ class WorkerEngine(Engine):
         self._numbers = itertools.count()
         self._reference = OnDemand()
         self._constraints = OnDemand()
+        self._stepped_s: float | None = None
+        """When the last step was asked for; None if the worker has given back since what steps had taken."""
 
     async def begin(self, session: SessionId, options: SessionOptions) -> int:
         """Begin a session as Engine describes it, once what it uses is loaded; BadRequest if that cannot be."""
@@ -166,6 +168,15 @@ class WorkerEngine(Engine):
             if self._constraints.can_unload:
                 self._constraints.is_loaded = False
                 self._post(worker_protocol.encode_frame({"do": "unconstrain"}))
+            if self._is_idle:
+                self._stepped_s = None
+                self._post(worker_protocol.encode_frame({"do": "trim", "dropped": self._pages.take_dropped()}))
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether memory is held for sessions that ended some time ago."""
+        stepped_s = self._stepped_s
+        return stepped_s is not None and not self._sessions and trio.current_time() - stepped_s >= UNLOAD_AFTER_S
 
     async def prepare(self, variant: Variant) -> None:
         """Have the worker build a variant. If the caller is cancelled, it is built all the same."""
@@ -204,6 +215,7 @@ class WorkerEngine(Engine):
             raise StepFailed(unknown)
         for rows in slices:
             self._pages.rewind(rows.session, rows.position)
+        self._stepped_s = trio.current_time()
         number = next(self._numbers)
         call = self._calls[number] = _Call(
             begun={rows.session: self._sessions[rows.session] for rows in slices},

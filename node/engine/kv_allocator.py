@@ -188,10 +188,12 @@ class KvAllocator:
             self._free_units += self._taken_units[page] - page_units
             self._taken_units[page] = page_units
         copied = tuple(entry.page for entry in taken[: len(holding.pages)])
-        dropped = tuple(sorted(self._dropped))
-        self._dropped.clear()
         reservation = KvReservation(
-            positions=holding.positions, pages=holding.pages, copied=copied, dropped=dropped, page_positions=size
+            positions=holding.positions,
+            pages=holding.pages,
+            copied=copied,
+            dropped=self.take_dropped(),
+            page_positions=size,
         )
         self.hit_positions += reservation.cached
         return reservation
@@ -199,6 +201,12 @@ class KvAllocator:
     def held_positions(self, session: SessionId) -> int:
         """Return how many positions of the usual type take the memory that a session's pages take."""
         return _positions(sum(self._taken_units[page] for page in self._of(session).pages))
+
+    def take_dropped(self) -> tuple[int, ...]:
+        """Return the pages whose content was given up since the last call, for the engine to forget."""
+        dropped = tuple(sorted(self._dropped))
+        self._dropped.clear()
+        return dropped
 
     def drop_again(self, pages: Iterable[int]) -> None:
         """Have the next session tell the engine of pages given up: the one that should have was withdrawn."""

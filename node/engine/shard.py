@@ -38,6 +38,7 @@ from node.engine.kv_allocator import KvReservation, check_slice
 from node.engine.pooling import Pool, pool_for
 from node.engine.sampling import TokenCounts, draw_and_verify, history_for
 from node.engine.scoring import Scored, logprob_rows, scored_pieces
+from node.util.heap import trim_heap
 from node.util.text import one_line
 from protocol.identity import BlockRange, SessionId
 from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
@@ -143,6 +144,13 @@ class Shard(ABC, Generic[KvT]):
     @abstractmethod
     def unload_reference(self) -> None:
         """Give the reference's memory back until a session wants it, unless nothing else can serve the span."""
+
+    def trim(self, dropped: Sequence[int]) -> None:
+        """Give memory back that sessions had taken; there are none for the time being.
+
+        `dropped`: pages whose content was given up since the last session began.
+        """
+        trim_heap()
 
     @abstractmethod
     def run_alone(self, variant: Variant, rows: Array, *, draws: int) -> npt.NDArray[np.float32]:

@@ -98,6 +98,8 @@ def _do_unanswered(shard: Shard[Any], header: Header) -> None:
             shard.unload_reference()
         case "unconstrain":
             shard.end_constraints()
+        case "trim":
+            shard.trim(header["dropped"])
 
 
 def _answer_when_done(work: Callable[[], None], header: Header, connection: socket.socket) -> None:

@@ -43,6 +43,12 @@ PONG_LIMIT_S: Final = 8.0
 LATE_WAKE_S: Final = 0.25
 """A timer that fires so late was held up by our own machine, which did not read meanwhile either."""
 
+REMEMBERED_PONGS: Final = 16
+"""Pongs whose round trips say how busy the peer is."""
+
+SLACK_FACTOR: Final = 2.0
+MAX_SLACK_S: Final = 5.0
+
 MAX_PENDING_PINGS: Final = 8
 """Pings that await their pong; more are of no use."""
 
@@ -60,6 +66,7 @@ class PingTracker:
         self._count = 0
         self._pending: deque[tuple[float, int]] = deque()
         """When each ping was sent, and how much had been sent before it."""
+        self._round_trips_s: deque[float] = deque(maxlen=REMEMBERED_PONGS)
         self._pinged_bytes = 0
         """What had been sent before the last ping,"""
         self._acked_bytes = 0
@@ -83,9 +90,15 @@ class PingTracker:
         self._pinged_bytes = sent_bytes
         return Ping(nonce=self._count)
 
-    def on_pong(self) -> None:
+    def on_pong(self, now_s: float) -> None:
         """Take the answer to the oldest pending ping: they come in order."""
-        _, self._acked_bytes = self._pending.popleft()
+        pinged_s, self._acked_bytes = self._pending.popleft()
+        self._round_trips_s.append(now_s - pinged_s)
+
+    @property
+    def slack_s(self) -> float:
+        """What to add to a timeout: one that was slow to answer recently is busy."""
+        return min(MAX_SLACK_S, SLACK_FACTOR * max(self._round_trips_s, default=0.0))
 
     def pending_s(self, now_s: float) -> float:
         """Return for how long the oldest ping has been unanswered."""
@@ -243,7 +256,7 @@ class OutboundLink(JobLink):
         received = self._received
         if not self._pings.is_pending:  # else a pong is due in any case; many jobs may probe at once
             self._ping()
-        with trio.move_on_after(timeout_s + self._in_flight_s()) as scope:
+        with trio.move_on_after(timeout_s + self._in_flight_s() + self._pings.slack_s) as scope:
             await received.wait()
         if scope.cancelled_caught:
             await self._read_after_late_wake(scope.deadline)
@@ -295,7 +308,7 @@ class OutboundLink(JobLink):
             case Credit():
                 self._credit.unpark_all()
             case Pong():
-                self._pings.on_pong()
+                self._pings.on_pong(trio.current_time())
             case Progress():
                 if (reply := self._progress_replies.pop(message.session, None)) is not None:
                     reply.deliver(message)
@@ -326,9 +339,9 @@ class OutboundLink(JobLink):
             await self._read_after_late_wake(due_s)
             if self.broken:
                 raise NetworkError(self.broken)
-            silence_s, in_flight_s = self.silence_s, self._in_flight_s()
+            silence_s, grace_s = self.silence_s, self._in_flight_s() + self._pings.slack_s
             pending_s = self._pings.pending_s(trio.current_time())
-            if silence_s > SILENCE_LIMIT_S + in_flight_s or pending_s > PONG_LIMIT_S + in_flight_s:
+            if silence_s > SILENCE_LIMIT_S + grace_s or pending_s > PONG_LIMIT_S + grace_s:
                 raise NetworkError(f"nothing received for {silence_s:.1f} s, and no pong for {pending_s:.1f} s")
             if silence_s >= PING_INTERVAL_S * 0.9:
                 self._ping()

@@ -7,7 +7,7 @@ import ctypes
 import io
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -130,10 +130,10 @@ class SpanContext:
         self._kv = KvMemory(library, options.sequences, model.window)
         library.take_error()
         self._limit = cells_for(options.positions)
-        cells = min(cells_for(options.first_positions or FIRST_POSITIONS), self._limit)
-        if (context := self._open(cells, self._is_watched)) is None:
+        self._first = min(cells_for(options.first_positions or FIRST_POSITIONS), self._limit)
+        if (context := self._open(self._first, self._is_watched)) is None:
             reason = library.take_error() or "too little memory"
-            raise EngineError(f"llama.cpp has no KV cache of type {options.kv} for {cells} positions: {reason}")
+            raise EngineError(f"llama.cpp has no KV cache of type {options.kv} for {self._first} positions: {reason}")
         self._use(context)
         takes_tokens = options.first and options.last
         self._batch = _BatchArrays(BATCH_ROWS, None if takes_tokens else model.hidden_size)
@@ -287,6 +287,13 @@ class SpanContext:
     def resize(self, positions: int) -> None:
         """Move what the sequences hold into KV memory of another size. Raises as `_compact` does."""
         self._compact(positions, self._is_watched)
+
+    def shrink(self) -> None:
+        """Give back KV memory beyond what it began with that the sequences do not need."""
+        positions = max(self.needed, self._first)
+        if positions <= self._positions // 2:
+            with suppress(PassFailed):  # all is as before
+                self.resize(positions)
 
     def _compact(self, positions: int, is_watched: bool) -> None:
         """Write what the sequences hold, and nothing else, one after the other into KV memory: defragment or resize it.

@@ -5,6 +5,7 @@ sequence that calculated it. A new sequence shares it, if that keeps the order o
 allocator.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from node.engine.interface import PAGE_POSITIONS, EngineError
@@ -33,9 +34,9 @@ class Sequences:
         self._closed: dict[int, None] = {}
         """Sequences of closed sessions, the first closed first."""
 
-    def forget(self, reservation: KvReservation) -> None:
-        """Give up the pages that the allocator has given up, or to a session that begins."""
-        for page in (*reservation.dropped, *reservation.pages):
+    def forget(self, pages: Iterable[int]) -> None:
+        """Give up pages that the allocator has given up, or to a session that begins."""
+        for page in pages:
             self._forget(page)
 
     def begin(self, reservation: KvReservation) -> int:

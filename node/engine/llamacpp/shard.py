@@ -138,6 +138,13 @@ class LlamaShard(Shard[Kv]):
     def unload_reference(self) -> None:
         """Nothing to do: the reference is what serves."""
 
+    def trim(self, dropped: Sequence[int]) -> None:
+        """Give memory back that sessions had taken, but for what the prefix cache holds."""
+        for sequences in tuple(self._kv.values()):
+            sequences.forget(dropped)
+            sequences.context.shrink()
+        super().trim(dropped)
+
     def start_threads(self, variant: Variant) -> None:
         """Start the threads of graphs; llama.cpp starts its own with the first pass."""
         if variant == GRAPHS:
@@ -163,7 +170,7 @@ class LlamaShard(Shard[Kv]):
 
     def _reserve(self, variant: Variant, reservation: KvReservation) -> Kv:
         for each in tuple(self._kv.values()):
-            each.forget(reservation)
+            each.forget((*reservation.dropped, *reservation.pages))
         if variant == GRAPHS:
             self._graphs.span.copy(reservation.copied, reservation.pages[: len(reservation.copied)])
             return PageSlots(reservation.pages)

@@ -75,6 +75,22 @@ def test_a_single_row_and_rows_beside_it_with_any_number_of_threads(
     assert (run(memory, 0, tokens, 599, 600) == wanted).all()
 
 
+def test_memory_that_ended_sequences_had_needed_is_given_back(model: SpanModel, wanted: Floats) -> None:
+    memory, tokens = opened(model, first_positions=256), text(600)
+    first = memory.positions
+    run(memory, 1, tokens, 0, 600)
+    run(memory, 0, tokens, 0, 100)
+    run(memory, 2, tokens, 0, 600)
+    assert memory.positions > 2 * first
+    memory.shrink()
+    assert memory.positions > 2 * first, "sequences are there"
+    memory.truncate(1, 0)
+    memory.truncate(2, 0)
+    memory.shrink()
+    assert memory.positions <= first
+    assert (run(memory, 0, tokens, 100, 600) == wanted).all()
+
+
 def test_memory_that_is_full_of_given_up_cells_is_compacted(model: SpanModel, wanted: Floats) -> None:
     memory, tokens = opened(model, positions=640), text(600)
     run(memory, 1, text(30, seed=1), 0, 30)

@@ -10,6 +10,7 @@ import psutil
 import pytest
 import trio
 
+from node.engine import client
 from node.engine.base import Engine
 from node.engine.client import start_worker
 from node.engine.interface import EngineCrashed, EngineError, EngineOptions, SliceInput, Variant
@@ -22,6 +23,7 @@ from tests.unit.engine.driving import decode, session, start, step
 from tests.unit.engine.llamacpp.architectures import ARCHITECTURES, write_model
 from tests.unit.engine.llamacpp.packages import GgufFiles, write_package
 
+MIB = 1 << 20
 OPTIONS = EngineOptions(threads=1, kv_positions=256)
 PROMPT = [3, 141, 59, 26, 53, 58, 97]
 
@@ -64,6 +66,30 @@ async def test_other_variants_are_refused_in_one_line(files: GgufFiles) -> None:
         with pytest.raises(EngineError, match="eager/fp32 is not for GGUF packages"):
             await engines[0].prepare(Variant("eager", "fp32"))
         assert await decode(engines, PROMPT, 2, variant=LLAMACPP)
+
+
+def written_bytes(engine: Engine) -> int:
+    pid = engine.statistics().worker_pid
+    assert pid is not None
+    return psutil.Process(pid).memory_full_info().uss
+
+
+async def test_worker_without_sessions_gives_back_what_they_had_taken(
+    smol: GgufFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "UNLOAD_ROUND_S", 0.01)
+    monkeypatch.setattr(client, "UNLOAD_AFTER_S", 0.0)
+    blocks = BlockRange(0, 10)
+    async with start_worker(smol.source(blocks), blocks, EngineOptions(threads=1, kv_positions=8192)) as engine:
+        await start(engine, session(1), 4100, variant=LLAMACPP)
+        await step([engine], session(1), 0, [7] * 8, 0)
+        before = written_bytes(engine)
+        await step([engine], session(1), 8, [7] * 4000, 0)
+        assert written_bytes(engine) > before + 50 * MIB
+        await engine.close(session(1))
+        with trio.fail_after(30):
+            while written_bytes(engine) > before + 30 * MIB:
+                await trio.sleep(0.05)
 
 
 async def test_renamed_session_goes_on(files: GgufFiles) -> None:
