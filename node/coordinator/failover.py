@@ -47,8 +47,8 @@ or to end other jobs. What the remaining stages have computed is held meanwhile.
 HOPELESS_LIMIT_S = 4.0
 """How long it waits while no known peer could: the lost peer may return, or another be discovered, within it."""
 
-RECONNECT_LIMIT_S = 6.0
-"""How long a new job waits for a route where links to its peers broke: one that was busy for a moment is back soon."""
+RECONNECT_LIMIT_S = 5.0
+"""How long a new job waits for a route once a link to its peers broke: one that was busy for a moment is back soon."""
 
 BACKOFF_S = (0.1, 1.0)
 """First and longest pause before another route is tried."""
@@ -161,7 +161,7 @@ class ResilientRoute:
                 if self._bad_request is not None:
                     raise self._invalid(self._bad_request) from None
                 search.refusals |= self._reconnected | self._avoided
-                if not self._may_wait(search) or self._is_hopeless(search, error):
+                if not self._may_wait(search) or (self._is_accepted and self._is_hopeless(search, error)):
                     raise no_route(self._job, error, search.refusals, self._outdated) from None
                 self._avoided.clear()
                 continue
@@ -405,11 +405,12 @@ class ResilientRoute:
 
     def _may_wait(self, search: "_RouteSearch") -> bool:
         """Return whether there is time left to wait for a route."""
-        waited_s = trio.current_time() - search.began_s
+        now_s = trio.current_time()
         if self._is_accepted:
-            return waited_s < RECOVERY_LIMIT_S
-        is_broken = any(refusal.reason is None for refusal in search.refusals.values())
-        return is_broken and not self.is_background and waited_s < RECONNECT_LIMIT_S
+            return now_s < search.began_s + RECOVERY_LIMIT_S
+        if search.broken_s is None and any(refusal.reason is None for refusal in search.refusals.values()):
+            search.broken_s = now_s
+        return search.broken_s is not None and now_s < search.broken_s + RECONNECT_LIMIT_S and not self.is_background
 
     def _is_hopeless(self, search: "_RouteSearch", error: NoRouteError) -> bool:
         """Return whether no known peers could serve the missing blocks for a while."""
@@ -446,9 +447,14 @@ class ResilientRoute:
 
 @dataclass(slots=True)
 class _RouteSearch:
-    """A job's search for a route. `candidates_seen_s`: when known peers last could have served it."""
+    """A job's search for a route.
+
+    `candidates_seen_s`: when known peers last could have served it. `broken_s`: when there first was no route because a
+    link broke.
+    """
 
     began_s: float
     candidates_seen_s: float
+    broken_s: float | None = None
     is_logged: bool = False
     refusals: dict[PeerId, StageRefusal] = field(default_factory=dict)

@@ -81,6 +81,23 @@ async def test_reconnects_at_once_to_a_stage_whose_link_alone_broke(virtual_cloc
         assert [log["event"] for log in logs if log["log_level"] == "warning" and "job" in log] == []
 
 
+async def test_new_job_waits_for_a_peer_whose_link_broke_while_it_was_opened(virtual_clock: MockClock) -> None:
+    """A peer was too busy to answer for a moment: jobs that begin then are served once it is back."""
+    async with open_swarm() as swarm, trio.open_nursery() as nursery:
+        peer = await swarm_without_spares(swarm)
+        busy = swarm.peers[1]
+
+        async def come_back() -> None:
+            await trio.sleep(4)
+            swarm.hub.resume(busy.id)
+
+        swarm.hub.stop(busy.id)
+        nursery.start_soon(come_back)
+        result, _ = await lose_in_mid_job(peer, lambda: None)
+        assert isinstance(result, JobResult)
+        assert result.token_ids == right_tokens(40)
+
+
 async def test_replays_on_a_peer_that_joins_within_the_hopeless_limit(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm, trio.open_nursery() as nursery:
         peer = await swarm_without_spares(swarm)

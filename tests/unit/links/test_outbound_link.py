@@ -225,3 +225,23 @@ async def test_pong_confirms_bytes_sent_before_its_ping(virtual_clock: MockClock
         assert link.broken
         assert trio.current_time() - began_s < 5
         nursery.cancel_scope.cancel()
+
+
+async def test_peer_that_was_slow_to_answer_is_given_longer(virtual_clock: MockClock) -> None:
+    async with trio.open_nursery() as nursery:
+        link, far, other = await running(nursery)
+
+        async def answer(after_s: float) -> None:
+            while not (pings := [each for each in await receive(far, other) if isinstance(each, Ping)]):
+                pass
+            await trio.sleep(after_s)
+            await send(far, other, Pong(nonce=pings[0].nonce))
+
+        async with trio.open_nursery() as answering:
+            answering.start_soon(answer, 0.9)
+            await link.probe(1.0)
+        async with trio.open_nursery() as answering:
+            answering.start_soon(answer, 2.5)
+            await link.probe(1.0)
+        assert not link.broken
+        nursery.cancel_scope.cancel()
