@@ -96,8 +96,9 @@ class TrialSpec:
     `is_decided`: whether the rounds so far suffice; asked from `rounds` on. None: they do.
 
     `model`, `methods`: as a user names them; no methods: all that there are for the model. `objectives`: the costs that
-    are recorded, each in an observation of its own. `stages`: the route, if it is given; else the best at first, and
-    then the same for all runs.
+    are recorded, each in an observation of its own. `stages`: the route, if it is given; else the best for the
+    objective `route_for` at first, and then the same for all runs. Where a stage of it is lost, a probe goes on with
+    the best that is left. `hardware`: of the route, if it must be this; a trial elsewhere would say nothing.
     """
 
     model: str
@@ -111,6 +112,8 @@ class TrialSpec:
     quality: QualityBound = QualityBound.EXACT
     seed: int | None = None
     stages: tuple[Stage, ...] = ()
+    route_for: Objective = Objective.LATENCY
+    hardware: str = ""
 
     @property
     def is_background(self) -> bool:
@@ -219,7 +222,7 @@ class BenchmarkRunner:
         text = await prompt_tokens(JobRequest(model=spec.model, prompt=sample_text()), model)
         # Jobs that run one at a time share their prefix with those before; the warm-up computes it.
         common = _piece(text, shared_tokens(workload), rng) if workload.concurrency == 1 else None
-        runs = _TrialRuns(self._coordinator, self._lock, spec, text, common, rng)
+        runs = _TrialRuns(self._coordinator, self._lock, spec, text, common, rng, spec.stages)
         errors = await runs.warm_up(methods.values())
         rounds = await runs.rounds([method for name, method in methods.items() if name not in errors])
         observations = await self._record(spec, rounds, record or self._recorder.publish)
@@ -273,7 +276,7 @@ class BenchmarkRunner:
 class _TrialRuns:
     """The runs of one trial. `text`: token ids that prompts are made of; `common`: the prefix of all runs, if any.
 
-    `run_s`: what the longest run took. `stages`: the route that all runs take, once there was one.
+    `run_s`: what the longest run took. `stages`: the route that all runs take; none where the best is to be found.
     """
 
     coordinator: Coordinator
@@ -282,8 +285,8 @@ class _TrialRuns:
     text: Sequence[int]
     common: Sequence[int] | None
     rng: random.Random
+    stages: tuple[Stage, ...]
     run_s: float = 0.0
-    stages: tuple[Stage, ...] = ()
 
     async def warm_up(self, methods: Iterable[Method]) -> dict[str, str]:
         """Wait until each method is ready and run one short job; return why some are unavailable, by name."""
@@ -333,7 +336,8 @@ class _TrialRuns:
                 if error.retry_after_s is None or trio.current_time() > began_s + limit_s:
                     raise
                 if error.code is not JobErrorCode.FULL:
-                    self.stages = ()  # a stage may be gone: the round is invalid then, and begun anew elsewhere
+                    # A stage may be gone: the round is invalid then, and begun anew elsewhere.
+                    self.stages = () if is_trial else self.spec.stages
             await trio.sleep(RETRY_S * self.rng.uniform(0.5, 2))
             if self.spec.is_background:
                 await self._wait_for_gap(began_s + min(max_wait_s, BUSY_TIMEOUT_S))
@@ -370,8 +374,9 @@ class _TrialRuns:
                 ignore_eos=True,
                 quality=self.spec.quality,
                 method=method.name,
+                objective=self.spec.route_for,
                 background=self.spec.is_background,
-                stages=self.spec.stages or self.stages,
+                stages=self.stages,
             )
             try:
                 async with self.coordinator.submit(request, done.append) as events:
@@ -400,6 +405,8 @@ class _TrialRuns:
             raise JobError(JobErrorCode.FAILED, f"the trial took longer than the {spending.limit_s:.0f} s that it may")
         if errors:
             raise errors[0]
+        if self.spec.hardware not in {"", done[0].context.hardware}:
+            raise JobError(JobErrorCode.FAILED, "the stages of the jobs are gone, and others have other hardware")
         self.run_s = max(self.run_s, took_s)
         self.stages = tuple(Stage(stage.peer, stage.blocks) for stage in done[0].result.route)
         return Run(jobs=done)

@@ -66,6 +66,9 @@ class AdoptionTrials:
                 objectives=[objective],
                 kind=ObservationKind.PROBE,
                 quality=QualityBound(context.quality),
+                stages=request.stages,
+                route_for=Objective(context.objective),
+                hardware=context.hardware,
             )
         )
 

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,11 +15,13 @@ from node.coordinator.submission import JobError, JobRequest
 from node.coordinator.trial_runner import BenchmarkRunner, Run, Spending, TrialSpec, make_prompts
 from node.engine.interface import REFERENCE
 from node.identity import Identity
+from protocol.capabilities import Memory, hardware_class
 from protocol.identity import BlockRange, Stage
 from protocol.measurements import Objective, ObservationKind, QualityBound
 from protocol.observations import SignedObservation
 from selector.task import BASELINE, method
 from selector.workloads import TrialWorkload
+from tests.support.capabilities import EPYC
 from tests.support.job_peers import Peer, Swarm, open_swarm
 
 FUSED = method(engine="fused")
@@ -187,3 +190,25 @@ async def test_all_runs_take_one_route_and_wait_for_it(virtual_clock: MockClock)
         assert {stage.peer for each in kept.observations for stage in each.observation.route} == {chosen.peer}
         trial = await trials.run(spec(workload=short))
         assert len({run.route for tried in (trial.baseline, *trial.methods) for run in tried.runs}) == 1
+
+
+async def test_trial_whose_route_is_gone_goes_on_with_like_hardware_only(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        client, lost = await swarm.join(), await swarm.join((0, 9))
+        other = await swarm.join((0, 9), step_s=0.05, capabilities=replace(EPYC, memory=Memory(total_bytes=8 << 30, available_bytes=1 << 30)))
+        await swarm.settle()
+        kept = Kept()
+        trials = BenchmarkRunner(client.coordinator, Recorder(Identity(b"7" * 32), kept.publish))
+        probe = spec(
+            kind=ObservationKind.PROBE, stages=(Stage(lost.id, BlockRange(0, 9)),), hardware=hardware_class(EPYC)
+        )
+        swarm.hub.kill(lost.id)
+        with pytest.raises(JobError, match="other hardware"):
+            await trials.run(probe)
+        assert not kept.observations
+        swarm.hub.kill(other.id)
+        like = await swarm.join((0, 9))
+        swarm.peers = [client, like]
+        await swarm.settle()
+        assert (await trials.run(probe)).observations
+        assert {each.observation.route[0].peer for each in kept.observations} == {like.id}
