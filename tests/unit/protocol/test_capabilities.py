@@ -158,7 +158,7 @@ CLASSES: dict[str, tuple[Capabilities, str]] = {
     "apple": (with_model("Apple M2 Pro", "asimd", "i8mm"), "cpu/apple-m2-pro/i8mm/2c/24g"),
     "one thread": (replace(EPYC, processor=replace(EPYC.processor, threads=1)), "cpu/amd-epyc/avx512-bf16/2c/24g/1t"),
     "all cores named": (replace(EPYC, processor=replace(EPYC.processor, threads=2)), "cpu/amd-epyc/avx512-bf16/2c/24g"),
-    "long name": (with_model("Of Many " + "Words " * 30, "avx512_bf16"), f"cpu/of-many{'-words' * 5}-wor/avx512-bf16/2c/24g"),
+    "long name": (with_model("Words " * 30, "avx512_bf16"), f"cpu/words{'-words' * 6}/avx512-bf16/2c/24g"),
     "unheard of": (with_model("12345"), "cpu/unknown/x86-64/2c/24g"),
     "gpu": (replace(EPYC, accelerators=(H100,)), "cuda/nvidia-h100-80gb-hbm3/1x/80g"),
     "gpus": (BEST, "cuda/nvidia-h100-80gb-hbm3/2x/80g"),
