@@ -12,10 +12,14 @@ from trio.testing import MockClock
 
 from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError, JobRequest
-from node.coordinator.trial_runner import BenchmarkRunner, Run, Spending, TrialSpec, make_prompts
+from node.coordinator.trial_prompts import make_prompts
+from node.coordinator.trial_runner import BenchmarkRunner, Run, Spending, TrialSpec
 from node.engine.interface import REFERENCE
 from node.identity import Identity
-from protocol.capabilities import Memory, hardware_class
+from node.selection.adoption_trials import AdoptionTrials
+from node.selection.trial_scheduler import TrialRequest
+from node.testing.fake_engine import FAKE_MODEL
+from protocol.capabilities import Memory
 from protocol.identity import BlockRange, Stage
 from protocol.measurements import Objective, ObservationKind, QualityBound
 from protocol.observations import SignedObservation
@@ -193,22 +197,29 @@ async def test_all_runs_take_one_route_and_wait_for_it(virtual_clock: MockClock)
 
 
 async def test_trial_whose_route_is_gone_goes_on_with_like_hardware_only(virtual_clock: MockClock) -> None:
+    small = replace(EPYC, memory=Memory(total_bytes=8 << 30, available_bytes=1 << 30))
     async with open_swarm() as swarm:
         client, lost = await swarm.join(), await swarm.join((0, 9))
-        other = await swarm.join((0, 9), step_s=0.05, capabilities=replace(EPYC, memory=Memory(total_bytes=8 << 30, available_bytes=1 << 30)))
+        other = await swarm.join((0, 9), step_s=0.05, capabilities=small)
         await swarm.settle()
         kept = Kept()
-        trials = BenchmarkRunner(client.coordinator, Recorder(Identity(b"7" * 32), kept.publish))
-        probe = spec(
-            kind=ObservationKind.PROBE, stages=(Stage(lost.id, BlockRange(0, 9)),), hardware=hardware_class(EPYC)
+        trials = AdoptionTrials(BenchmarkRunner(client.coordinator, Recorder(Identity(b"7" * 32), kept.publish)))
+        served = await client.coordinator.consider(JobRequest(model="fake", prompt="1", max_tokens=8), {})
+        assert [stage.peer for stage in served.route] == [lost.id]
+        request = TrialRequest(
+            model=FAKE_MODEL,
+            context=served.context,
+            methods=[BASELINE, FUSED],
+            in_use=BASELINE.name,
+            stages=served.route,
         )
         swarm.hub.kill(lost.id)
         with pytest.raises(JobError, match="other hardware"):
-            await trials.run(probe)
+            await trials.run(request, Spending())
         assert not kept.observations
         swarm.hub.kill(other.id)
         like = await swarm.join((0, 9))
         swarm.peers = [client, like]
         await swarm.settle()
-        assert (await trials.run(probe)).observations
+        assert FUSED.name in await trials.run(request, Spending())
         assert {each.observation.route[0].peer for each in kept.observations} == {like.id}
