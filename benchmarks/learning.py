@@ -1,15 +1,16 @@
 """Cost of the methods that a swarm learns from an empty history, against the best in hindsight.
 
-Three daemons serve mixed jobs of four families in turn, two of which demand exact outputs. The submitter has measured
-beforehand how lossy methods change the model's answers. Then the best method of each family and the best single method
-are determined in hindsight, by a few jobs of each family with each method that was used. Finally the last jobs are
-replayed in alternation: with the methods that the swarm now chooses, with those of the hand-written rule, and with
-those two. Also told are the kinds of tasks that the families came to, the concurrency recorded for this serial client,
-how much longer jobs took beside a trial's, and by how much trials overdrew their allowance.
+Three daemons serve mixed jobs of four families, in turn or in an order that `--seed` decides; two of the families
+demand exact outputs. The submitter has measured beforehand how lossy methods change the model's answers. Then the best
+method of each family and the best single method are determined in hindsight, by a few jobs of each family with each
+method that was used. Finally the last jobs are replayed in alternation: with the methods that the swarm now chooses,
+with those of the hand-written rule, and with those two. Also told are the kinds of tasks that the families came to, the
+concurrency recorded for this serial client, how much longer jobs took beside a trial's, and by how much trials overdrew
+their allowance.
 
 With `--replays 0` that is all, and there is no hindsight.
 
-`python -m benchmarks.learning [--jobs 300] [--last N] [--replays 5] [--exact] [--plot FILE.png] [--json]`
+`python -m benchmarks.learning [--jobs 300] [--last N] [--replays 5] [--exact] [--seed N] [--plot FILE.png] [--json]`
 """
 
 import argparse
@@ -111,10 +112,17 @@ async def judge(client: httpx.AsyncClient) -> None:
     raise SystemExit(f"what lossy methods do to the model was not known after {JUDGE_LIMIT_S:.0f} s")
 
 
-async def measure(jobs: int, last: int, replays: int, *, exact: bool) -> dict[str, Any]:
+def order_of(jobs: int, seed: int | None) -> list[str]:
+    """Return the family of each job: in turn, or every four in an order of their own that a seed decides."""
+    names, rng = list(FAMILIES), random.Random(seed)
+    turns = [names if seed is None else rng.sample(names, len(names)) for _ in range(-(-jobs // len(names)))]
+    return list(itertools.chain.from_iterable(turns))[:jobs]
+
+
+async def measure(jobs: int, last: int, replays: int, *, exact: bool, seed: int | None = None) -> dict[str, Any]:
     """Return the figures. `exact`: all families demand exact outputs, so that no method has to be judged."""
     package = demo_package()
-    names = list(FAMILIES)
+    names, order = list(FAMILIES), order_of(jobs, seed)
     if exact:
         for shape in FAMILIES.values():
             shape["quality"] = "exact"
@@ -122,7 +130,7 @@ async def measure(jobs: int, last: int, replays: int, *, exact: bool) -> dict[st
         async with whole_model(package, 1) as ready, httpx.AsyncClient(base_url=ready.api_url, timeout=600) as client:
             await judge(client)  # kept in the cache folder; what else these peers have learned is gone with them
     async with whole_model(package, 3) as ready, httpx.AsyncClient(base_url=ready.api_url, timeout=600) as client:
-        learning = [await _learn_from(client, names[number % len(names)], number) for number in range(jobs)]
+        learning = [await _learn_from(client, family, number) for number, family in enumerate(order)]
         contexts = _served(ready)
         status = (await client.get("/swarm/status")).raise_for_status().json()["selection"]
         told_anyway = {
@@ -149,7 +157,7 @@ async def measure(jobs: int, last: int, replays: int, *, exact: bool) -> dict[st
         rng = random.Random(1)
         for _ in range(replays):
             for number in range(jobs - last, jobs):
-                family = names[number % len(names)]
+                family = order[number]
                 told: dict[str, float] = {}
                 for method in _shuffled({way[family] for way in ways.values()}, rng):
                     told[method] = _told(await serve(client, body_of(family, number, method)))["total_s"]
@@ -305,11 +313,12 @@ def main() -> None:
     parser.add_argument("--last", type=int, help="jobs that are replayed; default: a third")
     parser.add_argument("--replays", type=int, default=5)
     parser.add_argument("--exact", action="store_true", help="exact outputs only: no method has to be judged before")
+    parser.add_argument("--seed", type=int, help="of the order of the families; default: in turn")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     last = options.last or math.ceil(options.jobs / 3)
-    found = trio.run(partial(measure, options.jobs, last, options.replays, exact=options.exact))
+    found = trio.run(partial(measure, options.jobs, last, options.replays, exact=options.exact, seed=options.seed))
     if options.plot:
         plot(found, options.plot)
     if options.json:

@@ -24,7 +24,7 @@ from protocol.figures import (
     Price,
 )
 from protocol.identity import PeerId
-from protocol.limits import MAX_TEXT_BYTES
+from protocol.limits import MAX_HARDWARE_BYTES, MAX_TEXT_BYTES
 from protocol.schema import Count, Nullable, Range, name, text
 from protocol.stage_facts import DeviceKind, StageFacts
 
@@ -212,17 +212,22 @@ def hardware_class(capabilities: Capabilities) -> HardwareClass:
 
     With an accelerator, the one with the most memory: kind, name, number of them, memory of each, as in
     `cuda/nvidia-h200/1x/144g`. Without: the processor's make, its best instruction set for matrix products, physical
-    cores, memory, as in `cpu/amd-epyc/avx512-bf16/2c/24g`. Memory is rounded to 4, 5, 6 or 7 times a power of two, so
-    that the share reserved by the system makes no difference.
+    cores, memory, as in `cpu/amd-epyc/avx512-bf16/2c/24g`, and the threads of the engines where they are not as many as
+    the cores, as in `cpu/amd-epyc/avx512-bf16/16c/96g/1t`. Memory is rounded to 4, 5, 6 or 7 times a power of two, so
+    that the share reserved by the system makes no difference. Names are cut to what the wire takes.
     """
     if best := main_accelerator(capabilities):
         count = sum((device.kind, device.name) == (best.kind, best.name) for device in capabilities.accelerators)
-        parts = [best.kind.value, _slug(best.name), f"{count}x", _rounded_gigabytes(best.memory_bytes)]
+        kind, title = best.kind.value, _slug(best.name)
+        rest = [f"{count}x", _rounded_gigabytes(best.memory_bytes)]
     else:
         processor = capabilities.processor
+        kind, title, cores = "cpu", _make(processor.model), processor.physical_cores
         memory = _rounded_gigabytes(capabilities.memory.total_bytes)
-        parts = ["cpu", _make(processor.model), _best_instructions(processor), f"{processor.physical_cores}c", memory]
-    return HardwareClass("/".join(parts))
+        rest = [_best_instructions(processor), f"{cores}c", memory]
+        rest += [f"{processor.threads}t"] if processor.threads not in {None, cores} else []
+    room = MAX_HARDWARE_BYTES - len("/".join([kind, "", *rest]))
+    return HardwareClass("/".join([kind, title[:room].rstrip("-"), *rest]))
 
 
 # Our name and the Linux name of each instruction set, from the best for matrix products down.
@@ -244,12 +249,13 @@ _INSTRUCTION_RANKS: Final = (
 )
 _GIGABYTE_STEPS: Final = (1, 2, 3, *(quarters << k for k in range(19) for quarters in (4, 5, 6, 7)))
 _MAX_SLUG: Final = 48
+_MAX_ARCHITECTURE: Final = 16
 _NOT_THE_MAKE: Final = frozenset({"cpu", "processor", "gen", "with"})
 
 
 def _best_instructions(processor: Processor) -> str:
     present = set(processor.instruction_sets)
-    return next((title for title, flag in _INSTRUCTION_RANKS if flag in present), _slug(processor.architecture))
+    return next((title for title, flag in _INSTRUCTION_RANKS if flag in present), _slug(processor.architecture[:_MAX_ARCHITECTURE]))
 
 
 def _make(model: str) -> str:

@@ -26,11 +26,17 @@ MAX_NAMED: Final = 3
 TOKEN_BYTES: Final = 4
 
 
+UNKNOWN_BYTES_PER_S: Final = 50e6
+"""What a link that nobody has measured is taken for."""
+
+
 class Link(NamedTuple):
-    """The link between two peers; the round trip includes message handling."""
+    """The link between two peers; the round trip includes message handling. A figure that is not known is a guess."""
 
     round_trip_s: float
     bytes_per_s: float
+    is_round_trip_known: bool = True
+    is_rate_known: bool = True
 
 
 Links: TypeAlias = Callable[[str, str], Link]

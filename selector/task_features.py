@@ -15,6 +15,7 @@ import numpy as np
 from protocol.measurements import TaskKind
 from protocol.stage_facts import DeviceKind, StageFacts
 from selector.dataset import Contexts
+from selector.routing import UNKNOWN_BYTES_PER_S
 from selector.task import TaskContext
 from selector.task_buckets import task_bucket
 from selector.weight_types import bits_per_weight
@@ -42,10 +43,24 @@ def log2(value: float | None) -> float:
 
 
 def transfer_s(context: TaskContext) -> float:
-    """Return the time that the links' bandwidth adds to a job: of all its rows in fp32, from stage to stage."""
+    """Return the time that the links' bandwidth adds to a job: of all its rows in fp32, from stage to stage.
+
+    A link that was not measured is taken for a usual one, as the planner does.
+    """
     byte_count = (context.prompt_tokens + context.max_tokens) * context.hidden_size * _F32_BYTES
     rates = [each.link_bytes_per_s for each in context.stage_facts[:-1]]
-    return sum(byte_count / rate for rate in rates if rate)
+    return sum(byte_count / (rate or UNKNOWN_BYTES_PER_S) for rate in rates)
+
+
+def _known_transfer_s(context: TaskContext) -> float:
+    """Return the same; NaN where a link was not measured."""
+    rates = [each.link_bytes_per_s for each in context.stage_facts[:-1]]
+    return transfer_s(context) if all(rates) else math.nan
+
+
+def _known_link_s(context: TaskContext) -> float:
+    """Return the time per token that the links' latency adds; NaN where it rests on a guess."""
+    return math.nan if any(each.round_trip_s is None for each in context.stage_facts) else context.link_s
 
 
 def _over_route(context: TaskContext, rate: Rate) -> float:
@@ -115,8 +130,8 @@ def _narrowest_link(context: TaskContext) -> float:
 
 
 def _slowest_round_trip_s(context: TaskContext) -> float:
-    known = [each.round_trip_s for each in context.stage_facts if each.round_trip_s is not None]
-    return max(known, default=math.nan)
+    times_s = [math.nan if each.round_trip_s is None else each.round_trip_s for each in context.stage_facts]
+    return math.nan if any(map(math.isnan, times_s)) else max(times_s, default=math.nan)
 
 
 FEATURES: Final[Mapping[str, Callable[[TaskContext], float]]] = {
@@ -164,10 +179,10 @@ FEATURES: Final[Mapping[str, Callable[[TaskContext], float]]] = {
     "int8_products": lambda task: _share(task, lambda each: each.int8),
     "matrix_unit": lambda task: _share(task, lambda each: each.matrix_unit),
     # The links
-    "l_round_trip": lambda task: math.log2(LINK_FLOOR_S + task.link_s),
+    "l_round_trip": lambda task: math.log2(LINK_FLOOR_S + _known_link_s(task)),
     "l_round_trip_most": lambda task: log2(LINK_FLOOR_S + _slowest_round_trip_s(task)),
     "l_link": lambda task: log2(_narrowest_link(task)),
-    "l_transfer": lambda task: math.log2(LINK_FLOOR_S + transfer_s(task)),
+    "l_transfer": lambda task: math.log2(LINK_FLOOR_S + _known_transfer_s(task)),
 }
 """The columns of the matrix and how each follows from a task context; NaN: not known."""
 

@@ -331,13 +331,14 @@ class Coordinator:
         done = await route.finish()
         stages = done.route.stages
         self._planner.served(stage.peer for stage in stages)
-        if job.kind is not TaskKind.SCORE:  # whose rows take longer on the last stage
+        is_background = job.request.background  # then it waits for users' jobs, which says nothing of the stages
+        if job.kind is not TaskKind.SCORE and not is_background:  # its rows take longer on the last stage
             self._planner.measured(job.need(), stages, done.route.loads(), timing_of(done))
         result = result_of(job, done, text, finish)
         is_measured = bool(
             job.kind is not TaskKind.SCORE or job.output.scored or job.output.tokens
         )  # one token has none
-        selection = self._assess(job, done, result) if is_measured else None
+        selection = self._assess(job, done, result) if is_measured and not is_background else None
         cost = Cost(
             objective=job.request.objective,
             budget=job.request.budget,

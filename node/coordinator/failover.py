@@ -40,7 +40,7 @@ MAX_ATTEMPTS = 5
 RECOVERY_LIMIT_S = 90.0
 """How long a running job waits for a route while known peers could take a lost stage's place.
 
-They may have to build the job's variant first (`span.BUILD_PATIENCE_S`, and the building), to load their blocks again,
+They may have to build the job's variant first (`span.BUILD_MAX_WAIT_S`, and the building), to load their blocks again,
 or to end other jobs. What the remaining stages have computed is held meanwhile.
 """
 
@@ -272,14 +272,22 @@ class ResilientRoute:
         )
 
     async def _plan(self, *, may_explore: bool) -> tuple[PlannedRoute, SessionRequest]:
-        """Return the best route and what is asked of its stages; of a new job within its budget.
+        """Return the best route and what is asked of its stages; within the job's budget until it has tokens.
 
         Raises NoRouteError, JobError.
         """
         job = self._job
         serving = () if self.is_background else self.peers  # jobs in the background are not counted anywhere
-        needs = [self._need()] if self._is_accepted else needs_of(job.request, self._need())
-        return await plan_sessions(self._services, job, needs, self._method, serving, may_explore=may_explore)
+        needs = [self._need()] if job.output.tokens else needs_of(job.request, self._need())
+        try:
+            return await plan_sessions(self._services, job, needs, self._method, serving, may_explore=may_explore)
+        except JobError as error:
+            left_out = self._reconnected | self._avoided
+            is_for_good = all(refusal.reason is RefusalReason.UNABLE for refusal in left_out.values())
+            if error.code is not JobErrorCode.OVER_BUDGET or is_for_good:
+                raise
+            # Among the peers that are full or lost there may be a cheaper one, which has room later.
+            raise no_route(job, NoRouteError(()), left_out, self._outdated) from None
 
     async def _try_route(self, planned: PlannedRoute, request: SessionRequest) -> bool:
         """Open a route and send the tokens so far; return whether that succeeded. If not, peers to avoid are noted."""

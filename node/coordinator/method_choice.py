@@ -12,7 +12,7 @@ from node.coordinator.submission import AUTO, JobError, JobErrorCode, JobOutcome
 from node.models.library import KnownModel
 from node.stages.voter import TableVersion
 from protocol.figures import USUAL_PRICE
-from protocol.identity import ModelId
+from protocol.identity import ModelId, Stage
 from protocol.limits import MAX_VOTES
 from protocol.measurements import QualityBound, TaskKind
 from selector.quality import MeasuredQuality, admits
@@ -38,7 +38,7 @@ class SelectionRequest:
 
     `is_free`: whether the user left the method open, and no text has begun that must go on as it began. `budget`: the
     highest predicted cost, None for any. `stage_compute_s`: of the job on each stage of its route, as the planner
-    expects it; empty where it does not. `prices`: of these stages.
+    expects it; empty where it does not. `prices`: of these stages. `stages`: the route.
     """
 
     model: ModelId
@@ -48,6 +48,7 @@ class SelectionRequest:
     budget: float | None = None
     stage_compute_s: Sequence[float] = ()
     prices: Sequence[float] = ()
+    stages: tuple[Stage, ...] = ()
 
     @property
     def compute_s(self) -> float:

@@ -16,7 +16,6 @@ from node.coordinator.swarm_view import SwarmView
 from node.links.outbound_link import SLOWEST_BYTES_PER_S
 from node.stages.outbox import OUTGOING_BYTES
 from node.swarm.directory import Candidate
-from node.swarm.link_estimates import UNKNOWN_BYTES_PER_S
 from protocol.figures import USUAL_PRICE
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from protocol.measurements import Objective
@@ -56,6 +55,7 @@ class RouteNeed:
     `without`: peers to leave out. `like`, `held`: a previous route, and its stages that hold the session; those stay if
     others can take the places of the rest. `parts`: which parts of its span a stage may run. `objective`,
     `compute_weight`: seconds of waiting that a second of computing is worth, at its price if the objective is cost.
+    `last_resort`: also peers that seem to be full, or failed, as if they were not.
     """
 
     model: ModelId
@@ -68,6 +68,7 @@ class RouteNeed:
     held: Collection[Stage] = ()
     objective: Objective = Objective.LATENCY
     compute_weight: float = 0.0
+    last_resort: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +158,7 @@ class Planner:
         return True
 
     def _best(self, need: RouteNeed, offers: _Offers, *, may_explore: bool, only_trusted: bool) -> PlannedRoute:
-        tiers = self._tiers(offers, only_trusted=only_trusted)
+        tiers = [offers.cautious] if need.last_resort else self._tiers(offers, only_trusted=only_trusted)
         lost = [n for n, stage in enumerate(need.like) if stage not in need.held or stage.peer in need.without]
         if len(lost) < len(need.like):
             try:
@@ -236,7 +237,7 @@ class Planner:
     def way_s(self, need: RouteNeed, before: Stage, stage: Stage, rows: int) -> float:
         """Return the time limit for the transfer of rows between stages; generous where no link was measured."""
         link = self._links(before.peer, stage.peer)
-        known_bytes_per_s = 0.0 if link.bytes_per_s == UNKNOWN_BYTES_PER_S else link.bytes_per_s
+        known_bytes_per_s = link.bytes_per_s if link.is_rate_known else 0.0
         return rows * need.demand.row_bytes / max(SLOWEST_BYTES_PER_S, known_bytes_per_s)
 
     def step_way_s(self, before: Stage, stage: Stage) -> float:
@@ -360,7 +361,8 @@ class Planner:
             shares = 1 + max(candidate.load.sessions, in_flight[peer]) + need.compute_weight * price
             row_s = self._rows.seconds(peer, need.model)
             offers.speeds[peer] = speed.block_s, speed.block_s / PROMPT_ROWS_PER_STEP if row_s is None else row_s
-            offers.cautious.append(replace(_offer(candidate, speed, trust, shares, row_s), parts=need.parts))
+            offer = replace(_offer(candidate, speed, trust, shares, row_s), parts=need.parts)
+            offers.cautious.append(replace(offer, free_positions=None) if need.last_resort else offer)
             if speed.is_promise:
                 believed = _offer(candidate, speed._replace(block_s=speed.promised_s), trust, shares, row_s)
                 offers.promised.setdefault(peer, []).append(replace(believed, parts=need.parts))

@@ -47,7 +47,8 @@ def no_route(
     """
     name, blocks = job.model.name, ", ".join(map(str, error.missing))
     reasons = "; ".join(f"{refusal.peer}: {refusal.message}" for refusal in (avoided or outdated).values())
-    peers, methods = f"the peers that serve {name}", " or ".join(method.name for method in job.admitted)
+    affordable = "" if job.request.budget is None else f" within the budget {job.request.budget:.4g}"
+    peers, methods = f"the peers that serve {name}{affordable}", " or ".join(method.name for method in job.admitted)
     kinds = {refusal.reason for refusal in avoided.values()}
     code = JobErrorCode.UNCOVERED
     if not avoided and outdated:
@@ -74,7 +75,7 @@ def no_route(
         return JobError(JobErrorCode.INVALID, message)
     else:
         missing = f"blocks {blocks}" if blocks else "some blocks"
-        message = f"no peer is left to serve {missing} of {name} ({reasons}): try again later"
+        message = f"no peer is left to serve {missing} of {name}{affordable} ({reasons}): try again later"
     return JobError(code, message, retry_after_s=RETRY_AFTER_S)
 
 

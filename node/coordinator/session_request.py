@@ -112,10 +112,11 @@ async def request_sessions(
         context=context,
         admitted=admitted,
         is_free=job.request.method == AUTO and begun is None,
-        budget=job.request.budget if begun is None else None,
-        # Nothing is asked of the prediction for a text that has begun.
-        stage_compute_s=planned.stage_compute_s if begun is None else (),
-        prices=planned.prices if begun is None else (),
+        # A text that has begun is finished, whatever it costs, and nothing is asked of the prediction for the rest.
+        budget=None if job.output.tokens else job.request.budget,
+        stage_compute_s=() if job.output.tokens else planned.stage_compute_s,
+        prices=() if job.output.tokens else planned.prices,
+        stages=planned.stages,
     )
     choice = await services.chooser.choose(selection)
     uses_prefixes = any(method.prefix_cache for method in choice.order)

@@ -158,7 +158,8 @@ class StragglerMonitor:
         while True:
             await route.ask_progress(PROBE_TIMEOUT_S)
             now_s = trio.current_time()
-            if (lag := detector.find(now_s)) is not None:
+            # A measurement waits while its stages serve users, and is compared on one route: none is replaced.
+            if (lag := detector.find(now_s)) is not None and not self._job.request.background:
                 peer, disputed, message = self._blamed(route, lag)
                 if await self._is_replaceable({peer}, lag.waited_s < FORGIVING_FACTOR * lag.limit_s):
                     self._disputed |= disputed

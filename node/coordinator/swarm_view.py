@@ -68,7 +68,10 @@ class SwarmView:
             link = self.links(stage.peer, after.peer)
             found.append(
                 stage_facts(
-                    capabilities, len(stage.blocks), round_trip_s=link.round_trip_s, link_bytes_per_s=link.bytes_per_s
+                    capabilities,
+                    len(stage.blocks),
+                    round_trip_s=link.round_trip_s if link.is_round_trip_known else None,
+                    link_bytes_per_s=link.bytes_per_s if link.is_rate_known else None,
                 )
             )
         return tuple(found)

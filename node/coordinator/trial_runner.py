@@ -20,8 +20,10 @@ from node.coordinator.coordinator import Coordinator
 from node.coordinator.observation import Recorder, ServedJob, weight_type
 from node.coordinator.prompt import prompt_tokens
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
+from node.coordinator.trial_prompts import make_prompts, piece, shared_tokens
 from node.models.manifest import Manifest
 from node.models.sample import sample_text
+from node.stages.scheduler import BACKGROUND_SHARE
 from protocol.identity import Stage
 from protocol.measurements import (
     MIN_TOTAL_S,
@@ -48,43 +50,55 @@ RETRY_S: Final = 1.0
 GIVE_WAY_S: Final = 0.05
 """Interval at which a background measurement looks whether it is in the way of a user's job."""
 
-PATIENCE: Final = 9.0
-"""How long each run of an adoption trial gives way to this node's jobs, in durations of the longest run so far.
+GAP_S: Final = 0.3
+"""Time without a job of this node that counts as a gap: not the moment between two jobs of one client."""
 
-After that it goes on beside them: a node whose jobs leave no gap would otherwise never finish a trial.
+MAX_WAIT_S: Final = 10.0
+"""Maximum wait of each run of an adoption trial for a gap.
+
+After that it goes on beside the jobs, at the share of the time that the stages' schedulers give it: a node whose jobs
+leave no gap would otherwise never finish a trial.
 """
 
-LEAST_PATIENCE_S: Final = 5.0
-MOST_PATIENCE_S: Final = 60.0
+MAX_CUTS: Final = 2
+"""How often a run that began in a gap ends for a job that comes; then it goes on beside the jobs, too."""
 
 MAX_INVALID: Final = 3
 """Rounds that may be invalid, by a changed route or a lost stage, before the trial gives up."""
 
 WARM_UP_TOKENS: Final = 2
-PHRASE_TOKENS: Final = 24
-"""Length of the phrase that a repetitive prompt repeats."""
-NONCE_TOKENS: Final = 12
-"""Random tokens at the start of a prompt, so that no run finds another's pages in the prefix cache."""
 
 
 @dataclass(slots=True)
 class Spending:
-    """What a trial takes: `spent_s` are the seconds that it runs jobs, waiting apart, and `limit_s` the most.
+    """What a trial takes: `spent_s` are the seconds that its jobs take, without what they wait for others.
 
     `processor_s`: computing on all stages times `threads`, those of the widest stage so far. Of jobs that did not end,
-    which report nothing, the time that they ran counts as computing.
+    which report nothing, the time that they ran counts as computing. `limit_s`, `processor_limit_s`: the most of each.
     """
 
     limit_s: float = math.inf
+    processor_limit_s: float = math.inf
     spent_s: float = 0.0
     processor_s: float = 0.0
     threads: int = 1
+
+    @property
+    def left_s(self) -> float:
+        """The seconds that jobs may still take."""
+        return max(0.0, min(self.limit_s - self.spent_s, (self.processor_limit_s - self.processor_s) / self.threads))
+
+    def check(self, seconds: float = 0.0) -> None:
+        """Raise JobError where a trial that takes so many seconds more would take longer than it may."""
+        if seconds >= self.left_s:
+            limit_s = min(self.limit_s, self.processor_limit_s / self.threads)
+            raise JobError(JobErrorCode.FAILED, f"the trial would take longer than the {limit_s:.0f} s that it may")
 
     def charge(self, seconds: float, run: "Run", *, is_done: bool) -> None:
         """Add a run that took so many seconds; `run` has those of its jobs that ended, `is_done` says whether all."""
         facts = (each for job in run.jobs for each in job.context.stage_facts)
         self.threads = max(self.threads, *(each.busy_threads for each in facts), 1)
-        self.spent_s += seconds
+        self.spent_s += min(seconds, run.compute_s) if is_done else seconds
         self.processor_s += self.threads * (run.compute_s if is_done else max(seconds, run.compute_s))
 
 
@@ -95,8 +109,9 @@ class TrialSpec:
     `is_decided`: whether the rounds so far suffice; asked from `rounds` on. None: they do.
 
     `model`, `methods`: as a user names them; no methods: all that there are for the model. `objectives`: the costs that
-    are recorded, each in an observation of its own. `stages`: the route, if it is given; else the best at first, and
-    then the same for all runs.
+    are recorded, each in an observation of its own. `stages`: the route, if it is given; else the best for the
+    objective `route_for` at first, and then the same for all runs. Where a stage of it is lost, a probe goes on with
+    the best that is left. `route_fault`: why a trial over the route that a job took would say nothing, if it would not.
     """
 
     model: str
@@ -110,6 +125,8 @@ class TrialSpec:
     quality: QualityBound = QualityBound.EXACT
     seed: int | None = None
     stages: tuple[Stage, ...] = ()
+    route_for: Objective = Objective.LATENCY
+    route_fault: Callable[[ServedJob], str | None] = lambda job: None
 
     @property
     def is_background(self) -> bool:
@@ -217,8 +234,8 @@ class BenchmarkRunner:
         methods = _methods_of(spec, model.manifest)
         text = await prompt_tokens(JobRequest(model=spec.model, prompt=sample_text()), model)
         # Jobs that run one at a time share their prefix with those before; the warm-up computes it.
-        common = _piece(text, shared_tokens(workload), rng) if workload.concurrency == 1 else None
-        runs = _TrialRuns(self._coordinator, self._lock, spec, text, common, rng)
+        common = piece(text, shared_tokens(workload), rng) if workload.concurrency == 1 else None
+        runs = _TrialRuns(self._coordinator, self._lock, spec, text, common, rng, spec.stages)
         errors = await runs.warm_up(methods.values())
         rounds = await runs.rounds([method for name, method in methods.items() if name not in errors])
         observations = await self._record(spec, rounds, record or self._recorder.publish)
@@ -272,7 +289,7 @@ class BenchmarkRunner:
 class _TrialRuns:
     """The runs of one trial. `text`: token ids that prompts are made of; `common`: the prefix of all runs, if any.
 
-    `run_s`: what the longest run took. `stages`: the route that all runs take, once there was one.
+    `stages`: the route that all runs take; none where the best is to be found.
     """
 
     coordinator: Coordinator
@@ -281,8 +298,7 @@ class _TrialRuns:
     text: Sequence[int]
     common: Sequence[int] | None
     rng: random.Random
-    run_s: float = 0.0
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[Stage, ...]
 
     async def warm_up(self, methods: Iterable[Method]) -> dict[str, str]:
         """Wait until each method is ready and run one short job; return why some are unavailable, by name."""
@@ -293,7 +309,7 @@ class _TrialRuns:
             try:
                 await self._run_with_retry(short, method)
             except JobError as error:
-                if method == method.baseline or self.spec.spending.spent_s >= self.spec.spending.limit_s:
+                if method == method.baseline or not self.spec.spending.left_s:
                     raise
                 errors[method.name] = error.message
         return errors
@@ -301,15 +317,18 @@ class _TrialRuns:
     async def rounds(self, methods: Sequence[Method]) -> list[dict[str, Run]]:
         """Return the run of each method for every round, all of them over the same stages."""
         rounds: list[dict[str, Run]] = []
-        invalid, is_decided = 0, self.spec.is_decided
+        invalid, is_decided, spending = 0, self.spec.is_decided, self.spec.spending
         while len(rounds) < self.spec.rounds or not (is_decided is None or is_decided(rounds)):
             runs: dict[str, Run] = {}
+            before_s = spending.spent_s
             for method in self.rng.sample(methods, len(methods)):
                 runs[method.name] = await self._run_with_retry(self.spec.workload, method)
             routes = {run.route for run in runs.values()}
             is_valid = len(routes) == 1 and not any(run.is_invalid for run in runs.values())
             if is_valid and (not rounds or routes <= {run.route for run in rounds[0].values()}):
                 rounds.append(runs)
+                if (missing := self.spec.rounds - len(rounds)) > 0:  # what cannot be finished is given up at once
+                    spending.check(missing * (spending.spent_s - before_s))
                 continue
             rounds, invalid = [runs] if is_valid else rounds, invalid + 1  # another route: the comparison begins anew
             if invalid > MAX_INVALID:
@@ -319,44 +338,53 @@ class _TrialRuns:
 
     async def _run_with_retry(self, workload: TrialWorkload, method: Method) -> Run:
         """Run a method once it is ready and the peers have room: peers build a variant when it is asked for."""
-        began_s = trio.current_time()
+        began_s, cuts = trio.current_time(), 0
         is_trial = self.spec.kind is ObservationKind.PROBE
-        patience_s = min(max(LEAST_PATIENCE_S, PATIENCE * self.run_s), MOST_PATIENCE_S) if is_trial else math.inf
         while True:
-            gives_way = self.spec.is_background and trio.current_time() < began_s + patience_s
+            now_s = trio.current_time()
+            until_s = now_s + MAX_WAIT_S if is_trial else began_s + BUSY_TIMEOUT_S
+            gives_way = self.spec.is_background and cuts < MAX_CUTS and await self._finds_gap(until_s)
+            if self.spec.is_background and not (gives_way or is_trial):
+                raise JobError(JobErrorCode.FULL, "users' jobs leave no gap")
             try:
                 return await self._run(workload, method, gives_way=gives_way)
+            except _CutOff:
+                cuts += 1
+                continue
             except JobError as error:
                 is_in_the_way = self.spec.is_background and error.code is JobErrorCode.FULL
                 limit_s = BUSY_TIMEOUT_S if is_in_the_way else READY_TIMEOUT_S
                 if error.retry_after_s is None or trio.current_time() > began_s + limit_s:
                     raise
                 if error.code is not JobErrorCode.FULL:
-                    self.stages = ()  # a stage may be gone: the round is invalid then, and begun anew elsewhere
+                    # A stage may be gone: the round is invalid then, and begun anew elsewhere.
+                    self.stages = () if is_trial else self.spec.stages
             await trio.sleep(RETRY_S * self.rng.uniform(0.5, 2))
-            if self.spec.is_background:
-                await self._wait_for_gap(began_s + min(patience_s, BUSY_TIMEOUT_S))
 
-    async def _wait_for_gap(self, until_s: float) -> None:
-        """Wait until no user's job of this node runs, or until a time."""
-        with trio.move_on_at(until_s):
-            while self._is_in_the_way():  # noqa: ASYNC110  # jobs begin and end without notice
-                await trio.sleep(GIVE_WAY_S)
+    async def _finds_gap(self, until_s: float) -> bool:
+        """Wait for a gap between this node's jobs, until a time; return whether there was one."""
+        idle_s = 0.0
+        while idle_s < GAP_S and trio.current_time() < until_s:
+            await trio.sleep(GIVE_WAY_S)
+            idle_s = 0.0 if self._is_in_the_way() else idle_s + GIVE_WAY_S
+        return idle_s >= GAP_S
 
     def _is_in_the_way(self) -> bool:
         statistics = self.coordinator.statistics
         return statistics.running > statistics.trials_running
 
     async def _run(self, workload: TrialWorkload, method: Method, *, gives_way: bool) -> Run:
-        """Have a method do a workload once, with new prompts. `gives_way`: to a job of this node, by JobError."""
+        """Have a method do a workload once, with new prompts. `gives_way`: to a job of this node, by _CutOff."""
         done: list[ServedJob] = []
-        errors: list[JobError] = []
+        errors: list[JobError | _CutOff] = []
         spending = self.spec.spending
+        is_paced = self.spec.is_background and not gives_way
+        limit_s = spending.left_s / (BACKGROUND_SHARE if is_paced else 1)
 
         async def give_way() -> None:
             while not self._is_in_the_way():  # noqa: ASYNC110  # jobs begin without notice
                 await trio.sleep(GIVE_WAY_S)
-            errors.append(JobError(JobErrorCode.FULL, "users' jobs came", retry_after_s=RETRY_S))
+            errors.append(_CutOff())
             nursery.cancel_scope.cancel()
 
         async def run_job(prompt: tuple[int, ...]) -> None:
@@ -369,8 +397,9 @@ class _TrialRuns:
                 ignore_eos=True,
                 quality=self.spec.quality,
                 method=method.name,
+                objective=self.spec.route_for,
                 background=self.spec.is_background,
-                stages=self.spec.stages or self.stages,
+                stages=self.stages,
             )
             try:
                 async with self.coordinator.submit(request, done.append) as events:
@@ -384,7 +413,7 @@ class _TrialRuns:
         async with self.lock:
             began_s = trio.current_time()
             try:
-                with trio.move_on_after(max(0.0, spending.limit_s - spending.spent_s)) as limit:
+                with trio.move_on_after(limit_s) as limit:
                     async with trio.open_nursery() as watching:
                         if gives_way:
                             watching.start_soon(give_way)
@@ -396,12 +425,17 @@ class _TrialRuns:
                 took_s, is_done = trio.current_time() - began_s, len(done) == len(prompts)
                 spending.charge(took_s, Run(jobs=done), is_done=is_done)
         if limit.cancelled_caught:
-            raise JobError(JobErrorCode.FAILED, f"the trial took longer than the {spending.limit_s:.0f} s that it may")
+            spending.check(math.inf)
         if errors:
             raise errors[0]
-        self.run_s = max(self.run_s, took_s)
+        if fault := self.spec.route_fault(done[0]):
+            raise JobError(JobErrorCode.FAILED, fault)
         self.stages = tuple(Stage(stage.peer, stage.blocks) for stage in done[0].result.route)
         return Run(jobs=done)
+
+
+class _CutOff(Exception):
+    """A run has ended for a job of this node."""
 
 
 def _methods_of(spec: TrialSpec, manifest: Manifest) -> dict[str, Method]:
@@ -412,38 +446,3 @@ def _methods_of(spec: TrialSpec, manifest: Manifest) -> dict[str, Method]:
         raise JobError(JobErrorCode.INVALID, str(error)) from None
     offered = methods or portfolio(manifest.format, weight_type(manifest), spec.workload.task_kind)
     return {method.name: method for method in (offered[0].baseline, *offered)}
-
-
-def shared_tokens(workload: TrialWorkload) -> int:
-    """Return the length of the jobs' common prefix."""
-    return round(workload.shared_prefix_share * workload.prompt_tokens)
-
-
-def make_prompts(
-    text: Sequence[int], workload: TrialWorkload, rng: random.Random, common: Sequence[int] | None = None
-) -> list[tuple[int, ...]]:
-    """Return the prompts of one run: pieces of sample text, each with a beginning of its own behind the common prefix.
-
-    The end of each repeats a phrase, as far as the workload says. `common`: where other runs have the same prefix.
-    """
-    common = _piece(text, shared_tokens(workload), rng) if common is None else common
-    own = workload.prompt_tokens - len(common)
-    repeated = min(own, round(workload.repetitiveness * workload.prompt_tokens))
-    prompts: list[tuple[int, ...]] = []
-    for _ in range(workload.concurrency):
-        phrase = _anywhere(text, PHRASE_TOKENS, rng)
-        again = (phrase * (repeated // PHRASE_TOKENS + 1))[:repeated]
-        prompts.append((*common, *_piece(text, own - repeated, rng), *again))
-    return prompts
-
-
-def _piece(text: Sequence[int], count: int, rng: random.Random) -> list[int]:
-    """Return `count` tokens of text from a random place, begun with a random nonce."""
-    nonce = [rng.choice(text) for _ in range(min(count, NONCE_TOKENS))]
-    return [*nonce, *_anywhere(text, count - len(nonce), rng)]
-
-
-def _anywhere(text: Sequence[int], count: int, rng: random.Random) -> list[int]:
-    """Return `count` tokens of text from a random place, wrapping around at its end."""
-    start = rng.randrange(len(text))
-    return [text[(start + offset) % len(text)] for offset in range(count)]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from node.coordinator.observation import ServedJob
 from node.coordinator.trial_runner import BenchmarkRunner, Run, Spending, TrialSpec
 from node.selection.trial_scheduler import TrialRequest
 from protocol.measurements import Objective, ObservationKind, QualityBound, TaskKind
@@ -42,6 +43,10 @@ class AdoptionTrials:
                 return math.log(run.cost_s(objective))
             return math.log(run.ttft_s + run.tpot_s * (context.max_tokens - 1))
 
+        def other_hardware(job: ServedJob) -> str | None:
+            is_other = job.context.hardware != context.hardware
+            return "the stages of the jobs are gone, and others have other hardware" if is_other else None
+
         def enough(rounds: Sequence[Mapping[str, Run]]) -> bool:
             costs = [{name: log_cost(run) for name, run in runs.items()} for runs in rounds]
             plain = baseline_of(request.in_use).name
@@ -66,6 +71,9 @@ class AdoptionTrials:
                 objectives=[objective],
                 kind=ObservationKind.PROBE,
                 quality=QualityBound(context.quality),
+                stages=request.stages,
+                route_for=Objective(context.objective),
+                route_fault=other_hardware,
             )
         )
 

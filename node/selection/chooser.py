@@ -263,7 +263,11 @@ class LearnedChooser:
             names = {choice.in_use, *probes}
             methods = [method for method in choice.request.admitted if method.name in names]
             request = TrialRequest(
-                model=choice.request.model, context=choice.request.context, methods=methods, in_use=choice.in_use
+                model=choice.request.model,
+                context=choice.request.context,
+                methods=methods,
+                in_use=choice.in_use,
+                stages=choice.request.stages,
             )
             self.trials.request(choice.bucket, request)
 

@@ -14,7 +14,7 @@ from node.coordinator.submission import JobError
 from node.coordinator.trial_runner import Spending
 from node.storage.adoption_store import AdoptionStore
 from node.storage.database import StorageError
-from protocol.identity import ModelId
+from protocol.identity import ModelId, Stage
 from selector.adoption import MAX_BUCKETS, Adoption, ExplorationAllowance, TrialRecord
 from selector.task import Method, TaskContext, baseline_of
 from selector.task_buckets import effective_switches
@@ -37,12 +37,16 @@ _logger = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialRequest:
-    """Methods to compare on tasks like this one. `in_use`: the one of them that the others have to beat."""
+    """Methods to compare on tasks like this one. `in_use`: the one of them that the others have to beat.
+
+    `stages`: the route of the job that asked for it.
+    """
 
     model: ModelId
     context: TaskContext
     methods: Sequence[Method]
     in_use: str
+    stages: tuple[Stage, ...] = ()
 
 
 class TrialRunner(Protocol):

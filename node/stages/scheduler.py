@@ -27,7 +27,7 @@ PREFILL_ROWS: Final = 512
 Scored rows, which take longer, are cut to as many in any case: else a long prompt would look like a stage that hangs.
 """
 
-STATIC_PATIENCE_S: Final = 1.0
+STATIC_MAX_WAIT_S: Final = 1.0
 """How long a static batch waits for its own rows before another forms: its sessions may be stuck elsewhere."""
 
 STALL_BOUND_S: Final = 0.25
@@ -42,6 +42,14 @@ STEP_ROWS: Final = (32, 64, 128, 256, 512)
 _SMOOTHING: Final = 0.2
 _MIN_ROWS: Final = 16
 """Steps with fewer rows show little of the cost of a row."""
+
+
+BACKGROUND_SHARE: Final = 0.1
+"""Share of the time that measurements get while users' sessions are open.
+
+They neither stop, which would lose what was computed, nor take turns with the users' rows, which would double the time
+of each token.
+"""
 
 
 class Batching(enum.StrEnum):
@@ -74,7 +82,8 @@ class Work(Generic[L]):
     `part.session` is the session's id here. `coordinator`: whose job they belong to. `origin`: where their credit is
     returned; `payload_bytes`: how much that is, which need not be the tensor's size. `received_s`: when they arrived;
     `arrived_s`: when they could be queued, with their drafts. `held_rows`: rows as they arrived, whose memory is free
-    once these are computed. `is_scored`: whether tokens of the prompt behind them are scored.
+    once these are computed. `is_scored`: whether tokens of the prompt behind them are scored. `is_background`: whether
+    they are of a measurement, for which no user waits.
     """
 
     part: Slice
@@ -86,6 +95,7 @@ class Work(Generic[L]):
     received_s: float = 0.0
     held_rows: int = 0
     is_scored: bool = False
+    is_background: bool = False
 
     @property
     def session(self) -> SessionId:
@@ -129,6 +139,12 @@ class Scheduler(Generic[L]):
         self._members: set[SessionId] = set()
         self._member_step_s = 0.0
         self._served: dict[PeerId, int] = {}
+        self._users: set[SessionId] = set()
+        """Sessions that somebody waits for."""
+        self._background_began_s: float | None = None
+        """When the last step began, if it has rows of a measurement."""
+        self._background_from_s = 0.0
+        """When the next step with such rows may begin while there are users."""
 
     @property
     def rows(self) -> int:
@@ -137,6 +153,8 @@ class Scheduler(Generic[L]):
 
     def add(self, work: Work[L]) -> None:
         """Queue rows."""
+        if not work.is_background:
+            self._users.add(work.session)
         queue = self._waiting.setdefault(work.session, deque())
         while work.is_scored and work.rows - work.part.draws > PREFILL_ROWS:
             piece, work = work.cut(PREFILL_ROWS)
@@ -161,12 +179,18 @@ class Scheduler(Generic[L]):
         self._held.discard(session)
         self._decoding.discard(session)
         self._members.discard(session)
-        self.changed.set()  # a static batch may be over with it
+        self._users.discard(session)
+        self.changed.set()  # a static batch may be over with it, or measurements have the engine for themselves
 
     def next_batch(self, now_s: float) -> list[Work[L]]:
-        """Remove and return the rows of the next step, at most MAX_SLICES slices; none if no session may go yet."""
-        ready = (queue[0] for session, queue in self._waiting.items() if session not in self._held)
-        heads = sorted(ready, key=lambda work: work.arrived_s)
+        """Remove and return the rows of the next step, at most MAX_SLICES slices; none if no session may go yet.
+
+        Call it when the step before is over.
+        """
+        if self._background_began_s is not None:
+            took_s, self._background_began_s = now_s - self._background_began_s, None
+            self._background_from_s = now_s + took_s * (1 / BACKGROUND_SHARE - 1)
+        heads = sorted(self._heads(now_s), key=lambda work: work.arrived_s)
         match self.policy.batching:
             case Batching.ONE:
                 chosen = heads[:1]
@@ -181,6 +205,8 @@ class Scheduler(Generic[L]):
                 del self._waiting[work.session]
             if work.part.draws:
                 self._decoding.add(work.session)
+            if work.is_background:
+                self._background_began_s = now_s
         waiting = {queue[0].coordinator for queue in self._waiting.values()}
         self._served = {peer: rows for peer, rows in self._served.items() if peer in waiting}
         return chosen
@@ -188,12 +214,24 @@ class Scheduler(Generic[L]):
     def next_chance_s(self, now_s: float) -> float | None:
         """Return when waiting rows may go without new ones arriving; None if that is not foreseen."""
         if self._waiting and self.policy.batching is Batching.STATIC:
-            return max(now_s, self._member_step_s + STATIC_PATIENCE_S)
+            return max(now_s, self._member_step_s + STATIC_MAX_WAIT_S)
+        if self._waiting and self._is_paced(now_s):
+            return self._background_from_s
         return None
+
+    def _is_paced(self, now_s: float) -> bool:
+        """Return whether measurements have had their share of the time for now."""
+        return bool(self._users) and now_s < self._background_from_s
+
+    def _heads(self, now_s: float) -> Iterable[Work[L]]:
+        """Return the first rows of each session that may go."""
+        is_paced = self._is_paced(now_s)
+        heads = (queue[0] for session, queue in self._waiting.items() if session not in self._held)
+        return (work for work in heads if not (is_paced and work.is_background))
 
     def _static(self, heads: list[Work[L]], now_s: float) -> list[Work[L]]:
         ready = [work for work in heads if work.session in self._members]
-        if not ready and (not self._members or now_s >= self._member_step_s + STATIC_PATIENCE_S):
+        if not ready and (not self._members or now_s >= self._member_step_s + STATIC_MAX_WAIT_S):
             ready = heads
             self._members = {work.session for work in heads[:MAX_SLICES]}
         if ready:
@@ -213,7 +251,7 @@ class Scheduler(Generic[L]):
         taken = 0
         for work in self._fairly(prompts):
             # Decoding sessions may be at another stage just now: their rows will arrive here soon.
-            bounded = bool(self._decoding - {work.session})
+            bounded = bool(self._delayed_by(work) - {work.session})
             room = (budget if bounded else PREFILL_ROWS) - taken
             if room <= 0 or len(chosen) == MAX_SLICES:
                 break
@@ -224,6 +262,12 @@ class Scheduler(Generic[L]):
             taken += piece.rows
             self._served[work.coordinator] += piece.rows
         return chosen
+
+    def _delayed_by(self, work: Work[L]) -> set[SessionId]:
+        """Return the sessions for whose sake a prompt is cut: the users' that decode, and of a measurement's all."""
+        if not self._users:
+            return self._decoding
+        return self._users if work.is_background else self._decoding & self._users
 
     def _fairly(self, prompts: list[Work[L]]) -> Iterable[Work[L]]:
         """Yield prompts, oldest first, of the coordinator served least so far: many jobs give no claim to more."""

@@ -299,6 +299,7 @@ class StageSession:
             received_s=now_s,
             held_rows=part.rows,
             is_scored=self._scored_rows(part) > 0,
+            is_background=self.request.background,
         )
         if self._tracker is not None:
             self._queue_with_drafts(self._tracker, work)

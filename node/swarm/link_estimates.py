@@ -12,16 +12,15 @@ from node.swarm.directory import Directory
 from protocol.capabilities import Links, Neighbour
 from protocol.identity import PeerId
 from selector.reachability import is_relayed
-from selector.routing import Link
+from selector.routing import UNKNOWN_BYTES_PER_S, Link
 
 HANDLING_S = 0.003
 """Handling time of a message at both ends, besides its transfer."""
 
 UNKNOWN_ROUND_TRIP_S = 0.02
-UNKNOWN_BYTES_PER_S = 50e6
 
 
-NO_LINK: Final = Link(math.inf, UNKNOWN_BYTES_PER_S)
+NO_LINK: Final = Link(math.inf, UNKNOWN_BYTES_PER_S, is_round_trip_known=False, is_rate_known=False)
 """Between peers of which the one cannot open a stream to the other."""
 
 
@@ -61,19 +60,28 @@ class LinkEstimates:
         bytes_per_s = min(link.bytes_per_s, self._directory.relay_rate(relay))
         if self._measured_s(a, b, there, back) is not None:
             # What was measured through the circuit contains both its ways.
-            return Link(link.round_trip_s, bytes_per_s)
+            return link._replace(bytes_per_s=bytes_per_s)
         legs = (self._unrelayed(a, relay), self._unrelayed(relay, b))
-        return Link(sum(leg.round_trip_s for leg in legs), min(bytes_per_s, *(leg.bytes_per_s for leg in legs)))
+        return Link(
+            sum(leg.round_trip_s for leg in legs),
+            min(bytes_per_s, *(leg.bytes_per_s for leg in legs)),
+            is_round_trip_known=all(leg.is_round_trip_known for leg in legs),
+            is_rate_known=all(leg.is_rate_known for leg in legs),
+        )
 
     def _unrelayed(self, a: PeerId, b: PeerId) -> Link:
         """Return the link as measured, else guessed, whatever relays the peers claim to have."""
         there, back = self._announced(a, b), self._announced(b, a)
         rates = (there and there.upload_bytes_per_s, back and back.download_bytes_per_s)
         known = [rate for rate in rates if rate]
-        round_trip_s = self._measured_s(a, b, there, back)
-        if round_trip_s is None:
-            round_trip_s = self._guessed_s(a, b)
-        return Link(round_trip_s + HANDLING_S, min(known, default=UNKNOWN_BYTES_PER_S))
+        measured_s = self._measured_s(a, b, there, back)
+        round_trip_s = self._guessed_s(a, b) if measured_s is None else measured_s
+        return Link(
+            round_trip_s + HANDLING_S,
+            min(known, default=UNKNOWN_BYTES_PER_S),
+            is_round_trip_known=measured_s is not None,
+            is_rate_known=bool(known),
+        )
 
     def _relay_between(self, a: PeerId, b: PeerId) -> PeerId | None:
         """Return the relay that two peers need, or have; the nearest to us of several."""

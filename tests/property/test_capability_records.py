@@ -30,7 +30,7 @@ from protocol.figures import (
     MIN_FIGURE,
 )
 from protocol.identity import PeerId, peer_id_from_public_key
-from protocol.limits import MAX_NAME_BYTES
+from protocol.limits import MAX_HARDWARE_BYTES, MAX_NAME_BYTES
 from protocol.records import seal, verify_record
 from protocol.schema import from_map, to_map
 from tests.support.capabilities import EPYC, key_of, peer_of
@@ -132,8 +132,8 @@ def test_capabilities_round_trip_through_json(said: Capabilities) -> None:
 def test_hardware_class_is_short_and_canonical(said: Capabilities) -> None:
     found = hardware_class(said)
     assert found.isascii()
-    assert len(found) <= 128
-    assert found.count("/") in {3, 4}
+    assert len(found) <= MAX_HARDWARE_BYTES
+    assert found.count("/") in {3, 4, 5}
     assert " " not in found
     assert all(found.split("/"))
 

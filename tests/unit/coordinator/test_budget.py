@@ -11,10 +11,15 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, TextDelta
+from node.coordinator.observation import Recorder
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, JobStarted, TextDelta
+from node.coordinator.trial_runner import BenchmarkRunner
+from node.identity import Identity
+from node.selection.adoption_trials import AdoptionTrials
 from node.selection.chooser import LearnedChooser
 from node.selection.prediction_cache import PredictionCache
-from protocol.measurements import Objective
+from protocol.measurements import Objective, ObservationKind
+from protocol.observations import SignedObservation
 from protocol.tensors import Pooling
 from tests.support.capabilities import EPYC
 from tests.support.job_peers import Peer, Swarm, open_swarm
@@ -26,8 +31,8 @@ FAST_PRICE, SLOW_PRICE = 40.0, 1.0
 class Market:
     """A fast, expensive peer, a slow, cheap one, and a node without blocks that submits jobs."""
 
-    def __init__(self, swarm: Swarm, fast: Peer, slow: Peer, client: Peer) -> None:
-        self.swarm, self.fast, self.slow, self.client = swarm, fast, slow, client
+    def __init__(self, swarm: Swarm, fast: Peer, slow: Peer, client: Peer, chooser: LearnedChooser) -> None:
+        self.swarm, self.fast, self.slow, self.client, self.chooser = swarm, fast, slow, client, chooser
         self.results: list[JobResult] = []
 
     async def run(self, prompt_tokens: int = 40, **wanted: Any) -> JobResult:
@@ -38,14 +43,14 @@ class Market:
 
 
 @asynccontextmanager
-async def market() -> AsyncIterator[Market]:
-    chooser = LearnedChooser(PredictionCache(), random.Random(1), share=0.0)
+async def market(share: float = 0.0, **shape: Any) -> AsyncIterator[Market]:
+    chooser = LearnedChooser(PredictionCache(), random.Random(1), share=share)
     async with open_swarm() as swarm:
         fast, slow = [
-            await swarm.join((0, 9), step_s=step_s, capabilities=replace(EPYC, price=price))
+            await swarm.join((0, 9), step_s=step_s, capabilities=replace(EPYC, price=price), **shape)
             for step_s, price in ((FAST_S, FAST_PRICE), (SLOW_S, SLOW_PRICE))
         ]
-        found = Market(swarm, fast, slow, await swarm.join(chooser=chooser))
+        found = Market(swarm, fast, slow, await swarm.join(chooser=chooser), chooser)
         await swarm.settle()
         for objective in (Objective.LATENCY, Objective.COST) * 3:  # both peers were measured
             await found.run(objective=objective)
@@ -182,6 +187,34 @@ async def test_an_embedding_tells_the_cost_that_its_budget_was_compared_with(vir
         assert refused.value.code is JobErrorCode.OVER_BUDGET
 
 
+async def test_affordable_peer_that_is_full_is_worth_a_retry(virtual_clock: MockClock) -> None:
+    async with market(kv_positions=256) as swarm, trio.open_nursery() as nursery:
+        frugal = JobRequest(model="fake", prompt_tokens=(9,) * 40, max_tokens=16, budget=2.0, ignore_eos=True)
+        long = replace(frugal, prompt_tokens=(5,) * 64, max_tokens=256 - 64 - 40, budget=20.0)
+        async with swarm.client.coordinator.submit(replace(long, objective=Objective.COST)):
+            for _ in range(2):  # before and after the peer has announced it
+                with pytest.raises(JobError, match="no room now") as refused:
+                    await swarm.client.run(frugal)
+                assert refused.value.code is JobErrorCode.FULL
+                assert refused.value.retry_after_s
+                await trio.sleep(3)
+        assert [each.peer for each in (await swarm.client.run(frugal)).route] == [swarm.slow.id]
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_budget_binds_until_there_are_tokens(virtual_clock: MockClock) -> None:
+    async with market() as swarm:
+        request = JobRequest(model="fake", prompt_tokens=(9,) * 400, max_tokens=60, budget=6.0, ignore_eos=True)
+        async with swarm.client.coordinator.submit(request) as events:
+            assert isinstance(await anext(events), JobStarted)
+            assert swarm.slow.held()[0] == 1
+            swarm.swarm.hub.kill(swarm.slow.id)
+            with pytest.raises(JobError, match=r"no peer is left .* within the budget 6 ") as refused:
+                await anext(events)
+            assert refused.value.retry_after_s
+        assert swarm.fast.held()[0] == 0
+
+
 async def test_a_task_is_explained_for_its_objective_within_its_budget(virtual_clock: MockClock) -> None:
     async with market() as swarm:
         job = JobRequest(model="fake", prompt_tokens=(5,) * 40, max_tokens=16)
@@ -196,3 +229,28 @@ async def test_a_task_is_explained_for_its_objective_within_its_budget(virtual_c
         with pytest.raises(JobError, match="the cheapest is") as refused:
             await consider(replace(job, budget=0.1 * cost), {})
         assert refused.value.code is JobErrorCode.OVER_BUDGET
+
+
+async def test_trials_run_on_the_route_of_the_jobs_they_are_for(virtual_clock: MockClock) -> None:
+    found: list[SignedObservation] = []
+
+    async def publish(observation: SignedObservation) -> None:
+        await trio.lowlevel.checkpoint()
+        found.append(observation)
+
+    async with market(share=0.1) as swarm, trio.open_nursery() as nursery:
+        poor = await swarm.run(prompt_tokens=160, budget=2.0)
+        assert [each.peer for each in poor.route] == [swarm.slow.id]
+        coordinator = swarm.client.coordinator
+        runner = AdoptionTrials(BenchmarkRunner(coordinator, Recorder(Identity(b"3" * 32), publish)))
+        nursery.start_soon(swarm.chooser.trials.run, runner, lambda: coordinator.statistics.running > 0)
+        while swarm.chooser.allowance.trials < 3:
+            await trio.sleep(1)
+        nursery.cancel_scope.cancel()
+    probes = [each.observation for each in found]
+    assert {each.kind for each in probes} == {ObservationKind.PROBE}
+    assert {(each.workload.objective, each.workload.prompt_tokens, each.route[0].peer) for each in probes} == {
+        (Objective.LATENCY, 40, swarm.fast.id),
+        (Objective.THROUGHPUT, 40, swarm.slow.id),  # for the jobs that were to be cheap: what computes least
+        (Objective.LATENCY, 160, swarm.slow.id),  # the fast peer is over that job's budget
+    }

@@ -12,12 +12,11 @@ from trio.testing import MockClock
 from node.coordinator.planner import Planner, RouteNeed, RouteTiming
 from node.coordinator.swarm_view import Finder, SwarmView
 from node.swarm.directory import Candidate
-from node.swarm.link_estimates import UNKNOWN_BYTES_PER_S
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from protocol.messages import Load
 from selector.cuts import Cuts
 from selector.reliability import LAG_BACKOFF_S, PeerRecord
-from selector.routing import Demand, Link, Links, NoRouteError
+from selector.routing import UNKNOWN_BYTES_PER_S, Demand, Link, Links, NoRouteError
 
 A, B, C = (PeerId(name) for name in "abc")
 DEMAND = Demand(block_count=9, prompt_rows=900, new_tokens=100, row_bytes=1000)
@@ -171,12 +170,12 @@ async def test_unmeasured_peer_is_given_its_claimed_time_within_bounds() -> None
 
 
 def test_transfer_limit_follows_bandwidth_within_bounds() -> None:
-    def way_s(bytes_per_s: float) -> float:
-        planner = make_planner(Nobody(), lambda a, b: Link(0.01, bytes_per_s), A)
+    def way_s(bytes_per_s: float, *, known: bool = True) -> float:
+        planner = make_planner(Nobody(), lambda a, b: Link(0.01, bytes_per_s, is_rate_known=known), A)
         return planner.way_s(NEED, Stage(A, BlockRange(0, 4)), Stage(B, BlockRange(4, 9)), 2000)
 
     assert way_s(1e8) == pytest.approx(0.02)
-    assert way_s(UNKNOWN_BYTES_PER_S) == pytest.approx(4.0)
+    assert way_s(UNKNOWN_BYTES_PER_S, known=False) == pytest.approx(4.0)
     assert way_s(1.0) == pytest.approx(4.0), "what a peer says of its link is believed within bounds"
 
 

@@ -2,6 +2,8 @@
 
 import math
 import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,14 +12,20 @@ from trio.testing import MockClock
 
 from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError, JobRequest
-from node.coordinator.trial_runner import BenchmarkRunner, Spending, TrialSpec, make_prompts
+from node.coordinator.trial_prompts import make_prompts
+from node.coordinator.trial_runner import BenchmarkRunner, Run, Spending, TrialSpec
 from node.engine.interface import REFERENCE
 from node.identity import Identity
+from node.selection.adoption_trials import AdoptionTrials
+from node.selection.trial_scheduler import TrialRequest
+from node.testing.fake_engine import FAKE_MODEL
+from protocol.capabilities import Memory
 from protocol.identity import BlockRange, Stage
 from protocol.measurements import Objective, ObservationKind, QualityBound
 from protocol.observations import SignedObservation
 from selector.task import BASELINE, method
 from selector.workloads import TrialWorkload
+from tests.support.capabilities import EPYC
 from tests.support.job_peers import Peer, Swarm, open_swarm
 
 FUSED = method(engine="fused")
@@ -115,6 +123,31 @@ async def test_trial_that_has_overdrawn_its_limit_ends_with_the_reason(virtual_c
         assert not kept.observations
 
 
+async def test_rounds_begin_anew_on_another_route(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        for _ in range(2):
+            await swarm.join((0, 9))
+        client = await swarm.join()
+        await swarm.settle()
+        kept, counts = Kept(), []
+        trials = BenchmarkRunner(client.coordinator, Recorder(Identity(b"7" * 32), kept.publish))
+
+        def lose_a_stage_after_two_rounds(rounds: Sequence[Mapping[str, Run]]) -> bool:
+            counts.append(len(rounds))
+            if counts == [1, 2]:
+                [stage] = rounds[0][FUSED.name].route
+                swarm.hub.kill(stage.peer)
+            return len(rounds) == 3
+
+        trial = await trials.run(spec(rounds=1, is_decided=lose_a_stage_after_two_rounds))
+        assert counts[:2] == [1, 2]
+        assert counts[-3:] == [1, 2, 3], "none of the rounds before counts"
+        assert [len(tried.runs) for tried in (trial.baseline, *trial.methods)] == [3, 3]
+        assert len({run.route for tried in (trial.baseline, *trial.methods) for run in tried.runs}) == 1
+        assert len({each.observation.route for each in kept.observations}) == 1
+        assert len(kept.observations) == 3 * 2
+
+
 async def test_unavailable_method_does_not_fail_the_trial(virtual_clock: MockClock) -> None:
     lossy = method(engine="fused", arithmetic="int8")
     async with open_swarm() as swarm:
@@ -161,3 +194,32 @@ async def test_all_runs_take_one_route_and_wait_for_it(virtual_clock: MockClock)
         assert {stage.peer for each in kept.observations for stage in each.observation.route} == {chosen.peer}
         trial = await trials.run(spec(workload=short))
         assert len({run.route for tried in (trial.baseline, *trial.methods) for run in tried.runs}) == 1
+
+
+async def test_trial_whose_route_is_gone_goes_on_with_like_hardware_only(virtual_clock: MockClock) -> None:
+    small = replace(EPYC, memory=Memory(total_bytes=8 << 30, available_bytes=1 << 30))
+    async with open_swarm() as swarm:
+        client, lost = await swarm.join(), await swarm.join((0, 9))
+        other = await swarm.join((0, 9), step_s=0.05, capabilities=small)
+        await swarm.settle()
+        kept = Kept()
+        trials = AdoptionTrials(BenchmarkRunner(client.coordinator, Recorder(Identity(b"7" * 32), kept.publish)))
+        served = await client.coordinator.consider(JobRequest(model="fake", prompt="1", max_tokens=8), {})
+        assert [stage.peer for stage in served.route] == [lost.id]
+        request = TrialRequest(
+            model=FAKE_MODEL,
+            context=served.context,
+            methods=[BASELINE, FUSED],
+            in_use=BASELINE.name,
+            stages=served.route,
+        )
+        swarm.hub.kill(lost.id)
+        with pytest.raises(JobError, match="other hardware"):
+            await trials.run(request, Spending())
+        assert not kept.observations
+        swarm.hub.kill(other.id)
+        like = await swarm.join((0, 9))
+        swarm.peers = [client, like]
+        await swarm.settle()
+        assert FUSED.name in await trials.run(request, Spending())
+        assert {each.observation.route[0].peer for each in kept.observations} == {like.id}

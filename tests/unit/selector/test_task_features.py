@@ -14,7 +14,7 @@ from protocol.stage_facts import DeviceKind, StageFacts
 from selector.dataset import FloatArray, Pairs
 from selector.features import PHYSICS, physics
 from selector.task import PORTFOLIO, TaskContext, method
-from selector.task_features import FEATURES, tabulate
+from selector.task_features import FEATURES, tabulate, transfer_s
 from tests.support.capabilities import EPYC, H100
 
 MEASURED = replace(
@@ -111,6 +111,16 @@ def test_route_is_as_fast_as_its_blocks_and_knows_its_bottleneck() -> None:
     assert 2 ** feature(mixed, "l_bw") == pytest.approx(30 / (10 / 32e9 + 20 / 8e9))
     assert 2 ** feature(mixed, "l_bw_least") == pytest.approx(8e9)
     assert feature(mixed, "l_transfer") > feature(alone, "l_transfer")
+
+
+def test_link_that_was_not_measured_is_no_feature() -> None:
+    known = facts(MEASURED, 10)
+    for unknown in (replace(known, link_bytes_per_s=None), replace(known, round_trip_s=None)):
+        context = task(unknown, known, known)
+        names = ("l_link", "l_transfer") if unknown.link_bytes_per_s is None else ("l_round_trip", "l_round_trip_most")
+        missing = {name for name in FEATURES if math.isnan(feature(context, name))}
+        assert missing - {name for name in FEATURES if math.isnan(feature(task(known, known, known), name))} == {*names}
+        assert transfer_s(context) > 0, "for what has to be decided it is taken for a usual link"
 
 
 def test_names_are_no_features() -> None:

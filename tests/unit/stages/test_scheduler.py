@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.stages.scheduler import (
+    BACKGROUND_SHARE,
     HOLD_S,
     MIN_PREFILL_ROWS,
     PREFILL_ROWS,
     STALL_BOUND_S,
-    STATIC_PATIENCE_S,
+    STATIC_MAX_WAIT_S,
     Batching,
     PolicyController,
     Scheduler,
@@ -162,8 +163,8 @@ def test_stuck_static_batch_times_out() -> None:
     made = scheduler(Batching.STATIC, work(1))
     made.next_batch(5)
     made.add(work(2, at_s=6))
-    assert made.next_chance_s(5.5) == 5 + STATIC_PATIENCE_S
-    assert numbers(made.next_batch(5 + STATIC_PATIENCE_S)) == [2]
+    assert made.next_chance_s(5.5) == 5 + STATIC_MAX_WAIT_S
+    assert numbers(made.next_batch(5 + STATIC_MAX_WAIT_S)) == [2]
 
 
 def test_removed_session_is_forgotten() -> None:
@@ -189,7 +190,7 @@ def test_every_row_is_computed_once_and_in_order(
     computed = dict.fromkeys(range(10), 0)
     now_s = 0.0
     while made.rows:
-        now_s += 2 * STATIC_PATIENCE_S
+        now_s += 2 * STATIC_MAX_WAIT_S
         batch = made.next_batch(now_s)
         assert 0 < len(batch) <= MAX_SLICES
         assert len({each.session for each in batch}) == len(batch)
@@ -224,3 +225,43 @@ def test_policy_fixed_by_operator_stays(batching: Batching) -> None:
     controller = PolicyController(batching=batching, step_rows=256)
     for at_s in range(100):
         assert controller.observe(100, 100.0, at_s) == StagePolicy(batching, 256)
+
+
+def background(number: int, rows: int = 1, draws: int = 1) -> Work[str]:
+    return replace(work(number, rows, draws), is_background=True)
+
+
+@pytest.mark.parametrize("batching", Batching)
+def test_measurements_get_a_share_of_the_time_while_there_are_users(batching: Batching) -> None:
+    made = scheduler(batching, work(1), background(2))
+    now_s, of_measurements_s = 0.0, 0.0
+    while now_s < 100:
+        batch = made.next_batch(now_s)
+        if not batch:
+            chance_s = made.next_chance_s(now_s)
+            now_s = now_s + 0.2 if chance_s is None else chance_s  # the user's next row has come
+        for number in numbers(batch):
+            made.add(work(number) if number == 1 else background(number))
+        took_s = 0.1 if batch else 0.0
+        of_measurements_s += took_s if 2 in numbers(batch) else 0.0
+        now_s += took_s
+    assert 0.5 * BACKGROUND_SHARE * 100 < of_measurements_s < 1.2 * BACKGROUND_SHARE * 100
+
+
+def test_measurements_alone_do_not_wait() -> None:
+    made = scheduler(Batching.CONTINUOUS, work(1), background(2))
+    assert numbers(made.next_batch(0)) == [1, 2]
+    made.add(background(2))
+    assert numbers(made.next_batch(1)) == []
+    assert made.next_chance_s(1) == pytest.approx(10)
+    made.remove(session(1))
+    assert numbers(made.next_batch(2)) == [2]
+    assert made.next_chance_s(3) is None
+
+
+def test_prompt_of_a_measurement_is_cut_for_a_user_who_does_not_decode_yet() -> None:
+    made = scheduler(Batching.CONTINUOUS, work(1, 64, 0), background(2, 300, 0), step_rows=64)
+    assert numbers(made.next_batch(0)) == [1]
+    assert [each.rows for each in made.next_batch(1)] == [64]
+    made.remove(session(1))
+    assert [each.rows for each in made.next_batch(2)] == [300 - 64], "alone"

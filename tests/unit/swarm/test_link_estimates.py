@@ -4,10 +4,11 @@ import math
 from typing import Any
 
 from node.swarm.directory import Directory
-from node.swarm.link_estimates import HANDLING_S, UNKNOWN_BYTES_PER_S, UNKNOWN_ROUND_TRIP_S, LinkEstimates
+from node.swarm.link_estimates import HANDLING_S, UNKNOWN_ROUND_TRIP_S, LinkEstimates
 from protocol.announcements import Heartbeat, Reachability, Verdict
 from protocol.capabilities import Links, Neighbour
 from protocol.identity import PeerId
+from selector.routing import UNKNOWN_BYTES_PER_S
 
 A, B, C, D = map(PeerId, "abcd")
 
@@ -26,17 +27,25 @@ def test_own_pings_take_precedence_over_announced_round_trips() -> None:
 
 
 def test_remote_link_uses_either_round_trip_and_the_slower_rate() -> None:
-    assert estimates().between(B, C) == (0.004 + HANDLING_S, 5e5)
-    assert estimates().between(C, B) == (0.006 + HANDLING_S, 2e6)
+    assert estimates().between(B, C)[:2] == (0.004 + HANDLING_S, 5e5)
+    assert estimates().between(C, B)[:2] == (0.006 + HANDLING_S, 2e6)
 
 
 def test_unknown_links_get_default_estimates() -> None:
-    assert estimates().between(B, D) == (0.08 + HANDLING_S, UNKNOWN_BYTES_PER_S)
-    assert LinkEstimates(Directory(own_peer=A), A, lambda _: None, lambda _: None).between(B, D) == (
+    assert estimates().between(B, D)[:2] == (0.08 + HANDLING_S, UNKNOWN_BYTES_PER_S)
+    assert LinkEstimates(Directory(own_peer=A), A, lambda _: None, lambda _: None).between(B, D)[:2] == (
         UNKNOWN_ROUND_TRIP_S + HANDLING_S,
         UNKNOWN_BYTES_PER_S,
     )
     assert estimates().between(B, B).round_trip_s == HANDLING_S
+
+
+def test_guesses_are_told_from_what_was_measured() -> None:
+    known = {pair: estimates().between(*pair)[2:] for pair in ((B, C), (A, B), (B, D))}
+    assert known == {(B, C): (True, True), (A, B): (True, False), (B, D): (False, False)}, "round trip, rate"
+    relay = heartbeat(D, "50.0.0.1", verdict=Verdict.PUBLIC)
+    homes = [home(peer, host, relays=(D,), endpoint_dependent=True) for peer, host in ((B, "8.8.8.8"), (C, "9.9.9.9"))]
+    assert swarm(relay, *homes).between(B, C)[2:] == (False, False), "both legs are guessed"
 
 
 def heartbeat(peer: PeerId, host: str, **reachability: Any) -> Heartbeat:
@@ -86,7 +95,7 @@ def test_relayed_pair_costs_both_legs_at_most_at_the_rate_of_the_relay() -> None
     symmetric = home(B, "8.8.8.8", relays=(D,), endpoint_dependent=True)
     links = swarm(relay, symmetric, home(C, "9.9.9.9", relays=(D,)))
     legs = links.between(B, D).round_trip_s + links.between(D, C).round_trip_s
-    assert links.between(B, C) == (legs, 1e6)
+    assert links.between(B, C)[:2] == (legs, 1e6)
     # A hole is punched between ports that stay the same.
     punched = swarm(relay, home(B, "8.8.8.8", relays=(D,)), home(C, "9.9.9.9", relays=(D,)))
     assert punched.between(B, C).bytes_per_s == UNKNOWN_BYTES_PER_S
@@ -109,4 +118,4 @@ def test_only_a_public_peer_is_believed_to_relay() -> None:
 
 def test_own_circuit_is_as_slow_as_was_measured_through_it() -> None:
     relay = heartbeat(D, "50.0.0.1", verdict=Verdict.PUBLIC, relay_bytes_per_s=1e6)
-    assert swarm(relay, home(B, "8.8.8.8"), relay_to=D).between(A, B) == (0.04 + HANDLING_S, 1e6)
+    assert swarm(relay, home(B, "8.8.8.8"), relay_to=D).between(A, B)[:2] == (0.04 + HANDLING_S, 1e6)
