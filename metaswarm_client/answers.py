@@ -74,7 +74,8 @@ class PredictedCost:
 class Selection:
     """The asked node's own view of the choice of the method.
 
-    `confidence`: that no method is clearly better than the one in use; where it is too low, the `probes` get a trial.
+    `confidence`: that no method is clearly better than the one in use, None where the route does not offer that one;
+    where it is too low, the `probes` get a trial.
     """
 
     basis: str
@@ -82,7 +83,7 @@ class Selection:
     predictions: Mapping[str, PredictedCost]
     accepted: tuple[str, ...]
     explored: bool
-    confidence: float
+    confidence: float | None
     probes: tuple[str, ...]
     predicted_s: float
     predicted_speedup: float

@@ -205,6 +205,9 @@ async def test_documents_of_the_swarm(node: FakeNode) -> None:
     assert node.explained[0][1]["concurrency"] == 4
     assert (explanation.agreed, explanation.methods[0].predicted_speedup) == (FASTER, 1.8)
     assert explanation.route[0].compute_s is None, "nothing was run"
+    node.confidence = None
+    async with serve_node(node) as url:
+        assert (await ask(url, lambda swarm: swarm.explain(model="tiny"))).confidence is None
 
 
 async def test_retries_while_peers_are_full(node: FakeNode) -> None:
