@@ -33,7 +33,7 @@ from node.network.interface import NetworkError
 OTHER_ADDRESS = "127.0.0.99"
 """Where the connections come from; all of 127.0.0.0/8 is this machine."""
 DIALS = 20
-PATIENCE_S = 5.0
+TIMEOUT_S = 5.0
 TARGET_S = 1.0
 CONCURRENT_HANDSHAKES = 16
 
@@ -149,7 +149,7 @@ async def dial_often(daemon: NodeReady) -> dict[str, Any]:
         async with newcomer.running():
             started_s = trio.current_time()
             try:
-                with trio.fail_after(PATIENCE_S):
+                with trio.fail_after(TIMEOUT_S):
                     peer = await newcomer.connect(daemon.multiaddrs[0])
                     await newcomer.ping(peer)
             except (NetworkError, trio.TooSlowError):

@@ -40,7 +40,7 @@ MAX_ATTEMPTS = 5
 RECOVERY_LIMIT_S = 90.0
 """How long a running job waits for a route while known peers could take a lost stage's place.
 
-They may have to build the job's variant first (`span.BUILD_PATIENCE_S`, and the building), to load their blocks again,
+They may have to build the job's variant first (`span.BUILD_MAX_WAIT_S`, and the building), to load their blocks again,
 or to end other jobs. What the remaining stages have computed is held meanwhile.
 """
 

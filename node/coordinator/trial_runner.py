@@ -48,14 +48,15 @@ RETRY_S: Final = 1.0
 GIVE_WAY_S: Final = 0.05
 """Interval at which a background measurement looks whether it is in the way of a user's job."""
 
-PATIENCE: Final = 9.0
-"""How long each run of an adoption trial gives way to this node's jobs, in durations of the longest run so far.
+MAX_WAIT_RUNS: Final = 9.0
+"""Maximum wait of each run of an adoption trial for this node's jobs, in durations of the longest run so far.
 
 After that it goes on beside them: a node whose jobs leave no gap would otherwise never finish a trial.
 """
 
-LEAST_PATIENCE_S: Final = 5.0
-MOST_PATIENCE_S: Final = 60.0
+MAX_WAIT_FLOOR_S: Final = 5.0
+MAX_WAIT_CAP_S: Final = 60.0
+"""Bounds of that wait."""
 
 MAX_INVALID: Final = 3
 """Rounds that may be invalid, by a changed route or a lost stage, before the trial gives up."""
@@ -321,9 +322,9 @@ class _TrialRuns:
         """Run a method once it is ready and the peers have room: peers build a variant when it is asked for."""
         began_s = trio.current_time()
         is_trial = self.spec.kind is ObservationKind.PROBE
-        patience_s = min(max(LEAST_PATIENCE_S, PATIENCE * self.run_s), MOST_PATIENCE_S) if is_trial else math.inf
+        max_wait_s = min(max(MAX_WAIT_FLOOR_S, MAX_WAIT_RUNS * self.run_s), MAX_WAIT_CAP_S) if is_trial else math.inf
         while True:
-            gives_way = self.spec.is_background and trio.current_time() < began_s + patience_s
+            gives_way = self.spec.is_background and trio.current_time() < began_s + max_wait_s
             try:
                 return await self._run(workload, method, gives_way=gives_way)
             except JobError as error:
@@ -335,7 +336,7 @@ class _TrialRuns:
                     self.stages = ()  # a stage may be gone: the round is invalid then, and begun anew elsewhere
             await trio.sleep(RETRY_S * self.rng.uniform(0.5, 2))
             if self.spec.is_background:
-                await self._wait_for_gap(began_s + min(patience_s, BUSY_TIMEOUT_S))
+                await self._wait_for_gap(began_s + min(max_wait_s, BUSY_TIMEOUT_S))
 
     async def _wait_for_gap(self, until_s: float) -> None:
         """Wait until no user's job of this node runs, or until a time."""

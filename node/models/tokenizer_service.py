@@ -57,7 +57,7 @@ class TokenizerBusyError(TokenizerUnavailableError):
 class Limits:
     """Limits on interpreting a model's files.
 
-    Seconds are of processor time; `patience` times as many may pass while other processes have the processor.
+    Seconds are of processor time; `wall_factor` times as many may pass while other processes have the processor.
     `work_bytes`: of address space, beyond the loaded tokenizer. `load_bytes`: to load it, plus
     `load_bytes_per_byte` for each byte of its file.
     """
@@ -66,7 +66,7 @@ class Limits:
     render_s: float = 5.0
     encode_s: float = 10.0
     decode_s: float = 2.0
-    patience: float = 4.0
+    wall_factor: float = 4.0
     work_bytes: int = 768 << 20
     load_bytes: int = 512 << 20
     load_bytes_per_byte: int = 32
@@ -438,4 +438,4 @@ class _Worker:
 
     def _limits(self, cpu_s: float) -> dict[str, float]:
         limits = self._service.limits
-        return {"cpu_s": cpu_s, "wall_s": cpu_s * limits.patience, "memory_bytes": limits.work_bytes}
+        return {"cpu_s": cpu_s, "wall_s": cpu_s * limits.wall_factor, "memory_bytes": limits.work_bytes}

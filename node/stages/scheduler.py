@@ -27,7 +27,7 @@ PREFILL_ROWS: Final = 512
 Scored rows, which take longer, are cut to as many in any case: else a long prompt would look like a stage that hangs.
 """
 
-STATIC_PATIENCE_S: Final = 1.0
+STATIC_MAX_WAIT_S: Final = 1.0
 """How long a static batch waits for its own rows before another forms: its sessions may be stuck elsewhere."""
 
 STALL_BOUND_S: Final = 0.25
@@ -188,12 +188,12 @@ class Scheduler(Generic[L]):
     def next_chance_s(self, now_s: float) -> float | None:
         """Return when waiting rows may go without new ones arriving; None if that is not foreseen."""
         if self._waiting and self.policy.batching is Batching.STATIC:
-            return max(now_s, self._member_step_s + STATIC_PATIENCE_S)
+            return max(now_s, self._member_step_s + STATIC_MAX_WAIT_S)
         return None
 
     def _static(self, heads: list[Work[L]], now_s: float) -> list[Work[L]]:
         ready = [work for work in heads if work.session in self._members]
-        if not ready and (not self._members or now_s >= self._member_step_s + STATIC_PATIENCE_S):
+        if not ready and (not self._members or now_s >= self._member_step_s + STATIC_MAX_WAIT_S):
             ready = heads
             self._members = {work.session for work in heads[:MAX_SLICES]}
         if ready:

@@ -51,7 +51,7 @@ BEGIN_LIMIT_S = 10.0
 EXPIRY_ROUND_S = 1.0
 """How often sessions are checked for these limits."""
 
-BUILD_PATIENCE_S = 30.0
+BUILD_MAX_WAIT_S = 30.0
 """A variant waits this long for the span to be idle; then it is built beside the sessions, which slows them down."""
 
 IDLE_MOMENT_S = 1.0
@@ -234,7 +234,7 @@ class Span(EngineLoop):
 
     async def _build_loop(self) -> None:
         async for variants in self._requested:
-            with trio.move_on_after(BUILD_PATIENCE_S):
+            with trio.move_on_after(BUILD_MAX_WAIT_S):
                 await self._wait_idle()
             for variant in variants:
                 self._seen_variants.add(variant)

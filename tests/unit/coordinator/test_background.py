@@ -1,6 +1,6 @@
 """Trials are background work: they are not in the way of jobs, and make up no kinds of tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 
 import pytest
@@ -9,7 +9,7 @@ from trio.testing import MockClock
 
 from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
-from node.coordinator.trial_runner import BUSY_TIMEOUT_S, BenchmarkRunner, Spending, TrialSpec
+from node.coordinator.trial_runner import BUSY_TIMEOUT_S, MAX_WAIT_CAP_S, BenchmarkRunner, Run, Spending, TrialSpec
 from node.identity import Identity
 from node.stages.voter import StageVote
 from protocol.identity import ModelId
@@ -110,6 +110,40 @@ async def test_trial_beside_a_client_without_gaps_ends_and_seldom_runs(virtual_c
         assert spending.spent_s < 0.2 * (trio.current_time() - began_s)
         assert max(took_s) < 2 * alone_s
         assert sum(took_s) / len(took_s) < 1.1 * alone_s
+
+
+async def test_wait_of_a_long_run_for_a_gap_between_jobs_is_bounded(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9), step_s=1.0)
+        await swarm.settle()
+        trials = BenchmarkRunner(peer.coordinator, Recorder(Identity(b"3" * 32), ignore))
+        busy_since_s: list[float] = []
+
+        async def serve_without_gaps() -> None:
+            for number in count():
+                await peer.run(job(number))
+
+        def keep_the_node_busy(rounds: Sequence[Mapping[str, Run]]) -> bool:
+            if not busy_since_s:
+                busy_since_s.append(trio.current_time())
+                nursery.start_soon(serve_without_gaps)
+            return len(rounds) == 2
+
+        spec = TrialSpec(
+            model="fake",
+            methods=[FUSED.name],
+            workload=TrialWorkload(concurrency=1, prompt_tokens=16, max_tokens=20),
+            rounds=1,
+            is_decided=keep_the_node_busy,
+            kind=ObservationKind.PROBE,
+        )
+        async with trio.open_nursery() as nursery:
+            trial = await trials.run(spec)
+            took_s = trio.current_time() - busy_since_s[0]
+            nursery.cancel_scope.cancel()
+        second = [runs.runs[1].makespan_s for runs in (trial.baseline, *trial.methods)]
+        assert 9 * min(second) > MAX_WAIT_CAP_S
+        assert 0.8 * MAX_WAIT_CAP_S < took_s / 2 - sum(second) / 2 < MAX_WAIT_CAP_S + 2
 
 
 async def test_trial_gives_way_to_a_job_at_once(virtual_clock: MockClock) -> None:

@@ -307,9 +307,9 @@ async def test_many_jobs_a_third_cancelled_free_all_memory(virtual_clock: MockCl
         async def one(number: int, room: trio.CapacityLimiter) -> None:
             nonlocal done, cancelled
             prompt = (*SHARED[: rng.randrange(40)], number % 1000)
-            patience_s = rng.uniform(0, 0.3) if number % 3 == 0 else float("inf")
+            cancel_after_s = rng.uniform(0, 0.3) if number % 3 == 0 else float("inf")
             async with room:
-                with trio.move_on_after(patience_s) as scope:
+                with trio.move_on_after(cancel_after_s) as scope:
                     result = await peer.run(request(prompt, rng.randrange(1, 6), rng.choice(chosen)))
                     if number % 20 == 1:  # the right text takes its time to compute
                         assert result.token_ids == right(prompt, len(result.token_ids))

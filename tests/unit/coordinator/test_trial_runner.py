@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from trio.testing import MockClock
 
 from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError, JobRequest
-from node.coordinator.trial_runner import BenchmarkRunner, Spending, TrialSpec, make_prompts
+from node.coordinator.trial_runner import BenchmarkRunner, Run, Spending, TrialSpec, make_prompts
 from node.engine.interface import REFERENCE
 from node.identity import Identity
 from protocol.identity import BlockRange, Stage
@@ -113,6 +114,31 @@ async def test_trial_that_has_overdrawn_its_limit_ends_with_the_reason(virtual_c
         with pytest.raises(JobError, match="longer than the 5 s"):
             await trials.run(spec(spending=Spending(limit_s=5.0, spent_s=7.0)))
         assert not kept.observations
+
+
+async def test_rounds_begin_anew_on_another_route(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        for _ in range(2):
+            await swarm.join((0, 9))
+        client = await swarm.join()
+        await swarm.settle()
+        kept, counts = Kept(), []
+        trials = BenchmarkRunner(client.coordinator, Recorder(Identity(b"7" * 32), kept.publish))
+
+        def lose_a_stage_after_two_rounds(rounds: Sequence[Mapping[str, Run]]) -> bool:
+            counts.append(len(rounds))
+            if counts == [1, 2]:
+                [stage] = rounds[0][FUSED.name].route
+                swarm.hub.kill(stage.peer)
+            return len(rounds) == 3
+
+        trial = await trials.run(spec(rounds=1, is_decided=lose_a_stage_after_two_rounds))
+        assert counts[:2] == [1, 2]
+        assert counts[-3:] == [1, 2, 3], "none of the rounds before counts"
+        assert [len(tried.runs) for tried in (trial.baseline, *trial.methods)] == [3, 3]
+        assert len({run.route for tried in (trial.baseline, *trial.methods) for run in tried.runs}) == 1
+        assert len({each.observation.route for each in kept.observations}) == 1
+        assert len(kept.observations) == 3 * 2
 
 
 async def test_unavailable_method_does_not_fail_the_trial(virtual_clock: MockClock) -> None:

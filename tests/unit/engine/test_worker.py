@@ -51,7 +51,7 @@ from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, VOCABULARY, Tin
 MakeTinyModel = Callable[[str], TinyModel]
 WHOLE = BlockRange(0, BLOCKS)
 OPTIONS = EngineOptions(kv_positions=100, threads=1, device=DEVICE)
-PATIENCE_S = 60
+TIMEOUT_S = 60
 """Longer than anything here takes on a busy machine."""
 
 
@@ -99,7 +99,7 @@ async def test_spans_in_processes_give_the_tokens_of_generate(family: str, make_
         assert await decode(engines, PROMPT, COUNT, chunk=4) == tiny.tokens
         statistics = engines[1].statistics()
         assert (statistics.sessions, statistics.reserved_positions, statistics.steps) == (0, 0, 3 + COUNT - 1)
-        assert 0 < statistics.compute_s < PATIENCE_S
+        assert 0 < statistics.compute_s < TIMEOUT_S
 
 
 async def test_calls_of_one_worker(make_tiny_model: MakeTinyModel) -> None:
@@ -177,7 +177,7 @@ async def cancelled_step_does_not_affect_other_answers(engine: WorkerEngine, tin
 
 async def opening_and_closing_do_not_wait_for_a_computation(engine: WorkerEngine, tiny: TinyModel) -> None:
     async with stopped(engine):
-        with trio.fail_after(PATIENCE_S):
+        with trio.fail_after(TIMEOUT_S):
             await start(engine, session(1), 60)
             with pytest.raises(EngineFull):
                 await start(engine, session(2), 65)
@@ -238,7 +238,7 @@ async def killed_worker_fails_its_calls_with_engine_crashed(engine: WorkerEngine
             nursery.start_soon(take)
         await trio.testing.wait_all_tasks_blocked()
         os.kill(pid, signal.SIGKILL)
-        with trio.fail_after(PATIENCE_S):
+        with trio.fail_after(TIMEOUT_S):
             reason = await engine.wait_crashed()
     assert raised == [reason] * 3
     assert reason == "the worker of blocks 0-4 was killed by SIGKILL"
@@ -321,7 +321,7 @@ def test_a_worker_ends_with_its_parent() -> None:
     with subprocess.Popen(command, pass_fds=[theirs.fileno()]) as worker:
         theirs.close()
         ours.close()
-        assert worker.wait(PATIENCE_S) == 0
+        assert worker.wait(TIMEOUT_S) == 0
 
 
 def has_one_entry(folder: Path) -> bool:
@@ -412,7 +412,7 @@ async def test_what_schemas_need_is_started_beside_the_steps_and_ends_when_idle(
         async with trio.open_nursery() as nursery:
             await engine.open(session(1), 20)
             nursery.start_soon(engine.begin, session(1), options)
-            with trio.fail_after(PATIENCE_S):
+            with trio.fail_after(TIMEOUT_S):
                 while not (helpers := worker.children()):
                     await trio.sleep(0.001)
                 helpers[0].suspend()
@@ -423,7 +423,7 @@ async def test_what_schemas_need_is_started_beside_the_steps_and_ends_when_idle(
         then = await engine.step([rows(1, len(PROMPT), [ord("7") - 0x20])])
         assert tokens_from_tensor(then.outputs[0].tensor) == [end]
         await engine.close(session(1))
-        with trio.fail_after(PATIENCE_S):
+        with trio.fail_after(TIMEOUT_S):
             while worker.children():
                 await trio.sleep(0.01)
 

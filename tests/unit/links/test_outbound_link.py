@@ -189,16 +189,16 @@ async def test_busy_machine_reads_what_has_arrived_before_it_takes_a_peer_for_de
         nursery.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize(("megabytes", "patience_s"), [(0, 0.0), (3, 5.0)])
+@pytest.mark.parametrize(("megabytes", "allowed_s"), [(0, 0.0), (3, 5.0)])
 async def test_peer_is_not_declared_dead_while_bytes_are_in_flight(
-    megabytes: int, patience_s: float, virtual_clock: MockClock
+    megabytes: int, allowed_s: float, virtual_clock: MockClock
 ) -> None:
     async with trio.open_nursery() as nursery:
         link, far, other = await running(nursery)
         await begin(link, far, other)
         for number in range(10 * megabytes):
             assert link.try_send_step(rows(10 * number, 10))
-        await trio.sleep(SILENCE_LIMIT_S + patience_s - 0.5)
+        await trio.sleep(SILENCE_LIMIT_S + allowed_s - 0.5)
         assert not link.broken
         await link.probe(2.5)  # returns when the peer is heard or given up
         assert link.broken is not None

@@ -28,7 +28,7 @@ from tests.unit.models.vocabularies import byte_fallback, byte_level, metaspace
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>{% endfor %}"
 TURNS = [{"role": "user", "content": "fox"}]
-LIMITS = Limits(render_s=0.4, encode_s=0.6, decode_s=0.4, load_s=20.0, patience=20.0, work_bytes=128 << 20)
+LIMITS = Limits(render_s=0.4, encode_s=0.6, decode_s=0.4, load_s=20.0, wall_factor=20.0, work_bytes=128 << 20)
 
 
 @asynccontextmanager

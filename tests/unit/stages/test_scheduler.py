@@ -12,7 +12,7 @@ from node.stages.scheduler import (
     MIN_PREFILL_ROWS,
     PREFILL_ROWS,
     STALL_BOUND_S,
-    STATIC_PATIENCE_S,
+    STATIC_MAX_WAIT_S,
     Batching,
     PolicyController,
     Scheduler,
@@ -162,8 +162,8 @@ def test_stuck_static_batch_times_out() -> None:
     made = scheduler(Batching.STATIC, work(1))
     made.next_batch(5)
     made.add(work(2, at_s=6))
-    assert made.next_chance_s(5.5) == 5 + STATIC_PATIENCE_S
-    assert numbers(made.next_batch(5 + STATIC_PATIENCE_S)) == [2]
+    assert made.next_chance_s(5.5) == 5 + STATIC_MAX_WAIT_S
+    assert numbers(made.next_batch(5 + STATIC_MAX_WAIT_S)) == [2]
 
 
 def test_removed_session_is_forgotten() -> None:
@@ -189,7 +189,7 @@ def test_every_row_is_computed_once_and_in_order(
     computed = dict.fromkeys(range(10), 0)
     now_s = 0.0
     while made.rows:
-        now_s += 2 * STATIC_PATIENCE_S
+        now_s += 2 * STATIC_MAX_WAIT_S
         batch = made.next_batch(now_s)
         assert 0 < len(batch) <= MAX_SLICES
         assert len({each.session for each in batch}) == len(batch)
