@@ -27,7 +27,7 @@ def test_prints_choice_with_predictions(serve: ServeNode, capsys: pytest.Capture
 
 @pytest.mark.parametrize(
     ("confidence", "told"),
-    [(0.9, "90% that no method untried here is clearly better"), (None, "unknown: the route does not offer the method")],
+    [(0.9, "90% that no method untried here is clearly better"), (None, "unknown: the route does not offer")],
 )
 def test_prints_how_sure_the_choice_is(
     confidence: float | None, told: str, serve: ServeNode, capsys: pytest.CaptureFixture[str]

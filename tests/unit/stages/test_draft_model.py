@@ -310,9 +310,7 @@ async def test_failover_to_stage_without_draft_model_goes_on_without_drafts(
                 if isinstance(event, TextDelta):
                     tokens += event.token_ids
                     if len(tokens) == 12:
-                        serving = [each for each in swarm.peers if each.stages.spans() and each.held()[0]]
-                        victim = next(each for each in serving if each.engines[0].info.blocks.start == THIRDS[stage][0])
-                        swarm.hub.kill(victim.id)
+                        swarm.hub.kill(swarm.serving(THIRDS[stage]).id)
                 if isinstance(event, JobResult):
                     assert event.token_ids == right(PROMPTS[0], 60) == tuple(tokens)
                     assert event.replays == 1
