@@ -1,4 +1,4 @@
-"""What a request says of how tokens are drawn holds over every route, with guesses, and after a stage was lost."""
+"""What a request says of how tokens are drawn holds over every route, with drafts, and after a stage was lost."""
 
 from collections.abc import Sequence
 from dataclasses import replace
