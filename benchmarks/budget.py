@@ -7,7 +7,6 @@ the predictions are calibrated, are not counted.
 `python -m benchmarks.budget [--jobs 40] [--json]`
 """
 
-import argparse
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+import click
 import httpx
 import trio
 
@@ -83,23 +83,22 @@ def error_of(jobs: list[dict[str, Any]]) -> float:
     return float(statistics.median(abs(job["predicted"] / job["actual"] - 1) for job in jobs))
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", type=int, default=40)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    found = trio.run(measure, options.jobs)
-    if options.json:
+@click.command()
+@click.option("--jobs", type=click.IntRange(1), default=40, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def main(jobs: int, as_json: bool) -> None:
+    """Measure who serves where one peer is fast and dear, another slow and cheap."""
+    found = trio.run(measure, jobs)
+    if as_json:
         print(json.dumps(found))
         return
     print(f"load average {found['load_average']:.1f} on {found['cores']:.0f} cores")
     print("wish      jobs  by the cheap peer  seconds  cost")
     for wish in WISHES:
-        jobs = [job for job in found["jobs"] if job["wish"] == wish]
-        cheap = sum(job["served_by"] == "cheap" for job in jobs) / len(jobs)
-        took_s, cost = (statistics.median(job[key] for job in jobs) for key in ("total_s", "actual"))
-        print(f"{wish:<8}  {len(jobs):4}  {cheap:17.0%}  {took_s:7.2f}  {cost:.2f}")
+        done = [job for job in found["jobs"] if job["wish"] == wish]
+        cheap = sum(job["served_by"] == "cheap" for job in done) / len(done)
+        took_s, cost = (statistics.median(job[key] for job in done) for key in ("total_s", "actual"))
+        print(f"{wish:<8}  {len(done):4}  {cheap:17.0%}  {took_s:7.2f}  {cost:.2f}")
     over = sum(job["actual"] > job["budget"] for job in found["jobs"] if job["budget"] is not None)
     error = error_of(found["jobs"])
     print(f"{over} jobs cost more than their budget")

@@ -13,8 +13,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,8 +24,8 @@ import psutil
 import trio
 
 from benchmarks.common import describe_machine, spread_of, verdict
+from benchmarks.daemons import running_daemon
 from node.config import NodeReady
-from node.demo import COMMAND
 from node.network.host import Libp2pNetwork
 from node.network.idle_peer import hold_idle_connection
 from node.network.interface import NetworkError
@@ -50,34 +50,6 @@ def main(connections: int, as_json: bool, hold: tuple[str, str, str] | None) -> 
         return
     result = trio.run(measure, connections)
     click.echo(json.dumps(result) if as_json else report(result))
-
-
-@asynccontextmanager
-async def running_daemon() -> AsyncIterator[NodeReady]:
-    """Run a daemon that serves nothing."""
-    with TemporaryDirectory(prefix="metaswarm-benchmark-") as folder:
-        command = [*COMMAND, "--json", "--log-level", "error", "--data-dir", str(Path(folder) / "data")]
-        command += ["--cache-dir", str(Path(folder) / "cache"), "--api", "127.0.0.1:0"]
-        command += ["--listen", "/ip4/127.0.0.1/tcp/0"]
-        process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        try:
-            yield NodeReady.parse((await _line(process.stdout)).decode())
-        finally:
-            with trio.CancelScope(shield=True):
-                process.terminate()
-                await process.wait()
-                await process.stdout.aclose()
-
-
-async def _line(stream: trio.abc.ReceiveStream) -> bytes:
-    line = b""
-    while not line.endswith(b"\n"):
-        data = await stream.receive_some()
-        if not data:
-            raise click.ClickException("a process of the benchmark ended before it was ready")
-        line += data
-    return line
 
 
 async def hold_many(connections: int, kind: str, source: str, multiaddr: str) -> None:
@@ -106,29 +78,9 @@ async def hold_many(connections: int, kind: str, source: str, multiaddr: str) ->
 
 async def measure(connections: int) -> dict[str, Any]:
     """Return the honest peer's dial times, in seconds, and the daemon's memory in each phase."""
-    phases: dict[str, Any] = {}
-    async with running_daemon() as daemon:
-        multiaddr = daemon.multiaddrs[0]
-        phases["nobody else"] = await dial_often(daemon)
-        for kind in ("silent", "finished"):
-            for title, source in (("another", OTHER_ADDRESS), ("the same", "127.0.0.1")):
-                command = [sys.executable, "-m", "benchmarks.connections", "--connections", str(connections)]
-                process = await trio.lowlevel.open_process(
-                    [*command, "--hold", kind, source, multiaddr], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-                )
-                assert process.stdout is not None
-                try:
-                    started_s = time.monotonic()
-                    await _line(process.stdout)
-                    phase = await dial_often(daemon)
-                    phases[f"{connections} {kind}, from {title} address"] = phase | {
-                        "opened_in_s": time.monotonic() - started_s
-                    }
-                finally:
-                    with trio.CancelScope(shield=True):
-                        process.kill()
-                        await process.wait()
-                        await process.stdout.aclose()
+    with TemporaryDirectory(prefix="metaswarm-benchmark-") as folder:
+        async with running_daemon(Path(folder) / "data", "--cache-dir", str(Path(folder) / "cache")) as daemon:
+            phases = await measure_phases(connections, daemon.ready)
     worst_s = max(phase["dial_s"]["greatest"] for phase in phases.values())
     failed = sum(phase["failed"] for phase in phases.values())
     return {
@@ -138,6 +90,34 @@ async def measure(connections: int) -> dict[str, Any]:
         "target_s": TARGET_S,
         "verdict": "missed" if failed else verdict(worst_s, TARGET_S),
     }
+
+
+async def measure_phases(connections: int, daemon: NodeReady) -> dict[str, Any]:
+    """Return the figures of each phase, by what others do in it."""
+    phases: dict[str, Any] = {"nobody else": await dial_often(daemon)}
+    for kind in ("silent", "finished"):
+        for title, source in (("another", OTHER_ADDRESS), ("the same", "127.0.0.1")):
+            command = [sys.executable, "-m", "benchmarks.connections", "--connections", str(connections)]
+            process = await trio.lowlevel.open_process(
+                [*command, "--hold", kind, source, daemon.multiaddrs[0]],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            assert process.stdout is not None
+            try:
+                started_s = time.monotonic()
+                if not await process.stdout.receive_some():
+                    raise click.ClickException("the process that holds connections ended before it was ready")
+                phase = await dial_often(daemon)
+                phases[f"{connections} {kind}, from {title} address"] = phase | {
+                    "opened_in_s": time.monotonic() - started_s
+                }
+            finally:
+                with trio.CancelScope(shield=True):
+                    process.kill()
+                    await process.wait()
+                    await process.stdout.aclose()
+    return phases
 
 
 async def dial_often(daemon: NodeReady) -> dict[str, Any]:

@@ -287,7 +287,7 @@ def learned_from(state: State, reports: Sequence[tuple[PeerId, Cell, float]]) ->
         trust={peer: weight / most for peer, weight in state.weights.items()},
         default_trust=0.0,
     )
-    # A context of the folder is no workload of a daemon: each stands for a model, of which there is a table.
+    # A context of the folder is not a workload of a daemon: each stands for a model, of which there is a table.
     tables = []
     for workload in sorted({cell.workload for cell in state.table}):
         cells = {cell: entry for cell, entry in state.table.items() if cell.workload == workload}

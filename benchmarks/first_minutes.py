@@ -6,7 +6,6 @@ without a gap. Each is served anew with every plain engine, in random order: an 
 `python -m benchmarks.first_minutes [--minutes 10] [--json]`
 """
 
-import argparse
 import itertools
 import json
 import random
@@ -14,10 +13,11 @@ import time
 from collections import defaultdict
 from typing import Any
 
+import click
 import httpx
 import trio
 
-from benchmarks.common import demo_package, describe_machine, whole_model
+from benchmarks.common import demo_package, describe_machine, verdict, whole_model
 from benchmarks.learning import FAMILIES, body_of, in_exact, serve
 from node.cli.explain import short_method as short
 from selector.task import Method, portfolio
@@ -84,23 +84,20 @@ def windows(served: list[dict[str, Any]]) -> list[dict[str, float]]:
     ]
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    found = trio.run(measure, options.minutes)
-    if options.json:
+@click.command()
+@click.option("--minutes", type=click.FloatRange(0), default=10.0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def main(minutes: float, as_json: bool) -> None:
+    """Measure what it costs that a new node has to learn."""
+    found = trio.run(measure, minutes)
+    if as_json:
         print(json.dumps(found))
         return
     print(f"load average {found['load_average']:.1f} on {found['cores']:.0f} cores")
     print(f"plain engines: {', '.join(map(short, found['engines']))}")
     for each in found["windows"]:
-        verdict = "met" if each["ratio"] <= TARGET else "missed"
-        print(
-            f"{each['jobs']:4} jobs, until {each['until_s']:4.0f} s: {each['ratio']:.3f} of the best engine  {verdict}"
-        )
+        ratio = f"{each['ratio']:.3f} of the best engine  {verdict(each['ratio'], TARGET)}"
+        print(f"{each['jobs']:4} jobs, until {each['until_s']:4.0f} s: {ratio}")
     for family in FAMILIES:
         print(f"{family:<16} in the end {short([x['chosen'] for x in found['jobs'] if x['family'] == family][-1])}")
     selection = found["selection"]

@@ -41,16 +41,16 @@ async def measure(rounds: int, package: Package) -> dict[str, Any]:
     joins = []
     with TemporaryDirectory(prefix="metaswarm-joining-") as folder:
         async with (
-            running_daemon(Path(folder, "first"), "--serve", f"{MODEL}:0-10", "--no-mdns") as first,
+            running_daemon(Path(folder, "first"), "--serve", f"{MODEL}:0-10") as first,
             running_daemon(
-                Path(folder, "second"), "--serve", f"{MODEL}:20-30", "--no-mdns", "--bootstrap", first.multiaddr
+                Path(folder, "second"), "--serve", f"{MODEL}:20-30", "--bootstrap", first.multiaddr
             ) as second,
         ):
             for number in range(rounds):
                 started_s = time.perf_counter()
                 async with running_daemon(
                     Path(folder, f"newcomer-{number}"),
-                    *("--serve", MODEL, "--memory", str(memory_bytes), "--no-catalogue", "--no-mdns"),
+                    *("--serve", MODEL, "--memory", str(memory_bytes), "--no-catalogue"),
                     *("--bootstrap", first.multiaddr, "--bootstrap", second.multiaddr),
                     environment={"METASWARM_CACHE_DIR": str(Path(folder, f"cache-{number}"))},
                 ) as newcomer:

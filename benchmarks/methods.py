@@ -45,7 +45,7 @@ FINALISTS: Final = 4
 """That keep the outputs exact, and as many of any quality."""
 
 OF_ONE_TEXT: Final = 4
-"""Times as many rounds where a round is one job with a long answer: some texts are guessed more easily than others."""
+"""Times as many rounds where a round is one job with a long answer: drafts of some texts are better than of others."""
 
 LONG_ANSWER: Final = 32
 MIN_LEAD: Final = 1.15

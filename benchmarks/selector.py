@@ -3,7 +3,6 @@
 `python -m benchmarks.selector [--observations N] [--json]`
 """
 
-import argparse
 import json
 import random
 import sqlite3
@@ -14,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import trio
 
 from benchmarks.common import describe_machine, spread_of
@@ -178,14 +178,13 @@ async def _choices(predictions: PredictionCache) -> tuple[list[float], list[floa
     return cold, warm
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--observations", type=int, default=10_000)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    found = trio.run(measure, options.observations)
-    if options.json:
+@click.command()
+@click.option("--observations", type=click.IntRange(1), default=10_000, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def main(observations: int, as_json: bool) -> None:
+    """Measure the refresh of the model and the latency of a choice."""
+    found = trio.run(measure, observations)
+    if as_json:
         print(json.dumps(found))
         return
     print(f"load average {found['load_average']:.1f} on {found['cores']} cores")

@@ -3,7 +3,7 @@
 `metaswarm_client.answers` and `metaswarm_client.swarm_documents` have the types of everything that they return.
 """
 
-from metaswarm_client.answers import Answer, Delta, Job, ToolCall
+from metaswarm_client.answers import Answer, Delta, Job, Score, ToolCall
 from metaswarm_client.async_client import AsyncAnswerStream, AsyncSwarm
 from metaswarm_client.client import AnswerStream, Swarm
 from metaswarm_client.errors import (
@@ -42,6 +42,7 @@ __all__ = [
     "NotFoundError",
     "Peer",
     "RateLimitError",
+    "Score",
     "Swarm",
     "SwarmError",
     "Tool",

@@ -74,7 +74,8 @@ class PredictedCost:
 class Selection:
     """The asked node's own view of the choice of the method.
 
-    `confidence`: that no method is clearly better than the one in use; where it is too low, the `probes` get a trial.
+    `confidence`: that no method is clearly better than the one in use, None where the route does not offer that one;
+    where it is too low, the `probes` get a trial.
     """
 
     basis: str
@@ -82,7 +83,7 @@ class Selection:
     predictions: Mapping[str, PredictedCost]
     accepted: tuple[str, ...]
     explored: bool
-    confidence: float
+    confidence: float | None
     probes: tuple[str, ...]
     predicted_s: float
     predicted_speedup: float
@@ -138,6 +139,19 @@ class TokenLogprob:
 
     token: str
     logprob: float
+    likeliest: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token of a scored text. `offset`: the character of the text at which it begins.
+
+    `logprob`: the natural log of its probability behind the tokens before it; None for the first.
+    """
+
+    token: str
+    offset: int
+    logprob: float | None
     likeliest: Mapping[str, float]
 
 
@@ -199,6 +213,20 @@ class Answer:
         return {"role": "assistant", "content": self.text} | ({"tool_calls": calls} if calls else {})
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a text is, token by token."""
+
+    tokens: tuple[ScoredToken, ...]
+    usage: Usage
+    job: Job
+
+    @property
+    def logprob(self) -> float:
+        """The natural log of the probability of the whole text behind its first token."""
+        return sum(each.logprob for each in self.tokens if each.logprob is not None)
+
+
 @dataclass(slots=True)
 class AnswerBuilder:
     """Puts an answer together from the lines of its stream."""
@@ -206,6 +234,7 @@ class AnswerBuilder:
     url: str
     request_id: str | None = None
     _deltas: list[Delta] = field(default_factory=list)
+    _scored: list[ScoredToken] = field(default_factory=list)
     _model: str = ""
     _finish_reason: str = ""
     _usage: Usage | None = None
@@ -236,6 +265,7 @@ class AnswerBuilder:
         for choice in chunk["choices"]:
             self._finish_reason = choice["finish_reason"] or self._finish_reason
             piece = choice.get("delta", choice)
+            self._scored += _scored(choice.get("logprobs"))
             delta = Delta(
                 text=piece.get("content") or piece.get("text") or "",
                 reasoning=piece.get("reasoning_content") or "",
@@ -249,19 +279,28 @@ class AnswerBuilder:
 
     def answer(self) -> Answer:
         """Return the answer. Raises UnexpectedAnswerError if it is not whole."""
-        if not self._is_whole or self._usage is None or self._job is None:
-            raise UnexpectedAnswerError(f"the answer of {self.url} is not whole: read the stream to its end")
+        usage, job = self._whole()
         return Answer(
             text="".join(delta.text for delta in self._deltas),
             model=self._model,
             finish_reason=self._finish_reason,
-            usage=self._usage,
-            job=self._job,
+            usage=usage,
+            job=job,
             reasoning="".join(delta.reasoning for delta in self._deltas),
             tool_calls=tuple(call for delta in self._deltas for call in delta.tool_calls),
             logprobs=tuple(each for delta in self._deltas for each in delta.logprobs),
             request_id=self.request_id,
         )
+
+    def score(self) -> Score:
+        """Return the tokens of a completion with `echo`. Raises UnexpectedAnswerError if it is not whole."""
+        usage, job = self._whole()
+        return Score(tuple(self._scored), usage, job)
+
+    def _whole(self) -> tuple[Usage, Job]:
+        if not self._is_whole or self._usage is None or self._job is None:
+            raise UnexpectedAnswerError(f"the answer of {self.url} is not whole: read the stream to its end")
+        return self._usage, self._job
 
 
 def _usage(document: Mapping[str, Any]) -> Usage:
@@ -278,7 +317,7 @@ def _tool_call(document: Mapping[str, Any]) -> ToolCall:
 
 
 def _logprobs(document: Mapping[str, Any] | None) -> tuple[TokenLogprob, ...]:
-    """Return the tokens of either form of the OpenAI API."""
+    """Return the tokens of either form of the OpenAI API, but the first of an echoed prompt, which has none."""
     if document is None:
         return ()
     if "content" in document:
@@ -288,5 +327,17 @@ def _logprobs(document: Mapping[str, Any] | None) -> tuple[TokenLogprob, ...]:
             )
             for token in document["content"]
         )
-    tokens = zip(document["tokens"], document["token_logprobs"], document["top_logprobs"], strict=True)
-    return tuple(TokenLogprob(*each) for each in tokens)
+    return tuple(
+        TokenLogprob(each.token, each.logprob, each.likeliest) for each in _scored(document) if each.logprob is not None
+    )
+
+
+def _scored(document: Mapping[str, Any] | None) -> list[ScoredToken]:
+    """Return the tokens of a completion with their places."""
+    if document is None or "content" in document:  # that of a chat
+        return []
+    columns = (document[name] for name in ("tokens", "text_offset", "token_logprobs", "top_logprobs"))
+    return [
+        ScoredToken(token, offset, logprob, likeliest or {})
+        for token, offset, logprob, likeliest in zip(*columns, strict=True)
+    ]

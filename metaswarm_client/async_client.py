@@ -7,7 +7,7 @@ from typing import Any, Self, Unpack
 import anyio
 import httpx
 
-from metaswarm_client.answers import Answer, AnswerBuilder, Delta
+from metaswarm_client.answers import Answer, AnswerBuilder, Delta, Score
 from metaswarm_client.connection import TIMEOUTS, Retries, client_settings, json_of, split_lines_async, transport_errors
 from metaswarm_client.decoding import decode
 from metaswarm_client.errors import error_of
@@ -17,11 +17,13 @@ from metaswarm_client.options import (
     ChatOptions,
     JobOptions,
     Message,
+    ScoreOptions,
     TaskOptions,
     chat_body,
     choose_model,
     completion_body,
     embedding_body,
+    score_body,
 )
 from metaswarm_client.swarm_documents import (
     Explanation,
@@ -55,6 +57,11 @@ class AsyncAnswerStream:
     def answer(self) -> Answer:
         """The whole answer, once the stream is at its end."""
         return self._builder.answer()
+
+    @property
+    def score(self) -> Score:
+        """The tokens of a completion with `echo`, once the stream is at its end."""
+        return self._builder.score()
 
 
 class AsyncSwarm:
@@ -115,6 +122,13 @@ class AsyncSwarm:
         """Stream what follows a text inside the block; leaving the block early cancels the job."""
         async with self._stream(COMPLETIONS, completion_body(prompt, options)) as stream:
             yield stream
+
+    async def score(self, text: str | Sequence[int], **options: Unpack[ScoreOptions]) -> Score:
+        """Return the log probability of each token of a text; nothing is generated."""
+        async with self._stream(COMPLETIONS, score_body(text, options)) as stream:
+            async for _ in stream:
+                pass
+        return stream.score
 
     async def embed(self, texts: str | Sequence[str], *, model: str | None = None) -> tuple[tuple[float, ...], ...]:
         """Return an embedding for each text."""

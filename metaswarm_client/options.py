@@ -36,13 +36,13 @@ class Tool:
     parameters: Mapping[str, Any]
 
 
-class JobOptions(TypedDict, total=False):
-    """Options of a job; what is not given is the node's default. docs/http-api.md has their values.
+class ScoreOptions(TypedDict, total=False):
+    """Options of a job that scores a text; what is not given is the node's default. docs/http-api.md has their values.
 
     `model`: default: the client's, else the only one that is complete in the swarm. `method`: `auto` (the swarm votes),
-    `baseline`, or switches. `budget`: a job that is predicted to cost more is refused. `schema`: a JSON Schema that the
-    text follows. `logprobs`: report the log probability of each token, and of so many likeliest ones. `extra`: further
-    fields of the request, as they are, but OWN_FIELDS.
+    `baseline`, or switches. `budget`: a job that is predicted to cost more is refused. `logprobs`: report the log
+    probability of each token, and of so many likeliest ones. `extra`: further fields of the request, as they are, but
+    OWN_FIELDS.
     """
 
     model: str
@@ -50,6 +50,13 @@ class JobOptions(TypedDict, total=False):
     method: str
     objective: Objective
     budget: float
+    logprobs: int
+    extra: Mapping[str, Any]
+
+
+class JobOptions(ScoreOptions, total=False):
+    """Options of a job that makes a text. `schema`: a JSON Schema that the text follows."""
+
     max_tokens: int
     min_tokens: int
     temperature: float
@@ -65,8 +72,6 @@ class JobOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     schema: Mapping[str, Any]
-    logprobs: int
-    extra: Mapping[str, Any]
 
 
 class ChatOptions(JobOptions, total=False):
@@ -115,13 +120,18 @@ def chat_body(messages: str | Sequence[Message], options: ChatOptions) -> dict[s
     return body | _extra(options)
 
 
-def completion_body(prompt: str | Sequence[int], options: JobOptions) -> dict[str, Any]:
+def completion_body(prompt: str | Sequence[int], options: ScoreOptions) -> dict[str, Any]:
     """Return the body of a completion."""
     body = _job_body(dict(options)) | {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
     return body | _extra(options)
 
 
-def _extra(options: JobOptions) -> dict[str, Any]:
+def score_body(text: str | Sequence[int], options: ScoreOptions) -> dict[str, Any]:
+    """Return the body of a completion that is the log probabilities of its prompt, and no text behind it."""
+    return completion_body(text, {"logprobs": 0, **options}) | {"max_tokens": 0, "echo": True}
+
+
+def _extra(options: ScoreOptions) -> dict[str, Any]:
     extra = dict(options.get("extra", {}))
     if refused := OWN_FIELDS & extra.keys():
         raise ValueError(f"extra cannot set {', '.join(sorted(refused))}: a request streams one answer")

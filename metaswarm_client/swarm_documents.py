@@ -176,7 +176,8 @@ class PastDecisions:
 class Explanation:
     """Which method a task would be served with, and why; the most promising method first.
 
-    `confidence`: that no method is clearly better than the one in use; where it is too low, the `probes` get a trial.
+    `confidence`: that no method is clearly better than the one in use, None where the route does not offer that one;
+    where it is too low, the `probes` get a trial.
     """
 
     model: str
@@ -186,7 +187,7 @@ class Explanation:
     methods: tuple[ExplainedMethod, ...]
     agreed: str
     reason: str
-    confidence: float
+    confidence: float | None
     probes: tuple[str, ...]
     table_digest: str | None
     past: PastDecisions

@@ -119,7 +119,7 @@ class Reachability:
     `observed`: the addresses at which others see it, public or not. `endpoint_dependent`: its NAT maps its port to
     another one for each destination (symmetric), so that no hole can be punched. `port_mapped`: its gateway forwards a
     port to it. `relays`: where it has reservations. `relay_bytes_per_s`: what it relays for others in all, 0 where it
-    is no relay.
+    is not a relay.
     """
 
     extensible: ClassVar[bool] = True

@@ -62,9 +62,12 @@ class TrialRecord:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Methods worth a trial. `confidence`: in the method in use, against what was not tried here a short time ago."""
+    """Methods worth a trial. `confidence`: in the method in use, against what was not tried here a short time ago.
 
-    confidence: float
+    None where the method in use has no prediction, as the route does not offer it.
+    """
+
+    confidence: float | None
     names: tuple[str, ...] = ()
 
 
@@ -148,7 +151,7 @@ class Adoption:
         """
         used = self.in_use(bucket, admitted, default)
         if used not in expected:
-            return Candidates(1.0)
+            return Candidates(None)
         effect_of = {name: name for name in admitted} if effects is None else effects
         recent = {name: trial for name, trial in self.trials(bucket).items() if now_s - trial.tried_s < RETRY_S}
         missing = {

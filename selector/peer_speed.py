@@ -174,7 +174,7 @@ def _reference_s(claims: Sequence[Claim], measured: Measurements, model: Hashabl
     if known:
         return min(known)
     # Nothing was measured yet: the upper median of the claims, so that one extreme claim does not set it, nor many
-    # implausible ones. What their hardware could do is no measure either: it is claimed, too.
+    # implausible ones. What their hardware could do is not a measure either: it is claimed, too.
     claimed = sorted({claim.peer: _claimed_s(claim) for claim in claims}.values())
     return max(PLAUSIBLE_BLOCK_S, claimed[len(claimed) // 2]) if claimed else UNKNOWN_BLOCK_S
 

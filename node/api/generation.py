@@ -143,7 +143,7 @@ class Outcome:
 
     choices: dict[int, Choice] = field(default_factory=dict)
     keeps_logprobs: bool = True
-    """Whether log probabilities are kept for the whole answer: they can be a hundred times its text."""
+    """Whether log probabilities are collected for the whole answer: they can be a hundred times its text."""
 
     def take(self, event: GenerationEvent) -> Choice:
         """Add an event; return its choice."""

@@ -199,7 +199,7 @@ class Explanation(TypedDict):
     methods: list[ExplainedMethod]
     agreed: str
     reason: str
-    confidence: float
+    confidence: float | None
     probes: list[str]
     table_digest: str | None
     past: PastDecisions

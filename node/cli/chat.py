@@ -242,7 +242,7 @@ def _save(conversation: Conversation, name: str) -> None:
 
 @contextmanager
 def _line_editing(is_terminal: bool) -> Iterator[None]:
-    """Let lines be edited and recalled inside the block; what was typed is kept for the next conversation."""
+    """Let lines be edited and recalled inside the block; what was typed is in the history of the next conversation."""
     try:
         import readline
     except ImportError:  # Python was built without it

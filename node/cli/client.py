@@ -1,4 +1,9 @@
-"""Client of a node's HTTP API."""
+"""Client of a node's HTTP API.
+
+Why it is not `metaswarm_client`: that is another distribution, on which the node does not depend, and it decodes
+documents into types without the fields that it does not know, where verbs print documents as they came, show what came
+of a stream that was stopped, and store whole answers with status and request id in batch files.
+"""
 
 import json
 import os

@@ -105,6 +105,8 @@ def render_explanation(answer: "Explanation") -> "RenderableType":
 
 def _certainty(answer: "Explanation") -> str:
     """Return how sure the choice is, and what is measured where it is not."""
+    if answer["confidence"] is None:
+        return "unknown: the route does not offer the method in use for tasks like this one"
     sure = f"{answer['confidence']:.0%} that no method untried here is clearly better than the one in use"
     if not answer["probes"]:
         return sure

@@ -271,13 +271,14 @@ def environment_without(names: Collection[str]) -> dict[str, str]:
 
     A file cannot be passed on in part.
     """
-    context = click.Context(click.Command("node"), info_name="metaswarm", **SETTINGS)
+    context = click.Context(click.Command("node"), info_name="metaswarm node", **SETTINGS)
     _CONFIG.handle_parse_result(context, {}, [])
     found = {}
     for option in NODE_OPTIONS:
         value, source = option.consume_value(context, {})
         is_given = source in {ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP}
         if is_given and option is not _CONFIG and option.name not in names:
+            option.handle_parse_result(context, {}, [])  # refuses what is not valid
             values = value if isinstance(value, list | tuple) else [value]
             found[f"{ENVIRONMENT_PREFIX}{option.name.upper()}"] = ",".join(map(str, values))
     return found

@@ -91,7 +91,7 @@ def _batch_request(job: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _check_model(model: Any, where: str) -> None:
-    """Raise UsageError where a model is no name."""
+    """Raise UsageError where a model is not a name."""
     if model is not None and not isinstance(model, str):
         raise click.UsageError(f"{where}: model is {json.dumps(model)}: expected its name")
 

@@ -8,7 +8,10 @@ import trio
 from node.util.token_bucket import Allowance
 
 RATE: Final = Allowance(per_s=2 / 60, burst=20.0)
-"""Processor seconds on all stages of the measured routes: of computing, times the threads that do it."""
+"""Processor seconds on all stages of the measured routes: of computing, times the threads that do it.
+
+Stages report the duration of their steps, which is longer where other processes have the processors.
+"""
 
 INITIAL_S: Final = 60.0
 """Processor seconds before users had any computing done, so that a new swarm can begin."""

@@ -18,9 +18,9 @@ from protocol.limits import MAX_HAVE
 MAX_OF_PEER: Final = {Commit: 4, Reveal: 4, Statement: 3, Signature: 3}
 """Messages of one peer in one epoch that are held. An honest one sends one of each, and again after another head."""
 
-MAX_OF_STRANGERS: Final = {Commit: 192, Reveal: 192, Statement: 16, Signature: 192}
+MAX_OF_UNKNOWN_PEERS: Final = {Commit: 192, Reveal: 192, Statement: 16, Signature: 192}
 """Messages of all peers in one epoch that are neither members nor candidates, of which there are 336 at most.
-Identities are free: however many strangers send messages, there is room for those of the others."""
+Identities are free: however many unknown peers send messages, there is room for those of the others."""
 
 MAX_EQUIVOCATORS: Final = 256
 
@@ -45,7 +45,7 @@ class MessageLog:
         self._unique: dict[tuple[object, ...], SignedMessage] = {}
         """The first message of which a peer may sign only one."""
         self._counts: Counter[tuple[int, type, PeerId | None]] = Counter()
-        """By epoch, kind and peer; None for all strangers."""
+        """By epoch, kind and peer; None for all unknown peers."""
 
     def add(self, message: SignedMessage, current_epoch: int, *, is_known: bool = True) -> EquivocationProof | None:
         """Add a message; return the proof of the equivocation that it completes.
@@ -77,14 +77,14 @@ class MessageLog:
         return max(len(self.statements), len(self.signatures)) > 2 * MAX_EVIDENCE
 
     def is_full(self, message: SignedMessage, *, is_known: bool) -> bool:
-        """Return whether no more messages of this kind and epoch are accepted from this peer, or from strangers."""
+        """Return whether no more messages of this kind and epoch are accepted from this peer, or from unknown peers."""
         body = message.body
         if isinstance(body, EquivocationProof):
             return len(self.equivocators) >= MAX_EQUIVOCATORS
         kind = type(body)
         if self._counts[body.epoch, kind, message.peer] >= MAX_OF_PEER[kind]:
             return True
-        return not is_known and self._counts[body.epoch, kind, None] >= MAX_OF_STRANGERS[kind]
+        return not is_known and self._counts[body.epoch, kind, None] >= MAX_OF_UNKNOWN_PEERS[kind]
 
     def prune(self, current_epoch: int, needed: Collection[Digest]) -> None:
         """Drop past epochs, and the oldest evidence of statements that are not `needed`."""

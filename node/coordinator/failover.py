@@ -223,7 +223,7 @@ class ResilientRoute:
                 self._remove_lost(route, lost.session)
                 await self.open()
             else:
-                if not isinstance(output, PromptScores):  # those begin anew on another route: they are no progress
+                if not isinstance(output, PromptScores):  # those begin anew on another route: they are not progress
                     self._failures_since_token = 0
                     self._reconnected.clear()
                 if self._tracer is not None and self._tracer.is_due:

@@ -99,7 +99,7 @@ async def _conversation(request: JobRequest, messages: Sequence[ChatMessage], mo
         raise JobError(JobErrorCode.INVALID, f"{message}: choose another model, or leave out tools", param="tools")
     options = request.template_options
     if request.json_schema and model.tokenizer.reasoning_tokens is None:
-        options = {"enable_thinking": False, **options}  # JSON cannot begin behind reasoning, as its end is no token
+        options = {"enable_thinking": False, **options}  # JSON cannot begin behind reasoning, as its end is not a token
     turns = [message.for_template() for message in messages]
     return await model.tokenizer.render_chat_text(
         turns, request.tools, options, continue_final_message=request.continue_final_message

@@ -13,7 +13,7 @@ SILENT_LIMIT: Final = 2.0, 3.0
 """A stage without progress may take this many seconds, or this multiple of the expected time;"""
 
 REPORTING_LIMIT: Final = 3.0, 8.0
-"""one that reports that it computes may take longer, since the expected time may be a mere guess, and so may one of an
+"""one that reports that it computes may take longer, since the expected time may be far off, and so may one of an
 older version that cannot report, and one whose input is still at the stage before;"""
 
 MOST_LIMIT_S: Final = 60.0

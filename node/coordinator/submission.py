@@ -315,7 +315,8 @@ class Selection:
     """This node's assessment of a job's method selection, for the tokens that came.
 
     `basis`: `rule`, or `model` of `experiences`. `accepted`: for the vote. `confidence`: that no untried method is much
-    better than that in use; if too low, `probes` get a trial. `regret_s`: predicted cost over that of the best method.
+    better than that in use, None where the route does not offer that; if too low, `probes` get a trial. `regret_s`:
+    predicted cost over that of the best method.
     """
 
     basis: str
@@ -323,7 +324,7 @@ class Selection:
     predictions: dict[str, PredictedCost]
     accepted: tuple[str, ...]
     explored: bool
-    confidence: float
+    confidence: float | None
     probes: tuple[str, ...]
     predicted_s: float
     predicted_speedup: float

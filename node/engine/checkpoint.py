@@ -1,7 +1,7 @@
 """Compares a checkpoint's tensors with what its architecture needs: `python -m node.engine.checkpoint CHECKPOINT.json`.
 
 The file is `{"config": {...}, "tensors": {name: [dtype, shape]}}`, with the dtypes of safetensors. A process of its
-own, because it needs torch, and because a config may be a stranger's. A failure is reported as `{"error": message}`,
+own, because it needs torch, and because a config is untrusted. A failure is reported as `{"error": message}`,
 with the exit code 1.
 """
 

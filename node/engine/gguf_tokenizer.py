@@ -1,6 +1,6 @@
 """Makes the tokenizer files of a GGUF file's vocabulary: `python -m node.engine.gguf_tokenizer SOURCE.gguf OUT_DIR`.
 
-A process of its own, because what it interprets may be a stranger's, and because only this package may import
+A process of its own, because what it interprets is untrusted, and because only this package may import
 transformers, which knows most vocabularies. It reads no weights and imports no torch. A failure is reported as
 `{"error": message}`, with the exit code 1. Without a vocabulary nothing is written.
 """

@@ -347,7 +347,7 @@ class OutboundLink(JobLink):
                 self._ping()
 
     async def _read_after_late_wake(self, due_s: float) -> None:
-        """Wait, where we woke late, until what arrived meanwhile is read: a busy machine is no sign of a dead peer."""
+        """Wait, where we woke late, until what arrived meanwhile is read: a busy machine is not a dead peer."""
         late_s = trio.current_time() - due_s
         if late_s > LATE_WAKE_S:
             await trio.sleep(min(late_s, PING_INTERVAL_S))

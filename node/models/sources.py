@@ -1,6 +1,6 @@
 """What is done to a source in a child process: tests of its architecture, conversion of a GGUF file, a wheel from pip.
 
-Conversion runs in a child process, as it needs torch and memory for a whole model; so does pip, which is no library.
+Conversion runs in a child process, as it needs torch and memory for a whole model; so does pip, which is not a library.
 """
 
 import json

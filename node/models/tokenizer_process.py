@@ -18,7 +18,7 @@ _GRACE_S = 2.0
 """After its time is up, the kernel has this long to kill a process."""
 _RECEIVE_BYTES = 256 << 10
 
-# Nothing of the user's environment is a stranger's business, API keys least of all. A template may ask for the date.
+# Untrusted templates get nothing of the user's environment, API keys least of all. One may ask for the date.
 _INHERITED: Final = ("LANG", "LC_ALL", "LC_CTYPE", "TZ")
 _CHANGES: Final = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 

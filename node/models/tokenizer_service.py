@@ -1,6 +1,6 @@
 """Runs models' tokenizers and chat templates in child processes with limits, one process for each model.
 
-They are strangers' files, which may loop for ever, fill the memory, or crash the process that reads them. All of that
+They are untrusted files, which may loop for ever, fill the memory, or crash the process that reads them. All of that
 costs the request that met it one line, and a new process for the next one. A process serves one request at a time;
 waiting requests are served by priority, so that text under way does not wait for long prompts. Processes are started on
 demand and end when idle; an open model needs none.

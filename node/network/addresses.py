@@ -101,7 +101,7 @@ def without_loopback(addresses: Iterable[TcpAddress]) -> list[TcpAddress]:
 def expand_wildcard(address: TcpAddress) -> list[TcpAddress]:
     """Return the addresses of this machine's interfaces for 0.0.0.0 and ::, loopback last; others as they are.
 
-    Without those of bridges to containers: every machine has the same ones, and behind them are strangers' containers.
+    Without those of bridges to containers: every machine has the same ones, and behind them are others' containers.
     """
     if address.host not in {"0.0.0.0", "::"}:  # noqa: S104  # compared with, not bound to
         return [address]

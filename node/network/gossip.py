@@ -317,7 +317,7 @@ class Gossip:
             logger.debug("an invalid message came from %s: %s", forwarder, error)
             self.scores.invalid(forwarder, topic)
             return False
-        except Exception as error:  # noqa: BLE001  # the bytes are a stranger's, and a validator that raises says no
+        except Exception as error:  # noqa: BLE001  # the bytes are untrusted, and a validator that raises says no
             logger.debug("a gossip validator raised: %r", error)
             return False
 

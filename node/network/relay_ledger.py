@@ -25,7 +25,7 @@ class RelayLimits:
     reservations_per_range: int = 16
     """From one public /24 or /56."""
     circuits: int = 64
-    circuits_of_strangers: int = 16
+    circuits_of_outsiders: int = 16
     """In which a peer takes part that is not of this swarm."""
     circuits_per_peer: int = 16
     circuits_per_pair: int = 4
@@ -40,9 +40,9 @@ class RelayLimits:
     reservation_s: int = 3600
     bytes_per_s: float = 16 << 20
     """Of all circuits together."""
-    stranger_bytes: int = 128 << 10
+    outsider_bytes: int = 128 << 10
     """In either direction of a circuit in which a peer takes part that is not of this swarm: enough to punch a hole."""
-    stranger_s: int = 120
+    outsider_s: int = 120
 
 
 class RelayRefusal(Exception):
@@ -64,7 +64,7 @@ class _Circuit:
     peers: frozenset[PeerId]
     origins: frozenset[str]
     ranges: frozenset[str]
-    stranger: bool
+    outsider: bool
 
 
 class RelayLedger:
@@ -106,7 +106,7 @@ class RelayLedger:
 
     @contextmanager
     def circuit(
-        self, source: PeerId, source_host: str, target: PeerId, now_s: float, *, stranger: bool = False
+        self, source: PeerId, source_host: str, target: PeerId, now_s: float, *, outsider: bool = False
     ) -> Iterator[None]:
         """Hold a circuit between two peers inside the block. Raises RelayRefusal."""
         if target not in self.reserved(now_s):
@@ -116,7 +116,7 @@ class RelayLedger:
             frozenset({source, target}),
             frozenset(map(origin, hosts)),
             frozenset(each for each in map(address_range, hosts) if each is not None),
-            stranger,
+            outsider,
         )
         if source == target or not self._has_room(circuit):
             raise RelayRefusal(Status.RESOURCE_LIMIT_EXCEEDED)
@@ -138,5 +138,5 @@ class RelayLedger:
             and all(peers[each] < limits.circuits_per_peer for each in new.peers)
             and all(origins[each] < limits.circuits_per_origin for each in new.origins)
             and all(ranges[each] < limits.circuits_per_range for each in new.ranges)
-            and not (new.stranger and sum(each.stranger for each in held) >= limits.circuits_of_strangers)
+            and not (new.outsider and sum(each.outsider for each in held) >= limits.circuits_of_outsiders)
         )

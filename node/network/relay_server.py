@@ -140,7 +140,7 @@ class RelayServer:
                 messages.connection.host or "",
                 _peer(target),
                 trio.current_time(),
-                stranger=limit is not None,
+                outsider=limit is not None,
             ):
                 async with await self._reach(source, target, limit) as onward:
                     await messages.send(HopMessage(type=HopType.STATUS, status=Status.OK, limit=limit))
@@ -217,7 +217,7 @@ class RelayServer:
                     await self._host.wait_identified(peer)
         if all(any(each.startswith(MEMBER_PREFIX) for each in self._protocols(peer)) for peer in peers):
             return None
-        return Limit(duration=self._limits.stranger_s, data=self._limits.stranger_bytes)
+        return Limit(duration=self._limits.outsider_s, data=self._limits.outsider_bytes)
 
     def _protocols(self, peer_id: ID) -> list[str]:
         """Return what a peer speaks; nothing of one that is not identified yet."""

@@ -300,7 +300,7 @@ class Span(EngineLoop):
         session = self.sessions.get(work.session)
         if session is None:
             return
-        if fault.by_rows and not session.info.is_first:  # token ids that the model itself drew are no fault
+        if fault.by_rows and not session.info.is_first:  # token ids that the model itself drew are not a fault
             self.reject(session, work.origin, fault.message)
         else:
             reason = FailureReason.REQUEST if fault.by_request else FailureReason.ENGINE

@@ -110,7 +110,7 @@ class Directory:
         """Enter a verified heartbeat, with its envelope to relay; return whether it was newer than the known one.
 
         `dialled`: whether the peer was just dialled with success. `relay`: the peer that relayed it, unless it was
-        gossiped. A peer that announced its shutdown is no candidate any more, and older heartbeats that are still
+        gossiped. A peer that announced its shutdown is not a candidate any more, and older heartbeats that are still
         under way do not revive it; while it drains it goes on sending heartbeats.
         """
         known = self._entries.get(heartbeat.peer)

@@ -70,12 +70,12 @@ class LinkEstimates:
         )
 
     def _unrelayed(self, a: PeerId, b: PeerId) -> Link:
-        """Return the link as measured, else guessed, whatever relays the peers claim to have."""
+        """Return the link as measured, else estimated, whatever relays the peers claim to have."""
         there, back = self._announced(a, b), self._announced(b, a)
         rates = (there and there.upload_bytes_per_s, back and back.download_bytes_per_s)
         known = [rate for rate in rates if rate]
         measured_s = self._measured_s(a, b, there, back)
-        round_trip_s = self._guessed_s(a, b) if measured_s is None else measured_s
+        round_trip_s = self._estimated_s(a, b) if measured_s is None else measured_s
         return Link(
             round_trip_s + HANDLING_S,
             min(known, default=UNKNOWN_BYTES_PER_S),
@@ -104,7 +104,7 @@ class LinkEstimates:
                 return announced.round_trip_s
         return None
 
-    def _guessed_s(self, a: PeerId, b: PeerId) -> float:
+    def _estimated_s(self, a: PeerId, b: PeerId) -> float:
         # Two peers far from here may be close to each other; without data the greater distance is the estimate.
         known = [s for peer in (a, b) if (s := self._round_trip_s(peer)) is not None]
         return max(known, default=UNKNOWN_ROUND_TRIP_S)

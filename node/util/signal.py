@@ -4,7 +4,7 @@ import trio
 
 
 class Signal:
-    """Wakes the task that waits; a `set` with nobody waiting is kept for the next `wait`."""
+    """Wakes the task that waits; a `set` with nobody waiting ends the next `wait`."""
 
     def __init__(self) -> None:
         self._event = trio.Event()

@@ -25,7 +25,7 @@ SMALL_STALL_EPOCHS: Final = 2
 failure does not wait long."""
 
 ABANDONED_EPOCHS: Final = 1008
-"""A week of epochs without a statement, after which strangers may restart a chain: its members may be gone for good."""
+"""A week of epochs without a statement, after which non-members may restart a chain: its own may be gone for good."""
 
 RETAINED_ENTRIES: Final = 256
 """Entries between the root and the head. Older statements are final: branches from them are not considered."""
@@ -60,7 +60,7 @@ def restart_size(member_count: int, gap: int) -> int:
 
 
 def is_abandoned(member_count: int, gap: int) -> bool:
-    """Return whether strangers may restart a chain: one too small to tolerate a failure, or stalled for a week."""
+    """Return whether non-members may restart a chain: one too small to tolerate a failure, or stalled for a week."""
     return is_stalled(member_count, gap) and (member_count < FAULT_TOLERANT or gap > ABANDONED_EPOCHS)
 
 
@@ -238,7 +238,7 @@ def restart_refused(members: Collection[PeerId], present: Collection[PeerId], ga
     if is_abandoned(len(members), gap):
         return None
     if not {*present} <= {*members}:
-        return "strangers restart the chain"
+        return "non-members restart the chain"
     if len(present) < restart_size(len(members), gap):
         return "too few of its members restart the chain"
     return None

@@ -57,7 +57,7 @@ def founders(former: Iterable[PeerId], present: Iterable[PeerId], drawn: Digest,
     """Return the peers that a chain starts or restarts with.
 
     `drawn`: what the last beacon draws for the epoch, which decides among former members, since no proposer can change
-    it. `beacon`: of after the epoch, which decides among strangers, who knew the last one when they made their ids.
+    it. `beacon`: of after the epoch, which decides among newcomers, who knew the last one when they made their ids.
     """
     peers = {*present}
     back = peers & {*former}

@@ -66,10 +66,12 @@ async def running_daemon(
 
     With `file_limit_bytes` no file that it writes may grow beyond that, as on a full disk, until `limit_files` lifts
     it; its log goes to `log` in the data directory then. `on_started` is told of the process before it is ready.
+    Without mDNS, unless the environment says METASWARM_NO_MDNS=0: daemons of other runs would join its swarm.
     """
     command = [*python("-m", "node", "node"), "--json", "--data-dir", str(data_dir)]
     command += ["--listen", "/ip4/127.0.0.1/tcp/0", "--api", "127.0.0.1:0", "--device", "cpu", *flags]
-    options: dict[str, Any] = {"env": child_environment(environment), "start_new_session": True}
+    settings = {"METASWARM_NO_MDNS": "1", **(environment or {})}
+    options: dict[str, Any] = {"env": child_environment(settings), "start_new_session": True}
     if file_limit_bytes is not None:
         await trio.Path(data_dir).mkdir(mode=0o700, exist_ok=True)
         options["preexec_fn"] = partial(limit_files, 0, file_limit_bytes)

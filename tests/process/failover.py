@@ -15,7 +15,7 @@ import trio
 
 from tests.process.daemons import MODEL, THIRDS, Daemon, running_daemon, until
 
-QUIET = ("--no-mdns", "--exploration", "0")
+QUIET = ("--exploration", "0")
 """No trials: whoever has a session has the job's."""
 
 

@@ -31,7 +31,7 @@ async def test_run_starts_a_node_answers_and_ends_it(tmp_path: Path, package: Pa
 async def test_run_says_why_no_node_starts(tmp_path: Path, package: Package) -> None:
     environment = {"METASWARM_DATA_DIR": str(tmp_path), "METASWARM_MEMORY": "1PiB"}
     code, stdout, stderr = await metaswarm("run", MODEL, QUESTION, environment=environment)
-    assert (code, stdout, stderr.count("\n")) == (1, "", 1)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
     assert "METASWARM_MEMORY: expected a size" in stderr
     (tmp_path / "file").write_text("")
     environment = {"METASWARM_DATA_DIR": os.fspath(tmp_path / "file")}

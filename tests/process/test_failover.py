@@ -43,10 +43,9 @@ async def test_replays_any_killed_stage_without_changing_text(alone: list[int], 
 
 
 async def test_stream_ends_with_error_when_only_server_dies(package: Package, tmp_path: Path) -> None:
-    flags = ("--no-mdns", "--no-catalogue")
-    async with running_daemon(tmp_path / "coordinator", *flags) as coordinator:
-        join = ("--bootstrap", coordinator.multiaddr, "--serve", MODEL, "--threads", "1")
-        async with running_daemon(tmp_path / "holder", *flags, *join) as holder:
+    async with running_daemon(tmp_path / "coordinator", "--no-catalogue") as coordinator:
+        join = ("--bootstrap", coordinator.multiaddr, "--serve", MODEL, "--threads", "1", "--no-catalogue")
+        async with running_daemon(tmp_path / "holder", *join) as holder:
             await until(lambda: is_complete(coordinator))
             body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 2000, "temperature": 0, "stream": True}
             came_s, text, killed_s = [trio.current_time()], b"", 0.0

@@ -399,6 +399,10 @@ class Swarm:
         await self._nursery.start(self._serve, peer, engine)
         peer.membership.announce()
 
+    def serving(self, span: tuple[int, int]) -> Peer:
+        """Return a peer that serves a span and has a session of a job."""
+        return next(each for each in self.peers if each.held()[0] and each.engines[0].info.blocks == BlockRange(*span))
+
     async def settle(self) -> None:
         """Wait until every peer knows every other, and what it serves."""
         while not all(self._knows(peer, other) for peer in self.peers for other in self.peers):

@@ -208,6 +208,8 @@ class FakeNode:
     bench_left: trio.Event = field(default_factory=trio.Event)
     """A measurement was left, done or not."""
     bench_hangs: bool = False
+    confidence: float | None = 0.9
+    """In the method in use; of the explanation."""
     not_ready: tuple[str, ...] = ()
     """Why it is not ready."""
     telemetry: Telemetry = field(default_factory=lambda: Telemetry(lambda model: "tiny"))
@@ -388,7 +390,7 @@ class FakeNode:
             ],
             "agreed": FASTER,
             "reason": "lowest predicted cost",
-            "confidence": 0.9,
+            "confidence": self.confidence,
             "probes": [],
             "table_digest": None,
             "past": {"jobs": 0, "typical_error": None, "mean_regret_s": 0.0, "recent": []},

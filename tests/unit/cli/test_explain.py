@@ -25,6 +25,22 @@ def test_prints_choice_with_predictions(serve: ServeNode, capsys: pytest.Capture
     assert (len(request.prompt_tokens or ()), told["concurrency"]) == (300, 3)
 
 
+@pytest.mark.parametrize(
+    ("confidence", "told"),
+    [(0.9, "90% that no method untried here is clearly better"), (None, "unknown: the route does not offer")],
+)
+def test_prints_how_sure_the_choice_is(
+    confidence: float | None, told: str, serve: ServeNode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    node = FakeNode()
+    node.confidence = confidence
+    url = serve(node)
+    assert run(["explain", "--api", url, "--model", "tiny"]) == 0
+    assert told in capsys.readouterr().out
+    assert run(["explain", "--api", url, "--model", "tiny", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["confidence"] == confidence
+
+
 def test_json_is_api_document(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
     node = FakeNode()
     assert run(["explain", "--api", serve(node), "--quality", "near", "--budget", "2.5", "--json"]) == 0

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from node.cli import run, run_model
+from node.cli import local_node, run, run_model
 from node.models import importer
 from node.models.store import ModelStore
 from tests.unit.api.fakes import MODEL, FakeNode
@@ -22,7 +22,7 @@ def started(serve: ServeNode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     ModelStore(tmp_path).set_name("tiny", MODEL)
 
     @contextmanager
-    def local_node(model: str | None, bootstrap: tuple[str, ...], *, share_data_dir: bool) -> Iterator[str]:
+    def start(model: str | None, bootstrap: tuple[str, ...], *, share_data_dir: bool) -> Iterator[str]:
         found.append((model, bootstrap, share_data_dir))
         yield serve(FakeNode())
 
@@ -30,7 +30,7 @@ def started(serve: ServeNode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         assert name in {"tiny", "owner/tiny"}
         return SimpleNamespace(model_id=MODEL)
 
-    monkeypatch.setattr(run_model, "local_node", local_node)
+    monkeypatch.setattr(run_model, "local_node", start)
     monkeypatch.setattr(importer, "import_model", import_model)
     return found
 
@@ -82,6 +82,29 @@ def test_api_is_never_replaced_by_a_node_here(
     assert run(["run", "tinny", "Why?", "--api", serve(FakeNode())]) == 1
     assert "no model 'tinny' in the swarm; did you mean 'tiny'?" in capsys.readouterr().err
     assert started == []
+
+
+@pytest.mark.parametrize("place", ["environment", "file"])
+def test_setting_that_is_not_valid_is_wrong_usage(
+    place: str,
+    nobody: None,
+    started: Started,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(run_model, "local_node", local_node.local_node)
+    file = tmp_path / "node.toml"
+    if place == "file":
+        file.write_text('memory = "much"\n')
+        monkeypatch.setenv("METASWARM_CONFIG", str(file))
+    else:
+        monkeypatch.setenv("METASWARM_MEMORY", "much")
+    assert run(["run", "tiny", "Why?"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    named = f"memory in {file}, line 1" if place == "file" else "METASWARM_MEMORY"
+    assert f"{named}: expected a size" in line
+    assert line.endswith("see `metaswarm node --help`")
 
 
 @pytest.mark.usefixtures("nobody")

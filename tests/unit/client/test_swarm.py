@@ -17,6 +17,7 @@ from metaswarm_client import (
     JobFailedError,
     NodeUnreachableError,
     NotFoundError,
+    Score,
     Swarm,
     SwarmError,
     Tool,
@@ -123,6 +124,27 @@ async def test_the_only_complete_model_is_the_default(node: FakeNode, monkeypatc
             await ask(url, lambda swarm: swarm.complete("Hi"))
 
 
+def check_score(score: Score) -> None:
+    assert [(each.token, each.offset, each.logprob) for each in score.tokens] == [
+        ("one", 0, None), (" two", 3, -0.75), (" three", 7, -0.75)
+    ]  # fmt: skip
+    assert [each.likeliest for each in score.tokens] == [{}, {"x": -0.5}, {"x": -0.5}]
+    assert (score.logprob, score.usage.prompt_tokens, score.job.job_id) == (-1.5, 5, JOB)
+
+
+async def test_score_tells_how_likely_a_text_is(node: FakeNode) -> None:
+    async with serve_node(node) as url:
+        check_score(await ask(url, lambda swarm: swarm.score("one two three", logprobs=1, quality="near")))
+        async with AsyncSwarm(url) as swarm:
+            check_score(await swarm.score("one two three", logprobs=1))
+        plain = await ask(url, lambda swarm: swarm.score("one two three", model="tiny"))
+        echoed = await ask(url, lambda swarm: swarm.complete("one two", logprobs=0, extra={"echo": True}))
+    assert (plain.logprob, plain.tokens[1].likeliest) == (-1.5, {})
+    request = node.submitter.requests[0]
+    assert (request.prompt_logprobs, request.max_tokens, request.quality) == (True, 0, QualityBound.NEAR)
+    assert [each.logprob for each in echoed.logprobs] == [-0.75, -0.25, -0.25, -0.25], "of the prompt but its first"
+
+
 async def test_unicode_line_ends_in_a_text(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a node that sends them as they are, as JSON may."""
     monkeypatch.setattr("node.api.openai.answers.json_line", partial(json.dumps, ensure_ascii=False))
@@ -205,6 +227,9 @@ async def test_documents_of_the_swarm(node: FakeNode) -> None:
     assert node.explained[0][1]["concurrency"] == 4
     assert (explanation.agreed, explanation.methods[0].predicted_speedup) == (FASTER, 1.8)
     assert explanation.route[0].compute_s is None, "nothing was run"
+    node.confidence = None
+    async with serve_node(node) as url:
+        assert (await ask(url, lambda swarm: swarm.explain(model="tiny"))).confidence is None
 
 
 async def test_retries_while_peers_are_full(node: FakeNode) -> None:

@@ -1,8 +1,8 @@
-"""The message log is bounded, and strangers cannot take the room of members."""
+"""The message log is bounded, and unknown peers cannot take the room of members."""
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.consensus.message_log import MAX_OF_PEER, MAX_OF_STRANGERS, MessageLog
+from node.consensus.message_log import MAX_OF_PEER, MAX_OF_UNKNOWN_PEERS, MessageLog
 from protocol.consensus import SignedMessage, equivocator_of, sign_message
 from protocol.consensus_values import Commit, Reveal, Signature
 from protocol.identity import PeerId, peer_id_from_public_key
@@ -24,14 +24,14 @@ def commit(number: int, epoch: int = 7, commitment: bytes = bytes(32)) -> Signed
     return sign_message(body, key(number + 1))
 
 
-def test_strangers_cannot_crowd_out_members() -> None:
+def test_unknown_peers_cannot_crowd_out_members() -> None:
     log = MessageLog()
-    bound = MAX_OF_STRANGERS[Commit]
+    bound = MAX_OF_UNKNOWN_PEERS[Commit]
     for number in range(bound + 20):
         log.add(commit(number), 7, is_known=False)
     assert len(log.recent()) == bound
-    stranger, member = commit(5000), commit(5001)
-    assert log.is_full(stranger, is_known=False)
+    unknown, member = commit(5000), commit(5001)
+    assert log.is_full(unknown, is_known=False)
     assert not log.is_full(member, is_known=True)
     log.add(member, 7, is_known=True)
     assert member in log.recent().values()

@@ -51,9 +51,7 @@ async def test_embedding_survives_the_death_of_a_stage(virtual_clock: MockClock,
             await anext(events)
             while not any(each.held()[0] for each in swarm.peers):
                 await trio.sleep(0.001)
-            wanted = BlockRange(*THIRDS[stage])
-            serving = [each for each in swarm.peers if each.held()[0]]
-            swarm.hub.kill(next(each for each in serving if each.engines[0].info.blocks == wanted).id)
+            swarm.hub.kill(swarm.serving(THIRDS[stage]).id)
             [result] = [event async for event in events]
         assert isinstance(result, JobResult)
         assert result.replays >= 1

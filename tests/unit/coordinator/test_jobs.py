@@ -188,7 +188,6 @@ async def test_replays_lost_stage_without_changing_text(virtual_clock: MockClock
         peer = await swarm.join()
         await swarm.settle()
         tokens: list[int] = []
-        wanted = BlockRange(*THIRDS[stage])
         async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=40)) as events:
             async for event in events:
                 if isinstance(event, TextDelta):
@@ -196,7 +195,7 @@ async def test_replays_lost_stage_without_changing_text(virtual_clock: MockClock
                     if len(tokens) == 10:
                         serving = [p for p in swarm.peers if p.held()[0]]
                         before = [p.id for p in sorted(serving, key=lambda p: p.engines[0].info.blocks)]
-                        victim = next(p for p in serving if p.engines[0].info.blocks == wanted)
+                        victim = swarm.serving(THIRDS[stage])
                         lost_s = trio.current_time()
                         if way == "kill":
                             swarm.hub.kill(victim.id)

@@ -1,4 +1,4 @@
-"""What a request says of how tokens are drawn holds over every route, with guesses, and after a stage was lost."""
+"""What a request says of how tokens are drawn holds over every route, with drafts, and after a stage was lost."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -107,10 +107,7 @@ async def test_replay_keeps_sampled_text(virtual_clock: MockClock, way: dict[str
                 if isinstance(event, TextDelta):
                     count += 1
                     if count == 10:
-                        serving = [other for other in swarm.peers if other.held()[0]]
-                        wanted = BlockRange(*THIRDS[stage])
-                        victim = next(other for other in serving if other.engines[0].info.blocks == wanted)
-                        swarm.hub.kill(victim.id)
+                        swarm.hub.kill(swarm.serving(THIRDS[stage]).id)
                 if isinstance(event, JobResult):
                     assert event.replays == 1
                     assert event.token_ids == right(30, **way)

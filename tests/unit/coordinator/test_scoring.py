@@ -78,24 +78,18 @@ async def test_scores_are_the_same_on_every_split(virtual_clock: MockClock, span
 async def test_scores_survive_the_death_of_a_stage(virtual_clock: MockClock, stage: int, max_tokens: int) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of(swarm, *THIRDS, *THIRDS)
-
-        def kill() -> None:
-            serving = [each for each in swarm.peers if each.held()[0]]
-            wanted = BlockRange(*THIRDS[stage])
-            swarm.hub.kill(next(each for each in serving if each.engines[0].info.blocks == wanted).id)
-
         async with peer.coordinator.submit(request(max_tokens, CHUNKED)) as events:
             await anext(events)
             if max_tokens:
                 check_early = await anext(events)
                 assert isinstance(check_early, PromptScored)
                 await anext(events)  # the text has begun: what is held of it goes on
-                kill()
+                swarm.hub.kill(swarm.serving(THIRDS[stage]).id)
                 rest = [check_early, *[event async for event in events]]
             else:
                 while not any(each.held()[0] for each in swarm.peers):
                     await trio.sleep(0.001)
-                kill()
+                swarm.hub.kill(swarm.serving(THIRDS[stage]).id)
                 rest = [event async for event in events]
         assert isinstance(rest[0], PromptScored)
         check(rest[0])

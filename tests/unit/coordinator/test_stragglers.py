@@ -170,9 +170,7 @@ async def test_replaces_stage_that_hangs_during_a_job(
                 if isinstance(event, TextDelta):
                     seen.append(event)
                     if len(seen) == 5:
-                        hanging = next(
-                            p for p in swarm.peers if p.held()[0] and p.engines[0].info.blocks.start == 3 * stage
-                        )
+                        hanging = swarm.serving(THIRDS[stage])
                         victim = hanging.id
                         pause_engine(monkeypatch, hanging, at_step=1, seconds=1e6)
                         hung_s = trio.current_time()

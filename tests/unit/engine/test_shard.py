@@ -151,7 +151,7 @@ async def test_rejected_drafts_and_rewinds_leave_no_penalty(make_tiny_model: Mak
     wrong = [(token + 1) % 50 for token in plain]
     while len(drawn) < 9:
         at = len(drawn)
-        # Two right guesses, then a wrong one and what would follow from it.
+        # Two right drafts, then a wrong one and what would follow from it.
         drafts = (*plain[at : at + 2], wrong[at + 2], wrong[at + 3])
         rows = [*drawn[-1:], *drafts]
         drawn += tokens_from_tensor(

@@ -123,8 +123,8 @@ async def exchange(stream: Stream, times: int) -> None:
         await receive_exactly(stream, 4096)
 
 
-async def test_circuit_of_a_stranger_is_reset_at_its_limit() -> None:
-    relay = relay_host(limits=RelayLimits(stranger_bytes=20_000))
+async def test_circuit_of_a_outsider_is_reset_at_its_limit() -> None:
+    relay = relay_host(limits=RelayLimits(outsider_bytes=20_000))
     hidden, other = hidden_host(2, STRANGE), hidden_host(3, STRANGE)
     with limited(20):
         async with reserved(relay, hidden=hidden), other.running():

@@ -15,7 +15,7 @@ LIMITS = RelayLimits(
     circuits=4,
     circuits_per_peer=3,
     circuits_per_pair=2,
-    circuits_of_strangers=1,
+    circuits_of_outsiders=1,
     reservation_s=100,
 )
 
@@ -98,15 +98,15 @@ def test_one_address_or_range_cannot_take_all_circuits_with_many_identities() ->
             held.enter_context(ledger.circuit(target, "9.9.9.9", honest, 0.0))
 
 
-def test_circuits_of_strangers_leave_room_for_those_of_the_swarm() -> None:
+def test_circuits_of_outsiders_leave_room_for_those_of_the_swarm() -> None:
     ledger = RelayLedger(LIMITS)
     a, b, c, d = peers(4)
     for number, peer in enumerate((a, b)):
         assert reserve(ledger, peer, f"9.9.{number}.9")
-    with ledger.circuit(c, "7.7.7.7", a, 0.0, stranger=True):
-        with pytest.raises(RelayRefusal), ledger.circuit(d, "6.6.6.6", b, 0.0, stranger=True):
+    with ledger.circuit(c, "7.7.7.7", a, 0.0, outsider=True):
+        with pytest.raises(RelayRefusal), ledger.circuit(d, "6.6.6.6", b, 0.0, outsider=True):
             pass
         with ledger.circuit(d, "6.6.6.6", b, 0.0):
             assert ledger.circuits == 2
-    with ledger.circuit(d, "6.6.6.6", b, 0.0, stranger=True):
+    with ledger.circuit(d, "6.6.6.6", b, 0.0, outsider=True):
         assert ledger.circuits == 1

@@ -232,6 +232,7 @@ async def test_choice_is_a_probe_of_the_predicted_best_where_the_trained_model_i
     assert selection is not None
     assert selection.basis == "model"
     assert selection.probes == probes
+    assert selection.confidence is not None
     assert (selection.confidence < MIN_CONFIDENCE) == bool(probes)
     runner = RecordingRunner()
     with trio.move_on_after(60):

@@ -5,7 +5,15 @@ from collections.abc import Mapping
 
 import pytest
 
-from selector.adoption import MAX_ROUNDS, RETRY_S, UNAVAILABLE_RETRY_S, Adoption, ExplorationAllowance, is_decided
+from selector.adoption import (
+    MAX_ROUNDS,
+    RETRY_S,
+    UNAVAILABLE_RETRY_S,
+    Adoption,
+    Candidates,
+    ExplorationAllowance,
+    is_decided,
+)
 from selector.confidence import MIN_CONFIDENCE
 from selector.heuristic import CostEstimate, CostTable
 from selector.task import BASELINE, parse_method
@@ -131,6 +139,7 @@ def test_two_best_are_probed_where_the_choice_is_not_confident(deviation: float,
     expected = {PLAIN: 0.0, "a": -0.5, "b": -0.4, "c": -0.35, "d": -0.3}
     found = Adoption().candidates("bucket", [*ALL, "d"], "a", costs(expected, **dict.fromkeys("abcd", deviation)), 0.0)
     assert found.names == probed
+    assert found.confidence is not None
     assert (found.confidence < MIN_CONFIDENCE) == bool(probed)
 
 
@@ -139,7 +148,13 @@ def test_confidence_is_in_what_was_not_tried() -> None:
     doubted = adoption.candidates("bucket", ALL, "a", expected, 0.0)
     adoption.record_trial("bucket", "a", {"a": [-0.5] * 3, "b": [-0.1] * 3}, 0.0)
     settled = adoption.candidates("bucket", ALL, "a", expected, 1.0)
-    assert doubted.confidence < MIN_CONFIDENCE < settled.confidence == 1.0
+    assert doubted.confidence is not None
+    assert doubted.confidence < MIN_CONFIDENCE
+    assert settled.confidence == 1.0
+
+
+def test_confidence_in_a_method_that_is_not_offered_is_unknown() -> None:
+    assert Adoption().candidates("bucket", ALL, "a", costs({PLAIN: 0.0, "b": -1.0}), 0.0) == Candidates(None)
 
 
 def test_one_of_equivalent_methods_is_tried() -> None:

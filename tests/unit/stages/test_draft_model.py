@@ -1,4 +1,4 @@
-"""A draft model: its guesses save rounds, never change a text, and whatever becomes of it jobs go on."""
+"""A draft model: its drafts save rounds, never change a text, and whatever becomes of it jobs go on."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from tests.support.job_peers import BLOCKS, Peer, Swarm, open_swarm
 from tests.unit.coordinator.test_jobs import THIRDS, all_free, swarm_of_thirds
 from tests.unit.coordinator.test_methods import PROMPTS, request, right, run_all
 
-GUESSED = method(speculation="draft-8")
+DRAFTED = method(speculation="draft-8")
 
 
 class Mumbling(FakeEngine):
@@ -60,20 +60,20 @@ async def test_draft_tokens_save_rounds_without_changing_text(virtual_clock: Moc
     async with open_swarm() as swarm:
         peer = await swarm_with(swarm, draft_engine())
         plain = await peer.run(request(PROMPTS[0], 40, BASELINE))
-        guessed = await peer.run(request(PROMPTS[0], 40, GUESSED))
-        assert guessed.token_ids == plain.token_ids == right(PROMPTS[0], 40)
-        assert 25 < guessed.usage.accepted_draft_tokens < 40
-        assert guessed.timing.total_s < plain.timing.total_s / 2
+        drafted = await peer.run(request(PROMPTS[0], 40, DRAFTED))
+        assert drafted.token_ids == plain.token_ids == right(PROMPTS[0], 40)
+        assert 25 < drafted.usage.accepted_draft_tokens < 40
+        assert drafted.timing.total_s < plain.timing.total_s / 2
         await all_free(swarm)
 
 
 async def test_draft_model_serves_concurrent_sessions(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_with(swarm, draft_engine())
-        results = await run_all(peer, [request(prompt, 24, GUESSED) for prompt in PROMPTS])
+        results = await run_all(peer, [request(prompt, 24, DRAFTED) for prompt in PROMPTS])
         assert [result.token_ids for result in results] == [right(prompt, 24) for prompt in PROMPTS]
         assert all(result.usage.accepted_draft_tokens for result in results)
-        sampled = await peer.run(request(PROMPTS[0], 24, GUESSED, temperature=1.0, seed=3))
+        sampled = await peer.run(request(PROMPTS[0], 24, DRAFTED, temperature=1.0, seed=3))
         assert (
             sampled.token_ids == (await peer.run(request(PROMPTS[0], 24, BASELINE, temperature=1.0, seed=3))).token_ids
         )
@@ -84,7 +84,7 @@ async def test_job_does_not_wait_while_draft_model_reads_prompt(virtual_clock: M
     draft = Mumbling(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS), step_s=0.001, row_s=1.0)
     async with open_swarm() as swarm:
         peer = await swarm_with(swarm, draft)
-        result = await peer.run(request(PROMPTS[3], 20, GUESSED))
+        result = await peer.run(request(PROMPTS[3], 20, DRAFTED))
         assert result.token_ids == right(PROMPTS[3], 20)
         assert result.usage.accepted_draft_tokens == 0
         assert result.timing.total_s < 2
@@ -97,12 +97,12 @@ async def test_drafting_does_not_wait_for_prefill_of_others(virtual_clock: MockC
     draft = Mumbling(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS), step_s=0.001, row_s=0.002)
     async with open_swarm() as swarm:
         peer = await swarm_with(swarm, draft)
-        alone = await peer.run(request(PROMPTS[7], 24, GUESSED))
+        alone = await peer.run(request(PROMPTS[7], 24, DRAFTED))
         async with trio.open_nursery() as nursery:
             for number in range(16):
-                nursery.start_soon(peer.run, request((number, *range(600)), 2, GUESSED))
+                nursery.start_soon(peer.run, request((number, *range(600)), 2, DRAFTED))
             await trio.sleep(0.2)
-            beside = await peer.run(request(PROMPTS[7], 24, GUESSED))
+            beside = await peer.run(request(PROMPTS[7], 24, DRAFTED))
         assert beside.token_ids == alone.token_ids
         assert beside.usage.accepted_draft_tokens > 8
         assert beside.timing.ttft_s < 5
@@ -121,7 +121,7 @@ async def test_draft_timeout_when_draft_model_hangs(virtual_clock: MockClock) ->
     async with open_swarm() as swarm:
         peer = await swarm_with(swarm, draft)
         tokens: list[int] = []
-        async with peer.coordinator.submit(request(PROMPTS[0], 60, GUESSED)) as events:
+        async with peer.coordinator.submit(request(PROMPTS[0], 60, DRAFTED)) as events:
             async for event in events:
                 if isinstance(event, TextDelta):
                     tokens += event.token_ids
@@ -135,7 +135,7 @@ async def test_late_draft_rows_are_not_taken_for_text(virtual_clock: MockClock) 
     draft = Mumbling(draft_engine().info, step_s=0.3)
     async with open_swarm() as swarm:
         peer = await swarm_with(swarm, draft)
-        result = await peer.run(request(PROMPTS[0], 40, GUESSED))
+        result = await peer.run(request(PROMPTS[0], 40, DRAFTED))
         assert result.token_ids == right(PROMPTS[0], 40)
         assert 0 < result.usage.accepted_draft_tokens < 30
         await trio.sleep(1)
@@ -185,7 +185,7 @@ async def test_rows_while_drafts_are_pending_cost_only_their_session(
     monkeypatch.setattr(Draft, "draft", slow)
     async with open_swarm() as swarm:
         peer = await swarm_with(swarm, draft_engine())
-        results = await run_all(peer, [request(prompt, 24, GUESSED) for prompt in PROMPTS])
+        results = await run_all(peer, [request(prompt, 24, DRAFTED) for prompt in PROMPTS])
         assert repeated
         assert [result.token_ids for result in results] == [right(prompt, 24) for prompt in PROMPTS]
         assert sum(result.replays for result in results) == 1
@@ -210,7 +210,7 @@ def test_draft_model_refuses_invalid_token(token: int) -> None:
     session = SessionId(JobId("00" * 16), 0)
     draft = Draft(session, model, held=0, positions=100, vocabulary_sizes=(1000, 1000))
     draft.extend([1, 2, token])
-    draft.draft(4, lambda guesses: None)
+    draft.draft(4, lambda drafts: None)
     answers: list[Sequence[int]] = []
     draft.draft(4, answers.append)
     assert answers == [()]
@@ -219,7 +219,7 @@ def test_draft_model_refuses_invalid_token(token: int) -> None:
 async def test_draft_model_without_kv_memory_costs_only_drafts(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_with(swarm, draft_engine(kv_positions=16))
-        result = await peer.run(request(PROMPTS[0], 24, GUESSED))
+        result = await peer.run(request(PROMPTS[0], 24, DRAFTED))
         assert result.token_ids == right(PROMPTS[0], 24)
         assert result.usage.accepted_draft_tokens == 0
         await all_free(swarm)
@@ -246,7 +246,7 @@ async def test_tokens_of_one_vocabulary_only_cost_only_drafts(
     info = fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS, vocabulary_size=vocabulary_size)
     async with open_swarm() as swarm:
         peer = await swarm_with(swarm, Wordy(info, step_s=0.001))
-        result = await peer.run(request(PROMPTS[0], 40, GUESSED))
+        result = await peer.run(request(PROMPTS[0], 40, DRAFTED))
         assert result.token_ids == right(PROMPTS[0], 40)
         assert bool(result.usage.accepted_draft_tokens) is some
         await all_free(swarm)
@@ -257,7 +257,7 @@ async def test_jobs_go_on_when_draft_model_crashes(virtual_clock: MockClock) -> 
     async with open_swarm() as swarm:
         peer = await swarm_with(swarm, draft)
         tokens: list[int] = []
-        async with peer.coordinator.submit(request(PROMPTS[0], 40, GUESSED)) as events:
+        async with peer.coordinator.submit(request(PROMPTS[0], 40, DRAFTED)) as events:
             async for event in events:
                 if isinstance(event, TextDelta):
                     tokens += event.token_ids
@@ -266,7 +266,7 @@ async def test_jobs_go_on_when_draft_model_crashes(virtual_clock: MockClock) -> 
         assert tuple(tokens) == right(PROMPTS[0], 40)
         assert peer.coordinator.statistics.done == 1
         with pytest.raises(JobError, match="not ready") as caught:  # it will be back
-            await peer.run(request(PROMPTS[0], 5, GUESSED))
+            await peer.run(request(PROMPTS[0], 5, DRAFTED))
         assert caught.value.retry_after_s
         # Where the method is left open, it is one that can be had.
         assert (await peer.run(request(PROMPTS[0], 5))).method.switches["speculation"] != "draft-8"
@@ -277,7 +277,7 @@ async def test_missing_draft_model_is_reported(virtual_clock: MockClock) -> None
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         with pytest.raises(JobError, match=r"is not available .* no draft model \(--draft\)") as caught:
-            await peer.run(request(PROMPTS[0], 5, GUESSED))
+            await peer.run(request(PROMPTS[0], 5, DRAFTED))
         assert caught.value.code is JobErrorCode.INVALID
         assert caught.value.retry_after_s is None
 
@@ -305,14 +305,12 @@ async def test_failover_to_stage_without_draft_model_goes_on_without_drafts(
         peer = await swarm.join(chooser=LearnedChooser(PredictionCache(), random.Random(1)))
         await swarm.settle()
         tokens: list[int] = []
-        async with peer.coordinator.submit(request(PROMPTS[0], 60, GUESSED)) as events:
+        async with peer.coordinator.submit(request(PROMPTS[0], 60, DRAFTED)) as events:
             async for event in events:
                 if isinstance(event, TextDelta):
                     tokens += event.token_ids
                     if len(tokens) == 12:
-                        serving = [each for each in swarm.peers if each.stages.spans() and each.held()[0]]
-                        victim = next(each for each in serving if each.engines[0].info.blocks.start == THIRDS[stage][0])
-                        swarm.hub.kill(victim.id)
+                        swarm.hub.kill(swarm.serving(THIRDS[stage]).id)
                 if isinstance(event, JobResult):
                     assert event.token_ids == right(PROMPTS[0], 60) == tuple(tokens)
                     assert event.replays == 1

@@ -144,7 +144,7 @@ def test_rows_are_refused_while_drafts_are_pending() -> None:
 
 @given(st.data())
 def test_computed_rows_are_those_of_the_text_whatever_is_drafted(data: st.DataObject) -> None:
-    """A last stage that knows the text accepts guesses as it must; each position ends up computed with its token."""
+    """A last stage that knows the text accepts drafts as it must; each position ends up computed with its token."""
     text = data.draw(st.lists(st.integers(0, 2), min_size=3, max_size=40))
     prompt = data.draw(st.integers(1, len(text) - 1))
     start = data.draw(st.integers(0, prompt - 1))

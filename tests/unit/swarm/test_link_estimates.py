@@ -1,4 +1,4 @@
-"""The link between two peers: as measured by either, else guessed; none where they cannot reach each other."""
+"""The link between two peers: as measured by either, else estimated; none where they cannot reach each other."""
 
 import math
 from typing import Any

@@ -150,7 +150,7 @@ def test_stranger_cannot_restart_a_stalled_chain_before_it_is_abandoned() -> Non
             swarm.statements[-1], epoch=head.epoch + gap, parent=head.id, proposer=stranger, joined=(stranger,), left=()
         )
         if refused:
-            with pytest.raises(InvalidStatement, match="strangers"):
+            with pytest.raises(InvalidStatement, match="non-members"):
                 chain.add(restart)
         else:
             chain.add(restart)
