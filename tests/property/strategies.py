@@ -190,6 +190,7 @@ control_messages: st.SearchStrategy[ControlMessage] = st.one_of(
         reason=st.sampled_from(RefusalReason),
         message=presentable(MAX_TEXT_BYTES),
         load=loads,
+        most_positions=st.integers(0, MAX_POSITIONS),
     ),
     st.builds(
         TokenHistory,
