@@ -29,6 +29,7 @@ from protocol.messages import (
     FinishReason,
     Open,
     Opened,
+    Refused,
     Sampling,
     Slice,
     Step,
@@ -115,11 +116,14 @@ def minor_of(message: ControlMessage) -> int:
         return 2
     if isinstance(message, Opened):
         return 0 if message.table_digest is None else 2
+    if isinstance(message, Refused):
+        return 2 if message.most_positions else 0
     if isinstance(message, Open) and (message.stage_facts or message.request_id or message.trace_parent):
         return 2
     if isinstance(message, Open) and message.sampling is not None:
         sampling = message.sampling
-        if sampling.logprobs or sampling.json_schema or sampling.pooling:  # prompt_logprobs come with logprobs
+        # prompt_logprobs come with logprobs
+        if sampling.logprobs or sampling.json_schema or sampling.pooling or sampling.penalty_window:
             return 2
         plain = Sampling(
             temperature=sampling.temperature,

@@ -158,6 +158,8 @@ class Sampling:
     """The coordinator gets an embedding of the prompt, and nothing is sampled."""
     prompt_logprobs: Annotated[bool, OMIT_DEFAULT] = False
     """The coordinator gets the log probabilities of the prompt's tokens, too; `prompt_length`, `logprobs` are set."""
+    penalty_window: Annotated[int, Range(1, MAX_POSITIONS), OMIT_DEFAULT] = 0
+    """Penalties are about this many tokens before a draw; 0 for all."""
 
     @property
     def draws_by_history(self) -> bool:
@@ -240,16 +242,14 @@ class Load:
     sessions: Counter = 0
     queued_rows: Counter = 0
     free_positions: Counter = 0
-    step_s: Seconds = 0.0
-    """Recent median time of a decode step, in seconds; 0 when unknown."""
+    step_s: Seconds = 0.0  # recent median time of a decode step; 0 when unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenHistory:
     """The next tokens of the job, from the prompt's first on, for a last stage whose draws depend on them.
 
-    The coordinator sends as many of these as it needs before it begins the session: the last stage of a longer route
-    receives hidden states only. Since version 1.1.
+    As many as it needs are sent before Begin: the last of several stages receives hidden states only. Since 1.1.
     """
 
     session: SessionId
@@ -323,6 +323,8 @@ class Refused:
     reason: RefusalReason
     message: Explanation
     load: Load
+    most_positions: Annotated[PositionCount, OMIT_DEFAULT] = 0
+    """What the stage gives a session of this coordinator at most, where it asks for more. Since version 1.2."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

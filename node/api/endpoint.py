@@ -72,8 +72,10 @@ class GenerationEndpoint:
         """Answer one request. Raises ApiError before the response starts."""
         request = Request(scope, receive)
         generation, writer = self._parse(await request.body(), request.headers)
-        if not generation.stream and generation.logprob_count() > MAX_LOGPROBS_IN_ANSWER:
-            raise ApiError.from_job_error(_too_many_logprobs("stream it, or "))
+        if not generation.stream:
+            generation = generation.held_whole()
+            if generation.logprob_count() > MAX_LOGPROBS_IN_ANSWER:
+                raise ApiError.from_job_error(_too_many_logprobs("stream it, or "))
         begin_answers(scope, len(generation.jobs))
         generation = generation.from_request(origin_of(scope))
         answer = self._stream if generation.stream else self._answer_whole

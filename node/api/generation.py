@@ -14,7 +14,7 @@ import trio
 from node.api.output_parser import PLAIN_TEXT, OutputParser, Parsed, ParsedReasoning, ParsedText, ParserRules
 from node.api.tool_calls import ToolCall
 from node.coordinator.submission import (
-    DEFAULT_MAX_TOKENS,
+    USUAL_TOKENS,
     JobError,
     JobErrorCode,
     JobEvent,
@@ -57,10 +57,18 @@ class Generation:
     def logprob_count(self) -> int:
         """Return how many log probabilities its answer may have, those of prompts apart."""
         return sum(
-            (DEFAULT_MAX_TOKENS if job.max_tokens is None else job.max_tokens) * (job.top_logprobs + 1)
+            (USUAL_TOKENS if job.max_tokens is None else job.max_tokens) * (job.top_logprobs + 1)
             for job in self.jobs
             if job.top_logprobs is not None
         )
+
+    def held_whole(self) -> "Generation":
+        """Return the same for an answer that is not streamed: log probabilities without a limit are of a usual text."""
+        jobs = (
+            replace(job, max_tokens=USUAL_TOKENS) if job.max_tokens is None and job.top_logprobs is not None else job
+            for job in self.jobs
+        )
+        return replace(self, jobs=tuple(jobs))
 
     def from_request(self, origin: RequestOrigin) -> "Generation":
         """Return the same, with the request that it comes from."""
@@ -77,12 +85,13 @@ class ChoiceStarted:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceText:
-    """More text of a choice."""
+    """More text of a choice, and how many tokens came with it; text may wait until it is certain."""
 
     choice: int
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the tokens that it comes from, where they are wanted; text may wait until it is certain."""
+    """Of the tokens that it comes from, where they are wanted."""
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,15 +304,15 @@ class _ChoiceReader:
                 tokens = len(token_ids)
                 for parsed in self._parser.feed(text):
                     if isinstance(parsed, ParsedText):
-                        yield ChoiceText(self._index, parsed.text, logprobs)
-                        logprobs = ()
+                        yield ChoiceText(self._index, parsed.text, logprobs, tokens)
+                        logprobs, tokens = (), 0
                     elif isinstance(parsed, ParsedReasoning):
                         yield ChoiceReasoning(self._index, parsed.text, tokens)
                         tokens = 0
                     else:
                         yield self._event(parsed)
                 if logprobs:
-                    yield ChoiceText(self._index, "", logprobs)
+                    yield ChoiceText(self._index, "", logprobs, tokens)
             case JobResult():
                 yield from map(self._event, self._parser.finish())
                 reason = event.finish_reason.value

@@ -137,7 +137,7 @@ _FIXED_OPTIONS: Final[Sequence[_Decorator]] = (
 
 def job_options(*, temperature: float, max_tokens: int | None) -> Callable[[F], F]:
     """Return what adds the options of a job, with these defaults; None leaves the limit to the node."""
-    limit = "Limit of new tokens." if max_tokens else "Limit of new tokens [default: the node's]."
+    limit = "Limit of new tokens." if max_tokens else "Limit of new tokens [default: as memory allows]."
     options: Sequence[Any] = (
         click.option(
             "--max-tokens",

@@ -18,7 +18,7 @@ import trio
 from node.coordinator.budget import needs_of
 from node.coordinator.job import Job
 from node.coordinator.planner import PlannedRoute, RouteNeed
-from node.coordinator.refusals import RouteRejected, StageRefusal, no_route
+from node.coordinator.refusals import RouteRejected, StageRefusal, no_route, shorten
 from node.coordinator.route import OpenRoute, RouteLost
 from node.coordinator.route_output import LastStageOutput, PromptScores, SampledToken
 from node.coordinator.session_request import RouteServices, SessionRequest, plan_sessions
@@ -150,8 +150,9 @@ class ResilientRoute:
         """
         self._retire_route()
         search = _RouteSearch(began_s=trio.current_time(), candidates_seen_s=trio.current_time())
+        is_shorter = False
         for attempt in count():
-            if attempt:
+            if attempt and not is_shorter:
                 await trio.sleep(backoff_s(attempt, BACKOFF_S, self._services.jitter))
             # Background jobs and trials, which compare methods on one route, do not explore peers.
             may_explore = not (attempt or self._is_accepted or self._job.request.background or self._job.on_served)
@@ -160,6 +161,8 @@ class ResilientRoute:
             except NoRouteError as error:
                 if self._bad_request is not None:
                     raise self._invalid(self._bad_request) from None
+                if is_shorter := shorten(self._job, self._avoided):
+                    continue
                 search.refusals |= self._reconnected | self._avoided
                 if not self._may_wait(search) or (self._is_accepted and self._is_hopeless(search, error)):
                     raise no_route(self._job, error, search.refusals, self._outdated) from None
@@ -169,9 +172,10 @@ class ResilientRoute:
                 self._stages = planned.stages
                 break
             self._retire_route()
+            is_shorter = False
             # Peers of an older version are found out one by one, and cost the job no attempt.
             is_last = attempt + 1 - len(self._outdated) >= MAX_ATTEMPTS or bool(self._job.request.stages)
-            if not self._may_wait(search) and is_last:
+            if not self._may_wait(search) and is_last and not (is_shorter := shorten(self._job, self._avoided)):
                 raise no_route(self._job, NoRouteError(()), self._avoided, self._outdated)
         if search.is_logged:
             waited_s = round(trio.current_time() - search.began_s, 1)

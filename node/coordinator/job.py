@@ -1,21 +1,24 @@
 """A job: what was asked for, fixed once it was prepared, and the tokens that came so far."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 from node.coordinator.observation import ServedJob
 from node.coordinator.planner import ONLY_COMPUTING, RouteNeed
 from node.coordinator.prefix_sharing import PrefixClaim
-from node.coordinator.submission import ChatFormat, JobRequest, JobResult
+from node.coordinator.submission import USUAL_TOKENS, ChatFormat, JobRequest, JobResult
 from node.engine.interface import parts_of
 from node.models.library import KnownModel
 from protocol.identity import JobId
 from protocol.measurements import Objective, TaskKind
-from protocol.messages import Sampling
+from protocol.messages import Load, Sampling
 from selector.cuts import Parts
 from selector.routing import Demand
 from selector.task import Method
+
+UNSTATED_SHARE: Final = 4
+"""A text for which the user set no limit may take one part in so many of the KV memory that is free on its route."""
 
 
 @dataclass(slots=True)
@@ -39,9 +42,9 @@ class JobOutput:
         self.tokens.append(token)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Job:
-    """A prepared job.
+    """A prepared job. Only its limit changes, until its text begins.
 
     `chat_format`: how the model writes, where the prompt is a conversation. `admitted`: the methods that it may be
     served with. `overrides`: context fields overridden by the caller.
@@ -83,6 +86,24 @@ class Job:
         return 0 if self.kind is TaskKind.EMBED else self.sampling.max_tokens - len(self.output.tokens)
 
     @property
+    def expected_tokens(self) -> int:
+        """How many tokens of text predictions are about: without a limit of the user's, a usual number."""
+        return self.tokens_left if self.request.max_tokens is not None else min(self.tokens_left, USUAL_TOKENS)
+
+    def limit(self, max_tokens: int) -> None:
+        """Lower the limit of the text. Memory for all of it is reserved, so that the route decides what is possible."""
+        self.sampling = replace(self.sampling, max_tokens=min(self.sampling.max_tokens, max_tokens))
+
+    def limit_unstated(self, loads: Iterable[Load]) -> None:
+        """Limit a text for which the user set no limit to a quarter of the KV memory that is free on its route.
+
+        So it may be long where there is memory, and others still find some. `loads`: of the stages, 0 where unknown.
+        """
+        if self.request.max_tokens is None:
+            free = min((load.free_positions for load in loads), default=0)
+            self.limit(max(USUAL_TOKENS, free // UNSTATED_SHARE))
+
+    @property
     def scores_left(self) -> int:
         """How many tokens of the prompt are still to be scored."""
         return len(self.prompt) - 1 - self.output.scored if self.kind is TaskKind.SCORE else 0
@@ -115,7 +136,7 @@ class Job:
         demand = Demand(
             block_count=self.model.block_count,
             prompt_rows=len(self.prompt) + len(self.output.tokens),
-            new_tokens=self.tokens_left,
+            new_tokens=self.expected_tokens,
             row_bytes=4 * self.model.hidden_size,
             granularity=self.model.manifest.granularity,
         )

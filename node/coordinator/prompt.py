@@ -5,15 +5,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from node.coordinator.submission import (
-    DEFAULT_MAX_TOKENS,
-    ChatFormat,
-    ChatMessage,
-    JobError,
-    JobErrorCode,
-    JobRequest,
-    ToolFormat,
-)
+from node.coordinator.submission import ChatFormat, ChatMessage, JobError, JobErrorCode, JobRequest, ToolFormat
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.tokenizer_service import TokenizerBusyError, TokenizerUnavailableError
@@ -140,7 +132,8 @@ async def prompt_text(request: JobRequest, model: KnownModel) -> str:
 def sampling_of(request: JobRequest, model: KnownModel, prompt: Prompt) -> Sampling:
     """Return a request's sampling, within the model's limits. Raises JobError.
 
-    `max_tokens` is an upper bound: where the model's context holds fewer, the text ends with the context.
+    `max_tokens` is an upper bound: where the model's context holds fewer, the text ends with the context, as it does
+    without a limit.
     """
     prompt_length = len(prompt.tokens)
     room = model.max_positions - prompt_length
@@ -151,7 +144,7 @@ def sampling_of(request: JobRequest, model: KnownModel, prompt: Prompt) -> Sampl
             f"the prompt has {prompt_length} tokens, and the model's context holds {model.max_positions}, "
             "answer included: shorten the prompt",
         )
-    wanted = min(room, DEFAULT_MAX_TOKENS) if request.max_tokens is None else request.max_tokens
+    wanted = room if request.max_tokens is None else request.max_tokens
     if wanted < least:
         raise JobError(JobErrorCode.INVALID, f"max_tokens is {wanted}: use at least 1", param="max_tokens")
     if not (math.isfinite(request.temperature) and 0 <= request.temperature <= 100 and 0 < request.top_p <= 1):
@@ -184,6 +177,7 @@ def sampling_of(request: JobRequest, model: KnownModel, prompt: Prompt) -> Sampl
         reasoning_end=end,
         reasoning_begin=begin,
         pooling=request.pooling,
+        penalty_window=request.penalty_window,
         min_length=min(prompt_length + request.min_tokens, MAX_POSITIONS) if request.min_tokens else 0,
     )
     return replace(sampling, prompt_length=prompt_length) if sampling.needs_history else sampling

@@ -1,11 +1,11 @@
 """Why a job gets no route: the refusals of stages, and the errors that its client gets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 from node.coordinator.job import Job
 from node.coordinator.method_choice import OverBudget
-from node.coordinator.submission import JobError, JobErrorCode
+from node.coordinator.submission import USUAL_TOKENS, JobError, JobErrorCode
 from protocol.identity import PeerId
 from protocol.measurements import TaskKind
 from protocol.messages import RefusalReason
@@ -20,7 +20,8 @@ class StageRefusal:
     """Why a peer could not take its stage. `reason` is None where the peer could not be reached at all.
 
     `lagged`: it can be reached, but made no progress. `outdated`: its version lacks a sampling option of the job, so
-    that it may serve any stage but the last.
+    that it may serve any stage but the last. `most_positions`: the KV positions that it gives a session at most,
+    where the job needs more; else 0.
     """
 
     peer: PeerId
@@ -28,6 +29,7 @@ class StageRefusal:
     message: str
     lagged: bool = False
     outdated: bool = False
+    most_positions: int = 0
 
 
 class RouteRejected(Exception):
@@ -65,6 +67,13 @@ def no_route(
         lacking = f"no peer serves blocks {blocks} of {name}"
         unfit = f"the peers serve spans of {name} that do not meet, and {methods} runs them as a whole only"
         message = f"{lacking}: start a node with --serve" if blocks else f"{unfit}: use another method"
+    elif all(0 < refusal.most_positions < _least_positions(job) for refusal in avoided.values()):
+        most = max(refusal.most_positions for refusal in avoided.values())
+        message = (
+            f"the prompt has {len(job.prompt)} tokens, and {peers} hold at most {most} in their KV memory, answer "
+            "included: shorten the prompt, or serve the model with more --memory"
+        )
+        return JobError(JobErrorCode.CONTEXT_LENGTH, message)
     elif RefusalReason.FULL in kinds:
         code = JobErrorCode.FULL
         message = f"{peers} have no room now ({reasons}): try again later"
@@ -77,6 +86,31 @@ def no_route(
         missing = f"blocks {blocks}" if blocks else "some blocks"
         message = f"no peer is left to serve {missing} of {name}{affordable} ({reasons}): try again later"
     return JobError(code, message, retry_after_s=RETRY_AFTER_S)
+
+
+def shorten(job: Job, avoided: MutableMapping[PeerId, StageRefusal]) -> bool:
+    """Lower the limit of a new text for which stages had no KV memory; return whether they may have enough now.
+
+    It becomes what those can hold that are too small for it, or, where the user set none, a usual one. What is measured
+    stays as long as it is. `avoided`: why peers were not used; cleared where the job is to try them again.
+    """
+    if job.output.routed_s or job.request.background or job.on_served is not None:
+        return False
+    before, refusals = job.sampling.max_tokens, avoided.values()
+    most = max((refusal.most_positions for refusal in refusals), default=0)
+    if most >= _least_positions(job):
+        job.limit(most - len(job.prompt))
+    elif not most and job.request.max_tokens is None and any(r.reason is RefusalReason.FULL for r in refusals):
+        job.limit(USUAL_TOKENS)
+    if not job.tokens_left or job.sampling.max_tokens == before:
+        return False
+    avoided.clear()
+    return True
+
+
+def _least_positions(job: Job) -> int:
+    """Return the KV positions without which the job cannot begin: those of its prompt, and of a token if it is to."""
+    return len(job.prompt) + min(1, job.tokens_left)
 
 
 def over_budget(job: Job, cheapest: OverBudget) -> JobError:

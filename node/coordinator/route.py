@@ -342,7 +342,9 @@ class OpenRoute:
                 self._unwatch.append(link.watch(SessionId(self.job, stage), partial(self._stage_lost, stage)))
                 self.answers[stage] = await link.open(message)
             except SessionRefused as refused:
-                refusals[stage] = StageRefusal(peer, refused.reason, str(refused))
+                refusals[stage] = StageRefusal(
+                    peer, refused.reason, str(refused), most_positions=refused.most_positions
+                )
                 self._refused.add(stage)
                 del self._links[stage]
             except LinkBroken as broken:

@@ -83,6 +83,8 @@ async def plan_sessions(
     over: list[OverBudget] = []
     for need in needs:
         planned = await services.planner.route(need, may_explore=may_explore)
+        if begun is None:
+            job.limit_unstated(planned.loads)
         try:
             return planned, await request_sessions(services, job, planned, begun, serving)
         except OverBudget as error:
@@ -145,7 +147,7 @@ def _describe(services: RouteServices, job: Job, planned: PlannedRoute, serving:
         model_facts(job.model.manifest),
         weight_type=weight_type(job.model.manifest),
         prompt_tokens=len(job.prompt),
-        max_tokens=job.tokens_left,
+        max_tokens=job.expected_tokens,
         shared_prefix_share=0.0 if job.kind.needs_every_row else job.claim.shared_share,
         repetitiveness=repetitiveness(job.prompt[-LOOKED_AT_TOKENS:]) if job.tokens_left else 0.0,
         concurrency=services.planner.concurrency(stages, planned.loads, serving),

@@ -119,6 +119,7 @@ class SessionRefused(Exception):
         super().__init__(refused.message)
         self.peer = peer
         self.reason = refused.reason
+        self.most_positions = refused.most_positions
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,11 @@ RESERVED_SHARE: Final = 1 / 8
 """Of the pages of a span, for the node's own jobs; and once more for peers that hold less than their fair share."""
 
 
+def most_pages(peer: PeerId, *, own: PeerId, pages: int) -> int:
+    """Return how many of a span's `pages` pages a peer may take at most, while nobody else holds any."""
+    return pages if peer == own else pages - int(pages * RESERVED_SHARE)
+
+
 def may_take(
     peer: PeerId, wanted: int, *, own: PeerId, pages: int, held: Mapping[PeerId, int], waiting: int = 0
 ) -> bool:

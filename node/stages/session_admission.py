@@ -10,7 +10,7 @@ from node.engine.interface import PAGE_POSITIONS, EngineError, EngineFull, SpanI
 from node.links.base_link import LinkBroken
 from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
-from node.stages.fair_share import may_take
+from node.stages.fair_share import may_take, most_pages
 from node.stages.peer_penalties import PeerPenalties
 from node.stages.session import StageSession
 from node.stages.span import Span, SpanTable, pages_of
@@ -28,12 +28,13 @@ DESCRIPTION_BYTES = 32 << 20
 
 
 class _Refusal(Exception):
-    """A session is not opened; `span`: whose load the answer reports."""
+    """A session is not opened; `span`: whose load the answer reports. `most_positions`: see `Refused`."""
 
-    def __init__(self, reason: RefusalReason, why: str, span: Span | None = None) -> None:
+    def __init__(self, reason: RefusalReason, why: str, span: Span | None = None, *, most_positions: int = 0) -> None:
         super().__init__(why)
         self.reason = reason
         self.span = span
+        self.most_positions = most_positions
 
 
 class SessionAdmission:
@@ -72,7 +73,13 @@ class SessionAdmission:
                 peer, refusal.reason, session=message.session, request_id=message.request_id, why=str(refusal)
             )
             load = refusal.span.load() if refusal.span else Load()
-            return Refused(session=message.session, reason=refusal.reason, message=str(refusal), load=load)
+            return Refused(
+                session=message.session,
+                reason=refusal.reason,
+                message=str(refusal),
+                load=load,
+                most_positions=refusal.most_positions if link.minor >= 2 else 0,
+            )
         self._records.opened(peer)
         return opened
 
@@ -106,6 +113,8 @@ class SessionAdmission:
         span, former = self._continued(message, link) or (self._span_for(message, link.peer), None)
         if fault := _request_fault(message, span.info.part(message.blocks)):
             raise _Refusal(RefusalReason.INVALID, fault, span)
+        if former is None:
+            self._check_size(span, message, link.peer)
         return await self._open_on(span, message, link, former, _offered_methods(message, span, self._table))
 
     def _span_for(self, message: Open, peer: PeerId) -> Span:
@@ -172,6 +181,17 @@ class SessionAdmission:
                 span.start_freeing(message.session)
         span.end(session)
         raise refusal
+
+    def _check_size(self, span: Span, message: Open, peer: PeerId) -> None:
+        """Raise _Refusal where a session needs more KV memory than a peer's session can ever have here.
+
+        It is no unmet demand, for which memory would be set aside.
+        """
+        own, pages = self._link_pool.peer_id, span.info.kv_positions // PAGE_POSITIONS
+        most = most_pages(peer, own=own, pages=pages) * PAGE_POSITIONS
+        if message.positions > most:
+            why = f"no KV memory for {message.positions} positions: a session of {peer} has at most {most} on this span"
+            raise _Refusal(RefusalReason.FULL, why, span, most_positions=most)
 
     def _check_share(self, span: Span, session: StageSession) -> None:
         """Raise EngineFull where the KV memory that a session needs is for others."""

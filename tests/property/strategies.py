@@ -121,6 +121,7 @@ samplings = st.builds(
         st.integers(0, MAX_VOCABULARY - 1), st.floats(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS), max_size=4
     ).map(lambda biases: tuple(sorted(biases.items()))),
     min_length=st.integers(0, MAX_POSITIONS),
+    penalty_window=st.integers(0, MAX_POSITIONS),
     prompt_length=st.integers(0, MAX_POSITIONS),
     logprobs=st.integers(0, MAX_LOGPROBS),
     json_schema=st.sampled_from(["", "{}", '{"type": "object"}']),
@@ -190,6 +191,7 @@ control_messages: st.SearchStrategy[ControlMessage] = st.one_of(
         reason=st.sampled_from(RefusalReason),
         message=presentable(MAX_TEXT_BYTES),
         load=loads,
+        most_positions=st.integers(0, MAX_POSITIONS),
     ),
     st.builds(
         TokenHistory,

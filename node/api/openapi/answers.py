@@ -116,7 +116,7 @@ RESPONSE: Final = record(
     model=STRING,
     output=array(_ITEM),
     previous_response_id=NULL,
-    reasoning=record(effort=NULL, summary=NULL),
+    reasoning=record(effort=nullable(STRING), summary=NULL),
     store=const(False),
     truncation=const("disabled"),
     usage=record(
@@ -145,7 +145,9 @@ EMBEDDINGS: Final = record(
     model=STRING,
     usage=record(prompt_tokens=INTEGER, total_tokens=INTEGER),
 )
-MODEL: Final = record(id=STRING, object=const("model"), created=INTEGER, owned_by=STRING)
+MODEL: Final = record(
+    id=STRING, object=const("model"), created=INTEGER, owned_by=STRING, max_model_len=nullable(INTEGER)
+)
 MODELS: Final = record(object=const("list"), data=array(MODEL))
 
 # Anthropic
@@ -189,7 +191,7 @@ _COUNTS: Final = (
 def _ollama(optional: Mapping[str, Schema] | None = None, /, **piece: Schema) -> dict[str, Any]:
     counts = dict.fromkeys(_COUNTS, INTEGER)
     optional = {**_DETAILS, **counts, "logprobs": _TOKENS, **(optional or {})}
-    reason = {"enum": ["stop", "length", "load"]}
+    reason = {"enum": ["stop", "length", "load", "unload"]}
     return record(optional, model=STRING, created_at=STRING, done=const(True), done_reason=reason, **piece)
 
 
@@ -217,6 +219,20 @@ OLLAMA_TAGS: Final = record(
         record(name=STRING, model=STRING, modified_at=STRING, size=INTEGER, digest=STRING, details=_OLLAMA_DETAILS)
     )
 )
+OLLAMA_PS: Final = record(
+    models=array(
+        record(
+            name=STRING,
+            model=STRING,
+            size=INTEGER,
+            digest=STRING,
+            details=_OLLAMA_DETAILS,
+            expires_at=STRING,
+            size_vram=INTEGER,
+            context_length=INTEGER,
+        )
+    )
+)
 OLLAMA_SHOW: Final = record(
     modelfile=STRING,
     parameters=STRING,
@@ -227,7 +243,7 @@ OLLAMA_SHOW: Final = record(
     capabilities=array(STRING),
 )
 TOKEN_COUNT: Final = record(input_tokens=INTEGER)
-OLLAMA_VERSION: Final = record(version=STRING)
+OLLAMA_VERSION: Final = record(version=STRING, metaswarm=STRING)
 
 # This program's own
 

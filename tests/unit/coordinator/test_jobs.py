@@ -244,6 +244,71 @@ async def test_full_peer_refuses_and_serves_again_once_it_has_room(virtual_clock
         await all_free(swarm)
 
 
+async def test_text_without_a_limit_takes_a_quarter_of_the_free_memory(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        await swarm.join((0, 5), kv_positions=1 << 14)
+        await swarm.join((5, 9), kv_positions=2560)
+        peer = await swarm.join()
+        await swarm.settle()
+        result = await peer.run(JobRequest(model="fake", prompt=PROMPT))
+        assert (len(result.token_ids), result.finish_reason) == (640, FinishReason.LENGTH)
+        assert result.token_ids == right_tokens(640)
+        await all_free(swarm)
+
+
+async def test_texts_without_a_limit_leave_room_for_others(virtual_clock: MockClock) -> None:
+    lengths: list[int] = []
+    async with open_swarm() as swarm:
+        await swarm.join((0, 9), kv_positions=3072)
+        peer = await swarm.join()
+        await swarm.settle()
+
+        async def ask() -> None:
+            lengths.append(len((await peer.run(JobRequest(model="fake", prompt=PROMPT))).token_ids))
+
+        async with trio.open_nursery() as nursery:  # all at once, so that what is free is not known yet
+            for _ in range(3):
+                nursery.start_soon(ask)
+        assert sorted(lengths) == [512, 768, 768], "the last one goes by a usual length"
+        assert peer.coordinator.statistics.failed == 0
+
+
+async def test_limit_is_cut_to_what_the_smallest_stage_holds(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        await swarm.join((0, 5))
+        await swarm.join((5, 9), kv_positions=512)
+        peer = await swarm.join()
+        await swarm.settle()
+        for coordinator, held in ((peer, 512 * 7 // 8), (swarm.peers[1], 512)):  # an eighth is for its own jobs
+            result = await coordinator.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=32_000))
+            assert (len(result.token_ids), result.finish_reason) == (held - len(TOKENS), FinishReason.LENGTH)
+            await all_free(swarm)
+
+
+async def test_large_limit_takes_a_stage_that_holds_it(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        await swarm.join((0, 9), kv_positions=512, step_s=0.001)
+        await swarm.join((0, 9), step_s=0.01)
+        peer = await swarm.join()
+        await swarm.settle()
+        assert len((await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=600))).token_ids) == 600
+
+
+async def test_prompt_beyond_all_memory_is_refused_for_good(virtual_clock: MockClock) -> None:
+    prompt = tuple(range(900))
+    async with open_swarm() as swarm:
+        await swarm.join((0, 9), kv_positions=1024)
+        peer = await swarm.join()
+        await swarm.settle()
+        for limit in (None, 1, 500):
+            with pytest.raises(JobError, match=r"prompt has 900 tokens, .* hold at most 896") as caught:
+                await peer.run(JobRequest(model="fake", prompt_tokens=prompt, max_tokens=limit))
+            assert caught.value.code is JobErrorCode.CONTEXT_LENGTH
+            assert caught.value.retry_after_s is None
+        assert len((await peer.run(JobRequest(model="fake", prompt_tokens=prompt[:800]))).token_ids) == 96
+        await all_free(swarm)
+
+
 async def test_background_job_gives_way_to_other_jobs(virtual_clock: MockClock) -> None:
     measurement = JobRequest(model="fake", prompt=PROMPT, max_tokens=8, background=True)
     async with open_swarm() as swarm:
