@@ -30,7 +30,7 @@ from node.engine.llamacpp.kv_budget import KvBudget
 from node.engine.llamacpp.kv_memory import OWN_SEQUENCES, PassFailed
 from node.engine.llamacpp.library import GGML_KV_TYPES, load_library
 from node.engine.llamacpp.sequences import Sequences
-from node.engine.llamacpp.span_file import EMBEDDING, assembled_span, kv_bytes_per_position, tensors_of, weight_bytes
+from node.engine.llamacpp.span_file import EMBEDDING, kv_bytes_per_position, load_span, tensors_of, weight_bytes
 from node.engine.memory_plan import GGUF_COSTS, ModelSizes, mebibytes, memory_plan
 from node.engine.shard import FREE_MEMORY_SHARE, Array, SessionRows, Shard
 from node.models.manifest import find_integer, longest_text
@@ -91,8 +91,7 @@ class LlamaShard(Shard[Kv]):
             threads=options.threads or physical_cores(),
             scratch_dir=options.cache_dir,
         )
-        with assembled_span(options.cache_dir, source, tensors, blocks) as path:
-            self._model = SpanModel(library, path)
+        self._model = load_span(options.cache_dir, source, tensors, blocks, lambda path: SpanModel(library, path))
         self._kv_bytes = kv_bytes
         self._budget = KvBudget(cells_for(kv_positions) * position_bytes)
         self._kv = {LLAMACPP: self._open(self._context_options)}
