@@ -18,11 +18,12 @@ from typing import Final
 import numpy as np
 
 from node.engine.interface import EngineError
-from node.engine.llamacpp.context import ContextOptions, Floats, SequenceRows, SpanContext, SpanModel
+from node.engine.llamacpp.context import ContextOptions, Floats, SequenceRows, SpanContext
 from node.engine.llamacpp.embedding import Embedding
 from node.engine.llamacpp.kv_memory import PassFailed
 from node.engine.llamacpp.library import Library, load_library
 from node.engine.llamacpp.span_file import EMBEDDING, SpanTensors, whole_model, write_span
+from node.engine.llamacpp.span_model import SpanModel
 from node.engine.llamacpp.tiny_model import write_tiny_model
 from node.models.gguf_file import GgufError, GgufModel, read_gguf
 from node.util.child_process import report

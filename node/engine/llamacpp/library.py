@@ -40,6 +40,8 @@ FLASH_ATTENTION_AUTO: Final = -1
 FLASH_ATTENTION_ON: Final = 1
 LOAD_MAPPED: Final = 1
 """LLAMA_LOAD_MODE_MMAP."""
+SPLIT_NONE: Final = 0
+"""LLAMA_SPLIT_MODE_NONE: all on `main_gpu`, or on no GPU where that is negative."""
 F16: Final = 1
 """GGML_TYPE_F16."""
 GGML_KV_TYPES: Final[Mapping[str, GGMLQuantizationType]] = {
