@@ -160,6 +160,8 @@ class SpanContext:
             # With values in f16, too, each thread calculates the attention of a single row over a part of the cells: so
             # rounding depends on threads, on what else is in memory, and on whether drafts are verified beside the row.
             parameters.type_v = GGMLQuantizationType.BF16
+            if self._model.is_latent:
+                parameters.type_k = GGMLQuantizationType.BF16
         # Without it, attention depends on the number of rows, holds weights over all positions of the memory, and takes
         # no quantised values.
         parameters.flash_attn_type = FLASH_ATTENTION_ON

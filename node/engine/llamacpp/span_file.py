@@ -8,6 +8,7 @@ zeros, because llama.cpp requires them: holes in the file, which are never read 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final, TypeVar
@@ -17,7 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from node.engine.interface import EngineError, ShardSource
 from node.engine.memory_plan import mebibytes
 from node.models.gguf_file import GgufError, GgufModel, GgufTensor, read_gguf
-from node.models.gguf_layout import LONG_FACTORS, SHORT_FACTORS
+from node.models.gguf_layout import LONG_FACTORS, SHORT_FACTORS, arrange
 from node.models.gguf_writer import STRING, U32, AnyTensor, GgufValue, GgufZeros, assemble_gguf, typed_metadata
 from node.util.disk_cache import FolderCache
 from protocol.identity import BlockRange
@@ -87,6 +88,18 @@ def whole_model(model: GgufModel) -> SpanTensors:
         model.tensors[EMBEDDING].shape[0],
         OUTPUT not in model.tensors,
     )
+
+
+def at_hand(whole: SpanTensors, blocks: BlockRange) -> SpanTensors:
+    """Return what `tensors_of` gives where a peer has the files of a span only. Raises GgufError."""
+    layout = arrange(whole.common, whole.block_count)
+    first, last = blocks.start == 0, blocks.end == whole.block_count
+    names = [*layout.common, *chain.from_iterable(layout.blocks[blocks.start : blocks.end])]
+    names += layout.embed if first or (last and whole.tied) else ()
+    names += layout.head if last else ()
+    tensors = {name: whole.tensors[name] for name in names}
+    size = whole.vocabulary_size if EMBEDDING in tensors or OUTPUT in tensors else _DUMMY_VOCABULARY
+    return replace(whole, tensors=tensors, vocabulary_size=size)
 
 
 def _joined(parts: Iterable[GgufModel]) -> dict[str, GgufTensor]:
@@ -242,9 +255,8 @@ def kv_bytes_per_position(
         block_elements, block_bytes = GGML_QUANT_SIZES[kind]
         return -(-elements // block_elements) * block_bytes
 
-    if common.get("attention.kv_lora_rank"):  # latent attention: one compressed key, and its value within it
-        rank = common.integer("attention.kv_lora_rank")
-        return (row_bytes(rank + common.integer("rope.dimension_count")) + row_bytes(rank)) * len(blocks)
+    if common.get("attention.key_length_mla"):  # latent attention: one compressed key, which has the value within it
+        return row_bytes(common.integer("attention.key_length")) * len(blocks)
     heads = common.get("attention.head_count")
     most = max(heads, default=1) if isinstance(heads, list) else heads
     head_size = source.hidden_size // (most if isinstance(most, int) and most > 0 else 1)

@@ -1,12 +1,16 @@
 """The weights of a span in llama.cpp, on one device."""
 
+import ctypes
 import weakref
 from pathlib import Path
+from typing import Final
 
 from node.engine.device import CPU
 from node.engine.interface import EngineError
 from node.engine.llamacpp.library import LOAD_MAPPED, SPLIT_NONE, Library
 from node.util.mapped_pages import drop_mapped_pages
+
+_LONGEST_VALUE: Final = 256
 
 
 class SpanModel:
@@ -36,3 +40,14 @@ class SpanModel:
         self.vocabulary_size: int = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self.handle))
         self.window: int = library.llama_model_n_swa(self.handle)
         """Positions of its sliding window, 0 for none."""
+        self.is_latent = self._metadata(f"{self._metadata('general.architecture')}.attention.kv_lora_rank") not in {
+            "",
+            "0",
+        }
+        """Whether keys and values are parts of one row (multi-head latent attention), which has one type."""
+
+    def _metadata(self, key: str) -> str:
+        """Return a value of the model's metadata as text; empty where there is none."""
+        text = ctypes.create_string_buffer(_LONGEST_VALUE)
+        self.library.llama_model_meta_val_str(self.handle, key.encode(), text, _LONGEST_VALUE)
+        return text.value.decode(errors="replace")

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import structlog
 from tokenizers import Tokenizer
 
 from node.engine.gguf_tokenizer import write_tokenizer
@@ -34,6 +36,16 @@ def test_the_granularity_is_what_the_trial_finds(tmp_path: Path, child: Child) -
     child('print("llama.cpp says hello"); print(\'{"granularity": 6}\')')
     assert sources.find_granularity(tmp_path / "x.gguf", lambda *report: reports.append(report)) == 6
     assert reports == [("test the architecture", 0, 1), ("test the architecture", 1, 1)]
+
+
+def test_model_that_cannot_be_tried_out_is_served_whole_with_the_reason_told(tmp_path: Path) -> None:
+    weights = tensors() | {f"blk.{block}.attn_extra.weight": np.zeros((37, 32), np.float32) for block in range(2)}
+    path = write_gguf(tmp_path / "x.gguf", metadata(), weights)
+    with structlog.testing.capture_logs() as logs:
+        assert sources.find_granularity(path, ignore_progress) == 2
+    [log] = logs
+    assert "served whole only" in log["event"]
+    assert "'blk.0.attn_extra.weight' has an axis of 37" in log["reason"]
 
 
 @pytest.mark.parametrize(
