@@ -6,16 +6,17 @@ import re
 import shlex
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from node.capabilities.probe import total_memory
 from node.config import LOCK_FILE, MEMORY_SHARE, NodeConfig, StartError
-from node.engine.device import Device, DeviceError, find_devices
+from node.engine.device import Device, DeviceError, cpu_device, find_devices, llamacpp_has_gpu
 from node.joining import port_conflicts, second_node
 from node.models.catalogue import CATALOGUE
 from node.models.errors import ModelError
+from node.models.layout import GGUF
 from node.models.store import AmbiguousModelError, ModelStore, UnknownModelError
 
 MIN_MEMORY_BYTES: Final = 1 << 20
@@ -36,7 +37,8 @@ async def check_start(config: NodeConfig) -> Sequence[Device]:
         devices = await find_devices(config.device)
     except DeviceError as error:
         faults.append(f"cannot compute on {config.device}: {error}; see --device")
-    faults += filter(None, (memory_fault(config, device) for device in devices))
+    counted = (cpu_device(),) if _computes_on_cpu(config) else devices
+    faults += filter(None, (memory_fault(config, device) for device in counted))
     faults += _model_faults(config)
     if not faults:
         return devices
@@ -60,6 +62,17 @@ def _directory_fault(config: NodeConfig) -> str | None:
             return None
     except StartError as error:
         return str(error)
+
+
+def _computes_on_cpu(config: NodeConfig) -> bool:
+    """Return whether all that is to be served is known to be computed on the CPU, whatever GPU torch has."""
+    store = ModelStore(config.cache_dir)
+    names = [spec.model for spec in config.serve] + ([config.draft] if config.draft else [])
+    with suppress(ModelError):
+        packages = [store.find(store.resolve(name)) for name in names]
+        formats = {package and package.manifest.format for package in packages}
+        return formats == {GGUF} and not llamacpp_has_gpu()
+    return False
 
 
 def memory_fault(config: NodeConfig, device: Device) -> str | None:

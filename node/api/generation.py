@@ -11,6 +11,7 @@ from typing import Final
 
 import trio
 
+from node.api.channel_parser import ChannelParser
 from node.api.output_parser import PLAIN_TEXT, OutputParser, Parsed, ParsedReasoning, ParsedText, ParserRules
 from node.api.tool_calls import ToolCall
 from node.coordinator.submission import (
@@ -285,14 +286,16 @@ class _ChoiceReader:
         self._rules = generation.rules
         self._is_scored = generation.jobs[index].prompt_logprobs
         self._echo = ""
-        self._parser = OutputParser(self._rules, None)
+        self._parser: OutputParser | ChannelParser = OutputParser(self._rules, None)
         self._calls = 0
 
     def read(self, event: JobEvent) -> Iterator[GenerationEvent]:
         """Yield the events that one of the job makes."""
         match event:
             case JobStarted():
-                self._parser = OutputParser(self._rules, event.chat_format)
+                has_channels = event.chat_format is not None and event.chat_format.channel is not None
+                reads_channels = has_channels and self._rules.reasoning and not self._rules.forced
+                self._parser = (ChannelParser if reads_channels else OutputParser)(self._rules, event.chat_format)
                 yield ChoiceStarted(self._index, event)
                 self._echo = event.echo
                 if event.echo and not self._is_scored:

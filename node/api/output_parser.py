@@ -171,11 +171,11 @@ class OutputParser:
             place, mark = min(places)
             text, self._held = self._held[:place], self._held[place + len(mark) :]
             return text, mark
-        kept = 0 if last else max((_overlap(self._held, mark) for mark in marks), default=0)
+        kept = 0 if last else max((overlap(self._held, mark) for mark in marks), default=0)
         text, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         return text, ""
 
 
-def _overlap(text: str, mark: str) -> int:
+def overlap(text: str, mark: str) -> int:
     """Return how many characters at the end of a text begin a mark."""
     return next((size for size in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:size])), 0)

@@ -65,7 +65,7 @@ def parse_calls(body: str, tool_format: ToolFormat | None, tools: Tools) -> list
     except (ValueError, RecursionError):
         return []
     # Without a mark around it, an object that looks like a call may be what was asked for.
-    is_marked = tool_format in {ToolFormat.HERMES, ToolFormat.MISTRAL}
+    is_marked = tool_format in {ToolFormat.HARMONY, ToolFormat.HERMES, ToolFormat.MISTRAL}
     return calls if is_marked or all(name in tools for name, _ in calls) else []
 
 

@@ -12,6 +12,9 @@ from node.models.tokenizer_service import TokenizerBusyError, TokenizerUnavailab
 from protocol.limits import MAX_POSITIONS, MAX_STOP_TOKENS
 from protocol.messages import Sampling
 
+_FINAL_CHANNEL = "<|channel|>final<|message|>"
+"""What a model that writes in channels puts before its answer: JSON that a schema makes sure of begins behind it."""
+
 BUSY_RETRY_S = 2.0
 """When a client should retry while too many prompts wait for the model's tokenizer."""
 
@@ -93,16 +96,21 @@ async def _conversation(request: JobRequest, messages: Sequence[ChatMessage], mo
     if request.json_schema and model.tokenizer.reasoning_tokens is None:
         options = {"enable_thinking": False, **options}  # JSON cannot begin behind reasoning, as its end is not a token
     turns = [message.for_template() for message in messages]
-    return await model.tokenizer.render_chat_text(
+    text = await model.tokenizer.render_chat_text(
         turns, request.tools, options, continue_final_message=request.continue_final_message
     )
+    if request.json_schema and model.tokenizer.has_channels and not request.continue_final_message:
+        text += _FINAL_CHANNEL
+    return text
 
 
 def chat_format_of(model: KnownModel) -> ChatFormat:
     """Return how a model writes what is not its answer."""
     tokenizer = model.tokenizer
     return ChatFormat(
-        tools=ToolFormat(tokenizer.tool_format) if tokenizer.tool_format else None, reasons=tokenizer.reasons
+        tools=ToolFormat(tokenizer.tool_format) if tokenizer.tool_format else None,
+        reasons=tokenizer.reasons,
+        channel="" if tokenizer.has_channels else None,
     )
 
 
@@ -115,7 +123,10 @@ def _chat_format(request: JobRequest, messages: Sequence[ChatMessage], model: Kn
     if request.json_schema:
         is_closed = ends.endswith("</think>") or request.template_options.get("enable_thinking") is False
         may_reason = model.tokenizer.reasoning_tokens is not None and (began or not is_closed)
-    return replace(chat_format_of(model), reasons=may_reason, reasoning_began=may_reason and began)
+    chat_format = chat_format_of(model)
+    if chat_format.channel is not None and (request.json_schema or request.continue_final_message):
+        chat_format = replace(chat_format, channel="final")
+    return replace(chat_format, reasons=may_reason, reasoning_began=may_reason and began)
 
 
 async def prompt_text(request: JobRequest, model: KnownModel) -> str:

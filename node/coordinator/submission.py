@@ -64,6 +64,8 @@ class JobError(Exception):
 class ToolFormat(enum.StrEnum):
     """How a model writes tool calls."""
 
+    HARMONY = "harmony"
+    """A message of the channel `commentary` to `functions.NAME`: gpt-oss."""
     HERMES = "hermes"
     """`<tool_call>{"name": …, "arguments": …}</tool_call>`: Hermes, Qwen."""
     LLAMA3 = "llama3"
@@ -78,13 +80,15 @@ class ToolFormat(enum.StrEnum):
 class ChatFormat:
     """How a model writes tool calls and reasoning, by its chat template.
 
-    `tools`: None where it knows none. `reasons`: whether it may write reasoning in `<think>`. `reasoning_began`:
-    whether the prompt ends within it.
+    `tools`: None where it knows none. `reasons`: whether it may write reasoning. `reasoning_began`: whether the prompt
+    ends within `<think>`. `channel`: of a model that writes in channels, the one in which the prompt ends: empty where
+    the model names the first one itself, None of other models.
     """
 
     tools: ToolFormat | None = None
     reasons: bool = False
     reasoning_began: bool = False
+    channel: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +128,8 @@ class ChatMessage:
                 for call in self.tool_calls
             ]
         optional = {"tool_call_id": self.tool_call_id, "name": self.name, "reasoning_content": self.reasoning}
+        if self.tool_calls and not self.content:  # gpt-oss's template takes both only apart, and by another name
+            optional["thinking"] = self.reasoning
         return turn | {name: value for name, value in optional.items() if value}
 
 

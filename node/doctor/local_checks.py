@@ -10,7 +10,7 @@ import psutil
 
 from node.config import LOCK_FILE, MEMORY_SHARE, NodeConfig, ServeSpec
 from node.doctor.report import Consequence, Fault, Finding, RunningNode
-from node.engine.device import Device, DeviceError, cpu_device, find_devices
+from node.engine.device import CPU, Device, DeviceError, cpu_device, find_devices
 from node.identity import KEY_FILE, IdentityError, load_or_create
 from node.models.errors import ModelError
 from node.models.layout import GGUF
@@ -18,7 +18,7 @@ from node.models.store import ModelStore, Package, UnknownModelError
 from node.network.addresses import TcpAddress, parse_address
 from node.network.interface import NetworkError
 from node.network.transport import bind
-from node.stages.device_shares import shares_of_spans, split_over, usable_shares
+from node.stages.device_shares import cpu_bytes_of_each, shares_of_spans, split_over, usable_shares
 from node.stages.memory_admission import shortage, smallest_span, span_bytes_for
 from node.storage.database import DATABASE_FILE, StorageError, find_damage
 from node.util.child_process import ChildError, run
@@ -170,11 +170,12 @@ def _check_memory(
     manifest, specs, has_draft = package.manifest, list(dict.fromkeys(config.serve)), config.draft is not None
     memory_bytes = [config.memory_bytes or int(device.free_bytes * MEMORY_SHARE) for device in devices]
     shares_of_all = shares_of_spans(devices, memory_bytes, len(specs), draft=has_draft)
-    shares = usable_shares(manifest, shares_of_all[specs.index(spec)])
+    cpu_bytes = cpu_bytes_of_each(config.memory_bytes, len(specs) + has_draft)
+    shares = usable_shares(manifest, shares_of_all[specs.index(spec)], cpu_bytes)
     if spec.blocks is None:
         shares = [max(shares, key=lambda share: share.memory_bytes)]
     parts = split_over(manifest, spec.blocks or smallest_span(manifest, shares[0].device), shares)
-    on_one = -(-(len(specs) + has_draft) // len(devices))
+    on_one = -(-(len(specs) + has_draft) // (1 if shares[0].device == CPU else len(devices)))
     for blocks, share in zip(parts, shares, strict=False):
         if (why := shortage(manifest, blocks, share.memory_bytes, share.device)) is None:
             continue

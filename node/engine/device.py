@@ -1,7 +1,9 @@
 """The device that an engine computes on; free of torch. `node.engine.device_probe` is the process that asks torch."""
 
+import importlib.metadata
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -63,6 +65,17 @@ def parse_devices(document: bytes | str) -> tuple[Device, ...]:
     except (ValueError, TypeError, KeyError, RemoteProtocolError) as error:
         raise DeviceError(f"malformed answer from the device probe: {error}") from None
     return (first, *others)
+
+
+def llamacpp_has_gpu() -> bool:
+    """Return whether the installed build of llama.cpp can compute on a GPU; by its version, as loading it takes memory.
+
+    The wheel of PyPI has Metal on macOS, and no GPU elsewhere; builds for one have a label, as `+cu128`.
+    """
+    try:
+        return sys.platform == "darwin" or "+" in importlib.metadata.version("xllamacpp")
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def cpu_device() -> Device:

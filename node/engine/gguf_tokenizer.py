@@ -6,7 +6,9 @@ transformers, which knows most vocabularies. It reads no weights and imports no 
 """
 
 import argparse
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +33,9 @@ _WHOLE_WORDS: Final = frozenset(
 )
 _NO_TOKENIZER: Final = frozenset({"none", "no_vocab", ""})
 _SENTENCEPIECE_SPACE: Final = "▁"
+# Types of tokens that llama.cpp takes whole wherever their text stands.
+_CONTROL: Final = 3
+_USER_DEFINED: Final = 4
 
 # What transformers calls the values that it builds a vocabulary of.
 _VOCABULARY_KEYS: Final = {
@@ -133,6 +138,7 @@ def _build(file: GgufModel) -> tuple[Any, dict[str, str]]:
     # Gemma's vocabularies are alike, and transformers knows only some by their architecture's name.
     architecture = "gemma" if file.architecture.startswith("gemma") else file.architecture
     backend, _ = convert_gguf_tokenizer(architecture, stated)
+    backend = _with_whole_tokens(file, backend)
     roles = {}
     for role, key in _ROLES.items():
         token = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -142,6 +148,51 @@ def _build(file: GgufModel) -> tuple[Any, dict[str, str]]:
     known = {str(token.content) for token in backend.get_added_tokens_decoder().values()}
     backend.add_special_tokens([AddedToken(text, special=True) for text in roles.values() if text not in known])
     return backend, roles
+
+
+def _with_whole_tokens(file: GgufModel, backend: Any) -> Any:
+    """Return the tokenizer with each control and user-defined token as one token. Raises GgufError.
+
+    transformers spells tokens of a byte-level vocabulary in the byte alphabet, and leaves those as pieces whose text
+    has other characters, such as DeepSeek's, with full-width bars, or runs of spaces.
+    """
+    from tokenizers import AddedToken
+
+    texts: Any = file.metadata.get("tokenizer.ggml.tokens", ())
+    types: Any = file.metadata.get("tokenizer.ggml.token_type", ())
+    types_by_text = {text: each for text, each in zip(texts, types, strict=False) if text}
+    whole = {text: token for token, text in enumerate(texts) if types_by_text.get(text) in {_CONTROL, _USER_DEFINED}}
+    is_byte_level = _kind(file)[0] == "gpt2"
+    lost = _lost(backend, whole)
+    if is_byte_level:  # what merges give, they give only where nothing else merges with it
+        added = {str(each.content) for each in backend.get_added_tokens_decoder().values()}
+        lost |= {text: token for text, token in whole.items() if text not in added}
+    if not lost:
+        return backend
+    if is_byte_level:
+        definition = json.loads(backend.to_str())
+        spelt = {token: text for text, token in definition["model"]["vocab"].items()}
+        # Of two tokens with one spelling, as two spaces and `ĠĠ`, only one was left.
+        spelt = {token: text if text in lost else spelt.get(token, text) for token, text in enumerate(texts)}
+        definition["model"]["vocab"] = {text: token for token, text in spelt.items()}
+        # transformers adds GPT-2's end of text to a vocabulary that lacks it.
+        definition["added_tokens"] = [each for each in definition["added_tokens"] if each["content"] in types_by_text]
+        backend = type(backend).from_str(json.dumps(definition))
+    for added_type, add in ((_CONTROL, backend.add_special_tokens), (_USER_DEFINED, backend.add_tokens)):
+        known = [text for text in lost if types_by_text[text] == added_type and backend.token_to_id(text) == lost[text]]
+        add([AddedToken(text, normalized=False, special=added_type == _CONTROL) for text in known])
+    for text, token in _lost(backend, whole).items():
+        raise GgufError(
+            f"{file.name} has a token {token}, {text[:40]!r}, that would be read as other tokens: import the model's "
+            "safetensors checkpoint"
+        )
+    return backend
+
+
+def _lost(backend: Any, tokens: Mapping[str, int]) -> dict[str, int]:
+    """Return the tokens whose text is not read as they are."""
+    read = backend.encode_batch(list(tokens), add_special_tokens=False)
+    return {text: tokens[text] for text, encoding in zip(tokens, read, strict=True) if encoding.ids != [tokens[text]]}
 
 
 def _check_space(file: GgufModel, backend: Any, kind: object) -> None:

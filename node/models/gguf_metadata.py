@@ -6,7 +6,7 @@ from node.models.gguf_file import GgufError, GgufModel, shorten
 
 # Tokenizer metadata that its import reads, or that only matters to other uses of the model.
 _GGML_KEYS: Final = (
-    "add_bos_token add_eos_token add_space_prefix bos_token_id cls_token_id eom_token_id eos_token_id "
+    "add_bos_token add_eos_token add_sep_token add_space_prefix bos_token_id cls_token_id eom_token_id eos_token_id "
     "eot_token_id fim_mid_token_id fim_pad_token_id fim_pre_token_id fim_rep_token_id fim_sep_token_id "
     "fim_suf_token_id mask_token_id merges middle_token_id model padding_token_id pre prefix_token_id "
     "remove_extra_whitespaces scores seperator_token_id suffix_token_id token_type token_type_count tokens "

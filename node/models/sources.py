@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from node.models.catalogue import CatalogueEntry
 from node.models.errors import ModelError
 from node.models.files import Progress, sha256_of
@@ -22,6 +24,8 @@ from node.util.interpreter import child_environment, python
 
 _POLL_S = 0.2
 _COPY_BYTES = 1 << 20
+
+_logger = structlog.get_logger(__name__)
 
 
 def check_architecture(config: Path, progress: Progress) -> OuterNames:
@@ -73,6 +77,8 @@ def find_granularity(source: Path, progress: Progress) -> int:
     module = ("node.engine.llamacpp.granularity", str(source))
     for report in _reports(module, what="the test of its architecture", failure=failure):
         granularity = report.get("granularity")
+        if reason := report.get("reason"):
+            _logger.warning("model will be served whole only: it cannot be tried out in spans", reason=reason)
     if type(granularity) is not int:
         raise ModelError(f"{failure}: the test of its architecture gave no result")
     progress("test the architecture", 1, 1)

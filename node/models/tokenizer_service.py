@@ -23,7 +23,7 @@ from node.models.errors import ChatTemplateError, ModelError
 from node.models.manifest import TOKENIZER_FILE
 from node.models.store import Package
 from node.models.tokenizer_process import COMMAND, RequestFailed, TokenizerProcess
-from node.models.vocabulary import NO_TOKENS, Vocabulary
+from node.models.vocabulary import CHANNEL_MARK, NO_TOKENS, Vocabulary
 from node.util.child_process import Child, ChildError
 from node.util.signal import Signal
 from node.util.text import one_line
@@ -205,13 +205,18 @@ class ModelTokenizer:
     has_chat_template: bool
     """Whether conversations can be rendered."""
     tool_format: str | None = None
-    """How the model writes tool calls, by its chat template: `hermes`, `llama3` or `mistral`; None if it cannot."""
+    """How the model writes tool calls, by its chat template: `harmony`, `hermes`, `llama3`, `mistral`, or None."""
     reasons: bool = False
-    """Whether the model writes reasoning in `<think>`."""
+    """Whether the model writes reasoning, in `<think>` or a channel."""
     reasoning_tokens: tuple[int, int] | None = None
     """The tokens that begin and end it, if `<think>` and `</think>` are one token each."""
     marks: Mapping[int, str] = field(default_factory=dict)
     """Special tokens that mark reasoning and tool calls, which `decode` leaves out."""
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether the model writes in channels, as gpt-oss does."""
+        return CHANNEL_MARK in self.marks.values()
 
     @property
     def is_absent(self) -> bool:

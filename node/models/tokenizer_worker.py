@@ -27,7 +27,7 @@ import tokenizers
 from node.models.chat_template import ChatTemplate
 from node.models.errors import ChatTemplateError, ModelError
 from node.models.manifest import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Json
-from node.models.vocabulary import TokenKind, Vocabulary
+from node.models.vocabulary import CHANNEL_MARK, TokenKind, Vocabulary
 from node.util.heap import trim_heap
 from node.util.text import one_line
 from protocol.limits import MAX_STOP_TOKENS, MAX_VOCABULARY
@@ -43,10 +43,15 @@ _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "p
 # Ends of turns in the usual chat formats: a model whose template writes one writes it, too, whatever its generation
 # config says.
 _ENDS_OF_TURN: Final = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|eom_id|>")
+# In OpenAI's harmony format `<|end|>` ends one message of several in a turn: after the analysis comes the answer.
+_ENDS_OF_HARMONY_TURN: Final = ("<|return|>", "<|call|>")
+_END_OF_HARMONY_MESSAGE: Final = "<|end|>"
 
 _MARKS: Final = frozenset({
     "<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>"
 })  # fmt: skip
+
+_HARMONY_MARKS: Final = frozenset({CHANNEL_MARK, "<|start|>", "<|message|>", "<|constrain|>", "<|end|>"})
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -77,16 +82,18 @@ class Tokenizer:
         """Their texts by role: `bos_token`, `eos_token`, …"""
         self._template_source = chat_template
         self._chat_template: ChatTemplate | None = None
+        self._has_channels = CHANNEL_MARK in (chat_template or "")
         self.tool_format = _tool_format(chat_template or "")
-        """How the model writes tool calls: `hermes`, `llama3`, `mistral`, or None."""
-        self.reasons = "<think>" in (chat_template or "")
+        """How the model writes tool calls: `harmony`, `hermes`, `llama3`, `mistral`, or None."""
+        self.reasons = self._has_channels or "<think>" in (chat_template or "")
         """Whether the model writes reasoning."""
         self.reasoning_tokens = self._find_reasoning_tokens() if self.reasons else None
         """The tokens that begin and end reasoning, if each mark is one token."""
+        marks = _MARKS | _HARMONY_MARKS if self._has_channels else _MARKS
         self.marks = {
             token: description.content
             for token, description in added.items()
-            if description.special and description.content in _MARKS
+            if description.special and description.content in marks
         }
         """Special tokens that mark reasoning and tool calls."""
         self.stop_tokens = self._find_stop_tokens(eos_token_ids, chat_template or "")
@@ -162,8 +169,11 @@ class Tokenizer:
         texts = [text for text in _ENDS_OF_TURN if text in chat_template]
         if "eos_token" in self.special_tokens:
             texts.append(self.special_tokens["eos_token"])
-        found = (self._tokenizer.token_to_id(text) for text in texts)
-        return tuple(sorted({*eos_token_ids, *(token for token in found if token is not None)})[:MAX_STOP_TOKENS])
+        found = {*eos_token_ids, *map(self._tokenizer.token_to_id, texts)}
+        if self._has_channels:
+            found |= set(map(self._tokenizer.token_to_id, _ENDS_OF_HARMONY_TURN))
+            found.discard(self._tokenizer.token_to_id(_END_OF_HARMONY_MESSAGE))
+        return tuple(sorted(token for token in found if token is not None)[:MAX_STOP_TOKENS])
 
     def _find_reasoning_tokens(self) -> tuple[int, int] | None:
         begin, end = (self._tokenizer.token_to_id(text) for text in ("<think>", "</think>"))
@@ -196,6 +206,8 @@ def _tool_format(chat_template: str) -> str | None:
     """Return how a model writes tool calls, by the marks in its chat template."""
     if "tools" not in chat_template:
         return None
+    if CHANNEL_MARK in chat_template:
+        return "harmony"
     if "[TOOL_CALLS]" in chat_template:
         return "mistral"
     if "<tool_call>" in chat_template:

@@ -11,6 +11,9 @@ from node.models.errors import ModelError
 MAX_TOKEN_BYTES: Final = 4096
 """Of one token; the longest in use are some hundred spaces."""
 
+CHANNEL_MARK: Final = "<|channel|>"
+"""The token before a channel's name in OpenAI's harmony format: models that have it write in channels."""
+
 MAX_TABLE_BYTES: Final = 32 << 20
 """Of all tokens: the daemon keeps the table in memory."""
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
-from node.engine.device import Device
+from node.config import MEMORY_SHARE
+from node.engine.device import CPU, Device, cpu_device, llamacpp_has_gpu
 from node.models.layout import GGUF
 from node.models.manifest import Manifest
 from node.stages.memory_admission import longest_in, span_bytes_for
@@ -41,15 +42,19 @@ def shares_of_spans(
     return shares
 
 
-def usable_shares(manifest: Manifest, shares: Sequence[DeviceShare]) -> Sequence[DeviceShare]:
-    """Return the shares with a worker each.
+def cpu_bytes_of_each(memory_bytes: int | None, count: int) -> int:
+    """Return what each of so many spans has of main memory, which is limited to `memory_bytes` if that is given."""
+    return (memory_bytes or int(cpu_device().free_bytes * MEMORY_SHARE)) // max(count, 1)
 
-    A GGUF package has one: llama.cpp spreads it over the GPUs that its build knows, by itself. Usually that is none, so
-    no more is planned for it than one device has.
+
+def usable_shares(manifest: Manifest, shares: Sequence[DeviceShare], cpu_bytes: int) -> Sequence[DeviceShare]:
+    """Return the shares with a worker each; `cpu_bytes`: what a span would have of main memory.
+
+    A GGUF package is computed on the CPU, whatever torch uses, where the build of llama.cpp knows no GPU.
     """
-    if manifest.format == GGUF:
-        return shares[:1]
-    return shares
+    if manifest.format != GGUF or shares[0].device == CPU or llamacpp_has_gpu():
+        return shares
+    return (DeviceShare(CPU, cpu_bytes),)
 
 
 def split_over(manifest: Manifest, blocks: BlockRange, shares: Sequence[DeviceShare]) -> Sequence[BlockRange]:

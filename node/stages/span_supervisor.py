@@ -24,7 +24,14 @@ from node.models.library import Library
 from node.models.manifest import Manifest
 from node.models.store import AmbiguousModelError, Package, UnknownModelError
 from node.stages.block_placement import BlockPlacer, PlacementAnnouncements, unknown_rate
-from node.stages.device_shares import DeviceShare, longest_over, shares_of_spans, split_over, usable_shares
+from node.stages.device_shares import (
+    DeviceShare,
+    cpu_bytes_of_each,
+    longest_over,
+    shares_of_spans,
+    split_over,
+    usable_shares,
+)
 from node.stages.memory_admission import engine_bytes_of, shortage, smallest_span, span_bytes_for
 from node.stages.replay_buffer import replay_bytes_of
 from node.stages.span import Span
@@ -90,6 +97,11 @@ class ServingOptions:
         """The devices of each span, and of the draft model behind them."""
         memory_bytes = [self.memory_bytes or int(each.free_bytes * MEMORY_SHARE) for each in self.devices]
         return shares_of_spans(self.devices, memory_bytes, len(set(self.specs)), draft=self.draft is not None)
+
+    @property
+    def cpu_bytes(self) -> int:
+        """What each span, and the draft model, would have of main memory."""
+        return cpu_bytes_of_each(self.memory_bytes, len(set(self.specs)) + (self.draft is not None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +228,7 @@ class SpanSupervisor:
         """Serve a span until its engine dies. Raises StartError for what neither a peer nor time can cure."""
         try:
             manifest = await self._manifest(spec.model)
-            shares = usable_shares(manifest, shares)
+            shares = usable_shares(manifest, shares, self._options.cpu_bytes)
             if spec.blocks is None:
                 await self._serve_where_needed(manifest, shares, task_status)
                 return
@@ -397,6 +409,7 @@ class SpanSupervisor:
         task_status.started()  # jobs need not wait for what only saves time
         try:
             whole = BlockRange(0, manifest.block_count)
+            [share, *_] = usable_shares(manifest, [share], self._options.cpu_bytes)
             async with self._engine(manifest, whole, share, share.memory_bytes) as engine:
                 variant = await self._fastest_variant(engine, manifest.format, share.device)
                 async with trio.open_nursery() as nursery:

@@ -36,8 +36,10 @@ class FolderCache:
             staged = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.directory))
             try:
                 build(staged)
+                _flush(staged)
                 with suppress(OSError):
                     staged.rename(wanted)  # fails where the other one is there by now
+                    _flush_one(self.directory)
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
         os.utime(wanted)
@@ -65,6 +67,20 @@ class FolderCache:
             taken += folder_bytes(path)
             if taken > limit:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Flush files and their folder to the disk: else a power cut may leave files of zeros under their final name."""
+    for path in (*folder.rglob("*"), folder):
+        _flush_one(path)
+
+
+def _flush_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _used_s(path: Path) -> float:

@@ -5,6 +5,7 @@ import socket
 import stat
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from node.capabilities.probe import total_memory
 from node.config import NodeConfig, NodeReady, ServeSpec, StartError
 from node.engine.device import Device
 from node.storage.database import open_database
+from protocol.capabilities import Accelerator, AcceleratorKind
 from protocol.identity import peer_id_from_public_key
 
 CPU = Device("cpu", 1 << 30)
@@ -65,6 +67,28 @@ def test_refuses_memory_limit_out_of_range(tmp_path: Path, memory_bytes: int) ->
     assert fault is not None
     assert fault.startswith("--memory: ")
     assert "\n" not in fault
+
+
+@pytest.mark.parametrize(("package_format", "refused"), [("gguf", False), ("safetensors", True)])
+async def test_memory_of_a_gpu_does_not_limit_what_the_cpu_computes(
+    package_format: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_gpu = Device("cuda:0", 1 << 20, Accelerator(kind=AcceleratorKind.CUDA, name="a GPU", memory_bytes=1 << 20))
+
+    async def found(_wanted: str) -> tuple[Device, ...]:
+        return (small_gpu,)
+
+    package = SimpleNamespace(manifest=SimpleNamespace(format=package_format))
+    monkeypatch.setattr(start_checks, "find_devices", found)
+    monkeypatch.setattr(start_checks, "llamacpp_has_gpu", lambda: False)
+    monkeypatch.setattr(start_checks.ModelStore, "resolve", lambda _store, name: name)
+    monkeypatch.setattr(start_checks.ModelStore, "find", lambda _store, _id: package)
+    config = replace(config_in(tmp_path, 1 << 24), listen=(), api_port=0, serve=(ServeSpec("tiny"),))
+    if refused:
+        with pytest.raises(StartError, match="16 MiB is more than a GPU has, 1 MiB"):
+            await start_checks.check_start(config)
+    else:
+        assert await start_checks.check_start(config) == (small_gpu,)
 
 
 @pytest.mark.parametrize("memory_bytes", [None, 1 << 20, total_memory()])

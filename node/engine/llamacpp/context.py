@@ -21,8 +21,9 @@ from node.engine.interface import AUTO, EngineError, EngineLost
 from node.engine.llamacpp.embedding import Embedding
 from node.engine.llamacpp.kv_budget import ROUNDED_TO, KvBudget
 from node.engine.llamacpp.kv_memory import OWN_SEQUENCES, KvMemory, PassFailed, Piece
-from node.engine.llamacpp.library import FLASH_ATTENTION_ON, GGML_KV_TYPES, LOAD_MAPPED, Batch, EvalCallback, Library
-from node.util.mapped_pages import drop_mapped_pages, drop_pages
+from node.engine.llamacpp.library import FLASH_ATTENTION_ON, GGML_KV_TYPES, Batch, EvalCallback, Library
+from node.engine.llamacpp.span_model import SpanModel
+from node.util.mapped_pages import drop_pages
 from node.util.text import one_line
 
 Floats = npt.NDArray[np.float32]
@@ -33,6 +34,9 @@ BATCH_ROWS: Final = 512
 PASS_ROWS: Final = 60
 """Of those that it computes at once (n_ubatch). From 64 rows on its flash attention, which calculates row by row, takes
 another way with other rounding: a prompt would have other keys and values in chunks, or beside other sessions."""
+
+GPU_PASS_ROWS: Final = 512
+"""On a GPU, where rounding depends on the number of rows anyway, and prefill on how many there are at once."""
 
 _FINAL_NORM: Final = b"result_norm"
 """llama.cpp's name of the tensor that goes into the head."""
@@ -77,29 +81,6 @@ class ContextOptions:
     scratch_dir: Path | None = None
 
 
-class SpanModel:
-    """A span that llama.cpp has loaded."""
-
-    def __init__(self, library: Library, path: Path) -> None:
-        self.library = library
-        parameters = library.llama_model_default_params()
-        parameters.load_mode = LOAD_MAPPED
-        library.take_error()
-        self.handle = library.llama_model_load_from_file(str(path).encode(), parameters)
-        if not self.handle:
-            reason = library.take_error().rpartition("error loading model: ")[2] or "it does not say why"
-            raise EngineError(f"llama.cpp cannot load the model: {reason}")
-        # Of some types llama.cpp has made a copy in another order, and reads only that.
-        drop_mapped_pages(path.resolve())
-        weakref.finalize(self, library.llama_model_free, self.handle)
-        if library.llama_model_is_recurrent(self.handle) or library.llama_model_is_hybrid(self.handle):
-            raise EngineError("the architecture keeps a recurrent state, which cannot be rolled back: not supported")
-        self.hidden_size: int = library.llama_model_n_embd(self.handle)
-        self.vocabulary_size: int = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self.handle))
-        self.window: int = library.llama_model_n_swa(self.handle)
-        """Positions of its sliding window, 0 for none."""
-
-
 def cells_for(positions: int) -> int:
     """Return how many cells of KV memory so many positions need.
 
@@ -122,6 +103,7 @@ class SpanContext:
         self._options = options
         self.position_bytes = position_bytes
         self._budget = budget or KvBudget(cells_for(options.positions))
+        self._pass_rows = GPU_PASS_ROWS if model.is_on_gpu else PASS_ROWS
         self._states = _BlockStates(library, model.hidden_size)
         self._is_watched = not options.last
         """Whether the context asks for each tensor if it is wanted. A last span's does once a part of it has run."""
@@ -153,7 +135,7 @@ class SpanContext:
         """Return a context with KV memory for `positions`, or None where there is no memory for it."""
         parameters = self._parameters(positions, is_watched)
         context: int | None = self._library.llama_init_from_model(self._model.handle, parameters) or None
-        if context is not None and not self._library.llama_supports_gpu_offload():
+        if context is not None and not self._model.is_on_gpu:
             # llama.cpp has written zeros to the logits of as many rows as there may be sequences.
             row_bytes = self._model.vocabulary_size * _LOGIT_BYTES
             drop_pages(self._library.llama_get_logits(context), parameters.n_seq_max * row_bytes)
@@ -168,16 +150,18 @@ class SpanContext:
         options = self._options
         parameters = self._library.llama_context_default_params()
         parameters.n_ctx = -(-positions // ROUNDED_TO) * ROUNDED_TO
-        parameters.n_batch, parameters.n_ubatch = BATCH_ROWS, PASS_ROWS
+        parameters.n_batch, parameters.n_ubatch = BATCH_ROWS, self._pass_rows
         parameters.n_seq_max = options.sequences + OWN_SEQUENCES
         parameters.n_outputs_max_per_seq = BATCH_ROWS
         parameters.n_threads = parameters.n_threads_batch = options.threads
         parameters.kv_unified = True  # any session may use any part of the memory
         parameters.type_k = parameters.type_v = GGML_KV_TYPES[options.kv]
-        if options.kv == AUTO and not self._library.llama_supports_gpu_offload():
+        if options.kv == AUTO and not self._model.is_on_gpu:
             # With values in f16, too, each thread calculates the attention of a single row over a part of the cells: so
             # rounding depends on threads, on what else is in memory, and on whether drafts are verified beside the row.
             parameters.type_v = GGMLQuantizationType.BF16
+            if self._model.is_latent:
+                parameters.type_k = GGMLQuantizationType.BF16
         # Without it, attention depends on the number of rows, holds weights over all positions of the memory, and takes
         # no quantised values.
         parameters.flash_attn_type = FLASH_ATTENTION_ON
@@ -214,7 +198,7 @@ class SpanContext:
             self._kv.cells.write(part.sequence, part.position, len(part.rows))
         outputs: list[list[Floats]] = [[] for _ in parts]
         try:
-            for pieces in self._batches(parts, PASS_ROWS if embeds else BATCH_ROWS):
+            for pieces in self._batches(parts, self._pass_rows if embeds else BATCH_ROWS):
                 self._decode(pieces, outputs, returns_states)
         except PassFailed:
             for part in parts:

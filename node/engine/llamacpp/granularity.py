@@ -3,8 +3,9 @@
 A span runs as a model of its own, whose blocks are counted from 0; some architectures derive from a block's number what
 it does. So a tiny random model of the same architecture and as many blocks is cut at all multiples of 1, 2, 3, …
 blocks, until the spans give the very logits of the whole. A process of its own, as llama.cpp ends its process on models
-that it finds impossible. The result is `{"granularity": blocks}`, the number of all blocks where no cut is right;
-a failure is reported as `{"error": message}`, with the exit code 1.
+that it finds impossible. The result is `{"granularity": blocks}`: the number of all blocks where no cut is right, or
+where no tiny model can be made, whose `"reason"` is told then. A failure is reported as `{"error": message}`, with the
+exit code 1.
 """
 
 import argparse
@@ -18,11 +19,12 @@ from typing import Final
 import numpy as np
 
 from node.engine.interface import EngineError
-from node.engine.llamacpp.context import ContextOptions, Floats, SequenceRows, SpanContext, SpanModel
+from node.engine.llamacpp.context import ContextOptions, Floats, SequenceRows, SpanContext
 from node.engine.llamacpp.embedding import Embedding
 from node.engine.llamacpp.kv_memory import PassFailed
 from node.engine.llamacpp.library import Library, load_library
-from node.engine.llamacpp.span_file import EMBEDDING, SpanTensors, whole_model, write_span
+from node.engine.llamacpp.span_file import EMBEDDING, SpanTensors, at_hand, whole_model, write_span
+from node.engine.llamacpp.span_model import SpanModel
 from node.engine.llamacpp.tiny_model import write_tiny_model
 from node.models.gguf_file import GgufError, GgufModel, read_gguf
 from node.util.child_process import report
@@ -35,14 +37,21 @@ _PROMPT_TOKENS: Final = 24
 _POSITIONS: Final = 256
 
 
+class UntriedError(Exception):
+    """No tiny model can be made of the architecture: whether it can be cut is unknown. The message is one line."""
+
+
 def find_granularity(model: GgufModel, folder: Path) -> int:
     """Return the smallest number of blocks at multiples of which a model may be cut, with tiny models in `folder`.
 
-    Raises EngineError for an architecture that llama.cpp does not know, or cannot run in spans at all.
+    Raises EngineError for an architecture that llama.cpp does not know, or cannot run at all, and UntriedError.
     """
     library = load_library()
     path = folder / "tiny.gguf"
-    write_tiny_model(model, path)
+    try:
+        write_tiny_model(model, path)
+    except GgufError as error:
+        raise UntriedError(one_line(error)) from error
     tiny = whole_model(read_gguf(path))
     count = tiny.block_count
     try:
@@ -72,7 +81,8 @@ def _logits(library: Library, tiny: SpanTensors, folder: Path, cuts: Sequence[in
     parts: list[Floats | np.ndarray[tuple[int], np.dtype[np.int32]]] = [tokens[:-1], tokens[-1:]]
     for start, end in pairwise([0, *cuts, tiny.block_count]):
         path = folder / "span.gguf"
-        write_span(path, tiny, BlockRange(start, end))
+        blocks = BlockRange(start, end)
+        write_span(path, at_hand(tiny, blocks), blocks)
         first, last = start == 0, end == tiny.block_count
         options = ContextOptions(
             first=first,
@@ -99,8 +109,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         load_library().keep_errors_quiet()
+        model = read_gguf(options.source)
         with TemporaryDirectory(prefix="metaswarm-tiny-") as folder:
-            report(granularity=find_granularity(read_gguf(options.source), Path(folder)))
+            try:
+                report(granularity=find_granularity(model, Path(folder)))
+            except UntriedError as error:
+                report(granularity=model.integer("block_count"), reason=str(error))
     except (EngineError, GgufError, OSError) as error:
         report(error=one_line(error))
         return 1

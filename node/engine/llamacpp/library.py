@@ -40,6 +40,8 @@ FLASH_ATTENTION_AUTO: Final = -1
 FLASH_ATTENTION_ON: Final = 1
 LOAD_MAPPED: Final = 1
 """LLAMA_LOAD_MODE_MMAP."""
+SPLIT_NONE: Final = 0
+"""LLAMA_SPLIT_MODE_NONE: all on `main_gpu`, or on no GPU where that is negative."""
 F16: Final = 1
 """GGML_TYPE_F16."""
 GGML_KV_TYPES: Final[Mapping[str, GGMLQuantizationType]] = {
@@ -191,6 +193,7 @@ _SIGNATURES: Final[Mapping[str, tuple[Any, ...]]] = {
     "llama_model_n_embd": (c_int32, c_void_p),
     "llama_model_n_layer": (c_int32, c_void_p),
     "llama_model_size": (c_uint64, c_void_p),
+    "llama_model_meta_val_str": (c_int32, c_void_p, c_char_p, c_char_p, c_size_t),
     "llama_model_is_recurrent": (c_bool, c_void_p),
     "llama_model_is_hybrid": (c_bool, c_void_p),
     "llama_model_get_vocab": (c_void_p, c_void_p),

@@ -23,14 +23,15 @@ from node.engine.interface import (
     Variant,
 )
 from node.engine.kv_allocator import KvReservation
-from node.engine.llamacpp.context import ContextOptions, Floats, SequenceRows, SpanContext, SpanModel, cells_for
+from node.engine.llamacpp.context import ContextOptions, Floats, SequenceRows, SpanContext, cells_for
 from node.engine.llamacpp.embedding import Embedding
 from node.engine.llamacpp.graph_variant import GRAPHS, GraphVariant
 from node.engine.llamacpp.kv_budget import KvBudget
 from node.engine.llamacpp.kv_memory import OWN_SEQUENCES, PassFailed
 from node.engine.llamacpp.library import GGML_KV_TYPES, load_library
 from node.engine.llamacpp.sequences import Sequences
-from node.engine.llamacpp.span_file import EMBEDDING, assembled_span, kv_bytes_per_position, tensors_of, weight_bytes
+from node.engine.llamacpp.span_file import EMBEDDING, kv_bytes_per_position, load_span, tensors_of, weight_bytes
+from node.engine.llamacpp.span_model import SpanModel
 from node.engine.memory_plan import GGUF_COSTS, ModelSizes, mebibytes, memory_plan
 from node.engine.shard import FREE_MEMORY_SHARE, Array, SessionRows, Shard
 from node.models.manifest import find_integer, longest_text
@@ -91,8 +92,9 @@ class LlamaShard(Shard[Kv]):
             threads=options.threads or physical_cores(),
             scratch_dir=options.cache_dir,
         )
-        with assembled_span(options.cache_dir, source, tensors, blocks) as path:
-            self._model = SpanModel(library, path)
+        self._model = load_span(
+            options.cache_dir, source, tensors, blocks, lambda path: SpanModel(library, path, options.device)
+        )
         self._kv_bytes = kv_bytes
         self._budget = KvBudget(cells_for(kv_positions) * position_bytes)
         self._kv = {LLAMACPP: self._open(self._context_options)}

@@ -5,18 +5,20 @@ tokenizer. Tensors that another span computes with (the head, an embedding that 
 zeros, because llama.cpp requires them: holes in the file, which are never read and take neither disk nor memory.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import Final, TypeVar
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from node.engine.interface import EngineError, ShardSource
+from node.engine.memory_plan import mebibytes
 from node.models.gguf_file import GgufError, GgufModel, GgufTensor, read_gguf
-from node.models.gguf_layout import LONG_FACTORS, SHORT_FACTORS
+from node.models.gguf_layout import LONG_FACTORS, SHORT_FACTORS, arrange
 from node.models.gguf_writer import STRING, U32, AnyTensor, GgufValue, GgufZeros, assemble_gguf, typed_metadata
 from node.util.disk_cache import FolderCache
 from protocol.identity import BlockRange
@@ -24,6 +26,9 @@ from protocol.identity import BlockRange
 EMBEDDING: Final = "token_embd.weight"
 OUTPUT: Final = "output.weight"
 OUTPUT_NORM: Final = "output_norm.weight"
+
+FORMAT: Final = 2
+"""Of the span files in the cache: a change of what is written into them needs another number."""
 
 _FILE_NAME: Final = "span.gguf"
 _DUMMY_VOCABULARY: Final = 32
@@ -85,6 +90,18 @@ def whole_model(model: GgufModel) -> SpanTensors:
     )
 
 
+def at_hand(whole: SpanTensors, blocks: BlockRange) -> SpanTensors:
+    """Return what `tensors_of` gives where a peer has the files of a span only. Raises GgufError."""
+    layout = arrange(whole.common, whole.block_count)
+    first, last = blocks.start == 0, blocks.end == whole.block_count
+    names = [*layout.common, *chain.from_iterable(layout.blocks[blocks.start : blocks.end])]
+    names += layout.embed if first or (last and whole.tied) else ()
+    names += layout.head if last else ()
+    tensors = {name: whole.tensors[name] for name in names}
+    size = whole.vocabulary_size if EMBEDDING in tensors or OUTPUT in tensors else _DUMMY_VOCABULARY
+    return replace(whole, tensors=tensors, vocabulary_size=size)
+
+
 def _joined(parts: Iterable[GgufModel]) -> dict[str, GgufTensor]:
     tensors: dict[str, GgufTensor] = {}
     for part in parts:
@@ -94,28 +111,54 @@ def _joined(parts: Iterable[GgufModel]) -> dict[str, GgufTensor]:
     return tensors
 
 
-@contextmanager
-def assembled_span(
-    cache_dir: Path | None, source: ShardSource, tensors: SpanTensors, blocks: BlockRange
-) -> Iterator[Path]:
-    """Provide the span's file, of the disk cache if there is one, for as long as it takes to map it.
+_Loaded = TypeVar("_Loaded")
 
-    Daemons with the same cache map the same file, and so share the memory of its pages. Raises EngineError.
+
+def load_span(
+    cache_dir: Path | None,
+    source: ShardSource,
+    tensors: SpanTensors,
+    blocks: BlockRange,
+    load: Callable[[Path], _Loaded],
+) -> _Loaded:
+    """Return what `load` makes of the span's file, of the disk cache if there is one; it maps the file.
+
+    Daemons with the same cache map the same file, and so share the memory of its pages. A file found there that cannot
+    be loaded is built again, once. Raises EngineError.
     """
+    is_new = False
 
     def build(folder: Path) -> None:
+        nonlocal is_new
+        is_new = True
+        _check_space(folder, tensors, blocks)
         write_span(folder / _FILE_NAME, tensors, blocks)
 
-    with ExitStack() as stack:
+    try:
+        if cache_dir is None:
+            with TemporaryDirectory(prefix="metaswarm-span-") as folder:
+                build(Path(folder))
+                return load(Path(folder) / _FILE_NAME)
+        cache, name = FolderCache(cache_dir), f"{source.model}-{blocks.start}-{blocks.end}-gguf-{FORMAT}"
         try:
-            if cache_dir is None:
-                folder = Path(stack.enter_context(TemporaryDirectory(prefix="metaswarm-span-")))
-                build(folder)
-            else:
-                folder = FolderCache(cache_dir).folder(f"{source.model}-{blocks.start}-{blocks.end}-gguf", build)
-        except OSError as error:
-            raise EngineError(f"the file of blocks {blocks} cannot be assembled: {error}") from None
-        yield folder / _FILE_NAME
+            return load(cache.folder(name, build) / _FILE_NAME)
+        except EngineError:
+            if is_new:
+                raise
+            cache.drop(name)
+            return load(cache.folder(name, build) / _FILE_NAME)
+    except OSError as error:
+        raise EngineError(f"the file of blocks {blocks} cannot be assembled: {error}") from None
+
+
+def _check_space(folder: Path, tensors: SpanTensors, blocks: BlockRange) -> None:
+    """Raise EngineError where the disk has no room for the copy of a span's tensors."""
+    needed = sum(each.size_bytes for each in _span_tensors(tensors, blocks) if not isinstance(each, GgufZeros))
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise EngineError(
+            f"the file of blocks {blocks} needs {mebibytes(needed)} of disk in {folder.parent}, where "
+            f"{mebibytes(free)} are free: free some space, or set METASWARM_CACHE_DIR"
+        )
 
 
 def write_span(path: Path, source: SpanTensors, blocks: BlockRange) -> None:
@@ -212,9 +255,8 @@ def kv_bytes_per_position(
         block_elements, block_bytes = GGML_QUANT_SIZES[kind]
         return -(-elements // block_elements) * block_bytes
 
-    if common.get("attention.kv_lora_rank"):  # latent attention: one compressed key, and its value within it
-        rank = common.integer("attention.kv_lora_rank")
-        return (row_bytes(rank + common.integer("rope.dimension_count")) + row_bytes(rank)) * len(blocks)
+    if common.get("attention.key_length_mla"):  # latent attention: one compressed key, which has the value within it
+        return row_bytes(common.integer("attention.key_length")) * len(blocks)
     heads = common.get("attention.head_count")
     most = max(heads, default=1) if isinstance(heads, list) else heads
     head_size = source.hidden_size // (most if isinstance(most, int) and most > 0 else 1)

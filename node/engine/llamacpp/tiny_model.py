@@ -30,12 +30,35 @@ _SIZES: Final[Mapping[str, tuple[int, ...]]] = {
     "feed_forward_length": (96, 160, 224, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
     "attention.key_length": (16, 32, 8, 64),
     "attention.value_length": (16, 32, 8, 64),
+    "attention.q_lora_rank": (40, 64, 96, 160, 32, 128, 256, 512),
     "expert_count": (8, 12, 16, 32, 64, 128),
     "expert_feed_forward_length": (40, 64, 96, 160, 32, 128, 256, 512),
     "expert_shared_feed_forward_length": (48, 40, 64, 96, 160, 128, 256, 512),
 }
-_SMALLER: Final[Mapping[str, int]] = {"attention.sliding_window": 8, "attention.chunk_size": 8, "expert_used_count": 4}
+_SMALLER: Final[Mapping[str, int]] = {
+    "attention.sliding_window": 8,
+    "attention.chunk_size": 8,
+    "expert_used_count": 4,
+    "expert_group_count": 4,
+    "expert_group_used_count": 2,
+}
+
+# Of multi-head latent attention (DeepSeek), whose heads share one compressed key. A part of each head is not rotated.
+_RANK: Final = "attention.kv_lora_rank"
+_UNROTATED, _ROTATED, _COMPRESSED = 32, 8, 32
+_LATENT: Final[Mapping[str, int]] = {"rope": _ROTATED, _RANK: _COMPRESSED}
+_LATENT_HEAD_COUNTS: Final = (32, 16, 8, 4)
+_LATENT_HEADS: Final = ("key_length", _UNROTATED + _ROTATED), ("value_length", _UNROTATED)
+
 _HEADS: Final = ("attention.head_count", "attention.head_count_kv")
+
+
+_OPTIONAL_SIZES: Final = (
+    "expert_count", "expert_feed_forward_length", "expert_shared_feed_forward_length", "expert_shared_count",
+    "attention.q_lora_rank", _RANK, "attention.key_length_mla", "attention.value_length_mla", "nextn_predict_layers",
+)  # fmt: skip
+_COUNTS: Final = ("expert_shared_count", "nextn_predict_layers")
+"""They stay as they are."""
 
 
 def write_tiny_model(model: GgufModel, path: Path, seed: int = 0) -> None:
@@ -75,11 +98,13 @@ def _choose_sizes(model: GgufModel) -> tuple[Sizes, Sizes]:
     """Return the model's sizes and the tiny one's, equal where the model's are."""
     large = dict(_stated_sizes(model))
     original = _axes(large)
-    free = [key for key in _SIZES if key in large]
+    fixed = _latent_sizes(large) | {key: large[key] for key in _COUNTS if key in large}
+    free = [key for key in _SIZES if key in large and key not in fixed]
     options = itertools.product(*(_SIZES[key] for key in free))
     for shrunk, chosen in itertools.product(_shrunk_heads(large), options):
-        small: dict[str, int] = {**shrunk, "vocab_size": _VOCABULARY, **dict(zip(free, chosen, strict=True))}
-        small["rope"] = max(2, large["rope"] * small["attention.key_length"] // large["attention.key_length"])
+        small: dict[str, int] = {**shrunk, "vocab_size": _VOCABULARY, **dict(zip(free, chosen, strict=True)), **fixed}
+        if "rope" not in fixed:
+            small["rope"] = max(2, large["rope"] * small["attention.key_length"] // large["attention.key_length"])
         for hidden in (small["embedding_length"], small["heads"] * small["attention.key_length"]):
             small["embedding_length"] = hidden
             if _is_consistent(original, _axes(small)):
@@ -87,9 +112,21 @@ def _choose_sizes(model: GgufModel) -> tuple[Sizes, Sizes]:
     raise GgufError(f"{model.name} has sizes that its architecture ({model.architecture}) cannot be tried out with")
 
 
+def _latent_sizes(large: Sizes) -> dict[str, int]:
+    """Return the tiny sizes of latent attention, which depend on each other; none for another attention."""
+    if _RANK not in large:
+        return {}
+    if "attention.key_length_mla" not in large:  # an older file, with keys and values of each head
+        return {**_LATENT, **{f"attention.{name}": size for name, size in _LATENT_HEADS}}
+    whole = {"attention.key_length": _COMPRESSED + _ROTATED, "attention.value_length": _COMPRESSED}
+    return {**_LATENT, **whole, **{f"attention.{name}_mla": size for name, size in _LATENT_HEADS}}
+
+
 def _shrunk_heads(large: Sizes) -> list[Sizes]:
     """Return smaller numbers of heads, the smallest first, with as many to a key and more than one key."""
     heads, kv_heads = large["heads"], large["kv_heads"]
+    if _RANK in large:
+        return [{"heads": each, "kv_heads": 1 if kv_heads == 1 else each} for each in _LATENT_HEAD_COUNTS]
     divisors = [
         each
         for each in range(kv_heads, 0, -1)
@@ -116,7 +153,7 @@ def _stated_sizes(model: GgufModel) -> Iterator[tuple[str, int]]:
     yield "rope", model.integer("rope.dimension_count", head_size)
     if (inner := _largest(model.get("feed_forward_length"), 0)) > 0:
         yield "feed_forward_length", inner
-    for key in ("expert_count", "expert_feed_forward_length", "expert_shared_feed_forward_length"):
+    for key in _OPTIONAL_SIZES:
         if isinstance(value := model.get(key), int) and value > 0:
             yield key, value
 
@@ -133,6 +170,12 @@ def _axes(sizes: Sizes) -> list[int]:
     heads, kv_heads = sizes["heads"], sizes["kv_heads"]
     inner = sizes.get("feed_forward_length", hidden)
     experts = sizes.get("expert_count", hidden)
+    expert_inner = sizes.get("expert_feed_forward_length", inner)
+    rank = sizes.get(_RANK, hidden)
+    if _RANK in sizes:
+        key, value = (
+            sizes.get(f"attention.{name}_mla", size) for name, size in (("key_length", key), ("value_length", value))
+        )
     return [
         hidden,
         sizes["vocab_size"],
@@ -147,9 +190,15 @@ def _axes(sizes: Sizes) -> list[int]:
         inner,
         2 * inner,
         experts,
-        sizes.get("expert_feed_forward_length", inner),
+        expert_inner,
         sizes.get("expert_shared_feed_forward_length", inner),
+        expert_inner * sizes.get("expert_shared_count", 1),
         heads,
+        sizes.get("attention.q_lora_rank", hidden),
+        rank,
+        *((rank + sizes["rope"], key - sizes["rope"], heads * (key - sizes["rope"] + value)) if _RANK in sizes else ()),
+        # What predicts a further token takes a hidden state and an embedding.
+        *((2 * hidden,) if "nextn_predict_layers" in sizes else ()),
     ]
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 from tokenizers import Tokenizer as Trained
 
-from node.coordinator.prompt import read_prompt, sampling_of
+from node.coordinator.prompt import chat_format_of, read_prompt, sampling_of
 from node.coordinator.submission import ChatMessage, JobError, JobRequest
 from node.models.chat_template import ChatTemplate
 from node.models.library import KnownModel
@@ -40,12 +40,15 @@ def model_with(template: str, *, marks: bool = True) -> KnownModel:
     trained = Trained.from_str(byte_level())
     if marks:
         trained.add_tokens(["<think>", "</think>"])
-    tokenizer = Tokenizer(trained.to_str(), {}, template, [0])
+    return model_of(Tokenizer(trained.to_str(), {}, template, [0]))
+
+
+def model_of(tokenizer: Tokenizer) -> KnownModel:
     asked = ModelTokenizer(
         cast("Any", InProcess(tokenizer)), Limits(), NO_TOKENS, tokenizer.stop_tokens, True, tokenizer.tool_format,
-        tokenizer.reasons, tokenizer.reasoning_tokens,
+        tokenizer.reasons, tokenizer.reasoning_tokens, tokenizer.marks,
     )  # fmt: skip
-    manifest = SimpleNamespace(vocabulary_size=trained.get_vocab_size(), max_positions=500)
+    manifest = SimpleNamespace(vocabulary_size=600, max_positions=500)
     return cast("KnownModel", SimpleNamespace(tokenizer=asked, **vars(manifest)))
 
 
@@ -116,6 +119,27 @@ async def test_continued_turn_may_be_within_reasoning(content: str, began: bool)
     prompt = await read_prompt(request, model_with(AS_QWEN3))
     assert prompt.chat_format is not None
     assert prompt.chat_format.reasoning_began is began
+
+
+async def test_answer_begins_in_the_channel_where_the_prompt_ends() -> None:
+    trained = Trained.from_str(byte_level())
+    trained.add_special_tokens(["<|start|>", "<|channel|>", "<|message|>", "<|return|>"])
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}"
+        "<|message|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    )
+    model = model_of(Tokenizer(trained.to_str(), {}, template, [0]))
+    turns = ("user", "fox?"), ("assistant", "The quick ")
+    for fields, channel, end in (
+        ({}, "", "<|start|>assistant"),
+        ({"continue_final_message": True}, "final", "<|message|>The quick "),
+        ({"json_schema": SCHEMA}, "final", "<|start|>assistant<|channel|>final<|message|>"),
+    ):
+        prompt = await read_prompt(job(*turns, **fields), model)
+        assert prompt.chat_format is not None
+        assert prompt.chat_format.channel == channel
+        assert prompt.tokens[-len(trained.encode(end).ids) :] == tuple(trained.encode(end).ids)
+    assert chat_format_of(model_with(AS_QWEN3)).channel is None
 
 
 async def test_turn_that_the_template_leaves_out_cannot_be_continued() -> None:

@@ -99,6 +99,26 @@ def test_disk_cache_evicts_abandoned_builds_but_not_running_ones(tmp_path: Path)
     assert {path.name for path in tmp_path.iterdir()} == {"a", ".building-now"}
 
 
+def test_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def flushed(handle: int) -> None:
+        events.append(Path(f"/proc/self/fd/{handle}").readlink().name)
+        fsync(handle)
+
+    def renamed(path: Path, target: Path) -> Path:
+        events.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "rename", renamed)
+    FolderCache(tmp_path / "cache").folder("a", fill(100))
+    assert [each if not each.startswith(".building") else "folder" for each in events] == [
+        "file", "folder", "rename", "cache",
+    ]  # fmt: skip
+
+
 def test_failed_build_leaves_nothing_in_the_disk_cache(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         fill(100)(folder)

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import structlog
 from tokenizers import Tokenizer
 
 from node.engine.gguf_tokenizer import write_tokenizer
@@ -14,7 +16,7 @@ from node.models import sources
 from node.models.errors import ModelError
 from node.models.files import ignore_progress
 from node.models.gguf_file import GgufError, read_gguf
-from tests.unit.models.gguf_files import metadata, tensors, write_gguf
+from tests.unit.models.gguf_files import VOCABULARY, metadata, tensors, write_gguf
 
 Child = Callable[[str], None]
 
@@ -34,6 +36,16 @@ def test_the_granularity_is_what_the_trial_finds(tmp_path: Path, child: Child) -
     child('print("llama.cpp says hello"); print(\'{"granularity": 6}\')')
     assert sources.find_granularity(tmp_path / "x.gguf", lambda *report: reports.append(report)) == 6
     assert reports == [("test the architecture", 0, 1), ("test the architecture", 1, 1)]
+
+
+def test_model_that_cannot_be_tried_out_is_served_whole_with_the_reason_told(tmp_path: Path) -> None:
+    weights = tensors() | {f"blk.{block}.attn_extra.weight": np.zeros((37, 32), np.float32) for block in range(2)}
+    path = write_gguf(tmp_path / "x.gguf", metadata(), weights)
+    with structlog.testing.capture_logs() as logs:
+        assert sources.find_granularity(path, ignore_progress) == 2
+    [log] = logs
+    assert "served whole only" in log["event"]
+    assert "'blk.0.attn_extra.weight' has an axis of 37" in log["reason"]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +109,49 @@ def test_texts_begin_and_end_as_the_file_says(tmp_path: Path, own: dict[str, Any
     write_tokenizer(read_gguf(write_gguf(tmp_path / "tiny.gguf", metadata() | own, tensors())), tmp_path / "tokenizer")
     ids = Tokenizer.from_file(str(tmp_path / "tokenizer" / "tokenizer.json")).encode("ab").ids
     assert (ids[0] == 1, ids[-1] == 2) == (begins, ends)
+
+
+def test_special_tokens_beyond_ascii_are_whole(tmp_path: Path) -> None:
+    # As in DeepSeek-R1-Distill, whose marks have full-width bars; and as in GPT-NeoX, with runs of spaces.
+    begin, end, user, assistant = (
+        f"<\uff5c{name}\uff5c>" for name in ("begin▁of▁sentence", "end▁of▁sentence", "User", "Assistant")
+    )
+    marks = {begin: 3, end: 3, user: 3, assistant: 4, "  ": 4}
+    vocabulary = [*marks, *VOCABULARY[3:], "Ġ", "ĠĠ"]
+    keys = metadata() | {
+        "tokenizer.ggml.tokens": vocabulary,
+        "tokenizer.ggml.token_type": [*marks.values(), *[1] * (len(vocabulary) - len(marks))],
+        "tokenizer.ggml.merges": ["a b", "Ġ Ġ"],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+    folder = make_tokenizer(tmp_path, keys)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for token, text in enumerate(marks):
+        assert tokenizer.encode(f"a{text}ab", add_special_tokens=False).ids == [
+            vocabulary.index("a"), token, vocabulary.index("ab"),
+        ]  # fmt: skip
+    assert tokenizer.encode(user).ids == [0, 2]
+    assert tokenizer.decode([0, 2, 4, 5]) == "  !"
+    assert tokenizer.get_vocab_size() == len(vocabulary)
+    assert tokenizer.id_to_token(vocabulary.index("ĠĠ")) == "ĠĠ"
+    roles = json.loads((folder / "tokenizer_config.json").read_text())
+    assert roles == {"bos_token": begin, "eos_token": end}
+
+
+def test_special_token_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
+    vocabulary = ["<unk>", "<s>", "</s>", "▁", "a", "▁▁▁"]
+    keys = metadata("gemma") | {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [*vocabulary, "    "],
+        "tokenizer.ggml.scores": [0.0] * 7,
+        "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 4],
+    }
+    del keys["tokenizer.ggml.merges"]
+    path = write_gguf(tmp_path / "tiny.gguf", keys, tensors())
+    with pytest.raises(GgufError, match=r"has a token 6, '    ', that would be read as other tokens: import"):
+        write_tokenizer(read_gguf(path), tmp_path / "tokenizer")
 
 
 def test_a_way_of_splitting_texts_that_is_not_supported_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,21 @@ def test_stop_tokens_are_what_manifest_config_and_template_say() -> None:
     assert Tokenizer(definition, {"eos_token": "unknown"}, None, []).stop_tokens == ()
 
 
+def test_end_of_a_harmony_message_ends_no_turn() -> None:
+    trained = Trained.from_str(byte_level())
+    trained.add_special_tokens(["<|return|>", "<|call|>", "<|channel|>", "<|message|>"])
+    end, returned, called = (trained.token_to_id(text) for text in ("<|end|>", "<|return|>", "<|call|>"))
+    template = (
+        "{% if tools %}namespace functions{% endif %}{% for m in messages %}<|start|>assistant<|channel|>final"
+        "<|message|>{{ m.content }}<|end|>{% endfor %}"
+    )
+    tokenizer = Tokenizer(trained.to_str(), {"eos_token": "<|return|>"}, template, [end, returned])
+    assert tokenizer.stop_tokens == tuple(sorted((returned, called))), "else the answer behind the analysis never comes"
+    assert {"<|channel|>", "<|message|>", "<|end|>"} <= set(tokenizer.marks.values())
+    assert (tokenizer.tool_format, tokenizer.reasons) == ("harmony", True)
+    assert "<|end|>" not in Tokenizer(trained.to_str(), {}, "<|end|>").marks.values()
+
+
 def test_a_conversation_becomes_the_templates_tokens_and_no_more() -> None:
     template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>{% endfor %}"
     tokenizer = Tokenizer(byte_level(), {"bos_token": "<s>"}, template)

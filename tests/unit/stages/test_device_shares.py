@@ -5,13 +5,21 @@ from typing import Any
 
 import pytest
 
-from node.engine.device import Device
-from node.stages.device_shares import DeviceShare, longest_over, shares_of_spans, split_over, usable_shares
+from node.engine.device import CPU, Device
+from node.stages.device_shares import (
+    DeviceShare,
+    cpu_bytes_of_each,
+    longest_over,
+    shares_of_spans,
+    split_over,
+    usable_shares,
+)
 from node.stages.memory_admission import span_bytes_for
 from protocol.identity import BlockRange
 from tests.support.job_peers import FakeLibrary
 
 GPUS = [Device(f"cuda:{number}", 1 << 40) for number in range(3)]
+SHARES = [DeviceShare(gpu.name, 1 << 30) for gpu in GPUS]
 
 
 async def manifest_of(**changes: Any) -> Any:
@@ -59,7 +67,17 @@ async def test_parts_end_where_the_model_may_be_cut() -> None:
     assert split_over(manifest, BlockRange(0, 9), shares) == [BlockRange(0, 4), BlockRange(4, 8), BlockRange(8, 9)]
 
 
-async def test_gguf_package_has_one_worker_whatever_the_gpus() -> None:
-    shares = [DeviceShare(gpu.name, 1 << 30) for gpu in GPUS]
-    assert usable_shares(await manifest_of(format="gguf"), shares) == shares[:1]
-    assert usable_shares(await manifest_of(), shares) is shares
+@pytest.mark.parametrize(("version", "expected"), [("2026.10.1", [DeviceShare(CPU, 5)]), ("2026.10.1+cu128", SHARES)])
+async def test_gguf_package_is_planned_where_the_build_of_llama_cpp_computes(
+    version: str, expected: list[DeviceShare], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda _name: version)
+    monkeypatch.setattr("sys.platform", "linux")
+    gguf = await manifest_of(format="gguf")
+    assert list(usable_shares(gguf, SHARES, 5)) == expected
+    assert usable_shares(gguf, [DeviceShare(CPU, 3)], 5) == [DeviceShare(CPU, 3)]
+    assert usable_shares(await manifest_of(), SHARES, 5) is SHARES
+
+
+def test_main_memory_is_for_all_spans_together() -> None:
+    assert cpu_bytes_of_each(12, 3) == 4

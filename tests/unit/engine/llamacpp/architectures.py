@@ -15,6 +15,7 @@ from node.engine.llamacpp.tiny_model import random_weights
 from node.models.gguf_writer import GgufData, GgufValue, write_gguf
 
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, INNER, VOCABULARY, EXPERTS, EXPERT_INNER = 64, 4, 2, 16, 96, 200, 8, 32
+Q_RANK, RANK, UNROTATED, ROTATED = 64, 32, 32, 8
 ROWS, KV_ROWS = HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE
 
 Shapes = dict[str, tuple[int, ...]]
@@ -41,13 +42,25 @@ _EXPERTS: Shapes = {
 _BIASES: Shapes = {"attn_q.bias": (ROWS,), "attn_k.bias": (KV_ROWS,), "attn_v.bias": (KV_ROWS,)}
 _HEAD_NORMS: Shapes = {"attn_q_norm.weight": (HEAD_SIZE,), "attn_k_norm.weight": (HEAD_SIZE,)}
 _POST_NORMS: Shapes = {"post_attention_norm.weight": (HIDDEN,), "post_ffw_norm.weight": (HIDDEN,)}
+_LATENT_ATTENTION: Shapes = {
+    "attn_norm.weight": (HIDDEN,),
+    "attn_q_a.weight": (Q_RANK, HIDDEN),
+    "attn_q_a_norm.weight": (Q_RANK,),
+    "attn_q_b.weight": (HEADS * (UNROTATED + ROTATED), Q_RANK),
+    "attn_kv_a_mqa.weight": (RANK + ROTATED, HIDDEN),
+    "attn_kv_a_norm.weight": (RANK,),
+    "attn_k_b.weight": (HEADS, RANK, UNROTATED),
+    "attn_v_b.weight": (HEADS, UNROTATED, RANK),
+    "attn_output.weight": (HIDDEN, HEADS * UNROTATED),
+    "ffn_norm.weight": (HIDDEN,),
+}
 _EXPERT_KEYS = {"expert_count": EXPERTS, "expert_used_count": 2, "expert_feed_forward_length": EXPERT_INNER}
 _HEAD_KEYS = {"attention.key_length": HEAD_SIZE, "attention.value_length": HEAD_SIZE}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a model has beside the sizes. `granularity`: at which blocks it may be cut."""
+    """What a model has beside the sizes. `granularity`: at which blocks it may be cut. `first_block`: if it differs."""
 
     name: str
     block: Shapes
@@ -56,6 +69,7 @@ class Architecture:
     blocks: int = 4
     tied: bool = False
     granularity: int = 1
+    first_block: Shapes | None = None
 
 
 ARCHITECTURES = {
@@ -111,6 +125,35 @@ ARCHITECTURES = {
         {**_HEAD_KEYS, **_EXPERT_KEYS, "attention.sliding_window": 8},
         granularity=2,
     ),
+    # Latent attention, a first block without experts, and an expert for every token.
+    "deepseek2": Architecture(
+        "deepseek2",
+        {
+            **_LATENT_ATTENTION,
+            **_EXPERTS,
+            "exp_probs_b.bias": (EXPERTS,),
+            "ffn_gate_shexp.weight": (EXPERT_INNER, HIDDEN),
+            "ffn_up_shexp.weight": (EXPERT_INNER, HIDDEN),
+            "ffn_down_shexp.weight": (HIDDEN, EXPERT_INNER),
+        },
+        {
+            **_EXPERT_KEYS,
+            "attention.head_count_kv": 1,
+            "attention.kv_lora_rank": RANK,
+            "attention.q_lora_rank": Q_RANK,
+            "attention.key_length": RANK + ROTATED,
+            "attention.value_length": RANK,
+            "attention.key_length_mla": UNROTATED + ROTATED,
+            "attention.value_length_mla": UNROTATED,
+            "rope.dimension_count": ROTATED,
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 1,
+            "expert_gating_func": 2,
+            "expert_weights_scale": 2.5,
+            "expert_weights_norm": True,
+        },
+        first_block={**_LATENT_ATTENTION, **_DENSE},
+    ),
 }
 
 WIDE_HEADS = Architecture(
@@ -149,7 +192,8 @@ def write_model(architecture: Architecture, path: Path, kind: GGMLQuantizationTy
     if not architecture.tied:
         shapes["output.weight"] = (VOCABULARY, hidden)
     for block in range(architecture.blocks):
-        shapes |= {f"blk.{block}.{name}": shape for name, shape in architecture.block.items()}
+        given = architecture.first_block if block == 0 and architecture.first_block else architecture.block
+        shapes |= {f"blk.{block}.{name}": shape for name, shape in given.items()}
     kinds = {name: kind if _is_matrix(name, shape) else GGMLQuantizationType.F32 for name, shape in shapes.items()}
     tensors = [
         GgufData(name, shape, kinds[name], quantized(random_weights(name, shape).astype(np.float32), kinds[name]))

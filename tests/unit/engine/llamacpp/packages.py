@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from node.engine.interface import EngineOptions, ShardSource
-from node.engine.llamacpp.context import ContextOptions, Floats, SequenceRows, SpanContext, SpanModel
+from node.engine.llamacpp.context import ContextOptions, Floats, SequenceRows, SpanContext
 from node.engine.llamacpp.library import load_library
 from node.engine.llamacpp.shard import LlamaShard
+from node.engine.llamacpp.span_model import SpanModel
 from node.models.gguf_config import read_config
 from node.models.gguf_file import GgufModel, read_gguf
 from node.models.gguf_layout import OUTPUT_MATRIX

@@ -13,9 +13,10 @@ from gguf import GGMLQuantizationType
 
 from node.engine.interface import EngineLost
 from node.engine.llamacpp import context
-from node.engine.llamacpp.context import ContextOptions, Floats, SequenceRows, SpanContext, SpanModel
+from node.engine.llamacpp.context import ContextOptions, Floats, SequenceRows, SpanContext
 from node.engine.llamacpp.kv_memory import PassFailed
 from node.engine.llamacpp.library import load_library
+from node.engine.llamacpp.span_model import SpanModel
 from tests.unit.engine.llamacpp.architectures import ARCHITECTURES, VOCABULARY, write_model
 
 POSITIONS = 2048

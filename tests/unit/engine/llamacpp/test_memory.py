@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from node.engine.llamacpp.context import ContextOptions, SequenceRows, SpanContext, SpanModel
+from node.engine.llamacpp.context import ContextOptions, SequenceRows, SpanContext
 from node.engine.llamacpp.library import load_library
+from node.engine.llamacpp.span_model import SpanModel
 from tests.unit.engine.llamacpp.packages import Alone, GgufFiles
 
 MIB = 1 << 20

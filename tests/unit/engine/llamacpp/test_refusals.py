@@ -1,6 +1,8 @@
 """What cannot be served is one clear line: damaged files, too little memory, unknown architectures, another library."""
 
 import os
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 
 from node.engine.interface import EngineError, EngineOptions, SessionOptions, SliceInput, StepFailed, VariantNotReady
 from node.engine.kv_allocator import KvReservation
-from node.engine.llamacpp import context, granularity, library
+from node.engine.llamacpp import context, granularity, library, span_file
 from node.engine.llamacpp.context import SequenceRows, cells_for
 from node.engine.llamacpp.kv_memory import PassFailed
 from node.engine.llamacpp.shard import LLAMACPP, LlamaShard
@@ -18,7 +20,7 @@ from node.engine.memory_plan import GGUF_COSTS, ModelSizes, memory_plan
 from protocol.identity import BlockRange
 from protocol.tensors import DType, Tensor, tensor_from_tokens
 from selector.cuts import Cuts
-from tests.unit.engine.driving import GREEDY, InProcess, session
+from tests.unit.engine.driving import GREEDY, InProcess, decode, session
 from tests.unit.engine.llamacpp.architectures import ARCHITECTURES, write_model
 from tests.unit.engine.llamacpp.packages import GgufFiles, write_package
 
@@ -55,6 +57,47 @@ def test_file_cut_short_is_named(files: GgufFiles) -> None:
     path = source.block_files[2]
     os.truncate(path, path.stat().st_size - 500)
     assert f"{path.name} is cut short" in refusal(files)
+
+
+@pytest.mark.parametrize("spoil", [os.truncate, lambda path, _size: path.write_bytes(bytes(1 << 20))])
+async def test_damaged_span_file_is_built_again(
+    files: GgufFiles, tmp_path: Path, spoil: Callable[[Path, int], object]
+) -> None:
+    options = EngineOptions(threads=1, kv_positions=256, cache_dir=tmp_path / "cache")
+    wanted = await decode([InProcess(LlamaShard(files.source(WHOLE), WHOLE, options))], [1, 2, 3], 4, variant=LLAMACPP)
+    [path] = (tmp_path / "cache").glob("*/span.gguf")
+    spoil(path, 5000)
+    again = InProcess(LlamaShard(files.source(WHOLE), WHOLE, options))
+    assert await decode([again], [1, 2, 3], 4, variant=LLAMACPP) == wanted
+
+
+def test_span_file_of_another_format_is_not_used(
+    files: GgufFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = EngineOptions(threads=1, kv_positions=256, cache_dir=tmp_path)
+    LlamaShard(files.source(WHOLE), WHOLE, options)
+    monkeypatch.setattr(span_file, "FORMAT", span_file.FORMAT + 1)
+    LlamaShard(files.source(WHOLE), WHOLE, options)
+    assert len(list(tmp_path.glob("*/span.gguf"))) == 2
+
+
+def test_span_that_llama_cpp_refuses_is_built_once(
+    files: GgufFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    monkeypatch.setattr(span_file, "write_span", lambda path, *_: (built.append(path), path.write_bytes(b"GGUF")))
+    assert "llama.cpp cannot load the model" in refusal(files, cache_dir=tmp_path)
+    assert len(built) == 1
+
+
+def test_disk_without_room_for_the_span_file_is_named(
+    files: GgufFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=0))
+    line = refusal(files, cache_dir=tmp_path / "cache")
+    assert line.startswith(f"the file of blocks 0-4 needs 1 MiB of disk in {tmp_path}/cache, where 0 MiB are free: ")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_missing_block_is_named(files: GgufFiles) -> None:

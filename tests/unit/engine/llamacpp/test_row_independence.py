@@ -7,8 +7,9 @@ import pytest
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from node.engine.llamacpp.context import ContextOptions, SequenceRows, SpanContext, SpanModel
+from node.engine.llamacpp.context import ContextOptions, SequenceRows, SpanContext
 from node.engine.llamacpp.library import load_library
+from node.engine.llamacpp.span_model import SpanModel
 from tests.unit.engine.llamacpp.architectures import VOCABULARY, Architecture, write_model
 
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, 60).astype(np.int32)
