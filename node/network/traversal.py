@@ -5,6 +5,7 @@ that it listens on. `autonat.py`, `relay_server.py`, `relay_client.py`, `circuit
 """
 
 import logging
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -263,29 +264,42 @@ class Traversal:
             logger.info("this node is %s", verdict)
 
     async def _check_address(self, client: AutonatClient, address: TcpAddress) -> None:
-        """Ask servers, one after another, until one has reached us; first those that were not asked for longest."""
+        """Ask servers, one after another, until one has reached us.
+
+        First in ranges that reached us before, so that no success expires untried; then those that we dialled, which
+        nobody else has chosen for us; then those that were not asked for longest.
+        """
         asked_before_s = trio.current_time() - RECHECK_S[self.verdict()] * 0.9
-        servers = [(self._verdicts.asked_at_s(address, peer), peer, each) for peer, each in self._servers()]
-        due = sorted((each for each in servers if each[0] <= asked_before_s), key=lambda each: each[0])
-        for _, peer, connection in due[:SERVERS_PER_ADDRESS]:
-            self._verdicts.ask(address, peer, trio.current_time())
+
+        def order(item: tuple[str, INetConn]) -> tuple[bool, bool, float]:
+            where, connection = item
+            reached_us = self._verdicts.has_reached(address, where)
+            return not reached_us, not _dialled(connection), self._verdicts.asked_at_s(address, where)
+
+        servers = self._servers()
+        due = [each for each in servers.items() if self._verdicts.asked_at_s(address, each[0]) <= asked_before_s]
+        for where, connection in sorted(due, key=order)[:SERVERS_PER_ADDRESS]:
+            self._verdicts.ask(address, where, trio.current_time())
             found = await client.check(connection, [address])
             if found is not None:
-                muxed = connection.muxed_conn
-                where = address_range(muxed.host or "") if isinstance(muxed, Yamux) else None
                 now_s = trio.current_time()
-                self._verdicts.record(found[0], peer, reached=found[1], now_s=now_s, server_range=where)
+                self._verdicts.record(found[0], where, reached=found[1], now_s=now_s)
                 if self._verdicts.of(address, now_s) is Verdict.PUBLIC:
                     return
 
-    def _servers(self) -> list[tuple[PeerId, INetConn]]:
-        """Return the connections to peers elsewhere: what one on our own network reaches says nothing."""
-        found: dict[PeerId, INetConn] = {}
-        for connection in self._host.swarm.get_connections() if self._host is not None else ():
+    def _servers(self) -> dict[str, INetConn]:
+        """Return a connection to a peer in each range elsewhere: what one on our own network reaches says nothing.
+
+        Of several peers in a range, one that we dialled: others may be there to be asked.
+        """
+        found: dict[str, INetConn] = {}
+        connections = self._host.swarm.get_connections() if self._host is not None else []
+        random.shuffle(connections)
+        for connection in sorted(connections, key=_dialled):
             muxed = connection.muxed_conn
             if isinstance(muxed, Yamux) and not muxed.is_closed and muxed.host and not is_private(muxed.host):
-                found[PeerId(muxed.peer_id.to_base58())] = connection
-        return list(found.items())
+                found[address_range(muxed.host) or muxed.host] = connection
+        return found
 
     async def _close_surplus(self, host: GuardedHost) -> None:
         """Close circuits that a direct connection has replaced, and one of two that peers opened to each other."""
@@ -302,6 +316,11 @@ class Traversal:
                 public = [each for each in known(peer_id) if each.relay is None and each.is_public]
                 if public:
                     await host.swarm.dial_direct(peer_id, public[:MAX_CANDIDATES])
+
+
+def _dialled(connection: INetConn) -> bool:
+    muxed = connection.muxed_conn
+    return isinstance(muxed, Yamux) and muxed.is_initiator
 
 
 class _Observer(ObservedAddrManager):
