@@ -313,9 +313,7 @@ class Traversal:
         while True:
             await trio.sleep(REDIAL_ROUND_S)
             for peer_id in host.swarm.relayed_peers():
-                public = [each for each in known(peer_id) if each.relay is None and each.is_public]
-                if public:
-                    await host.swarm.dial_direct(peer_id, public[:MAX_CANDIDATES])
+                await host.swarm.dial_direct(peer_id, known(peer_id))
 
 
 def _dialled(connection: INetConn) -> bool:

@@ -221,9 +221,7 @@ async def test_servers_that_we_dialled_are_asked_first_and_those_that_reached_us
     autojump_clock: MockClock,
 ) -> None:
     strangers = [f"9.9.{number}.9" for number in range(3)]
-    node = Asking(
-        *map(Server, strangers), Dialled("7.7.7.7"), **dict.fromkeys(strangers, False), **{"7.7.7.7": True}
-    )
+    node = Asking(*map(Server, strangers), Dialled("7.7.7.7"), **dict.fromkeys(strangers, False), **{"7.7.7.7": True})
     assert await node.round() == ["7.7.7.7"]
     for number in range(3):
         node.servers.append(Dialled(f"6.6.{number}.6"))
