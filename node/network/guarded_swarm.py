@@ -197,6 +197,11 @@ class GuardedSwarm(Swarm):
         """Return the open connections to a peer."""
         return [connection for connection in self.get_connections(peer_id) if not connection.is_closed]
 
+    def best_connection(self, peer_id: ID) -> INetConn | None:
+        """Return the connection that new streams to a peer take."""
+        live = self.live_connections(peer_id)
+        return self._select_connection(live, peer_id) if live else None
+
     def direct_connection(self, peer_id: ID) -> INetConn | None:
         """Return the latest open connection to a peer that does not pass a relay."""
         return next(filter(_is_direct, reversed(self.live_connections(peer_id))), None)

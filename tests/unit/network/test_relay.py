@@ -1,11 +1,13 @@
 """Relays over loopback: peers that listen on nothing are reached through circuits, within the relay's limits."""
 
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import pytest
 import trio
+from libp2p.abc import INetConn
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 
@@ -19,7 +21,7 @@ from node.network.protobuf import MalformedMessage
 from node.network.relay_ledger import RelayLimits
 from node.network.relay_messages import DCUTR_PROTOCOL, HolePunch, HolePunchType
 from node.network.transport import Tcp, bind
-from node.network.traversal import TraversalOptions
+from node.network.traversal import Traversal, TraversalOptions
 from node.network.yamux import Yamux
 from node.util.token_bucket import Allowance
 from protocol.announcements import Verdict
@@ -239,6 +241,19 @@ async def test_waiting_for_peers_that_nobody_identifies_leaves_nothing_behind() 
         assert not relay._host._identified
 
 
+async def test_peer_that_connects_again_tells_again_how_it_sees_this_node() -> None:
+    server, client = relay_host(1), hidden_host(2)
+    with limited(20):
+        async with server.running(), client.running():
+            observed = server._traversal._observed
+            address = parse_address(server.multiaddrs[0].rpartition("/p2p/")[0])
+            for _ in range(2):
+                await client.connect(server.multiaddrs[0])
+                await until(lambda: observed.observers(address))
+                await client.disconnect(server.peer_id)
+                await until(lambda: not observed.observers(address) and not server.connected_peers())
+
+
 async def test_peer_without_relay_option_does_not_relay() -> None:
     options = TraversalOptions(relay=None, verdict=Verdict.PUBLIC)
     plain = Libp2pNetwork((1).to_bytes(32, "big"), listen=[LOOPBACK], traversal=options)
@@ -294,6 +309,14 @@ async def test_hole_punching_is_served_on_circuits_of_our_own_and_not_again_afte
 async def test_circuit_is_upgraded_to_a_direct_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over loopback every dial succeeds: both sides listen, and tell each other what the relay sees of them."""
     monkeypatch.setattr(hole_punch, "is_target", lambda address: True)
+    seen_by: defaultdict[PeerId, set[PeerId]] = defaultdict(set)
+
+    def record(self: Traversal, connection: INetConn, address: TcpAddress) -> None:
+        assert self._host is not None
+        own = PeerId(self._host.get_id().to_base58())
+        seen_by[own].add(PeerId(connection.muxed_conn.peer_id.to_base58()))
+
+    monkeypatch.setattr(Traversal, "record_observed", record)
     options = TraversalOptions(verdict=Verdict.PRIVATE)
     relay = relay_host()
     hosts = []
@@ -324,3 +347,5 @@ async def test_circuit_is_upgraded_to_a_direct_connection(monkeypatch: pytest.Mo
                 return [one for one in live if isinstance(one.muxed_conn, Yamux) and one.muxed_conn.relay]
 
             await until(lambda: not circuits(one, two.peer_id) and not circuits(two, one.peer_id))
+            # First met over a circuit, where nobody sees anybody: each tells the other over the new connection.
+            await until(lambda: seen_by[one.peer_id] >= {two.peer_id} and seen_by[two.peer_id] >= {one.peer_id})
