@@ -11,7 +11,13 @@ from libp2p.peer.id import ID
 from trio.testing import MockClock
 
 from node.network.addresses import TcpAddress, parse_address
-from node.network.autonat import MAX_AT_ONCE_PER_ORIGIN, ORIGIN_REQUESTS_BURST, AutonatClient, AutonatServer
+from node.network.autonat import (
+    DIAL_DATA_BYTES,
+    MAX_AT_ONCE_PER_ORIGIN,
+    ORIGIN_REQUESTS_BURST,
+    AutonatClient,
+    AutonatServer,
+)
 from node.network.autonat_messages import (
     DIAL_BACK_PROTOCOL,
     DIAL_REQUEST_PROTOCOL,
@@ -27,9 +33,10 @@ from node.network.guarded_host import GuardedHost
 from node.network.host import Libp2pNetwork
 from node.network.message_stream import MessageStream
 from node.network.own_addresses import OwnAddresses
-from node.network.traversal import RECHECK_S, Traversal, TraversalOptions
+from node.network.traversal import RECHECK_S, ROUNDS, Traversal, TraversalOptions
 from node.network.verdicts import VALID_S
 from node.network.yamux import Yamux
+from node.util.token_bucket import Allowance
 from protocol.announcements import Verdict
 from protocol.identity import PeerId
 
@@ -143,6 +150,43 @@ async def test_server_dials_for_one_machine_a_few_times_at_once(monkeypatch: pyt
                 assert dialling == [MAX_AT_ONCE_PER_ORIGIN]
                 release.set()
     assert answers == [None, *[False] * MAX_AT_ONCE_PER_ORIGIN]
+
+
+async def test_client_pays_for_dials_to_other_hosts_up_to_an_hourly_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.network.autonat.PAID", Allowance(per_s=0.0, burst=2.5 * DIAL_DATA_BYTES[0]))
+    monkeypatch.setattr("node.network.autonat.DIAL_DATA_BYTES", (DIAL_DATA_BYTES[0],) * 2)
+    client, server = host(1), host(2)
+
+    async def dial_back(*_: Any) -> DialStatus:
+        await trio.lowlevel.checkpoint()
+        return DialStatus.E_DIAL_ERROR
+
+    monkeypatch.setattr(AutonatServer, "_dial_back", dial_back)
+    with limited(20):
+        async with client.running(), server.running():
+            await client.connect(server.multiaddrs[0])
+            assert client._host is not None
+            autonat = AutonatClient(client._host)
+            over = connection(client, server.peer_id)
+            answers = [await autonat.check(over, [HOME]) for _ in range(3)]
+            assert answers == [(HOME, False), (HOME, False), None]
+
+
+async def test_rounds_of_dial_backs_are_limited_however_often_something_changes(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traversal = Traversal(TraversalOptions(), OwnAddresses(), private_swarm=False)
+    rounds: list[float] = []
+
+    async def check(client: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        rounds.append(trio.current_time())
+        traversal._changed.set()
+
+    monkeypatch.setattr(traversal, "_check", check)
+    with trio.move_on_after(600):
+        await traversal._check_loop(cast("AutonatClient", None))
+    assert ROUNDS.burst <= len(rounds) <= ROUNDS.burst + ROUNDS.per_s * 600
 
 
 class Server(Yamux):

@@ -85,6 +85,19 @@ def test_one_range_of_observers_counts_once() -> None:
     assert observed(*liars, ("1.1.1.1", HOME), ("4.4.4.4", HOME)).addresses()[0] == HOME
 
 
+def test_peer_that_connected_tells_of_no_host_that_peers_dialled_by_us_do_not_see() -> None:
+    victim = parse_address("/ip4/7.7.7.7/tcp/443")
+    found = observed(("9.9.9.9", victim))
+    assert found.addresses() == (victim,)  # nobody else has seen us
+    found.record_host(PeerId("dialled"), "1.1.1.1", HOME)
+    assert found.addresses() == ()
+    for number in range(4):
+        found.record(PeerId(f"liar-{number}"), f"9.9.{number}.9", victim)
+    found.record(PeerId("honest"), "4.4.4.4", OTHER)  # the same host
+    assert found.addresses() == (OTHER,)
+    assert not found.endpoint_dependent
+
+
 def test_observation_ends_when_its_peer_disconnects() -> None:
     moved = observed(*((host, HOME) for host in ("9.9.9.9", "1.1.1.1", "4.4.4.4")))
     for host in ("9.9.9.9", "1.1.1.1"):
