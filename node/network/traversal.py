@@ -34,6 +34,7 @@ from node.network.transport import Tcp
 from node.network.verdicts import Verdicts
 from node.network.yamux import Yamux
 from node.util.signal import Signal
+from node.util.token_bucket import Allowance
 from protocol.announcements import Reachability, Verdict
 from protocol.identity import PeerId
 from protocol.limits import MAX_OBSERVED, MAX_RELAYS
@@ -44,6 +45,9 @@ MAX_CANDIDATES: Final = 6
 SERVERS_PER_ADDRESS: Final = 3
 SETTLE_S: Final = 0.5
 """Pause before a round of dial-backs: what has changed rarely changes alone."""
+
+ROUNDS: Final = Allowance(per_s=1 / 15, burst=4)
+"""Rounds of dial-backs: peers that come and go must not have this node ask for more."""
 
 RECHECK_S: Final = {Verdict.UNKNOWN: 15.0, Verdict.PRIVATE: 60.0, Verdict.PUBLIC: 600.0}
 """Time between two rounds of dial-backs, by the verdict so far."""
@@ -151,7 +155,7 @@ class Traversal:
             observed=tuple(each.transport for each in self._observed.addresses()[:MAX_OBSERVED]),
             endpoint_dependent=self._observed.endpoint_dependent,
             port_mapped=mapped,
-            relays=self._relays.relays()[:MAX_RELAYS] if self._relays is not None else (),
+            relays=self._relays.unlimited()[:MAX_RELAYS] if self._relays is not None else (),
             relay_bytes_per_s=limits.bytes_per_s if limits is not None and self._is_relay() else 0.0,
         )
 
@@ -208,11 +212,12 @@ class Traversal:
             return
         if address.is_public:
             self._seen_at = address
+        before, peer = self._observed.addresses(), PeerId(muxed.peer_id.to_base58())
+        if muxed.is_initiator:
+            self._observed.record_host(peer, muxed.host, address)
         # A dial that left from another port shows that port's mapping, which nothing else uses.
-        if muxed.is_initiator and not self._tcp.maps_port(muxed.get_remote_address()):
-            return
-        before = self._observed.addresses()
-        self._observed.record(PeerId(muxed.peer_id.to_base58()), muxed.host, address)
+        if not muxed.is_initiator or self._tcp.maps_port(muxed.get_remote_address()):
+            self._observed.record(peer, muxed.host, address)
         if self._observed.addresses() != before:
             self._changed.set()
 
@@ -240,10 +245,11 @@ class Traversal:
 
     async def _check_loop(self, client: AutonatClient) -> None:
         """Have others dial this node, whenever something has changed, and again after a while."""
+        rounds = ROUNDS.bucket(trio.current_time())
         while True:
             with trio.move_on_after(RECHECK_S[self.verdict()]):
                 await self._changed.wait()
-            await trio.sleep(SETTLE_S)
+            await trio.sleep(max(SETTLE_S, rounds.spend(1, trio.current_time())))
             self._changed.clear()
             await self._check(client)
 
