@@ -65,6 +65,10 @@ class RelayClient:
         """Return the relays with a reservation."""
         return tuple(self._held)
 
+    def unlimited(self) -> tuple[PeerId, ...]:
+        """Return those through which more can be done than to punch a hole."""
+        return tuple(peer for peer, each in self._held.items() if not each.limited)
+
     def circuits(self) -> tuple[TcpAddress, ...]:
         """Return the addresses of circuits to this node, those without limits first."""
         held = sorted(self._held.values(), key=lambda each: each.limited)
