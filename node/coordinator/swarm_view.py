@@ -18,7 +18,9 @@ from selector.routing import Links
 class Finder(Protocol):
     """Knows which peers serve what; `node.swarm.membership` is the real one."""
 
-    async def candidates(self, model: ModelId, cuts: Cuts, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+    async def candidates(
+        self, model: ModelId, cuts: Cuts, links: Links, *, without: Iterable[PeerId]
+    ) -> tuple[Candidate, ...]:
         """Return the live peers that serve spans of a model; queries the DHT where the known ones do not suffice."""
 
     def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:

@@ -105,7 +105,9 @@ class Rumours:
         """Take a peer for dead until its next heartbeat."""
         self._forgotten_s[peer] = trio.current_time() + HEARTBEAT_S
 
-    async def candidates(self, model: ModelId, cuts: Cuts, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+    async def candidates(
+        self, model: ModelId, cuts: Cuts, links: Links, *, without: Iterable[PeerId]
+    ) -> tuple[Candidate, ...]:
         await trio.lowlevel.checkpoint()
         return self.known_candidates(model, without=without)
 

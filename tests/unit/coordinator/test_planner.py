@@ -26,7 +26,9 @@ DEMAND = Demand(block_count=9, prompt_rows=900, new_tokens=100, row_bytes=1000)
 class Nobody:
     """A finder for a route that was found already."""
 
-    async def candidates(self, model: ModelId, cuts: Cuts, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+    async def candidates(
+        self, model: ModelId, cuts: Cuts, links: Links, *, without: Iterable[PeerId]
+    ) -> tuple[Candidate, ...]:
         return ()
 
     def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
@@ -59,7 +61,9 @@ class Served:
         self.loads = loads
         self.searches = 0
 
-    async def candidates(self, model: ModelId, cuts: Cuts, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+    async def candidates(
+        self, model: ModelId, cuts: Cuts, links: Links, *, without: Iterable[PeerId]
+    ) -> tuple[Candidate, ...]:
         self.searches += 1
         return self.known_candidates(model, without=without)
 
