@@ -103,7 +103,9 @@ class Traversal:
         self._host = circuits.host = host
         client = AutonatClient(host)
         server = AutonatServer(host, self._kinds)
-        self._relays = RelayClient(host, self._wants_relays, self._on_circuits)
+        self._relays = RelayClient(
+            host, self._wants_relays, self._on_circuits, lambda: {each.host for each in self._observed.addresses()}
+        )
         self._puncher = HolePuncher(nursery, host, self._tcp, observed=self._observed.addresses, known=known)
         handlers = {
             STOP_PROTOCOL: circuits.handle_stop,
@@ -200,7 +202,7 @@ class Traversal:
             self._changed.set()
 
     def disconnected(self, peer: PeerId) -> None:
-        """Note that a peer has no connection any more."""
+        """Note that a peer has no direct connection any more."""
         self._observed.disconnected(peer)
         if self._relay is not None:
             self._relay.disconnected(peer)
