@@ -182,11 +182,13 @@ class HolePuncher:
         """
         if peer_id in self._failed or peer_id in self._awaited:
             return
-        with trio.move_on_after(timeout_s):
-            await self._settled.setdefault(peer_id, trio.Event()).wait()
-        if self._host.swarm.direct_connection(peer_id) is None:
-            self._awaited[peer_id] = None
-        self.gave_up(peer_id)
+        try:
+            with trio.move_on_after(timeout_s):
+                await self._settled.setdefault(peer_id, trio.Event()).wait()
+            if self._host.swarm.direct_connection(peer_id) is None:
+                self._awaited[peer_id] = None
+        finally:
+            self.gave_up(peer_id)
 
     async def _tell(self, messages: MessageStream) -> None:
         own = [Multiaddr(each.transport).to_bytes() for each in self._observed()[:MAX_ADDRESSES]]
@@ -199,27 +201,29 @@ class HolePuncher:
             return False
         refusals.begin_try()
         arrived = self._arrived.setdefault(peer_id, trio.Event())
-        with trio.move_on_after(PUNCH_TIMEOUT_S):
-            async with trio.open_nursery() as nursery:
+        try:
+            with trio.move_on_after(PUNCH_TIMEOUT_S):
+                async with trio.open_nursery() as nursery:
 
-                async def punch_one(address: TcpAddress) -> None:
-                    try:
-                        stream = await self._connect(address, refusals)
-                        await self._secure(stream, peer_id, initiator=initiator)
-                    except Exception as error:  # noqa: BLE001  # a dozen types for a dial that failed
-                        logger.debug("no hole to %s at %s: %s", peer_id, address.transport, reason(error))
-                    else:
-                        logger.info("punched a hole to %s at %s", peer_id, address.transport)
-                        nursery.cancel_scope.cancel()
+                    async def punch_one(address: TcpAddress) -> None:
+                        try:
+                            stream = await self._connect(address, refusals)
+                            await self._secure(stream, peer_id, initiator=initiator)
+                        except Exception as error:  # noqa: BLE001  # a dozen types for a dial that failed
+                            logger.debug("no hole to %s at %s: %s", peer_id, address.transport, reason(error))
+                        else:
+                            logger.info("punched a hole to %s at %s", peer_id, address.transport)
+                            nursery.cancel_scope.cancel()
 
-                for address in targets:
-                    nursery.start_soon(punch_one, address)
-                # The other side's dial may arrive at our listener instead. A moment more, for our own to be entered.
-                if self._host.swarm.direct_connection(peer_id) is None:
-                    await arrived.wait()
-                await trio.sleep(ENTERED_S)
-                nursery.cancel_scope.cancel()
-        self._arrived.pop(peer_id, None)
+                    for address in targets:
+                        nursery.start_soon(punch_one, address)
+                    # The other side's dial may arrive at our listener. A moment more, for our own to be entered.
+                    if self._host.swarm.direct_connection(peer_id) is None:
+                        await arrived.wait()
+                    await trio.sleep(ENTERED_S)
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._arrived.pop(peer_id, None)
         return self._host.swarm.direct_connection(peer_id) is not None
 
     async def _connect(self, address: TcpAddress, refusals: "Refusals") -> TcpStream:

@@ -105,6 +105,17 @@ async def test_many_identities_have_a_third_host_dialled_no_more_often(autojump_
     assert PER_RANGE.burst <= len(host.dialled) <= PER_RANGE.burst + PER_RANGE.per_s * took_s + 1
 
 
+async def test_cancelled_exchange_leaves_nothing_behind(autojump_clock: trio.testing.MockClock) -> None:
+    host, peer_id = Refusing(), ID(b"peer")
+    message = HolePunch(addrs=tuple(Multiaddr(each.transport).to_bytes() for each in ADDRESSES))
+    with trio.move_on_after(0.05):
+        await host.puncher._punch(peer_id, message, Refusals(), initiator=False)
+    with trio.move_on_after(0.05):
+        await host.puncher.wait(peer_id, 10)
+    assert not host.puncher._arrived
+    assert not host.puncher._settled
+
+
 async def test_dials_in_all_are_rationed(autojump_clock: trio.testing.MockClock) -> None:
     ration = DialRation(0.0)
     dials = [ration.take(parse_address(f"/ip4/9.{n // 200}.{n % 200}.1/tcp/1"), 0.0) for n in range(1000)]

@@ -3,23 +3,37 @@
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import trio
-from libp2p.abc import INetConn
+from libp2p.abc import INetConn, INetStream
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 
 from node.network import hole_punch, transport
 from node.network.addresses import TcpAddress, parse_address
 from node.network.admission import HandshakeLimiter
+from node.network.guarded_swarm import GuardedSwarm
 from node.network.host import Libp2pNetwork
 from node.network.interface import ByteCounts, NetworkError, Stream, Way
 from node.network.message_stream import MessageStream
 from node.network.protobuf import MalformedMessage
 from node.network.relay_ledger import RelayLimits
-from node.network.relay_messages import DCUTR_PROTOCOL, HolePunch, HolePunchType
+from node.network.relay_messages import (
+    DCUTR_PROTOCOL,
+    HOP_PROTOCOL,
+    STOP_PROTOCOL,
+    HolePunch,
+    HolePunchType,
+    HopMessage,
+    HopType,
+    Peer,
+    Status,
+    StopMessage,
+    StopType,
+)
 from node.network.transport import Tcp, bind
 from node.network.traversal import Traversal, TraversalOptions
 from node.network.yamux import Yamux
@@ -265,6 +279,53 @@ async def test_peer_without_relay_option_does_not_relay() -> None:
             await until(lambda: bool(hidden._traversal._relays and hidden._traversal._relays._pauses))
             assert hidden.reachability.relays == ()
             assert hidden.multiaddrs == ()
+
+
+async def test_relay_tells_malformed_requests_and_keeps_the_answers_of_the_peers_behind_it() -> None:
+    relay, hidden, other = relay_host(), hidden_host(2), hidden_host(3)
+
+    async def refuse(stream: INetStream) -> None:
+        async with MessageStream(stream) as messages:
+            await messages.receive(StopMessage)
+            await messages.send(StopMessage(type=StopType.CONNECT, status=Status.OK))
+
+    async def status(message: HopMessage) -> Status | None:
+        assert other._host is not None
+        assert other._swarm is not None
+        (connection,) = other._swarm.live_connections(ID.from_base58(relay.peer_id))
+        async with MessageStream(await other._host.open_stream_on(connection, HOP_PROTOCOL)) as messages:
+            await messages.send(message)
+            return (await messages.receive(HopMessage)).status
+
+    with limited(20):
+        async with reserved(relay, hidden=hidden), other.running():
+            await other.connect(relay.multiaddrs[0])
+            assert hidden._host is not None
+            hidden._host.set_stream_handler(STOP_PROTOCOL, refuse)  # type: ignore[arg-type]
+            target = Peer(id=ID.from_base58(hidden.peer_id).to_bytes())
+            assert await status(HopMessage(type=HopType.CONNECT, peer=target)) is Status.CONNECTION_FAILED
+            assert await status(HopMessage()) is Status.MALFORMED_MESSAGE
+            assert await status(HopMessage(type=HopType.STATUS)) is Status.UNEXPECTED_MESSAGE
+            assert relay._traversal._relay is not None
+            assert relay._traversal._relay.ledger.reserved(trio.current_time()) == (hidden.peer_id,)
+
+
+async def test_reservation_ends_with_the_last_direct_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    relay = relay_host()
+    ended: list[PeerId] = []
+    monkeypatch.setattr(relay._traversal, "disconnected", ended.append)
+    peer, direct = ID.from_base58(hidden_host(2).peer_id), [True]
+    connections = SimpleNamespace(
+        live_connections=lambda _: ["a circuit"], direct_connection=lambda _: direct[0] or None
+    )
+    relay._swarm = cast("GuardedSwarm", connections)
+    relay._connected[PeerId(peer.to_base58())] = None
+    relay._on_disconnected(peer)
+    assert ended == []
+    direct[0] = False
+    relay._on_disconnected(peer)
+    assert ended == [peer.to_base58()]
+    assert relay.connected_peers() == (peer.to_base58(),)
 
 
 async def test_reservation_ends_with_the_connection() -> None:
