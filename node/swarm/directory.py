@@ -276,7 +276,7 @@ class Directory:
         """Return whether a peer can open a stream to another, as far as is known."""
         there = self.location_of(receiver)
         if there.relays:
-            there = there._replace(relays=tuple(filter(self._relays_for_others, map(PeerId, there.relays))))
+            there = there._replace(relays=tuple(each for each in there.relays if self._relays_for_others(PeerId(each))))
         if can_open(self.location_of(sender), there) or sender == receiver:
             return True
         return self._own_peer in {sender, receiver} and not {sender, receiver}.isdisjoint(self._connected())
