@@ -6,7 +6,7 @@ would take most of the time of the run, and have simulations of their own.
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -110,6 +110,9 @@ class Rumours:
     ) -> tuple[Candidate, ...]:
         await trio.lowlevel.checkpoint()
         return self.known_candidates(model, without=without)
+
+    def unreached_servers(self, model: ModelId, blocks: Sequence[BlockRange]) -> tuple[PeerId, ...]:
+        return ()
 
     def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         now_s = trio.current_time()

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -29,6 +29,9 @@ class Nobody:
     async def candidates(
         self, model: ModelId, cuts: Cuts, links: Links, *, without: Iterable[PeerId]
     ) -> tuple[Candidate, ...]:
+        return ()
+
+    def unreached_servers(self, model: ModelId, blocks: Sequence[BlockRange]) -> tuple[PeerId, ...]:
         return ()
 
     def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
@@ -66,6 +69,9 @@ class Served:
     ) -> tuple[Candidate, ...]:
         self.searches += 1
         return self.known_candidates(model, without=without)
+
+    def unreached_servers(self, model: ModelId, blocks: Sequence[BlockRange]) -> tuple[PeerId, ...]:
+        return ()
 
     def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         excluded = set(without)
