@@ -109,6 +109,8 @@ class NoRouteError(Exception):
         super().__init__(f"no route; {reason}")
         self.missing = tuple(missing)
         self.apart = tuple(apart)
+        self.unreached: tuple[str, ...] = ()
+        """Peers that announce missing blocks, and that the node which plans has not reached."""
 
 
 def find_route(demand: Demand, offers: Iterable[Offer], links: Links) -> Route:

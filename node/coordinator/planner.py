@@ -145,8 +145,12 @@ class Planner:
         A peer that failed or lagged is used only where there is no route without it, and never if `only_trusted`; so is
         a peer that promises more than any has shown, except by the share of jobs that explore it (`may_explore`).
         """
-        found = await self._finder.candidates(need.model, need.demand.cuts, without=need.without)
-        return self._best(need, self._offers(need, found), may_explore=may_explore, only_trusted=only_trusted)
+        found = await self._finder.candidates(need.model, need.demand.cuts, self._links, without=need.without)
+        try:
+            return self._best(need, self._offers(need, found), may_explore=may_explore, only_trusted=only_trusted)
+        except NoRouteError as error:
+            error.unreached = self._finder.unreached_servers(need.model, error.missing)
+            raise
 
     def knows_route(self, need: RouteNeed, *, only_trusted: bool = False) -> bool:
         """Return whether there is a route, as `route` finds it, among the known live peers."""

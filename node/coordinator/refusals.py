@@ -14,6 +14,9 @@ from selector.routing import NoRouteError
 RETRY_AFTER_S = 2.0
 """When a client should retry a job whose blocks are not served or whose peers are full."""
 
+NAMED_PEERS = 3
+"""Peers that an error names at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageRefusal:
@@ -63,6 +66,10 @@ def no_route(
     elif not avoided and error.apart:
         how = "one of each pair needs a forwarded port (--announce) or a relay; see `metaswarm doctor` there"
         message = f"{name}: {error}; {how}"
+    elif not avoided and error.unreached:
+        announced = ", ".join(error.unreached[:NAMED_PEERS])
+        how = "one side needs a forwarded port (--announce) or a relay; see `metaswarm doctor` there"
+        message = f"no peer that this node can reach serves blocks {blocks} of {name} (announced by {announced}): {how}"
     elif not avoided:
         lacking = f"no peer serves blocks {blocks} of {name}"
         unfit = f"the peers serve spans of {name} that do not meet, and {methods} runs them as a whole only"

@@ -18,11 +18,16 @@ from selector.routing import Links
 class Finder(Protocol):
     """Knows which peers serve what; `node.swarm.membership` is the real one."""
 
-    async def candidates(self, model: ModelId, cuts: Cuts, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+    async def candidates(
+        self, model: ModelId, cuts: Cuts, links: Links, *, without: Iterable[PeerId]
+    ) -> tuple[Candidate, ...]:
         """Return the live peers that serve spans of a model; queries the DHT where the known ones do not suffice."""
 
     def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         """Return the known live peers that serve spans of a model, without a search."""
+
+    def unreached_servers(self, model: ModelId, blocks: Sequence[BlockRange]) -> tuple[PeerId, ...]:
+        """Return the live peers that announce some of these blocks of a model, and that this node has not reached."""
 
     def forget(self, peer: PeerId) -> None:
         """Treat a peer as dead until its next heartbeat."""

@@ -6,7 +6,7 @@ temporary name until its sha256 is right.
 
 import hashlib
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -172,14 +172,18 @@ class _Fetch:
     async def run(self, peers: list[PeerId]) -> None:
         """Ask the peers in turn until the whole file is there and right; raise FetchError when no peer is left.
 
-        Those that are reached through a relay last: the relay would carry all of it.
+        Those that are reached through a relay last, as the relay would carry all of it; one that is busy and is reached
+        directly gets time.
         """
         reason = "no peer is known to have it"
         asked = len(peers)
-        delays = iter(BUSY_BACKOFF_S)
+        delays = deque(BUSY_BACKOFF_S)
         while self._part.have < self._part.size or not await self._is_right(peers):
             queue = sorted(peers, key=self._is_relayed)
+            direct_is_busy = False
             for number, peer in enumerate(queue):
+                if direct_is_busy and len(delays) > 1 and self._is_relayed(peer):
+                    continue
                 is_first_time = peer not in queue[:number]
                 direct_left = not all(map(self._is_relayed, queue[number + 1 :]))
                 try:
@@ -190,6 +194,8 @@ class _Fetch:
                         break
                     if done is None:
                         queue.append(peer)
+                    elif not self._is_relayed(peer):
+                        direct_is_busy = True
                     reason = f"{peer} is busy"
                 except (NetworkError, RemoteProtocolError) as error:
                     reason = f"{peer}: {error}"
@@ -197,11 +203,10 @@ class _Fetch:
                     if isinstance(error, RemoteProtocolError):
                         self._blame(peer, str(error))
             else:
-                delay = next(delays, None)
-                if not peers or delay is None:
+                if not peers or not delays:
                     name = self._part.destination.name
                     raise FetchError(f"cannot fetch {name} from any of {asked} peers; the last reason: {reason}")
-                await trio.sleep(delay)
+                await trio.sleep(delays.popleft())
 
     async def _fetch_from(self, peer: PeerId, *, unless_relayed: bool) -> bool | None:
         """Fetch the rest from one peer; return False if it is busy. Raises when it fails or lacks the file.

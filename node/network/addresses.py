@@ -27,7 +27,10 @@ INTERFACES_S: Final = 2.0
 _HOST_PROTOCOLS: Final = ("ip4", "ip6", "dns", "dns4", "dns6")
 
 
-_BRIDGES: Final = re.compile(r"docker\d|br-[0-9a-f]{12}|veth|virbr|podman|cni|lxcbr|lxdbr|flannel|cali|kube-")
+_BRIDGES: Final = re.compile(
+    r"docker\d|docker_gwbridge|br-[0-9a-f]{12}|nerdctl|veth|virbr|podman|cni|lxcbr|lxdbr|incusbr|flannel|cali|cilium_"
+    r"|weave|kube-|vmnet|vboxnet"
+)
 """Beginnings of the names of interfaces that lead to containers and virtual machines of this machine only."""
 
 

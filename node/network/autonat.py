@@ -8,6 +8,7 @@ believes a success only where the number that it chose has arrived over a connec
 import logging
 import os
 import random
+import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ from node.network.message_stream import MessageStream
 from node.network.protobuf import MalformedMessage
 from node.network.transport import TcpStream, reason, secure_upgrader
 from node.network.yamux import Yamux
-from node.util.token_bucket import TokenBucket
+from node.util.token_bucket import Allowance, TokenBucket
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,9 @@ DIAL_DATA_BYTES: Final = (30_000, 100_000)
 """The price of a dial to an address that is not the client's own: more than a handshake costs its victim."""
 
 MAX_DIAL_DATA_TOTAL: Final = 100 << 10
-"""What this node pays at most."""
+"""What this node pays at most for a dial,"""
+PAID: Final = Allowance(per_s=(2 << 20) / 3600, burst=2 << 20)
+"""and in an hour: which of its addresses others see, others say."""
 
 
 class AutonatServer:
@@ -186,10 +189,11 @@ class AutonatClient:
         self._host = host
         self._requests: dict[int, _Request] = {}
         """Those under way, by the number that has to arrive."""
+        self._paid = PAID.bucket(trio.current_time())
 
     async def check(self, server: INetConn, addresses: Sequence[TcpAddress]) -> tuple[TcpAddress, bool] | None:
         """Return the address that a server has dialled, and whether it reached us; None where it dialled none."""
-        nonce = random.getrandbits(64)
+        nonce = secrets.randbits(64)
         request = self._requests[nonce] = _Request(trio.current_time())
         try:
             with trio.fail_after(REQUEST_TIMEOUT_S):
@@ -217,7 +221,7 @@ class AutonatClient:
             if message.dial_response is not None:
                 return message.dial_response
             wanted = message.dial_data_request.byte_count if message.dial_data_request is not None else None
-            if wanted is None or wanted > left:
+            if wanted is None or wanted > left or not self._paid.take(wanted, trio.current_time()):
                 raise MalformedMessage("the server asks too much")
             left -= wanted
             part = AutonatMessage(dial_data_response=DialDataResponse(data=bytes(MAX_DIAL_DATA_BYTES)))

@@ -126,7 +126,11 @@ class Circuits(ITransport):
                 message = await messages.receive(StopMessage)
             source = ID((message.peer and message.peer.id) or b"")
             parse_peer_id(source.to_base58())
-        if messages.connection.relay is not None or message.type is StopType.STATUS or relay not in self._reserved():
+        if (
+            messages.connection.relay is not None
+            or message.type is not StopType.CONNECT
+            or relay not in self._reserved()
+        ):
             async with messages:
                 await messages.send(StopMessage(type=StopType.STATUS, status=Status.PERMISSION_DENIED))
             return

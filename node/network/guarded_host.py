@@ -18,14 +18,19 @@ from libp2p.host.basic_host import BasicHost
 from libp2p.host.defaults import get_default_protocols
 from libp2p.host.observed_addr_manager import ObservedAddrManager
 from libp2p.identity.identify.identify import ID as IDENTIFY_PROTOCOL
+from libp2p.identity.identify.identify import _mk_identify_protobuf, _remote_address_to_multiaddr
+from libp2p.identity.identify.pb.identify_pb2 import Identify
+from libp2p.identity.identify_push import update_peerstore_from_identify
 from libp2p.identity.identify_push.identify_push import ID_PUSH as IDENTIFY_PUSH_PROTOCOL
 from libp2p.peer.id import ID
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.tools.anyio_service import Service
 from libp2p.tools.anyio_service.trio_manager import TrioManager
+from libp2p.utils.varint import encode_varint_prefixed, read_length_prefixed_protobuf
 from multiaddr import Multiaddr
 
 from node.network.guarded_swarm import GuardedSwarm
+from node.network.yamux import Yamux
 from node.network.yamux_stream import YamuxStream, shielded
 
 logger = logging.getLogger(__name__)
@@ -35,6 +40,7 @@ ADDRESS_CACHE_S: Final = 10.0
 REQUEST_TIMEOUT_S: Final = 30.0
 """How long a peer may occupy one of the library's handlers of short requests."""
 MAX_REQUESTS_PER_PEER: Final = 16
+IDENTIFY_TIMEOUT_S: Final = 10.0
 
 StreamHandler = Callable[[INetStream], Awaitable[None]]
 AsyncFunction = Callable[..., Awaitable[Any]]
@@ -149,6 +155,7 @@ class GuardedHost(BasicHost):
         self._identified: dict[ID, trio.Event] = {}
         self._addresses: TTLCache[None, list[Multiaddr]] = TTLCache(1, ADDRESS_CACHE_S, trio.current_time)
         protocols = get_default_protocols(self)
+        protocols[IDENTIFY_PROTOCOL] = self._tell_identity
         for protocol in (IDENTIFY_PROTOCOL, IDENTIFY_PUSH_PROTOCOL):
             protocols[protocol] = limit_requests(protocols[protocol])
         super().__init__(swarm, default_protocols=protocols, disable_identify_address_discovery=True)
@@ -181,19 +188,52 @@ class GuardedHost(BasicHost):
         return stream
 
     def _schedule_identify(self, peer_id: ID, *, reason: str) -> None:
-        busy = peer_id in self._identify_inflight or self._has_cached_protocols(peer_id)
-        if peer_id != self.get_id() and not busy and self._should_identify_peer(peer_id):
+        connection = self.swarm.best_connection(peer_id)
+        if peer_id == self.get_id() or peer_id in self._identify_inflight or connection is None:
+            return
+        # Each connection: over another one the peer may see us elsewhere, and over a circuit it does not see us.
+        if isinstance(connection.muxed_conn, Yamux) and not connection.muxed_conn.identified:
+            connection.muxed_conn.identified = True
             self._identify_inflight.add(peer_id)
-            self._nursery.start_soon(self._identify_quietly, peer_id, reason)
+            self._nursery.start_soon(self._identify_quietly, peer_id, connection.muxed_conn, reason)
 
-    async def _identify_quietly(self, peer_id: ID, why: str) -> None:
+    async def _tell_identity(self, stream: INetStream) -> None:
+        """Answer an identify request.
+
+        The library's own tells no peer where it is seen that has a circuit besides a direct connection.
+        """
+        muxed = stream.muxed_conn
+        seen_at = _remote_address_to_multiaddr(muxed.get_remote_address() if isinstance(muxed, Yamux) else None)
+        await stream.write(encode_varint_prefixed(_mk_identify_protobuf(self, seen_at).SerializeToString()))
+        await stream.close()
+
+    async def _identify_quietly(self, peer_id: ID, over: Yamux, why: str) -> None:
         try:
             await self._identify_task_entry(peer_id, why)
         except Exception as error:  # noqa: BLE001  # a peer's answer, through the library's decoders
             logger.debug("identify of %s failed: %r", peer_id, error)
+            over.identified = False
         finally:
             if (event := self._identified.pop(peer_id, None)) is not None:
                 event.set()
+
+    async def _identify_peer(self, peer_id: ID, *, reason: str) -> None:
+        """Ask a peer who it is and where it sees us, over the connection that new streams take.
+
+        The library's own credits the answer to the peer's first connection, whichever it came over.
+        """
+        connection = self.swarm.best_connection(peer_id)
+        if connection is None:
+            return
+        with trio.fail_after(IDENTIFY_TIMEOUT_S):
+            stream = await self.open_stream_on(connection, IDENTIFY_PROTOCOL)
+            try:
+                answer = Identify.FromString(await read_length_prefixed_protobuf(stream))
+            finally:
+                await reset(stream)
+        await update_peerstore_from_identify(self.get_peerstore(), peer_id, answer)
+        if answer.observed_addr and self._observed_addr_manager is not None:
+            self._observed_addr_manager.record_observation(connection, Multiaddr(answer.observed_addr), [])
 
     async def wait_identified(self, peer_id: ID) -> None:
         """Wait until an identify request to a peer has ended; the caller bounds it."""

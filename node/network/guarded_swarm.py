@@ -26,6 +26,7 @@ from multiaddr import Multiaddr
 
 from node.network.addresses import AddressBook, TcpAddress, parse_address
 from node.network.admission import NoRoom, choose_eviction
+from node.network.dial_ration import DialRation, few_hosts
 from node.network.limits import NetworkLimits
 from node.network.peerstore import BoundedPeerStore
 from node.network.transport import UPGRADE_TIMEOUT_S, reason
@@ -103,6 +104,8 @@ class GuardedSwarm(Swarm):
         self._dial_timeout_s = limits.dial_timeout_s
         self._dials: dict[ID, _Dial] = {}
         self._dial_limiter = trio.CapacityLimiter(MAX_CONCURRENT_DIALS)
+        self.named_dials = DialRation(trio.current_time())
+        """Of addresses that a peer names, while there is a circuit to it."""
 
     def _init_connection_management(self) -> None:
         super()._init_connection_management()
@@ -194,6 +197,11 @@ class GuardedSwarm(Swarm):
         """Return the open connections to a peer."""
         return [connection for connection in self.get_connections(peer_id) if not connection.is_closed]
 
+    def best_connection(self, peer_id: ID) -> INetConn | None:
+        """Return the connection that new streams to a peer take."""
+        live = self.live_connections(peer_id)
+        return self._select_connection(live, peer_id) if live else None
+
     def direct_connection(self, peer_id: ID) -> INetConn | None:
         """Return the latest open connection to a peer that does not pass a relay."""
         return next(filter(_is_direct, reversed(self.live_connections(peer_id))), None)
@@ -207,7 +215,11 @@ class GuardedSwarm(Swarm):
         return address.relay is None and address.transport in self.own_transports()
 
     async def dial_direct(self, peer_id: ID, addresses: Sequence[TcpAddress]) -> bool:
-        """Dial a peer that has a connection through a relay; return whether there is a direct one now."""
+        """Dial the public ones of addresses that a peer has named, at first over a relay.
+
+        Return whether there is a direct connection now.
+        """
+        named = few_hosts(each for each in addresses if each.relay is None and each.is_public and not self.is_own(each))
         with trio.move_on_after(self._dial_timeout_s):
             async with trio.open_nursery() as nursery:
 
@@ -219,8 +231,8 @@ class GuardedSwarm(Swarm):
                     else:
                         nursery.cancel_scope.cancel()
 
-                for address in addresses:
-                    if address.relay is None and not self.is_own(address):
+                for address in named:
+                    if self.named_dials.take(address, trio.current_time()):
                         nursery.start_soon(dial_one, address)
         return self.direct_connection(peer_id) is not None
 

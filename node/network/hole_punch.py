@@ -19,6 +19,7 @@ from libp2p.transport.exceptions import OpenConnectionError
 from multiaddr import Multiaddr
 
 from node.network.addresses import TcpAddress, parse_address
+from node.network.dial_ration import MAX_ADDRESSES, few_hosts
 from node.network.guarded_host import GuardedHost
 from node.network.message_stream import MessageStream
 from node.network.protobuf import MalformedMessage
@@ -37,15 +38,31 @@ REFUSED_PAUSE_S: Final = 0.02
 """Pause before an address is dialled again whose gateway refused: our dial arrived before the other side's left."""
 
 REFUSED_DIALS: Final = 20
-"""Dials of such an address in one try. Few: the address is the peer's word, and may be somebody else's."""
+REFUSED_DIALS_PER_TRY: Final = 8
+"""Refusals of one exchange and of one of its tries, after which a refused address is not dialled again. Few: the
+address is the peer's word, and may be somebody else's."""
 
 ENTERED_S: Final = 0.2
 FAILED_S: Final = 600.0
-MAX_ADDRESSES: Final = 4
-MAX_HOSTS: Final = 2
-"""Hosts that one message may have dialled: a peer has an IPv4 and an IPv6 address."""
-
 MAX_AT_ONCE: Final = 16
+
+
+class Refusals:
+    """Counts the dials of one exchange that were refused."""
+
+    def __init__(self) -> None:
+        self._left = REFUSED_DIALS
+        self._left_of_try = 0
+
+    def begin_try(self) -> None:
+        """Allow some more."""
+        self._left_of_try = min(self._left, REFUSED_DIALS_PER_TRY)
+
+    def may_dial_again(self) -> bool:
+        """Count a refusal; return whether the address may be dialled again."""
+        self._left -= 1
+        self._left_of_try -= 1
+        return self._left_of_try > 0
 
 
 class HolePuncher:
@@ -87,8 +104,7 @@ class HolePuncher:
     async def _upgrade(self, connection: Yamux) -> None:
         peer_id = connection.peer_id
         try:
-            public = [each for each in self._known(peer_id) if each.is_public]
-            if public and await self._host.swarm.dial_direct(peer_id, public[:MAX_ADDRESSES]):
+            if await self._host.swarm.dial_direct(peer_id, self._known(peer_id)):
                 logger.info("connected to %s directly", peer_id)
                 return
             await self._begin(connection)
@@ -102,6 +118,7 @@ class HolePuncher:
         peer_id = connection.peer_id
         swarm = self._host.swarm
         held = next(each for each in swarm.live_connections(peer_id) if each.muxed_conn is connection)
+        refusals = Refusals()
         async with MessageStream(await self._host.open_stream_on(held, DCUTR_PROTOCOL)) as messages:
             for _ in range(TRIES):
                 if swarm.direct_connection(peer_id) is not None:
@@ -112,7 +129,7 @@ class HolePuncher:
                 round_trip_s = trio.current_time() - started_s
                 await messages.send(HolePunch(type=HolePunchType.SYNC))
                 await trio.sleep(round_trip_s / 2)
-                if await self._punch(peer_id, theirs, initiator=False):
+                if await self._punch(peer_id, theirs, refusals, initiator=False):
                     return
         self._failed[peer_id] = None
         logger.info("no hole could be punched to %s", peer_id)
@@ -130,12 +147,13 @@ class HolePuncher:
             if peer_id in self._failed or len(self._busy) >= MAX_AT_ONCE:
                 raise OpenConnectionError("not now")
             self._busy.add(peer_id)
+            refusals = Refusals()
             try:
                 for _ in range(TRIES):
                     theirs = await _receive(messages, HolePunchType.CONNECT)
                     await self._tell(messages)
                     await _receive(messages, HolePunchType.SYNC)
-                    if await self._punch(peer_id, theirs, initiator=True):
+                    if await self._punch(peer_id, theirs, refusals, initiator=True):
                         return
                 self._failed[peer_id] = None
             finally:
@@ -164,44 +182,60 @@ class HolePuncher:
         """
         if peer_id in self._failed or peer_id in self._awaited:
             return
-        with trio.move_on_after(timeout_s):
-            await self._settled.setdefault(peer_id, trio.Event()).wait()
-        if self._host.swarm.direct_connection(peer_id) is None:
-            self._awaited[peer_id] = None
-        self.gave_up(peer_id)
+        try:
+            with trio.move_on_after(timeout_s):
+                await self._settled.setdefault(peer_id, trio.Event()).wait()
+            if self._host.swarm.direct_connection(peer_id) is None:
+                self._awaited[peer_id] = None
+        finally:
+            self.gave_up(peer_id)
 
     async def _tell(self, messages: MessageStream) -> None:
         own = [Multiaddr(each.transport).to_bytes() for each in self._observed()[:MAX_ADDRESSES]]
         await messages.send(HolePunch(type=HolePunchType.CONNECT, addrs=tuple(own)))
 
-    async def _punch(self, peer_id: ID, message: HolePunch, *, initiator: bool) -> bool:
+    async def _punch(self, peer_id: ID, message: HolePunch, refusals: "Refusals", *, initiator: bool) -> bool:
         """Dial all of a peer's addresses from our port; return whether there is a direct connection now."""
         targets = punch_targets(message, self._host.swarm.is_own)
         if not targets:
             return False
+        refusals.begin_try()
         arrived = self._arrived.setdefault(peer_id, trio.Event())
-        with trio.move_on_after(PUNCH_TIMEOUT_S):
-            async with trio.open_nursery() as nursery:
+        try:
+            with trio.move_on_after(PUNCH_TIMEOUT_S):
+                async with trio.open_nursery() as nursery:
 
-                async def punch_one(address: TcpAddress) -> None:
-                    try:
-                        stream = await connect_refused(self._tcp, address)
-                        await self._secure(stream, peer_id, initiator=initiator)
-                    except Exception as error:  # noqa: BLE001  # a dozen types for a dial that failed
-                        logger.debug("no hole to %s at %s: %s", peer_id, address.transport, reason(error))
-                    else:
-                        logger.info("punched a hole to %s at %s", peer_id, address.transport)
-                        nursery.cancel_scope.cancel()
+                    async def punch_one(address: TcpAddress) -> None:
+                        try:
+                            stream = await self._connect(address, refusals)
+                            await self._secure(stream, peer_id, initiator=initiator)
+                        except Exception as error:  # noqa: BLE001  # a dozen types for a dial that failed
+                            logger.debug("no hole to %s at %s: %s", peer_id, address.transport, reason(error))
+                        else:
+                            logger.info("punched a hole to %s at %s", peer_id, address.transport)
+                            nursery.cancel_scope.cancel()
 
-                for address in targets:
-                    nursery.start_soon(punch_one, address)
-                # The other side's dial may arrive at our listener instead. A moment more, for our own to be entered.
-                if self._host.swarm.direct_connection(peer_id) is None:
-                    await arrived.wait()
-                await trio.sleep(ENTERED_S)
-                nursery.cancel_scope.cancel()
-        self._arrived.pop(peer_id, None)
+                    for address in targets:
+                        nursery.start_soon(punch_one, address)
+                    # The other side's dial may arrive at our listener. A moment more, for our own to be entered.
+                    if self._host.swarm.direct_connection(peer_id) is None:
+                        await arrived.wait()
+                    await trio.sleep(ENTERED_S)
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._arrived.pop(peer_id, None)
         return self._host.swarm.direct_connection(peer_id) is not None
+
+    async def _connect(self, address: TcpAddress, refusals: "Refusals") -> TcpStream:
+        """Dial from our port, again for a moment where a gateway refuses."""
+        while self._host.swarm.named_dials.take(address, trio.current_time()):
+            try:
+                return await self._tcp.connect_from_port(address)
+            except (ConnectionRefusedError, ConnectionResetError):
+                if not refusals.may_dial_again():
+                    raise
+                await trio.sleep(REFUSED_PAUSE_S)
+        raise OpenConnectionError("this node has dialled enough that peers named")
 
     async def _secure(self, stream: TcpStream, peer_id: ID, *, initiator: bool) -> None:
         raw = RawConnection(stream, initiator=initiator)
@@ -221,31 +255,20 @@ class HolePuncher:
 
 def punch_targets(message: HolePunch, is_own: Callable[[TcpAddress], bool]) -> list[TcpAddress]:
     """Return where to dial of what a peer tells: a few addresses of a host or two that the internet routes."""
-    found: dict[str, TcpAddress] = {}
+    found: list[TcpAddress] = []
     for data in message.addrs:
         try:
             address = parse_address(str(Multiaddr(data)))
         except Exception:  # noqa: BLE001, S112  # the bytes are a peer's, and the codecs raise what they like
             continue
-        hosts = {each.host for each in found.values()} | {address.host}
-        if is_target(address) and not is_own(address) and len(hosts) <= MAX_HOSTS:
-            found[address.transport] = address
-    return list(found.values())[:MAX_ADDRESSES]
+        if is_target(address) and not is_own(address):
+            found.append(address)
+    return few_hosts(found)
 
 
 def is_target(address: TcpAddress) -> bool:
     """Return whether an address may be dialled on a peer's word."""
     return address.relay is None and address.kind in {"ip4", "ip6"} and address.is_public and address.port > 0
-
-
-async def connect_refused(tcp: Tcp, address: TcpAddress) -> TcpStream:
-    """Dial from our port, again for a moment where a gateway refuses."""
-    for _ in range(REFUSED_DIALS - 1):
-        try:
-            return await tcp.connect_from_port(address)
-        except (ConnectionRefusedError, ConnectionResetError):
-            await trio.sleep(REFUSED_PAUSE_S)
-    return await tcp.connect_from_port(address)
 
 
 async def _receive(messages: MessageStream, kind: HolePunchType) -> HolePunch:

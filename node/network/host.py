@@ -225,9 +225,12 @@ class Libp2pNetwork:
 
     def _on_disconnected(self, peer_id: ID) -> None:
         peer = PeerId(peer_id.to_base58())
-        if peer in self._connected and self._swarm is not None and not self._swarm.live_connections(peer_id):
-            del self._connected[peer]
+        if self._swarm is None:
+            return
+        if self._swarm.direct_connection(peer_id) is None:
             self._traversal.disconnected(peer)
+        if peer in self._connected and not self._swarm.live_connections(peer_id):
+            del self._connected[peer]
             self._events.put(PeerDisconnected(peer))
 
     # Streams

@@ -17,30 +17,50 @@ DECISIVE_OBSERVERS = 3
 class ObservedAddresses:
     """The latest observation of each range of observers: one party's many peers count once.
 
+    What a peer says that has connected to us counts only where peers that we dialled see us at the same host, if they
+    see us at all: others would have this node ask for dials to hosts that they name.
+
     An observation ends when its peer disconnects: in another network this node has another address. Where none is left,
     the last one of each kind stands until there is a new one.
     """
 
     def __init__(self) -> None:
         self._seen: LRUCache[tuple[str, str], tuple[PeerId, TcpAddress]] = LRUCache(MAX_OBSERVERS)
+        self._hosts: LRUCache[tuple[str, str], tuple[PeerId, str]] = LRUCache(MAX_OBSERVERS)
+        """At which host peers see us that we dialled."""
         self._last: dict[str, TcpAddress] = {}
 
     def record(self, observer: PeerId, observer_host: str, address: TcpAddress) -> None:
         """Record at which address a peer sees this node."""
         self._seen[address.kind, address_range(observer_host) or observer_host] = observer, address
-        self._last[address.kind] = address
+        if self._counts(address):
+            self._last[address.kind] = address
+
+    def record_host(self, observer: PeerId, observer_host: str, address: TcpAddress) -> None:
+        """Record at which host a peer sees this node that it dialled, from whatever port."""
+        self._hosts[address.kind, address_range(observer_host) or observer_host] = observer, address.host
 
     def disconnected(self, observer: PeerId) -> None:
         """Drop what a peer saw that has no connection any more."""
         for key in [key for key, (seen_by, _) in self._seen.items() if seen_by == observer]:
             del self._seen[key]
+        for key in [key for key, (seen_by, _) in self._hosts.items() if seen_by == observer]:
+            del self._hosts[key]
+
+    def _counts(self, address: TcpAddress) -> bool:
+        hosts = {host for (kind, _), (_, host) in self._hosts.items() if kind == address.kind}
+        return not hosts or address.host in hosts
+
+    def _counted(self) -> list[TcpAddress]:
+        return [address for _, address in self._seen.values() if self._counts(address)]
 
     def addresses(self) -> tuple[TcpAddress, ...]:
         """Return the observed addresses, those that most peers see first."""
-        counts = Counter(address for _, address in self._seen.values())
+        counts = Counter(self._counted())
         seen = [address for address, _ in counts.most_common(MAX_OBSERVED)]
-        kinds = {kind for kind, _ in self._seen}
-        return (*seen, *(address for kind, address in self._last.items() if kind not in kinds))
+        kinds = {address.kind for address in counts}
+        last = (address for kind, address in self._last.items() if kind not in kinds)
+        return (*seen, *filter(self._counts, last))
 
     def observers(self, address: TcpAddress) -> set[str]:
         """Return the ranges of the peers that see this node at an address."""
@@ -49,8 +69,9 @@ class ObservedAddresses:
     @property
     def endpoint_dependent(self) -> bool:
         """Whether the NAT maps the port to another one for each peer (symmetric): no hole can be punched from it."""
-        for kind in {kind for kind, _ in self._seen}:
-            counts = Counter(address for (each, _), (_, address) in self._seen.items() if each == kind)
+        counted = self._counted()
+        for kind in {address.kind for address in counted}:
+            counts = Counter(address for address in counted if address.kind == kind)
             if counts.total() >= DECISIVE_OBSERVERS and counts.most_common(1)[0][1] * 2 <= counts.total():
                 return True
         return False

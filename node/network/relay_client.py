@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -33,6 +33,9 @@ LIMITED_RENEWAL_S: Final = 15.0
 """One with limits is renewed after this time: the relay may not have known that we are of its swarm."""
 
 LONGEST_S: Final = 86_400.0
+SHORTEST_S: Final = 60.0
+"""A reservation for less, or in the past, would be asked for without end."""
+
 REFUSED_PAUSE_S: Final = 60.0
 """How long a peer is not asked again that has refused."""
 
@@ -53,17 +56,31 @@ class HeldReservation:
 class RelayClient:
     """Keeps reservations while `wanted` says so."""
 
-    def __init__(self, host: GuardedHost, wanted: Callable[[], bool], on_change: Callable[[], None]) -> None:
-        """`on_change` is called when the addresses of our circuits have changed."""
+    def __init__(
+        self,
+        host: GuardedHost,
+        wanted: Callable[[], bool],
+        on_change: Callable[[], None],
+        seen_at: Callable[[], Collection[str]] = tuple,
+    ) -> None:
+        """`on_change` is called when the addresses of our circuits have changed.
+
+        `seen_at`: the hosts at which others see this node.
+        """
         self._host = host
         self._wanted = wanted
         self._on_change = on_change
+        self._seen_at = seen_at
         self._held: dict[PeerId, HeldReservation] = {}
         self._pauses: dict[PeerId, float] = {}
 
     def relays(self) -> tuple[PeerId, ...]:
         """Return the relays with a reservation."""
         return tuple(self._held)
+
+    def unlimited(self) -> tuple[PeerId, ...]:
+        """Return those through which more can be done than to punch a hole."""
+        return tuple(peer for peer, each in self._held.items() if not each.limited)
 
     def circuits(self) -> tuple[TcpAddress, ...]:
         """Return the addresses of circuits to this node, those without limits first."""
@@ -131,7 +148,11 @@ class RelayClient:
             self._refused(peer)
             return
         now_s = trio.current_time()
-        left_s = min(LONGEST_S, max(0.0, (answer.reservation.expire or 0) - time.time()))
+        left_s = min(LONGEST_S, (answer.reservation.expire or 0) - time.time())
+        if left_s < SHORTEST_S:
+            logger.debug("no reservation at %s: it expires in %.0f s, by our clock", peer, left_s)
+            self._refused(peer)
+            return
         limited = answer.limit is not None and bool(answer.limit.data or answer.limit.duration)
         addresses = self._addresses(peer, connection, answer.reservation.addrs)
         self._held[peer] = HeldReservation(
@@ -147,11 +168,16 @@ class RelayClient:
         self._pauses[peer] = trio.current_time() + REFUSED_PAUSE_S
 
     def _addresses(self, peer: PeerId, connection: INetConn, told: tuple[bytes, ...]) -> list[TcpAddress]:
-        """Return circuits through a relay: where we dialled it, then at the public addresses that it tells."""
+        """Return circuits through a relay: where we dialled it, then at the public addresses that it tells.
+
+        Of these, only such in the range where we dialled it, or behind our own NAT: others dial what we announce, so
+        that a relay that told a third host's address would have the whole swarm dial that.
+        """
         own = PeerId(self._host.get_id().to_base58())
         muxed = connection.muxed_conn
         assert isinstance(muxed, Yamux)
         endpoints: list[TcpAddress] = []
+        dialled = address_range(_host(connection))
         if (remote := muxed.get_remote_address()) is not None:
             kind = "ip6" if ":" in remote[0] else "ip4"
             endpoints.append(TcpAddress(kind, remote[0], remote[1], None))
@@ -160,7 +186,9 @@ class RelayClient:
                 address = parse_address(str(Multiaddr(data)))
             except Exception:  # noqa: BLE001, S112  # the bytes are a peer's, and the codecs raise what they like
                 continue
-            if address.relay is None and address.is_public:
+            its_range = address_range(address.host)
+            is_its_own = (its_range is not None and its_range == dialled) or address.host in self._seen_at()
+            if address.relay is None and address.is_public and is_its_own:
                 endpoints.append(TcpAddress(address.kind, address.host, address.port, None))
         endpoints.sort(key=lambda address: not address.is_public)
         return [TcpAddress(each.kind, each.host, each.port, own, peer) for each in dict.fromkeys(endpoints)]

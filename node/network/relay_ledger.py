@@ -101,7 +101,7 @@ class RelayLedger:
         return Status.OK
 
     def release(self, peer: PeerId) -> None:
-        """End the reservation of a peer: it has disconnected."""
+        """End the reservation of a peer: it has no direct connection any more."""
         self._reservations.pop(peer, None)
 
     @contextmanager

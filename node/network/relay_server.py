@@ -100,13 +100,14 @@ class RelayServer:
                 await self._connect(messages, message)
             else:
                 await _answer(messages, Status.RESOURCE_LIMIT_EXCEEDED)
-        elif message.type is HopType.STATUS:
-            await _answer(messages, Status.UNEXPECTED_MESSAGE)
-        else:
+        elif message.type is HopType.RESERVE:
             await self._reserve(messages)
+        else:
+            unknown = message.type is None
+            await _answer(messages, Status.MALFORMED_MESSAGE if unknown else Status.UNEXPECTED_MESSAGE)
 
     def disconnected(self, peer: PeerId) -> None:
-        """End the reservation of a peer that has no connection any more."""
+        """End the reservation of a peer that has no direct connection any more."""
         self.ledger.release(peer)
 
     async def _reserve(self, messages: MessageStream) -> None:
@@ -166,7 +167,7 @@ class RelayServer:
             raise RelayRefusal(Status.CONNECTION_FAILED) from error
         async with onward.undone_on_error():
             if answer.type is not StopType.STATUS or answer.status is not Status.OK:
-                raise RelayRefusal(answer.status or Status.CONNECTION_FAILED)
+                raise RelayRefusal(Status.CONNECTION_FAILED)  # what it said is between it and its relay
         return onward
 
     async def _carry(self, near: YamuxStream, far: YamuxStream, limit: Limit | None) -> None:

@@ -5,6 +5,7 @@ that it listens on. `autonat.py`, `relay_server.py`, `relay_client.py`, `circuit
 """
 
 import logging
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -33,6 +34,7 @@ from node.network.transport import Tcp
 from node.network.verdicts import Verdicts
 from node.network.yamux import Yamux
 from node.util.signal import Signal
+from node.util.token_bucket import Allowance
 from protocol.announcements import Reachability, Verdict
 from protocol.identity import PeerId
 from protocol.limits import MAX_OBSERVED, MAX_RELAYS
@@ -43,6 +45,9 @@ MAX_CANDIDATES: Final = 6
 SERVERS_PER_ADDRESS: Final = 3
 SETTLE_S: Final = 0.5
 """Pause before a round of dial-backs: what has changed rarely changes alone."""
+
+ROUNDS: Final = Allowance(per_s=1 / 15, burst=4)
+"""Rounds of dial-backs: peers that come and go must not have this node ask for more."""
 
 RECHECK_S: Final = {Verdict.UNKNOWN: 15.0, Verdict.PRIVATE: 60.0, Verdict.PUBLIC: 600.0}
 """Time between two rounds of dial-backs, by the verdict so far."""
@@ -98,7 +103,9 @@ class Traversal:
         self._host = circuits.host = host
         client = AutonatClient(host)
         server = AutonatServer(host, self._kinds)
-        self._relays = RelayClient(host, self._wants_relays, self._on_circuits)
+        self._relays = RelayClient(
+            host, self._wants_relays, self._on_circuits, lambda: {each.host for each in self._observed.addresses()}
+        )
         self._puncher = HolePuncher(nursery, host, self._tcp, observed=self._observed.addresses, known=known)
         handlers = {
             STOP_PROTOCOL: circuits.handle_stop,
@@ -150,7 +157,7 @@ class Traversal:
             observed=tuple(each.transport for each in self._observed.addresses()[:MAX_OBSERVED]),
             endpoint_dependent=self._observed.endpoint_dependent,
             port_mapped=mapped,
-            relays=self._relays.relays()[:MAX_RELAYS] if self._relays is not None else (),
+            relays=self._relays.unlimited()[:MAX_RELAYS] if self._relays is not None else (),
             relay_bytes_per_s=limits.bytes_per_s if limits is not None and self._is_relay() else 0.0,
         )
 
@@ -195,7 +202,7 @@ class Traversal:
             self._changed.set()
 
     def disconnected(self, peer: PeerId) -> None:
-        """Note that a peer has no connection any more."""
+        """Note that a peer has no direct connection any more."""
         self._observed.disconnected(peer)
         if self._relay is not None:
             self._relay.disconnected(peer)
@@ -207,11 +214,12 @@ class Traversal:
             return
         if address.is_public:
             self._seen_at = address
+        before, peer = self._observed.addresses(), PeerId(muxed.peer_id.to_base58())
+        if muxed.is_initiator:
+            self._observed.record_host(peer, muxed.host, address)
         # A dial that left from another port shows that port's mapping, which nothing else uses.
-        if muxed.is_initiator and not self._tcp.maps_port(muxed.get_remote_address()):
-            return
-        before = self._observed.addresses()
-        self._observed.record(PeerId(muxed.peer_id.to_base58()), muxed.host, address)
+        if not muxed.is_initiator or self._tcp.maps_port(muxed.get_remote_address()):
+            self._observed.record(peer, muxed.host, address)
         if self._observed.addresses() != before:
             self._changed.set()
 
@@ -239,10 +247,11 @@ class Traversal:
 
     async def _check_loop(self, client: AutonatClient) -> None:
         """Have others dial this node, whenever something has changed, and again after a while."""
+        rounds = ROUNDS.bucket(trio.current_time())
         while True:
             with trio.move_on_after(RECHECK_S[self.verdict()]):
                 await self._changed.wait()
-            await trio.sleep(SETTLE_S)
+            await trio.sleep(max(SETTLE_S, rounds.spend(1, trio.current_time())))
             self._changed.clear()
             await self._check(client)
 
@@ -263,29 +272,42 @@ class Traversal:
             logger.info("this node is %s", verdict)
 
     async def _check_address(self, client: AutonatClient, address: TcpAddress) -> None:
-        """Ask servers, one after another, until one has reached us; first those that were not asked for longest."""
+        """Ask servers, one after another, until one has reached us.
+
+        First in ranges that reached us before, so that no success expires untried; then those that we dialled, which
+        nobody else has chosen for us; then those that were not asked for longest.
+        """
         asked_before_s = trio.current_time() - RECHECK_S[self.verdict()] * 0.9
-        servers = [(self._verdicts.asked_at_s(address, peer), peer, each) for peer, each in self._servers()]
-        due = sorted((each for each in servers if each[0] <= asked_before_s), key=lambda each: each[0])
-        for _, peer, connection in due[:SERVERS_PER_ADDRESS]:
-            self._verdicts.ask(address, peer, trio.current_time())
+
+        def order(item: tuple[str, INetConn]) -> tuple[bool, bool, float]:
+            where, connection = item
+            reached_us = self._verdicts.has_reached(address, where)
+            return not reached_us, not _dialled(connection), self._verdicts.asked_at_s(address, where)
+
+        servers = self._servers()
+        due = [each for each in servers.items() if self._verdicts.asked_at_s(address, each[0]) <= asked_before_s]
+        for where, connection in sorted(due, key=order)[:SERVERS_PER_ADDRESS]:
+            self._verdicts.ask(address, where, trio.current_time())
             found = await client.check(connection, [address])
             if found is not None:
-                muxed = connection.muxed_conn
-                where = address_range(muxed.host or "") if isinstance(muxed, Yamux) else None
                 now_s = trio.current_time()
-                self._verdicts.record(found[0], peer, reached=found[1], now_s=now_s, server_range=where)
+                self._verdicts.record(found[0], where, reached=found[1], now_s=now_s)
                 if self._verdicts.of(address, now_s) is Verdict.PUBLIC:
                     return
 
-    def _servers(self) -> list[tuple[PeerId, INetConn]]:
-        """Return the connections to peers elsewhere: what one on our own network reaches says nothing."""
-        found: dict[PeerId, INetConn] = {}
-        for connection in self._host.swarm.get_connections() if self._host is not None else ():
+    def _servers(self) -> dict[str, INetConn]:
+        """Return a connection to a peer in each range elsewhere: what one on our own network reaches says nothing.
+
+        Of several peers in a range, one that we dialled: others may be there to be asked.
+        """
+        found: dict[str, INetConn] = {}
+        connections = self._host.swarm.get_connections() if self._host is not None else []
+        random.shuffle(connections)
+        for connection in sorted(connections, key=_dialled):
             muxed = connection.muxed_conn
             if isinstance(muxed, Yamux) and not muxed.is_closed and muxed.host and not is_private(muxed.host):
-                found[PeerId(muxed.peer_id.to_base58())] = connection
-        return list(found.items())
+                found[address_range(muxed.host) or muxed.host] = connection
+        return found
 
     async def _close_surplus(self, host: GuardedHost) -> None:
         """Close circuits that a direct connection has replaced, and one of two that peers opened to each other."""
@@ -299,9 +321,12 @@ class Traversal:
         while True:
             await trio.sleep(REDIAL_ROUND_S)
             for peer_id in host.swarm.relayed_peers():
-                public = [each for each in known(peer_id) if each.relay is None and each.is_public]
-                if public:
-                    await host.swarm.dial_direct(peer_id, public[:MAX_CANDIDATES])
+                await host.swarm.dial_direct(peer_id, known(peer_id))
+
+
+def _dialled(connection: INetConn) -> bool:
+    muxed = connection.muxed_conn
+    return isinstance(muxed, Yamux) and muxed.is_initiator
 
 
 class _Observer(ObservedAddrManager):

@@ -9,7 +9,6 @@ from cachetools import LRUCache
 
 from node.network.addresses import TcpAddress
 from protocol.announcements import Verdict
-from protocol.identity import PeerId
 
 VALID_S: Final = 1800.0
 """How long a report counts: mappings of a NAT come and go."""
@@ -17,30 +16,29 @@ VALID_S: Final = 1800.0
 MAX_TRACKED: Final = 32
 MAX_REPORTS: Final = 16
 MIN_RANGES: Final = 2
-"""Ranges in which there have to be peers that observed an address, or reached it: one party may be both."""
+"""Ranges that have to agree where one party alone gains by a lie: it may have any number of peers in its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Report:
     reached: bool
     at_s: float
-    range: str | None
-    """Of the server."""
 
 
 @dataclass(slots=True)
 class _Reports:
-    """The latest report of each server on one address, and when each was last asked, whether it reported or not."""
+    """The latest report of each range on one address, and when each was last asked, whether it reported or not."""
 
-    by_server: "LRUCache[PeerId, _Report]" = field(default_factory=lambda: LRUCache(MAX_REPORTS))
-    asked_at_s: "LRUCache[PeerId, float]" = field(default_factory=lambda: LRUCache(MAX_REPORTS))
+    by_range: "LRUCache[str, _Report]" = field(default_factory=lambda: LRUCache(MAX_REPORTS))
+    asked_at_s: "LRUCache[str, float]" = field(default_factory=lambda: LRUCache(MAX_REPORTS))
 
 
 class Verdicts:
-    """Reports on the addresses of this node.
+    """Reports on the addresses of this node, one of each address range: identities cost nothing.
 
     A success weighs more than any number of failures: it was seen from here, too, while a server may claim a failure.
     But which address was dialled is only claimed: so one that only others have told us of takes peers in two ranges.
+    A failure is only claimed: so an address that we know ourselves fails when servers in two ranges say so.
     """
 
     def __init__(self, observers: Callable[[TcpAddress], Collection[str] | None] = lambda address: None) -> None:
@@ -48,32 +46,36 @@ class Verdicts:
         self._observers = observers
         self._reports: LRUCache[str, _Reports] = LRUCache(MAX_TRACKED)
 
-    def record(
-        self, address: TcpAddress, server: PeerId, *, reached: bool, now_s: float, server_range: str | None = None
-    ) -> None:
+    def record(self, address: TcpAddress, server_range: str, *, reached: bool, now_s: float) -> None:
         """Record what a server found."""
         reports = self._reports.setdefault(address.transport, _Reports())
-        reports.by_server[server] = _Report(reached, now_s, server_range)
+        reports.by_range[server_range] = _Report(reached, now_s)
 
     def of(self, address: TcpAddress, now_s: float) -> Verdict:
         """Return the verdict on one address."""
         reports = self._reports.get(address.transport)
-        recent = [each for each in reports.by_server.values() if now_s - each.at_s < VALID_S] if reports else []
-        if any(each.reached for each in recent):
-            ranges = {each.range for each in recent if each.reached}
-            observers = self._observers(address)
-            if observers is None or len(ranges.union(observers)) >= MIN_RANGES:
-                return Verdict.PUBLIC
-        return Verdict.UNKNOWN if all(each.reached for each in recent) else Verdict.PRIVATE
+        recent = {at: each for at, each in reports.by_range.items() if now_s - each.at_s < VALID_S} if reports else {}
+        successes = {at for at, each in recent.items() if each.reached}
+        observers = self._observers(address)
+        if successes and (observers is None or len(successes.union(observers)) >= MIN_RANGES):
+            return Verdict.PUBLIC
+        failures = len(recent) - len(successes)
+        return Verdict.PRIVATE if failures >= (MIN_RANGES if observers is None else 1) else Verdict.UNKNOWN
 
-    def ask(self, address: TcpAddress, server: PeerId, now_s: float) -> None:
-        """Note that a server is asked about an address: it may never report."""
-        self._reports.setdefault(address.transport, _Reports()).asked_at_s[server] = now_s
-
-    def asked_at_s(self, address: TcpAddress, server: PeerId) -> float:
-        """Return when a server was last asked about an address; minus infinity if never."""
+    def has_reached(self, address: TcpAddress, server_range: str) -> bool:
+        """Return whether the latest report of a range is a success."""
         reports = self._reports.get(address.transport)
-        return reports.asked_at_s.get(server, -math.inf) if reports else -math.inf
+        report = reports.by_range.get(server_range) if reports else None
+        return report is not None and report.reached
+
+    def ask(self, address: TcpAddress, server_range: str, now_s: float) -> None:
+        """Note that a range is asked about an address: it may never report."""
+        self._reports.setdefault(address.transport, _Reports()).asked_at_s[server_range] = now_s
+
+    def asked_at_s(self, address: TcpAddress, server_range: str) -> float:
+        """Return when a range was last asked about an address; minus infinity if never."""
+        reports = self._reports.get(address.transport)
+        return reports.asked_at_s.get(server_range, -math.inf) if reports else -math.inf
 
     def overall(self, candidates: Iterable[TcpAddress], now_s: float) -> Verdict:
         """Return the verdict on a node with these addresses.

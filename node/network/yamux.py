@@ -96,6 +96,8 @@ class Yamux(StreamMultiplexer):
         """When the peer last sent data on a stream; None before the first."""
         self.punched = False
         """Whether a hole was punched for it."""
+        self.identified = False
+        """Whether the peer was asked over it who it is, and where it sees us."""
         self.users = 0
         """Streams of our own protocols, in either direction: those of the library are recreated elsewhere."""
         self._ping_sent = 0.0

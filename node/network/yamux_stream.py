@@ -39,7 +39,7 @@ class YamuxLimits:
     keepalive_s: float = 10.0
     """A peer silent for this long is pinged, and disconnected if it stays silent for as long again."""
     linger_s: float = 60.0
-    """How long the peer may leave its half of a stream open after we closed ours."""
+    """How long the peer may leave its half of a stream open, and we read nothing of it, after we closed ours."""
 
 
 def shielded(timeout_s: float) -> trio.CancelScope:
@@ -97,6 +97,7 @@ class YamuxStream(IMuxedStream):
         self.finished = False
         self.broken = False
         self.closed_at: float | None = None
+        """When we closed our half, or last read of the other."""
         self.discarding = False
         self.readable = trio.lowlevel.ParkingLot()
         self.writable = trio.lowlevel.ParkingLot()
@@ -127,6 +128,8 @@ class YamuxStream(IMuxedStream):
             self.chunks[0] = chunk[n:]
             chunk = chunk[:n]
         self.muxed_conn.consumed(self, len(chunk))
+        if self.closed_at is not None:
+            self.closed_at = trio.current_time()
         return chunk
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:

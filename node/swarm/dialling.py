@@ -4,8 +4,10 @@ Identities and claimed addresses cost nothing. So dials are limited per second a
 peer and by range.
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import structlog
@@ -13,8 +15,10 @@ import trio
 from cachetools import LRUCache
 
 from node.network.interface import Network, NetworkError
+from node.network.relay_client import RELAYS
 from node.swarm.directory import Directory, PeerEntry
 from node.util.backoff import backoff_s
+from protocol.announcements import Verdict
 from protocol.identity import ModelId, PeerId
 
 TARGET_CONNECTIONS = 12
@@ -30,6 +34,9 @@ DIALS_PER_PLACE = 2
 
 DIALS_AT_ONCE = 12
 DIAL_TIMEOUT_S = 10.0
+RELAY_SEARCH_S = 10.0
+"""Time between two dials of a private node that has fewer relays than it wants."""
+
 DIALS_PER_JOB = 16
 """Unreached peers that are dialled at once for a job without a route."""
 
@@ -81,6 +88,7 @@ class Dialler:
         self._jitter = jitter
         self._backoff = Backoff(jitter)
         self._dialling: set[PeerId] = set()
+        self._next_search_s = -math.inf
 
     async def run(self) -> None:
         """Keep connections to some peers and dial the unreached ones, until cancelled."""
@@ -88,6 +96,8 @@ class Dialler:
             while True:
                 for entry in self._due():
                     nursery.start_soon(self.reach, entry)
+                for entry in self._relays_due(trio.current_time()):
+                    nursery.start_soon(partial(self.reach, entry, keep=True))
                 await trio.sleep(ROUND_S)
 
     def _due(self) -> list[PeerEntry]:
@@ -101,6 +111,23 @@ class Dialler:
             self._jitter.shuffle(wanted)
             wanted = wanted[:1]
         return [*self._ready(wanted, 1), *self._ready(unreached, DIALS_PER_ROUND)]
+
+    def _relays_due(self, now_s: float) -> list[PeerEntry]:
+        """Return a relay to dial where this node is private and lacks one: reservations take a connection of ours.
+
+        If possible in another range than the relays that it has.
+        """
+        known = self._network.reachability
+        if known.verdict is not Verdict.PRIVATE or len(known.relays) >= RELAYS or now_s < self._next_search_s:
+            return []
+        connected = set(self._network.connected_peers())
+        relays = [each for each in self._directory.entries() if self._directory.is_relay(each.peer)]
+        held = set[str]().union(*(each.ranges for each in relays if each.peer in known.relays))
+        free = [each for each in relays if each.peer not in connected and each.peer != self._network.peer_id]
+        chosen = self._ready([each for each in free if held.isdisjoint(each.ranges)], 1) or self._ready(free, 1)
+        if chosen:
+            self._next_search_s = now_s + RELAY_SEARCH_S
+        return chosen
 
     def _ready(self, entries: Sequence[PeerEntry], limit: int) -> list[PeerEntry]:
         """Return some of the peers that may be dialled now, from as many places as possible."""
@@ -122,8 +149,8 @@ class Dialler:
     def _may_dial(self, entry: PeerEntry, now_s: float) -> bool:
         return self._backoff.is_ready(entry.peer, now_s) and self._backoff.is_ready(entry.place, now_s)
 
-    async def reach(self, entry: PeerEntry) -> bool:
-        """Dial a peer; record and return whether it answered."""
+    async def reach(self, entry: PeerEntry, *, keep: bool = False) -> bool:
+        """Dial a peer; record and return whether it answered. `keep` the connection, however many there are."""
         peer, place = entry.peer, entry.place
         if peer in self._dialling:
             return False
@@ -144,7 +171,7 @@ class Dialler:
         self._backoff.succeeded(peer)
         self._backoff.succeeded(place)
         self._directory.on_dialled(peer, True)
-        if not was_connected and len(self._network.connected_peers()) > KEPT_CONNECTIONS:
+        if not (was_connected or keep) and len(self._network.connected_peers()) > KEPT_CONNECTIONS:
             await self._network.disconnect(peer)
         return True
 

@@ -274,14 +274,22 @@ class Directory:
 
     def can_open(self, sender: PeerId, receiver: PeerId) -> bool:
         """Return whether a peer can open a stream to another, as far as is known."""
-        if can_open(self.location_of(sender), self.location_of(receiver)) or sender == receiver:
+        there = self.location_of(receiver)
+        if there.relays:
+            there = there._replace(relays=tuple(each for each in there.relays if self._relays_for_others(PeerId(each))))
+        if can_open(self.location_of(sender), there) or sender == receiver:
             return True
         return self._own_peer in {sender, receiver} and not {sender, receiver}.isdisjoint(self._connected())
 
-    def is_public(self, peer: PeerId) -> bool:
-        """Return whether a live peer says that it can be dialled from anywhere."""
+    def _relays_for_others(self, peer: PeerId) -> bool:
+        """Return whether a peer that another one names as its relay is one: anybody may name any id."""
+        return peer == self._own_peer or peer in self._connected() or self.is_relay(peer)
+
+    def is_relay(self, peer: PeerId) -> bool:
+        """Return whether a live peer says that it relays, and does not say that nobody can dial it."""
         entry = self._entries.get(peer)
-        return entry is not None and entry.reachability is not None and entry.reachability.verdict is Verdict.PUBLIC
+        known = entry.reachability if entry is not None else None
+        return known is not None and known.verdict is not Verdict.PRIVATE and known.relay_bytes_per_s > 0
 
     def relay_rate(self, relay: PeerId) -> float:
         """Return the bytes per second that a peer relays in all, as it announces; infinite where it says nothing."""

@@ -90,7 +90,7 @@ class LinkEstimates:
         a_is, b_is = self._directory.location_of(a), self._directory.location_of(b)
         if not is_relayed(a_is, b_is):
             return None
-        claimed = (tuple(filter(self._directory.is_public, map(PeerId, each.relays))) for each in (b_is, a_is))
+        claimed = (tuple(filter(self._directory.is_relay, map(PeerId, each.relays))) for each in (b_is, a_is))
         relays = next(filter(None, claimed), ())
         return min(relays, key=lambda relay: self._round_trip_s(relay) or math.inf, default=None)
 

@@ -25,8 +25,9 @@ from node.swarm.directory import Candidate, Directory
 from node.swarm.heartbeats import Heartbeats, OwnServices
 from node.swarm.span_records import LOOKUP_TIMEOUT_S, SpanRecords
 from protocol.announcements import blob_provider_key, provider_key
-from protocol.identity import ModelId, PeerId
+from protocol.identity import BlockRange, ModelId, PeerId
 from selector.cuts import Cuts
+from selector.routing import Links, NoRouteError, check_complete
 
 PING_ROUND_S = 10.0
 ROUND_TRIPS = 6
@@ -96,21 +97,35 @@ class Membership:
         """Return the reached peers that serve spans of a model, without looking for others."""
         return self.directory.candidates(model, without=without)
 
-    async def candidates(self, model: ModelId, cuts: Cuts, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+    def unreached_servers(self, model: ModelId, blocks: Sequence[BlockRange]) -> tuple[PeerId, ...]:
+        """Return the live peers that announce some of these blocks of a model, and that this node has not reached."""
+        return tuple(
+            entry.peer
+            for entry in self.directory.unreached()
+            if any(span.model == model and any(map(span.blocks.overlap, blocks)) for span in entry.spans)
+        )
+
+    async def candidates(
+        self, model: ModelId, cuts: Cuts, links: Links, *, without: Iterable[PeerId]
+    ) -> tuple[Candidate, ...]:
         """Return the reached peers that serve spans of a model.
 
-        Dials unreached ones and queries the DHT where the reached ones do not cover all blocks.
+        Dials unreached ones and queries the DHT where the reached ones make no route.
         """
         without = tuple(without)
 
-        def covers_all() -> bool:
+        def is_complete() -> bool:
             found = self.directory.candidates(model, without=without)
-            return not cuts.uncovered(candidate.stage.blocks for candidate in found)
+            try:
+                check_complete(cuts, [candidate.stage for candidate in found], links)
+            except NoRouteError:
+                return False
+            return True
 
-        if not covers_all():
+        if not is_complete():
             with trio.move_on_after(LOOKUP_TIMEOUT_S):
-                await self._dialler.reach_servers(model, covers_all)
-        if not covers_all():
+                await self._dialler.reach_servers(model, is_complete)
+        if not is_complete():
             with trio.move_on_after(LOOKUP_TIMEOUT_S):
                 await self._span_records.find_peers(model, self.heartbeats.interval_ms())
         return self.directory.candidates(model, without=without)

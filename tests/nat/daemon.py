@@ -102,6 +102,10 @@ class LabDaemon:
         """Return whether the model is complete as seen from here."""
         return any(model["complete"] for model in self.ask("/swarm/models")["models"])
 
+    def apart(self) -> list[list[str]]:
+        """Return the pairs of peers that serve the model and cannot reach each other, as seen from here."""
+        return [pair for model in self.ask("/swarm/models")["models"] for pair in model["apart"]]
+
     def reach(self) -> dict[str, Any]:
         """Return how this node can be reached."""
         found: dict[str, Any] = self.ask("/swarm/status")["reachability"]

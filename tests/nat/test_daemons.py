@@ -86,11 +86,19 @@ def test_job_from_each_peer_of_every_pair_is_served(kind: Nat, tmp_path: Path) -
 
 @contextmanager
 def pair(
-    folder: Path, first: Nat, second: Nat, *, relays: int = 1, flags: tuple[str, ...] = (), forward: bool = False
+    folder: Path,
+    first: Nat,
+    second: Nat,
+    *,
+    relays: int = 1,
+    flags: tuple[str, ...] = (),
+    forward: bool = False,
+    complete: bool = True,
 ) -> Iterator[tuple[LabDaemon, ...]]:
     """Run public relays and two homes, each of which serves half of the model.
 
-    `flags` are those of all. `forward`: the first home's gateway forwards its port, and it announces that.
+    `flags` are those of all. `forward`: the first home's gateway forwards its port, and it announces that. `complete`:
+    whether the homes can serve the model together.
     """
     with Lab().built(delay_ms=15, a=first, b=second) as lab, ExitStack() as stack:
         public = [LabDaemon(lab, space, folder / space, *flags) for space in list(PUBLIC)[:relays]]
@@ -107,7 +115,7 @@ def pair(
         peers = (*public, *homes)
         for peer in peers:
             assert peer.ready
-        for home in homes:
+        for home in homes if complete else ():
             until(home.is_complete, f"complete at {home.space}")
         yield peers
 
@@ -159,6 +167,18 @@ def test_job_goes_on_when_its_relay_dies_and_there_is_another(tmp_path: Path) ->
         assert len(seen.after_s) > 20
         assert max(seen.after_s) < max(PAUSE_S, PAUSE_TOKENS * median(seen.before_s))
         assert one.way(two.id) == "relayed"
+
+
+def test_job_is_refused_and_the_model_incomplete_where_nobody_relays(tmp_path: Path) -> None:
+    with pair(tmp_path, Nat.SYMMETRIC, Nat.SYMMETRIC, flags=("--no-relay",), complete=False) as (public, one, two):
+        for home in (one, two):
+            until(lambda home=home: home.reach()["verdict"] == "private", f"private at {home.space}")  # type: ignore[misc]
+        # Both halves are served, as the public peer sees, by homes that cannot reach each other.
+        until(lambda: [{one.id, two.id}] == [set(pair) for pair in public.apart()], "apart")
+        for peer in (public, one, two):
+            assert not peer.is_complete()
+            assert describe(peer, peer.complete()).startswith("refused")
+            assert not peer.is_complete()
 
 
 def test_job_does_not_notice_that_a_relay_dies_after_a_hole_was_punched(tmp_path: Path) -> None:

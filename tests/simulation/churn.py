@@ -6,7 +6,7 @@ would take most of the time of the run, and have simulations of their own.
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -105,9 +105,14 @@ class Rumours:
         """Take a peer for dead until its next heartbeat."""
         self._forgotten_s[peer] = trio.current_time() + HEARTBEAT_S
 
-    async def candidates(self, model: ModelId, cuts: Cuts, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+    async def candidates(
+        self, model: ModelId, cuts: Cuts, links: Links, *, without: Iterable[PeerId]
+    ) -> tuple[Candidate, ...]:
         await trio.lowlevel.checkpoint()
         return self.known_candidates(model, without=without)
+
+    def unreached_servers(self, model: ModelId, blocks: Sequence[BlockRange]) -> tuple[PeerId, ...]:
+        return ()
 
     def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         now_s = trio.current_time()

@@ -15,6 +15,7 @@ from protocol.messages import Load
 from protocol.presence import PROTOCOL_ID, encode_present
 from protocol.records import seal
 from selector.cuts import Cuts
+from selector.routing import Link
 from tests.simulation import virtual_time
 from tests.simulation.swarm import EPOCH_S, SimulatedPeer, Swarm, signatures_verified_once
 
@@ -75,7 +76,7 @@ def test_made_up_peers_are_rarely_dialled_and_expire() -> None:
             directory = victim.membership.directory
             assert len(directory.unreached()) == MAX_UNREACHED_PER_RELAY
             assert not directory.models()
-            assert await victim.membership.candidates(MODEL, Cuts(30), without=()) == ()
+            assert await victim.membership.candidates(MODEL, Cuts(30), lambda a, b: Link(0.01, 1e9), without=()) == ()
             await trio.sleep(25)
             assert len(dialled) < 60, "about one a second, as before, for every one of them"
             await trio.sleep(30)

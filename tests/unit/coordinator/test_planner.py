@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -25,7 +25,12 @@ DEMAND = Demand(block_count=9, prompt_rows=900, new_tokens=100, row_bytes=1000)
 class Nobody:
     """A finder for a route that was found already."""
 
-    async def candidates(self, model: ModelId, cuts: Cuts, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+    async def candidates(
+        self, model: ModelId, cuts: Cuts, links: Links, *, without: Iterable[PeerId]
+    ) -> tuple[Candidate, ...]:
+        return ()
+
+    def unreached_servers(self, model: ModelId, blocks: Sequence[BlockRange]) -> tuple[PeerId, ...]:
         return ()
 
     def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
@@ -58,9 +63,14 @@ class Served:
         self.loads = loads
         self.searches = 0
 
-    async def candidates(self, model: ModelId, cuts: Cuts, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+    async def candidates(
+        self, model: ModelId, cuts: Cuts, links: Links, *, without: Iterable[PeerId]
+    ) -> tuple[Candidate, ...]:
         self.searches += 1
         return self.known_candidates(model, without=without)
+
+    def unreached_servers(self, model: ModelId, blocks: Sequence[BlockRange]) -> tuple[PeerId, ...]:
+        return ()
 
     def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         excluded = set(without)

@@ -337,6 +337,28 @@ async def test_relay_carries_a_file_only_where_no_direct_peer_gives_it(destinati
         assert fetched.bytes_by_peer == {relayed: len(CONTENT)}
 
 
+async def test_direct_holder_that_is_busy_gets_time_before_a_relay_carries_a_file(
+    destination: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "BUSY_BACKOFF_S", (0.01,) * 4)
+    left = 3
+
+    async def busy_at_first(stream: Stream) -> None:
+        nonlocal left
+        left -= 1
+        await serve(stream, answer=BlobBusy() if left >= 0 else None)
+
+    async with swarm(serve, busy_at_first) as (client, (relayed, direct)):
+        network = BehindRelays(client, {relayed}, {relayed})
+        fetched = await fetch(network, [relayed, direct], destination)  # type: ignore[arg-type]
+        assert fetched.bytes_by_peer == {direct: len(CONTENT)}
+        delete(destination)
+        left = 100
+        network = BehindRelays(client, {relayed}, {relayed})
+        fetched = await fetch(network, [relayed, direct], destination)  # type: ignore[arg-type]
+        assert fetched.bytes_by_peer == {relayed: len(CONTENT)}
+
+
 async def test_without_peers_the_line_says_so(destination: Path) -> None:
     async with swarm() as (client, _):
         with pytest.raises(FetchError, match="no peer is known to have it"):

@@ -2,7 +2,7 @@
 
 import contextlib
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -11,7 +11,13 @@ from libp2p.peer.id import ID
 from trio.testing import MockClock
 
 from node.network.addresses import TcpAddress, parse_address
-from node.network.autonat import MAX_AT_ONCE_PER_ORIGIN, ORIGIN_REQUESTS_BURST, AutonatClient, AutonatServer
+from node.network.autonat import (
+    DIAL_DATA_BYTES,
+    MAX_AT_ONCE_PER_ORIGIN,
+    ORIGIN_REQUESTS_BURST,
+    AutonatClient,
+    AutonatServer,
+)
 from node.network.autonat_messages import (
     DIAL_BACK_PROTOCOL,
     DIAL_REQUEST_PROTOCOL,
@@ -23,10 +29,14 @@ from node.network.autonat_messages import (
     DialStatus,
     ResponseStatus,
 )
+from node.network.guarded_host import GuardedHost
 from node.network.host import Libp2pNetwork
 from node.network.message_stream import MessageStream
 from node.network.own_addresses import OwnAddresses
-from node.network.traversal import Traversal, TraversalOptions
+from node.network.traversal import RECHECK_S, ROUNDS, Traversal, TraversalOptions
+from node.network.verdicts import VALID_S
+from node.network.yamux import Yamux
+from node.util.token_bucket import Allowance
 from protocol.announcements import Verdict
 from protocol.identity import PeerId
 
@@ -142,26 +152,127 @@ async def test_server_dials_for_one_machine_a_few_times_at_once(monkeypatch: pyt
     assert answers == [None, *[False] * MAX_AT_ONCE_PER_ORIGIN]
 
 
-async def test_servers_that_do_not_help_are_asked_in_turn_with_the_others(
+async def test_client_pays_for_dials_to_other_hosts_up_to_an_hourly_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.network.autonat.PAID", Allowance(per_s=0.0, burst=2.5 * DIAL_DATA_BYTES[0]))
+    monkeypatch.setattr("node.network.autonat.DIAL_DATA_BYTES", (DIAL_DATA_BYTES[0],) * 2)
+    client, server = host(1), host(2)
+
+    async def dial_back(*_: Any) -> DialStatus:
+        await trio.lowlevel.checkpoint()
+        return DialStatus.E_DIAL_ERROR
+
+    monkeypatch.setattr(AutonatServer, "_dial_back", dial_back)
+    with limited(20):
+        async with client.running(), server.running():
+            await client.connect(server.multiaddrs[0])
+            assert client._host is not None
+            autonat = AutonatClient(client._host)
+            over = connection(client, server.peer_id)
+            answers = [await autonat.check(over, [HOME]) for _ in range(3)]
+            assert answers == [(HOME, False), (HOME, False), None]
+
+
+async def test_rounds_of_dial_backs_are_limited_however_often_something_changes(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traversal = Traversal(TraversalOptions(), OwnAddresses(), private_swarm=False)
-    servers = [PeerId(f"server-{number}") for number in range(4)]
-    monkeypatch.setattr(
-        traversal, "_servers", lambda: [(peer, SimpleNamespace(peer=peer, muxed_conn=None)) for peer in servers]
-    )
-    address = parse_address("/ip4/8.8.8.8/tcp/4001")
-    asked: list[PeerId] = []
+    rounds: list[float] = []
 
-    class Client:
-        async def check(self, connection: Any, addresses: list[TcpAddress]) -> tuple[TcpAddress, bool] | None:
-            asked.append(connection.peer)
-            return (addresses[0], False) if connection.peer == servers[-1] else None
+    async def check(client: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        rounds.append(trio.current_time())
+        traversal._changed.set()
 
-    for _ in range(2):
-        await traversal._check_address(Client(), address)  # type: ignore[arg-type]
-    assert asked == servers, "the next round asks the rest, and nobody again so soon"
-    assert traversal._verdicts.of(address, trio.current_time()) is Verdict.PRIVATE
+    monkeypatch.setattr(traversal, "_check", check)
+    with trio.move_on_after(600):
+        await traversal._check_loop(cast("AutonatClient", None))
+    assert ROUNDS.burst <= len(rounds) <= ROUNDS.burst + ROUNDS.per_s * 600
+
+
+class Server(Yamux):
+    """A connection to a peer that can be asked."""
+
+    is_closed = False
+    is_initiator = False
+
+    def __init__(self, host: str) -> None:
+        self._remote = host
+
+    def get_remote_address(self) -> tuple[str, int]:
+        return self._remote, 4001
+
+
+class Dialled(Server):
+    """One that we opened."""
+
+    is_initiator = True
+
+
+HOME = parse_address("/ip4/8.8.8.8/tcp/4001")
+
+
+class Asking:
+    """A node that has others dial it; `answers`: what servers say, by their hosts."""
+
+    def __init__(self, *servers: Server, known_ourselves: bool = True, **answers: bool) -> None:
+        self.servers = list(servers)
+        self.answers = answers
+        self.asked: list[str] = []
+        own = OwnAddresses([HOME.transport] if known_ourselves else [])
+        self.traversal = Traversal(TraversalOptions(), own, private_swarm=False)
+        swarm = SimpleNamespace(get_connections=lambda: [SimpleNamespace(muxed_conn=each) for each in self.servers])
+        self.traversal._host = cast("GuardedHost", SimpleNamespace(swarm=swarm))
+
+    async def check(self, connection: Any, addresses: list[TcpAddress]) -> tuple[TcpAddress, bool] | None:
+        self.asked.append(connection.muxed_conn.host)
+        answer = self.answers.get(connection.muxed_conn.host)
+        return None if answer is None else (addresses[0], answer)
+
+    async def round(self) -> list[str]:
+        """Return who is asked in a round."""
+        self.asked.clear()
+        await self.traversal._check_address(cast("AutonatClient", self), HOME)
+        return list(self.asked)
+
+    def verdict(self) -> Verdict:
+        return self.traversal._verdicts.of(HOME, trio.current_time())
+
+
+async def test_servers_that_do_not_help_are_asked_in_turn_with_the_others(autojump_clock: MockClock) -> None:
+    hosts = [f"9.9.{number}.9" for number in range(4)]
+    node = Asking(*map(Server, hosts), known_ourselves=False, **dict.fromkeys(hosts[3:], False))
+    first, second = await node.round(), await node.round()
+    assert len(first) == 3
+    assert {*first, *second} == set(hosts), "the next round asks the rest, and nobody again so soon"
+    assert len(second) == 1
+    assert node.verdict() is Verdict.PRIVATE
+
+
+async def test_one_machine_under_many_identities_does_not_make_a_public_node_private(autojump_clock: MockClock) -> None:
+    node = Asking(*(Server("9.9.9.9") for _ in range(3)), Server("7.7.7.7"), **{"9.9.9.9": False, "7.7.7.7": True})
+    for _ in range(5):
+        assert (await node.round()).count("9.9.9.9") <= 1
+        node.servers += [Server("9.9.9.9") for _ in range(3)]
+        await trio.sleep(RECHECK_S[Verdict.PUBLIC])
+    assert node.verdict() is Verdict.PUBLIC
+    del node.servers[3]  # who had reached us
+    await trio.sleep(VALID_S)
+    await node.round()
+    assert node.verdict() is Verdict.UNKNOWN
+
+
+async def test_servers_that_we_dialled_are_asked_first_and_those_that_reached_us_again_before_that_expires(
+    autojump_clock: MockClock,
+) -> None:
+    strangers = [f"9.9.{number}.9" for number in range(3)]
+    node = Asking(*map(Server, strangers), Dialled("7.7.7.7"), **dict.fromkeys(strangers, False), **{"7.7.7.7": True})
+    assert await node.round() == ["7.7.7.7"]
+    for number in range(3):
+        node.servers.append(Dialled(f"6.6.{number}.6"))
+    for _ in range(5):
+        await trio.sleep(RECHECK_S[Verdict.PUBLIC])
+        assert await node.round() == ["7.7.7.7"]
+        assert node.verdict() is Verdict.PUBLIC
 
 
 async def test_dial_back_leaves_no_connection_behind() -> None:

@@ -1,14 +1,21 @@
 """Whom a peer's message may have this node dial, and how often."""
 
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 import trio.testing
+from libp2p.peer.id import ID
+from libp2p.transport.exceptions import OpenConnectionError
 from multiaddr import Multiaddr
 
 from node.network.addresses import TcpAddress, is_private, parse_address
-from node.network.hole_punch import MAX_ADDRESSES, REFUSED_DIALS, connect_refused, punch_targets
+from node.network.dial_ration import IN_ALL, MAX_ADDRESSES, PER_RANGE, DialRation
+from node.network.guarded_host import GuardedHost
+from node.network.guarded_swarm import GuardedSwarm
+from node.network.hole_punch import REFUSED_DIALS, TRIES, HolePuncher, Refusals, punch_targets
+from node.network.host import Libp2pNetwork
 from node.network.relay_messages import HolePunch
 from node.network.transport import Tcp
 
@@ -49,15 +56,86 @@ def test_addresses_that_stand_for_private_ones_are_not_public() -> None:
     assert not is_private("2a00:1450::1")
 
 
-async def test_host_that_refuses_is_dialled_few_times(autojump_clock: trio.testing.MockClock) -> None:
-    class Refusing:
-        dials = 0
+ADDRESSES = [parse_address(f"/ip4/9.9.9.9/tcp/{port}") for port in range(1, 5)]
 
-        async def connect_from_port(self, address: TcpAddress) -> None:
-            self.dials += 1
-            raise ConnectionRefusedError
 
-    tcp = Refusing()
-    with pytest.raises(ConnectionRefusedError):
-        await connect_refused(cast("Tcp", tcp), parse_address("/ip4/9.9.9.9/tcp/443"))
-    assert tcp.dials == REFUSED_DIALS <= 20
+class Refusing:
+    """A transport whose dials are all refused; as a host, one whose peers are connected through relays."""
+
+    def __init__(self) -> None:
+        self.dialled: list[TcpAddress] = []
+        self.named_dials = DialRation(trio.current_time())
+        self.puncher = HolePuncher(
+            cast("trio.Nursery", None),
+            cast("GuardedHost", SimpleNamespace(swarm=self)),
+            cast("Tcp", self),
+            observed=tuple,
+            known=lambda peer_id: (),
+        )
+
+    def is_own(self, address: TcpAddress) -> bool:
+        return False
+
+    def direct_connection(self, peer_id: ID) -> None:
+        return None
+
+    async def connect_from_port(self, address: TcpAddress) -> None:
+        self.dialled.append(address)
+        raise ConnectionRefusedError
+
+    async def exchange(self, number: int = 1) -> None:
+        """Try as often as a peer has us try."""
+        message = HolePunch(addrs=tuple(Multiaddr(each.transport).to_bytes() for each in ADDRESSES))
+        refusals = Refusals()
+        for _ in range(TRIES):
+            await self.puncher._punch(ID(bytes([number])), message, refusals, initiator=False)
+
+
+async def test_exchange_dials_a_host_that_refuses_few_times(autojump_clock: trio.testing.MockClock) -> None:
+    host = Refusing()
+    await host.exchange()
+    assert REFUSED_DIALS <= len(host.dialled) <= REFUSED_DIALS + TRIES * MAX_ADDRESSES
+
+
+async def test_many_identities_have_a_third_host_dialled_no_more_often(autojump_clock: trio.testing.MockClock) -> None:
+    host = Refusing()
+    for number in range(20):
+        await host.exchange(number)
+    took_s = trio.current_time()
+    assert PER_RANGE.burst <= len(host.dialled) <= PER_RANGE.burst + PER_RANGE.per_s * took_s + 1
+
+
+async def test_cancelled_exchange_leaves_nothing_behind(autojump_clock: trio.testing.MockClock) -> None:
+    host, peer_id = Refusing(), ID(b"peer")
+    message = HolePunch(addrs=tuple(Multiaddr(each.transport).to_bytes() for each in ADDRESSES))
+    with trio.move_on_after(0.05):
+        await host.puncher._punch(peer_id, message, Refusals(), initiator=False)
+    with trio.move_on_after(0.05):
+        await host.puncher.wait(peer_id, 10)
+    assert not host.puncher._arrived
+    assert not host.puncher._settled
+
+
+async def test_dials_in_all_are_rationed(autojump_clock: trio.testing.MockClock) -> None:
+    ration = DialRation(0.0)
+    dials = [ration.take(parse_address(f"/ip4/9.{n // 200}.{n % 200}.1/tcp/1"), 0.0) for n in range(1000)]
+    assert dials.count(True) == IN_ALL.burst
+    assert ration.take(parse_address("/ip4/8.8.8.8/tcp/1"), 1.0)
+
+
+async def test_circuit_has_two_hosts_dialled_of_those_that_a_peer_announces(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Libp2pNetwork((1).to_bytes(32, "big"), listen=["/ip4/127.0.0.1/tcp/0"])
+    dialled: list[str] = []
+
+    async def dial(self: GuardedSwarm, address: Multiaddr, peer_id: ID) -> None:
+        dialled.append(str(address))
+        raise OpenConnectionError
+
+    monkeypatch.setattr(GuardedSwarm, "_dial_addr_single_attempt", dial)
+    async with network.running():
+        assert network._swarm is not None
+        addresses = [parse_address(f"/ip4/9.9.9.{number}/tcp/443") for number in range(1, 20)]
+        for _ in range(100):
+            await network._swarm.dial_direct(ID(b"peer"), addresses)
+    assert set(dialled) == {each.transport for each in addresses[:2]}
+    assert len(dialled) <= PER_RANGE.burst + 1

@@ -1,6 +1,7 @@
 """The addresses of a node, of which every dial asks."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -41,6 +42,18 @@ def test_interfaces_are_asked_for_once_for_many_questions(asked: list[None]) -> 
         assert "/ip4/127.0.0.1/tcp/4001" in own.transports()
         assert own.advertised()
     assert len(asked) == 1
+
+
+def test_bridges_to_containers_and_virtual_machines_are_never_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    bridges = ["docker0", "docker_gwbridge", "br-0123456789ab", "nerdctl0", "incusbr0", "cilium_host", "weave"]
+    names = [*bridges, "vmnet8", "vboxnet0", "eth0"]
+    found = {name: [SimpleNamespace(address=f"172.16.{number}.1")] for number, name in enumerate(names)}
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
+    addresses._interface_addresses.cache_clear()
+    own = OwnAddresses()
+    own.listening = lambda: (Multiaddr("/ip4/0.0.0.0/tcp/4001"),)
+    assert [each.host for each in own.advertised()] == [f"172.16.{len(names) - 1}.1"]
+    addresses._interface_addresses.cache_clear()
 
 
 async def test_dial_asks_for_our_own_addresses_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,25 +1,41 @@
 """Relays over loopback: peers that listen on nothing are reached through circuits, within the relay's limits."""
 
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import trio
+from libp2p.abc import INetConn, INetStream
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 
 from node.network import hole_punch, transport
 from node.network.addresses import TcpAddress, parse_address
 from node.network.admission import HandshakeLimiter
+from node.network.guarded_swarm import GuardedSwarm
 from node.network.host import Libp2pNetwork
 from node.network.interface import ByteCounts, NetworkError, Stream, Way
 from node.network.message_stream import MessageStream
 from node.network.protobuf import MalformedMessage
 from node.network.relay_ledger import RelayLimits
-from node.network.relay_messages import DCUTR_PROTOCOL, HolePunch, HolePunchType
+from node.network.relay_messages import (
+    DCUTR_PROTOCOL,
+    HOP_PROTOCOL,
+    STOP_PROTOCOL,
+    HolePunch,
+    HolePunchType,
+    HopMessage,
+    HopType,
+    Peer,
+    Status,
+    StopMessage,
+    StopType,
+)
 from node.network.transport import Tcp, bind
-from node.network.traversal import TraversalOptions
+from node.network.traversal import Traversal, TraversalOptions
 from node.network.yamux import Yamux
 from node.util.token_bucket import Allowance
 from protocol.announcements import Verdict
@@ -56,7 +72,7 @@ async def reserved(*relays: Libp2pNetwork, hidden: Libp2pNetwork) -> AsyncIterat
             await stack.enter_async_context(network.running())
         for relay in relays:
             await hidden.connect(relay.multiaddrs[0])
-        await until(lambda: len(hidden.reachability.relays) == len(relays))
+        await until(lambda: hidden._traversal._relays and len(hidden._traversal._relays.relays()) == len(relays))
         yield
 
 
@@ -128,6 +144,7 @@ async def test_circuit_of_a_outsider_is_reset_at_its_limit() -> None:
     hidden, other = hidden_host(2, STRANGE), hidden_host(3, STRANGE)
     with limited(20):
         async with reserved(relay, hidden=hidden), other.running():
+            assert hidden.reachability.relays == ()  # nobody plans a job with so few bytes
             await other.connect(hidden.multiaddrs[0])
             stream = await other.open_stream(hidden.peer_id, STRANGE)
             with pytest.raises(NetworkError):
@@ -239,6 +256,19 @@ async def test_waiting_for_peers_that_nobody_identifies_leaves_nothing_behind() 
         assert not relay._host._identified
 
 
+async def test_peer_that_connects_again_tells_again_how_it_sees_this_node() -> None:
+    server, client = relay_host(1), hidden_host(2)
+    with limited(20):
+        async with server.running(), client.running():
+            observed = server._traversal._observed
+            address = parse_address(server.multiaddrs[0].rpartition("/p2p/")[0])
+            for _ in range(2):
+                await client.connect(server.multiaddrs[0])
+                await until(lambda: observed.observers(address))
+                await client.disconnect(server.peer_id)
+                await until(lambda: not observed.observers(address) and not server.connected_peers())
+
+
 async def test_peer_without_relay_option_does_not_relay() -> None:
     options = TraversalOptions(relay=None, verdict=Verdict.PUBLIC)
     plain = Libp2pNetwork((1).to_bytes(32, "big"), listen=[LOOPBACK], traversal=options)
@@ -249,6 +279,53 @@ async def test_peer_without_relay_option_does_not_relay() -> None:
             await until(lambda: bool(hidden._traversal._relays and hidden._traversal._relays._pauses))
             assert hidden.reachability.relays == ()
             assert hidden.multiaddrs == ()
+
+
+async def test_relay_tells_malformed_requests_and_keeps_the_answers_of_the_peers_behind_it() -> None:
+    relay, hidden, other = relay_host(), hidden_host(2), hidden_host(3)
+
+    async def refuse(stream: INetStream) -> None:
+        async with MessageStream(stream) as messages:
+            await messages.receive(StopMessage)
+            await messages.send(StopMessage(type=StopType.CONNECT, status=Status.OK))
+
+    async def status(message: HopMessage) -> Status | None:
+        assert other._host is not None
+        assert other._swarm is not None
+        (connection,) = other._swarm.live_connections(ID.from_base58(relay.peer_id))
+        async with MessageStream(await other._host.open_stream_on(connection, HOP_PROTOCOL)) as messages:
+            await messages.send(message)
+            return (await messages.receive(HopMessage)).status
+
+    with limited(20):
+        async with reserved(relay, hidden=hidden), other.running():
+            await other.connect(relay.multiaddrs[0])
+            assert hidden._host is not None
+            hidden._host.set_stream_handler(STOP_PROTOCOL, refuse)  # type: ignore[arg-type]
+            target = Peer(id=ID.from_base58(hidden.peer_id).to_bytes())
+            assert await status(HopMessage(type=HopType.CONNECT, peer=target)) is Status.CONNECTION_FAILED
+            assert await status(HopMessage()) is Status.MALFORMED_MESSAGE
+            assert await status(HopMessage(type=HopType.STATUS)) is Status.UNEXPECTED_MESSAGE
+            assert relay._traversal._relay is not None
+            assert relay._traversal._relay.ledger.reserved(trio.current_time()) == (hidden.peer_id,)
+
+
+async def test_reservation_ends_with_the_last_direct_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    relay = relay_host()
+    ended: list[PeerId] = []
+    monkeypatch.setattr(relay._traversal, "disconnected", ended.append)
+    peer, direct = ID.from_base58(hidden_host(2).peer_id), [True]
+    connections = SimpleNamespace(
+        live_connections=lambda _: ["a circuit"], direct_connection=lambda _: direct[0] or None
+    )
+    relay._swarm = cast("GuardedSwarm", connections)
+    relay._connected[PeerId(peer.to_base58())] = None
+    relay._on_disconnected(peer)
+    assert ended == []
+    direct[0] = False
+    relay._on_disconnected(peer)
+    assert ended == [peer.to_base58()]
+    assert relay.connected_peers() == (peer.to_base58(),)
 
 
 async def test_reservation_ends_with_the_connection() -> None:
@@ -294,6 +371,14 @@ async def test_hole_punching_is_served_on_circuits_of_our_own_and_not_again_afte
 async def test_circuit_is_upgraded_to_a_direct_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over loopback every dial succeeds: both sides listen, and tell each other what the relay sees of them."""
     monkeypatch.setattr(hole_punch, "is_target", lambda address: True)
+    seen_by: defaultdict[PeerId, set[PeerId]] = defaultdict(set)
+
+    def record(self: Traversal, connection: INetConn, address: TcpAddress) -> None:
+        assert self._host is not None
+        own = PeerId(self._host.get_id().to_base58())
+        seen_by[own].add(PeerId(connection.muxed_conn.peer_id.to_base58()))
+
+    monkeypatch.setattr(Traversal, "record_observed", record)
     options = TraversalOptions(verdict=Verdict.PRIVATE)
     relay = relay_host()
     hosts = []
@@ -324,3 +409,5 @@ async def test_circuit_is_upgraded_to_a_direct_connection(monkeypatch: pytest.Mo
                 return [one for one in live if isinstance(one.muxed_conn, Yamux) and one.muxed_conn.relay]
 
             await until(lambda: not circuits(one, two.peer_id) and not circuits(two, one.peer_id))
+            # First met over a circuit, where nobody sees anybody: each tells the other over the new connection.
+            await until(lambda: seen_by[one.peer_id] >= {two.peer_id} and seen_by[two.peer_id] >= {one.peer_id})

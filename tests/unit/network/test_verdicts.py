@@ -6,7 +6,7 @@ from node.network.verdicts import VALID_S, Verdicts
 from protocol.announcements import Verdict
 from protocol.identity import PeerId
 
-A, B = PeerId("server-a"), PeerId("server-b")
+A, B, C = "9.9.9.0/24", "4.4.4.0/24", "1.1.1.0/24"
 HOME = parse_address("/ip4/8.8.8.8/tcp/4001")
 THIRD = parse_address("/ip4/8.8.8.8/tcp/60000")
 OTHER = parse_address("/ip4/8.8.8.8/tcp/50000")
@@ -17,7 +17,8 @@ NAME = parse_address("/dns4/example.org/tcp/4001")
 def test_one_success_outweighs_failures_that_servers_claim() -> None:
     verdicts = Verdicts()
     assert verdicts.overall([HOME], 0.0) is Verdict.UNKNOWN
-    verdicts.record(HOME, A, reached=False, now_s=0.0)
+    for server in (A, C):
+        verdicts.record(HOME, server, reached=False, now_s=0.0)
     assert verdicts.overall([HOME], 0.0) is Verdict.PRIVATE
     verdicts.record(HOME, B, reached=True, now_s=1.0)
     assert verdicts.overall([HOME], 1.0) is Verdict.PUBLIC
@@ -25,14 +26,22 @@ def test_one_success_outweighs_failures_that_servers_claim() -> None:
     assert verdicts.overall([HOME], 2.0) is Verdict.PRIVATE
 
 
+def test_address_that_we_know_ourselves_fails_when_two_ranges_say_so() -> None:
+    verdicts = Verdicts({OTHER: {A}}.get)
+    for address in (HOME, OTHER):
+        verdicts.record(address, A, reached=False, now_s=0.0)
+    assert verdicts.of(HOME, 0.0) is Verdict.UNKNOWN  # one machine may have said it, under any number of identities
+    assert verdicts.of(OTHER, 0.0) is Verdict.PRIVATE  # there is a NAT in between
+
+
 def test_address_that_others_told_of_takes_peers_in_two_ranges() -> None:
-    seen_by: dict[TcpAddress, set[str]] = {HOME: {"9.9.9.0/24"}, OTHER: {"9.9.9.0/24", "1.1.1.0/24"}}
+    seen_by: dict[TcpAddress, set[str]] = {HOME: {A}, OTHER: {A, C}}
     verdicts = Verdicts(seen_by.get)
     for address in (HOME, OTHER):
-        verdicts.record(address, A, reached=True, now_s=0.0, server_range="9.9.9.0/24")
+        verdicts.record(address, A, reached=True, now_s=0.0)
     assert verdicts.of(HOME, 0.0) is Verdict.UNKNOWN  # who says that we are there has confirmed it, too
     assert verdicts.of(OTHER, 0.0) is Verdict.PUBLIC
-    verdicts.record(HOME, B, reached=True, now_s=0.0, server_range="4.4.4.0/24")
+    verdicts.record(HOME, B, reached=True, now_s=0.0)
     assert verdicts.of(HOME, 0.0) is Verdict.PUBLIC
 
 
@@ -46,7 +55,8 @@ def test_ipv4_decides_as_many_peers_have_nothing_else() -> None:
     verdicts = Verdicts()
     verdicts.record(SIX, A, reached=True, now_s=0.0)
     assert verdicts.overall([SIX], 0.0) is Verdict.PUBLIC
-    verdicts.record(HOME, A, reached=False, now_s=0.0)
+    for server in (A, B):
+        verdicts.record(HOME, server, reached=False, now_s=0.0)
     assert verdicts.overall([SIX, HOME], 0.0) is Verdict.PRIVATE
     assert verdicts.of(SIX, 0.0) is Verdict.PUBLIC
 
@@ -73,6 +83,19 @@ def test_symmetric_nat_is_recognised_by_different_ports() -> None:
 def test_one_range_of_observers_counts_once() -> None:
     liars = [(f"9.9.9.{number}", OTHER) for number in range(20)]
     assert observed(*liars, ("1.1.1.1", HOME), ("4.4.4.4", HOME)).addresses()[0] == HOME
+
+
+def test_peer_that_connected_tells_of_no_host_that_peers_dialled_by_us_do_not_see() -> None:
+    victim = parse_address("/ip4/7.7.7.7/tcp/443")
+    found = observed(("9.9.9.9", victim))
+    assert found.addresses() == (victim,)  # nobody else has seen us
+    found.record_host(PeerId("dialled"), "1.1.1.1", HOME)
+    assert found.addresses() == ()
+    for number in range(4):
+        found.record(PeerId(f"liar-{number}"), f"9.9.{number}.9", victim)
+    found.record(PeerId("honest"), "4.4.4.4", OTHER)  # the same host
+    assert found.addresses() == (OTHER,)
+    assert not found.endpoint_dependent
 
 
 def test_observation_ends_when_its_peer_disconnects() -> None:

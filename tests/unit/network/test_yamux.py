@@ -367,6 +367,17 @@ async def test_half_open_stream_is_reset_after_linger_timeout(virtual_clock: CLO
             await far.read()
 
 
+async def test_half_open_stream_stays_while_its_other_half_is_read(virtual_clock: CLOCK) -> None:
+    left, right = (ours(end, YamuxLimits(linger_s=60)) for end in connection_pair())
+    async with started(left, right):
+        near, far = await open_both(left, right)
+        await near.close()
+        for _ in range(10):
+            await trio.sleep(40)
+            await far.write(b"more")
+            assert await near.read() == b"more"
+
+
 async def test_receive_window_grows_within_its_bound() -> None:
     near_end, far_end = connection_pair()
     muxer = ours(near_end, YamuxLimits(max_window_bytes=1 << 20, max_window_growth_bytes=1 << 20))

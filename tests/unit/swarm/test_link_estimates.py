@@ -77,7 +77,8 @@ def test_private_peers_in_two_networks_cannot_reach_each_other_without_a_relay()
     links = swarm(home(B, "8.8.8.8"), home(C, "9.9.9.9"))
     assert math.isinf(links.between(B, C).round_trip_s)
     assert math.isfinite(swarm(home(B, "8.8.8.8"), home(C, "8.8.8.8")).between(B, C).round_trip_s)
-    assert math.isfinite(swarm(home(B, "8.8.8.8"), home(C, "9.9.9.9", relays=(D,))).between(B, C).round_trip_s)
+    relayed, relay = home(C, "9.9.9.9", relays=(D,)), heartbeat(D, "50.0.0.1", relay_bytes_per_s=1e6)
+    assert math.isfinite(swarm(home(B, "8.8.8.8"), relayed, relay).between(B, C).round_trip_s)
     assert math.isfinite(swarm(home(B, "8.8.8.8"), heartbeat(C, "9.9.9.9")).between(B, C).round_trip_s)
 
 
@@ -104,10 +105,24 @@ def test_relayed_pair_costs_both_legs_at_most_at_the_rate_of_the_relay() -> None
 def test_peers_that_name_each_other_as_relays_cost_an_estimate_and_no_recursion() -> None:
     symmetric = home(C, "9.9.9.9", relays=(D,), endpoint_dependent=True)
     for says in (Verdict.PRIVATE, Verdict.PUBLIC):
-        relay = heartbeat(D, "50.0.0.1", verdict=says, relays=(B,), endpoint_dependent=True)
+        relay = heartbeat(D, "50.0.0.1", verdict=says, relays=(B,), endpoint_dependent=True, relay_bytes_per_s=1e6)
         links = swarm(relay, home(B, "8.8.8.8", relays=(D,), endpoint_dependent=True), symmetric)
         for one, other in ((B, C), (C, B), (B, D), (D, B), (C, D), (D, C)):
-            assert math.isfinite(links.between(one, other).round_trip_s)
+            assert links.between(one, other).round_trip_s > 0
+
+
+def test_relay_that_is_gone_or_invented_or_does_not_relay_makes_no_way() -> None:
+    homes = home(B, "8.8.8.8"), home(C, "9.9.9.9", relays=(D,))
+    assert math.isinf(swarm(*homes).between(B, C).round_trip_s)
+    assert math.isinf(swarm(*homes, heartbeat(D, "50.0.0.1", verdict=Verdict.PUBLIC)).between(B, C).round_trip_s)
+    private = home(D, "50.0.0.1", relay_bytes_per_s=1e6)
+    assert math.isinf(swarm(*homes, private).between(B, C).round_trip_s)
+    # One that announces nothing, as this node is connected to it.
+    directory = Directory(own_peer=A, connected=lambda: (D,))
+    for each in homes:
+        directory.update(each, 0.0)
+    connected = LinkEstimates(directory, A, lambda _: None, lambda _: None)
+    assert math.isfinite(connected.between(B, C).round_trip_s)
 
 
 def test_only_a_public_peer_is_believed_to_relay() -> None:

@@ -1,0 +1,70 @@
+"""Which peers a node looks for when a job needs a route."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import trio.testing
+
+from node.identity import Identity
+from node.swarm.dht_records import RecordKinds
+from node.swarm.heartbeats import OwnServices
+from node.swarm.link_estimates import LinkEstimates
+from node.swarm.membership import Membership
+from node.testing.memory_links import LinkModel
+from node.testing.memory_network import MemoryNetworkHub
+from protocol.announcements import Heartbeat, Reachability, ServedSpan, Verdict
+from protocol.identity import BlockRange, ModelId, PeerId
+from protocol.messages import Load
+from selector.cuts import Cuts
+
+MODEL = ModelId("ab" * 32)
+
+
+def heartbeat(peer: PeerId, host: str, blocks: BlockRange, verdict: Verdict) -> Heartbeat:
+    return Heartbeat(
+        peer=peer,
+        sequence=1,
+        issued_at_s=0,
+        expires_at_s=60,
+        interval_ms=1000,
+        multiaddrs=(f"/ip4/{host}/tcp/4001",),
+        agent="test/1",
+        spans=(ServedSpan(model=MODEL, blocks=blocks, load=Load()),),
+        reachability=Reachability(verdict=verdict),
+    )
+
+
+async def test_dials_a_server_that_makes_a_route_where_those_that_were_reached_are_apart(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    us, first, second, unreached = (Identity(bytes([number]) * 32) for number in range(4))
+    network = MemoryNetworkHub(random.Random(0), LinkModel()).network(us.peer_id)
+    membership = Membership(
+        network=network,
+        identity=us,
+        services=OwnServices(agent="test/1", served_spans=tuple),
+        bootstrap=(),
+        records=RecordKinds(network),
+        jitter=random.Random(0),
+    )
+    directory = membership.directory
+    halves = BlockRange(0, 3), BlockRange(3, 6)
+    directory.update(heartbeat(first.peer_id, "8.8.8.8", halves[0], Verdict.PUBLIC), 0.0, dialled=True)
+    directory.update(heartbeat(second.peer_id, "9.9.9.9", halves[1], Verdict.PRIVATE), 0.0, dialled=True)
+    directory.update(heartbeat(unreached.peer_id, "7.7.7.7", halves[1], Verdict.PUBLIC), 0.0)
+
+    assert membership.unreached_servers(MODEL, (BlockRange(4, 5),)) == (unreached.peer_id,)
+    assert membership.unreached_servers(MODEL, (halves[0],)) == ()
+
+    async def reach_servers(model: ModelId, is_enough: Callable[[], bool]) -> None:
+        await trio.lowlevel.checkpoint()
+        assert not is_enough()
+        directory.on_dialled(unreached.peer_id, True)
+        assert is_enough()
+
+    monkeypatch.setattr(membership._dialler, "reach_servers", reach_servers)
+    links = LinkEstimates(directory, us.peer_id, lambda _: None, lambda _: None)
+    async with network.running():
+        found = await membership.candidates(MODEL, Cuts(6), links.between, without=())
+    assert unreached.peer_id in {candidate.stage.peer for candidate in found}
