@@ -3,6 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+import trio
+
 from node.consensus.chain_node import ChainNode
 from node.stages.voter import Agreement
 from protocol.identity import ModelId
@@ -15,9 +17,12 @@ class FollowedChains:
     """Chains by model."""
 
     nodes: dict[ModelId, ChainNode] = field(default_factory=dict)
+    used_s: dict[ModelId, float] = field(default_factory=dict)
+    """When a job was last in need of what is agreed about a model, by the clock of trio."""
 
     def agreement(self, model: ModelId) -> Agreement | None:
-        """Return what is agreed about a model's methods."""
+        """Return what is agreed about a model's methods, for a job."""
+        self.used_s[model] = trio.current_time()
         chain = self.nodes.get(model)
         return chain.agreement if chain else None
 
