@@ -237,6 +237,29 @@ def test_absent_member_is_removed() -> None:
     assert swarm.peers[7].name not in state_of(swarm.peers[0]).peers()
 
 
+def test_who_measures_nothing_does_not_wait_the_audit_out() -> None:
+    swarm = swarm_of(6)
+
+    def measured_sometimes(cell: Cell) -> int | None:
+        return truth(cell) if swarm.epoch % 3 == 0 else None
+
+    for peer in swarm.peers:
+        peer.measure = measured_sometimes
+    swarm.play()
+    idle, diligent = Peer("idle", lambda _: None), Peer("diligent", measured_sometimes)
+    swarm.peers += [idle, diligent]
+    for _ in range(20):
+        swarm.play()
+    members = state_of(swarm.peers[0]).peers()
+    assert diligent.name in members
+    assert idle.name not in members
+    for peer in swarm.peers:
+        peer.measure = lambda _: None  # nobody uses the swarm any more
+    for _ in range(8):
+        swarm.play()
+    assert idle.name in state_of(swarm.peers[0]).peers()
+
+
 def test_proven_equivocator_is_expelled_for_good() -> None:
     swarm = swarm_of(6)
     swarm.play()
