@@ -4,14 +4,15 @@
 
 Simulated peers with the hardware of a dataset measure their assigned cells, through the selector's own epochs.
 Colluding liars report the mirror image of the truth in the decisive cells. Meta-models are trained on the agreed table
-and choose methods in contexts that were not measured. Baseline: the same number of readings, freely reported.
+and choose methods in contexts that were not measured. Baseline: the same number of readings, freely reported. Some
+liars are patient: they measure truly what is assigned, and lie in free reports alone.
 """
 
 import json
 import math
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
@@ -43,6 +44,7 @@ from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.measurements import ObservationKind
 from selector.consensus import inclusion
 from selector.consensus.chain import quorum_size
+from selector.consensus.reputation import relative_trust
 from selector.consensus.sortition import MeasurementPlan
 from selector.consensus.state import Contribution, State, conclude, initial_state
 from selector.dataset import Dataset, Pairs, context_minima
@@ -170,16 +172,19 @@ def build_world(folder: Path, train: int, test: int, seed: int) -> World:
 class Population:
     """Peers of the hardware in a world, some of which collude."""
 
-    def __init__(self, world: World, count: int, liars: float, seed: int) -> None:
+    def __init__(self, world: World, count: int, liars: float, seed: int, *, patient: bool = False) -> None:
+        """`patient`: whether liars measure truly what is assigned, to earn weight for lies in free reports."""
         self.world = world
+        self.patient = patient
         self.rng = Random(seed)
         kinds = sorted({cell.hardware for cell in world.truth})
         self.hardware = {PeerId(f"peer-{number:04}"): kinds[number % len(kinds)] for number in range(count)}
         self.liars = {*self.rng.sample(sorted(self.hardware), round(liars * count))}
 
-    def reads(self, peer: str, cell: Cell) -> float:
+    def reads(self, peer: str, cell: Cell, *, assigned: bool = False) -> float:
         """Return a peer's reading, true or not."""
-        lie = self.world.lies.get(cell) if peer in self.liars else None
+        lies = peer in self.liars and not (assigned and self.patient)
+        lie = self.world.lies.get(cell) if lies else None
         return (self.world.truth[cell] if lie is None else lie) + self.rng.gauss(0, NOISE)
 
     def reports(self, each: int) -> list[tuple[PeerId, Cell, float]]:
@@ -212,7 +217,8 @@ def agree(population: Population, epochs: int) -> State:
                 assigned[peer].append(cell)
         contributions = []
         for peer, cells in assigned.items():
-            readings = tuple(sorted(Reading(cell, round(population.reads(peer, cell) * VALUE_SCALE)) for cell in cells))
+            values = {cell: population.reads(peer, cell, assigned=True) for cell in cells}
+            readings = tuple(sorted(Reading(cell, round(value * VALUE_SCALE)) for cell, value in values.items()))
             commit = Commit(GENESIS, epoch, parent, peer, population.hardware[peer], commitment_of(peer, b"", readings))
             contributions.append(Contribution(commit, Reveal(GENESIS, epoch, peer, b"", readings)))
         statement, state = conclude(
@@ -256,42 +262,43 @@ def choose(world: World, rows: Sequence[tuple[Cell, float, float]]) -> tuple[flo
 
 def compare(world: World, peers: int, liars: float, epochs: int, seed: int) -> list[Row]:
     """Return the results of all designs under one share of liars."""
-    population = Population(world, peers, liars, seed)
-    began_s = time.perf_counter()
-    state = agree(population, epochs)
-    readings = sum(len(measured.readings) for measured in state.measured.values())
-    reports = population.reports(max(1, readings // peers))
-    evidence = learned_from(state, reports)
-    designs: dict[str, Sequence[tuple[Cell, float, float]]] = {
-        "assigned, agreed table": evidence,
-        "free reports, pooled": [(cell, log_ratio, 1.0) for _, cell, log_ratio in reports],
-        "free reports, cell median": _medians(reports),
-    }
+    reports: list[tuple[PeerId, Cell, float]] = []
+
+    def learned_by(name: str, *, patient: bool) -> tuple[str, list[tuple[Cell, float, float]]]:
+        population = Population(world, peers, liars, seed, patient=patient)
+        state = agree(population, epochs)
+        readings = sum(len(measured.readings) for measured in state.measured.values())
+        reports[:] = population.reports(max(1, readings // peers))
+        return name, learned_from(state, reports)
+
+    designs: list[Callable[[], tuple[str, Sequence[tuple[Cell, float, float]]]]] = [
+        lambda: learned_by("assigned, agreed table", patient=False),
+        lambda: ("free reports, pooled", [(cell, log_ratio, 1.0) for _, cell, log_ratio in reports]),
+        lambda: ("free reports, cell median", _medians(reports)),
+    ]
+    if liars:
+        designs.append(lambda: learned_by("the same, lies in free reports only", patient=True))
     rows = []
-    for design, learned in designs.items():
+    for design in designs:
+        began_s = time.perf_counter()
+        name, learned = design()
         ratio, probed = choose(world, learned)
         seconds = time.perf_counter() - began_s
-        rows.append(Row(design=design, liars=liars, ratio=ratio, ratio_with_probes=probed, seconds=seconds))
-        began_s = time.perf_counter()
+        rows.append(Row(design=name, liars=liars, ratio=ratio, ratio_with_probes=probed, seconds=seconds))
     return rows
 
 
 def learned_from(state: State, reports: Sequence[tuple[PeerId, Cell, float]]) -> list[tuple[Cell, float, float]]:
     """Return what a daemon that joins would learn from the agreed table and the free reports, by its own rules."""
-    most = max(state.weights.values(), default=0) or 1
-    viewpoint = Viewpoint(
-        peer="newcomer",
-        hardware="",
-        software="",
-        hour=0,
-        trust={peer: weight / most for peer, weight in state.weights.items()},
-        default_trust=0.0,
-    )
-    # A context of the folder is not a workload of a daemon: each stands for a model, of which there is a table.
-    tables = []
+    trust, default_trust = relative_trust([state.weights])
+    viewpoint = Viewpoint(peer="newcomer", hardware="", software="", hour=0, trust=trust, default_trust=default_trust)
+    # A context of the folder is no workload of a daemon: each stands for a model, of which there is a table.
+    tables, class_sizes = [], Counter(member.hardware for member in state.members)
     for workload in sorted({cell.workload for cell in state.table}):
         cells = {cell: entry for cell, entry in state.table.items() if cell.workload == workload}
-        table = AgreedTable(model=workload, epoch=state.epoch, digest=state.table_digest, cells=cells)
+        table = AgreedTable(
+            model=workload, epoch=state.epoch, digest=state.table_digest, cells=cells, members=class_sizes
+        )
         tables.append((table, {cell: TaskContext(hardware=cell.hardware) for cell in cells}))
     samples = [_sample(cell, log_ratio, peer) for peer, cell, log_ratio in reports]
     return [
@@ -427,9 +434,9 @@ def _run(
 
 def report(rows: Sequence[Row], costs: Sequence[Cost]) -> str:
     """Return the figures as tables."""
-    lines = [f"{'mean ratio to the virtual best':<30} liars   no probes   {PROBES} probes"]
+    lines = [f"{'mean ratio to the virtual best':<35} liars   no probes   {PROBES} probes"]
     lines += [
-        f"{row.design:<30} {row.liars:4.0%}     {row.ratio:.3f}      {row.ratio_with_probes:.3f}"
+        f"{row.design:<35} {row.liars:4.0%}     {row.ratio:.3f}      {row.ratio_with_probes:.3f}"
         for row in sorted(rows, key=lambda row: (row.design, row.liars))
     ]
     lines += ["", " peers   messages an epoch   own   payload   with copies   statement computed in"]

@@ -18,7 +18,7 @@ from protocol.limits import MAX_RECORD_BYTES
 from protocol.records import kind_of, sign, verify_envelope
 from protocol.schema import from_map, to_map
 
-CONSENSUS_TOPIC: Final = "metaswarm/3/consensus"
+CONSENSUS_TOPIC: Final = "metaswarm/4/consensus"
 """The gossip topic of all these messages, in batches of envelopes as `protocol.history` encodes them."""
 
 Body: TypeAlias = Commit | Reveal | Statement | Signature | EquivocationProof

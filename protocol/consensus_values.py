@@ -40,13 +40,16 @@ MAX_CONTRIBUTIONS: Final = 336
 """Contributions to one statement: of the selected members, of candidates, and of newcomers."""
 
 MAX_JOINED: Final = 64
-"""Founders, or members that join in one epoch."""
+"""Peers that start a chain, or members that join in one epoch."""
 
 MAX_CANDIDATES: Final = 32
 """Newcomers whose measurements are audited, and who are not members yet."""
 
 MAX_INCLUSION_BYTES: Final = 48
 """An inclusion list: a bit for every peer whose contribution is expected, of which there are at most 328."""
+
+MAX_REMAINING_BYTES: Final = 2048
+"""A bit for every former member, where the chain restarts."""
 
 MAX_LEFT: Final = 48
 MAX_EXPELLED: Final = 8
@@ -74,6 +77,12 @@ def _load_value(value: object, what: str) -> int:
 def _load_inclusion(value: object, what: str) -> bytes:
     if type(value) is not bytes or len(value) > MAX_INCLUSION_BYTES:
         raise RemoteProtocolError(f"{what} is not at most {MAX_INCLUSION_BYTES} bytes")
+    return value
+
+
+def _load_remaining(value: object, what: str) -> bytes:
+    if type(value) is not bytes or len(value) > MAX_REMAINING_BYTES:
+        raise RemoteProtocolError(f"{what} is not at most {MAX_REMAINING_BYTES} bytes")
     return value
 
 
@@ -183,11 +192,13 @@ class Reveal:
 class Statement:
     """The agreed result of an epoch, as a member of the committee proposes it.
 
-    `commits`: ids of the revealed commits that count, ascending. `joined`, `left`, `expelled`: the changes to the list
-    of members, ascending, so that it is known without the contributions; a statement that starts or restarts the chain
-    lists all its members as joined. `beacon`: draws the next epoch's committee and cells; it follows from the nonces in
-    the contributions, so that a proposer cannot choose it. `set_digest` covers all contributions so far, `table_digest`
-    the agreed table, `state_digest` the whole state from which the next epoch is computed.
+    `commits`: the contributions that count, ascending: digests of commit and inclusion list. `joined`, `left`,
+    `expelled`: the changes to the list of members, ascending, so that it is known without the contributions. A
+    statement that starts the chain lists all its members as joined; one that restarts it names those former members
+    that go on in `remaining`, a bit for each, as in an inclusion list. `beacon`: draws the next epoch's committee and
+    cells; it follows from the nonces in the contributions, so that a proposer cannot choose it. `set_digest` covers all
+    contributions so far, `table_digest` the agreed table, `state_digest` the whole state from which the next epoch is
+    computed.
     """
 
     chain: Digest
@@ -202,6 +213,7 @@ class Statement:
     set_digest: Digest
     table_digest: Digest
     state_digest: Digest
+    remaining: Annotated[bytes, Form(_load_remaining), OMIT_DEFAULT] = b""
 
     @cached_property
     def id(self) -> Digest:
@@ -209,7 +221,9 @@ class Statement:
         return _digest_of_fields("statement", self)
 
     def check(self) -> None:
-        """Raise RemoteProtocolError where commits or peers are not a set."""
+        """Raise RemoteProtocolError where commits or peers are not a set, or members are named in two ways."""
+        if self.remaining and (self.joined or self.left):
+            raise RemoteProtocolError("the statement names members that remain, and others that join or leave")
         for key in ("commits", "joined", "left", "expelled"):
             _require_ascending(getattr(self, key), f"statement {key}")
 
@@ -238,7 +252,8 @@ class Member(NamedTuple):
 
     `hardware`: the class that it stated when it came. `agreed`, `deviated`: how often its readings supported the agreed
     value and how often not, in the fixed point of `selector.consensus.reputation`, with decay. `absences`: epochs in a
-    row in which it was expected and did not contribute. `since`: the epoch in which it came.
+    row in which it was expected and did not contribute. `since`: the epoch in which it came, or in which something on
+    the hardware of a candidate was compared last.
     """
 
     peer: PeerKey

@@ -2,17 +2,20 @@
 
 The daemon, the simulation and the benchmark of the consensus all ask `weigh`. First comes the agreed table: a firm
 cell, which enough peers measured alike, has the full weight of an own measurement; a hint has little, by its support.
+Cells of other hardware count less, by how many members have it: a few can make up a class, and what is firm there.
 Then come free observations, by their observer's reputation. While peers choose what to report, no statistics help:
-colluders become the majority in the cells that decide. So of what the table has a cell for, the reports of others count
-only if they are ratios that agree with it; what this peer measured itself counts in any case.
+colluders become the majority in the cells that decide. So of what the table has a cell for, or one much like it, the
+reports of others count only if they are ratios that agree with it, and all together at most as much as what was agreed;
+what this peer measured itself counts in any case.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
-from typing import Final, NamedTuple
+from statistics import median_low
+from typing import Any, Final, NamedTuple
 
 from protocol.consensus_values import VALUE_SCALE, Cell
 from protocol.forms import Digest
@@ -20,7 +23,7 @@ from protocol.measurements import ObservationKind
 from selector.consensus.table import AgreedCell, supports
 from selector.sample import Sample
 from selector.task import MethodError, TaskContext, baseline_of, parse_method
-from selector.task_buckets import Viewpoint, canonicalise
+from selector.task_buckets import Viewpoint, are_alike
 from selector.workloads import WORKLOADS, TrialWorkload
 
 HALF_LIFE_HOURS: Final = 7 * 24
@@ -38,6 +41,11 @@ _UNSIGNED_WEIGHT: Final = 0.2
 _OTHER_HARDWARE_WEIGHT: Final = 0.3
 _OTHER_SOFTWARE_WEIGHT: Final = 0.4
 
+_ANY_WORKLOAD: Final = next(iter(WORKLOADS.values()))
+
+_UNKNOWN_PEERS: Final = "unknown peers"
+"""In place of an observer: all that are no members, whose identities are free."""
+
 AGREED: Final = ""
 """In place of an observer: the swarm."""
 
@@ -52,11 +60,17 @@ class AgreedTable:
     cells: Mapping[Cell, AgreedCell]
     measured: frozenset[str] = frozenset()
     """Hardware classes with cells that `firm_part` left out."""
+    members: Mapping[str, int] = field(default_factory=dict)
+    """How many members each hardware class has."""
 
     def firm_part(self, hardware: Collection[str]) -> "AgreedTable":
         """Return the table with nothing but its firm cells of these hardware classes."""
         firm = {cell: each for cell, each in self.cells.items() if each.firm and cell.hardware in hardware}
         return replace(self, cells=firm, measured=frozenset(cell.hardware for cell in self.cells))
+
+    def share_of(self, hardware: str) -> float:
+        """Return how many members a class has, relative to the one with most."""
+        return self.members.get(hardware, 0) / max(self.members.values()) if self.members else 1.0
 
     def is_ahead(self, method: str, other: str, hardware: str) -> bool:
         """Return whether a method is cheaper than another on this hardware under any workload with cells of both.
@@ -97,45 +111,68 @@ def weigh(
 ) -> list[Evidence]:
     """Return the evidence: the agreed cells whose context is known, then the samples, without those that weigh 0."""
     agreed: list[Evidence] = []
-    known: defaultdict[Hashable, list[tuple[str, AgreedCell]]] = defaultdict(list)
+    known: defaultdict[Hashable, list[tuple[TaskContext, AgreedCell]]] = defaultdict(list)
     for table, contexts in tables:
         for cell, entry in table.cells.items():
             if (context := contexts.get(cell)) is None:
                 continue
+            weight = 1.0 if entry.firm else HINT_WEIGHT * entry.support
+            if cell.hardware != viewpoint.hardware:
+                weight *= _OTHER_HARDWARE_WEIGHT * table.share_of(cell.hardware)
             sample = _agreed_sample(table, cell, entry, context, viewpoint)
-            agreed.append(Evidence(sample, 1.0 if entry.firm else HINT_WEIGHT * entry.support))
-            known[_key(sample)].append((cell.hardware, entry))
-    found = []
-    for sample, weight in zip(samples, _weights(samples, viewpoint), strict=True):
-        hardware = sample.context.hardware.split("+")
-        cells = [entry for name, entry in known.get(_key(sample), ()) if name in hardware]
+            agreed.append(Evidence(sample, weight))
+            known[_key(sample, cell.hardware)].append((context, entry))
+    counted = []
+    for sample in samples:
+        found = (each for name in sample.context.hardware.split("+") for each in known.get(_key(sample, name), ()))
+        cells = [entry for context, entry in found if are_alike(context, sample.context)]
         if not cells or _adds_to(cells, sample, viewpoint):
-            found.append(Evidence(sample, weight))
-    return [each for each in (*agreed, *found) if each.weight > 0]
+            counted.append(sample)
+    weights = _weights(counted, viewpoint, sum(each.weight for each in agreed))
+    return [each for each in (*agreed, *map(Evidence, counted, weights)) if each.weight > 0]
 
 
 def contexts_of_cells(table: AgreedTable, samples: Iterable[Sample], viewpoint: Viewpoint) -> dict[Cell, TaskContext]:
     """Return the contexts of a table's cells, as members measured them.
 
     That is the route of an assigned measurement on a cell's hardware that all stages signed, with the workload of the
-    cell: of the viewpoint's own if there is one, else of the member with the most trust, the newest. No other report
-    can move what was agreed to another context. A cell whose hardware no such sample has is left out.
+    cell: of the viewpoint's own, the newest, if there is one. Else it is what the members' newest have in the middle,
+    figure by figure, of those on the kind of route on which most of the trust is. No other report can move what was
+    agreed to another context, nor can a single member. A cell whose hardware no such sample has is left out.
     """
     trust = {**viewpoint.trust, viewpoint.peer: math.inf}
-    assigned = (
-        sample
-        for sample in samples
-        if sample.kind is ObservationKind.ASSIGNED and sample.countersigned and trust.get(sample.observer, 0.0) > 0
-    )
-    routes: dict[str, TaskContext] = {}
-    for sample in sorted(assigned, key=lambda sample: (trust[sample.observer], sample.hour, sample.observer)):
-        if sample.model == table.model:
-            routes.update(dict.fromkeys(sample.context.hardware.split("+"), sample.context))
+    newest: defaultdict[str, dict[str, TaskContext]] = defaultdict(dict)
+    for sample in sorted(samples, key=lambda sample: (sample.hour, sample.route)):
+        is_assigned = sample.kind is ObservationKind.ASSIGNED and sample.countersigned and sample.model == table.model
+        if is_assigned and trust.get(sample.observer, 0.0) > 0:
+            for hardware in sample.context.hardware.split("+"):
+                newest[hardware][sample.observer] = sample.context
+    routes = {hardware: _typical(contexts, trust) for hardware, contexts in newest.items()}
     return {
         cell: _under(routes[cell.hardware], workload)
         for cell in table.cells
         if cell.hardware in routes and (workload := WORKLOADS.get(cell.workload)) is not None
     }
+
+
+def _typical(contexts: Mapping[str, TaskContext], trust: Mapping[str, float]) -> TaskContext:
+    """Return the context in the middle of several observers', of those with the same stages."""
+    of_kind: defaultdict[tuple[int, str, int], list[str]] = defaultdict(list)
+    for observer, context in contexts.items():
+        of_kind[context.stage_count, context.hardware, len(context.stage_facts)].append(observer)
+    chosen = max(of_kind, key=lambda kind: (sum(trust[observer] for observer in of_kind[kind]), kind))
+    return _middle([_under(contexts[observer], _ANY_WORKLOAD) for observer in of_kind[chosen]])
+
+
+def _middle(values: Sequence[Any]) -> Any:
+    """Return the median of values, where they have fields or items that of each; None unless most are known."""
+    first = values[0]
+    if is_dataclass(first) and not isinstance(first, type):
+        return replace(first, **{f.name: _middle([getattr(each, f.name) for each in values]) for f in fields(first)})
+    if isinstance(first, tuple):
+        return tuple(_middle(items) for items in zip(*values, strict=True))
+    known = [each for each in values if each is not None]
+    return median_low(known) if 2 * len(known) > len(values) else None
 
 
 def _under(context: TaskContext, workload: TrialWorkload) -> TaskContext:
@@ -163,9 +200,9 @@ def _agreed_sample(
     )
 
 
-def _key(sample: Sample) -> Hashable:
-    """Return what samples of one cell have in common, hardware apart: nothing that observers can spell as they like."""
-    return sample.model, _canonical_name(sample.method), _sizes(sample.context)
+def _key(sample: Sample, hardware: str) -> Hashable:
+    """Return what samples of a cell on this hardware have in common: nothing that observers can spell as they like."""
+    return sample.model, _canonical_name(sample.method), hardware
 
 
 @lru_cache(maxsize=1024)
@@ -174,12 +211,6 @@ def _canonical_name(method: str) -> str:
         return parse_method(method).name
     except MethodError:
         return method
-
-
-def _sizes(context: TaskContext) -> Hashable:
-    context = canonicalise(context)
-    shares = (context.shared_prefix_share, context.repetitiveness)
-    return context.task_kind, context.prompt_tokens, context.max_tokens, context.concurrency, *shares
 
 
 def _adds_to(cells: Sequence[AgreedCell], sample: Sample, viewpoint: Viewpoint) -> bool:
@@ -199,14 +230,17 @@ def _agrees(sample: Sample, cell: AgreedCell) -> bool:
     return sample.log_ratio is not None and supports(round(sample.log_ratio * VALUE_SCALE), cell.value)
 
 
-def _weights(samples: Sequence[Sample], viewpoint: Viewpoint) -> list[float]:
-    """Return the weight of each sample.
+def _weights(samples: Sequence[Sample], viewpoint: Viewpoint, agreed_weight: float) -> list[float]:
+    """Return the weight of each sample. `agreed_weight`: of all agreed cells.
 
-    The samples of another peer weigh at most half as much in total as the viewpoint's own, or MIN_PEER_LIMIT.
+    The samples of another peer weigh at most half as much in total as the viewpoint's own, or MIN_PEER_LIMIT. Once
+    there are members, all other peers count as one. If something is agreed, all samples of others weigh together at
+    most as much as that, or as the viewpoint's own.
     """
     weights: list[float] = []
-    of_observer: defaultdict[str, float] = defaultdict(float)
-    for sample in samples:
+    of_source: defaultdict[str, float] = defaultdict(float)
+    sources = [_source(sample.observer, viewpoint) for sample in samples]
+    for sample, source in zip(samples, sources, strict=True):
         weight = 0.5 ** (max(0, viewpoint.hour - sample.hour) / HALF_LIFE_HOURS)
         weight *= _SERVED_WEIGHT if sample.log_ratio is None else 1.0
         if sample.observer != viewpoint.peer:
@@ -217,9 +251,17 @@ def _weights(samples: Sequence[Sample], viewpoint: Viewpoint) -> list[float]:
         if sample.software != viewpoint.software:
             weight *= _OTHER_SOFTWARE_WEIGHT
         weights.append(weight)
-        of_observer[sample.observer] += weight
-    limit = max(MIN_PEER_LIMIT, of_observer[viewpoint.peer] / 2)
-    return [
-        weight if sample.observer == viewpoint.peer else weight * limit / max(limit, of_observer[sample.observer])
-        for sample, weight in zip(samples, weights, strict=True)
-    ]
+        of_source[source] += weight
+    own = of_source.pop(viewpoint.peer, 0.0)
+    limit = max(MIN_PEER_LIMIT, own / 2)
+    in_all = sum(min(limit, total) for total in of_source.values())
+    most = max(MIN_PEER_LIMIT, own, agreed_weight) if agreed_weight else math.inf
+    scale = min(1.0, most / in_all) if in_all else 1.0
+    factors = {source: scale * limit / max(limit, total) for source, total in of_source.items()}
+    return [weight * factors.get(source, 1.0) for weight, source in zip(weights, sources, strict=True)]
+
+
+def _source(observer: str, viewpoint: Viewpoint) -> str:
+    """Return whose weight is limited together with an observer's."""
+    is_unknown = viewpoint.trust and observer not in viewpoint.trust and observer != viewpoint.peer
+    return _UNKNOWN_PEERS if is_unknown else observer

@@ -84,6 +84,20 @@ def task_bucket(context: TaskContext) -> str:
     return "/".join(map(str, parts))
 
 
+def are_alike(one: TaskContext, other: TaskContext) -> bool:
+    """Return whether two tasks of any model and machine are so alike that methods do about the same for them.
+
+    They are about as alike as two of one bucket: sizes within a factor of two, shares within a third.
+    """
+    if one.task_kind != other.task_kind:
+        return False
+    sizes = ((each.prompt_tokens, each.max_tokens, each.concurrency) for each in (one, other))
+    shares = ((each.shared_prefix_share, each.repetitiveness) for each in (one, other))
+    return all(abs(_half_octaves(a) - _half_octaves(b)) <= 2 for a, b in zip(*sizes, strict=True)) and all(
+        abs(a - b) <= 1 / 3 for a, b in zip(*shares, strict=True)
+    )
+
+
 def effective_switches(method: Method, context: TaskContext) -> frozenset[tuple[str, str]]:
     """Return the settings that differ from the baseline's and can affect a task.
 

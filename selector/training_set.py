@@ -20,9 +20,6 @@ from selector.task import Method, MethodError, TaskContext, parse_method
 from selector.task_buckets import Viewpoint, canonicalise
 from selector.task_features import tabulate
 
-MAX_SAMPLES: Final = 20_000
-"""Only the newest samples are learned from."""
-
 MAX_RESIDUAL: Final = 2.5
 """Natural logarithm: residuals are clipped at a factor of twelve either way."""
 
@@ -48,9 +45,8 @@ def build_training_set(
 
     `tables`: what the swarm agreed. Samples of methods unknown to this version are left out.
     """
-    newest = sorted(samples, key=lambda sample: sample.hour)[-MAX_SAMPLES:]
-    agreed = [(table, contexts_of_cells(table, newest, viewpoint)) for table in tables]
-    found = weigh(newest, viewpoint, agreed)
+    agreed = [(table, contexts_of_cells(table, samples, viewpoint)) for table in tables]
+    found = weigh(samples, viewpoint, agreed)
     rows: list[_Row] = []
     for number, (sample, weight) in enumerate(found):
         rows += _rows_of(sample, number, weight)

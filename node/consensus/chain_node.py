@@ -174,7 +174,7 @@ class ChainNode:
                 case Statement() as statement:
                     self.replica.apply_statement(message, statement)
                 case _:
-                    participant.equivocators.update(self.replica.log.equivocators)
+                    participant.on_equivocations(self.replica.log.equivocators, now_s)
 
     async def turn(self) -> None:
         """Apply the received messages, and publish what is due."""

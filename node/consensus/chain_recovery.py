@@ -17,7 +17,7 @@ from protocol.consensus_values import Signature, Statement
 from protocol.errors import RemoteProtocolError
 from protocol.forms import Digest
 from protocol.identity import PeerId
-from selector.consensus.chain import RETAINED_ENTRIES, InvalidStatement, members_after
+from selector.consensus.chain import GENESIS_EPOCH, RETAINED_ENTRIES, InvalidStatement, members_after
 
 PAGE: Final = 64
 """Statements that are read from the store at a time."""
@@ -120,7 +120,8 @@ class ChainRecovery:
                 statement = verify_message(each.envelope).body
                 if not isinstance(statement, Statement):
                     raise RemoteProtocolError("a saved message is not a statement")
-                members, _ = members_after(members, root.epoch if root else -1, statement)
+                epoch, beacon = (root.epoch, root.beacon) if root else (GENESIS_EPOCH, self._genesis)
+                members, _ = members_after(members, epoch, beacon, statement)
                 root = statement
             del stored[: len(final)]
             await trio.lowlevel.checkpoint()

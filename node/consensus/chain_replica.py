@@ -57,11 +57,15 @@ class ChainReplica:
         entry = self.chain.entry(message.body.statement) if isinstance(message.body, Signature) else None
         if entry is not None and message.peer not in entry.committee:
             return None  # it does not count, and must not take the room of those that do
-        is_known = self.participant.knows(message.peer)
-        if self.log.is_full(message, is_known=is_known) and message.epoch >= epoch - 1:
+        rank = self.participant.unknown_rank(message.peer, message.epoch)
+        if self.log.is_full(message, rank) and message.epoch >= epoch - 1:
             return None
-        found = self.log.add(message, epoch, is_known=is_known)
-        proof = self._accuse(message.peer, found) if found else None
+        found = self.log.add(message, epoch, rank)
+        proof = self._accuse(message.peer, found, now_s) if found else None
+        for evicted in self.log.evicted:
+            if isinstance(evicted.body, Commit | Reveal):
+                self.participant.forget(evicted.body)
+        self.log.evicted.clear()
         match message.body:
             case Commit() as commit:
                 self.participant.on_commit(commit, now_s)
@@ -72,7 +76,7 @@ class ChainReplica:
             case Statement() as statement if statement.epoch <= epoch + 1:
                 self.apply_statement(message, statement)
             case EquivocationProof():
-                self.participant.equivocators.update(self.log.equivocators)
+                self.participant.on_equivocations(self.log.equivocators, now_s)
             case _:
                 pass
         if self.log.is_overfull:
@@ -128,13 +132,13 @@ class ChainReplica:
         statement = self.chain.head.statement
         return statement is not None and self.participant.adopt_state(join_state(parts, statement))
 
-    def _accuse(self, peer: PeerId, proof: EquivocationProof) -> SignedMessage | None:
+    def _accuse(self, peer: PeerId, proof: EquivocationProof, now_s: float) -> SignedMessage | None:
         """Return a signed proof of equivocation; None where the peer is convicted already."""
         message = None if peer in self.log.equivocators else self.sign(proof)
         if message is not None:
             _logger.warning("equivocation proven", peer=peer)
             self.log.equivocators[peer] = message
-            self.participant.equivocators.add(peer)
+            self.participant.on_equivocations([peer], now_s)
         return message
 
 

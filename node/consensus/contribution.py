@@ -1,7 +1,6 @@
 """This node's contributions to one chain: measures the assigned cells, commits to the readings, and reveals them."""
 
 from dataclasses import dataclass
-from typing import Final
 
 import structlog
 import trio
@@ -13,9 +12,6 @@ from node.storage.database import StorageError
 from protocol.consensus import SignedMessage
 from protocol.consensus_values import MAX_COMMITTED, MAX_READING, VALUE_SCALE, Cell, Commit, Reading, Reveal
 from protocol.forms import Digest
-
-MAX_NEWCOMERS: Final = 128
-"""Commits of peers that are not members, in one epoch, with which a newcomer waits for the next one."""
 
 _logger = structlog.get_logger(__name__)
 
@@ -95,7 +91,7 @@ class Contributor:
             return None
         if key in self._committed or hardware is None or not participant.is_selected(now_s):
             return None
-        if now_s >= self._clock.reveals_begin_s(epoch) or self._must_wait_to_join(epoch):
+        if now_s >= self._clock.reveals_begin_s(epoch):
             return None
         stated = participant.hardware()
         if stated not in {None, hardware}:
@@ -151,13 +147,6 @@ class Contributor:
         except StorageError as error:
             _logger.warning("could not list own observations for the commit", reason=str(error))
             return Uncommitted((), 0)
-
-    def _must_wait_to_join(self, epoch: int) -> bool:
-        """Return whether we are a newcomer, and so many others have come that peers may not hold our commit."""
-        if self._participant.hardware() is not None:
-            return False
-        members = {*self._participant.chain.head.members}
-        return len({*self._participant.contributors(epoch)} - members) >= MAX_NEWCOMERS
 
 
 def _fixed_point(log_ratio: float) -> int:

@@ -44,7 +44,7 @@ class ConsensusRules:
     def genesis(self, model: ModelId) -> Digest:
         """Return the genesis of a model's chain, which commits to the rules."""
         workloads, methods = ",".join(self.plan.workloads), ",".join(self.plan.methods)
-        rules = f"metaswarm/3 epoch={self.clock.epoch_s:g} workloads={workloads} methods={methods}"
+        rules = f"metaswarm/4 epoch={self.clock.epoch_s:g} workloads={workloads} methods={methods}"
         return genesis_of(self.swarm, model, rules)
 
 

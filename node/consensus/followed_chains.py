@@ -1,11 +1,14 @@
 """The chains that this node follows: the consensus adds them; votes, routes and the learner read what was agreed."""
 
+from collections import Counter
 from dataclasses import dataclass, field
+
+import trio
 
 from node.consensus.chain_node import ChainNode
 from node.stages.voter import Agreement
 from protocol.identity import ModelId
-from selector.consensus.reputation import NEWCOMER_WEIGHT
+from selector.consensus.reputation import relative_trust
 from selector.evidence import AgreedTable
 
 
@@ -14,9 +17,12 @@ class FollowedChains:
     """Chains by model."""
 
     nodes: dict[ModelId, ChainNode] = field(default_factory=dict)
+    used_s: dict[ModelId, float] = field(default_factory=dict)
+    """When a job was last in need of what is agreed about a model, by the clock of trio."""
 
     def agreement(self, model: ModelId) -> Agreement | None:
-        """Return what is agreed about a model's methods."""
+        """Return what is agreed about a model's methods, for a job."""
+        self.used_s[model] = trio.current_time()
         chain = self.nodes.get(model)
         return chain.agreement if chain else None
 
@@ -24,23 +30,17 @@ class FollowedChains:
         """Return what is agreed about the methods of each model."""
         found = ((model, chain.agreement) for model, chain in self.nodes.items())
         return [
-            AgreedTable(model=model, epoch=agreed.epoch, digest=agreed.table_digest, cells=agreed.table)
+            AgreedTable(
+                model=model,
+                epoch=agreed.epoch,
+                digest=agreed.table_digest,
+                cells=agreed.table,
+                members=Counter(agreed.hardware[peer] for peer in agreed.weights),
+            )
             for model, agreed in found
             if agreed is not None
         ]
 
     def trust(self) -> tuple[dict[str, float], float]:
-        """Return the trust in each member, from 0 to 1, and in every other peer.
-
-        It is the weight relative to the largest one, the lowest of all chains. Without any statement every peer is
-        trusted.
-        """
-        trust: dict[str, float] = {}
-        in_others = 1.0
-        for chain in self.nodes.values():
-            weights = chain.agreement.weights if chain.agreement else {}
-            if most := max(weights.values(), default=0):
-                in_others = min(in_others, NEWCOMER_WEIGHT / most)
-                for peer, weight in weights.items():
-                    trust[peer] = min(trust.get(peer, 1.0), weight / most)
-        return trust, in_others
+        """Return the trust in each member, and in every other peer, by the weights on all chains."""
+        return relative_trust(chain.agreement.weights for chain in self.nodes.values() if chain.agreement)

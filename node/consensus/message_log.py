@@ -18,9 +18,13 @@ from protocol.limits import MAX_HAVE
 MAX_OF_PEER: Final = {Commit: 4, Reveal: 4, Statement: 3, Signature: 3}
 """Messages of one peer in one epoch that are held. An honest one sends one of each, and again after another head."""
 
-MAX_OF_UNKNOWN_PEERS: Final = {Commit: 192, Reveal: 192, Statement: 16, Signature: 192}
-"""Messages of all peers in one epoch that are neither members nor candidates, of which there are 336 at most.
-Identities are free: however many unknown peers send messages, there is room for those of the others."""
+MAX_OF_UNKNOWN_PEER: Final = 2
+"""The same of a peer that is neither a member nor a candidate."""
+
+MAX_UNKNOWN_PEERS: Final = {Commit: 192, Reveal: 192, Statement: 16, Signature: 192}
+"""Peers that are neither members nor candidates, of which there are 336 at most, whose messages of one epoch are held.
+Identities are free: however many unknown peers send messages, there is room for those of the others. Of too many those
+of the lowest rank stay, so that all peers hold the same, and who comes first keeps nobody out."""
 
 MAX_EQUIVOCATORS: Final = 256
 
@@ -44,14 +48,21 @@ class MessageLog:
         self._recent: dict[bytes, SignedMessage] = {}
         self._unique: dict[tuple[object, ...], SignedMessage] = {}
         """The first message of which a peer may sign only one."""
-        self._counts: Counter[tuple[int, type, PeerId | None]] = Counter()
-        """By epoch, kind and peer; None for all unknown peers."""
+        self._counts: Counter[tuple[int, type, PeerId]] = Counter()
+        """By epoch, kind and peer."""
+        self._unknown: dict[tuple[int, type], dict[PeerId, bytes]] = {}
+        """The ranks of unknown peers, by epoch and kind."""
+        self.evicted: list[SignedMessage] = []
+        """Messages of unknown peers that gave way to others since this was last cleared."""
 
-    def add(self, message: SignedMessage, current_epoch: int, *, is_known: bool = True) -> EquivocationProof | None:
+    def add(
+        self, message: SignedMessage, current_epoch: int, unknown_rank: bytes | None = None
+    ) -> EquivocationProof | None:
         """Add a message; return the proof of the equivocation that it completes.
 
         Old statements and signatures are accepted as evidence; all other messages only for the current epoch, the one
-        before and the one after, because clocks differ. `is_known`: whether a member or a candidate sent it.
+        before and the one after, because clocks differ. `unknown_rank`: of a peer that is neither a member nor a
+        candidate.
         """
         body = message.body
         if isinstance(body, EquivocationProof):
@@ -60,11 +71,11 @@ class MessageLog:
             return None
         proof = self._prove_equivocation(message)
         is_recent = abs(body.epoch - current_epoch) <= 1
-        if is_recent and message.id not in self._recent and not self.is_full(message, is_known=is_known):
+        if is_recent and message.id not in self._recent and not self.is_full(message, unknown_rank):
             self._recent[message.id] = message
             self._counts[body.epoch, type(body), message.peer] += 1
-            if not is_known:
-                self._counts[body.epoch, type(body), None] += 1
+            if unknown_rank is not None:
+                self._add_unknown(message, unknown_rank)
         if isinstance(body, Signature):
             held = self.signatures.setdefault(body.statement, {})
             if len(held) < MAX_SIGNATURES:
@@ -76,15 +87,34 @@ class MessageLog:
         """Whether there is so much evidence that it must be pruned now: a peer may send old statements without end."""
         return max(len(self.statements), len(self.signatures)) > 2 * MAX_EVIDENCE
 
-    def is_full(self, message: SignedMessage, *, is_known: bool) -> bool:
-        """Return whether no more messages of this kind and epoch are accepted from this peer, or from unknown peers."""
+    def is_full(self, message: SignedMessage, unknown_rank: bytes | None = None) -> bool:
+        """Return whether no more messages of this kind and epoch are accepted from this peer or rank."""
         body = message.body
         if isinstance(body, EquivocationProof):
             return len(self.equivocators) >= MAX_EQUIVOCATORS
         kind = type(body)
-        if self._counts[body.epoch, kind, message.peer] >= MAX_OF_PEER[kind]:
+        most = MAX_OF_PEER[kind] if unknown_rank is None else MAX_OF_UNKNOWN_PEER
+        if self._counts[body.epoch, kind, message.peer] >= most:
             return True
-        return not is_known and self._counts[body.epoch, kind, None] >= MAX_OF_UNKNOWN_PEERS[kind]
+        ranks = self._unknown.get((body.epoch, kind), {})
+        if unknown_rank is None or message.peer in ranks or len(ranks) < MAX_UNKNOWN_PEERS[kind]:
+            return False
+        return unknown_rank > max(ranks.values())
+
+    def _add_unknown(self, message: SignedMessage, rank: bytes) -> None:
+        """Note the rank of an unknown peer; evict the messages of the one with the highest, if there are too many."""
+        kind = type(message.body)
+        ranks = self._unknown.setdefault((message.epoch, kind), {})
+        ranks[message.peer] = rank
+        if len(ranks) <= MAX_UNKNOWN_PEERS[kind]:
+            return
+        last = max(ranks, key=lambda peer: ranks[peer])
+        del ranks[last], self._counts[message.epoch, kind, last]
+        of = (last, kind, message.epoch)
+        gone = [each for each in self._recent.values() if (each.peer, type(each.body), each.epoch) == of]
+        self.evicted += gone
+        for each in gone:
+            del self._recent[each.id]
 
     def prune(self, current_epoch: int, needed: Collection[Digest]) -> None:
         """Drop past epochs, and the oldest evidence of statements that are not `needed`."""
@@ -92,6 +122,7 @@ class MessageLog:
         self._recent = {key: message for key, message in self._recent.items() if message.epoch >= oldest}
         self._unique = {key: message for key, message in self._unique.items() if message.epoch >= oldest}
         self._counts = Counter({key: count for key, count in self._counts.items() if key[0] >= oldest})
+        self._unknown = {key: ranks for key, ranks in self._unknown.items() if key[0] >= oldest}
         for evidence in (self.statements, self.signatures):
             for statement in [each for each in evidence if each not in needed][: max(0, len(evidence) - MAX_EVIDENCE)]:
                 del evidence[statement]

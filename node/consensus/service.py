@@ -5,8 +5,9 @@ cost of what a peer sends is charged to its own rate limits, and a violation ban
 """
 
 import hashlib
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final
 
@@ -32,7 +33,10 @@ from protocol.identity import ModelId, PeerId
 from selector.consensus.clock import EpochClock
 
 MAX_CHAINS: Final = 8
-"""Chains that a node follows at a time; those of the models that it serves come first."""
+"""Chains that a node follows at a time: of models that it serves, then of those that its jobs use, then of others."""
+
+USED_S: Final = 3600.0
+"""How long after its last job a model counts as used."""
 
 MODELS_ROUND_S: Final = 1.0
 """Interval at which chains of new models are started."""
@@ -84,6 +88,7 @@ class ConsensusService:
         self._running: dict[ModelId, trio.CancelScope] = {}
         self._jitter = jitter
         self._chains = chains.nodes
+        self._used_s = chains.used_s
         self._by_genesis: dict[Digest, ChainNode] = {}
         self._peer_limits = PeerLimits(PEER_ALLOWANCES)
         self._verifier = Verifier(environment.verify, VERIFIED_RECORDS, lambda envelope: 1.0)
@@ -115,29 +120,43 @@ class ConsensusService:
                 await trio.sleep(min(MODELS_ROUND_S, self._clock.epoch_s / 20))
 
     def _follow_new_models(self, nursery: trio.Nursery) -> None:
-        environment, models = self._environment, self._environment.models()
-        for model in sorted(models, key=lambda model: (not models[model], model)):
-            former = self._chains.get(model)
-            if former is None and len(self._chains) >= MAX_CHAINS:
-                continue
+        models = self._environment.models()
+        followed = self._followed(models)
+        for model in followed:
             rules = self._rules(model)
             genesis = rules.genesis(model)
-            if former is not None:
+            if (former := self._chains.get(model)) is not None:
                 if former.genesis == genesis:
                     continue
-                self._running[model].cancel()
-                del self._by_genesis[former.genesis]
+                self._stop(model)
+            elif len(self._chains) >= MAX_CHAINS:
+                self._stop(min({*self._chains} - {*followed}, key=lambda each: (each in models, each)))
             chain = ChainNode(
-                environment,
+                self._environment,
                 rules,
                 genesis,
-                environment.meter(model),
+                self._environment.meter(model),
                 participates=partial(self._serves, model),
                 publish=self._publish,
             )
             self._chains[model] = self._by_genesis[genesis] = chain
             self._running[model] = scope = trio.CancelScope()
             nursery.start_soon(self._run_chain, chain, scope)
+
+    def _followed(self, models: Mapping[ModelId, bool]) -> list[ModelId]:
+        """Return the models whose chains are followed; of equal ones those that are followed already."""
+        used_after_s = trio.current_time() - USED_S
+
+        def rank(model: ModelId) -> tuple[bool, bool, bool, ModelId]:
+            is_used = self._used_s.get(model, -math.inf) >= used_after_s
+            return not models[model], not is_used, model not in self._chains, model
+
+        return sorted(models, key=rank)[:MAX_CHAINS]
+
+    def _stop(self, model: ModelId) -> None:
+        """Follow a chain no longer. What is stored of it stays, so that it goes on from there if it is needed again."""
+        self._running.pop(model).cancel()
+        del self._by_genesis[self._chains.pop(model).genesis]
 
     def _serves(self, model: ModelId) -> bool:
         return self._environment.models().get(model, False)

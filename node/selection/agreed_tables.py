@@ -11,7 +11,13 @@ from selector.evidence import AgreedTable
 def dump_table(table: AgreedTable) -> dict[str, Any]:
     """Return a table as JSON."""
     cells = [[*cell, entry.value, entry.support, entry.firm] for cell, entry in table.cells.items()]
-    return {"model": table.model, "epoch": table.epoch, "digest": table.digest.hex(), "cells": cells}
+    return {
+        "model": table.model,
+        "epoch": table.epoch,
+        "digest": table.digest.hex(),
+        "cells": cells,
+        "members": dict(table.members),
+    }
 
 
 def load_table(values: Mapping[str, Any]) -> AgreedTable:
@@ -21,4 +27,5 @@ def load_table(values: Mapping[str, Any]) -> AgreedTable:
         epoch=values["epoch"],
         digest=bytes.fromhex(values["digest"]),
         cells={Cell(*cell): AgreedCell(*entry) for *cell, entry in ((*row[:3], row[3:]) for row in values["cells"])},
+        members=values["members"],
     )

@@ -1,11 +1,13 @@
 """Reads observations as samples for training: what was signed, as task contexts with their measured costs."""
 
+import json
 import math
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 from urllib.parse import quote
 
 from node.coordinator.observation import WEIGHTS_SWITCH, software_name
@@ -15,14 +17,41 @@ from protocol.observations import bucket_of, decode_verified_observation
 from selector.sample import Sample
 from selector.task import UNKNOWN_WEIGHT_TYPE, TaskContext
 from selector.task_features import transfer_s
-from selector.training_set import MAX_SAMPLES
+
+MAX_SAMPLES: Final = 20_000
+"""Observations that are learned from; half of them may be the node's own."""
+
+MAX_SAMPLES_OF_PEER: Final = 1000
+"""Of one other peer."""
+
+_IS_ASSIGNED: Final = "instr(envelope, CAST('assigned' AS BLOB)) > 0"
+"""Whether an envelope may be of an assigned measurement. Who writes the word elsewhere disorders its own ones alone."""
 
 
-def read_samples(database: Path) -> Iterator[Sample]:
-    """Yield samples of the newest observations of a history, without unreadable ones."""
-    query = "SELECT envelope FROM observations ORDER BY bucket DESC, id LIMIT ?"
+def read_samples(
+    database: Path, own: str = "", members: Collection[str] = (), limit: int = MAX_SAMPLES
+) -> Iterator[Sample]:
+    """Yield samples of a history, without unreadable ones: our own first, then those of members, then of unknown peers.
+
+    Of each peer the assigned measurements come first, then the newest, and peers take turns: however much one reports,
+    or however many unknown peers there are, the others' measurements are still learned from.
+    """
+    query = f"""
+        WITH ranked AS (
+            SELECT number, observer, row_number() OVER (
+                PARTITION BY observer ORDER BY {_IS_ASSIGNED} DESC, bucket DESC, id
+            ) AS place
+            FROM observations
+        )
+        SELECT envelope FROM ranked JOIN observations USING (number)
+        WHERE place <= iif(ranked.observer = :own, :limit / 2, :of_peer)
+        ORDER BY ranked.observer != :own, ranked.observer NOT IN (SELECT value FROM json_each(:members)),
+            place, ranked.observer
+        LIMIT :limit
+    """  # noqa: S608  # no value in it is a peer's
+    values = {"own": own, "members": json.dumps([*members]), "limit": limit, "of_peer": MAX_SAMPLES_OF_PEER}
     with closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True)) as connection:
-        for (envelope,) in connection.execute(query, (MAX_SAMPLES,)):
+        for (envelope,) in connection.execute(query, values):
             try:
                 observation = decode_verified_observation(envelope).observation
             except RemoteProtocolError:

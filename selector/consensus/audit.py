@@ -50,10 +50,8 @@ def credited(
     fresh: Mapping[Cell, CellReadings],
     audited: Mapping[PeerId, Mapping[Cell, int]],
     table: Mapping[Cell, AgreedCell],
-) -> tuple[list[Member], list[Member], frozenset[str]]:
-    """Return members and candidates with their reputations after the epoch's readings, and what could be compared.
-
-    The last are the hardware classes with a cell that its readings made firm.
+) -> tuple[list[Member], list[Member], frozenset[Cell]]:
+    """Return members and candidates with their reputations after the epoch's readings, and the cells these made firm.
 
     `fresh`: of members. `audited`: of candidates. `table`: before this epoch.
     """
@@ -70,7 +68,7 @@ def credited(
                 for peer, value in measured.readings:
                     readings[peer][cell] = value
         after = _compared(members, readings, firm, guesses)
-    return after, _compared(candidates, audited, firm, guesses), frozenset(cell.hardware for cell in firm)
+    return after, _compared(candidates, audited, firm, guesses), frozenset(firm)
 
 
 def _firm_values(fresh: Mapping[Cell, CellReadings], weights: Mapping[str, int], needed: int) -> dict[Cell, int]:

@@ -9,9 +9,10 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from protocol.consensus_values import MAX_JOINED, Signature, Statement
+from protocol.consensus_values import Signature, Statement
 from protocol.forms import Digest
 from protocol.identity import PeerId
+from selector.consensus import inclusion
 from selector.consensus.sortition import beacon_of, select_committee
 
 GENESIS_EPOCH: Final = -1
@@ -50,13 +51,14 @@ def is_stalled(member_count: int, gap: int) -> bool:
     return not member_count or gap > limit
 
 
-def restart_size(member_count: int, gap: int) -> int:
-    """Return how many former members at least restart a stalled chain: half of them at first, fewer as time goes on.
+def restart_size(committee_size: int, gap: int) -> int:
+    """Return how many of the committee of the former members at least restart a stalled chain.
 
-    Otherwise a single one could, while the others are cut off for a while.
+    Half of them at first, fewer as time goes on: otherwise a single one could, while the others are cut off for a
+    while.
     """
-    limit = STALL_EPOCHS if member_count >= FAULT_TOLERANT else SMALL_STALL_EPOCHS
-    return min(MAX_JOINED, max(1, math.ceil(member_count * limit / (2 * gap))))
+    limit = STALL_EPOCHS if committee_size >= FAULT_TOLERANT else SMALL_STALL_EPOCHS
+    return max(1, math.ceil(committee_size * limit / (2 * gap)))
 
 
 def is_abandoned(member_count: int, gap: int) -> bool:
@@ -233,31 +235,46 @@ class Chain:
         raise InvalidStatement("there are too many statements beside the canonical branch")
 
 
-def restart_refused(members: Collection[PeerId], present: Collection[PeerId], gap: int) -> str | None:
-    """Return why these peers cannot restart the chain of some members that stalled, None where they can."""
+def restart_refused(members: Collection[PeerId], present: Collection[PeerId], drawn: Digest, gap: int) -> str | None:
+    """Return why these peers cannot restart the chain of some members that stalled, None where they can.
+
+    `drawn`: what the last beacon draws for the epoch.
+    """
     if is_abandoned(len(members), gap):
         return None
     if not {*present} <= {*members}:
         return "non-members restart the chain"
-    if len(present) < restart_size(len(members), gap):
+    committee = select_committee(drawn, members)
+    if len({*committee} & {*present}) < restart_size(len(committee), gap):
         return "too few of its members restart the chain"
     return None
 
 
-def members_after(members: Sequence[PeerId], epoch: int, statement: Statement) -> tuple[tuple[PeerId, ...], bool]:
+def members_after(
+    members: Sequence[PeerId], epoch: int, beacon: Digest, statement: Statement
+) -> tuple[tuple[PeerId, ...], bool]:
     """Return the members after a statement, and whether it restarts the chain.
 
-    `members`, `epoch`: of its parent. Raises InvalidStatement.
+    `members`, `epoch`, `beacon`: of its parent. Raises InvalidStatement.
     """
     if statement.epoch <= epoch:
         raise InvalidStatement(f"epoch {statement.epoch} does not come after {epoch}")
     restart = is_stalled(len(members), statement.epoch - epoch)
+    if statement.remaining and not restart:
+        raise InvalidStatement("it restarts a chain that has not stalled")
     before = set() if restart else set(members)
     joined, gone = {*statement.joined}, {*statement.left, *statement.expelled}
+    if statement.remaining:
+        try:
+            joined = inclusion.unpack(statement.remaining, members)
+        except ValueError as error:
+            raise InvalidStatement(f"its list of remaining members is not valid: {error}") from None
     if joined & before or not {*statement.left} <= before or joined & gone:
         raise InvalidStatement("its list of members does not follow from the one before")
-    if restart and members and (reason := restart_refused(members, joined, statement.epoch - epoch)):
-        raise InvalidStatement(reason)
+    if restart and members:
+        drawn = beacon_of(beacon, statement.epoch)
+        if reason := restart_refused(members, joined, drawn, statement.epoch - epoch):
+            raise InvalidStatement(reason)
     if not (following := (before | joined) - gone):
         raise InvalidStatement("it leaves no members")
     return tuple(sorted(following)), restart
@@ -272,7 +289,7 @@ def _entry_after(statement: Statement, parent: ChainEntry, chain: Digest) -> Cha
     """Return the entry of a statement after its parent. Raises InvalidStatement."""
     if statement.chain != chain:
         raise InvalidStatement("it belongs to another chain")
-    members, restart = members_after(parent.members, parent.epoch, statement)
+    members, restart = members_after(parent.members, parent.epoch, parent.beacon, statement)
     voters = members if restart else parent.members
     committee = select_committee(beacon_of(parent.beacon, statement.epoch), voters)
     if statement.proposer not in committee:

@@ -17,6 +17,14 @@ def pack(held: Collection[PeerId], expected: Sequence[PeerId]) -> bytes:
     return bits.to_bytes(_size(expected), "little")
 
 
+def unpack(packed: bytes, expected: Sequence[PeerId]) -> set[PeerId]:
+    """Return the peers whose bits are set. Raises ValueError for a list of another size."""
+    bits = int.from_bytes(packed, "little")
+    if len(packed) != _size(expected) or bits >> len(expected):
+        raise ValueError("the list is of another size")
+    return {peer for number, peer in enumerate(expected) if bits >> number & 1}
+
+
 def count(lists: Iterable[bytes], expected: Sequence[PeerId]) -> tuple[Counter[PeerId], int]:
     """Return how many of the lists name each peer, and how many lists there are. Lists of another size do not count."""
     named: Counter[PeerId] = Counter()

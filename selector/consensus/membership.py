@@ -17,7 +17,7 @@ from selector.consensus.reputation import COUNT_SCALE, updated
 from selector.consensus.sortition import Sortition, newcomers_in_order
 
 MAX_ABSENCES: Final = 3
-"""Absences in a row after which a member or a candidate is removed."""
+"""Absences in a row after which a member or a candidate is removed; of a candidate also epochs without its readings."""
 
 AUDITED: Final = COUNT_SCALE
 """Agreement after which a candidate may join: one cell that was hard to guess, or four that were not."""
@@ -26,42 +26,43 @@ MEMBERS_PER_JOINED: Final = 8
 """Of so many members one audited candidate joins per epoch: who has many identities needs time to become a third."""
 
 WAITING_EPOCHS: Final = 6
-"""Epochs after which a candidate may join whose readings could not be compared; one of them in an epoch."""
+"""Epochs in a row in which nothing on its hardware was compared, after which a candidate may join; one in an epoch."""
 
 
 class Presence(NamedTuple):
     """The peers whose contributions count, with the hardware class that newcomers state, and the inclusion lists.
 
-    `compared`: the hardware classes on which readings could be compared.
+    `compared`: the hardware classes on which readings could be compared. `evading`: candidates that did not read what
+    they were to, so that theirs could not be.
     """
 
     hardware: Mapping[PeerId, str]
     lists: Mapping[PeerId, bytes]
     compared: frozenset[str] = frozenset()
+    evading: frozenset[PeerId] = frozenset()
 
 
-def found(
-    former: Sequence[Member], presence: Presence, drawn: Digest, beacon: Digest, epoch: int
-) -> tuple[Member, ...]:
+def found(former: Sequence[Member], presence: Presence, beacon: Digest, epoch: int) -> tuple[Member, ...]:
     """Return the members of a chain that starts, or restarts after a stall.
 
     Newcomers found a chain only where no former member is present: otherwise who stops a chain could take it over with
     as many identities as it likes.
     """
     known = {member.peer: member._replace(absences=0) for member in former}
-    founding = founders(known, presence.hardware, drawn, beacon)
+    founding = founders(known, presence.hardware, beacon)
     return tuple(sorted(known.get(peer) or Member(peer, presence.hardware[peer], since=epoch) for peer in founding))
 
 
-def founders(former: Iterable[PeerId], present: Iterable[PeerId], drawn: Digest, beacon: Digest) -> list[PeerId]:
-    """Return the peers that a chain starts or restarts with.
+def founders(former: Iterable[PeerId], present: Iterable[PeerId], beacon: Digest) -> list[PeerId]:
+    """Return the peers that a chain starts or restarts with: all former members that are present.
 
-    `drawn`: what the last beacon draws for the epoch, which decides among former members, since no proposer can change
-    it. `beacon`: of after the epoch, which decides among newcomers, who knew the last one when they made their ids.
+    Of them none may be left out: a draw among them could give those that are hostile a larger share. `beacon`: of after
+    the epoch, which decides among unknown peers, who knew the last one when they made their ids.
     """
     peers = {*present}
-    back = peers & {*former}
-    return newcomers_in_order(drawn if back else beacon, back or peers)[:MAX_JOINED]
+    if back := peers & {*former}:
+        return sorted(back)
+    return newcomers_in_order(beacon, peers)[:MAX_JOINED]
 
 
 def succeed(
@@ -79,6 +80,8 @@ def succeed(
     leaving = {peer for _, peer in absent}
     members = [member for member in members if member.peer not in leaving]
     candidates = [each for each in candidates if each.absences < MAX_ABSENCES and not _has_failed(each)]
+    # The wait begins anew with everything that is compared: else the audit could be waited out.
+    candidates = [each._replace(since=epoch) if each.hardware in presence.compared else each for each in candidates]
     coming = [Member(peer, hardware, since=epoch) for peer, hardware in presence.hardware.items() if peer not in known]
     of_peer = {each.peer: each for each in (*candidates, *coming)}
     joining = _admitted(members, candidates, coming, presence, beacon, epoch)
@@ -107,6 +110,8 @@ def _mark_absent(
     expected = {*sortition.expected}
 
     def marked(member: Member) -> Member:
+        if member.peer in presence.evading:  # else who measures nothing would keep others out of the places
+            return member._replace(absences=member.absences + 1)
         if member.peer in presence.hardware:
             return member._replace(absences=0)
         if member.peer not in expected or valid < quorum_size(size):
@@ -138,7 +143,5 @@ def _admitted(
     joining = {*newcomers_in_order(beacon, [each.peer for each in (*present, *coming)])[:room]}
     audited = [each.peer for each in present if each.agreed >= AUDITED and each.agreed > 2 * each.deviated]
     joining |= {*newcomers_in_order(beacon, audited)[: max(1, len(members) // MEMBERS_PER_JOINED)]}
-    waited = [
-        each.peer for each in present if epoch - each.since >= WAITING_EPOCHS and each.hardware not in presence.compared
-    ]
+    waited = [each.peer for each in present if epoch - each.since >= WAITING_EPOCHS]
     return joining | {*newcomers_in_order(beacon, waited)[:1]}

@@ -8,8 +8,9 @@ list with their reveal. We sign no statement that leaves out a contribution whic
 lists, and whose reveal we received in time.
 """
 
+import math
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, NamedTuple
 
@@ -29,11 +30,25 @@ from selector.consensus import inclusion
 from selector.consensus.chain import Chain, ChainEntry, is_stalled, restart_refused
 from selector.consensus.clock import EpochClock
 from selector.consensus.membership import founders
-from selector.consensus.sortition import MeasurementPlan, Sortition, beacon_of, newcomers_in_order, select_committee
+from selector.consensus.sortition import (
+    MeasurementPlan,
+    Sortition,
+    beacon_of,
+    newcomer_rank,
+    newcomers_in_order,
+    select_committee,
+)
 from selector.consensus.state import Contribution, EpochResult, State, beacon_after, conclude, counts, initial_state
 
 MAX_COMMITS: Final = 2048
 """Commits remembered of one epoch."""
+
+MAX_REVEALS: Final = 2
+"""Reveals remembered of one commit."""
+
+MAX_NEWCOMERS: Final = 96
+"""Newcomers whose contributions we propose, those of the lowest ranks: half of those whose messages are held, so that
+others hold them, too, even if they have seen a few more newcomers."""
 
 MAX_STATES: Final = 8
 """States remembered, of the latest statements."""
@@ -57,13 +72,14 @@ class Participant:
         self.chain = chain
         self.clock = clock
         self.plan = plan
-        self.equivocators: set[PeerId] = set()
-        """Peers with a proof of equivocation."""
+        self.equivocators: dict[PeerId, float] = {}
+        """Peers with a proof of equivocation, and when we got it."""
         self.voted_epoch = -1
         """The last epoch in which we voted; we do not vote again in it or in earlier ones."""
         self._states: OrderedDict[Digest, State] = OrderedDict({chain.genesis: initial_state(chain.genesis)})
         self._commits: dict[tuple[int, Digest], dict[PeerId, _ReceivedCommit]] = {}
-        self._reveals: dict[int, dict[Digest, _ReceivedReveal]] = {}
+        self._reveals: dict[int, dict[Digest, list[_ReceivedReveal]]] = {}
+        """By epoch and commitment. Two that differ are an equivocation; which of them others count, they name."""
         self._confirmed: dict[int, set[Digest]] = {}
         self._drawn: tuple[Digest, int, Sortition] | None = None
         """Statement, epoch and result of the last sortition, which takes long in large swarms."""
@@ -81,8 +97,22 @@ class Participant:
         """Accept a reveal, which counts for the commit that it opens."""
         if abs(reveal.epoch - self.clock.epoch_at(now_s)) <= 1:
             reveals = self._reveals.setdefault(reveal.epoch, {})
-            if len(reveals) < MAX_COMMITS:
-                reveals.setdefault(reveal.commitment, _ReceivedReveal(reveal, now_s))
+            if len(reveals) < MAX_COMMITS or reveal.commitment in reveals:
+                held = reveals.setdefault(reveal.commitment, [])
+                if len(held) < MAX_REVEALS and all(each.reveal != reveal for each in held):
+                    held.append(_ReceivedReveal(reveal, now_s))
+
+    def forget(self, message: Commit | Reveal) -> None:
+        """Drop an unknown peer's message, which gave way to others."""
+        if isinstance(message, Reveal):
+            self._reveals.get(message.epoch, {}).pop(message.commitment, None)
+        else:
+            self._commits.get((message.epoch, message.parent), {}).pop(message.peer, None)
+
+    def on_equivocations(self, peers: Iterable[PeerId], now_s: float) -> None:
+        """Accept proofs of equivocation."""
+        for peer in peers:
+            self.equivocators.setdefault(peer, now_s)
 
     def confirm(self, commit: Commit) -> None:
         """Count a commit from now on: all observations that it names are available here."""
@@ -144,9 +174,9 @@ class Participant:
         received = self._commits.get((epoch, self.chain.head.id), {})
         return [each.commit for each in received.values() if each.commit.id not in confirmed]
 
-    def contributors(self, epoch: int) -> tuple[PeerId, ...]:
-        """Return the peers that have committed in an epoch, after the head."""
-        return tuple(self._commits.get((epoch, self.chain.head.id), {}))
+    def unknown_rank(self, peer: PeerId, epoch: int) -> Digest | None:
+        """Return the rank of a peer among the newcomers to an epoch; None for a member or candidate."""
+        return None if self.knows(peer) else newcomer_rank(beacon_of(self.chain.head.beacon, epoch), peer)
 
     def derive_state(self) -> bool:
         """Derive the head's state from the contributions that it names; return whether it is known.
@@ -195,7 +225,8 @@ class Participant:
         is_current = own is not None and own.commit.commitment == reveal.commitment
         if sortition is not None and is_current and self.peer in sortition.committee:
             held = self._held(reveal.epoch, self.clock.lists_end_s(reveal.epoch))
-            reveal = replace(reveal, inclusion=inclusion.pack(held.keys(), sortition.expected))
+            listed = held.keys() - self.equivocators.keys()
+            reveal = replace(reveal, inclusion=inclusion.pack(listed, sortition.expected))
         self.on_reveal(reveal, now_s)
         return reveal
 
@@ -204,14 +235,15 @@ class Participant:
         epoch = self.clock.epoch_at(now_s)
         if epoch <= self.voted_epoch or (state := self.state()) is None:
             return None
-        contributions, head = self._contributions(epoch), self.chain.head
+        contributions, head = self._proposed(epoch), self.chain.head
         voters: Collection[PeerId] = head.members
+        drawn = beacon_of(head.beacon, epoch)
         if is_stalled(len(head.members), epoch - head.epoch):
-            drawn, beacon = beacon_of(head.beacon, epoch), self._beacon_after(state, contributions, epoch)
-            voters = founders(head.members, (each.commit.peer for each in contributions), drawn, beacon)
-            if head.members and restart_refused(head.members, voters, epoch - head.epoch):
+            beacon = self._beacon_after(state, contributions, epoch)
+            voters = founders(head.members, (each.commit.peer for each in contributions), beacon)
+            if head.members and restart_refused(head.members, voters, drawn, epoch - head.epoch):
                 return None
-        committee = select_committee(beacon_of(head.beacon, epoch), voters)
+        committee = select_committee(drawn, voters)
         if not contributions or self.peer not in committee:
             return None
         turn = committee.index(self.peer)
@@ -270,73 +302,108 @@ class Participant:
         return {
             peer: commit
             for peer, (commit, received_s) in received.items()
-            if received_s <= deadline_s and commit.id in confirmed and peer not in self.equivocators
+            if received_s <= deadline_s and commit.id in confirmed
         }
 
-    def _contributions(self, epoch: int) -> list[Contribution]:
-        """Return the contributions that count for us: in time, revealed, confirmed, and not of equivocators.
+    def _contributions(self, epoch: int) -> dict[PeerId, Contribution]:
+        """Return the contributions that may count: commits in time, confirmed and revealed.
+
+        Not those of peers whose equivocation we knew when a reveal could no longer be left out, as all others know it
+        before the first proposal. Of later proofs we do not know who has them in time: they count in the next epoch.
+        """
+        state, reveals, deadline_s = self.state(), self._reveals.get(epoch, {}), self.clock.reveals_end_s(epoch)
+        if state is None:
+            return {}
+        found = {
+            peer: Contribution(commit, reveals[commit.commitment][0].reveal)
+            for peer, commit in self._held(epoch, self.clock.reveals_begin_s(epoch)).items()
+            if commit.commitment in reveals and self.equivocators.get(peer, math.inf) > deadline_s
+        }
+        return {peer: each for peer, each in found.items() if counts(state, each)}
+
+    def _proposed(self, epoch: int) -> list[Contribution]:
+        """Return the contributions that we propose: those that all others hold by now, and are not of equivocators.
 
         Those that are expected come first; of too many newcomers, those that are drawn.
         """
-        state, sortition, reveals = self.state(), self._sortition(epoch), self._reveals.get(epoch, {})
+        state, sortition = self.state(), self._sortition(epoch)
         if state is None or sortition is None:
             return []
-        found = {
-            peer: Contribution(commit, reveals[commit.commitment].reveal)
-            for peer, commit in self._held(epoch, self.clock.reveals_begin_s(epoch)).items()
-            if commit.commitment in reveals
-        }
-        found = {peer: each for peer, each in found.items() if counts(state, each)}
+        found = {peer: each for peer, each in self._contributions(epoch).items() if peer not in self.equivocators}
+        reveals = [each.reveal for held in self._reveals.get(epoch, {}).values() for each in held]
+        timely = self._held(epoch, self.clock.lists_end_s(epoch)).keys() | self._listed(epoch, reveals)
+        found = {peer: each for peer, each in found.items() if peer in timely}
         expected = [found[peer] for peer in sortition.expected if peer in found]
-        others = found.keys() - {*sortition.expected}
-        beacon = self._beacon_after(state, [*found.values()], epoch)
-        ordered = [*expected, *(found[peer] for peer in newcomers_in_order(beacon, others))]
-        return ordered[:MAX_CONTRIBUTIONS]
+        known = self.chain.head.beacon
+        newcomers = newcomers_in_order(beacon_of(known, epoch), found.keys() - {*sortition.expected})[:MAX_NEWCOMERS]
+        drawn = newcomers_in_order(self._beacon_after(state, [*found.values()], epoch), newcomers)
+        return [*expected, *(found[peer] for peer in drawn)][:MAX_CONTRIBUTIONS]
 
     def _beacon_after(self, state: State, contributions: Sequence[Contribution], epoch: int) -> Digest:
         head = self.chain.head
         restart = is_stalled(len(head.members), epoch - head.epoch)
         return beacon_after(state, self._draw(head.id, state, epoch), contributions, epoch, restart=restart)
 
-    def _required(self, epoch: int, counted: Mapping[PeerId, Contribution]) -> set[PeerId]:
-        """Return the peers whose contributions a statement must not leave out."""
+    def _listed(self, epoch: int, reveals: Iterable[Reveal]) -> set[PeerId]:
+        """Return the peers that more than a third of the committee list by these reveals."""
         sortition = self._sortition(epoch)
         if sortition is None:
             return set()
-        lists = (counted[peer].reveal.inclusion for peer in sortition.committee if peer in counted)
-        listed = inclusion.listed(lists, sortition.expected, len(sortition.committee))
-        reveals, deadline_s = self._reveals.get(epoch, {}), self.clock.reveals_end_s(epoch)
-        return {
-            peer
+        lists = (each.inclusion for each in reveals if each.peer in sortition.committee)
+        return inclusion.listed(lists, sortition.expected, len(sortition.committee))
+
+    def _is_timely(self, contribution: Contribution) -> bool:
+        """Return whether a contribution was revealed in time not to be left out."""
+        epoch = contribution.commit.epoch
+        received = self._reveals[epoch][contribution.commit.commitment]
+        return received[0].received_s <= self.clock.reveals_end_s(epoch)
+
+    def _required(self, epoch: int, counted: Mapping[PeerId, Contribution]) -> set[PeerId]:
+        """Return the peers whose contributions a statement must not leave out.
+
+        Only lists count that were revealed in time: others, the proposer may not have had.
+        """
+        timely = {
+            peer: each.reveal
             for peer, each in counted.items()
-            if peer in listed and reveals[each.commit.commitment].received_s <= deadline_s
+            if peer not in self.equivocators and self._is_timely(each)
         }
+        return timely.keys() & self._listed(epoch, timely.values())
 
     def _is_valid(self, state: State, statement: Statement) -> bool:
         """Return whether a statement follows from contributions that count for us, and leaves out no required one."""
-        if not statement.commits or not {*statement.expelled} <= self.equivocators:
+        if not statement.commits or not {*statement.expelled} <= self.equivocators.keys():
             return False
-        counted = {each.commit.id: each for each in self._contributions(statement.epoch)}
-        if not {*statement.commits} <= counted.keys():
+        counted = self._contributions(statement.epoch)
+        contributions = self._named(statement, [each.commit for each in counted.values()])
+        if contributions is None:
             return False
-        contributions = [counted[commit] for commit in statement.commits]
-        by_peer = {each.commit.peer: each for each in counted.values()}
-        if not self._required(statement.epoch, by_peer) <= {each.commit.peer for each in contributions}:
+        if not self._required(statement.epoch, counted) <= {each.commit.peer for each in contributions}:
             return False
         return self._follows(self.chain.head, state, statement, contributions)
+
+    def _named(self, statement: Statement, commits: Iterable[Commit]) -> list[Contribution] | None:
+        """Return the contributions that a statement names, of those that these commits open; None if some are not here.
+
+        It names one of a peer: of two reveals either may be the one that others count.
+        """
+        reveals = self._reveals.get(statement.epoch, {})
+        opened = (
+            Contribution(commit, each.reveal) for commit in commits for each in reveals.get(commit.commitment, ())
+        )
+        held = {each.id: each for each in opened}
+        found = [held[each] for each in statement.commits if each in held]
+        is_complete = len(found) == len(statement.commits) == len({each.commit.peer for each in found})
+        return found if is_complete else None
 
     def _derive(self, entry: ChainEntry) -> bool:
         """Derive the state after a statement whose parent's is known; return whether all contributions are here."""
         statement, parent = entry.statement, entry.parent
         if statement is None or parent is None:
             return False
-        reveals = self._reveals.get(entry.epoch, {})
-        held = {each.commit.id: each.commit for each in self._commits.get((entry.epoch, parent.id), {}).values()}
-        commits = [held[commit] for commit in statement.commits if commit in held]
-        contributions = [
-            Contribution(each, reveals[each.commitment].reveal) for each in commits if each.commitment in reveals
-        ]
-        if len(contributions) < len(statement.commits):
+        received = self._commits.get((entry.epoch, parent.id), {}).values()
+        contributions = self._named(statement, [each.commit for each in received])
+        if contributions is None:
             return False
         return self._follows(parent, self._states[parent.id], statement, contributions)
 

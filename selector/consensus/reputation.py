@@ -3,6 +3,7 @@
 Log odds are the weights with which a vote of independent voters errs least (Nitzan and Paroush, 1982).
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from protocol.consensus_values import Member
@@ -56,3 +57,18 @@ def _log2(value: int) -> int:
 
 NEWCOMER_WEIGHT: Final = weight_of(Member(PeerId(""), ""))
 """A newcomer has some weight: ln 2."""
+
+
+def relative_trust(chains: Iterable[Mapping[str, int]]) -> tuple[dict[str, float], float]:
+    """Return the trust in each member, from 0 to 1, and in every other peer. `chains`: the weights of each one.
+
+    It is the weight relative to the largest one, the lowest of all chains. Without any statement every peer is trusted.
+    """
+    trust: dict[str, float] = {}
+    in_others = 1.0
+    for weights in chains:
+        if most := max(weights.values(), default=0):
+            in_others = min(in_others, NEWCOMER_WEIGHT / most)
+            for peer, weight in weights.items():
+                trust[peer] = min(trust.get(peer, 1.0), weight / most)
+    return trust, in_others

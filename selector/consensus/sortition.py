@@ -91,7 +91,12 @@ def newcomers_in_order(beacon: Digest, newcomers: Iterable[PeerId]) -> list[Peer
 
     `beacon`: of after the epoch in which they came, so that nobody can make ids that come first.
     """
-    return sorted(newcomers, key=lambda peer: digest_of("newcomer", beacon, peer))
+    return sorted(newcomers, key=lambda peer: newcomer_rank(beacon, peer))
+
+
+def newcomer_rank(beacon: Digest, peer: PeerId) -> Digest:
+    """Return a newcomer's rank: those of the lowest ranks are taken."""
+    return digest_of("newcomer", beacon, peer)
 
 
 def draw(

@@ -46,6 +46,11 @@ class Contribution(NamedTuple):
     commit: Commit
     reveal: Reveal
 
+    @property
+    def id(self) -> Digest:
+        """The digest by which a statement names it. It covers the inclusion list, of which a peer may sign several."""
+        return digest_of("contribution", self.commit.id, self.reveal.inclusion)
+
 
 @dataclass(frozen=True)
 class State:
@@ -145,11 +150,12 @@ def conclude(
     beacon = beacon_after(state, sortition, counted, epoch, restart=restart)
     fresh = _fresh_readings(sortition.cells, counted, epoch)
     members, candidates = _members_after(state, sortition, counted, fresh, banned, beacon, epoch, restart=restart)
-    before = set() if restart else {*state.peers()}
     remaining = {member.peer for member in members}
+    is_continued = restart and not remaining.isdisjoint(state.peers())
+    before = set() if restart else {*state.peers()}
     # Newcomers for whom there was no room change nothing, and are not named.
     taken = known | remaining | {candidate.peer for candidate in candidates}
-    commits = tuple(sorted(c.commit.id for c in counted if restart or c.commit.peer in taken))
+    commits = tuple(sorted(c.id for c in counted if restart or c.commit.peer in taken))
     measured = _evict_oldest({**state.measured, **_merge_readings(state, sortition.cells, fresh, epoch)})
     set_digest = digest_of("set", state.set_digest, epoch, commits)
     after = State(epoch, members, candidates, measured, banned, beacon, set_digest)
@@ -159,13 +165,14 @@ def conclude(
         parent=parent,
         proposer=proposer,
         commits=commits,
-        joined=tuple(sorted(remaining - before)),
+        joined=() if is_continued else tuple(sorted(remaining - before)),
         left=tuple(sorted(before - remaining - {*expelled})),
         expelled=tuple(expelled),
         beacon=beacon,
         set_digest=after.set_digest,
         table_digest=after.table_digest,
         state_digest=after.digest,
+        remaining=inclusion.pack(remaining, state.peers()) if is_continued else b"",
     )
     return EpochResult(statement, after)
 
@@ -182,20 +189,26 @@ def _members_after(
     restart: bool,
 ) -> tuple[tuple[Member, ...], tuple[Member, ...]]:
     """Return the members and candidates after an epoch, with their reputations."""
-    members, candidates, compared = credited(
+    audited = _readings_of(contributions, sortition.audits)
+    members, candidates, firm = credited(
         [member for member in state.members if member.peer not in banned],
         [candidate for candidate in state.candidates if candidate.peer not in banned],
         fresh,
-        _readings_of(contributions, sortition.audits),
+        audited,
         state.table,
     )
     presence = Presence(
         hardware={each.commit.peer: each.commit.hardware for each in contributions},
         lists={each.commit.peer: each.reveal.inclusion for each in contributions},
-        compared=compared,
+        compared=frozenset(cell.hardware for cell in firm),
+        evading=frozenset(
+            peer
+            for peer, cells in sortition.audits.items()
+            if firm & {*cells} and not firm & audited.get(peer, {}).keys()
+        ),
     )
     if restart:
-        return found(members, presence, beacon_of(state.beacon, epoch), beacon, epoch), ()
+        return found(members, presence, beacon, epoch), ()
     remaining, waiting = succeed(members, candidates, sortition, presence, beacon, epoch)
     return remaining, tuple(waiting)
 

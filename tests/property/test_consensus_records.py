@@ -13,6 +13,7 @@ from protocol.consensus_values import (
     MAX_EXPELLED,
     MAX_JOINED,
     MAX_LEFT,
+    MAX_REMAINING_BYTES,
     Cell,
     Commit,
     EquivocationProof,
@@ -166,8 +167,12 @@ FULL = Statement(
 )
 
 
-def test_largest_statement_fits_into_one_record() -> None:
-    assert verify_message(sign_message(FULL, KEY).envelope).body == FULL
+RESTART = replace(FULL, joined=(), left=(), remaining=b"\xff" * MAX_REMAINING_BYTES)
+
+
+@pytest.mark.parametrize("body", [FULL, RESTART])
+def test_largest_statement_fits_into_one_record(body: Statement) -> None:
+    assert verify_message(sign_message(body, KEY).envelope).body == body
 
 
 @pytest.mark.parametrize(
@@ -175,6 +180,8 @@ def test_largest_statement_fits_into_one_record() -> None:
     [
         replace(FULL, commits=numbered(MAX_CONTRIBUTIONS + 1)),
         replace(FULL, joined=numbered_peers(MAX_JOINED + 1)),
+        replace(RESTART, remaining=bytes(MAX_REMAINING_BYTES + 1)),
+        replace(RESTART, joined=numbered_peers(1)),
         replace(FULL, commits=numbered(2)[::-1]),
         replace(FULL, commits=numbered(1) * 2),
         replace(FULL, epoch=1 << 32),

@@ -7,7 +7,7 @@ honest member receives each message of the faulty one. All combinations are run.
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import pytest
@@ -28,6 +28,10 @@ REVEALS_S: Final = CLOCK.reveals_begin_s(EPOCH) + 1
 NEVER: Final = float("inf")
 COMMIT_TIMES_S: Final = (COMMITS_S, CLOCK.lists_end_s(EPOCH) + 1, NEVER)
 REVEAL_TIMES_S: Final = (REVEALS_S, CLOCK.reveals_end_s(EPOCH) + 1, NEVER)
+IN_TIME_S: Final = CLOCK.reveals_end_s(EPOCH) - 0.5
+LATE_S: Final = CLOCK.reveals_end_s(EPOCH) + 1
+LAST_S: Final = CLOCK.proposes_s(EPOCH, 0) - 0.1
+TOO_LATE_S: Final = CLOCK.proposes_s(EPOCH, 0) + 0.6
 Times = tuple[float, ...]
 """When each of the honest receives a message."""
 
@@ -77,9 +81,9 @@ def _copied(peer: Participant) -> Participant:
     made.chain.start_from(head.statement, head.members)
     made._states = peer._states.copy()
     made._commits = {key: {**found} for key, found in peer._commits.items()}
-    made._reveals = {key: {**found} for key, found in peer._reveals.items()}
+    made._reveals = {key: {of: [*each] for of, each in found.items()} for key, found in peer._reveals.items()}
     made._confirmed = {key: {*found} for key, found in peer._confirmed.items()}
-    made.equivocators = {*peer.equivocators}
+    made.equivocators = {**peer.equivocators}
     return made
 
 
@@ -93,6 +97,8 @@ class Run:
         self._peers = explored.copies()
         self._signed: dict[PeerId, set[bytes]] = {name: set() for name in self._peers}
         self._late: list[Reveal] = []
+        self._own: set[bytes] = set()
+        """The contributions of the honest."""
 
     def commit(self, times_s: Times) -> None:
         """Deliver the faulty member's commit."""
@@ -108,6 +114,8 @@ class Run:
         """Deliver all reveals."""
         drafts = {name: each.reveal for name, each in self._explored.contributions.items()}
         honest = [self._peers[name].reveal(draft, REVEALS_S) for name, draft in drafts.items()]
+        commits = (each.commit for each in self._explored.contributions.values())
+        self._own = {Contribution(*pair).id for pair in zip(commits, honest, strict=True)}
         for peer, each in itertools.product(self._peers.values(), honest):
             peer.on_reveal(each, REVEALS_S)
         if self._forwards and min(times_s) == REVEALS_S:
@@ -146,6 +154,36 @@ class Run:
                     peer.chain.add(statement)
                     peer.chain.add_signature(Signature(GENESIS, EPOCH, proposer, statement.id))
 
+    def agree_as_messages_come(self, reveals: Sequence[tuple[Reveal, Times]], proofs_s: Times) -> None:
+        """Take all turns while reveals of the faulty member, and proofs of its equivocation, still come.
+
+        Who has two reveals, has a proof. What one of the honest has, the others have a twentieth of the epoch later.
+        The faulty member signs nothing.
+        """
+        arrivals = [(reveal, _forwarded(times_s)) for reveal, times_s in reveals]
+        if len(arrivals) > 1:
+            both_s = (max(times_s) for times_s in zip(*(times_s for _, times_s in arrivals), strict=True))
+            proofs_s = tuple(min(pair) for pair in zip(proofs_s, both_s, strict=True))
+        proofs_s = _forwarded(proofs_s)
+        moments = {time_s for times_s in (proofs_s, *(each for _, each in arrivals)) for time_s in times_s}
+        turns_s = {CLOCK.proposes_s(EPOCH, turn) + 0.5 for turn in TURNS}
+        ends_s = CLOCK.starts_s(EPOCH + 1)
+        for now_s in sorted({time_s for time_s in moments | turns_s if time_s < ends_s}):
+            for number, peer in enumerate(self._peers.values()):
+                for reveal, at_s in [(reveal, times_s[number]) for reveal, times_s in arrivals]:
+                    if at_s == now_s:
+                        peer.on_reveal(reveal, now_s)
+                if proofs_s[number] == now_s:
+                    peer.on_equivocations([self._explored.faulty], now_s)
+            proposals = [peer.propose(now_s) for peer in self._peers.values()] if now_s in turns_s else []
+            for proposed, peer in itertools.product(filter(None, proposals), self._peers.values()):
+                peer.chain.add(proposed)
+            for _ in ("its proposer", "and then the others"):
+                for vote in [vote for peer in self._peers.values() if (vote := peer.vote(now_s))]:
+                    self._signed[vote.peer].add(vote.statement)
+                    for peer in self._peers.values():
+                        peer.chain.add_signature(vote)
+
     def assert_safe(self) -> None:
         """No two statements have a quorum, nobody votes twice, and no quorum leaves out or removes the honest."""
         assert all(len(statements) <= 1 for statements in self._signed.values())
@@ -153,10 +191,9 @@ class Run:
             entry.id: entry for peer in self._peers.values() for entry in peer.chain.head.path() if entry.epoch == EPOCH
         }
         assert len(quorate) <= 1
-        own = {each.commit.id for each in self._explored.contributions.values()}
         for entry in quorate.values():
             assert entry.statement is not None
-            assert own <= {*entry.statement.commits}
+            assert self._own <= {*entry.statement.commits}
             assert not {*self._peers} - {*entry.members}
             for peer in self._peers.values():
                 if (state := peer.state_after(entry.id)) is not None:
@@ -165,6 +202,11 @@ class Run:
     def assert_live(self) -> None:
         """The epoch has a statement with a quorum."""
         assert {peer.chain.head.epoch for peer in self._peers.values()} == {EPOCH}
+
+
+def _forwarded(times_s: Times) -> Times:
+    """Return when messages come that the honest forward to each other."""
+    return tuple(min(time_s, min(times_s) + CLOCK.epoch_s / 20) for time_s in times_s)
 
 
 def statements(explored: Explored, reveal: Reveal) -> Iterator[Statement]:
@@ -238,6 +280,33 @@ def test_an_epoch_is_safe_even_if_nothing_is_forwarded(turn: int) -> None:
         run.reveal(reveal, reveals_s)
         run.agree(None, receivers=0)
         run.assert_safe()
+
+
+@pytest.mark.parametrize("turn", [pytest.param(turn, id=f"proposes in turn {turn}") for turn in (0, 1, 3)])
+def test_two_reveals_of_one_faulty_member_neither_split_nor_stop_an_epoch(turn: int) -> None:
+    explored = Explored(turn)
+    first, second = (explored.reveal_of_faulty(lists_others=lists) for lists in (True, False))
+    for times_s in itertools.product((IN_TIME_S, NEVER), repeat=3):
+        for later_s in itertools.product((IN_TIME_S, LATE_S, LAST_S, NEVER), repeat=3):
+            run = Run(explored, forwards=True)
+            run.commit((COMMITS_S,) * 3)
+            run.reveal(first, (NEVER,) * 3)
+            run.agree_as_messages_come([(first, times_s), (second, later_s)], (NEVER,) * 3)
+            run.assert_safe()
+            run.assert_live()
+
+
+@pytest.mark.parametrize("turn", [pytest.param(turn, id=f"proposes in turn {turn}") for turn in (0, 1, 3)])
+def test_proof_of_equivocation_that_comes_at_any_time_does_not_stop_an_epoch(turn: int) -> None:
+    explored = Explored(turn)
+    reveal = explored.reveal_of_faulty(lists_others=True)
+    for proofs_s in itertools.product((COMMITS_S, REVEALS_S, LATE_S, LAST_S, TOO_LATE_S, NEVER), repeat=3):
+        run = Run(explored, forwards=True)
+        run.commit((COMMITS_S,) * 3)
+        run.reveal(reveal, (NEVER,) * 3)
+        run.agree_as_messages_come([(reveal, (REVEALS_S,) * 3)], proofs_s)
+        run.assert_safe()
+        run.assert_live()
 
 
 def test_order_within_a_phase_does_not_matter() -> None:

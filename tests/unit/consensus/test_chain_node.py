@@ -19,7 +19,7 @@ from node.testing.memory_history import MemoryHistory
 from node.util.offload import run_inline
 from protocol.chains import PROTOCOL_ID, ChainConnection, GetStatements, Remaining
 from protocol.consensus import SignedMessage, sign_message
-from protocol.consensus_values import Cell, EquivocationProof, Signature, Statement
+from protocol.consensus_values import Cell, Commit, EquivocationProof, Signature, Statement
 from protocol.errors import RemoteProtocolError
 from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.states import Role
@@ -179,3 +179,18 @@ async def test_session_with_endless_requests_is_a_violation() -> None:
     with pytest.raises(RemoteProtocolError, match="more than"):
         await ChainResponder(stream, Throttle(), lambda genesis: chain).run()
     assert stream.asked == MAX_ROUNDS + 3
+
+
+def test_nodes_count_the_same_strangers_in_whatever_order_they_come() -> None:
+    now_s, held = CLOCK.starts_s(EPOCH) + 1, []
+    commits = [
+        sign_message(Commit(GENESIS, EPOCH, GENESIS, peer(number), HARDWARE, bytes(32)), key(number))
+        for number in range(1, message_log.MAX_UNKNOWN_PEERS[Commit] + 60)
+    ]
+    for order in (commits, commits[::-1]):
+        replica = chain_node(memory_chain_store()).replica
+        for message in order:
+            replica.apply(message, now_s)
+        held.append({commit.peer for commit in replica.participant.unconfirmed(now_s)})
+    assert held[0] == held[1]
+    assert len(held[0]) == message_log.MAX_UNKNOWN_PEERS[Commit]

@@ -12,8 +12,10 @@ from node.identity import Identity
 from node.storage.chain_store import Uncommitted
 from protocol.consensus import Body, SignedMessage, sign_message
 from protocol.consensus_values import Reveal
+from protocol.identity import PeerId
+from selector.consensus.chain import Chain
 from selector.consensus.participant import Participant
-from tests.support.agreement import CLOCK, HARDWARE, Peer, Swarm
+from tests.support.agreement import CLOCK, GENESIS, HARDWARE, PLAN, Peer, Swarm, copy_entry, swarm_of
 
 OWN = Identity(b"7" * 32)
 COMMITS_END_S = CLOCK.commits_end_s(1) + 1
@@ -82,3 +84,18 @@ async def test_node_that_lost_messages_neither_commits_nor_reveals_in_their_epoc
     restarted = contributor(member())
     restarted.abstain(1)
     assert await restarted.contribution(COMMITS_END_S) is None
+
+
+async def test_newcomer_commits_however_many_strangers_have() -> None:
+    swarm = swarm_of(4)
+    swarm.play()
+    newcomer = Participant(OWN.peer_id, Chain(GENESIS), CLOCK, PLAN)
+    for entry in swarm.peers[0].participant.chain.canonical():
+        copy_entry(entry, newcomer.chain)
+    state = swarm.peers[0].participant.state()
+    assert state is not None
+    assert newcomer.adopt_state(state)
+    for number in range(500):
+        stranger = Participant(PeerId(f"stranger-{number}"), newcomer.chain, CLOCK, PLAN)
+        newcomer.on_commit(stranger.contribute(COMMITS_END_S, HARDWARE, [], [], bytes(32)).commit, COMMITS_END_S)
+    assert await contributor(newcomer).contribution(COMMITS_END_S) is not None

@@ -2,9 +2,9 @@
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.consensus.message_log import MAX_OF_PEER, MAX_OF_UNKNOWN_PEERS, MessageLog
+from node.consensus.message_log import MAX_OF_PEER, MAX_UNKNOWN_PEERS, MessageLog
 from protocol.consensus import SignedMessage, equivocator_of, sign_message
-from protocol.consensus_values import Commit, Reveal, Signature
+from protocol.consensus_values import Commit, Reveal, Signature, digest_of
 from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.limits import MAX_HAVE
 
@@ -24,18 +24,37 @@ def commit(number: int, epoch: int = 7, commitment: bytes = bytes(32)) -> Signed
     return sign_message(body, key(number + 1))
 
 
-def test_unknown_peers_cannot_crowd_out_members() -> None:
+def rank(number: int) -> bytes:
+    return digest_of(number)
+
+
+def test_strangers_cannot_crowd_out_members() -> None:
     log = MessageLog()
-    bound = MAX_OF_UNKNOWN_PEERS[Commit]
+    bound = MAX_UNKNOWN_PEERS[Commit]
     for number in range(bound + 20):
-        log.add(commit(number), 7, is_known=False)
+        log.add(commit(number), 7, rank(number))
     assert len(log.recent()) == bound
-    unknown, member = commit(5000), commit(5001)
-    assert log.is_full(unknown, is_known=False)
-    assert not log.is_full(member, is_known=True)
-    log.add(member, 7, is_known=True)
+    stranger, member = commit(5000), commit(5001)
+    assert log.is_full(stranger, b"\xff" * 32)
+    assert not log.is_full(member)
+    log.add(member, 7)
     assert member in log.recent().values()
     assert bound + 1 < MAX_HAVE
+
+
+def test_of_too_many_strangers_all_peers_hold_the_same_in_whatever_order_they_come() -> None:
+    one, other = MessageLog(), MessageLog()
+    messages = [(commit(number), rank(number)) for number in range(MAX_UNKNOWN_PEERS[Commit] + 30)]
+    for message, of in messages:
+        one.add(message, 7, of)
+    for message, of in reversed(messages):
+        other.add(message, 7, of)
+    assert one.digest() == other.digest()
+    assert len(one.recent()) == MAX_UNKNOWN_PEERS[Commit]
+    assert {each.id for each in one.evicted} | {each.id for each in other.evicted}
+    assert not {each.id for each in one.evicted} & {each.id for each in one.recent().values()}
+    last = max(messages, key=lambda pair: pair[1])[0]
+    assert last not in one.recent().values()
 
 
 def test_one_member_cannot_crowd_out_others() -> None:
@@ -45,7 +64,7 @@ def test_one_member_cannot_crowd_out_others() -> None:
         log.add(sign_message(body, key(1)), 7)
     assert len(log.recent()) == MAX_OF_PEER[Reveal]
     other = sign_message(Reveal(CHAIN, 7, peer(2), bytes(32), ()), key(2))
-    assert not log.is_full(other, is_known=True)
+    assert not log.is_full(other)
     log.add(other, 7)
     assert other in log.recent().values()
 

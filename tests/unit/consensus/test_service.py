@@ -93,3 +93,40 @@ async def test_chain_follows_the_package_format_once_it_is_known(autojump_clock:
             "onnxruntime",
         }
         nursery.cancel_scope.cancel()
+
+
+async def test_chain_of_a_served_model_takes_the_place_of_one_that_is_gone_or_not_used(
+    autojump_clock: MockClock,
+) -> None:
+    served, used, *others = (ModelId(f"{number:02x}" * 32) for number in (255, 254, *range(7)))
+    models = dict.fromkeys(others, False) | {used: False}
+    chains = FollowedChains()
+    environment = ConsensusEnvironment(
+        identity=Identity(bytes(32)),
+        store=memory_chain_store(),
+        history=MemoryHistory(),
+        models=lambda: models,
+        hardware=lambda: None,
+        meter=lambda _: cast("Any", None),
+        offload=run_inline,
+    )
+    rules = ConsensusRules(swarm=b"", plan=MeasurementPlan((), ()), clock=EpochClock(EPOCH_S))
+    network = MemoryNetworkHub(random.Random(0)).network(environment.identity.peer_id)
+    service = ConsensusService(network, chains, environment, rules.clock, lambda _: rules, random.Random(0))
+    async with network.running(), trio.open_nursery() as nursery:
+        nursery.start_soon(service.run)
+        await trio.sleep(3)
+        assert chains.nodes.keys() == {used, *others}
+        del models[others[3]]
+        models[served] = True
+        await trio.sleep(3)
+        assert chains.nodes.keys() == {used, served, *others} - {others[3]}, "the model is gone"
+        chains.agreement(used)
+        another = ModelId("fd" * 32)
+        models |= {another: True, ModelId("fc" * 32): False}
+        before = {*chains.nodes}
+        await trio.sleep(3)
+        assert {another, used, served} < chains.nodes.keys()
+        assert len(before - chains.nodes.keys()) == 1, "nothing else changed places"
+        assert service._by_genesis.keys() == {chain.genesis for chain in chains.nodes.values()}
+        nursery.cancel_scope.cancel()

@@ -19,8 +19,8 @@ KEYS = {
     for key in (Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in range(1, 6))
 }
 PEERS = sorted(KEYS)
-RELEASED = "7707a8d1e446261a46cdb62055b6eecb925441d6680cf57fbfb836a6f303c845"
-"""The sha256 of six epochs as they are signed and stored since version 2 of the protocol."""
+RELEASED = "e2b9e70029f79c1a0a50578e7f40bcee277146bb42b09693c99b8e4c0eac9ec5"
+"""The sha256 of six epochs as they are signed and stored since the rules `metaswarm/4`."""
 
 
 def contribution(number: int, peer: PeerId, epoch: int, parent: bytes, cells: list[Cell]) -> Contribution:

@@ -24,7 +24,7 @@ def test_only_the_training_thread_has_the_lowest_priority(monkeypatch: pytest.Mo
         seen.append((os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)))
 
     monkeypatch.setattr(prediction, "train", train)
-    monkeypatch.setattr(training_worker, "read_samples", lambda database: [])
+    monkeypatch.setattr(training_worker, "read_samples", lambda *_: [])
     before = os.getpriority(os.PRIO_PROCESS, 0)
     viewpoint = Viewpoint(peer="me", hardware="test", software="1", hour=1)
 

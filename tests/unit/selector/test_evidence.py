@@ -8,6 +8,7 @@ import pytest
 from protocol.consensus_values import Cell
 from protocol.forms import Digest
 from protocol.measurements import ObservationKind
+from protocol.stage_facts import DeviceKind, StageFacts
 from selector.consensus.table import AgreedCell
 from selector.evidence import AGREED, HINT_WEIGHT, AgreedTable, contexts_of_cells, weigh
 from selector.prediction import train
@@ -65,6 +66,15 @@ def weights(agreed: AgreedTable, *samples: Sample) -> dict[tuple[str, float | No
     return {(each.observer, each.log_ratio): weight for each, weight in weigh(samples, VIEWPOINT, [(agreed, contexts)])}
 
 
+def test_cells_of_other_hardware_count_by_how_many_members_have_it() -> None:
+    own = table((FUSED, -0.5, 5, True))
+    cells = {Cell(name, WORKLOAD, FUSED): AgreedCell(0, 3, firm=True) for name in ("usual", "made up")}
+    agreed = replace(own, cells={**own.cells, **cells}, members={HARDWARE: 4, "usual": 30, "made up": 3})
+    contexts = {cell: replace(CONTEXT, hardware=cell.hardware) for cell in agreed.cells}
+    found = {each.sample.context.hardware: each.weight for each in weigh([], VIEWPOINT, [(agreed, contexts)])}
+    assert found == {HARDWARE: 1.0, "usual": pytest.approx(0.3), "made up": pytest.approx(0.03)}
+
+
 def test_firm_cells_have_full_weight_and_hints_by_support() -> None:
     found = weights(table((FUSED, -0.5, 5, True), (ONNX, 0.25, 2, False)))
     assert found == {(AGREED, -0.5): 1.0, (AGREED, 0.25): pytest.approx(2 * HINT_WEIGHT)}
@@ -80,6 +90,43 @@ def test_free_observations_count_by_reputation_and_only_where_they_agree() -> No
     assert found["honest", -0.6] < 1.0
     elsewhere = sample("honest", log_ratio=0.4, context=replace(CONTEXT, hardware="gpu"))
     assert ("honest", 0.4) in weights(agreed, elsewhere)  # the table says nothing of other hardware
+
+
+def test_lie_about_a_task_much_like_a_cell_is_compared_with_it() -> None:
+    agreed = table((FUSED, -0.5, 5, True))
+    alike = [replace(CONTEXT, prompt_tokens=91), replace(CONTEXT, max_tokens=20, repetitiveness=0.2)]
+    for context in alike:
+        assert set(weights(agreed, sample("honest", log_ratio=0.4, context=context))) == {(AGREED, -0.5)}
+        assert len(weights(agreed, sample("honest", log_ratio=-0.4, context=context))) == 2
+    for context in (replace(CONTEXT, prompt_tokens=2000), replace(CONTEXT, shared_prefix_share=0.9)):
+        assert len(weights(agreed, sample("honest", log_ratio=0.4, context=context))) == 2
+
+
+def free(observers: int, reports: int) -> list[Sample]:
+    """Return reports of many observers on a task that the table says nothing of."""
+    elsewhere = replace(CONTEXT, prompt_tokens=4000)
+    return [sample(f"peer {i}", log_ratio=0.4, context=elsewhere) for i in range(observers) for _ in range(reports)]
+
+
+def foreign_weight(agreed: AgreedTable, viewpoint: Viewpoint, samples: list[Sample]) -> float:
+    found = weigh(samples, viewpoint, [(agreed, dict.fromkeys(agreed.cells, CONTEXT))])
+    return sum(each.weight for each in found if each.sample.observer not in {AGREED, "me"})
+
+
+def test_strangers_count_together_as_one_peer() -> None:
+    strangers = replace(VIEWPOINT, default_trust=0.5)
+    assert foreign_weight(table((FUSED, -0.5, 5, True)), strangers, free(100, 50)) == pytest.approx(10)
+
+
+def test_reports_of_others_never_outweigh_what_was_agreed() -> None:
+    names = [method(engine="fused", prefill_chunk=chunk).name for chunk in ("64", "256")] + [FUSED]
+    cells = {Cell(HARDWARE, workload, name): AgreedCell(0, 5, firm=True) for workload in WORKLOADS for name in names}
+    agreed = replace(table(), cells=cells)
+    members = replace(VIEWPOINT, trust={f"peer {i}": 1.0 for i in range(10)})
+    assert foreign_weight(agreed, members, free(10, 100)) == pytest.approx(len(cells))
+    assert foreign_weight(table(), members, free(10, 100)) == pytest.approx(100)  # nothing is agreed
+    own = [sample("me") for _ in range(60)]
+    assert foreign_weight(agreed, members, [*own, *free(10, 100)]) == pytest.approx(60)
 
 
 def test_own_measurement_counts_against_the_table() -> None:
@@ -136,11 +183,28 @@ def test_only_members_say_where_agreed_cells_were_measured_and_our_own_word_is_f
     assert stage_counts(reading("me", hour=1), reading("honest", **odd)) == [3]
 
 
+def test_context_of_a_cell_is_what_members_have_in_the_middle() -> None:
+    def facts(memory_read_bytes_per_s: float, **changes: Any) -> StageFacts:
+        known: dict[str, Any] = {"blocks": 30, "device": DeviceKind.CPU, "memory_bytes": 1 << 34, "threads": 2}
+        return StageFacts(**{**known, "memory_read_bytes_per_s": memory_read_bytes_per_s, **changes})
+
+    def told(observer: str, each: StageFacts, **changes: Any) -> Sample:
+        return reading(observer, context=replace(CONTEXT, stage_facts=(each,), **changes), hour=101)
+
+    agreed = table((FUSED, -0.5, 5, True))
+    honest = [told("honest", facts(20e9)), told("other", facts(21e9)), told("third", facts(22e9, threads=4))]
+    lies = [told("liar", facts(1.0, memory_bytes=1)), told("second liar", facts(1e15), link_s=9.0, stage_count=9)]
+    trust = {"honest": 0.8, "other": 0.7, "third": 0.9, "liar": 1.0, "second liar": 1.0}
+    [found] = contexts_of_cells(agreed, [*honest, *lies], replace(VIEWPOINT, trust=trust)).values()
+    assert (found.stage_count, found.link_s) == (1, 0.0)
+    assert found.stage_facts == (facts(20e9),)
+
+
 def best(agreed: AgreedTable, *samples: Sample) -> str:
     """Return the method that a model learned from a table prefers in the cells' own context."""
     predictor = train(samples, VIEWPOINT, [agreed])
     assert predictor is not None
-    assert predictor.learned_from == {MODEL: {HARDWARE}}
+    assert predictor.learned_from == {MODEL: {cell.hardware for cell in agreed.cells}}
     predicted = predictor.table(CONTEXT)
     return min((FUSED, ONNX, BASELINE.name), key=lambda name: predicted[name].log_cost)
 
@@ -150,6 +214,22 @@ def test_another_table_changes_the_predicted_best() -> None:
     others = [(method(engine="fused", prefill_chunk=chunk).name, 0.5, 5, True) for chunk in ("64", "128", "256")]
     for winner, loser in ((FUSED, ONNX), (ONNX, FUSED)):
         assert best(table((winner, -2.0, 5, True), (loser, 1.0, 5, True), *others), *known) == winner
+
+
+def test_made_up_hardware_with_the_figures_of_this_one_does_not_change_the_predicted_best() -> None:
+    known = [reading("me", 0.0, name=BASELINE.name, context=CONTEXT) for _ in range(5)]
+    told = [reading("honest", 0.0, name=BASELINE.name, context=replace(CONTEXT, hardware="made up"))]
+    truth = {FUSED: -1.5, ONNX: 0.5, **{method(engine="fused", prefill_chunk=c).name: 0.2 for c in ("64", "128")}}
+    lies = {name: {FUSED: 1.0, ONNX: -3.0}.get(name, ratio) for name, ratio in truth.items()}
+    agreed = replace(
+        table(*((name, ratio, 3, True) for name, ratio in truth.items())), members={HARDWARE: 7, "made up": 3}
+    )
+    made_up = {
+        Cell("made up", workload, name): AgreedCell(round(ratio * 1e6), 3, firm=True)
+        for workload in WORKLOADS
+        for name, ratio in lies.items()
+    }
+    assert best(replace(agreed, cells={**agreed.cells, **made_up}), *known, *told) == FUSED
 
 
 def test_new_hardware_goes_by_what_all_other_hardware_has_ahead() -> None:

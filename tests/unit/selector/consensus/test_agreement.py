@@ -6,6 +6,7 @@ import pytest
 
 from protocol.consensus_values import Cell, Signature
 from protocol.identity import PeerId
+from selector.consensus import inclusion
 from selector.consensus.chain import (
     ABANDONED_EPOCHS,
     MAX_CANDIDATES,
@@ -168,8 +169,9 @@ def test_half_of_the_members_restart_a_stalled_chain_and_a_single_one_only_much_
             epoch=head.epoch + gap,
             parent=head.id,
             proposer=names[0],
-            joined=tuple(names[:present]),
+            joined=(),
             left=(),
+            remaining=inclusion.pack(names[:present], head.members),
         )
         if refused:
             with pytest.raises(InvalidStatement, match="too few"):
@@ -235,12 +237,35 @@ def test_absent_member_is_removed() -> None:
     assert swarm.peers[7].name not in state_of(swarm.peers[0]).peers()
 
 
+def test_who_measures_nothing_does_not_wait_the_audit_out() -> None:
+    swarm = swarm_of(6)
+
+    def measured_sometimes(cell: Cell) -> int | None:
+        return truth(cell) if swarm.epoch % 3 == 0 else None
+
+    for peer in swarm.peers:
+        peer.measure = measured_sometimes
+    swarm.play()
+    idle, diligent = Peer("idle", lambda _: None), Peer("diligent", measured_sometimes)
+    swarm.peers += [idle, diligent]
+    for _ in range(20):
+        swarm.play()
+    members = state_of(swarm.peers[0]).peers()
+    assert diligent.name in members
+    assert idle.name not in members
+    for peer in swarm.peers:
+        peer.measure = lambda _: None  # nobody uses the swarm any more
+    for _ in range(8):
+        swarm.play()
+    assert idle.name in state_of(swarm.peers[0]).peers()
+
+
 def test_proven_equivocator_is_expelled_for_good() -> None:
     swarm = swarm_of(6)
     swarm.play()
     cheat = swarm.peers[0]
     for peer in swarm.peers:
-        peer.participant.equivocators.add(cheat.name)
+        peer.participant.on_equivocations([cheat.name], CLOCK.starts_s(1))
     for _ in range(3):
         swarm.play()
     state = state_of(swarm.peers[1])
@@ -309,8 +334,7 @@ def test_commit_after_the_reveal_phase_began_does_not_count() -> None:
         judge.on_reveal(reveal, CLOCK.reveals_begin_s(swarm.epoch) + 2)
     statement = judge.propose(CLOCK.proposes_s(swarm.epoch, 3))
     assert statement is not None
-    assert contributions[2].commit.id not in statement.commits
-    assert len(statement.commits) == 2
+    assert {*statement.commits} == {each.id for each in contributions[:2]}
 
 
 def test_commit_with_unavailable_observations_does_not_count() -> None:
@@ -318,13 +342,13 @@ def test_commit_with_unavailable_observations_does_not_count() -> None:
     now_s = CLOCK.starts_s(0) + 10
     mine, others = (swarm.contribution(peer, now_s) for peer in swarm.peers)
     judge = swarm.peers[0].participant
-    judge.reveal(mine.reveal, CLOCK.reveals_begin_s(0))
+    mine = mine._replace(reveal=judge.reveal(mine.reveal, CLOCK.reveals_begin_s(0)))
     judge.on_commit(others.commit, now_s)
     judge.on_reveal(others.reveal, now_s)
     assert judge.unconfirmed(now_s) == [others.commit]
     statement = judge.propose(CLOCK.proposes_s(0, 3))
     assert statement is not None
-    assert statement.commits == (mine.commit.id,)
+    assert statement.commits == (mine.id,)
 
 
 def test_newcomer_verifies_the_chain_and_adopts_the_state_by_its_digest() -> None:

@@ -1,14 +1,19 @@
 """Inclusion lists decide who was absent, audits who joins, and a beacon unknown before who comes first."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
+
+import pytest
 
 from protocol.consensus_values import MAX_CANDIDATES, MAX_JOINED, Commit, Member, Reveal
 from protocol.identity import PeerId
 from selector.consensus import inclusion
+from selector.consensus.chain import STALL_EPOCHS, members_after
 from selector.consensus.membership import AUDITED, WAITING_EPOCHS, Presence, founders, succeed
 from selector.consensus.reputation import weight_of
-from selector.consensus.sortition import Sortition, next_beacon
-from selector.consensus.state import Contribution, State, beacon_after
+from selector.consensus.sortition import MeasurementPlan, Sortition, next_beacon
+from selector.consensus.state import Contribution, State, beacon_after, conclude, initial_state
 
 HARDWARE = "two cores"
 MEMBERS = [Member(PeerId(f"peer-{number}"), HARDWARE) for number in range(6)]
@@ -108,6 +113,29 @@ def test_where_nothing_is_compared_candidates_join_one_by_one_after_waiting() ->
     assert {*after(lists_naming(0), waiting, epoch=3 + WAITING_EPOCHS, compared=compared)} == {*NAMES}
 
 
+def test_wait_begins_anew_with_everything_that_is_compared_on_the_same_hardware() -> None:
+    candidates = [Member(PeerId("waiting"), "rare", since=0)]
+    for epoch in range(1, 20):
+        compared = frozenset(["rare"] if epoch % (WAITING_EPOCHS - 1) == 0 and epoch < 12 else [])
+        presence = Presence(dict.fromkeys((*NAMES, candidates[0].peer), ""), lists_naming(0), compared)
+        members, candidates = succeed(MEMBERS, candidates, SORTITION, presence, b"beacon", epoch)
+        if not candidates:
+            break
+    assert epoch == 10 + WAITING_EPOCHS
+    assert candidates == []
+    assert len(members) == len(NAMES) + 1
+
+
+def test_candidates_that_measure_nothing_do_not_keep_their_places() -> None:
+    candidates = [Member(PeerId(f"idle-{number}"), HARDWARE) for number in range(MAX_CANDIDATES)]
+    names = frozenset(each.peer for each in candidates)
+    for epoch in range(1, 4):
+        presence = Presence(dict.fromkeys((*NAMES, *names), ""), lists_naming(0), frozenset([HARDWARE]), names)
+        members, candidates = succeed(MEMBERS, candidates, SORTITION, presence, b"beacon", epoch)
+    assert candidates == []
+    assert len(members) == len(NAMES)
+
+
 def test_newcomers_are_drawn_by_a_beacon_that_nobody_knew_when_they_came() -> None:
     crowd = [PeerId(f"crowd-{number:03}") for number in range(90)]
     presence = Presence({**dict.fromkeys(NAMES, ""), **dict.fromkeys(crowd, HARDWARE)}, {})
@@ -122,13 +150,39 @@ def test_newcomers_are_drawn_by_a_beacon_that_nobody_knew_when_they_came() -> No
 
 def test_strangers_do_not_found_a_chain_beside_former_members() -> None:
     strangers = [PeerId(f"a-{number:03}") for number in range(200)]
-    assert {*founders(NAMES, [*strangers, *NAMES[:2]], b"drawn", b"beacon")} == {*NAMES[:2]}
-    assert len(founders(NAMES, strangers, b"drawn", b"beacon")) == MAX_JOINED
+    assert {*founders(NAMES, [*strangers, *NAMES[:2]], b"beacon")} == {*NAMES[:2]}
+    assert len(founders(NAMES, strangers, b"beacon")) == MAX_JOINED
 
 
-def test_nonces_do_not_change_which_former_members_restart_a_chain() -> None:
-    former = [PeerId(f"former-{number:03}") for number in range(3 * MAX_JOINED)]
-    assert founders(former, former, b"drawn", b"one") == founders(former, former, b"drawn", b"two")
+@pytest.mark.parametrize("seed", range(12))
+def test_restart_gives_hostile_members_no_larger_share(seed: int) -> None:
+    rng = Random(seed)
+    names = sorted(PeerId(f"peer-{rng.getrandbits(64):016x}") for _ in range(100))
+    silent = {*rng.sample(names, 34)}  # for 12 epochs; now they take part again
+    state = replace(initial_state(b"genesis"), epoch=5, members=tuple(Member(name, HARDWARE) for name in names))
+    plan, epoch = MeasurementPlan(("short",), ("fast",)), 5 + STALL_EPOCHS + 1
+    for absent in (set(), {*sorted(silent)[:20]}, silent):
+        contributions = [
+            Contribution(
+                Commit(b"chain", epoch, b"parent", name, "", b"commitment", ()),
+                Reveal(b"chain", epoch, name, rng.randbytes(32), ()),
+            )
+            for name in names
+            if name not in absent
+        ]
+        statement, after = conclude(
+            b"chain",
+            b"parent",
+            state,
+            state.draw(epoch, plan),
+            epoch=epoch,
+            proposer=names[0],
+            contributions=contributions,
+            equivocators=(),
+            restart=True,
+        )
+        assert {*after.peers()} == {*names} - absent
+        assert members_after(names, 5, state.beacon, statement) == (after.peers(), True)
 
 
 def test_inclusion_list_names_the_held_commits() -> None:

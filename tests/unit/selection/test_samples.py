@@ -1,0 +1,51 @@
+"""Whoever floods the history, what this node and the members of the consensus measured is still learned from."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from node.selection.samples import read_samples
+from node.storage.database import open_database
+from node.storage.history import HistoryStore
+from protocol.measurements import ObservationKind
+from protocol.observations import BUCKET_S, SignedObservation, sign_observation
+from tests.support.observations import NOW_S, key, observation, peer, signed
+
+OWN, MEMBER, FLOODER = 0, 1, 2
+EARLIER_S = NOW_S - BUCKET_S
+
+
+def assigned(number: int, observer: int) -> SignedObservation:
+    """Return an assigned measurement of before the flood."""
+    made = observation(number, observer=observer, issued_at_s=EARLIER_S)
+    measurements = replace(made.measurements, log_ratio_to_baseline=-0.5)
+    return sign_observation(replace(made, kind=ObservationKind.ASSIGNED, measurements=measurements), key(observer))
+
+
+async def observers_read(tmp_path: Path, *observations: SignedObservation) -> list[tuple[str, ObservationKind]]:
+    database = tmp_path / "metaswarm.sqlite3"
+    async with open_database(database) as opened:
+        await HistoryStore(opened).add_many(observations)
+    return [(each.observer, each.kind) for each in read_samples(database, peer(OWN), [peer(MEMBER)], limit=20)]
+
+
+async def test_one_observer_does_not_push_out_the_others(tmp_path: Path) -> None:
+    known = [signed(number, observer=OWN, issued_at_s=EARLIER_S) for number in range(3)]
+    flood = [signed(number, observer=FLOODER) for number in range(10, 60)]
+    found = await observers_read(tmp_path, *known, assigned(4, MEMBER), *flood)
+    assert len(found) == 20
+    assert found[:4] == [(peer(OWN), ObservationKind.SERVED)] * 3 + [(peer(MEMBER), ObservationKind.ASSIGNED)]
+
+
+async def test_many_observers_do_not_push_out_assigned_measurements_of_members(tmp_path: Path) -> None:
+    served = [signed(number, observer=MEMBER) for number in range(10)]
+    flood = [signed(number, observer=number) for number in range(10, 60)]
+    found = await observers_read(tmp_path, *served, assigned(4, MEMBER), *flood)
+    assert found[0] == (peer(MEMBER), ObservationKind.ASSIGNED)
+    assert len({observer for observer, _ in found}) == 10
+
+
+async def test_half_of_what_is_learned_from_may_be_own(tmp_path: Path) -> None:
+    known = [signed(number, observer=OWN) for number in range(30)]
+    others = [signed(number, observer=number, issued_at_s=EARLIER_S) for number in range(40, 60)]
+    found = await observers_read(tmp_path, *known, *others)
+    assert [observer for observer, _ in found].count(peer(OWN)) == 10
