@@ -22,7 +22,8 @@ from selector.routing import NoRouteError
 def test_blocks_of_peers_that_cannot_be_reached_are_told_from_those_that_nobody_serves(
     unreached: tuple[str, ...], told: str
 ) -> None:
-    job = SimpleNamespace(model=SimpleNamespace(name="tiny"), admitted=(), kind=TaskKind.GENERATE)
+    request = SimpleNamespace(budget=None)
+    job = SimpleNamespace(model=SimpleNamespace(name="tiny"), admitted=(), kind=TaskKind.GENERATE, request=request)
     error = NoRouteError([BlockRange(3, 6)])
     error.unreached = unreached
     assert str(no_route(cast("Job", job), error, {}, {})).startswith(told)
