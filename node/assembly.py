@@ -38,6 +38,7 @@ from node.replication.observations import ObservationReplicator
 from node.selection.chooser import LearnedChooser, LearnedVoter
 from node.selection.learner import Learner
 from node.selection.prediction_cache import PredictionCache
+from node.stages.background_allowance import BackgroundAllowance
 from node.stages.block_placement import PlacementAnnouncements
 from node.stages.scheduler import Batching, PolicyController
 from node.stages.span_supervisor import ServingOptions, SpanSupervisor
@@ -160,6 +161,7 @@ def build_node(config: NodeConfig, database: Database, devices: Sequence[Device]
         voter=LearnedVoter(selection.predictions),
         controller=partial(PolicyController, batching=Batching(config.batching)),
         agreed=selection.chains.agreement,
+        background=BackgroundAllowance(config.exploration, network.busy_threads),
     )
     swarm = build_swarm(config, network, stages)
     serving = build_serving(config, network, swarm, stages, devices, progress)
@@ -371,6 +373,7 @@ def build_consensus(
             network.jitter,
             allowance=allowance,
             quality=partial(client.quality_store.quality, model),
+            own_peer=network.identity.peer_id,
             own_route=lambda: route_alone(stages, network.identity.peer_id, model),
         )
 

@@ -9,11 +9,11 @@ import structlog
 import trio
 
 from node.consensus.measuring_allowance import MeasuringAllowance
-from node.coordinator.observation import Recorder
-from node.coordinator.submission import JobError
+from node.coordinator.observation import Recorder, ServedJob
+from node.coordinator.submission import JobError, JobErrorCode
 from node.coordinator.trial_runner import BenchmarkRunner, Spending, TrialSpec
 from protocol.consensus_values import Cell
-from protocol.identity import ModelId, Stage
+from protocol.identity import ModelId, PeerId, Stage
 from protocol.measurements import Objective, Observation, ObservationKind, QualityBound
 from selector.consensus.sortition import MeasurementPlan
 from selector.quality import MeasuredQuality, admits
@@ -54,12 +54,14 @@ class MeasurementRunner:
         *,
         allowance: MeasuringAllowance,
         quality: Callable[[Method], MeasuredQuality | None],
+        own_peer: PeerId,
         own_route: Callable[[], tuple[Stage, ...]] = tuple,
     ) -> None:
         """`is_busy`: returns whether this node has other jobs, which are not disturbed.
 
         `quality`: of a lossy method, as far as it was measured here for users' jobs; others are not measured.
-        `own_route`: over this node alone, whose hardware the cells name, if it serves the whole model.
+        `own_peer`: this node, whose hardware the cells name. `own_route`: over it alone, if it serves the whole model;
+        else it is a part of the route, or there is no reading.
         """
         self._trials = trials
         self._recorder = recorder
@@ -68,7 +70,10 @@ class MeasurementRunner:
         self._rng = rng
         self._allowance = allowance
         self._quality = quality
+        self._own_peer = own_peer
         self._own_route = own_route
+        self._takes_s: dict[str, float] = {}
+        """Processor seconds that a cell of each workload took, or twice what did not suffice for it."""
         self._unrevealed: list[Observation] = []
 
     async def measure(self, cell: Cell) -> float | None:
@@ -80,12 +85,15 @@ class MeasurementRunner:
         bound = QualityBound.EXACT if method.exact else QualityBound.ANY
         if not admits(bound, method, self._quality(method)):
             return None
+        limit_s = self._allowance.left_s
+        if limit_s < self._takes_s.get(cell.workload, 0.0):  # what cannot be finished is not begun
+            return None
         objective = Objective(workload.objective)
         # Members begin at the same time, often on one route: who is first goes on undisturbed, the others wait.
         await trio.sleep(2 * IDLE_ROUND_S * self._rng.random())
         while self._is_busy():  # noqa: ASYNC110  # other peers' sessions end without notice
             await trio.sleep(IDLE_ROUND_S * self._rng.uniform(0.5, 2))
-        spending = Spending()
+        spending = Spending(processor_limit_s=limit_s)
         spec = TrialSpec(
             model=self._model,
             methods=[cell.method],
@@ -96,20 +104,30 @@ class MeasurementRunner:
             quality=bound,
             spending=spending,
             stages=self._own_route(),
+            route_for=objective,
+            route_fault=self._route_fault,
         )
         try:
             trial = await self._trials.run(spec, self._withhold)
         except JobError as error:
             _logger.info("cell not measured", method=cell.method, workload=cell.workload, reason=error.message)
+            if error.code is JobErrorCode.FAILED and spending.processor_s > limit_s / 2:
+                self._takes_s[cell.workload] = 2 * limit_s
             return None
         finally:
             # Whatever comes of it: one that always fails would otherwise be repeated for ever.
             self._allowance.spend(spending.processor_s)
+        self._takes_s[cell.workload] = spending.processor_s
         [tried] = trial.methods
         if tried.error is not None:
             _logger.info("cell not measured", method=cell.method, workload=cell.workload, reason=tried.error)
             return None
         return statistics.median(trial.log_ratios(tried, objective))
+
+    def _route_fault(self, job: ServedJob) -> str | None:
+        """Return why a reading over the route of a job would be of other machines than the cell's, if it would."""
+        is_there = any(stage.peer == self._own_peer for stage in job.result.route)
+        return None if is_there else "the best route does not contain this node, of whose hardware the cell is"
 
     async def revealed(self) -> None:
         """Publish the observations, which other peers could copy until the readings were revealed."""

@@ -30,9 +30,14 @@ class MeasuringAllowance:
     @property
     def is_left(self) -> bool:
         """Whether a measurement may begin."""
-        if self._share <= 0 or self._bucket.level(trio.current_time()) <= 0:
-            return False
-        return self._spent_s < INITIAL_S + self._share * self._served_s()
+        return self._bucket.level(trio.current_time()) > 0 and self.left_s > 0
+
+    @property
+    def left_s(self) -> float:
+        """The processor seconds that are left, in whatever time."""
+        if self._share <= 0:
+            return 0.0
+        return max(0.0, INITIAL_S + self._share * self._served_s() - self._spent_s)
 
     def spend(self, seconds: float) -> None:
         """Record the processor seconds that a measurement took; what it took too much delays the next ones."""

@@ -286,11 +286,10 @@ class ResilientRoute:
         try:
             return await plan_sessions(self._services, job, needs, self._method, serving, may_explore=may_explore)
         except JobError as error:
-            left_out = self._reconnected | self._avoided
+            left_out = self._reconnected | self._avoided  # full or lost: within the budget, but not now
             is_for_good = all(refusal.reason is RefusalReason.UNABLE for refusal in left_out.values())
             if error.code is not JobErrorCode.OVER_BUDGET or is_for_good:
                 raise
-            # Among the peers that are full or lost there may be a cheaper one, which has room later.
             raise no_route(job, NoRouteError(()), left_out, self._outdated) from None
 
     async def _try_route(self, planned: PlannedRoute, request: SessionRequest) -> bool:

@@ -88,11 +88,10 @@ class Spending:
         """The seconds that jobs may still take."""
         return max(0.0, min(self.limit_s - self.spent_s, (self.processor_limit_s - self.processor_s) / self.threads))
 
-    def check(self, seconds: float = 0.0) -> None:
-        """Raise JobError where a trial that takes so many seconds more would take longer than it may."""
-        if seconds >= self.left_s:
-            limit_s = min(self.limit_s, self.processor_limit_s / self.threads)
-            raise JobError(JobErrorCode.FAILED, f"the trial would take longer than the {limit_s:.0f} s that it may")
+    def exceeded(self) -> JobError:
+        """Return the error of a trial that has taken too long, or would."""
+        limit_s = min(self.limit_s, self.processor_limit_s / self.threads)
+        return JobError(JobErrorCode.FAILED, f"the trial would take longer than the {limit_s:.0f} s that it may")
 
     def charge(self, seconds: float, run: "Run", *, is_done: bool) -> None:
         """Add a run that took so many seconds; `run` has those of its jobs that ended, `is_done` says whether all."""
@@ -327,8 +326,9 @@ class _TrialRuns:
             is_valid = len(routes) == 1 and not any(run.is_invalid for run in runs.values())
             if is_valid and (not rounds or routes <= {run.route for run in rounds[0].values()}):
                 rounds.append(runs)
-                if (missing := self.spec.rounds - len(rounds)) > 0:  # what cannot be finished is given up at once
-                    spending.check(missing * (spending.spent_s - before_s))
+                missing = self.spec.rounds - len(rounds)
+                if missing > 0 and missing * (spending.spent_s - before_s) >= spending.left_s:
+                    raise spending.exceeded()  # what cannot be finished is given up at once
                 continue
             rounds, invalid = [runs] if is_valid else rounds, invalid + 1  # another route: the comparison begins anew
             if invalid > MAX_INVALID:
@@ -341,8 +341,7 @@ class _TrialRuns:
         began_s, cuts = trio.current_time(), 0
         is_trial = self.spec.kind is ObservationKind.PROBE
         while True:
-            now_s = trio.current_time()
-            until_s = now_s + MAX_WAIT_S if is_trial else began_s + BUSY_TIMEOUT_S
+            until_s = trio.current_time() + MAX_WAIT_S if is_trial else began_s + BUSY_TIMEOUT_S
             gives_way = self.spec.is_background and cuts < MAX_CUTS and await self._finds_gap(until_s)
             if self.spec.is_background and not (gives_way or is_trial):
                 raise JobError(JobErrorCode.FULL, "users' jobs leave no gap")
@@ -350,7 +349,6 @@ class _TrialRuns:
                 return await self._run(workload, method, gives_way=gives_way)
             except _CutOff:
                 cuts += 1
-                continue
             except JobError as error:
                 is_in_the_way = self.spec.is_background and error.code is JobErrorCode.FULL
                 limit_s = BUSY_TIMEOUT_S if is_in_the_way else READY_TIMEOUT_S
@@ -359,7 +357,7 @@ class _TrialRuns:
                 if error.code is not JobErrorCode.FULL:
                     # A stage may be gone: the round is invalid then, and begun anew elsewhere.
                     self.stages = () if is_trial else self.spec.stages
-            await trio.sleep(RETRY_S * self.rng.uniform(0.5, 2))
+                await trio.sleep(RETRY_S * self.rng.uniform(0.5, 2))
 
     async def _finds_gap(self, until_s: float) -> bool:
         """Wait for a gap between this node's jobs, until a time; return whether there was one."""
@@ -377,14 +375,21 @@ class _TrialRuns:
         """Have a method do a workload once, with new prompts. `gives_way`: to a job of this node, by _CutOff."""
         done: list[ServedJob] = []
         errors: list[JobError | _CutOff] = []
-        spending = self.spec.spending
-        is_paced = self.spec.is_background and not gives_way
-        limit_s = spending.left_s / (BACKGROUND_SHARE if is_paced else 1)
+        spending, left_s, used_s, seen_s = self.spec.spending, self.spec.spending.left_s, 0.0, 0.0
 
-        async def give_way() -> None:
-            while not self._is_in_the_way():  # noqa: ASYNC110  # jobs begin without notice
+        def count() -> None:
+            """Count the time that the run used: beside jobs of this node it gets a share."""
+            nonlocal used_s, seen_s
+            now_s = trio.current_time()
+            is_paced = self.spec.is_background and self._is_in_the_way()
+            used_s += (now_s - seen_s) * (BACKGROUND_SHARE if is_paced else 1.0)
+            seen_s = now_s
+
+        async def watch() -> None:
+            while used_s < left_s and not (gives_way and self._is_in_the_way()):
                 await trio.sleep(GIVE_WAY_S)
-            errors.append(_CutOff())
+                count()
+            errors.append(_CutOff() if used_s < left_s else spending.exceeded())
             nursery.cancel_scope.cancel()
 
         async def run_job(prompt: tuple[int, ...]) -> None:
@@ -411,21 +416,18 @@ class _TrialRuns:
 
         prompts = make_prompts(self.text, workload, self.rng, self.common)
         async with self.lock:
-            began_s = trio.current_time()
+            seen_s = trio.current_time()
             try:
-                with trio.move_on_after(limit_s) as limit:
-                    async with trio.open_nursery() as watching:
-                        if gives_way:
-                            watching.start_soon(give_way)
-                        async with trio.open_nursery() as nursery:
-                            for prompt in prompts:
-                                nursery.start_soon(run_job, prompt)
-                        watching.cancel_scope.cancel()
+                async with trio.open_nursery() as watching:
+                    if gives_way or math.isfinite(left_s):
+                        watching.start_soon(watch)
+                    async with trio.open_nursery() as nursery:
+                        for prompt in prompts:
+                            nursery.start_soon(run_job, prompt)
+                    watching.cancel_scope.cancel()
             finally:
-                took_s, is_done = trio.current_time() - began_s, len(done) == len(prompts)
-                spending.charge(took_s, Run(jobs=done), is_done=is_done)
-        if limit.cancelled_caught:
-            spending.check(math.inf)
+                count()
+                spending.charge(used_s, Run(jobs=done), is_done=len(done) == len(prompts))
         if errors:
             raise errors[0]
         if fault := self.spec.route_fault(done[0]):

@@ -10,6 +10,7 @@ from node.engine.interface import PAGE_POSITIONS, EngineError, EngineFull, SpanI
 from node.links.base_link import LinkBroken
 from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
+from node.stages.background_allowance import BackgroundAllowance
 from node.stages.fair_share import may_take, most_pages
 from node.stages.peer_penalties import PeerPenalties
 from node.stages.session import StageSession
@@ -47,7 +48,9 @@ class SessionAdmission:
         records: PeerPenalties,
         voter: Voter,
         agreed: Callable[[ModelId], Agreement | None],
+        background: BackgroundAllowance,
     ) -> None:
+        self._background = background
         self._table = table
         self._link_pool = link_pool
         self._records = records
@@ -128,6 +131,8 @@ class SessionAdmission:
         sessions = list(self._table.sessions())
         if message.background and any(session.opened_by.peer != peer for session in sessions):
             raise _Refusal(RefusalReason.FULL, "this peer serves others, who come before a measurement", span)
+        if message.background and peer != self._link_pool.peer_id and not self._background.is_left:
+            raise _Refusal(RefusalReason.FULL, "this peer has computed as much for measurements as it may", span)
         if sum(session.opened_by.peer == peer for session in sessions) >= MAX_SESSIONS:
             raise _Refusal(RefusalReason.FULL, f"{MAX_SESSIONS} sessions of yours are open here, the maximum", span)
         if span is None:

@@ -14,6 +14,7 @@ from node.engine.interface import BadRequest, EngineError, Variant
 from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
 from node.network.interface import Network
+from node.stages.background_allowance import USUAL_SHARE, BackgroundAllowance
 from node.stages.draft_model import DraftModel
 from node.stages.peer_penalties import PeerPenalties, StagePeerStatistics
 from node.stages.replay_buffer import REPLAY_BYTES
@@ -49,18 +50,20 @@ class StageServer:
         voter: Voter,
         controller: Callable[[], PolicyController],
         agreed: Callable[[ModelId], Agreement | None],
+        background: BackgroundAllowance | None = None,
     ) -> None:
         """`private_key` countersigns what jobs cost here, `hardware` names what they ran on.
 
         `voter` predicts the cost of methods; `controller` makes, for each span, what decides over its policy; `agreed`
-        returns what the swarm has agreed about a model.
+        returns what the swarm has agreed about a model. `background`: what measurements of other peers may take.
         """
         self.link_pool = LinkPool(network, agent, self)
         self.observer: StageObserver = NoStageObserver()
         """Of the spans that are served from now on."""
         self._table = SpanTable()
         self._records = PeerPenalties()
-        self._admission = SessionAdmission(self._table, self.link_pool, self._records, voter, agreed)
+        self._background = background or BackgroundAllowance(USUAL_SHARE)
+        self._admission = SessionAdmission(self._table, self.link_pool, self._records, voter, agreed, self._background)
         self._controller = controller
         self._private_key = private_key
         self._hardware = hardware
@@ -269,7 +272,7 @@ class StageServer:
         await closing.admitted.wait()
         span.end(closing)
         statistics = closing.state.counters.statistics()
-        self.served_s += 0.0 if closing.request.background else statistics.compute_s
+        self._account(closing, statistics.compute_s)
         observed = StageObservation(
             peer=self.link_pool.peer_id, blocks=closing.info.blocks, hardware=self._hardware(), statistics=statistics
         )
@@ -295,6 +298,15 @@ class StageServer:
             for session in tuple(span.sessions.values()):
                 if session.opened_by is link:
                     span.end(session)
+                    self._account(session, session.state.counters.statistics().compute_s)
+
+    def _account(self, session: StageSession, compute_s: float) -> None:
+        """Count what a session computed that has ended."""
+        if not session.request.background:
+            self.served_s += compute_s
+            self._background.earn(compute_s)
+        elif session.opened_by.peer != self.link_pool.peer_id:
+            self._background.charge(compute_s)
 
 
 def _history_fault(session: StageSession, message: Begin) -> str | None:

@@ -23,6 +23,7 @@ from node.models.library import KnownModel
 from node.models.vocabulary import Vocabulary
 from node.network.addresses import AddressBook
 from node.network.interface import Network
+from node.stages.background_allowance import BackgroundAllowance
 from node.stages.block_placement import PlacementAnnouncements
 from node.stages.memory_admission import span_bytes_for
 from node.stages.scheduler import PolicyController
@@ -232,6 +233,7 @@ class Swarm:
         agreed: Agreement | None = None,
         draft: FakeEngine | None = None,
         capabilities: Capabilities = EPYC,
+        background: BackgroundAllowance | None = None,
         **shape: Any,
     ) -> Peer:
         """Start a peer that serves spans of the fake model; the first peer of the swarm is its bootstrap peer.
@@ -250,6 +252,7 @@ class Swarm:
             voter=voter or HeuristicVoter(),
             controller=self._controller,
             agreed=lambda model: agreed,
+            background=background,
         )
         placements = PlacementAnnouncements(lambda: membership.announce(), wall_clock)
         membership = self._membership(identity, network, stages, placements)

@@ -7,7 +7,7 @@ import trio
 from trio.testing import MockClock
 
 from node.consensus.measurement_runner import MeasurementRunner
-from node.consensus.measuring_allowance import MeasuringAllowance
+from node.consensus.measuring_allowance import INITIAL_S, MeasuringAllowance
 from node.coordinator.observation import Recorder
 from node.coordinator.trial_runner import BenchmarkRunner
 from node.identity import Identity
@@ -50,6 +50,7 @@ def runner_at(peer: Peer) -> tuple[MeasurementRunner, Recorded]:
         random.Random(1),
         allowance=allowance,
         quality=lambda _: None,
+        own_peer=peer.id,
     )
     return runner, allowance
 
@@ -77,3 +78,27 @@ async def test_measurement_that_is_broken_off_is_charged(virtual_clock: MockCloc
         assert len(allowance.charges) == 1
         assert THREADS * computed_s(peer) <= allowance.charges[0] <= THREADS * 20
         assert not allowance.is_left
+
+
+async def test_cell_that_takes_longer_than_there_is_left_is_given_up_once(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9), step_s=0.5)
+        await swarm.settle()
+        runner, allowance = runner_at(peer)
+        assert await runner.measure(CELL) is None
+        assert INITIAL_S / 2 < THREADS * computed_s(peer) <= INITIAL_S + THREADS * 0.5
+        await trio.sleep(1800)  # there would be time again
+        charges = len(allowance.charges)
+        assert await runner.measure(CELL) is None
+        assert len(allowance.charges) == charges, "nothing is computed for it again"
+
+
+async def test_node_reports_no_reading_of_a_route_without_itself(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        part, whole = await swarm.join((0, 5), step_s=0.1), await swarm.join((0, 9), step_s=0.01)
+        rest = await swarm.join((5, 9), step_s=0.01)
+        await swarm.settle()
+        assert await runner_at(part)[0].measure(CELL) is None
+        assert computed_s(part) == 0
+        swarm.hub.kill(whole.id)
+        assert await runner_at(rest)[0].measure(CELL) is not None

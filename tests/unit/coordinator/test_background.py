@@ -13,6 +13,7 @@ from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.coordinator.trial_runner import BUSY_TIMEOUT_S, MAX_WAIT_S, BenchmarkRunner, Spending, TrialSpec
 from node.identity import Identity
+from node.stages.background_allowance import RATE, BackgroundAllowance
 from node.stages.voter import StageVote
 from protocol.identity import ModelId
 from protocol.measurements import ObservationKind
@@ -204,3 +205,21 @@ async def test_trial_gives_way_to_a_job_at_once(virtual_clock: MockClock) -> Non
             nursery.cancel_scope.cancel()
         assert beside.timing.total_s < 1.5 * alone.timing.total_s
         assert 0 < spending.spent_s < 11
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+async def test_peer_bounds_what_trials_of_others_compute_there(virtual_clock: MockClock, share: float) -> None:
+    async with open_swarm() as swarm:
+        allowance = BackgroundAllowance(share, lambda: 2)
+        peer, tester = await swarm.join((0, 9), step_s=STEP_S, background=allowance), await swarm.join()
+        await swarm.settle()
+        trials = BenchmarkRunner(tester.coordinator, Recorder(Identity(b"3" * 32), ignore))
+        workload = TrialWorkload(prompt_tokens=16, max_tokens=200)  # ten seconds
+        spec = TrialSpec(model="fake", methods=[FUSED.name], workload=workload, rounds=9, kind=ObservationKind.PROBE)
+        with pytest.raises(JobError, match="as much for measurements as it may"):
+            await trials.run(spec)
+        computed_s = 2 * sum(engine.statistics().compute_s for engine in peer.engines)
+        assert share * 100 <= computed_s <= share * 10 * (RATE.burst + 30 + 300 * RATE.per_s)
+        await tester.run(job(1))
+        own = BenchmarkRunner(peer.coordinator, Recorder(Identity(b"3" * 32), ignore))
+        assert (await own.run(replace(spec, rounds=1))).observations, "its own trials have a bound of their own"

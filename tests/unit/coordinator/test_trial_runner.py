@@ -19,7 +19,7 @@ from node.identity import Identity
 from node.selection.adoption_trials import AdoptionTrials
 from node.selection.trial_scheduler import TrialRequest
 from node.testing.fake_engine import FAKE_MODEL
-from protocol.capabilities import Memory
+from protocol.capabilities import Memory, hardware_class
 from protocol.identity import BlockRange, Stage
 from protocol.measurements import Objective, ObservationKind, QualityBound
 from protocol.observations import SignedObservation
@@ -205,13 +205,13 @@ async def test_trial_whose_route_is_gone_goes_on_with_like_hardware_only(virtual
         kept = Kept()
         trials = AdoptionTrials(BenchmarkRunner(client.coordinator, Recorder(Identity(b"7" * 32), kept.publish)))
         served = await client.coordinator.consider(JobRequest(model="fake", prompt="1", max_tokens=8), {})
-        assert [stage.peer for stage in served.route] == [lost.id]
+        context = replace(served.context, hardware=hardware_class(EPYC))
         request = TrialRequest(
             model=FAKE_MODEL,
-            context=served.context,
+            context=context,
             methods=[BASELINE, FUSED],
             in_use=BASELINE.name,
-            stages=served.route,
+            stages=(Stage(lost.id, BlockRange(0, 9)),),
         )
         swarm.hub.kill(lost.id)
         with pytest.raises(JobError, match="other hardware"):
