@@ -1,7 +1,7 @@
 """The client of asyncio and trio: `metaswarm_client.client`, awaited."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Self, Unpack
 
 import anyio
@@ -39,9 +39,9 @@ from metaswarm_client.swarm_documents import (
 class AsyncAnswerStream:
     """An answer as it comes: iterate over its deltas; afterwards `answer` is the whole."""
 
-    def __init__(self, response: httpx.Response, url: str) -> None:
-        self._lines = split_lines_async(response.aiter_text())
-        self._builder = AnswerBuilder(url, response.headers.get("X-Request-Id"))
+    def __init__(self, lines: AsyncIterator[str], builder: AnswerBuilder) -> None:
+        self._lines = lines
+        self._builder = builder
 
     def __aiter__(self) -> AsyncIterator[Delta]:
         return self
@@ -170,11 +170,15 @@ class AsyncSwarm:
     @asynccontextmanager
     async def _stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[AsyncAnswerStream]:
         response = await self._send("POST", path, await self._with_model(body))
+        lines = split_lines_async(response.aiter_text())
         try:
-            yield AsyncAnswerStream(response, self.url)
+            yield AsyncAnswerStream(lines, AnswerBuilder(self.url, response.headers.get("X-Request-Id")))
         finally:
             with anyio.CancelScope(shield=True):
                 await response.aclose()
+                with suppress(Exception):  # ends httpx's generators, of which trio warns when they are collected
+                    async for _ in lines:
+                        pass
 
     async def _with_model(self, body: Mapping[str, Any]) -> dict[str, Any]:
         return {**body, "model": body.get("model") or self._model or choose_model(await self.models())}
