@@ -13,6 +13,7 @@ from node import start_checks
 from node.capabilities.probe import total_memory
 from node.config import NodeConfig, NodeReady, ServeSpec, StartError
 from node.engine.device import Device
+from node.models.store import ModelStore
 from node.storage.database import open_database
 from protocol.capabilities import Accelerator, AcceleratorKind
 from protocol.identity import peer_id_from_public_key
@@ -81,8 +82,8 @@ async def test_memory_of_a_gpu_does_not_limit_what_the_cpu_computes(
     package = SimpleNamespace(manifest=SimpleNamespace(format=package_format))
     monkeypatch.setattr(start_checks, "find_devices", found)
     monkeypatch.setattr(start_checks, "llamacpp_has_gpu", lambda: False)
-    monkeypatch.setattr(start_checks.ModelStore, "resolve", lambda _store, name: name)
-    monkeypatch.setattr(start_checks.ModelStore, "find", lambda _store, _id: package)
+    monkeypatch.setattr(ModelStore, "resolve", lambda _store, name: name)
+    monkeypatch.setattr(ModelStore, "find", lambda _store, _id: package)
     config = replace(config_in(tmp_path, 1 << 24), listen=(), api_port=0, serve=(ServeSpec("tiny"),))
     if refused:
         with pytest.raises(StartError, match="16 MiB is more than a GPU has, 1 MiB"):

@@ -21,7 +21,8 @@ def test_stop_tokens_are_what_manifest_config_and_template_say() -> None:
 def test_end_of_a_harmony_message_ends_no_turn() -> None:
     trained = Trained.from_str(byte_level())
     trained.add_special_tokens(["<|return|>", "<|call|>", "<|channel|>", "<|message|>"])
-    end, returned, called = (trained.token_to_id(text) for text in ("<|end|>", "<|return|>", "<|call|>"))
+    ids = trained.get_vocab()
+    end, returned, called = (ids[text] for text in ("<|end|>", "<|return|>", "<|call|>"))
     template = (
         "{% if tools %}namespace functions{% endif %}{% for m in messages %}<|start|>assistant<|channel|>final"
         "<|message|>{{ m.content }}<|end|>{% endfor %}"

@@ -84,8 +84,13 @@ def test_span_file_of_another_format_is_not_used(
 def test_span_that_llama_cpp_refuses_is_built_once(
     files: GgufFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = []
-    monkeypatch.setattr(span_file, "write_span", lambda path, *_: (built.append(path), path.write_bytes(b"GGUF")))
+    built: list[Path] = []
+
+    def build(path: Path, *_: object) -> None:
+        built.append(path)
+        path.write_bytes(b"GGUF")
+
+    monkeypatch.setattr(span_file, "write_span", build)
     assert "llama.cpp cannot load the model" in refusal(files, cache_dir=tmp_path)
     assert len(built) == 1
 

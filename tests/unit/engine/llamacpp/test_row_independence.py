@@ -9,8 +9,12 @@ from numpy.typing import NDArray
 
 from node.engine.llamacpp.context import ContextOptions, SequenceRows, SpanContext
 from node.engine.llamacpp.library import load_library
+from node.engine.llamacpp.shard import LLAMACPP
 from node.engine.llamacpp.span_model import SpanModel
+from tests.unit.engine.driving import InProcess, decode, session
 from tests.unit.engine.llamacpp.architectures import VOCABULARY, Architecture, write_model
+from tests.unit.engine.llamacpp.jobs import decode_drafted, decode_replayed, decode_together
+from tests.unit.engine.llamacpp.packages import Alone, write_package
 
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, 60).astype(np.int32)
 WIDE = Architecture(
@@ -38,7 +42,10 @@ WIDE = Architecture(
 """Rows as wide as llama.cpp's fast kernels want them: narrow ones never reach those."""
 
 INDEPENDENT = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4")
-"""The types of weights of which docs/selection.md says so."""
+"""The types of weights of which docs/models.md says so."""
+
+NEAR_TIE = 0.04
+"""Of the largest logit: twice what docs/models.md says of K-quants, as both logits may be off."""
 
 
 @pytest.mark.parametrize("kind", INDEPENDENT)
@@ -56,6 +63,31 @@ def test_row_does_not_depend_on_the_size_of_its_pass(tmp_path: Path, kind: str) 
         assert all(np.array_equal(logits, whole[:7]) for logits in beside), f"beside others, {threads} threads"
         assert together is None or np.array_equal(whole, together), "threads"
         together = whole
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+async def test_k_quants_are_exact_alone_and_up_to_near_ties_in_batches(tmp_path: Path, kind: str) -> None:
+    """What Q4_K_M consists of. Of a text alone, its prompt in one pass, every span has the bits of the whole file."""
+    path = write_model(WIDE, tmp_path / "model.gguf", GGMLQuantizationType[kind])
+    files = write_package(path, tmp_path / "package")
+    alone, texts = files.alone(), [TOKENS[: 9 + 7 * number].tolist() for number in range(8)]
+    wanted = [alone.decode(text, 16) for text in texts]
+    for cuts in ([], [1]):
+        cut = [InProcess(shard) for shard in files.shards(cuts)]
+        assert await decode(cut, texts[3], 16, variant=LLAMACPP) == wanted[3]
+        together = await decode_together(cut, texts, 16)
+        drafted = await decode_drafted(cut, session(8), texts[4], wanted[4], may_differ=True)
+        replayed = await decode_replayed(cut, session(9), texts[5], 16)
+        for number, found in [*enumerate(together), (4, drafted), (5, replayed)]:
+            _check_tie(alone, texts[number], wanted[number], found)
+
+
+def _check_tie(alone: Alone, prompt: list[int], wanted: list[int], found: list[int]) -> None:
+    """Check that texts part, if they do, where two tokens are nearly as likely."""
+    place = next((each for each in range(len(wanted)) if wanted[each] != found[each]), None)
+    if place is not None:
+        logits = alone.logits([*prompt, *wanted[:place]])[-1]
+        assert logits[wanted[place]] - logits[found[place]] < NEAR_TIE * np.abs(logits).max()
 
 
 def _pass(context: SpanContext, sequence: int, first: int, rows: int) -> NDArray[np.float32]:
