@@ -506,7 +506,11 @@ async def test_ollama_generates(node: FakeNode, url: str, of_ollama: Client) -> 
     loaded = await ask(lambda: client.generate(model="tiny"))
     assert (loaded.done, loaded.done_reason) == (True, "load")
     for keep_alive in (0, "0s"):
-        unloaded = await ask(lambda keep=keep_alive: client.generate(model="tiny", keep_alive=keep))
+
+        def unload(keep_alive: int | str = keep_alive) -> ollama.GenerateResponse:
+            return client.generate(model="tiny", keep_alive=keep_alive)
+
+        unloaded = await ask(unload)
         assert (unloaded.done, unloaded.done_reason) == (True, "unload")
 
 

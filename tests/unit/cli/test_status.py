@@ -113,6 +113,7 @@ def test_replaces_control_characters_in_names(api: list[str], capsys: pytest.Cap
         "model": "ab" * 32,
         "name": "\x1b[2J[bold]x",
         "block_count": 12,
+        "max_positions": 8192,
         "coverage": [0, 9, 10, 1000] * 3,
         "uncovered": [],
         "apart": [],
