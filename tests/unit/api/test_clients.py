@@ -508,7 +508,8 @@ async def test_ollama_generates(node: FakeNode, url: str, of_ollama: Client) -> 
     for keep_alive in (0, "0s"):
 
         def unload(keep_alive: int | str = keep_alive) -> ollama.GenerateResponse:
-            return client.generate(model="tiny", keep_alive=keep_alive)
+            answer: ollama.GenerateResponse = client.generate(model="tiny", keep_alive=keep_alive)
+            return answer
 
         unloaded = await ask(unload)
         assert (unloaded.done, unloaded.done_reason) == (True, "unload")
