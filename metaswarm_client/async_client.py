@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Self, Unpack
+from typing import Any, Final, Self, Unpack
 
 import anyio
 import httpx
@@ -34,6 +34,9 @@ from metaswarm_client.swarm_documents import (
     decode_models,
     decode_peers,
 )
+
+CLOSE_TIMEOUT_S: Final = 5.0
+"""Longest time that it takes to leave a stream."""
 
 
 class AsyncAnswerStream:
@@ -174,7 +177,7 @@ class AsyncSwarm:
         try:
             yield AsyncAnswerStream(lines, AnswerBuilder(self.url, response.headers.get("X-Request-Id")))
         finally:
-            with anyio.CancelScope(shield=True):
+            with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
                 await response.aclose()
                 with suppress(Exception):  # ends httpx's generators, of which trio warns when they are collected
                     async for _ in lines:
