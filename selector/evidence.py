@@ -161,8 +161,8 @@ def _typical(contexts: Mapping[str, TaskContext], trust: Mapping[str, float]) ->
     for observer, context in contexts.items():
         of_kind[context.stage_count, context.hardware, len(context.stage_facts)].append(observer)
     chosen = max(of_kind, key=lambda kind: (sum(trust[observer] for observer in of_kind[kind]), kind))
-    typical: TaskContext = _middle([_under(contexts[observer], _ANY_WORKLOAD) for observer in of_kind[chosen]])
-    return typical
+    found: TaskContext = _middle([_under(contexts[observer], _ANY_WORKLOAD) for observer in of_kind[chosen]])
+    return found
 
 
 def _middle(values: Sequence[Any]) -> Any:
