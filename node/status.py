@@ -335,6 +335,7 @@ class StatusView:
             "format": manifest.format if manifest else None,
             "architecture": manifest.model_type if manifest else None,
             "weight_type": weight_type(manifest) if manifest else None,
+            "max_positions": manifest.max_positions if manifest else None,
             "quality": {
                 kv_key: None if figures is None else cast("LineageQuality", asdict(figures))
                 for kv_key, figures in self._parts.client.quality_store.figures(model).items()

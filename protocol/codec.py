@@ -122,7 +122,8 @@ def minor_of(message: ControlMessage) -> int:
         return 2
     if isinstance(message, Open) and message.sampling is not None:
         sampling = message.sampling
-        if sampling.logprobs or sampling.json_schema or sampling.pooling:  # prompt_logprobs come with logprobs
+        # prompt_logprobs come with logprobs
+        if sampling.logprobs or sampling.json_schema or sampling.pooling or sampling.penalty_window:
             return 2
         plain = Sampling(
             temperature=sampling.temperature,

@@ -158,6 +158,8 @@ class Sampling:
     """The coordinator gets an embedding of the prompt, and nothing is sampled."""
     prompt_logprobs: Annotated[bool, OMIT_DEFAULT] = False
     """The coordinator gets the log probabilities of the prompt's tokens, too; `prompt_length`, `logprobs` are set."""
+    penalty_window: Annotated[int, Range(1, MAX_POSITIONS), OMIT_DEFAULT] = 0
+    """Penalties are about this many tokens before a draw; 0 for all."""
 
     @property
     def draws_by_history(self) -> bool:

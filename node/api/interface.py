@@ -336,6 +336,7 @@ class ModelDocument(TypedDict):
     format: str | None
     architecture: str | None
     weight_type: str | None
+    max_positions: int | None
     quality: dict[str, LineageQuality | None]
 
 

@@ -14,7 +14,7 @@ from node.api.anthropic.requests import parse_count_request
 from node.api.errors import ApiError
 from node.api.explanation import parse_task
 from node.api.interface import NodeView
-from node.api.ollama.models import describe_model, describe_tags, describe_version, shown_model
+from node.api.ollama.models import describe_model, describe_running, describe_tags, describe_version, shown_model
 from node.config import ServeSpec
 from node.coordinator.submission import JobError
 from protocol.identity import BlockRange
@@ -35,6 +35,7 @@ class Pages:
             "/v1/models": self.models,
             "/v1/models/{model:path}": self.model,
             "/api/tags": self.tags,
+            "/api/ps": self.running,
             "/api/version": self.version,
             "/health": self.ready,
             "/health/live": self.live,
@@ -73,6 +74,11 @@ class Pages:
         """List the complete models, as Ollama does."""
         return JSONResponse(describe_tags(self._node.models(), self._created_s))
 
+    async def running(self, _: Request) -> JSONResponse:
+        """List the models of which this node serves spans, as Ollama does."""
+        spans = (await self._node.status())["spans"]
+        return JSONResponse(describe_running(spans, self._node.models(), self._created_s))
+
     async def show(self, request: Request) -> JSONResponse:
         """Describe one of them."""
         model = shown_model(await request.body(), self._node.models())
@@ -88,7 +94,7 @@ class Pages:
         return JSONResponse({"input_tokens": await self._node.submitter.count_tokens(job)})
 
     async def version(self, _: Request) -> JSONResponse:
-        """Return the program's version, as Ollama does."""
+        """Return the version of Ollama's API that is spoken, and of the program."""
         return JSONResponse(describe_version())
 
     async def live(self, _: Request) -> JSONResponse:

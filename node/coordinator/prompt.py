@@ -177,6 +177,7 @@ def sampling_of(request: JobRequest, model: KnownModel, prompt: Prompt) -> Sampl
         reasoning_end=end,
         reasoning_begin=begin,
         pooling=request.pooling,
+        penalty_window=request.penalty_window,
         min_length=min(prompt_length + request.min_tokens, MAX_POSITIONS) if request.min_tokens else 0,
     )
     return replace(sampling, prompt_length=prompt_length) if sampling.needs_history else sampling

@@ -12,8 +12,7 @@ from protocol.measurements import MethodInForce, Objective, QualityBound, StageO
 from protocol.messages import FinishReason
 from protocol.tensors import Pooling
 
-USUAL_TOKENS: Final = 512
-"""Tokens of text that are expected where a request sets no limit, and that one may have in any case."""
+USUAL_TOKENS: Final = 512  # expected where a request sets no limit, and what one may have in any case
 
 AUTO: Final = "auto"
 """In place of a method: the swarm selects one."""
@@ -144,20 +143,20 @@ class JobRequest:
     `model`: a prefix of an id, a catalogue name, or a local name. `messages`: rendered by the model's chat template.
     `max_tokens`: None where only the model ends the text; cut to the model's context and the stages' memory.
     `min_tokens`: tokens before which no stop token is sampled and no stop string applies. `top_k`: 0 keeps all.
-    `logit_bias`: token ids, each once, and what is added to their logits. `seed`: None for a random one; taken modulo
-    2**64. `stop_token_ids`: besides the model's own end-of-text tokens. `ignore_eos`: do not end at the model's
-    end-of-text tokens; for benchmarks. `method`: `auto`, or a method by its switches. `objective`: what route and
-    method are chosen for. `budget`: the highest predicted cost, None for any. `background`: gives way to other jobs.
-    `stages`: the only route to take; empty for the best one. `echo`: whether JobStarted has the prompt's text.
-    `top_logprobs`: report the log probability of each token, and those of so many likeliest ones; None for neither.
-    `tools`: that the model may call, as the OpenAI API describes them. `template_options`: for the chat template.
-    `continue_final_message`: the text goes on where the last message, the assistant's, ends (prefill). `json_schema`:
-    the text is JSON that follows this JSON Schema, itself JSON; empty for any text; it comes from the field
-    `json_schema_param` of the user's request, which errors name. `prompt_logprobs`: the prompt is scored: JobStarted is
-    followed by PromptScored, with `top_logprobs` likeliest tokens; `max_tokens` may be 0 then. `pooling`: the prompt
-    becomes an embedding, and there is no text: JobStarted is followed by JobResult. `truncate`: cut the prompt to the
-    model's context. `origin`: the API request that it comes from. `trace`: the stages report where the time of each
-    step went. Sampling: `node.engine.sampling`.
+    `penalty_window`: the last tokens that penalties are about, 0 for all. `logit_bias`: token ids, each once, and what
+    is added to their logits. `seed`: None for a random one; taken modulo 2**64. `stop_token_ids`: besides the model's
+    own end-of-text tokens. `ignore_eos`: do not end at the model's end-of-text tokens; for benchmarks. `method`:
+    `auto`, or a method by its switches. `objective`: what route and method are chosen for. `budget`: the highest
+    predicted cost, None for any. `background`: gives way to other jobs. `stages`: the only route to take; empty for the
+    best one. `echo`: whether JobStarted has the prompt's text. `top_logprobs`: report the log probability of each
+    token, and those of so many likeliest ones; None for neither. `tools`: that the model may call, as the OpenAI API
+    describes them. `template_options`: for the chat template. `continue_final_message`: the text goes on where the last
+    message, the assistant's, ends (prefill). `json_schema`: the text is JSON that follows this JSON Schema, itself
+    JSON; empty for any text; it comes from the field `json_schema_param` of the user's request, which errors name.
+    `prompt_logprobs`: the prompt is scored: JobStarted is followed by PromptScored, with `top_logprobs` likeliest
+    tokens; `max_tokens` may be 0 then. `pooling`: the prompt becomes an embedding, and there is no text: JobStarted is
+    followed by JobResult. `truncate`: cut the prompt to the model's context. `origin`: the API request that it comes
+    from. `trace`: the stages report where the time of each step went. Sampling: `node.engine.sampling`.
     """
 
     model: str
@@ -173,6 +172,7 @@ class JobRequest:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    penalty_window: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()

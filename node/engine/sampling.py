@@ -8,7 +8,8 @@ The order of operations is vLLM's:
 
 1. `logit_bias` is added;
 2. `repetition_penalty`: logits of tokens of prompt and text are divided by it where positive, else multiplied;
-3. `frequency_penalty` times a token's count in the text, and `presence_penalty` where it is in it, are taken off;
+3. `frequency_penalty` times a token's count in the text, and `presence_penalty` where it is in it, are taken off; with
+   a `penalty_window` 2. and 3. are about that many tokens before the position;
 4. tokens that a JSON Schema does not admit are masked, stop tokens also before the JSON, in reasoning, and while the
    text is shorter than `min_length`;
 5. temperature 0 takes the likeliest token (greedy); else logits are divided by it;
@@ -87,12 +88,16 @@ class TokenCounts:
             raise EngineError(f"only {len(self._tokens)} tokens of the prompt that is scored are known")
         return found
 
-    def seen(self) -> npt.NDArray[np.int64]:
-        """Return the tokens that occur, each once."""
+    def seen(self, window: int = 0) -> npt.NDArray[np.int64]:
+        """Return the tokens that occur, each once; `window`: among the last ones, 0 for all."""
+        if 0 < window < len(self._tokens):
+            return np.unique(np.array(self._tokens[-window:], np.int64))
         return np.fromiter(self._seen, np.int64, len(self._seen))
 
-    def counts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return the tokens of the text, each once, and how often each occurs."""
+    def counts(self, window: int = 0) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the tokens of the text, each once, and how often each occurs; `window`: as above."""
+        if 0 < window < len(self._tokens) - self._prompt_length:
+            return np.unique(np.array(self._tokens[-window:], np.int64), return_counts=True)
         size = len(self._counts)
         return np.fromiter(self._counts, np.int64, size), np.fromiter(self._counts.values(), np.int64, size)
 
@@ -176,11 +181,11 @@ def _adjusted(logits: Logits, sampling: Sampling, history: TokenCounts | None) -
             scores[token] += bias
     if history is not None:
         if sampling.repetition_penalty != 1:
-            seen = history.seen()
+            seen = history.seen(sampling.penalty_window)
             of_seen, penalty = scores[seen], sampling.repetition_penalty
             scores[seen] = np.where(of_seen > 0, of_seen / penalty, of_seen * penalty)
         if sampling.frequency_penalty or sampling.presence_penalty:
-            tokens, counts = history.counts()
+            tokens, counts = history.counts(sampling.penalty_window)
             scores[tokens] -= sampling.frequency_penalty * counts + sampling.presence_penalty
     return scores
 

@@ -121,6 +121,7 @@ samplings = st.builds(
         st.integers(0, MAX_VOCABULARY - 1), st.floats(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS), max_size=4
     ).map(lambda biases: tuple(sorted(biases.items()))),
     min_length=st.integers(0, MAX_POSITIONS),
+    penalty_window=st.integers(0, MAX_POSITIONS),
     prompt_length=st.integers(0, MAX_POSITIONS),
     logprobs=st.integers(0, MAX_LOGPROBS),
     json_schema=st.sampled_from(["", "{}", '{"type": "object"}']),

@@ -27,18 +27,22 @@ JSON_LINES: Final = "application/x-ndjson"
 
 @dataclass(slots=True)
 class OllamaWriter:
-    """Writes one answer; implements `AnswerWriter`. Without a job it says that the model is loaded, as Ollama does."""
+    """Writes one answer; implements `AnswerWriter`. Without a job it says what Ollama does: that the model is loaded.
+
+    `unloads`: it says that it is unloaded, as the request asks; nothing is.
+    """
 
     generation: Generation
     model: str
     is_chat: bool
+    unloads: bool = False
     media_type: str = JSON_LINES
     _started: JobStarted | None = field(default=None, init=False)
 
     def whole(self, outcome: Outcome) -> dict[str, Any]:
         """Return the answer in one document."""
         if not outcome.choices:
-            return self._piece("") | {"done": True, "done_reason": "load"}
+            return self._piece("") | {"done": True, "done_reason": "unload" if self.unloads else "load"}
         choice = outcome.choices[0]
         self._started = choice.started
         document = self._piece(choice.text, choice.reasoning, *choice.tool_calls)

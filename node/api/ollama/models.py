@@ -1,15 +1,21 @@
-"""What Ollama's endpoints tell of models: `/api/tags`, `/api/show`, `/api/version`."""
+"""What Ollama's endpoints tell of models: `/api/tags`, `/api/ps`, `/api/show`, `/api/version`."""
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Final
 
 from node.api.errors import ApiError
-from node.api.fields import parse_json
-from node.api.interface import ModelDocument
-from node.api.ollama.requests import SHOW, model_name
+from node.api.interface import ModelDocument, SpanDocument
+from node.api.model_lookup import find_model
+from node.api.ollama.requests import shown_name
 from node.coordinator.submission import ModelCapabilities
+
+API_VERSION: Final = "0.12.0"
+"""The version of Ollama whose API is spoken: clients compare it with the least that they work with."""
+
+_NEVER: Final = "2999-12-31T23:59:59Z"
+"""When the model of a served span is unloaded."""
 
 
 def describe_tags(models: Iterable[ModelDocument], since_s: int) -> dict[str, Any]:
@@ -19,11 +25,31 @@ def describe_tags(models: Iterable[ModelDocument], since_s: int) -> dict[str, An
 
 def shown_model(body: bytes, models: Iterable[ModelDocument]) -> ModelDocument:
     """Return the model that the body of `POST /api/show` names. Raises ApiError."""
-    name = model_name(SHOW.read(parse_json(body)))
-    for model in models:
-        if name == model["name"] or (len(name) >= 8 and model["model"].startswith(name)):
-            return model
+    name = shown_name(body)
+    if (model := find_model(name, models)) is not None:
+        return model
     raise ApiError(404, f"model {name!r} not found", param="model", code="model_not_found")
+
+
+def describe_running(spans: Iterable[SpanDocument], models: Iterable[ModelDocument], since_s: int) -> dict[str, Any]:
+    """Return the answer of `GET /api/ps`: the models of which this node serves spans, with the memory of those."""
+    served = list(spans)
+    return {"models": [_running(model, served, since_s) for model in models if _of(model, served)]}
+
+
+def _of(model: ModelDocument, spans: Iterable[SpanDocument]) -> list[SpanDocument]:
+    return [span for span in spans if span["model"] == model["model"]]
+
+
+def _running(model: ModelDocument, spans: Iterable[SpanDocument], since_s: int) -> dict[str, Any]:
+    entry, own = _entry(model, since_s), _of(model, spans)
+    del entry["modified_at"]
+    return entry | {
+        "size": sum(span["weight_bytes"] for span in own),
+        "size_vram": sum(span["weight_bytes"] for span in own if span["device"] != "cpu"),
+        "context_length": model["max_positions"] or 0,
+        "expires_at": _NEVER,
+    }
 
 
 def describe_model(model: ModelDocument, capabilities: ModelCapabilities | None, since_s: int) -> dict[str, Any]:
@@ -56,11 +82,16 @@ def describe_model(model: ModelDocument, capabilities: ModelCapabilities | None,
 
 
 def describe_version() -> dict[str, str]:
-    """Return the answer of `GET /api/version`."""
+    """Return the answer of `GET /api/version`: of the API, and of this program."""
+    return {"version": API_VERSION, "metaswarm": program_version()}
+
+
+def program_version() -> str:
+    """Return the version of this program."""
     try:
-        return {"version": version("metaswarm")}
+        return version("metaswarm")
     except PackageNotFoundError:
-        return {"version": "0"}
+        return "0"
 
 
 def _entry(model: ModelDocument, since_s: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from node.api.fields import (
     one_of,
     parse_boolean,
     parse_json,
+    parse_name,
     parse_text,
     refuse,
 )
@@ -43,6 +44,7 @@ from node.coordinator.submission import ChatMessage, JobRequest
 from protocol.limits import MAX_PENALTY, MAX_POSITIONS
 
 IGNORED: Final = frozenset({"keep_alive"})
+"""Of embeddings; also of texts, but for what an unloaded model's answer says."""
 NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("suffix", "template"), ("",)),
     **dict.fromkeys(("images", "context"), ([],)),
@@ -58,13 +60,13 @@ NEUTRAL_OPTIONS: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("typical_p", "tfs_z"), (1,)),
     **dict.fromkeys(("logits_all", "vocab_only", "embedding_only"), (False,)),
     "mirostat": (0,),
-    "repeat_last_n": (-1, 64),  # 64 is the default, which clients send along
     "penalize_newline": (True,),
 }
 
 DEFAULT_TEMPERATURE: Final = 0.8
 DEFAULT_TOP_K: Final = 40
 DEFAULT_TOP_P: Final = 0.9
+DEFAULT_PENALTY_WINDOW: Final = 64
 _EFFORTS: Final = ("low", "medium", "high")
 
 
@@ -77,12 +79,13 @@ def _parse_num_predict(param: str, value: Any) -> int | None:
 
 
 _NUM_PREDICT: Final = Field("num_predict", _parse_num_predict)
+_REPEAT_LAST_N: Final = Field("repeat_last_n", count_between(-1, MAX_SEED))
 _TOP_K: Final = Field("top_k", count_between(-1, MAX_SEED))
 _TEMPERATURE: Final = Field("temperature", number_between(0, 100))
 _REPEAT_PENALTY: Final = Field("repeat_penalty", number_between(1 / MAX_PENALTY, MAX_PENALTY))
 OPTIONS: Final = ObjectForm(
-    SEED, _NUM_PREDICT, _TOP_K, TOP_P, MIN_P, _TEMPERATURE, _REPEAT_PENALTY, PRESENCE_PENALTY, FREQUENCY_PENALTY, STOP,
-    ignored=IGNORED_OPTIONS, neutral=NEUTRAL_OPTIONS,
+    SEED, _NUM_PREDICT, _TOP_K, TOP_P, MIN_P, _TEMPERATURE, _REPEAT_PENALTY, _REPEAT_LAST_N, PRESENCE_PENALTY,
+    FREQUENCY_PENALTY, STOP, ignored=IGNORED_OPTIONS, neutral=NEUTRAL_OPTIONS,
 )  # fmt: skip
 
 
@@ -130,7 +133,14 @@ def _parse_message(param: str, value: Any) -> ChatMessage:
     )
 
 
+@form({})
+def _parse_keep_alive(param: str, value: Any) -> bool:
+    """Return whether a model is to be kept in memory, which is up to the swarm: 0 and "0s" ask to unload it."""
+    return isinstance(value, bool) or value not in (0, "0", "0s", "0m", "0h")
+
+
 _OPTIONS: Final = Field("options", OPTIONS.form)
+_KEEP_ALIVE: Final = Field("keep_alive", _parse_keep_alive)
 _FORMAT: Final = Field("format", _parse_format)
 _THINK: Final = Field("think", _parse_think)
 _LOGPROBS: Final = Field("logprobs", parse_boolean)
@@ -139,10 +149,13 @@ PROMPT: Final = Field("prompt", parse_text)
 _SYSTEM: Final = Field("system", parse_text)
 _RAW: Final = Field("raw", parse_boolean)
 
-_COMMON: Final = (MODEL, STREAM, _OPTIONS, _FORMAT, _THINK, _LOGPROBS, TOP_LOGPROBS)
-CHAT: Final = ObjectForm(*_COMMON, _MESSAGES, TOOLS, required=[MODEL], ignored=IGNORED)
-GENERATE: Final = ObjectForm(*_COMMON, PROMPT, _SYSTEM, _RAW, required=[MODEL], ignored=IGNORED, neutral=NEUTRAL)
-SHOW: Final = ObjectForm(MODEL, required=[MODEL], ignored=["verbose", "name"])
+_COMMON: Final = (
+    MODEL, STREAM, _OPTIONS, _NUM_PREDICT, _FORMAT, _THINK, _LOGPROBS, TOP_LOGPROBS, _KEEP_ALIVE,
+)  # fmt: skip
+CHAT: Final = ObjectForm(*_COMMON, _MESSAGES, TOOLS, required=[MODEL])
+GENERATE: Final = ObjectForm(*_COMMON, PROMPT, _SYSTEM, _RAW, required=[MODEL], neutral=NEUTRAL)
+_NAME: Final = Field("name", parse_name)
+SHOW: Final = ObjectForm(MODEL, _NAME, ignored=["verbose"])
 
 
 def parse_chat(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
@@ -155,7 +168,7 @@ def parse_chat(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]
     generation = Generation(
         jobs=(job,) if messages else (), stream=_streams(fields), rules=choice.rules, details=wants_details(headers)
     )
-    return generation, OllamaWriter(generation, job.model, is_chat=True)
+    return generation, OllamaWriter(generation, job.model, is_chat=True, unloads=fields.get(_KEEP_ALIVE) is False)
 
 
 def parse_generate(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
@@ -178,12 +191,24 @@ def parse_generate(body: bytes, headers: Headers) -> tuple[Generation, AnswerWri
         rules=PLAIN_TEXT if is_raw else CHAT_TEXT,
         details=wants_details(headers),
     )
-    return generation, OllamaWriter(generation, job.model, is_chat=False)
+    return generation, OllamaWriter(generation, job.model, is_chat=False, unloads=fields.get(_KEEP_ALIVE) is False)
+
+
+def shown_name(body: bytes) -> str:
+    """Return the model that the body of `POST /api/show` names, in the field `name` of earlier versions, too."""
+    fields = SHOW.read(parse_json(body))
+    name = fields.get(_NAME)
+    return _without_tag(name) if name is not None and not fields.has(MODEL.name) else model_name(fields)
 
 
 def model_name(fields: Fields) -> str:
-    """Return the model that a body names; `:latest` means nothing here."""
-    return fields.require(MODEL).removesuffix(":latest")
+    """Return the model that a body names."""
+    return _without_tag(fields.require(MODEL))
+
+
+def _without_tag(name: str) -> str:
+    """Return a name without the `:latest` that clients append, which means nothing here."""
+    return name.removesuffix(":latest")
 
 
 def _streams(fields: Fields) -> bool:
@@ -194,20 +219,33 @@ def _parse_job(fields: Fields) -> JobRequest:
     """Return the job that the fields common to both endpoints describe, without a prompt."""
     options = fields.get(_OPTIONS) or OPTIONS.read({})
     temperature, top_k = options.get(_TEMPERATURE), options.get(_TOP_K)
+    limits = options if options.has(_NUM_PREDICT.name) else fields  # Open WebUI sends that of its tasks beside options
     wants_logprobs = fields.get(_LOGPROBS) or False
     likeliest = fields.get(TOP_LOGPROBS) or 0
     return JobRequest(
         model=model_name(fields),
-        max_tokens=options.get(_NUM_PREDICT),
+        max_tokens=limits.get(_NUM_PREDICT),
         temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
         top_k=DEFAULT_TOP_K if top_k is None else max(0, top_k),
         top_p=options.get(TOP_P) or DEFAULT_TOP_P,
         min_p=options.get(MIN_P) or 0.0,
-        repetition_penalty=options.get(_REPEAT_PENALTY) or 1.0,
-        presence_penalty=options.get(PRESENCE_PENALTY) or 0.0,
-        frequency_penalty=options.get(FREQUENCY_PENALTY) or 0.0,
+        **_penalties(options),
         seed=options.get(SEED),
         stop=options.get(STOP) or (),
         top_logprobs=likeliest if wants_logprobs else None,
         template_options=fields.get(_THINK) or {},
     )
+
+
+def _penalties(options: Fields) -> dict[str, Any]:
+    """Return the penalties of a job, and how many of the last tokens they are about: 0 here means all."""
+    last = options.get(_REPEAT_LAST_N)
+    window = DEFAULT_PENALTY_WINDOW if last is None else min(last, MAX_POSITIONS)
+    penalties = {
+        "repetition_penalty": options.get(_REPEAT_PENALTY) or 1.0,
+        "presence_penalty": options.get(PRESENCE_PENALTY) or 0.0,
+        "frequency_penalty": options.get(FREQUENCY_PENALTY) or 0.0,
+    }
+    if window == 0 or list(penalties.values()) == [1.0, 0.0, 0.0]:
+        return {}
+    return penalties | {"penalty_window": max(0, window)}

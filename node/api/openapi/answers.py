@@ -189,7 +189,7 @@ _COUNTS: Final = (
 def _ollama(optional: Mapping[str, Schema] | None = None, /, **piece: Schema) -> dict[str, Any]:
     counts = dict.fromkeys(_COUNTS, INTEGER)
     optional = {**_DETAILS, **counts, "logprobs": _TOKENS, **(optional or {})}
-    reason = {"enum": ["stop", "length", "load"]}
+    reason = {"enum": ["stop", "length", "load", "unload"]}
     return record(optional, model=STRING, created_at=STRING, done=const(True), done_reason=reason, **piece)
 
 
@@ -217,6 +217,20 @@ OLLAMA_TAGS: Final = record(
         record(name=STRING, model=STRING, modified_at=STRING, size=INTEGER, digest=STRING, details=_OLLAMA_DETAILS)
     )
 )
+OLLAMA_PS: Final = record(
+    models=array(
+        record(
+            name=STRING,
+            model=STRING,
+            size=INTEGER,
+            digest=STRING,
+            details=_OLLAMA_DETAILS,
+            expires_at=STRING,
+            size_vram=INTEGER,
+            context_length=INTEGER,
+        )
+    )
+)
 OLLAMA_SHOW: Final = record(
     modelfile=STRING,
     parameters=STRING,
@@ -227,7 +241,7 @@ OLLAMA_SHOW: Final = record(
     capabilities=array(STRING),
 )
 TOKEN_COUNT: Final = record(input_tokens=INTEGER)
-OLLAMA_VERSION: Final = record(version=STRING)
+OLLAMA_VERSION: Final = record(version=STRING, metaswarm=STRING)
 
 # This program's own
 

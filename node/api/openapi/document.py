@@ -6,7 +6,7 @@ from typing import Any, Final, is_typeddict
 from starlette.routing import BaseRoute, Route
 
 from node.api.endpoint import DETAILS_HEADER
-from node.api.ollama.models import describe_version
+from node.api.ollama.models import program_version
 from node.api.openapi import answers
 from node.api.openapi.operations import OPERATIONS, Operation
 from node.api.openapi.types import TypeSchemas
@@ -55,7 +55,7 @@ def describe_api(routes: Iterable[BaseRoute]) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {
             "title": "metaswarm",
-            "version": describe_version()["version"],
+            "version": program_version(),
             "description": "The APIs of OpenAI, Anthropic and Ollama, and what a node tells of itself.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },

@@ -72,10 +72,15 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "POST /api/embed": _generates("Ollama", "Embed texts", EMBED, answers.OLLAMA_EMBED, None),
     "POST /api/embeddings": _generates("Ollama", "Embed a text", EMBEDDINGS, answers.OLLAMA_EMBEDDING, None),
     "GET /api/tags": Operation(summary="List the complete models", tag="Ollama", answer=answers.OLLAMA_TAGS),
+    "GET /api/ps": Operation(
+        summary="List the models of which this node serves blocks", tag="Ollama", answer=answers.OLLAMA_PS
+    ),
     "POST /api/show": Operation(
         summary="Describe a model", tag="Ollama", body=SHOW, answer=answers.OLLAMA_SHOW, statuses=(404,)
     ),
-    "GET /api/version": Operation(summary="This program's version", tag="Ollama", answer=answers.OLLAMA_VERSION),
+    "GET /api/version": Operation(
+        summary="The versions of this API and of this program", tag="Ollama", answer=answers.OLLAMA_VERSION
+    ),
     "GET /swarm/status": Operation(summary="This node", tag="Swarm", answer=NodeStatus),
     "GET /swarm/peers": Operation(summary="The known peers", tag="Swarm", answer={"peers": PeerStatus}),
     "GET /swarm/models": Operation(

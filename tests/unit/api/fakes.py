@@ -457,6 +457,7 @@ class FakeNode:
                 "format": "gguf",
                 "architecture": "llama",
                 "weight_type": "q4_k",
+                "max_positions": 8192,
                 "quality": {
                     "fused/int8/fp32": {"greedy_agreement": 0.98, "mean_kl": 0.003, "perplexity_change": 0.001}
                 },
@@ -474,6 +475,7 @@ class FakeNode:
                 "format": None,
                 "architecture": None,
                 "weight_type": None,
+                "max_positions": None,
                 "quality": {},
             },
         ]

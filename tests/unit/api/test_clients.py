@@ -493,6 +493,27 @@ async def test_ollama_generates(node: FakeNode, url: str, of_ollama: Client) -> 
     assert "".join(part.response or "" for part in streamed) == "Hello, wörld"
     loaded = await ask(lambda: client.generate(model="tiny"))
     assert (loaded.done, loaded.done_reason) == (True, "load")
+    for keep_alive in (0, "0s"):
+        unloaded = await ask(partial(client.generate, model="tiny", keep_alive=keep_alive))
+        assert (unloaded.done, unloaded.done_reason) == (True, "unload")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"repeat_penalty": 1.5}, (1.5, 0.0, 64)),
+        ({"repeat_penalty": 1.5, "repeat_last_n": 7, "presence_penalty": 1}, (1.5, 1.0, 7)),
+        ({"frequency_penalty": 0.5, "presence_penalty": 0.5, "repeat_last_n": -1}, (1.0, 0.5, 0)),
+        ({"repeat_penalty": 1.5, "repeat_last_n": 0}, (1.0, 0.0, 0)),
+        ({"repeat_last_n": 64}, (1.0, 0.0, 0)),
+    ],
+)
+async def test_ollama_penalties_cover_a_window(
+    node: FakeNode, url: str, of_ollama: Client, options: dict[str, float], expected: tuple[float, float, int]
+) -> None:
+    await ask(lambda: of_ollama(url).chat(model="tiny", messages=USER, options=options))
+    (job,) = node.submitter.requests
+    assert (job.repetition_penalty, job.presence_penalty, job.penalty_window) == expected
 
 
 async def test_ollama_structured_texts_and_log_probabilities(node: FakeNode, url: str, of_ollama: Client) -> None:
@@ -521,6 +542,9 @@ async def test_ollama_models(node: FakeNode, url: str, of_ollama: Client) -> Non
     assert model.details.model_dump(include={"format", "family", "quantization_level"}) == {
         "format": "gguf", "family": "llama", "quantization_level": "Q4_K"
     }  # fmt: skip
+    (running,) = (await ask(client.ps)).models
+    assert (running.model, running.digest, running.context_length) == ("tiny", MODEL, 8192)
+    assert (running.size, running.size_vram) == (1 << 20, 0)
     shown = await ask(lambda: client.show("tiny"))
     facts = shown.modelinfo or {}
     assert (facts["metaswarm.block_count"], facts["llama.block_count"], facts["llama.context_length"]) == (8, 8, 8192)

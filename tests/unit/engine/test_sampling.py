@@ -197,6 +197,17 @@ def test_penalties_apply_to_each_token_of_a_step() -> None:
     assert draw_and_verify(rows, sampling, 2, (3, 1, 2), told(sampling, [0, 0])) == [0]
 
 
+def test_penalties_are_about_a_window_of_the_last_tokens() -> None:
+    logits = np.array([5.0, 4.0, 3.0, 2.0], np.float32)
+    penalised = Sampling(max_tokens=1, repetition_penalty=100.0, frequency_penalty=2.0, prompt_length=2)
+    tokens = [0, 1, 2, 1]  # of which the first two are the prompt
+    for window, drawn in ((0, 3), (1, 0), (2, 0), (4, 3), (99, 3)):
+        sampling = replace(penalised, penalty_window=window)
+        assert draw(logits, sampling, len(tokens), told(sampling, tokens)) == drawn
+    text_alone = replace(penalised, repetition_penalty=1.0, frequency_penalty=4.0, penalty_window=4)
+    assert draw(logits, text_alone, len(tokens), told(text_alone, tokens)) == 0, "not of the prompt"
+
+
 def test_rewind_drops_drawn_tokens() -> None:
     sampling = Sampling(max_tokens=1, repetition_penalty=2.0, frequency_penalty=1.0, prompt_length=3)
     counts = told(sampling, [1, 2, 1])
