@@ -93,8 +93,8 @@ class Fields:
             name: default if (value := self._values.get(name)) is None else value for name, default in defaults.items()
         }
 
-    def refuse_unless_neutral(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
-        """Refuse fields with other than their neutral values."""
+    def refuse_unless_neutral(self, neutral: Mapping[str, tuple[Any, ...]], instead: Mapping[str, str]) -> None:
+        """Refuse fields with other than their neutral values; `instead`: what does the same."""
         for name, values in neutral.items():
             value = self._values.get(name)
             # JSON tells 0 from false and 1 from true, Python's == does not.
@@ -102,8 +102,8 @@ class Fields:
                 value == other and isinstance(value, bool) == isinstance(other, bool) for other in values
             ):
                 allowed = ", ".join(json.dumps(other) for other in (None, *values))
-                why = f"is not supported; accepted values: {allowed}"
-                refuse(self._prefix + name, why)
+                use = f"use {instead[name]} instead; " if name in instead else ""
+                refuse(self._prefix + name, f"is not supported; {use}accepted values: {allowed}")
 
     def refuse_unless_known(self, names: Set[str]) -> None:
         """Refuse unknown fields, listing a few known ones, or suggesting the closest of many."""
@@ -127,13 +127,18 @@ class ObjectForm:
         required: Collection[Field[Any]] = (),
         ignored: Collection[str] = (),
         neutral: Mapping[str, tuple[Any, ...]] | None = None,
+        instead: Mapping[str, str] | None = None,
         is_open: bool = False,
     ) -> None:
-        """`neutral`: fields, and the values besides null at which they do nothing. `is_open`: others are ignored."""
+        """`neutral`: fields, and the values besides null at which they do nothing. `instead`: what to use for others.
+
+        `is_open`: unknown fields are ignored.
+        """
         self._fields = fields
         self._required = frozenset(field.name for field in required)
         self._ignored = frozenset(ignored)
         self._neutral = neutral or {}
+        self._instead = instead or {}
         self._is_open = is_open
         self.implemented = frozenset(field.name for field in fields)
         self.names = self.implemented | self._ignored | self._neutral.keys()
@@ -143,7 +148,7 @@ class ObjectForm:
         fields = Fields(values, prefix)
         if not self._is_open:
             fields.refuse_unless_known(self.names)
-        fields.refuse_unless_neutral(self._neutral)
+        fields.refuse_unless_neutral(self._neutral, self._instead)
         return fields
 
     def parse(self, param: str, value: Any) -> Fields:

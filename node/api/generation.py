@@ -85,12 +85,13 @@ class ChoiceStarted:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceText:
-    """More text of a choice."""
+    """More text of a choice, and how many tokens came with it; text may wait until it is certain."""
 
     choice: int
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the tokens that it comes from, where they are wanted; text may wait until it is certain."""
+    """Of the tokens that it comes from, where they are wanted."""
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,15 +304,15 @@ class _ChoiceReader:
                 tokens = len(token_ids)
                 for parsed in self._parser.feed(text):
                     if isinstance(parsed, ParsedText):
-                        yield ChoiceText(self._index, parsed.text, logprobs)
-                        logprobs = ()
+                        yield ChoiceText(self._index, parsed.text, logprobs, tokens)
+                        logprobs, tokens = (), 0
                     elif isinstance(parsed, ParsedReasoning):
                         yield ChoiceReasoning(self._index, parsed.text, tokens)
                         tokens = 0
                     else:
                         yield self._event(parsed)
                 if logprobs:
-                    yield ChoiceText(self._index, "", logprobs)
+                    yield ChoiceText(self._index, "", logprobs, tokens)
             case JobResult():
                 yield from map(self._event, self._parser.finish())
                 reason = event.finish_reason.value

@@ -13,7 +13,8 @@ from node.api.access import begin_answers
 from node.api.anthropic.requests import parse_count_request
 from node.api.errors import ApiError
 from node.api.explanation import parse_task
-from node.api.interface import NodeView
+from node.api.interface import ModelDocument, NodeView
+from node.api.model_lookup import find_model
 from node.api.ollama.models import describe_model, describe_running, describe_tags, describe_version, shown_model
 from node.config import ServeSpec
 from node.coordinator.submission import JobError
@@ -54,20 +55,27 @@ class Pages:
             Route("/swarm/explain", self.explain, methods=["POST"]),
         ]
 
-    def _list_models(self) -> list[dict[str, Any]]:
-        facts = {"object": "model", "created": self._created_s, "owned_by": "metaswarm"}
-        return [{"id": each["name"] or each["model"], **facts} for each in self._node.models() if each["complete"]]
+    def _complete_models(self) -> list[ModelDocument]:
+        return [model for model in self._node.models() if model["complete"]]
+
+    def _describe(self, model: ModelDocument) -> dict[str, Any]:
+        return {
+            "id": model["name"] or model["model"],
+            "object": "model",
+            "created": self._created_s,
+            "owned_by": "metaswarm",
+            "max_model_len": model["max_positions"],
+        }
 
     async def models(self, _: Request) -> JSONResponse:
         """List the complete models, as the OpenAI API does."""
-        return JSONResponse({"object": "list", "data": self._list_models()})
+        return JSONResponse({"object": "list", "data": [self._describe(each) for each in self._complete_models()]})
 
     async def model(self, request: Request) -> JSONResponse:
-        """Describe one of them."""
+        """Describe one of them, by its name or id."""
         name = request.path_params["model"]
-        for each in self._list_models():
-            if each["id"] == name:
-                return JSONResponse(each)
+        if (model := find_model(name, self._complete_models())) is not None:
+            return JSONResponse(self._describe(model))
         raise ApiError(404, f"no complete model {name!r} in the swarm", param="model", code="model_not_found")
 
     async def tags(self, _: Request) -> JSONResponse:

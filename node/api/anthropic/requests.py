@@ -41,10 +41,15 @@ from node.api.tool_choice import ToolChoice, choose_tools
 from node.coordinator.submission import ChatMessage, JobRequest, MessageToolCall
 
 IGNORED: Final = frozenset({"metadata", "service_tier", "cache_control", "user_profile_id", "inference_geo", "speed"})
+_KEEP_THINKING: Final = {"type": "clear_thinking_20251015", "keep": "all"}
+"""What Claude Code sends: all thinking blocks stay, as they do anyhow."""
+
 NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
-    **dict.fromkeys(("container", "context_management", "diagnostics", "prefill", "workspace_id"), ()),
+    **dict.fromkeys(("container", "diagnostics", "prefill", "workspace_id"), ()),
+    "context_management": ({"edits": []}, {"edits": [_KEEP_THINKING]}),
     "mcp_servers": ([],),
 }
+NEUTRAL_IN_TOOL: Final[Mapping[str, tuple[Any, ...]]] = {"defer_loading": (False,), "allowed_callers": (["direct"],)}
 
 _TEXT: Final = Field("text", parse_text)
 _parse_text_blocks: Final = text_or_parts("text")
@@ -128,8 +133,9 @@ def _parse_message(param: str, value: Any) -> list[ChatMessage]:
 _TOOL_TYPE: Final = Field("type", one_of("custom"))
 _INPUT_SCHEMA: Final = Field("input_schema", parse_object)
 _TOOL: Final = ObjectForm(
-    _TOOL_TYPE, NAME, DESCRIPTION, _INPUT_SCHEMA, required=[NAME], ignored=["cache_control", "strict"]
-)
+    _TOOL_TYPE, NAME, DESCRIPTION, _INPUT_SCHEMA,
+    required=[NAME], ignored=["cache_control", "strict", "eager_input_streaming"], neutral=NEUTRAL_IN_TOOL,
+)  # fmt: skip
 
 
 @form(_TOOL.schema)

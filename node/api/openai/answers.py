@@ -1,5 +1,6 @@
 """Answers in the form of the OpenAI API's chat completions and completions: whole, or in chunks."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -69,12 +70,13 @@ def server_sent(*documents: dict[str, Any] | str) -> bytes:
 class CompletionWriter:
     """Writes the answer to a chat completion or completion; implements `AnswerWriter`.
 
-    `include_usage`: whether the last chunk of a stream has the usage.
+    `include_usage`: whether the last chunk of a stream has the usage. `continuous_usage`: every chunk has it, so far.
     """
 
     generation: Generation
     is_chat: bool
     include_usage: bool = False
+    continuous_usage: bool = False
     media_type: str = EVENT_STREAM
     _first: JobStarted | None = field(default=None, init=False)
     """The job that names the answer."""
@@ -82,6 +84,10 @@ class CompletionWriter:
     """Characters of each choice's tokens so far."""
     _echoes: dict[int, str] = field(default_factory=dict, init=False)
     """The prompt of each choice whose text begins with it."""
+    _prompt_tokens: dict[int, int] = field(default_factory=dict, init=False)
+    """By prompt, of those whose choices have started."""
+    _tokens: Counter[int] = field(default_factory=Counter, init=False)
+    """Of each choice so far."""
 
     def whole(self, outcome: Outcome) -> dict[str, Any]:
         """Return the answer in one document."""
@@ -106,6 +112,7 @@ class CompletionWriter:
 
     def chunks(self, event: GenerationEvent) -> bytes:
         """Return an event's chunk. The last one is left to `end` where there is one choice only."""
+        self._count(event)
         match event:
             case ChoiceStarted(choice=index, job=job):
                 self._first = self._first or job
@@ -139,6 +146,22 @@ class CompletionWriter:
     def keep_alive(self) -> bytes:
         """Return a comment."""
         return b": waiting\n\n"
+
+    def _count(self, event: GenerationEvent) -> None:
+        match event:
+            case ChoiceStarted(choice=index, job=job):
+                self._prompt_tokens[index // self.generation.choices_per_prompt] = job.prompt_tokens
+            case ChoiceText(choice=index, tokens=tokens) | ChoiceReasoning(choice=index, tokens=tokens):
+                self._tokens[index] += tokens
+            case ChoiceFinished(choice=index, result=result):
+                self._tokens[index] = result.usage.completion_tokens
+
+    def _usage_so_far(self) -> dict[str, Any]:
+        if not self.continuous_usage:
+            return {}
+        prompts, tokens = sum(self._prompt_tokens.values()), self._tokens.total()
+        usage = {"prompt_tokens": prompts, "completion_tokens": tokens, "total_tokens": prompts + tokens}
+        return {"usage": usage}
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if self.generation.jobs[index].top_logprobs is None:
@@ -179,4 +202,5 @@ class CompletionWriter:
         choice["logprobs"] = self._logprobs(index, logprobs) if logprobs else None
         choice |= {"delta": piece} if self.is_chat else piece
         choice |= choice_details or {}
-        return server_sent(self._envelope(self._chunk_kind) | {"choices": [choice]} | (details or {}))
+        chunk = self._envelope(self._chunk_kind) | {"choices": [choice]} | self._usage_so_far()
+        return server_sent(chunk | (details or {}))

@@ -129,7 +129,7 @@ _REASONING_CONTENT: Final = Field("reasoning_content", parse_text)
 _REASONING: Final = Field("reasoning", parse_text)
 MESSAGE: Final = ObjectForm(
     _ROLE, _CONTENT, TOOL_CALLS, _TOOL_CALL_ID, _AUTHOR, _REASONING_CONTENT, _REASONING,
-    required=[_ROLE], neutral=NEUTRAL_IN_MESSAGE,
+    required=[_ROLE], ignored=["cot_id", "cot_summary"], neutral=NEUTRAL_IN_MESSAGE,
 )  # fmt: skip
 
 

@@ -76,6 +76,12 @@ IGNORED: Final = frozenset({
 })  # fmt: skip
 """Fields that cannot change the answer, whatever their value."""
 
+INSTEAD: Final[Mapping[str, str]] = dict.fromkeys(
+    ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"),
+    "response_format with a JSON Schema",
+)
+"""What does what a field of vLLM's would: patterns and choices are `pattern` and `enum` of a schema."""
+
 # Fields and the values, besides null, at which they do nothing.
 NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("length_penalty", "typical_p"), (1,)),
@@ -83,7 +89,7 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("return_token_ids", "return_tokens_as_token_ids"), (False,)),
     **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), (True,)),
     **dict.fromkeys(("truncate_prompt_tokens", "prompt_logprobs", "allowed_token_ids"), ()),
-    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"), ()),
+    **dict.fromkeys(INSTEAD, ()),
     **dict.fromkeys(("bad_words", "logits_processors"), ([],)),
     "priority": (0,),
 }
@@ -205,7 +211,8 @@ def _parse_template_options(param: str, value: Any) -> dict[str, Any]:
 
 
 _INCLUDE_USAGE: Final = Field("include_usage", parse_boolean)
-STREAM_OPTIONS: Final = ObjectForm(_INCLUDE_USAGE, ignored={"include_obfuscation"})
+_CONTINUOUS_USAGE: Final = Field("continuous_usage_stats", parse_boolean)
+STREAM_OPTIONS: Final = ObjectForm(_INCLUDE_USAGE, _CONTINUOUS_USAGE, ignored={"include_obfuscation"})
 
 _STREAM_OPTIONS: Final = Field("stream_options", STREAM_OPTIONS.form)
 _MIN_TOKENS: Final = Field("min_tokens", count_between(0, MAX_POSITIONS))
@@ -236,11 +243,11 @@ _COMMON: Final = (
 CHAT: Final = ObjectForm(
     *_COMMON, MESSAGES, MAX_TOKENS, _MAX_COMPLETION_TOKENS, _CHAT_LOGPROBS, TOP_LOGPROBS, TOOLS, TOOL_CHOICE,
     PARALLEL_TOOL_CALLS, _TEMPLATE_OPTIONS, _REASONING_EFFORT, _CONTINUES, _ADDS_GENERATION_PROMPT,
-    required=[MODEL, MESSAGES], ignored=IGNORED, neutral=NEUTRAL_FOR_CHAT,
+    required=[MODEL, MESSAGES], ignored=IGNORED, neutral=NEUTRAL_FOR_CHAT, instead=INSTEAD,
 )  # fmt: skip
 COMPLETION: Final = ObjectForm(
     *_COMMON, _PROMPTS, _COMPLETION_TOKENS, _LOGPROBS, _ECHO,
-    required=[MODEL, _PROMPTS], ignored=IGNORED, neutral=NEUTRAL_FOR_COMPLETION,
+    required=[MODEL, _PROMPTS], ignored=IGNORED, neutral=NEUTRAL_FOR_COMPLETION, instead=INSTEAD,
 )  # fmt: skip
 
 
@@ -334,7 +341,10 @@ def _parse_form(
         details=asks_details(fields, headers),
     )
     include_usage = options is not None and options.get(_INCLUDE_USAGE) is True
-    return generation, CompletionWriter(generation, is_chat=rules is not None, include_usage=include_usage)
+    continuous = include_usage and options is not None and options.get(_CONTINUOUS_USAGE) is True
+    return generation, CompletionWriter(
+        generation, is_chat=rules is not None, include_usage=include_usage, continuous_usage=continuous
+    )
 
 
 def _parse_job(fields: Fields, max_tokens: int | None) -> JobRequest:

@@ -171,7 +171,6 @@ class ResponseWriter:
             "model": self._started.model_name or self._started.model,
             "output": list(self._items),
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
             "store": False,
             "truncation": "disabled",
             "usage": None,

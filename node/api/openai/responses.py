@@ -230,7 +230,7 @@ def parse_response_request(body: bytes, headers: Headers) -> tuple[Generation, A
         rules=choice.rules,
         details=asks_details(fields, headers),
     )
-    echoed = fields.echo(_ECHOED)
+    echoed = fields.echo(_ECHOED) | {"reasoning": {"effort": effort, "summary": None}}
     for name in ("metadata", "user"):
         check_depth(name, echoed[name])
     return generation, ResponseWriter(generation, instructions, echoed)

@@ -116,7 +116,7 @@ RESPONSE: Final = record(
     model=STRING,
     output=array(_ITEM),
     previous_response_id=NULL,
-    reasoning=record(effort=NULL, summary=NULL),
+    reasoning=record(effort=nullable(STRING), summary=NULL),
     store=const(False),
     truncation=const("disabled"),
     usage=record(
@@ -145,7 +145,9 @@ EMBEDDINGS: Final = record(
     model=STRING,
     usage=record(prompt_tokens=INTEGER, total_tokens=INTEGER),
 )
-MODEL: Final = record(id=STRING, object=const("model"), created=INTEGER, owned_by=STRING)
+MODEL: Final = record(
+    id=STRING, object=const("model"), created=INTEGER, owned_by=STRING, max_model_len=nullable(INTEGER)
+)
 MODELS: Final = record(object=const("list"), data=array(MODEL))
 
 # Anthropic

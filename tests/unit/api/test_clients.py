@@ -18,6 +18,7 @@ import trio
 from node.api.access import Access
 from node.config import ApiKey, hash_api_key
 from node.coordinator.submission import ChatFormat, JobError, JobErrorCode, ToolFormat
+from protocol.limits import MAX_POSITIONS
 from tests.unit.api.fakes import MODEL, FakeNode, serve_node
 
 T = TypeVar("T")
@@ -102,6 +103,17 @@ async def test_openai_chat_streams_usage_and_log_probabilities(node: FakeNode, u
     assert [len(token.top_logprobs) for token in logprobs] == [2, 2, 2]
     assert last.usage.total_tokens == 8
     assert last.model_extra["metaswarm"]["replays"] == 1
+
+
+async def test_openai_streams_usage_in_every_chunk(node: FakeNode, url: str, of_openai: Client) -> None:
+    wanted = {"include_usage": True, "continuous_usage_stats": True}
+    call: dict[str, Any] = {"model": "tiny", "messages": USER, "stream": True, "stream_options": wanted}
+    chunks = await ask(lambda: list(of_openai(url).chat.completions.create(**call)))
+    assert [chunk.usage.completion_tokens for chunk in chunks] == [0, 1, 2, 3, 3, 3]
+    assert {chunk.usage.prompt_tokens for chunk in chunks} == {5}
+    del wanted["continuous_usage_stats"]
+    chunks = await ask(lambda: list(of_openai(url).chat.completions.create(**call)))
+    assert [chunk.usage is not None for chunk in chunks] == [False] * 5 + [True]
 
 
 async def test_openai_tools_and_reasoning(node: FakeNode, url: str, of_openai: Client) -> None:
@@ -298,8 +310,8 @@ async def test_openai_responses(node: FakeNode, url: str, of_openai: Client) -> 
     node.submitter.words, node.submitter.chat_format = SAYS_ALL, THINKING
     tool = {"type": "function", **FUNCTION}
     call: dict[str, Any] = {"model": "tiny", "input": "Hi", "instructions": "Be brief.", "tools": [tool]}
-    answer = await ask(lambda: of_openai(url).responses.create(**call))
-    assert (answer.status, answer.output_text) == ("completed", "Look:")
+    answer = await ask(lambda: of_openai(url).responses.create(**call, reasoning={"effort": "low"}))
+    assert (answer.status, answer.output_text, answer.reasoning.effort) == ("completed", "Look:", "low")
     assert [item.type for item in answer.output] == ["reasoning", "message", "function_call"]
     assert (answer.output[2].name, json.loads(answer.output[2].arguments)) == ("weather", ARGUMENTS)
     assert (answer.usage.input_tokens, answer.usage.output_tokens) == (5, 4)
@@ -496,6 +508,25 @@ async def test_ollama_generates(node: FakeNode, url: str, of_ollama: Client) -> 
     for keep_alive in (0, "0s"):
         unloaded = await ask(partial(client.generate, model="tiny", keep_alive=keep_alive))
         assert (unloaded.done, unloaded.done_reason) == (True, "unload")
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, None),
+        ({"options": {"num_predict": -1}}, None),
+        ({"options": {"num_predict": -2}}, None),
+        ({"num_predict": -1}, None),
+        ({"num_predict": 1000}, 1000),
+        ({"num_predict": 1000, "options": {"num_predict": 7}}, 7),
+        ({"num_predict": 1000, "options": {"num_predict": -1}}, None),
+        ({"options": {"num_predict": 1 << 40}}, MAX_POSITIONS),
+    ],
+)
+async def test_ollama_limits(node: FakeNode, url: str, limits: dict[str, Any], expected: int | None) -> None:
+    async with httpx.AsyncClient(base_url=url) as client:
+        assert (await client.post("/api/chat", json={"model": "tiny", "messages": USER, **limits})).status_code == 200
+    assert node.submitter.requests[0].max_tokens == expected
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,15 @@ async def test_bounds_the_log_probabilities_of_prompts(
     assert streamed.status_code == 400, "before anything was sent"
 
 
+async def test_log_probabilities_without_a_limit_are_of_a_usual_text_unless_streamed(
+    node: FakeNode, client: httpx.AsyncClient
+) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+    for fields in ({"logprobs": True}, {"logprobs": True, "stream": True}, {}, {"logprobs": True, "max_tokens": 600}):
+        assert (await client.post("/v1/chat/completions", json={**body, **fields})).status_code == 200
+    assert [job.max_tokens for job in node.submitter.requests] == [512, None, None, 600]
+
+
 async def test_answers_several_prompts_and_choices(node: FakeNode, client: httpx.AsyncClient) -> None:
     body = completion_body(prompt=["one: ", "two: "], n=2, echo=True, metaswarm={})
     answer = (await client.post("/v1/completions", json=body)).json()

@@ -160,9 +160,8 @@ def test_error_503_says_when_to_retry(code: JobErrorCode) -> None:
 
 
 def test_features_name_tests_that_exist() -> None:
-    tests = "".join(
-        (ROOT / f"tests/{name}").read_text() for name in ("unit/api/test_clients.py", "process/test_api.py")
-    )
+    files = ("unit/api/test_clients.py", "unit/api/test_programs.py", "process/test_api.py")
+    tests = "".join((ROOT / f"tests/{name}").read_text() for name in files)
     listed = re.findall(r"`(test_\w+)`", (ROOT / "docs/api-features.md").read_text(encoding="utf-8"))
     defined = re.findall(r"^async def (test_\w+)", tests, re.MULTILINE)
     assert sorted(listed) == sorted(defined), "every feature has its test, and every test its line"

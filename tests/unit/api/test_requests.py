@@ -159,6 +159,7 @@ def test_refuses_non_neutral_value(name: str, value: Any, chatting: bool) -> Non
         parse_chat_request(chat(**{name: value})) if chatting else parse_completion_request(completion(**{name: value}))
     assert (caught.value.status, caught.value.param) == (400, name)
     assert caught.value.message.startswith(f"{name} is not supported")
+    assert ("response_format" in caught.value.message) is name.startswith(("guided_", "structured_"))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_refuses_non_neutral_value(name: str, value: Any, chatting: bool) -> Non
         {"add_generation_prompt": False},
         {"documents": [{"text": "a"}]},
         {"verbosity": "low"},
-        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        {"stream": True, "stream_options": {"include_everything": True}},
         {"messages": [{"role": "assistant", "content": "a", "prefix": True}]},
         {"messages": [{"role": "assistant", "content": "a", "audio": {"id": "b"}}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "txt": "b"}]}]},

@@ -1,0 +1,49 @@
+"""Requests as known programs send them: `programs.json` has their bodies, as their sources write them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from node.coordinator.submission import ChatFormat, ToolFormat
+from tests.unit.api.fakes import MODEL, FakeNode
+
+REQUESTS: list[dict[str, Any]] = json.loads(Path(__file__).with_name("programs.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("known", REQUESTS, ids=[f"{each['program']}: {each['request']}" for each in REQUESTS])
+async def test_requests_of_known_programs_are_answered(
+    client: httpx.AsyncClient, node: FakeNode, known: dict[str, Any]
+) -> None:
+    if "tools" in known:
+        node.submitter.chat_format = ChatFormat(tools=ToolFormat.HERMES)
+    answer = await client.post(known["path"], json=known["body"])
+    assert answer.status_code == 200, answer.text
+    assert "Hello" in answer.text
+    assert "rld" in answer.text, "it is complete"
+    (job,) = node.submitter.requests
+    assert (job.model, job.max_tokens) == ("tiny", known.get("max_tokens"))
+    assert bool(job.tools) is ("tools" in known)
+
+
+async def test_model_is_described_as_editors_ask_for_it(client: httpx.AsyncClient) -> None:
+    """Continue sends `name` alone; Copilot wants Ollama 0.6.4 at least, and asks by what the list calls `model`."""
+    version = (await client.get("/api/version")).json()["version"]
+    assert tuple(map(int, version.split("."))) >= (0, 6, 4)
+    (listed,) = (await client.get("/api/tags")).json()["models"]
+    for body in ({"name": "tiny"}, {"name": "tiny:latest"}, {"model": listed["model"]}, {"model": MODEL[:8]}):
+        shown = await client.post("/api/show", json=body)
+        assert shown.status_code == 200, shown.text
+        facts = shown.json()["model_info"]
+        assert facts[f"{facts['general.architecture']}.context_length"] == 8192
+    assert (await client.post("/api/show", json={})).status_code == 400
+
+
+async def test_openai_model_is_found_by_name_or_id(client: httpx.AsyncClient) -> None:
+    for name in ("tiny", MODEL, MODEL[:8]):
+        found = (await client.get(f"/v1/models/{name}")).json()
+        assert (found["id"], found["max_model_len"]) == ("tiny", 8192)
+    for name in (MODEL[:7], "cd" * 32, "broken"):  # too short, and not complete
+        assert (await client.get(f"/v1/models/{name}")).status_code == 404
