@@ -11,6 +11,11 @@ REQUEST_ID_HEADER: Final = "x-request-id"
 _VALID: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
+def new_request_id() -> str:
+    """Return an id for a request that brings none."""
+    return f"req_{secrets.token_hex(12)}"
+
+
 class RequestIds:
     """ASGI middleware: each answer has the request's id, also an error's, so that logs of both sides can be joined."""
 
@@ -23,7 +28,7 @@ class RequestIds:
             await self.app(scope, receive, send)
             return
         given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
-        request_id = given if _VALID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        request_id = given if _VALID.fullmatch(given) else new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:

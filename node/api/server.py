@@ -16,6 +16,7 @@ from hypercorn.typing import ConnectionState, LifespanState
 from hypercorn.utils import wrap_app
 from starlette.types import ASGIApp
 
+from node.api.request_id import new_request_id
 from node.config import StartError, is_unspecified
 from node.util.open_files import open_file_limit
 
@@ -34,7 +35,7 @@ SILENT_TIMEOUT_S: Final = 5.0
 
 _BUSY: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-type: application/json\r\n"
-    b"content-length: %d\r\n\r\n%s"
+    b"x-request-id: %s\r\ncontent-length: %d\r\n\r\n%s"
 )
 _BUSY_BODY: Final = (
     b'{"error": {"message": "all API connections are in use: try again", '
@@ -117,7 +118,8 @@ class _ConnectionLimit:
     async def _refuse(self, stream: trio.SocketStream) -> None:
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             with trio.move_on_after(1):
-                await stream.send_all(_BUSY % (len(_BUSY_BODY), _BUSY_BODY))
+                request_id = new_request_id().encode()  # the request's own is not read any more
+                await stream.send_all(_BUSY % (request_id, len(_BUSY_BODY), _BUSY_BODY))
 
 
 def url_of(host: str, port: int) -> str:

@@ -95,6 +95,7 @@ async def test_connection_over_limit_gets_503(monkeypatch: pytest.MonkeyPatch) -
                     await trio.lowlevel.checkpoint()  # the server has not looked at all of them yet
                 assert answer.status_code == 503
                 assert answer.headers["retry-after"] == "1"
+                assert answer.headers["x-request-id"].startswith("req_")
                 assert answer.json()["error"]["code"] == "too_many_connections"
                 for stream in held:
                     await stream.aclose()
