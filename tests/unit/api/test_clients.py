@@ -506,12 +506,7 @@ async def test_ollama_generates(node: FakeNode, url: str, of_ollama: Client) -> 
     loaded = await ask(lambda: client.generate(model="tiny"))
     assert (loaded.done, loaded.done_reason) == (True, "load")
     for keep_alive in (0, "0s"):
-
-        def unload(keep_alive: int | str = keep_alive) -> ollama.GenerateResponse:
-            answer: ollama.GenerateResponse = client.generate(model="tiny", keep_alive=keep_alive)
-            return answer
-
-        unloaded = await ask(unload)
+        unloaded = await ask(partial(client.generate, model="tiny", keep_alive=keep_alive))
         assert (unloaded.done, unloaded.done_reason) == (True, "unload")
 
 
