@@ -208,7 +208,9 @@ async def test_node_that_is_seen_behind_a_nat_has_relays_before_anybody_tried_to
             (connection,) = home._swarm.live_connections(ID.from_base58(relay.peer_id))
             # Over loopback it left from another port: which port of the NAT is ours it does not tell.
             home._traversal.record_observed(connection, parse_address("/ip4/8.8.8.8/tcp/50000"))
-            await until(lambda: home.reachability.relays == (relay.peer_id,))
+            held = home._traversal._relays
+            assert held is not None
+            await until(lambda: held.relays() == (relay.peer_id,))
             assert home.reachability.observed == ()
 
 
