@@ -255,8 +255,10 @@ _NOT_THE_MAKE: Final = frozenset({"cpu", "processor", "gen", "with"})
 
 def _best_instructions(processor: Processor) -> str:
     present = set(processor.instruction_sets)
-    known = (title for title, flag in _INSTRUCTION_RANKS if flag in present)
-    return next(known, _slug(processor.architecture[:_MAX_ARCHITECTURE]))
+    return next(
+        (title for title, flag in _INSTRUCTION_RANKS if flag in present),
+        _slug(processor.architecture[:_MAX_ARCHITECTURE]),
+    )
 
 
 def _make(model: str) -> str:

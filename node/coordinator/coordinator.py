@@ -3,6 +3,7 @@
 A stage that is lost is replaced by `node.coordinator.failover`.
 """
 
+import math
 import random
 import secrets
 import time
@@ -125,6 +126,8 @@ class Coordinator:
         self.recent_jobs = RecentJobs()
         self._idle = trio.Event()
         self._idle.set()
+        self._users_seen_s = -math.inf
+        """When a user's job last began or ended."""
 
     def peer_records(self) -> dict[PeerId, PeerRecord]:
         """Return the records of all remembered peers: jobs served, failed and lagged, and their speed."""
@@ -230,6 +233,8 @@ class Coordinator:
         )
 
     def _count(self, **changes: int) -> None:
+        if not changes["trials_running"]:
+            self._users_seen_s = trio.current_time()
         for name, change in changes.items():
             setattr(self.statistics, name, getattr(self.statistics, name) + change)
         if self.statistics.running == 0:
@@ -338,7 +343,8 @@ class Coordinator:
         is_measured = bool(
             job.kind is not TaskKind.SCORE or job.output.scored or job.output.tokens
         )  # one token has none
-        selection = self._assess(job, done, result) if is_measured and not is_background else None
+        is_paced = is_background and self._has_users_since(job.began_s)
+        selection = self._assess(job, done, result) if is_measured and not is_paced else None
         cost = Cost(
             objective=job.request.objective,
             budget=job.request.budget,
@@ -353,6 +359,10 @@ class Coordinator:
         elif self._recorder is not None and is_measured:
             await self._recorder.record(served)
         return result
+
+    def _has_users_since(self, time_s: float) -> bool:
+        """Return whether users' jobs of this node were under way since a time."""
+        return self.statistics.running > self.statistics.trials_running or self._users_seen_s > time_s
 
     def _assess(self, job: Job, done: ClosedRoute, result: JobResult) -> Selection | None:
         """Learn from a job's outcome; return how its selection looks now."""

@@ -213,7 +213,7 @@ class Scheduler(Generic[L]):
 
     def next_chance_s(self, now_s: float) -> float | None:
         """Return when waiting rows may go without new ones arriving; None if that is not foreseen."""
-        if self._waiting and self.policy.batching is Batching.STATIC:
+        if self.policy.batching is Batching.STATIC and any(True for _ in self._heads(now_s)):
             return max(now_s, self._member_step_s + STATIC_MAX_WAIT_S)
         if self._waiting and self._is_paced(now_s):
             return self._background_from_s
