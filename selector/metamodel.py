@@ -2,8 +2,9 @@
 
 It is the mean of four members: histogram gradient boosting on the cost, and on the residual of a linear fit, which
 extrapolates to hardware and models beyond those seen; extremely randomised trees [Geurts, Ernst, Wehenkel, Machine
-Learning 2006] on the cost relative to the context's effect, and on that residual. What is predicted is the cost of a
-method relative to the other methods of the context, on which a choice depends.
+Learning 2006] on the cost relative to the context's effect, and on that residual. In contexts among those seen a fifth
+counts as much, trees on the residual less its mean in the context, which interpolate better and extrapolate worse. What
+is predicted is the cost of a method relative to the other methods of the context, on which a choice depends.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from selector.confidence import INTERVAL
 from selector.dataset import FloatArray, IntArray, Pairs, context_means
 from selector.effects import fit_effects
 from selector.estimator import Selector, weights_of
-from selector.features import PairTable
+from selector.features import Familiarity, PairTable
 
 CALIBRATION_ROWS: Final = 3_000
 """Rows of the cross-validation that the uncertainty follows from."""
@@ -98,7 +99,7 @@ class MetaModel(Selector):
     def predict_all(self, X: Pairs) -> PairEstimates:
         """Return predictions with their uncertainty."""
         check_is_fitted(self)
-        mean, variance = _mean_and_variance(self.members_.predict(X))
+        mean, variance = self.members_.predict(X)
         deviation = np.sqrt(np.maximum(self.variance_[0] + self.variance_[1] * variance, MIN_DEVIATION**2))
         return PairEstimates(mean, deviation)
 
@@ -129,7 +130,7 @@ class MetaModel(Selector):
         splits = GroupKFold(folds, shuffle=True, random_state=self.random_state)
         for train, test in splits.split(groups, groups=groups):
             members = _Members(self).fit(pairs.take(train), y[train], weight[train])
-            mean, variance[test] = _mean_and_variance(members.predict(pairs.take(test)))
+            mean, variance[test] = members.predict(pairs.take(test))
             error[test] = mean - _relative(y[test], pairs.take(test))
         design = np.column_stack([np.ones(len(variance)), variance])
         fit = LinearRegression(fit_intercept=False, positive=True).fit(design, error**2, sample_weight=weight)
@@ -150,6 +151,7 @@ class _Members:
 
     def fit(self, pairs: Pairs, y: FloatArray, weight: FloatArray) -> Self:
         self._table = PairTable().fit(pairs)
+        self._familiarity = Familiarity().fit(pairs)
         table = self._matrix(pairs)
         self._line = _linear_fit().fit(table, y, ridge__sample_weight=weight)
         residual = y - self._line.predict(table)
@@ -160,15 +162,19 @@ class _Members:
             self._boosting(len(y)).fit(table, residual, weight),
             self._extra_trees(0.5).fit(table, residual, weight),
         ]
+        residual = residual - _context_effect(residual, pairs, weight)
+        self._among_seen = self._extra_trees(0.5).fit(table, residual, weight)
         return self
 
-    def predict(self, pairs: Pairs) -> FloatArray:
-        """Return each member's predictions relative to the context, shape (pairs, members)."""
+    def predict(self, pairs: Pairs) -> tuple[FloatArray, FloatArray]:
+        """Return predictions relative to the context, and the variance of the four members."""
         table = self._matrix(pairs)
         line = self._line.predict(table)
         predicted = [self._on_cost.predict(table), self._on_relative.predict(table)]
         predicted += [line + member.predict(table) for member in self._on_residual]
-        return np.column_stack([_relative(each, pairs) for each in predicted])
+        four = np.column_stack([_relative(each, pairs) for each in predicted])
+        fifth, familiar = _relative(line + self._among_seen.predict(table), pairs), self._familiarity.of(pairs)
+        return (four.sum(axis=1) + familiar * fifth) / (4.0 + familiar), four.var(axis=1)
 
     def _matrix(self, pairs: Pairs) -> FloatArray:
         table = self._table.transform(pairs, roofline=True)
@@ -201,8 +207,16 @@ def _fill_and_clip(table: FloatArray) -> FloatArray:
     return np.clip(np.nan_to_num(table), -4.0, 4.0)
 
 
-def _mean_and_variance(predicted: FloatArray) -> tuple[FloatArray, FloatArray]:
-    return predicted.mean(axis=1), predicted.var(axis=1)
+def _context_effect(residual: FloatArray, pairs: Pairs, weight: FloatArray) -> FloatArray:
+    """Return each pair's mean residual of the context, shrunk as by one more measurement of 0.
+
+    Trees need not learn what all methods of a context have in common. It is shrunk since the mean of few methods is
+    also theirs.
+    """
+    contexts = len(pairs.contexts)
+    sums = np.bincount(pairs.context, weights=weight * residual, minlength=contexts)
+    effect: FloatArray = sums / (np.bincount(pairs.context, weights=weight, minlength=contexts) + 1.0)
+    return effect[pairs.context]
 
 
 def _relative(values: FloatArray, pairs: Pairs) -> FloatArray:

@@ -13,6 +13,7 @@ from selector.estimator import NotApplicableError, Selector
 from selector.evaluation.baselines import BASELINES, TextEmbedding
 from selector.evaluation.certainty import certainty_of
 from selector.evaluation.measures import outcomes, split
+from selector.features import Familiarity
 from selector.metamodel import MetaModel
 from tests.unit.selector.measurements import made_up, out_of_fold_scores
 
@@ -144,6 +145,21 @@ def test_metamodel_learns_from_a_bounded_number_of_rows() -> None:
     contexts = DATASET.take(MetaModel(max_rows=100)._sample(DATASET.pairs, 100)).pairs.context
     assert 90 <= len(contexts) <= 100
     assert (np.unique(contexts, return_counts=True)[1] == 5).all()  # whole ones
+
+
+@pytest.mark.parametrize("column", ["l_isl", "l_bw"])  # the second is equal in all contexts of training
+def test_a_context_is_familiar_unless_a_figure_is_beyond_those_seen(column: str) -> None:
+    known = Familiarity().fit(DATASET.pairs)
+    contexts = DATASET.pairs.contexts
+
+    def familiar(change: float) -> set[float]:
+        features = contexts.features.copy()
+        features[:, contexts.columns.index(column)] += change
+        return set(known.of(replace(DATASET.pairs, contexts=replace(contexts, features=features))).tolist())
+
+    assert familiar(0.0) == {1.0}
+    assert familiar(np.nan) == {1.0}
+    assert familiar(20.0) == {0.0}
 
 
 def test_text_embedding_uses_the_given_encoder() -> None:
