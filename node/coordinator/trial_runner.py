@@ -24,6 +24,7 @@ from node.coordinator.trial_prompts import make_prompts, piece, shared_tokens
 from node.models.manifest import Manifest
 from node.models.sample import sample_text
 from node.stages.scheduler import BACKGROUND_SHARE
+from node.util.backoff import backoff_s
 from protocol.identity import Stage
 from protocol.measurements import (
     MIN_TOTAL_S,
@@ -44,8 +45,9 @@ READY_TIMEOUT_S: Final = 900.0
 BUSY_TIMEOUT_S: Final = 120.0
 """How long a run of a background measurement is repeated where it is in the way of jobs, here or at other peers."""
 
-RETRY_S: Final = 1.0
-"""Pause before another attempt while a method is not ready or the peers are full."""
+RETRY_S: Final = (1.0, 15.0)
+"""First and longest pause before another attempt while a method is not ready or the peers are full: each asks all
+stages anew, which those that serve others would feel."""
 
 GIVE_WAY_S: Final = 0.05
 """Interval at which a background measurement looks whether it is in the way of a user's job."""
@@ -338,7 +340,7 @@ class _TrialRuns:
 
     async def _run_with_retry(self, workload: TrialWorkload, method: Method) -> Run:
         """Run a method once it is ready and the peers have room: peers build a variant when it is asked for."""
-        began_s, cuts = trio.current_time(), 0
+        began_s, cuts, refusals = trio.current_time(), 0, 0
         is_trial = self.spec.kind is ObservationKind.PROBE
         while True:
             until_s = trio.current_time() + MAX_WAIT_S if is_trial else began_s + BUSY_TIMEOUT_S
@@ -357,7 +359,8 @@ class _TrialRuns:
                 if error.code is not JobErrorCode.FULL:
                     # A stage may be gone: the round is invalid then, and begun anew elsewhere.
                     self.stages = () if is_trial else self.spec.stages
-                await trio.sleep(RETRY_S * self.rng.uniform(0.5, 2))
+                refusals += is_in_the_way  # else what is waited for is soon ready
+                await trio.sleep(backoff_s(refusals, RETRY_S, self.rng))
 
     async def _finds_gap(self, until_s: float) -> bool:
         """Wait for a gap between this node's jobs, until a time; return whether there was one."""
