@@ -4,9 +4,11 @@ For a safetensors package that is what transformers gives in fp32, for a GGUF pa
 """
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import trio
@@ -125,6 +127,20 @@ async def test_greedy_tokens_equal_llama_cpp_also_for_all_prompts_at_once(
     async with trio.open_nursery() as nursery:
         for each in expected_of_llama_cpp:
             nursery.start_soon(check, daemons, [each], MODEL)
+    for daemon in daemons:
+        check_maps_no_torch(daemon)
+
+
+def check_maps_no_torch(daemon: Daemon) -> None:
+    """Check all processes of a daemon but the one that measures the hardware, which ends by itself."""
+    node = psutil.Process(daemon.process.pid)
+    serving = {}
+    for process in (node, *node.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            if "node.engine.benchmark" not in process.cmdline():
+                serving[" ".join(process.cmdline())] = Path(f"/proc/{process.pid}/maps").read_text()
+    assert any("node.engine.worker" in command and "xllamacpp" in maps for command, maps in serving.items())
+    assert [command for command, maps in serving.items() if "libtorch" in maps] == []
 
 
 async def check(daemons: list[Daemon], expected: list[tuple[list[int], list[int]]], model: str) -> None:
