@@ -27,7 +27,7 @@ from protocol.consensus_values import (
 from protocol.forms import Digest
 from protocol.identity import PeerId
 from selector.consensus import inclusion
-from selector.consensus.chain import Chain, ChainEntry, is_stalled, restart_refused
+from selector.consensus.chain import FAULT_TOLERANT, Chain, ChainEntry, is_stalled, restart_refused
 from selector.consensus.clock import EpochClock
 from selector.consensus.membership import founders
 from selector.consensus.sortition import (
@@ -330,9 +330,10 @@ class Participant:
         if state is None or sortition is None:
             return []
         found = {peer: each for peer, each in self._contributions(epoch).items() if peer not in self.equivocators}
-        reveals = [each.reveal for held in self._reveals.get(epoch, {}).values() for each in held]
-        timely = self._held(epoch, self.clock.lists_end_s(epoch)).keys() | self._listed(epoch, reveals)
-        found = {peer: each for peer, each in found.items() if peer in timely}
+        if len(state.members) >= FAULT_TOLERANT:  # else one that is late would stop the epoch
+            reveals = [each.reveal for held in self._reveals.get(epoch, {}).values() for each in held]
+            timely = self._held(epoch, self.clock.lists_end_s(epoch)).keys() | self._listed(epoch, reveals)
+            found = {peer: each for peer, each in found.items() if peer in timely}
         expected = [found[peer] for peer in sortition.expected if peer in found]
         known = self.chain.head.beacon
         newcomers = newcomers_in_order(beacon_of(known, epoch), found.keys() - {*sortition.expected})[:MAX_NEWCOMERS]
