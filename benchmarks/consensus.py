@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from statistics import median
+from typing import Any
 
 import click
 import numpy as np
@@ -283,8 +284,8 @@ def compare(world: World, peers: int, liars: float, epochs: int, seed: int) -> l
         began_s = time.perf_counter()
         name, learned = design()
         ratio, probed = choose(world, learned)
-        seconds = time.perf_counter() - began_s
-        rows.append(Row(design=name, liars=liars, ratio=ratio, ratio_with_probes=probed, seconds=seconds))
+        took_s = time.perf_counter() - began_s
+        rows.append(Row(design=name, liars=liars, ratio=ratio, ratio_with_probes=probed, seconds=took_s))
     return rows
 
 
@@ -296,9 +297,8 @@ def learned_from(state: State, reports: Sequence[tuple[PeerId, Cell, float]]) ->
     tables, class_sizes = [], Counter(member.hardware for member in state.members)
     for workload in sorted({cell.workload for cell in state.table}):
         cells = {cell: entry for cell, entry in state.table.items() if cell.workload == workload}
-        table = AgreedTable(
-            model=workload, epoch=state.epoch, digest=state.table_digest, cells=cells, members=class_sizes
-        )
+        agreed: dict[str, Any] = {"epoch": state.epoch, "digest": state.table_digest, "members": class_sizes}
+        table = AgreedTable(model=workload, cells=cells, **agreed)
         tables.append((table, {cell: TaskContext(hardware=cell.hardware) for cell in cells}))
     samples = [_sample(cell, log_ratio, peer) for peer, cell, log_ratio in reports]
     return [
