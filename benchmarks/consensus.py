@@ -93,7 +93,7 @@ class World:
     test: Dataset
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One way to learn under one share of liars: the mean ratio to the virtual best over contexts never measured."""
 
@@ -276,15 +276,13 @@ def compare(world: World, peers: int, liars: float, epochs: int, seed: int) -> l
         lambda: ("free reports, pooled", [(cell, log_ratio, 1.0) for _, cell, log_ratio in reports]),
         lambda: ("free reports, cell median", _medians(reports)),
     ]
-    if liars:
-        designs.append(lambda: learned_by("the same, lies in free reports only", patient=True))
+    designs += [lambda: learned_by("the same, lies in free reports only", patient=True)] if liars else []
     rows = []
     for design in designs:
         began_s = time.perf_counter()
         name, learned = design()
         ratio, probed = choose(world, learned)
-        seconds = time.perf_counter() - began_s
-        rows.append(Row(design=name, liars=liars, ratio=ratio, ratio_with_probes=probed, seconds=seconds))
+        rows.append(Row(name, liars, ratio, probed, time.perf_counter() - began_s))
     return rows
 
 
@@ -296,14 +294,13 @@ def learned_from(state: State, reports: Sequence[tuple[PeerId, Cell, float]]) ->
     tables, class_sizes = [], Counter(member.hardware for member in state.members)
     for workload in sorted({cell.workload for cell in state.table}):
         cells = {cell: entry for cell, entry in state.table.items() if cell.workload == workload}
-        table = AgreedTable(
-            model=workload, epoch=state.epoch, digest=state.table_digest, cells=cells, members=class_sizes
-        )
+        digest = state.table_digest
+        table = AgreedTable(model=workload, epoch=state.epoch, digest=digest, cells=cells, members=class_sizes)
         tables.append((table, {cell: TaskContext(hardware=cell.hardware) for cell in cells}))
-    samples = [_sample(cell, log_ratio, peer) for peer, cell, log_ratio in reports]
+    evidence = weigh([_sample(cell, log_ratio, peer) for peer, cell, log_ratio in reports], viewpoint, tables)
     return [
         (Cell(sample.context.hardware, sample.model, sample.method), sample.log_ratio, weight)
-        for sample, weight in weigh(samples, viewpoint, tables)
+        for sample, weight in evidence
         if sample.log_ratio is not None
     ]
 
