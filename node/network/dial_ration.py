@@ -1,6 +1,6 @@
 """How often this node dials where only a peer says that somebody is: else it would dial others for anybody. No I/O.
 
-Shared by hole punching and by the dials that replace a circuit: both have a peer name the addresses.
+Hole punching shares one with the dials of new circuits; the later dials of circuits that stay have one of their own.
 """
 
 from collections.abc import Iterable
@@ -20,18 +20,23 @@ PER_RANGE: Final = Allowance(per_s=0.5, burst=48)
 
 IN_ALL: Final = Allowance(per_s=4.0, burst=192)
 
+REDIALS_PER_RANGE: Final = Allowance(per_s=0.1, burst=16)
+REDIALS: Final = Allowance(per_s=1.0, burst=64)
+"""Those of peers that stay behind relays: many, and rarely with success, so that they must not take the others'."""
+
 
 class DialRation:
     """Dials that are left, in all and into each address range."""
 
-    def __init__(self, now_s: float) -> None:
-        self._all = IN_ALL.bucket(now_s)
+    def __init__(self, now_s: float, in_all: Allowance = IN_ALL, per_range: Allowance = PER_RANGE) -> None:
+        self._all = in_all.bucket(now_s)
+        self._per_range = per_range
         self._ranges: LRUCache[str, TokenBucket] = LRUCache(1024)
 
     def take(self, address: TcpAddress, now_s: float) -> bool:
         """Take one dial; return whether it was left."""
         where = address_range(address.host) or address.host
-        bucket = self._ranges.setdefault(where, PER_RANGE.bucket(now_s))
+        bucket = self._ranges.setdefault(where, self._per_range.bucket(now_s))
         return bucket.take(1, now_s) and self._all.take(1, now_s)
 
 

@@ -41,6 +41,9 @@ REQUEST_TIMEOUT_S: Final = 30.0
 """How long a peer may occupy one of the library's handlers of short requests."""
 MAX_REQUESTS_PER_PEER: Final = 16
 IDENTIFY_TIMEOUT_S: Final = 10.0
+IDENTIFY_PAUSE_S: Final = 5.0
+"""Pause before a peer is asked once more that did not answer."""
+IDENTIFY_AGAIN: Final = "again"
 
 StreamHandler = Callable[[INetStream], Awaitable[None]]
 AsyncFunction = Callable[..., Awaitable[Any]]
@@ -208,14 +211,22 @@ class GuardedHost(BasicHost):
         await stream.close()
 
     async def _identify_quietly(self, peer_id: ID, over: Yamux, why: str) -> None:
+        """Ask a peer, once more where it did not answer, and over a connection that opened in the meantime."""
+        next_reason = why
         try:
             await self._identify_task_entry(peer_id, why)
         except Exception as error:  # noqa: BLE001  # a peer's answer, through the library's decoders
             logger.debug("identify of %s failed: %r", peer_id, error)
-            over.identified = False
+            over.identified, next_reason = False, IDENTIFY_AGAIN
         finally:
             if (event := self._identified.pop(peer_id, None)) is not None:
                 event.set()
+        if not over.identified:
+            best = self.swarm.best_connection(peer_id)
+            if why == IDENTIFY_AGAIN and best is not None and best.muxed_conn is over:
+                return
+            await trio.sleep(IDENTIFY_PAUSE_S)
+        self._schedule_identify(peer_id, reason=next_reason)
 
     async def _identify_peer(self, peer_id: ID, *, reason: str) -> None:
         """Ask a peer who it is and where it sees us, over the connection that new streams take.

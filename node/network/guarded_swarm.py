@@ -97,7 +97,7 @@ class GuardedSwarm(Swarm):
         self._swarm_key = psk
         self.own_transports: Callable[[], set[str]] = set
         """The endpoints at which to dial would be to dial ourselves."""
-        self._book = book
+        self.book = book
         self._on_connected = on_connected
         self._on_disconnected = on_disconnected
         self._inbound = limits.inbound
@@ -214,11 +214,12 @@ class GuardedSwarm(Swarm):
         """Return whether to dial an address would be to dial ourselves."""
         return address.relay is None and address.transport in self.own_transports()
 
-    async def dial_direct(self, peer_id: ID, addresses: Sequence[TcpAddress]) -> bool:
+    async def dial_direct(self, peer_id: ID, addresses: Sequence[TcpAddress], ration: DialRation | None = None) -> bool:
         """Dial the public ones of addresses that a peer has named, at first over a relay.
 
-        Return whether there is a direct connection now.
+        Return whether there is a direct connection now. `ration`: in place of that of new circuits.
         """
+        ration = ration or self.named_dials
         named = few_hosts(each for each in addresses if each.relay is None and each.is_public and not self.is_own(each))
         with trio.move_on_after(self._dial_timeout_s):
             async with trio.open_nursery() as nursery:
@@ -232,7 +233,7 @@ class GuardedSwarm(Swarm):
                         nursery.cancel_scope.cancel()
 
                 for address in named:
-                    if self.named_dials.take(address, trio.current_time()):
+                    if ration.take(address, trio.current_time()):
                         nursery.start_soon(dial_one, address)
         return self.direct_connection(peer_id) is not None
 
@@ -269,7 +270,7 @@ class GuardedSwarm(Swarm):
             elif addresses := self._dialable(peer_id):
                 self.block_redial(peer_id)
                 # The library's lookups must not try them; our own address book keeps them.
-                self._book.add(PeerId(peer_id.to_base58()), map(str, addresses))
+                self.book.add(PeerId(peer_id.to_base58()), map(str, addresses))
                 self.peerstore.clear_addrs(peer_id)
         finally:
             del self._dials[peer_id]

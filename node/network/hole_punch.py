@@ -42,9 +42,16 @@ REFUSED_DIALS_PER_TRY: Final = 8
 """Refusals of one exchange and of one of its tries, after which a refused address is not dialled again. Few: the
 address is the peer's word, and may be somebody else's."""
 
+RATIONED_PAUSE_S: Final = 60.0
+"""Pause before a circuit is upgraded again whose dials were rationed."""
+
 ENTERED_S: Final = 0.2
 FAILED_S: Final = 600.0
 MAX_AT_ONCE: Final = 16
+
+
+class Rationed(OpenConnectionError):
+    """This node has dialled enough for now that peers named: it says nothing of the peer's NAT."""
 
 
 class Refusals:
@@ -53,6 +60,8 @@ class Refusals:
     def __init__(self) -> None:
         self._left = REFUSED_DIALS
         self._left_of_try = 0
+        self.rationed = False
+        """Whether this node's own ration has ended a dial."""
 
     def begin_try(self) -> None:
         """Allow some more."""
@@ -102,16 +111,22 @@ class HolePuncher:
             self._nursery.start_soon(self._upgrade, connection)
 
     async def _upgrade(self, connection: Yamux) -> None:
-        peer_id = connection.peer_id
+        peer_id, is_rationed = connection.peer_id, False
         try:
             if await self._host.swarm.dial_direct(peer_id, self._known(peer_id)):
                 logger.info("connected to %s directly", peer_id)
                 return
             await self._begin(connection)
+        except Rationed:
+            is_rationed = True
         except Exception as error:  # noqa: BLE001  # the peer's messages, and a dozen types for dials that failed
             logger.debug("no direct connection to %s: %s", peer_id, reason(error))
         finally:
             self._busy.discard(peer_id)
+        if is_rationed:
+            await trio.sleep(RATIONED_PAUSE_S)
+            if not connection.is_closed and self._host.swarm.direct_connection(peer_id) is None:
+                self.circuit_opened(connection)
 
     async def _begin(self, connection: Yamux) -> None:
         """Begin the exchange: the first side."""
@@ -195,7 +210,10 @@ class HolePuncher:
         await messages.send(HolePunch(type=HolePunchType.CONNECT, addrs=tuple(own)))
 
     async def _punch(self, peer_id: ID, message: HolePunch, refusals: "Refusals", *, initiator: bool) -> bool:
-        """Dial all of a peer's addresses from our port; return whether there is a direct connection now."""
+        """Dial all of a peer's addresses from our port; return whether there is a direct connection now.
+
+        Raises Rationed where there is none, and not all could be dialled.
+        """
         targets = punch_targets(message, self._host.swarm.is_own)
         if not targets:
             return False
@@ -224,7 +242,11 @@ class HolePuncher:
                     nursery.cancel_scope.cancel()
         finally:
             self._arrived.pop(peer_id, None)
-        return self._host.swarm.direct_connection(peer_id) is not None
+        if self._host.swarm.direct_connection(peer_id) is not None:
+            return True
+        if refusals.rationed:
+            raise Rationed("this node has dialled enough that peers named")
+        return False
 
     async def _connect(self, address: TcpAddress, refusals: "Refusals") -> TcpStream:
         """Dial from our port, again for a moment where a gateway refuses."""
@@ -235,7 +257,8 @@ class HolePuncher:
                 if not refusals.may_dial_again():
                     raise
                 await trio.sleep(REFUSED_PAUSE_S)
-        raise OpenConnectionError("this node has dialled enough that peers named")
+        refusals.rationed = True
+        raise Rationed("this node has dialled enough that peers named")
 
     async def _secure(self, stream: TcpStream, peer_id: ID, *, initiator: bool) -> None:
         raw = RawConnection(stream, initiator=initiator)

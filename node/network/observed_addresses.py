@@ -5,6 +5,7 @@ from collections import Counter
 from cachetools import LRUCache
 
 from node.network.addresses import TcpAddress, address_range
+from node.network.verdicts import MIN_RANGES
 from protocol.identity import PeerId
 
 MAX_OBSERVERS = 64
@@ -18,7 +19,8 @@ class ObservedAddresses:
     """The latest observation of each range of observers: one party's many peers count once.
 
     What a peer says that has connected to us counts only where peers that we dialled see us at the same host, if they
-    see us at all: others would have this node ask for dials to hosts that they name.
+    see us at all, or where peers in two ranges name that host: others would have this node ask for dials to hosts that
+    they name. A machine that is dialled at another host than it dials from is seen there by those alone that connected.
 
     An observation ends when its peer disconnects: in another network this node has another address. Where none is left,
     the last one of each kind stands until there is a new one.
@@ -48,15 +50,17 @@ class ObservedAddresses:
             del self._hosts[key]
 
     def _counts(self, address: TcpAddress) -> bool:
+        at_host = [seen for _, seen in self._seen.values() if (seen.kind, seen.host) == (address.kind, address.host)]
+        return self._is_ours(address) or len(at_host) >= MIN_RANGES
+
+    def _is_ours(self, address: TcpAddress) -> bool:
+        """Return whether peers that we dialled see us at this host, or none sees us anywhere."""
         hosts = {host for (kind, _), (_, host) in self._hosts.items() if kind == address.kind}
         return not hosts or address.host in hosts
 
-    def _counted(self) -> list[TcpAddress]:
-        return [address for _, address in self._seen.values() if self._counts(address)]
-
     def addresses(self) -> tuple[TcpAddress, ...]:
         """Return the observed addresses, those that most peers see first."""
-        counts = Counter(self._counted())
+        counts = Counter(address for _, address in self._seen.values() if self._counts(address))
         seen = [address for address, _ in counts.most_common(MAX_OBSERVED)]
         kinds = {address.kind for address in counts}
         last = (address for kind, address in self._last.items() if kind not in kinds)
@@ -69,7 +73,7 @@ class ObservedAddresses:
     @property
     def endpoint_dependent(self) -> bool:
         """Whether the NAT maps the port to another one for each peer (symmetric): no hole can be punched from it."""
-        counted = self._counted()
+        counted = [address for _, address in self._seen.values() if self._is_ours(address)]
         for kind in {address.kind for address in counted}:
             counts = Counter(address for address in counted if address.kind == kind)
             if counts.total() >= DECISIVE_OBSERVERS and counts.most_common(1)[0][1] * 2 <= counts.total():

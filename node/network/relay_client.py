@@ -21,7 +21,10 @@ from protocol.identity import PeerId
 logger = logging.getLogger(__name__)
 
 RELAYS: Final = 2
-"""Reservations that are kept: where one relay dies, the other is there."""
+"""Reservations without limits that are kept: where one relay dies, the other is there."""
+
+MAX_LIMITED: Final = 2
+"""Those with limits that are held beside, until there are so many without."""
 
 ADDRESSES_PER_RELAY: Final = 2
 ROUND_S: Final = 1.0
@@ -32,9 +35,10 @@ RENEWAL_SHARE: Final = 0.5
 LIMITED_RENEWAL_S: Final = 15.0
 """One with limits is renewed after this time: the relay may not have known that we are of its swarm."""
 
-LONGEST_S: Final = 86_400.0
+LONGEST_S: Final = 3600.0
 SHORTEST_S: Final = 60.0
-"""A reservation for less, or in the past, would be asked for without end."""
+ASSUMED_S: Final = 900.0
+"""Taken for a reservation that ends sooner or in the past: by the clock of the relay, from which ours differs."""
 
 REFUSED_PAUSE_S: Final = 60.0
 """How long a peer is not asked again that has refused."""
@@ -73,6 +77,7 @@ class RelayClient:
         self._seen_at = seen_at
         self._held: dict[PeerId, HeldReservation] = {}
         self._pauses: dict[PeerId, float] = {}
+        self._next_search_s = 0.0
 
     def relays(self) -> tuple[PeerId, ...]:
         """Return the relays with a reservation."""
@@ -105,8 +110,22 @@ class RelayClient:
         due = [peer for peer, each in self._held.items() if now_s >= each.renew_at_s]
         for peer in due:
             await self._reserve(peer, connections[peer])
-        while len(self._held) < RELAYS and (untried := self._by_preference(connections)):
+        while (untried := self._by_preference(connections)) and self._may_ask(now_s):
             await self._reserve(*untried[0])
+        if len(unlimited := self.unlimited()) >= RELAYS:
+            self._held = {peer: self._held[peer] for peer in unlimited}
+
+    def _may_ask(self, now_s: float) -> bool:
+        """Return whether to ask another relay: now and then where it may have limits, as enough others have."""
+        unlimited = len(self.unlimited())
+        if unlimited >= RELAYS:
+            return False
+        if len(self._held) - unlimited < MAX_LIMITED:
+            return True
+        if now_s < self._next_search_s:
+            return False
+        self._next_search_s = now_s + LIMITED_RENEWAL_S
+        return True
 
     def _candidates(self) -> dict[PeerId, INetConn]:
         """Return the direct connections to peers that we dialled: those can be dialled, by others, too."""
@@ -147,13 +166,15 @@ class RelayClient:
             logger.debug("no reservation at %s: %s", peer, answer.status)
             self._refused(peer)
             return
+        limited = answer.limit is not None and bool(answer.limit.data or answer.limit.duration)
+        others = [each for relay, each in self._held.items() if each.limited and relay != peer]
+        if limited and len(others) >= MAX_LIMITED:
+            self._refused(peer)
+            return
         now_s = trio.current_time()
         left_s = min(LONGEST_S, (answer.reservation.expire or 0) - time.time())
         if left_s < SHORTEST_S:
-            logger.debug("no reservation at %s: it expires in %.0f s, by our clock", peer, left_s)
-            self._refused(peer)
-            return
-        limited = answer.limit is not None and bool(answer.limit.data or answer.limit.duration)
+            left_s = ASSUMED_S
         addresses = self._addresses(peer, connection, answer.reservation.addrs)
         self._held[peer] = HeldReservation(
             addresses=tuple(addresses[:ADDRESSES_PER_RELAY]),
@@ -170,9 +191,11 @@ class RelayClient:
     def _addresses(self, peer: PeerId, connection: INetConn, told: tuple[bytes, ...]) -> list[TcpAddress]:
         """Return circuits through a relay: where we dialled it, then at the public addresses that it tells.
 
-        Of these, only such in the range where we dialled it, or behind our own NAT: others dial what we announce, so
-        that a relay that told a third host's address would have the whole swarm dial that.
+        Of these, only such in the range where we dialled it, behind our own NAT, or in the address book: others dial
+        what we announce, so that a relay that told a third host's address would have the whole swarm dial that. What is
+        in the book was dialled, or the relay announces it to all of the swarm anyway.
         """
+        book = {each.transport for each in self._host.swarm.book.of(peer) if each.relay is None}
         own = PeerId(self._host.get_id().to_base58())
         muxed = connection.muxed_conn
         assert isinstance(muxed, Yamux)
@@ -187,11 +210,13 @@ class RelayClient:
             except Exception:  # noqa: BLE001, S112  # the bytes are a peer's, and the codecs raise what they like
                 continue
             its_range = address_range(address.host)
-            is_its_own = (its_range is not None and its_range == dialled) or address.host in self._seen_at()
-            if address.relay is None and address.is_public and is_its_own:
+            is_near = (its_range is not None and its_range == dialled) or address.host in self._seen_at()
+            if address.relay is None and address.is_public and (is_near or address.transport in book):
                 endpoints.append(TcpAddress(address.kind, address.host, address.port, None))
         endpoints.sort(key=lambda address: not address.is_public)
-        return [TcpAddress(each.kind, each.host, each.port, own, peer) for each in dict.fromkeys(endpoints)]
+        of_each_kind = {each.kind: each for each in reversed(endpoints)}.values()
+        found = dict.fromkeys([*of_each_kind, *endpoints])
+        return [TcpAddress(each.kind, each.host, each.port, own, peer) for each in found]
 
 
 def _host(connection: INetConn) -> str:

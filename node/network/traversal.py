@@ -21,6 +21,7 @@ from node.network.addresses import TcpAddress, address_range, is_private, parse_
 from node.network.autonat import AutonatClient, AutonatServer
 from node.network.autonat_messages import DIAL_BACK_PROTOCOL, DIAL_REQUEST_PROTOCOL
 from node.network.circuits import Circuits
+from node.network.dial_ration import REDIALS, REDIALS_PER_RANGE, DialRation
 from node.network.guarded_host import GuardedHost
 from node.network.hole_punch import HolePuncher
 from node.network.observed_addresses import ObservedAddresses
@@ -33,6 +34,7 @@ from node.network.relay_server import RelayServer
 from node.network.transport import Tcp
 from node.network.verdicts import Verdicts
 from node.network.yamux import Yamux
+from node.util.backoff import backoff_s
 from node.util.signal import Signal
 from node.util.token_bucket import Allowance
 from protocol.announcements import Reachability, Verdict
@@ -60,6 +62,8 @@ REDIAL_ROUND_S: Final = 30.0
 """Time between two dials of the public addresses of peers that are connected through relays: what was not known when
 the circuit was opened may be known by now, as that a port is mapped."""
 
+REDIAL_BACKOFF_S: Final = (30.0, 600.0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraversalOptions:
@@ -83,6 +87,7 @@ class Traversal:
         self._seen_at: TcpAddress | None = None
         """Where a peer has seen us last, from whatever port."""
         self._changed = Signal()
+        self._jitter = random.Random()
         self._host: GuardedHost | None = None
         self._tcp: Tcp | None = None
         self._relays: RelayClient | None = None
@@ -171,17 +176,20 @@ class Traversal:
         return None if address in self._own.fixed() else self._observed.observers(address)
 
     def _wants_relays(self) -> bool:
-        """Return whether others may need relays to reach this node: where it is private, or behind a NAT untried."""
-        verdict, seen_at = self.verdict(), self._seen_at
-        behind_nat = seen_at is not None and seen_at.host not in {each.host for each in self._own.direct()}
-        return verdict is Verdict.PRIVATE or (verdict is Verdict.UNKNOWN and behind_nat)
+        """Return whether others may need relays to reach this node: private, untried behind a NAT, or in doubt."""
+        if (verdict := self.verdict()) is not Verdict.UNKNOWN:
+            return verdict is Verdict.PRIVATE
+        own, seen_at = {each.host for each in self._own.direct()}, self._seen_at
+        return (seen_at is not None and seen_at.host not in own) or self._is_doubtful()
 
     def _is_relay(self) -> bool:
         """Return whether this node relays: where it is public, or has a public address that nobody has tried yet."""
-        verdict = self.verdict()
-        return verdict is Verdict.PUBLIC or (
-            verdict is Verdict.UNKNOWN and any(each.is_public for each in self._own.direct())
-        )
+        if (verdict := self.verdict()) is not Verdict.UNKNOWN:
+            return verdict is Verdict.PUBLIC
+        return any(each.is_public for each in self._own.direct()) and not self._is_doubtful()
+
+    def _is_doubtful(self) -> bool:
+        return self._verdicts.is_doubtful(self._candidates(), trio.current_time())
 
     def _kinds(self) -> set[str]:
         """Return the kinds of addresses that this machine can dial: those of which it has a global one itself."""
@@ -215,7 +223,8 @@ class Traversal:
         if address.is_public:
             self._seen_at = address
         before, peer = self._observed.addresses(), PeerId(muxed.peer_id.to_base58())
-        if muxed.is_initiator:
+        # A peer in our own network sees us at a host that says nothing of where others do.
+        if muxed.is_initiator and address.is_public:
             self._observed.record_host(peer, muxed.host, address)
         # A dial that left from another port shows that port's mapping, which nothing else uses.
         if not muxed.is_initiator or self._tcp.maps_port(muxed.get_remote_address()):
@@ -317,11 +326,21 @@ class Traversal:
                 await connection.close()
 
     async def _redial_loop(self, host: GuardedHost, known: Callable[[ID], Sequence[TcpAddress]]) -> None:
-        """Dial peers directly that are connected through relays."""
+        """Dial peers directly that are connected through relays, again soon only where they have other addresses."""
+        ration = DialRation(trio.current_time(), REDIALS, REDIALS_PER_RANGE)
+        tried: dict[tuple[ID, tuple[TcpAddress, ...]], tuple[int, float]] = {}
         while True:
             await trio.sleep(REDIAL_ROUND_S)
-            for peer_id in host.swarm.relayed_peers():
-                await host.swarm.dial_direct(peer_id, known(peer_id))
+            peers = [
+                (each, tuple(address for address in known(each) if address.relay is None))
+                for each in host.swarm.relayed_peers()
+            ]
+            tried = {each: tried.get(each, (0, 0.0)) for each in peers}
+            for (peer_id, addresses), (failures, retry_at_s) in list(tried.items()):
+                if trio.current_time() >= retry_at_s:
+                    await host.swarm.dial_direct(peer_id, addresses, ration)
+                    pause_s = backoff_s(failures + 1, REDIAL_BACKOFF_S, self._jitter)
+                    tried[peer_id, addresses] = failures + 1, trio.current_time() + pause_s
 
 
 def _dialled(connection: INetConn) -> bool:

@@ -1,7 +1,7 @@
 """What dial-backs say of the addresses of this node, and the verdict on it as a whole. No I/O, no clock of its own."""
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -53,14 +53,17 @@ class Verdicts:
 
     def of(self, address: TcpAddress, now_s: float) -> Verdict:
         """Return the verdict on one address."""
-        reports = self._reports.get(address.transport)
-        recent = {at: each for at, each in reports.by_range.items() if now_s - each.at_s < VALID_S} if reports else {}
+        recent = self._recent(address, now_s)
         successes = {at for at, each in recent.items() if each.reached}
         observers = self._observers(address)
         if successes and (observers is None or len(successes.union(observers)) >= MIN_RANGES):
             return Verdict.PUBLIC
         failures = len(recent) - len(successes)
         return Verdict.PRIVATE if failures >= (MIN_RANGES if observers is None else 1) else Verdict.UNKNOWN
+
+    def _recent(self, address: TcpAddress, now_s: float) -> dict[str, _Report]:
+        reports = self._reports.get(address.transport)
+        return {at: each for at, each in reports.by_range.items() if now_s - each.at_s < VALID_S} if reports else {}
 
     def has_reached(self, address: TcpAddress, server_range: str) -> bool:
         """Return whether the latest report of a range is a success."""
@@ -86,8 +89,19 @@ class Verdicts:
         candidates = list(candidates)
         if any(each.kind not in {"ip4", "ip6"} for each in candidates):
             return Verdict.PUBLIC
-        decisive = [each for each in candidates if each.kind == "ip4"] or candidates
-        found = {self.of(each, now_s) for each in decisive}
+        found = {self.of(each, now_s) for each in _decisive(candidates)}
         if Verdict.PUBLIC in found:
             return Verdict.PUBLIC
         return Verdict.PRIVATE if Verdict.PRIVATE in found else Verdict.UNKNOWN
+
+    def is_doubtful(self, candidates: Sequence[TcpAddress], now_s: float) -> bool:
+        """Return whether somebody failed to reach these addresses, and nobody did.
+
+        Too little for a verdict where one range alone says so, but it may be the only one that there is to be asked.
+        """
+        found = [report.reached for each in _decisive(candidates) for report in self._recent(each, now_s).values()]
+        return bool(found) and not any(found)
+
+
+def _decisive(candidates: Sequence[TcpAddress]) -> Sequence[TcpAddress]:
+    return [each for each in candidates if each.kind == "ip4"] or candidates

@@ -37,6 +37,9 @@ DIAL_TIMEOUT_S = 10.0
 RELAY_SEARCH_S = 10.0
 """Time between two dials of a private node that has fewer relays than it wants."""
 
+KEPT_FOR_RELAYS = 4
+"""Connections that are kept to dialled relays at which there is no reservation without limits (yet)."""
+
 DIALS_PER_JOB = 16
 """Unreached peers that are dialled at once for a job without a route."""
 
@@ -89,6 +92,8 @@ class Dialler:
         self._backoff = Backoff(jitter)
         self._dialling: set[PeerId] = set()
         self._next_search_s = -math.inf
+        self._kept: set[PeerId] = set()
+        """Peers that were dialled for a reservation."""
 
     async def run(self) -> None:
         """Keep connections to some peers and dial the unreached ones, until cancelled."""
@@ -121,6 +126,9 @@ class Dialler:
         if known.verdict is not Verdict.PRIVATE or len(known.relays) >= RELAYS or now_s < self._next_search_s:
             return []
         connected = set(self._network.connected_peers())
+        self._kept &= connected
+        if len(self._kept.difference(known.relays)) >= KEPT_FOR_RELAYS:
+            return []
         relays = [each for each in self._directory.entries() if self._directory.is_relay(each.peer)]
         held = set[str]().union(*(each.ranges for each in relays if each.peer in known.relays))
         free = [each for each in relays if each.peer not in connected and each.peer != self._network.peer_id]
@@ -171,6 +179,8 @@ class Dialler:
         self._backoff.succeeded(peer)
         self._backoff.succeeded(place)
         self._directory.on_dialled(peer, True)
+        if keep and not was_connected:
+            self._kept.add(peer)
         if not (was_connected or keep) and len(self._network.connected_peers()) > KEPT_CONNECTIONS:
             await self._network.disconnect(peer)
         return True

@@ -29,11 +29,13 @@ from node.network.autonat_messages import (
     DialStatus,
     ResponseStatus,
 )
+from node.network.dial_ration import DialRation
 from node.network.guarded_host import GuardedHost
 from node.network.host import Libp2pNetwork
 from node.network.message_stream import MessageStream
 from node.network.own_addresses import OwnAddresses
-from node.network.traversal import RECHECK_S, ROUNDS, Traversal, TraversalOptions
+from node.network.transport import Tcp
+from node.network.traversal import RECHECK_S, REDIAL_ROUND_S, ROUNDS, Traversal, TraversalOptions
 from node.network.verdicts import VALID_S
 from node.network.yamux import Yamux
 from node.util.token_bucket import Allowance
@@ -197,6 +199,7 @@ class Server(Yamux):
 
     def __init__(self, host: str) -> None:
         self._remote = host
+        self.peer_id = ID(host.encode())
 
     def get_remote_address(self) -> tuple[str, int]:
         return self._remote, 4001
@@ -273,6 +276,55 @@ async def test_servers_that_we_dialled_are_asked_first_and_those_that_reached_us
         await trio.sleep(RECHECK_S[Verdict.PUBLIC])
         assert await node.round() == ["7.7.7.7"]
         assert node.verdict() is Verdict.PUBLIC
+
+
+async def test_firewalled_node_takes_relays_and_is_none_though_one_range_alone_could_not_reach_it() -> None:
+    node = Asking(Server("9.9.9.9"), **{"9.9.9.9": False})
+    assert not node.traversal._wants_relays()
+    assert node.traversal._is_relay()
+    await node.round()
+    assert node.traversal.verdict() is Verdict.UNKNOWN
+    assert node.traversal._wants_relays()
+    assert not node.traversal._is_relay()
+    node.servers, node.answers = [Server("7.7.7.7")], {"7.7.7.7": True}
+    await node.round()
+    assert node.traversal._is_relay()
+    assert not node.traversal._wants_relays()
+
+
+async def test_peer_in_our_own_network_does_not_hide_where_others_see_us() -> None:
+    node = Asking(known_ourselves=False)
+    node.traversal._tcp = cast("Tcp", SimpleNamespace(maps_port=lambda remote: True))
+    seen = [(Dialled("172.31.0.9"), "/ip4/172.31.0.5/tcp/4001"), (Server("9.9.9.9"), HOME.transport)]
+    for connection, address in seen:
+        node.traversal.record_observed(cast("INetConn", SimpleNamespace(muxed_conn=connection)), parse_address(address))
+    assert node.traversal._candidates() == [HOME]
+
+
+async def test_peers_behind_relays_are_dialled_again_ever_more_rarely_and_at_once_where_they_move(
+    autojump_clock: MockClock,
+) -> None:
+    peer_id, dials, addresses = ID(b"peer"), list[float](), [HOME]
+
+    async def dial_direct(peer_id: ID, addresses: Any, ration: DialRation) -> bool:
+        await trio.lowlevel.checkpoint()
+        dials.append(trio.current_time())
+        return ration.take(HOME, trio.current_time())
+
+    swarm = SimpleNamespace(relayed_peers=lambda: [peer_id], dial_direct=dial_direct)
+    traversal = Traversal(TraversalOptions(), OwnAddresses(), private_swarm=False)
+    async with trio.open_nursery() as nursery:
+        host = cast("GuardedHost", SimpleNamespace(swarm=swarm))
+        nursery.start_soon(traversal._redial_loop, host, lambda peer_id: addresses)
+        await trio.sleep(7200)
+        assert dials[0] <= REDIAL_ROUND_S
+        assert len(dials) < 20
+        assert dials[-1] - dials[-2] > 400
+        addresses.append(parse_address("/ip4/8.8.4.4/tcp/4001"))
+        before = len(dials)
+        await trio.sleep(REDIAL_ROUND_S + 1)
+        assert len(dials) == before + 1
+        nursery.cancel_scope.cancel()
 
 
 async def test_dial_back_leaves_no_connection_behind() -> None:

@@ -1,6 +1,7 @@
 """Whom a peer's message may have this node dial, and how often."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import cast
 
@@ -14,10 +15,19 @@ from node.network.addresses import TcpAddress, is_private, parse_address
 from node.network.dial_ration import IN_ALL, MAX_ADDRESSES, PER_RANGE, DialRation
 from node.network.guarded_host import GuardedHost
 from node.network.guarded_swarm import GuardedSwarm
-from node.network.hole_punch import REFUSED_DIALS, TRIES, HolePuncher, Refusals, punch_targets
+from node.network.hole_punch import (
+    RATIONED_PAUSE_S,
+    REFUSED_DIALS,
+    TRIES,
+    HolePuncher,
+    Rationed,
+    Refusals,
+    punch_targets,
+)
 from node.network.host import Libp2pNetwork
 from node.network.relay_messages import HolePunch
 from node.network.transport import Tcp
+from node.network.yamux import Yamux
 
 OWN = "/ip4/8.8.4.4/tcp/4001"
 
@@ -87,8 +97,9 @@ class Refusing:
         """Try as often as a peer has us try."""
         message = HolePunch(addrs=tuple(Multiaddr(each.transport).to_bytes() for each in ADDRESSES))
         refusals = Refusals()
-        for _ in range(TRIES):
-            await self.puncher._punch(ID(bytes([number])), message, refusals, initiator=False)
+        with suppress(Rationed):
+            for _ in range(TRIES):
+                await self.puncher._punch(ID(bytes([number])), message, refusals, initiator=False)
 
 
 async def test_exchange_dials_a_host_that_refuses_few_times(autojump_clock: trio.testing.MockClock) -> None:
@@ -103,6 +114,45 @@ async def test_many_identities_have_a_third_host_dialled_no_more_often(autojump_
         await host.exchange(number)
     took_s = trio.current_time()
     assert PER_RANGE.burst <= len(host.dialled) <= PER_RANGE.burst + PER_RANGE.per_s * took_s + 1
+
+
+async def test_exchange_that_the_ration_ends_is_no_failure_and_is_begun_again(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, peer_id, begun = Refusing(), ID(b"peer"), list[float]()
+    message = HolePunch(addrs=tuple(Multiaddr(each.transport).to_bytes() for each in ADDRESSES))
+    connection = cast("Yamux", SimpleNamespace(peer_id=peer_id, is_closed=False))
+
+    async def begin(connection: Yamux) -> None:
+        begun.append(trio.current_time())
+        await host.puncher._punch(peer_id, message, Refusals(), initiator=False)
+
+    async def dial_direct(*_: object) -> bool:
+        await trio.lowlevel.checkpoint()
+        return False
+
+    monkeypatch.setattr(host.puncher, "_begin", begin)
+    monkeypatch.setattr(host, "dial_direct", dial_direct, raising=False)
+    while host.named_dials.take(ADDRESSES[0], trio.current_time()):
+        pass
+    async with trio.open_nursery() as nursery:
+        host.puncher._nursery = nursery
+        host.puncher.circuit_opened(connection)
+    assert [round(each / RATIONED_PAUSE_S) for each in begun] == [0, 1]
+    assert not host.puncher._failed
+    assert not host.puncher._busy
+
+
+async def test_peers_that_stay_behind_relays_leave_dials_for_new_holes() -> None:
+    network, peer_id = Libp2pNetwork((1).to_bytes(32, "big"), listen=["/ip4/127.0.0.1/tcp/0"]), ID(b"peer")
+    async with network.running():
+        assert network._swarm is not None
+        redials = DialRation(trio.current_time())
+        while redials.take(ADDRESSES[0], trio.current_time()):
+            pass
+        await network._swarm.dial_direct(peer_id, ADDRESSES, redials)
+        left = [network._swarm.named_dials.take(ADDRESSES[0], trio.current_time()) for _ in range(int(PER_RANGE.burst))]
+    assert all(left)
 
 
 async def test_cancelled_exchange_leaves_nothing_behind(autojump_clock: trio.testing.MockClock) -> None:

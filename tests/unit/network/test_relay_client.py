@@ -1,6 +1,7 @@
 """At which relays a node keeps reservations, and for how long."""
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,12 +12,14 @@ from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
 from node.network import relay_client
-from node.network.addresses import address_range
+from node.network.addresses import AddressBook, address_range
 from node.network.guarded_host import GuardedHost
-from node.network.relay_client import RELAYS, HeldReservation, RelayClient
-from node.network.relay_messages import HopMessage, HopType, Reservation, Status
+from node.network.relay_client import ASSUMED_S, LIMITED_RENEWAL_S, MAX_LIMITED, RELAYS, HeldReservation, RelayClient
+from node.network.relay_messages import HopMessage, HopType, Limit, Reservation, Status
 from node.network.yamux import Yamux
 from protocol.identity import PeerId
+
+RELAY = PeerId("relay")
 
 
 class Connection(Yamux):
@@ -50,15 +53,26 @@ class Client(RelayClient):
         self._held[peer] = HeldReservation((), found, 1e9, 1e9, limited=False)
 
 
-async def reservation(address: str, told: list[str], *, left_s: int = 3600, seen_at: str = "") -> RelayClient:
+async def reservation(
+    address: str, told: list[str], *, left_s: int = 3600, seen_at: str = "", book: AddressBook | None = None
+) -> RelayClient:
     """Return a client that has asked one relay, which was dialled at a host."""
-    answer = HopMessage(
-        type=HopType.STATUS,
-        status=Status.OK,
-        reservation=Reservation(
-            expire=int(time.time()) + left_s, addrs=tuple(Multiaddr(each).to_bytes() for each in told)
-        ),
+    client = RelayClient(host(granted(told, left_s), book), lambda: True, lambda: None, lambda: {seen_at})
+    connection = cast("Any", SimpleNamespace(muxed_conn=Connection(address, 0.1)))
+    client._candidates = lambda: {RELAY: connection}  # type: ignore[method-assign]
+    await client._turn(trio.current_time())
+    return client
+
+
+def granted(told: list[str], left_s: int = 3600, limit: Limit | None = None) -> HopMessage:
+    expire, addrs = int(time.time()) + left_s, tuple(Multiaddr(each).to_bytes() for each in told)
+    return HopMessage(
+        type=HopType.STATUS, status=Status.OK, reservation=Reservation(expire=expire, addrs=addrs), limit=limit
     )
+
+
+def host(answer: HopMessage, book: AddressBook | None = None) -> GuardedHost:
+    """Return a host whose peers all answer the same."""
 
     class Answers:
         async def __aenter__(self) -> Any:
@@ -78,14 +92,16 @@ async def reservation(address: str, told: list[str], *, left_s: int = 3600, seen
         await trio.lowlevel.checkpoint()
         return Answers()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(relay_client, "MessageStream", lambda stream: stream)
-        host = SimpleNamespace(open_stream_on=open_stream_on, get_id=lambda: ID(b"\x00\x24" + bytes(36)))
-        client = RelayClient(cast("GuardedHost", host), lambda: True, lambda: None, lambda: {seen_at})
-        connection = cast("Any", SimpleNamespace(muxed_conn=Connection(address, 0.1)))
-        client._candidates = lambda: {PeerId("relay"): connection}  # type: ignore[method-assign]
-        await client._turn(trio.current_time())
-    return client
+    swarm = SimpleNamespace(book=book or AddressBook())
+    return cast(
+        "GuardedHost",
+        SimpleNamespace(open_stream_on=open_stream_on, get_id=lambda: ID(b"\x00\x24" + bytes(36)), swarm=swarm),
+    )
+
+
+@pytest.fixture(autouse=True)
+def messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_client, "MessageStream", lambda stream: stream)
 
 
 async def test_circuits_are_announced_only_where_the_relay_was_dialled() -> None:
@@ -97,11 +113,44 @@ async def test_circuits_are_announced_only_where_the_relay_was_dialled() -> None
     assert {each.host for each in client.circuits()} == {"192.168.1.3", "8.8.8.8"}
 
 
-async def test_reservation_that_expires_at_once_is_a_refusal() -> None:
+async def test_relay_with_two_kinds_of_addresses_is_announced_at_both_where_it_announces_them_itself() -> None:
+    told, book = ["/ip6/2a00::9/tcp/4001", "/ip4/9.9.9.2/tcp/4001", "/ip4/7.7.7.7/tcp/443"], AddressBook()
+    assert {each.host for each in (await reservation("2a00::1", told)).circuits()} == {"2a00::1", "2a00::9"}
+    book.add(RELAY, ["/ip4/9.9.9.2/tcp/4001"])
+    assert {each.host for each in (await reservation("2a00::1", told, book=book)).circuits()} == {"2a00::1", "9.9.9.2"}
+
+
+async def test_reservation_is_held_for_a_while_where_the_clocks_differ(autojump_clock: trio.testing.MockClock) -> None:
     for left_s in (-3600, 0, 30):
         client = await reservation("9.9.9.1", [], left_s=left_s)
-        assert client.relays() == ()
-        assert list(client._pauses) == ["relay"]
+        now_s = trio.current_time()
+        assert client.relays() == (RELAY,)
+        assert now_s < client._held[RELAY].renew_at_s < client._held[RELAY].expires_at_s == now_s + ASSUMED_S
+    held = (await reservation("9.9.9.1", [], left_s=100_000))._held[RELAY]
+    assert held.renew_at_s <= trio.current_time() + 1800, "a relay keeps it for an hour"
+
+
+async def test_reservations_with_limits_take_no_place_of_others_and_are_few(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    limited = host(granted([], limit=Limit(duration=120, data=1 << 17)))
+    client = RelayClient(limited, lambda: True, lambda: None)
+    connections: dict[PeerId, Any] = {
+        PeerId(f"relay-{number}"): SimpleNamespace(muxed_conn=Connection(f"9.9.{number}.9", 0.1)) for number in range(8)
+    }
+    client._candidates = lambda: connections  # type: ignore[method-assign]
+    for _ in range(10):
+        await client._turn(trio.current_time())
+        await trio.sleep(1)
+    assert len(client.relays()) == MAX_LIMITED
+    assert len(client._pauses) == 1, "others are asked now and then"
+    for number in (8, 9):
+        client._host = host(granted([]))
+        connections[PeerId(f"relay-{number}")] = SimpleNamespace(muxed_conn=Connection(f"8.8.{number}.8", 0.01))
+        client._held = {peer: replace(each, renew_at_s=1e9) for peer, each in client._held.items()}
+        await trio.sleep(LIMITED_RENEWAL_S)
+        await client._turn(trio.current_time())
+    assert client.relays() == client.unlimited() == ("relay-8", "relay-9")
 
 
 async def test_second_relay_is_in_another_range_than_the_first() -> None:

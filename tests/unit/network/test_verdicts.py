@@ -34,6 +34,18 @@ def test_address_that_we_know_ourselves_fails_when_two_ranges_say_so() -> None:
     assert verdicts.of(OTHER, 0.0) is Verdict.PRIVATE  # there is a NAT in between
 
 
+def test_failure_without_success_casts_doubt_before_there_is_a_verdict() -> None:
+    verdicts = Verdicts()
+    assert not verdicts.is_doubtful([HOME], 0.0)
+    verdicts.record(SIX, B, reached=True, now_s=0.0)
+    verdicts.record(HOME, A, reached=False, now_s=0.0)
+    assert verdicts.overall([HOME, SIX], 0.0) is Verdict.UNKNOWN
+    assert verdicts.is_doubtful([HOME, SIX], 0.0)  # many peers have IPv4 only
+    verdicts.record(HOME, B, reached=True, now_s=1.0)
+    assert not verdicts.is_doubtful([HOME, SIX], 1.0)
+    assert not verdicts.is_doubtful([HOME, SIX], 1.0 + VALID_S)
+
+
 def test_address_that_others_told_of_takes_peers_in_two_ranges() -> None:
     seen_by: dict[TcpAddress, set[str]] = {HOME: {A}, OTHER: {A, C}}
     verdicts = Verdicts(seen_by.get)
@@ -92,9 +104,19 @@ def test_peer_that_connected_tells_of_no_host_that_peers_dialled_by_us_do_not_se
     found.record_host(PeerId("dialled"), "1.1.1.1", HOME)
     assert found.addresses() == ()
     for number in range(4):
-        found.record(PeerId(f"liar-{number}"), f"9.9.{number}.9", victim)
+        found.record(PeerId(f"liar-{number}"), f"9.9.9.{number}", victim)
     found.record(PeerId("honest"), "4.4.4.4", OTHER)  # the same host
     assert found.addresses() == (OTHER,)
+    assert not found.endpoint_dependent
+
+
+def test_host_that_peers_in_two_ranges_name_is_a_candidate_and_says_nothing_of_the_nat() -> None:
+    ingress = [parse_address(f"/ip4/7.7.7.7/tcp/{port}") for port in (4001, 4002, 4003)]
+    found = observed(("9.9.9.9", ingress[0]), ("4.4.4.4", ingress[0]))
+    found.record_host(PeerId("dialled"), "1.1.1.1", HOME)
+    assert found.addresses() == (ingress[0],)
+    for host, address in zip(("5.5.5.5", "6.6.6.6"), ingress[1:], strict=True):
+        found.record(PeerId(host), host, address)
     assert not found.endpoint_dependent
 
 

@@ -8,7 +8,7 @@ import trio
 import trio.testing
 
 from node.network.interface import Network
-from node.swarm.dialling import KEPT_CONNECTIONS, RELAY_SEARCH_S, Dialler
+from node.swarm.dialling import KEPT_CONNECTIONS, KEPT_FOR_RELAYS, RELAY_SEARCH_S, Dialler
 from node.swarm.directory import Directory
 from protocol.announcements import Heartbeat, Reachability, Verdict
 from protocol.identity import PeerId
@@ -50,13 +50,13 @@ def relay(name: str, host: str) -> Heartbeat:
     )
 
 
-async def dialled(known: Reachability, seconds: float) -> list[PeerId]:
+async def dialled(known: Reachability, seconds: float, *more: tuple[str, str]) -> list[PeerId]:
     """Return whom a node has dialled and kept after a while."""
     peers = Peers(known)
     directory = Directory(own_peer=US, connected=peers.connected_peers)
     peers.connected.append(PeerId("held"))
     before = len(peers.connected)
-    for name, host in (("held", "9.9.9.1"), ("beside", "9.9.9.2"), ("far", "8.8.8.8")):
+    for name, host in (("held", "9.9.9.1"), ("beside", "9.9.9.2"), ("far", "8.8.8.8"), *more):
         directory.update(relay(name, host), 0.0, dialled=True)
     with trio.move_on_after(seconds):
         await Dialler(cast("Network", peers), directory, random.Random(0)).run()
@@ -69,6 +69,14 @@ async def test_private_node_with_few_relays_dials_others_first_in_another_range(
     private = Reachability(verdict=Verdict.PRIVATE, relays=(PeerId("held"),))
     assert await dialled(private, 0.5) == ["far"]
     assert await dialled(private, RELAY_SEARCH_S * 1.5) == ["far", "beside"]
+
+
+async def test_search_for_relays_that_give_nothing_keeps_few_connections(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    relays = [(f"relay-{number}", f"8.{number}.8.8") for number in range(20)]
+    private = Reachability(verdict=Verdict.PRIVATE, relays=(PeerId("held"),))
+    assert len(await dialled(private, RELAY_SEARCH_S * 30, *relays)) == KEPT_FOR_RELAYS
 
 
 async def test_node_that_needs_no_relay_looks_for_none(autojump_clock: trio.testing.MockClock) -> None:
