@@ -15,9 +15,10 @@ from node.api.tool_calls import MAX_CALLS, ToolCall, new_id, parse_calls
 from node.coordinator.submission import ChatFormat, ToolFormat
 
 _MESSAGE: Final = "<|message|>"
-_BEGINS_OF_HEADER: Final = ("<|start|>", "<|channel|>", "to=")
+_BEGINS_OF_HEADER: Final = ("<|start|>", "<|channel|>", "to=", _MESSAGE)
 _ENDS_OF_MESSAGE: Final = ("<|end|>", "<|start|>", "<|channel|>")
 _MAX_HEADER_CHARACTERS: Final = 512
+_LEADING_MARK: Final = re.compile(r"\s*<\|(?:start|channel)\|>")
 _CHANNEL: Final = re.compile(r"<\|channel\|>\s{0,16}(\w{1,64})")
 _RECIPIENT: Final = re.compile(r"\bto=([\w.-]{1,300})")
 _FUNCTIONS: Final = "functions."
@@ -62,10 +63,13 @@ class ChannelParser:
     def _read_header(self, *, last: bool) -> None:
         header, mark, rest = self._held.partition(_MESSAGE)
         text = header.lstrip()
-        if not any(text.startswith(begin[: len(text)]) for begin in _BEGINS_OF_HEADER) or len(header) > (
-            _MAX_HEADER_CHARACTERS
-        ):
+        length = len(header) if mark else len(header) - overlap(header, _MESSAGE)
+        if not any(text.startswith(begin[: len(text)]) for begin in _BEGINS_OF_HEADER):
             self._channel, self._recipient = "final", ""  # a model that was trained to write otherwise
+        elif length > _MAX_HEADER_CHARACTERS:
+            self._channel, self._recipient = "final", ""
+            leading = _LEADING_MARK.match(self._held)
+            self._held = self._held[leading.end() if leading else 0 :]  # it would end this message, and begin it again
         elif mark:
             channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
             self._channel, self._recipient = channel[1] if channel else "final", recipient[1] if recipient else ""

@@ -53,6 +53,9 @@ RECONNECT_LIMIT_S = 5.0
 BACKOFF_S = (0.1, 1.0)
 """First and longest pause before another route is tried."""
 
+MAX_SHORTENINGS = 3
+"""How often one search for a route lowers the limit of the text: peers that refuse again and again may be lying."""
+
 SEARCH_S = 10.0, 2.0
 """Where no known peer could replace a stage, others are searched for: at this interval, for at most this long."""
 
@@ -157,13 +160,12 @@ class ResilientRoute:
             # Background jobs and trials, which compare methods on one route, do not explore peers.
             may_explore = not (attempt or self._is_accepted or self._job.request.background or self._job.on_served)
             try:
-                planned, request = await self._plan(may_explore=may_explore)
+                planned, request = await self._plan(search, may_explore=may_explore)
             except NoRouteError as error:
                 if self._bad_request is not None:
                     raise self._invalid(self._bad_request) from None
-                if is_shorter := shorten(self._job, self._avoided):
+                if is_shorter := self._shorten(search):
                     continue
-                search.refusals |= self._reconnected | self._avoided
                 if not self._may_wait(search) or (self._is_accepted and self._is_hopeless(search, error)):
                     raise no_route(self._job, error, search.refusals, self._outdated) from None
                 self._avoided.clear()
@@ -175,7 +177,7 @@ class ResilientRoute:
             is_shorter = False
             # Peers of an older version are found out one by one, and cost the job no attempt.
             is_last = attempt + 1 - len(self._outdated) >= MAX_ATTEMPTS or bool(self._job.request.stages)
-            if not self._may_wait(search) and is_last and not (is_shorter := shorten(self._job, self._avoided)):
+            if not self._may_wait(search) and is_last and not (is_shorter := self._shorten(search)):
                 raise no_route(self._job, NoRouteError(()), self._avoided, self._outdated)
         if search.is_logged:
             waited_s = round(trio.current_time() - search.began_s, 1)
@@ -275,7 +277,7 @@ class ResilientRoute:
             held=[stage for stage in held if stage.peer not in leaving],
         )
 
-    async def _plan(self, *, may_explore: bool) -> tuple[PlannedRoute, SessionRequest]:
+    async def _plan(self, search: "_RouteSearch", *, may_explore: bool) -> tuple[PlannedRoute, SessionRequest]:
         """Return the best route and what is asked of its stages; within the job's budget until it has tokens.
 
         Raises NoRouteError, JobError.
@@ -286,11 +288,12 @@ class ResilientRoute:
         try:
             return await plan_sessions(self._services, job, needs, self._method, serving, may_explore=may_explore)
         except JobError as error:
-            left_out = self._reconnected | self._avoided  # full or lost: within the budget, but not now
+            # Full or lost: within the budget, but not now.
+            left_out = search.refusals | self._reconnected | self._avoided
             is_for_good = all(refusal.reason is RefusalReason.UNABLE for refusal in left_out.values())
             if error.code is not JobErrorCode.OVER_BUDGET or is_for_good:
                 raise
-            raise no_route(job, NoRouteError(()), left_out, self._outdated) from None
+            raise NoRouteError(()) from None
 
     async def _try_route(self, planned: PlannedRoute, request: SessionRequest) -> bool:
         """Open a route and send the tokens so far; return whether that succeeded. If not, peers to avoid are noted."""
@@ -414,6 +417,16 @@ class ResilientRoute:
                 self._searched_s = trio.current_time()
         return False
 
+    def _shorten(self, search: "_RouteSearch") -> bool:
+        """Note why peers were not used; return whether they are to be tried again with a shorter text."""
+        search.refusals |= self._reconnected | self._avoided
+        if search.shortenings == MAX_SHORTENINGS or not shorten(self._job, search.refusals.values()):
+            return False
+        search.shortenings += 1
+        leaving = RefusalReason.LEAVING
+        self._avoided = {peer: refusal for peer, refusal in self._avoided.items() if refusal.reason is leaving}
+        return True
+
     def _may_wait(self, search: "_RouteSearch") -> bool:
         """Return whether there is time left to wait for a route."""
         now_s = trio.current_time()
@@ -461,11 +474,12 @@ class _RouteSearch:
     """A job's search for a route.
 
     `candidates_seen_s`: when known peers last could have served it. `broken_s`: when there first was no route because a
-    link broke.
+    link broke. `shortenings`: how often the limit of its text was lowered for it.
     """
 
     began_s: float
     candidates_seen_s: float
     broken_s: float | None = None
     is_logged: bool = False
+    shortenings: int = 0
     refusals: dict[PeerId, StageRefusal] = field(default_factory=dict)

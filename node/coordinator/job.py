@@ -44,7 +44,7 @@ class JobOutput:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
-    """A prepared job. Only its limit changes, until its text begins.
+    """A prepared job. Only its limit changes.
 
     `chat_format`: how the model writes, where the prompt is a conversation. `admitted`: the methods that it may be
     served with. `overrides`: context fields overridden by the caller.

@@ -1,6 +1,6 @@
 """Why a job gets no route: the refusals of stages, and the errors that its client gets."""
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from node.coordinator.job import Job
@@ -74,11 +74,14 @@ def no_route(
         lacking = f"no peer serves blocks {blocks} of {name}"
         unfit = f"the peers serve spans of {name} that do not meet, and {methods} runs them as a whole only"
         message = f"{lacking}: start a node with --serve" if blocks else f"{unfit}: use another method"
-    elif all(0 < refusal.most_positions < _least_positions(job) for refusal in avoided.values()):
+    elif not job.output.tokens and all(
+        0 < refusal.most_positions < _least_positions(job) for refusal in avoided.values()
+    ):
         most = max(refusal.most_positions for refusal in avoided.values())
+        answer = f" and the answer {job.tokens_left}" if _is_measured(job) and job.tokens_left else ""
         message = (
-            f"the prompt has {len(job.prompt)} tokens, and {peers} hold at most {most} in their KV memory, answer "
-            "included: shorten the prompt, or serve the model with more --memory"
+            f"the prompt has {len(job.prompt)} tokens{answer}, and {peers} hold at most {most} in their KV memory, "
+            "answer included: shorten the prompt, or serve the model with more --memory"
         )
         return JobError(JobErrorCode.CONTEXT_LENGTH, message)
     elif RefusalReason.FULL in kinds:
@@ -95,29 +98,34 @@ def no_route(
     return JobError(code, message, retry_after_s=RETRY_AFTER_S)
 
 
-def shorten(job: Job, avoided: MutableMapping[PeerId, StageRefusal]) -> bool:
-    """Lower the limit of a new text for which stages had no KV memory; return whether they may have enough now.
+def shorten(job: Job, refusals: Collection[StageRefusal]) -> bool:
+    """Lower the limit of a text for which stages had no KV memory; return whether they may have enough now.
 
-    It becomes what those can hold that are too small for it, or, where the user set none, a usual one. What is measured
-    stays as long as it is. `avoided`: why peers were not used; cleared where the job is to try them again.
+    It becomes what those can hold that are too small for it, or, where the user set none, a usual one. A limit of the
+    user's is lowered only before the text begins, and where no peer may hold it once it has room or is back. What is
+    measured stays as long as it is.
     """
-    if job.output.routed_s or job.request.background or job.on_served is not None:
+    is_stated, before = job.request.max_tokens is not None, job.sampling.max_tokens
+    if _is_measured(job) or (is_stated and (job.output.routed_s or not all(each.most_positions for each in refusals))):
         return False
-    before, refusals = job.sampling.max_tokens, avoided.values()
-    most = max((refusal.most_positions for refusal in refusals), default=0)
-    if most >= _least_positions(job):
-        job.limit(most - len(job.prompt))
-    elif not most and job.request.max_tokens is None and any(r.reason is RefusalReason.FULL for r in refusals):
-        job.limit(USUAL_TOKENS)
-    if not job.tokens_left or job.sampling.max_tokens == before:
-        return False
-    avoided.clear()
-    return True
+    most = max((refusal.most_positions for refusal in refusals), default=0) - len(job.prompt)
+    if len(job.output.tokens) < most < before:
+        job.limit(most)
+    elif not is_stated and any(each.reason is RefusalReason.FULL and not each.most_positions for each in refusals):
+        job.limit(len(job.output.tokens) + USUAL_TOKENS)
+    return job.tokens_left > 0 and job.sampling.max_tokens < before
 
 
 def _least_positions(job: Job) -> int:
-    """Return the KV positions without which the job cannot begin: those of its prompt, and of a token if it is to."""
-    return len(job.prompt) + min(1, job.tokens_left)
+    """Return the KV positions without which the job cannot go on: of its tokens and one more, if it is to have text.
+
+    What is measured needs those of all its text.
+    """
+    return len(job.tokens) + (job.tokens_left if _is_measured(job) else min(1, job.tokens_left))
+
+
+def _is_measured(job: Job) -> bool:
+    return job.request.background or job.on_served is not None
 
 
 def over_budget(job: Job, cheapest: OverBudget) -> JobError:

@@ -3,6 +3,8 @@
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from node.api.channel_parser import ChannelParser
 from node.api.generation import Generation, Outcome, run_generation
@@ -54,10 +56,30 @@ def read(
         ('{"a": "<|"}', ('{"a": "<|"}', "", [])),
         ("x" * 2000, ("x" * 2000, "", [])),
         ("<|channel|>final", ("", "", [])),
+        ("<|channel|>" + "x" * 600, ("x" * 600, "", [])),
+        ("<|start|>" * 2 + "x" * 600 + "<|message|>y", ("x" * 600 + "<|message|>y", "", [])),
+        (" <|start|>" + "x" * 600 + "<|end|>" + ANSWER, ("x" * 600 + "Hello! a<b <|x", "", [])),
     ],
 )  # fmt: skip
 def test_reads_channels(text: str, expected: tuple[str, str, list[tuple[str, str]]], size: int) -> None:
     assert read(text, size) == expected
+
+
+PIECES = st.sampled_from(
+    ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "final", "analysis", "x", " ", "x" * 300]
+)
+
+
+@given(st.lists(PIECES, max_size=12), st.lists(st.integers(1, 700), min_size=1, max_size=20))
+def test_any_text_in_any_pieces_is_read_to_its_end(marks: list[str], sizes: list[int]) -> None:
+    text = "".join(marks) + "<|message|>fox"
+    parser, places = ChannelParser(WITH_TOOLS, HARMONY), [sum(sizes[:count]) for count in range(len(sizes) + 1)]
+    cut = [text[start:end] for start, end in zip(places, [*places[1:], len(text)], strict=True)]
+    parsed = [each for piece in cut for each in parser.feed(piece)] + parser.finish()
+    kinds = (ParsedText, ParsedReasoning)
+    answer, reasoning = ("".join(each.text for each in parsed if isinstance(each, kind)) for kind in kinds)
+    assert answer.endswith("fox") or reasoning.endswith("fox")
+    assert (answer, reasoning, []) == read(text, len(text))
 
 
 def test_text_goes_on_as_soon_as_it_is_certain() -> None:

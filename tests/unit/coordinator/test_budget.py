@@ -202,6 +202,27 @@ async def test_affordable_peer_that_is_full_is_worth_a_retry(virtual_clock: Mock
         nursery.cancel_scope.cancel()
 
 
+async def test_text_is_cut_to_what_the_affordable_peer_holds(virtual_clock: MockClock) -> None:
+    async with market(kv_positions=256) as swarm:
+        result = await swarm.client.run(
+            JobRequest(model="fake", prompt_tokens=(9,) * 40, max_tokens=400, budget=40.0, ignore_eos=True)
+        )
+        assert [each.peer for each in result.route] == [swarm.slow.id]
+        assert len(result.token_ids) == 224 - 40
+
+
+async def test_a_job_waits_for_the_affordable_peer_whose_link_broke(virtual_clock: MockClock) -> None:
+    async with market() as swarm, trio.open_nursery() as nursery:
+
+        async def come_back() -> None:
+            await trio.sleep(4)
+            swarm.swarm.hub.resume(swarm.slow.id)
+
+        swarm.swarm.hub.stop(swarm.slow.id)
+        nursery.start_soon(come_back)
+        assert [each.peer for each in (await swarm.run(budget=2.0)).route] == [swarm.slow.id]
+
+
 async def test_a_budget_binds_until_there_are_tokens(virtual_clock: MockClock) -> None:
     async with market() as swarm:
         request = JobRequest(model="fake", prompt_tokens=(9,) * 400, max_tokens=60, budget=6.0, ignore_eos=True)

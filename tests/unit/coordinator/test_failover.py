@@ -1,6 +1,8 @@
 """A job whose stage is lost and has no other holder: it ends soon, unless somebody known could take the place."""
 
 from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,10 +10,11 @@ import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock
 
-from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, TextDelta
+from node.coordinator.submission import USUAL_TOKENS, JobError, JobErrorCode, JobRequest, JobResult, TextDelta
 from node.testing.fake_engine import FakeEngine, fake_span_info
 from protocol.announcements import Placement
-from protocol.identity import BlockRange
+from protocol.identity import BlockRange, Stage
+from protocol.messages import FinishReason
 from selector.task import method
 from tests.support.job_peers import BLOCKS, Peer, Swarm, open_swarm
 from tests.unit.coordinator.test_jobs import PROMPT, THIRDS, right_tokens
@@ -19,11 +22,13 @@ from tests.unit.coordinator.test_jobs import PROMPT, THIRDS, right_tokens
 REQUEST = JobRequest(model="fake", prompt=PROMPT, max_tokens=40)
 
 
-async def lose_in_mid_job(peer: Peer, lose: Callable[[], None]) -> tuple[JobResult | JobError, float]:
+async def lose_in_mid_job(
+    peer: Peer, lose: Callable[[], None], request: JobRequest = REQUEST
+) -> tuple[JobResult | JobError, float]:
     """Run a job of which something is lost after some tokens; return what came of it, and how long after the loss."""
     lost_s, count = 0.0, 0
     try:
-        async with peer.coordinator.submit(REQUEST) as events:
+        async with peer.coordinator.submit(request) as events:
             async for event in events:
                 count += isinstance(event, TextDelta)
                 if count == 10 and not lost_s:
@@ -134,6 +139,65 @@ async def test_waits_for_a_peer_that_announced_the_lost_blocks(virtual_clock: Mo
         assert (result.token_ids, result.replays) == (right_tokens(40), 1)
         assert 30 < waited_s < 40
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("spare_positions", [1024, 4096], ids=["small", "busy"])
+async def test_text_without_a_limit_goes_on_where_there_is_less_memory(
+    virtual_clock: MockClock, spare_positions: int
+) -> None:
+    """It had 2,048 tokens on the peer that is lost. One can hold 896 positions at most, the other has 584 free."""
+    async with open_swarm() as swarm:
+        large = await swarm.join((0, BLOCKS), kv_positions=1 << 13, step_s=0.001)
+        peer, other = await swarm.join(), await swarm.join()
+        await swarm.settle()
+        spare = await swarm.join((0, BLOCKS), kv_positions=spare_positions, step_s=0.001)
+        await swarm.settle()
+        held = JobRequest(
+            model="fake", prompt=PROMPT, max_tokens=2992, stages=(Stage(spare.id, BlockRange(0, BLOCKS)),)
+        )
+        async with AsyncExitStack() as stack:
+            if spare_positions == 4096:
+                await stack.enter_async_context(other.coordinator.submit(held))
+            asked = replace(REQUEST, max_tokens=None, stages=(Stage(large.id, BlockRange(0, BLOCKS)),))
+            result, waited_s = await lose_in_mid_job(peer, lambda: swarm.hub.kill(large.id), asked)
+            assert isinstance(result, JobResult)
+            length = len(result.token_ids)
+            at_the_loss = length - USUAL_TOKENS  # some tokens were on their way
+            assert length == 896 - 8 if spare_positions == 1024 else 10 <= at_the_loss < 50
+            assert (result.token_ids, result.replays) == (right_tokens(length), 1)
+            assert result.finish_reason is FinishReason.LENGTH
+            assert waited_s < 10
+
+
+async def test_text_without_a_limit_leaves_for_a_peer_with_less_memory(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        leaving = await swarm.join((0, BLOCKS), kv_positions=1 << 13)
+        peer = await swarm.join()
+        await swarm.settle()
+        await swarm.join((0, BLOCKS), kv_positions=1024)
+        await swarm.settle()
+
+        def leave() -> None:
+            leaving.stages.start_draining()
+            leaving.stages.migrate_sessions()
+
+        asked = replace(REQUEST, max_tokens=None, stages=(Stage(leaving.id, BlockRange(0, BLOCKS)),))
+        result, _ = await lose_in_mid_job(peer, leave, asked)
+        assert isinstance(result, JobResult)
+        assert (result.token_ids, result.replays) == (right_tokens(896 - 8), 1)
+        assert [stage.peer for stage in result.route] == [swarm.peers[-1].id]
+
+
+async def test_running_text_with_a_limit_is_not_cut(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        large = await swarm.join((0, BLOCKS))
+        peer = await swarm.join()
+        await swarm.settle()
+        await swarm.join((0, BLOCKS), kv_positions=512)
+        await swarm.settle()
+        error, _ = await lose_in_mid_job(peer, lambda: swarm.hub.kill(large.id), replace(REQUEST, max_tokens=600))
+        assert isinstance(error, JobError)
+        assert (error.code, error.retry_after_s is None) == (JobErrorCode.FULL, False)
 
 
 async def test_job_that_lost_its_drafter_goes_on_without_speculation(virtual_clock: MockClock) -> None:

@@ -22,11 +22,12 @@ from node.links.outbound_link import SessionRefused
 from node.models.errors import ModelError
 from node.models.tokenizer_service import no_tokenizer
 from node.models.vocabulary import TokenKind, Vocabulary
-from node.stages.span import IDLE_LIMIT_S
+from node.stages import session_admission
+from node.stages.span import IDLE_LIMIT_S, Span
 from node.swarm.heartbeats import HEARTBEAT_INTERVAL_S
 from node.testing.fake_engine import UNSATISFIABLE, FakeEngine, expected_tokens, fake_span_info
-from protocol.identity import BlockRange, SessionId
-from protocol.messages import FinishReason, Sampling
+from protocol.identity import BlockRange, SessionId, Stage
+from protocol.messages import FinishReason, Open, RefusalReason, Sampling
 from tests.support.job_peers import BLOCKS, VOCABULARY, Peer, Swarm, a_step, an_opening, open_swarm
 
 PROMPT = "3 1 4 1 5 9 2 6"
@@ -292,6 +293,59 @@ async def test_large_limit_takes_a_stage_that_holds_it(virtual_clock: MockClock)
         peer = await swarm.join()
         await swarm.settle()
         assert len((await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=600))).token_ids) == 600
+
+
+async def test_large_limit_is_kept_while_the_stage_that_holds_it_is_full(virtual_clock: MockClock) -> None:
+    job = JobRequest(model="fake", prompt=PROMPT, max_tokens=600)
+    async with open_swarm() as swarm:
+        await swarm.join((0, 9), kv_positions=512)
+        large = await swarm.join((0, 9), kv_positions=1024)
+        peer = await swarm.join()
+        await swarm.settle()
+        async with peer.coordinator.submit(replace(job, stages=(Stage(large.id, BlockRange(0, 9)),))):
+            with pytest.raises(JobError, match="have no room now") as caught:
+                await peer.run(job)
+            assert caught.value.retry_after_s
+        assert len((await peer.run(job)).token_ids) == 600
+
+
+async def test_large_limit_is_kept_while_the_link_to_the_stage_that_holds_it_is_broken(
+    virtual_clock: MockClock,
+) -> None:
+    async with open_swarm() as swarm, trio.open_nursery() as nursery:
+        await swarm.join((0, 9), kv_positions=512)
+        large = await swarm.join((0, 9))
+        peer = await swarm.join()
+        await swarm.settle()
+
+        async def come_back() -> None:
+            await trio.sleep(4)
+            swarm.hub.resume(large.id)
+
+        swarm.hub.stop(large.id)
+        nursery.start_soon(come_back)
+        result = await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=600))
+        assert len(result.token_ids) == 600
+
+
+async def test_peer_that_always_has_one_position_less_ends_the_search(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def refuse(admission: object, span: Span, message: Open, peer: object) -> None:
+        asked.append(message.positions)
+        most = message.positions - 1
+        raise session_admission._Refusal(RefusalReason.FULL, "no KV memory", span, most_positions=most)
+
+    async with open_swarm() as swarm:
+        await swarm.join((0, 9))
+        peer = await swarm.join()
+        await swarm.settle()
+        monkeypatch.setattr(session_admission.SessionAdmission, "_check_size", refuse)
+        with pytest.raises(JobError, match="no room now"):
+            await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=600))
+        assert asked == [608, 607, 606, 605]
 
 
 async def test_prompt_beyond_all_memory_is_refused_for_good(virtual_clock: MockClock) -> None:

@@ -11,7 +11,7 @@ import trio
 from trio.testing import MockClock
 
 from node.coordinator.observation import Recorder
-from node.coordinator.submission import JobError, JobRequest
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.coordinator.trial_prompts import make_prompts
 from node.coordinator.trial_runner import BenchmarkRunner, Run, Spending, TrialSpec
 from node.engine.interface import REFERENCE
@@ -159,6 +159,17 @@ async def test_unavailable_method_does_not_fail_the_trial(virtual_clock: MockClo
             await trials.run(spec(workload=TrialWorkload(prompt_tokens=5000)))
         with pytest.raises(JobError, match="engine=llamacpp cannot serve"):
             await trials.run(spec(methods=["engine=llamacpp"]))
+
+
+async def test_trial_that_never_fits_ends_at_once(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        trials, _, _ = await trials_of(swarm, kv_positions=512)
+        began_s = trio.current_time()
+        with pytest.raises(JobError, match=r"prompt has 400 tokens and the answer .*hold at most 448") as caught:
+            await trials.run(spec(workload=TrialWorkload(prompt_tokens=400, max_tokens=64)))
+        assert caught.value.code is JobErrorCode.CONTEXT_LENGTH
+        assert caught.value.retry_after_s is None
+        assert trio.current_time() - began_s < 10
 
 
 def test_prompts_share_their_prefix_and_nothing_with_other_runs() -> None:
