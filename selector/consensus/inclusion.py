@@ -7,6 +7,8 @@ in ascending order, the first one in the lowest bit of the first byte.
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from functools import reduce
+from operator import or_
 
 from protocol.identity import PeerId
 
@@ -33,6 +35,12 @@ def count(lists: Iterable[bytes], expected: Sequence[PeerId]) -> tuple[Counter[P
         bits = int.from_bytes(each, "little")
         named.update({peer: times for number, peer in enumerate(expected) if bits >> number & 1})
     return named, len(valid)
+
+
+def unite(lists: Iterable[bytes], expected: Sequence[PeerId]) -> bytes:
+    """Return the list of all peers that any of the lists names. Lists of another size do not count."""
+    valid = (int.from_bytes(each, "little") for each in lists if len(each) == _size(expected))
+    return reduce(or_, valid, 0).to_bytes(_size(expected), "little")
 
 
 def listed(lists: Iterable[bytes], expected: Sequence[PeerId], committee_size: int) -> set[PeerId]:
