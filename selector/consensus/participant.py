@@ -346,19 +346,14 @@ class Participant:
         return beacon_after(state, self._draw(head.id, state, epoch), contributions, epoch, restart=restart)
 
     def _listed(self, epoch: int, reveals: Iterable[Reveal]) -> set[PeerId]:
-        """Return the peers that more than a third of the committee list by these reveals.
-
-        Each of the committee has one vote on a peer, however many reveals it sends, and by those that open its commit.
-        """
+        """Return the peers that more than a third of the committee list by reveals of its commits, one vote each."""
         sortition = self._sortition(epoch)
         if sortition is None:
             return set()
-        commits, lists = self._commits.get((epoch, self.chain.head.id), {}), dict[PeerId, list[bytes]]()
-        for each in reveals:
-            own = commits.get(each.peer)
-            if each.peer in sortition.committee and own is not None and own.commit.commitment == each.commitment:
-                lists.setdefault(each.peer, []).append(each.inclusion)
-        united = [inclusion.unite(each, sortition.expected) for each in lists.values()]
+        received = self._commits.get((epoch, self.chain.head.id), {}).values()
+        opened = {each.commit.commitment for each in received if each.commit.peer in sortition.committee}
+        lists = [(each.peer, each.inclusion) for each in reveals if each.commitment in opened]
+        united = inclusion.unite(lists, sortition.expected).values()
         return inclusion.listed(united, sortition.expected, len(sortition.committee))
 
     def _is_timely(self, contribution: Contribution) -> bool:
