@@ -253,7 +253,8 @@ class Member(NamedTuple):
     `hardware`: the class that it stated when it came. `agreed`, `deviated`: how often its readings supported the agreed
     value and how often not, in the fixed point of `selector.consensus.reputation`, with decay. `absences`: epochs in a
     row in which it was expected and did not contribute. `since`: the epoch in which it came, or in which something on
-    the hardware of a candidate was compared last.
+    the hardware of a candidate was compared last. `idle`: epochs in a row in which a candidate read nothing, though
+    something that it was to read was compared.
     """
 
     peer: PeerKey
@@ -262,6 +263,7 @@ class Member(NamedTuple):
     deviated: Counter = 0
     absences: Epoch = 0
     since: Epoch = 0
+    idle: Epoch = 0
 
 
 class PeerReading(NamedTuple):

@@ -140,14 +140,14 @@ def contexts_of_cells(table: AgreedTable, samples: Iterable[Sample], viewpoint: 
     figure by figure, of those on the kind of route on which most of the trust is. No other report can move what was
     agreed to another context, nor can a single member. A cell whose hardware no such sample has is left out.
     """
-    trust = {**viewpoint.trust, viewpoint.peer: math.inf}
     newest: defaultdict[str, dict[str, TaskContext]] = defaultdict(dict)
     for sample in sorted(samples, key=lambda sample: (sample.hour, sample.route)):
         is_assigned = sample.kind is ObservationKind.ASSIGNED and sample.countersigned and sample.model == table.model
-        if is_assigned and trust.get(sample.observer, 0.0) > 0:
+        is_heard = sample.observer == viewpoint.peer or viewpoint.trust.get(sample.observer, 0.0) > 0
+        if is_assigned and is_heard:
             for hardware in sample.context.hardware.split("+"):
                 newest[hardware][sample.observer] = sample.context
-    routes = {hardware: _typical(contexts, trust) for hardware, contexts in newest.items()}
+    routes = {hardware: _typical(contexts, viewpoint) for hardware, contexts in newest.items()}
     return {
         cell: _under(routes[cell.hardware], workload)
         for cell in table.cells
@@ -155,12 +155,14 @@ def contexts_of_cells(table: AgreedTable, samples: Iterable[Sample], viewpoint: 
     }
 
 
-def _typical(contexts: Mapping[str, TaskContext], trust: Mapping[str, float]) -> TaskContext:
-    """Return the context in the middle of several observers', of those with the same stages."""
+def _typical(contexts: Mapping[str, TaskContext], viewpoint: Viewpoint) -> TaskContext:
+    """Return the viewpoint's own context; else the one in the middle of several observers', of the same stages."""
+    if viewpoint.peer in contexts:
+        return contexts[viewpoint.peer]
     of_kind: defaultdict[tuple[int, str, int], list[str]] = defaultdict(list)
     for observer, context in contexts.items():
         of_kind[context.stage_count, context.hardware, len(context.stage_facts)].append(observer)
-    chosen = max(of_kind, key=lambda kind: (sum(trust[observer] for observer in of_kind[kind]), kind))
+    chosen = max(of_kind, key=lambda kind: (sum(viewpoint.trust[observer] for observer in of_kind[kind]), kind))
     found: TaskContext = _middle([_under(contexts[observer], _ANY_WORKLOAD) for observer in of_kind[chosen]])
     return found
 

@@ -10,7 +10,7 @@ from node.consensus.message_log import MessageLog
 from node.identity import Identity
 from node.util.signal import Signal
 from protocol.chains import StatePart, split_state
-from protocol.consensus import SignedMessage, sign_message
+from protocol.consensus import SignedMessage, equivocator_of, sign_message
 from protocol.consensus_values import Commit, EquivocationProof, Reveal, Signature, Statement
 from protocol.errors import LocalProtocolError
 from protocol.forms import Digest
@@ -57,11 +57,11 @@ class ChainReplica:
         entry = self.chain.entry(message.body.statement) if isinstance(message.body, Signature) else None
         if entry is not None and message.peer not in entry.committee:
             return None  # it does not count, and must not take the room of those that do
-        rank = self.participant.unknown_rank(message.peer, message.epoch)
+        rank = self._unknown_rank(message, epoch)
         if self.log.is_full(message, rank) and message.epoch >= epoch - 1:
             return None
         found = self.log.add(message, epoch, rank)
-        proof = self._accuse(message.peer, found, now_s) if found else None
+        proof = self._accuse(message.peer, found, now_s, rank) if found else None
         for evicted in self.log.evicted:
             if isinstance(evicted.body, Commit | Reveal):
                 self.participant.forget(evicted.body)
@@ -80,7 +80,7 @@ class ChainReplica:
             case _:
                 pass
         if self.log.is_overfull:
-            self.log.prune(epoch, self.chain.statement_ids() | self._orphans.keys())
+            self.log.prune(epoch, self.chain.statement_ids() | self._orphans.keys(), self.participant.knows)
         return proof
 
     def apply_statement(self, message: SignedMessage, statement: Statement) -> None:
@@ -112,7 +112,9 @@ class ChainReplica:
         if self._orphans:
             _logger.debug("orphan statements dropped", epochs=sorted({each.epoch for each in self._orphans.values()}))
         self._orphans.clear()
-        self.log.prune(self._clock.epoch_at(now_s), self.chain.statement_ids())
+        self.log.prune(self._clock.epoch_at(now_s), self.chain.statement_ids(), self.participant.knows)
+        for peer in self.participant.equivocators.keys() - self.log.equivocators.keys():
+            del self.participant.equivocators[peer]
 
     def locator(self) -> tuple[Digest, ...]:
         """Return statements of the canonical branch, newest first, in growing steps, and at last the genesis."""
@@ -132,12 +134,20 @@ class ChainReplica:
         statement = self.chain.head.statement
         return statement is not None and self.participant.adopt_state(join_state(parts, statement))
 
-    def _accuse(self, peer: PeerId, proof: EquivocationProof, now_s: float) -> SignedMessage | None:
+    def _unknown_rank(self, message: SignedMessage, epoch: int) -> Digest | None:
+        """Return the rank of the peer that a message is of or, if it is a proof, against; None for a known one."""
+        if isinstance(message.body, EquivocationProof):
+            return self.participant.unknown_rank(equivocator_of(message.body), epoch)
+        return self.participant.unknown_rank(message.peer, message.epoch)
+
+    def _accuse(
+        self, peer: PeerId, proof: EquivocationProof, now_s: float, unknown_rank: bytes | None
+    ) -> SignedMessage | None:
         """Return a signed proof of equivocation; None where the peer is convicted already."""
         message = None if peer in self.log.equivocators else self.sign(proof)
         if message is not None:
             _logger.warning("equivocation proven", peer=peer)
-            self.log.equivocators[peer] = message
+            self.log.convict(peer, message, self._clock.epoch_at(now_s), unknown_rank)
             self.participant.on_equivocations([peer], now_s)
         return message
 

@@ -85,7 +85,7 @@ class MeasurementRunner:
         bound = QualityBound.EXACT if method.exact else QualityBound.ANY
         if not admits(bound, method, self._quality(method)):
             return None
-        limit_s = self._allowance.left_s
+        limit_s = self._allowance.limit_s
         if limit_s < self._takes_s.get(cell.workload, 0.0):  # what cannot be finished is not begun
             return None
         objective = Objective(workload.objective)

@@ -1,5 +1,6 @@
 """Bounds what measurements for the swarm cost: a share of the computing that users had done here, and a rate."""
 
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -31,6 +32,14 @@ class MeasuringAllowance:
     def is_left(self) -> bool:
         """Whether a measurement may begin."""
         return self._bucket.level(trio.current_time()) > 0 and self.left_s > 0
+
+    @property
+    def limit_s(self) -> float:
+        """The processor seconds that a measurement may take: the first one as many as it needs, which it may then owe.
+
+        Else a node with a large model, of which one cell takes more than there is at first, would never join.
+        """
+        return self.left_s if self._spent_s > 0 else math.inf
 
     @property
     def left_s(self) -> float:

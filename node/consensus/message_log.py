@@ -5,7 +5,7 @@ Other peers get them from here, and need not trust us. Bounded by kind, epoch an
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Final
 
 from protocol.chains import SHORT_ID_BYTES
@@ -26,7 +26,9 @@ MAX_UNKNOWN_PEERS: Final = {Commit: 192, Reveal: 192, Statement: 16, Signature: 
 Identities are free: however many unknown peers send messages, there is room for those of the others. Of too many those
 of the lowest rank stay, so that all peers hold the same, and who comes first keeps nobody out."""
 
-MAX_EQUIVOCATORS: Final = 256
+MAX_UNKNOWN_EQUIVOCATORS: Final = 256
+"""Unknown peers against which proofs of equivocation are held that came in one epoch; for those against members and
+candidates there is always room."""
 
 MAX_EVIDENCE: Final = 2048
 """Statements whose envelopes and signatures are held, the newest ones."""
@@ -62,12 +64,11 @@ class MessageLog:
 
         Old statements and signatures are accepted as evidence; all other messages only for the current epoch, the one
         before and the one after, because clocks differ. `unknown_rank`: of a peer that is neither a member nor a
-        candidate.
+        candidate; for a proof, of the one that it convicts.
         """
         body = message.body
         if isinstance(body, EquivocationProof):
-            if len(self.equivocators) < MAX_EQUIVOCATORS:
-                self.equivocators.setdefault(equivocator_of(body), message)
+            self.convict(equivocator_of(body), message, current_epoch, unknown_rank)
             return None
         proof = self._prove_equivocation(message)
         is_recent = abs(body.epoch - current_epoch) <= 1
@@ -82,6 +83,18 @@ class MessageLog:
                 held.setdefault(message.peer, message)
         return proof
 
+    def convict(self, peer: PeerId, proof: SignedMessage, current_epoch: int, unknown_rank: bytes | None) -> None:
+        """Hold the proof against a peer; of too many against unknown ones, those of the lowest rank, as of messages."""
+        if peer in self.equivocators:
+            return
+        self.equivocators[peer] = proof
+        if unknown_rank is not None:
+            ranks = self._unknown.setdefault((current_epoch, EquivocationProof), {})
+            ranks[peer] = unknown_rank
+            if len(ranks) > MAX_UNKNOWN_EQUIVOCATORS:
+                last = max(ranks, key=lambda each: ranks[each])
+                del ranks[last], self.equivocators[last]
+
     @property
     def is_overfull(self) -> bool:
         """Whether there is so much evidence that it must be pruned now: a peer may send old statements without end."""
@@ -91,7 +104,7 @@ class MessageLog:
         """Return whether no more messages of this kind and epoch are accepted from this peer or rank."""
         body = message.body
         if isinstance(body, EquivocationProof):
-            return len(self.equivocators) >= MAX_EQUIVOCATORS
+            return False
         kind = type(body)
         most = MAX_OF_PEER[kind] if unknown_rank is None else MAX_OF_UNKNOWN_PEER
         if self._counts[body.epoch, kind, message.peer] >= most:
@@ -116,9 +129,17 @@ class MessageLog:
         for each in gone:
             del self._recent[each.id]
 
-    def prune(self, current_epoch: int, needed: Collection[Digest]) -> None:
-        """Drop past epochs, and the oldest evidence of statements that are not `needed`."""
+    def prune(self, current_epoch: int, needed: Collection[Digest], knows: Callable[[PeerId], bool]) -> None:
+        """Drop past epochs, and the oldest evidence of statements that are not `needed`.
+
+        `knows`: whether a peer is a member or a candidate by now, whose proof stays.
+        """
         oldest = current_epoch - 1
+        for (epoch, kind), ranks in self._unknown.items():
+            if kind is EquivocationProof and epoch < oldest:
+                for peer in ranks:
+                    if not knows(peer):
+                        self.equivocators.pop(peer, None)
         self._recent = {key: message for key, message in self._recent.items() if message.epoch >= oldest}
         self._unique = {key: message for key, message in self._unique.items() if message.epoch >= oldest}
         self._counts = Counter({key: count for key, count in self._counts.items() if key[0] >= oldest})

@@ -5,7 +5,7 @@ prove that a peer was absent: so no proposer decides whose contribution counts. 
 in ascending order, the first one in the lowest bit of the first byte.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
 from protocol.identity import PeerId
@@ -33,6 +33,15 @@ def count(lists: Iterable[bytes], expected: Sequence[PeerId]) -> tuple[Counter[P
         bits = int.from_bytes(each, "little")
         named.update({peer: times for number, peer in enumerate(expected) if bits >> number & 1})
     return named, len(valid)
+
+
+def unite(lists: Iterable[tuple[PeerId, bytes]], expected: Sequence[PeerId]) -> dict[PeerId, bytes]:
+    """Return one list of each author, of all peers that any of its lists names. Those of another size do not count."""
+    united: defaultdict[PeerId, int] = defaultdict(int)
+    for author, each in lists:
+        if len(each) == _size(expected):
+            united[author] |= int.from_bytes(each, "little")
+    return {author: bits.to_bytes(_size(expected), "little") for author, bits in united.items()}
 
 
 def listed(lists: Iterable[bytes], expected: Sequence[PeerId], committee_size: int) -> set[PeerId]:

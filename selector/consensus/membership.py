@@ -17,7 +17,10 @@ from selector.consensus.reputation import COUNT_SCALE, updated
 from selector.consensus.sortition import Sortition, newcomers_in_order
 
 MAX_ABSENCES: Final = 3
-"""Absences in a row after which a member or a candidate is removed; of a candidate also epochs without its readings."""
+"""Absences in a row after which a member or a candidate is removed."""
+
+MAX_IDLE: Final = 6
+"""Epochs in a row in which a candidate read nothing, after which it gives its place to newcomers that have none."""
 
 AUDITED: Final = COUNT_SCALE
 """Agreement after which a candidate may join: one cell that was hard to guess, or four that were not."""
@@ -32,8 +35,8 @@ WAITING_EPOCHS: Final = 6
 class Presence(NamedTuple):
     """The peers whose contributions count, with the hardware class that newcomers state, and the inclusion lists.
 
-    `compared`: the hardware classes on which readings could be compared. `evading`: candidates that did not read what
-    they were to, so that theirs could not be.
+    `compared`: the hardware classes on which readings could be compared. `evading`: candidates that read nothing,
+    though something that they were to read was compared.
     """
 
     hardware: Mapping[PeerId, str]
@@ -82,18 +85,28 @@ def succeed(
     candidates = [each for each in candidates if each.absences < MAX_ABSENCES and not _has_failed(each)]
     # The wait begins anew with everything that is compared: else the audit could be waited out.
     candidates = [each._replace(since=epoch) if each.hardware in presence.compared else each for each in candidates]
-    coming = [Member(peer, hardware, since=epoch) for peer, hardware in presence.hardware.items() if peer not in known]
-    of_peer = {each.peer: each for each in (*candidates, *coming)}
-    joining = _admitted(members, candidates, coming, presence, beacon, epoch)
-    waiting = [each.peer for each in candidates if each.peer not in joining]
-    room = MAX_CANDIDATES - len(waiting)
-    waiting += [peer for peer in newcomers_in_order(beacon, [each.peer for each in coming]) if peer not in joining][
-        :room
+    newcomers = [
+        Member(peer, hardware, since=epoch) for peer, hardware in presence.hardware.items() if peer not in known
     ]
+    of_peer = {each.peer: each for each in (*candidates, *newcomers)}
+    joining = _admitted(members, candidates, newcomers, presence, beacon, epoch)
+    coming = [peer for peer in newcomers_in_order(beacon, [each.peer for each in newcomers]) if peer not in joining]
+    waiting = _with_places([each for each in candidates if each.peer not in joining], len(coming))
+    waiting += coming[: MAX_CANDIDATES - len(waiting)]
     return (
-        tuple(sorted([*members, *(of_peer[peer]._replace(absences=0) for peer in joining)])),
+        tuple(sorted([*members, *(of_peer[peer]._replace(absences=0, idle=0) for peer in joining)])),
         [of_peer[peer] for peer in sorted(waiting)],
     )
+
+
+def _with_places(candidates: Sequence[Member], coming: int) -> list[PeerId]:
+    """Return who keeps its place: idle candidates give theirs to newcomers, those first that agreed least.
+
+    Without them a node that may measure seldom keeps what it has agreed.
+    """
+    idle = sorted((each.agreed, each.peer) for each in candidates if each.idle >= MAX_IDLE)
+    leaving = {peer for _, peer in idle[: max(0, len(candidates) + coming - MAX_CANDIDATES)]}
+    return [each.peer for each in candidates if each.peer not in leaving]
 
 
 def _mark_absent(
@@ -110,10 +123,8 @@ def _mark_absent(
     expected = {*sortition.expected}
 
     def marked(member: Member) -> Member:
-        if member.peer in presence.evading:  # else who measures nothing would keep others out of the places
-            return member._replace(absences=member.absences + 1)
         if member.peer in presence.hardware:
-            return member._replace(absences=0)
+            return member._replace(absences=0, idle=member.idle + 1 if member.peer in presence.evading else 0)
         if member.peer not in expected or valid < quorum_size(size):
             return member
         if inclusion.is_listed(named[member.peer], size):

@@ -346,12 +346,15 @@ class Participant:
         return beacon_after(state, self._draw(head.id, state, epoch), contributions, epoch, restart=restart)
 
     def _listed(self, epoch: int, reveals: Iterable[Reveal]) -> set[PeerId]:
-        """Return the peers that more than a third of the committee list by these reveals."""
+        """Return the peers that more than a third of the committee list by reveals of its commits, one vote each."""
         sortition = self._sortition(epoch)
         if sortition is None:
             return set()
-        lists = (each.inclusion for each in reveals if each.peer in sortition.committee)
-        return inclusion.listed(lists, sortition.expected, len(sortition.committee))
+        received = self._commits.get((epoch, self.chain.head.id), {}).values()
+        opened = {each.commit.commitment for each in received if each.commit.peer in sortition.committee}
+        lists = [(each.peer, each.inclusion) for each in reveals if each.commitment in opened]
+        united = inclusion.unite(lists, sortition.expected).values()
+        return inclusion.listed(united, sortition.expected, len(sortition.committee))
 
     def _is_timely(self, contribution: Contribution) -> bool:
         """Return whether a contribution was revealed in time not to be left out."""

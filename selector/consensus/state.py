@@ -202,9 +202,7 @@ def _members_after(
         lists={each.commit.peer: each.reveal.inclusion for each in contributions},
         compared=frozenset(cell.hardware for cell in firm),
         evading=frozenset(
-            peer
-            for peer, cells in sortition.audits.items()
-            if firm & {*cells} and not firm & audited.get(peer, {}).keys()
+            peer for peer, cells in sortition.audits.items() if firm & {*cells} and not audited.get(peer)
         ),
     )
     if restart:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from node.stages.voter import Agreement
-from protocol.consensus_values import MAX_JOINED, VALUE_SCALE, Cell, Reading, Signature, Statement, genesis_of
+from protocol.consensus_values import MAX_JOINED, VALUE_SCALE, Cell, Reading, Reveal, Signature, Statement, genesis_of
 from protocol.identity import PeerId
 from selector.consensus import inclusion
 from selector.consensus.chain import Chain, InvalidStatement
@@ -59,6 +59,8 @@ class Attack:
     """Whether they list the honest, too."""
     censors: bool = False
     """Whether their proposers leave out honest contributions, and grind for a favourable beacon."""
+    pads: Callable[[int], bool] = lambda epoch: False
+    """Whether in an epoch they commit in time for its proposers alone, and list only themselves, by many reveals."""
     recruits: int = 0
     """Newcomers that they bring in every epoch, with ids ground for the beacon that is known by then."""
 
@@ -170,16 +172,23 @@ class World:
             commit, reveal = peer.contribute(now_s, hardware, readings, [], self.rng.randbytes(32))
             stated = hardware if hardware != HARDWARE else commit.hardware
             contributions.append(Contribution(replace(commit, hardware=stated), reveal))
-        for peer in self.peers.values():
+        for name, peer in self.peers.items():
             for commit, _ in contributions:
-                peer.on_commit(commit, now_s)
+                is_late = commit.peer in self.evil and self.attack.pads(self.epoch)
+                peer.on_commit(commit, self._late_s(name) if is_late else now_s)
                 peer.confirm(commit)
         return contributions
+
+    def _late_s(self, receiver: PeerId) -> float:
+        """Return when a commit that is sent to the proposers after the lists reaches a peer."""
+        proposers = select_committee(beacon_of(self.state.beacon, self.epoch), self.members)[: CLOCK.turns()]
+        return (CLOCK.lists_end_s if receiver in proposers else CLOCK.reveals_begin_s)(self.epoch) + 1
 
     def _reveal(self, contributions: Iterable[Contribution]) -> None:
         now_s = CLOCK.reveals_begin_s(self.epoch) + 1
         sortition = self.state.draw(self.epoch, PLAN)
         self.revealed: list[Contribution] = []
+        padding: list[Reveal] = []
         for number, (commit, draft) in enumerate(contributions):
             reveal = draft
             if commit.peer in self.evil:
@@ -188,11 +197,14 @@ class World:
                 if commit.peer in sortition.committee:
                     listed = sortition.expected if self.attack.lists else [*self.evil]
                     reveal = replace(draft, inclusion=inclusion.pack(listed, sortition.expected))
+                if self.attack.pads(self.epoch):
+                    reveal = replace(draft, inclusion=inclusion.pack({commit.peer}, sortition.expected))
+                    padding += [replace(reveal, nonce=self.rng.randbytes(32)) for _ in range(3)]
             else:
                 reveal = self.peers[commit.peer].reveal(draft, now_s)
             self.revealed.append(Contribution(commit, reveal))
         for peer in self.peers.values():
-            for _, reveal in self.revealed:
+            for reveal in (*(each.reveal for each in self.revealed), *padding):
                 peer.on_reveal(reveal, now_s)
 
     def _agree(self, turn: int) -> bool:
@@ -282,6 +294,13 @@ def test_proposers_that_censor_and_grind_capture_nothing(count: int, seed: int) 
     world = World(count, third(count), seed, Attack(censors=True, lists=False))
     world.play(10 if count <= MAX_JOINED else 20)  # more than that found no chain, and have to join it
     assert world.censored
+    world.assert_not_captured()
+
+
+def test_member_that_pads_the_lists_voids_no_epoch() -> None:
+    world = World(10, 1, 0, Attack(reads=truth, pads=lambda epoch: epoch % 3 > 0))
+    world.play(9)
+    assert [entry.epoch for entry in world.judge.chain.canonical()] == [*range(9)]
     world.assert_not_captured()
 
 

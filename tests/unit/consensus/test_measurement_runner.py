@@ -80,11 +80,24 @@ async def test_measurement_that_is_broken_off_is_charged(virtual_clock: MockCloc
         assert not allowance.is_left
 
 
+async def test_first_cell_of_a_large_model_is_read_though_it_takes_more_than_there_is(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9), step_s=0.5)
+        await swarm.settle()
+        runner, allowance = runner_at(peer)
+        assert await runner.measure(CELL) is not None
+        assert sum(allowance.charges) > INITIAL_S
+        await trio.sleep(1800)
+        assert await runner.measure(CELL) is None
+        assert len(allowance.charges) == 1
+
+
 async def test_cell_that_takes_longer_than_there_is_left_is_given_up_once(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm.join((0, 9), step_s=0.5)
         await swarm.settle()
         runner, allowance = runner_at(peer)
+        allowance.spend(1.0)  # by the first one
         assert await runner.measure(CELL) is None
         assert INITIAL_S / 2 < THREADS * computed_s(peer) <= INITIAL_S + THREADS * 0.5
         await trio.sleep(1800)  # there would be time again

@@ -30,5 +30,19 @@ async def test_measurements_take_a_share_of_what_users_compute_at_a_bounded_rate
     assert busy == pytest.approx(600 * 2 + RATE.burst, abs=8.0)  # two seconds a minute
 
 
+async def test_first_measurement_may_take_more_than_there_is_and_users_make_up_for_it(virtual_clock: MockClock) -> None:
+    served_s = 0.0
+    allowance = MeasuringAllowance(0.1, lambda: served_s)
+    assert allowance.limit_s > 1e6
+    allowance.spend(INITIAL_S + 100.0)
+    await trio.sleep(24 * 3600)
+    assert not allowance.is_left
+    served_s = 990.0
+    assert not allowance.is_left
+    served_s = 1050.0
+    assert allowance.is_left
+    assert allowance.limit_s == pytest.approx(5.0)
+
+
 async def test_node_without_exploration_measures_nothing(virtual_clock: MockClock) -> None:
     assert not MeasuringAllowance(0.0, lambda: 1e9).is_left

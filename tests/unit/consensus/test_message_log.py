@@ -2,9 +2,9 @@
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.consensus.message_log import MAX_OF_PEER, MAX_UNKNOWN_PEERS, MessageLog
+from node.consensus.message_log import MAX_OF_PEER, MAX_UNKNOWN_EQUIVOCATORS, MAX_UNKNOWN_PEERS, MessageLog
 from protocol.consensus import SignedMessage, equivocator_of, sign_message
-from protocol.consensus_values import Commit, Reveal, Signature, digest_of
+from protocol.consensus_values import Commit, EquivocationProof, Reveal, Signature, digest_of
 from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.limits import MAX_HAVE
 
@@ -91,12 +91,30 @@ def test_detects_equivocation_in_one_epoch_only() -> None:
     assert equivocator_of(equivocation) == peer(2)
 
 
+def proof_against(number: int) -> SignedMessage:
+    one, other = commit(number), commit(number, commitment=bytes([1]) * 32)
+    return sign_message(EquivocationProof(CHAIN, one.envelope, other.envelope), key(9000))
+
+
+def test_strangers_that_equivocate_leave_room_for_proofs_against_members() -> None:
+    log = MessageLog()
+    for number in range(MAX_UNKNOWN_EQUIVOCATORS + 5):
+        log.add(proof_against(number), 7, rank(number))
+    assert len(log.equivocators) == MAX_UNKNOWN_EQUIVOCATORS
+    log.add(proof_against(5000), 7)
+    log.add(proof_against(5001), 7, b"")
+    assert {peer(5001), peer(5002)} <= log.equivocators.keys()
+    assert len(log.equivocators) == MAX_UNKNOWN_EQUIVOCATORS + 1
+    log.prune(9, (), lambda each: each == peer(5002))
+    assert log.equivocators.keys() == {peer(5001), peer(5002)}, "of a member, and of a stranger that became one"
+
+
 def test_prunes_past_epochs_but_not_needed_evidence() -> None:
     log = MessageLog()
     signature = sign_message(Signature(CHAIN, 7, peer(1), CHAIN), key(1))
     reveal = sign_message(Reveal(CHAIN, 7, peer(1), bytes(32), ()), key(1))
     for message in (signature, reveal, commit(0)):
         log.add(message, 7)
-    log.prune(9, {CHAIN})
+    log.prune(9, {CHAIN}, lambda _: False)
     assert not log.recent()
     assert log.signatures[CHAIN][signature.peer] == signature

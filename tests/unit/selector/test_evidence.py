@@ -183,6 +183,14 @@ def test_only_members_say_where_agreed_cells_were_measured_and_our_own_word_is_f
     assert stage_counts(reading("me", hour=1), reading("honest", **odd)) == [3]
 
 
+def test_own_context_is_not_mixed_with_those_of_others_on_the_same_kind_of_route() -> None:
+    agreed = table((FUSED, -0.5, 5, True))
+    own = reading("me", hour=1, context=replace(CONTEXT, link_s=0.5))
+    others = [reading(name, hour=101, context=replace(CONTEXT, link_s=0.1)) for name in ("honest", "other")]
+    viewpoint = replace(VIEWPOINT, trust={"honest": 1.0, "other": 1.0})
+    assert {each.link_s for each in contexts_of_cells(agreed, [own, *others], viewpoint).values()} == {0.5}
+
+
 def test_context_of_a_cell_is_what_members_have_in_the_middle() -> None:
     def facts(memory_read_bytes_per_s: float, **changes: Any) -> StageFacts:
         known: dict[str, Any] = {"blocks": 30, "device": DeviceKind.CPU, "memory_bytes": 1 << 34, "threads": 2}

@@ -10,7 +10,7 @@ from protocol.consensus_values import MAX_CANDIDATES, MAX_JOINED, Commit, Member
 from protocol.identity import PeerId
 from selector.consensus import inclusion
 from selector.consensus.chain import STALL_EPOCHS, members_after
-from selector.consensus.membership import AUDITED, WAITING_EPOCHS, Presence, founders, succeed
+from selector.consensus.membership import AUDITED, MAX_IDLE, WAITING_EPOCHS, Presence, founders, succeed
 from selector.consensus.reputation import weight_of
 from selector.consensus.sortition import MeasurementPlan, Sortition, next_beacon
 from selector.consensus.state import Contribution, State, beacon_after, conclude, initial_state
@@ -126,14 +126,33 @@ def test_wait_begins_anew_with_everything_that_is_compared_on_the_same_hardware(
     assert len(members) == len(NAMES) + 1
 
 
-def test_candidates_that_measure_nothing_do_not_keep_their_places() -> None:
+def test_candidates_that_measure_nothing_give_their_places_to_newcomers() -> None:
     candidates = [Member(PeerId(f"idle-{number}"), HARDWARE) for number in range(MAX_CANDIDATES)]
+    candidates[0] = candidates[0]._replace(agreed=AUDITED // 4)
     names = frozenset(each.peer for each in candidates)
-    for epoch in range(1, 4):
-        presence = Presence(dict.fromkeys((*NAMES, *names), ""), lists_naming(0), frozenset([HARDWARE]), names)
+    places: list[int] = []
+    for epoch in range(1, MAX_IDLE + 1):
+        coming = {PeerId(f"newcomer-{number}"): HARDWARE for number in range(MAX_CANDIDATES - 1)}
+        hardware = {**dict.fromkeys((*NAMES, *names), ""), **coming}
+        presence = Presence(hardware, lists_naming(0), frozenset([HARDWARE]), names)
         members, candidates = succeed(MEMBERS, candidates, SORTITION, presence, b"beacon", epoch)
-    assert candidates == []
+        places.append(len({each.peer for each in candidates} & coming.keys()))
+    assert places == [0] * (MAX_IDLE - 1) + [MAX_CANDIDATES - 1]
+    assert [each.agreed for each in candidates if each.peer in names] == [AUDITED // 4]
     assert len(members) == len(NAMES)
+
+
+def test_candidate_that_measures_seldom_keeps_what_it_agreed() -> None:
+    slow = Member(PeerId("slow"), HARDWARE, agreed=AUDITED // 4)
+    candidates = [slow]
+    for epoch in range(1, 3 * MAX_IDLE):
+        presence = Presence(
+            dict.fromkeys((*NAMES, slow.peer), ""), lists_naming(0), frozenset([HARDWARE]), frozenset([slow.peer])
+        )
+        _, candidates = succeed(MEMBERS, candidates, SORTITION, presence, b"beacon", epoch)
+    assert [each.agreed for each in candidates] == [slow.agreed]
+    [read] = succeed(MEMBERS, candidates, SORTITION, presence._replace(evading=frozenset()), b"beacon", epoch + 1)[1]
+    assert read.idle == 0
 
 
 def test_newcomers_are_drawn_by_a_beacon_that_nobody_knew_when_they_came() -> None:
