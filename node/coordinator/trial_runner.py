@@ -77,6 +77,7 @@ class Spending:
 
     `processor_s`: computing on all stages times `threads`, those of the widest stage so far. Of jobs that did not end,
     which report nothing, the time that they ran counts as computing. `limit_s`, `processor_limit_s`: the most of each.
+    `needed_s`: of a trial that was given up for that, at least how many seconds it would have taken.
     """
 
     limit_s: float = math.inf
@@ -84,15 +85,17 @@ class Spending:
     spent_s: float = 0.0
     processor_s: float = 0.0
     threads: int = 1
+    needed_s: float | None = None
 
     @property
     def left_s(self) -> float:
         """The seconds that jobs may still take."""
         return max(0.0, min(self.limit_s - self.spent_s, (self.processor_limit_s - self.processor_s) / self.threads))
 
-    def exceeded(self) -> JobError:
-        """Return the error of a trial that has taken too long, or would."""
+    def exceeded(self, more_s: float = 0.0) -> JobError:
+        """Return the error of a trial that has taken too long, or would with `more_s`, and record what it needs."""
         limit_s = min(self.limit_s, self.processor_limit_s / self.threads)
+        self.needed_s = max(limit_s, self.spent_s + more_s)
         return JobError(JobErrorCode.FAILED, f"the trial would take longer than the {limit_s:.0f} s that it may")
 
     def charge(self, seconds: float, run: "Run", *, is_done: bool) -> None:
@@ -329,8 +332,9 @@ class _TrialRuns:
             if is_valid and (not rounds or routes <= {run.route for run in rounds[0].values()}):
                 rounds.append(runs)
                 missing = self.spec.rounds - len(rounds)
-                if missing > 0 and missing * (spending.spent_s - before_s) >= spending.left_s:
-                    raise spending.exceeded()  # what cannot be finished is given up at once
+                more_s = missing * (spending.spent_s - before_s)
+                if missing > 0 and more_s >= spending.left_s:
+                    raise spending.exceeded(more_s)  # what cannot be finished is given up at once
                 continue
             rounds, invalid = [runs] if is_valid else rounds, invalid + 1  # another route: the comparison begins anew
             if invalid > MAX_INVALID:

@@ -84,22 +84,22 @@ def main() -> None:
 
 
 def _do_unanswered(shard: Shard[Any], header: Header) -> None:
-    match header["do"]:
-        case "begin":
-            try:
+    try:
+        match header["do"]:
+            case "begin":
                 shard.begin(*decode_values(header))
-            except EngineLost as error:
-                _exit_if_lost(error)
-        case "rename":
-            shard.rename(decode_session(header["session"]), decode_session(header["successor"]))
-        case "close":
-            shard.close(decode_session(header["session"]))
-        case "unload":
-            shard.unload_reference()
-        case "unconstrain":
-            shard.end_constraints()
-        case "trim":
-            shard.trim(header["dropped"])
+            case "rename":
+                shard.rename(decode_session(header["session"]), decode_session(header["successor"]))
+            case "close":
+                shard.close(decode_session(header["session"]))
+            case "unload":
+                shard.unload_reference()
+            case "unconstrain":
+                shard.end_constraints()
+            case "trim":
+                shard.trim(header["dropped"])
+    except EngineLost as error:
+        _exit_if_lost(error)
 
 
 def _answer_when_done(work: Callable[[], None], header: Header, connection: socket.socket) -> None:

@@ -106,6 +106,18 @@ def size_of_gguf(metadata: Mapping[str, GgufValue], tensors: Sequence[AnyTensor]
     return sum(len(it) if isinstance(it, bytes) else it.size_bytes for it in _pieces(metadata, tensors))
 
 
+def is_gguf_of(path: Path, metadata: Mapping[str, GgufValue], tensors: Sequence[AnyTensor]) -> bool:
+    """Return whether a file has the size, the metadata and the tensor table that it would be written with."""
+    header = next(_pieces(metadata, tensors))
+    assert isinstance(header, bytes)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return size == size_of_gguf(metadata, tensors) and file.read(len(header)) == header
+    except FileNotFoundError:
+        return False
+
+
 def assemble_gguf(path: Path, metadata: Mapping[str, GgufValue], tensors: Sequence[AnyTensor]) -> None:
     """Write the same file as `write_gguf`, unhashed, with the tensors copied by the kernel. Raises OSError."""
     with path.open("wb") as file:

@@ -15,7 +15,7 @@ from node.coordinator.trial_runner import Spending
 from node.storage.adoption_store import AdoptionStore
 from node.storage.database import StorageError
 from protocol.identity import ModelId, Stage
-from selector.adoption import MAX_BUCKETS, Adoption, ExplorationAllowance, TrialRecord
+from selector.adoption import MAX_BUCKETS, RETRY_S, Adoption, ExplorationAllowance, TrialRecord
 from selector.task import Method, TaskContext, baseline_of
 from selector.task_buckets import effective_switches
 
@@ -77,11 +77,18 @@ class TrialScheduler:
         self._pending: set[str] = set()
         self._failed: TTLCache[str, None] = TTLCache(MAX_BUCKETS, FAILED_RETRY_S, timer=trio.current_time)
         """Buckets whose last trial failed a short time ago."""
+        self._needed_s: TTLCache[str, float] = TTLCache(MAX_BUCKETS, RETRY_S, timer=trio.current_time)
+        """What the last trial of a bucket would have taken, where it was given up for that."""
         self._requests_in, self._requests = trio.open_memory_channel[tuple[str, TrialRequest]](MAX_QUEUED)
 
     def request(self, bucket: str, request: TrialRequest) -> None:
-        """Queue a trial, unless the bucket has one pending or one that failed, or allowance or queue are exhausted."""
+        """Queue a trial, unless the bucket has one pending or one that failed, or allowance or queue are exhausted.
+
+        One that was given up as too long waits until the allowance covers it, or for long.
+        """
         if self._allowance.left_s <= 0 or bucket in self._pending or bucket in self._failed:
+            return
+        if self._allowance.left_s + MAX_OVERDRAFT_S <= self._needed_s.get(bucket, 0.0):
             return
         try:
             self._requests_in.send_nowait((bucket, request))
@@ -107,7 +114,8 @@ class TrialScheduler:
         except JobError as error:
             _logger.info("trial failed", bucket=bucket, reason=error.message)
             self._failed[bucket] = None
-            if spending.spent_s >= spending.limit_s:
+            if spending.needed_s is not None:
+                self._needed_s[bucket] = spending.needed_s
                 self._adoption.record_unavailable(bucket, names, trio.current_time())
             return
         finally:

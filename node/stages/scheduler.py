@@ -51,6 +51,9 @@ They neither stop, which would lose what was computed, nor take turns with the u
 of each token.
 """
 
+MAX_PAUSE_S: Final = 15.0
+"""How long measurements pause after a step, at most: a pause must not look like a stage that hangs."""
+
 
 class Batching(enum.StrEnum):
     """How sessions share the steps of an engine."""
@@ -189,7 +192,7 @@ class Scheduler(Generic[L]):
         """
         if self._background_began_s is not None:
             took_s, self._background_began_s = now_s - self._background_began_s, None
-            self._background_from_s = now_s + took_s * (1 / BACKGROUND_SHARE - 1)
+            self._background_from_s = now_s + min(took_s * (1 / BACKGROUND_SHARE - 1), MAX_PAUSE_S)
         heads = sorted(self._heads(now_s), key=lambda work: work.arrived_s)
         match self.policy.batching:
             case Batching.ONE:
@@ -250,8 +253,9 @@ class Scheduler(Generic[L]):
         budget = max(MIN_PREFILL_ROWS, step_rows - rows)
         taken = 0
         for work in self._fairly(prompts):
-            # Decoding sessions may be at another stage just now: their rows will arrive here soon.
-            bounded = bool(self._delayed_by(work) - {work.session})
+            # Decoding sessions may be at another stage just now: their rows will arrive here soon. A measurement's
+            # prompt is cut in any case: a user who comes must not wait for all of it.
+            bounded = work.is_background or bool(self._decoding & self._users - {work.session})
             room = (budget if bounded else PREFILL_ROWS) - taken
             if room <= 0 or len(chosen) == MAX_SLICES:
                 break
@@ -262,12 +266,6 @@ class Scheduler(Generic[L]):
             taken += piece.rows
             self._served[work.coordinator] += piece.rows
         return chosen
-
-    def _delayed_by(self, work: Work[L]) -> set[SessionId]:
-        """Return the sessions for whose sake a prompt is cut: the users' that decode, and of a measurement's all."""
-        if not self._users:
-            return self._decoding
-        return self._users if work.is_background else self._decoding & self._users
 
     def _fairly(self, prompts: list[Work[L]]) -> Iterable[Work[L]]:
         """Yield prompts, oldest first, of the coordinator served least so far: many jobs give no claim to more."""

@@ -75,9 +75,12 @@ class Span(EngineLoop):
         replay_bytes: int,
         records: PeerPenalties,
         observer: StageObserver,
+        account: Callable[[StageSession], None],
     ) -> None:
+        """`account` is called once for what a session, and those that it continued, computed here."""
         super().__init__(engine)
         self._observer = observer
+        self._account = account
         self.sessions: dict[SessionId, StageSession] = {}
         self.unavailable: set[Variant] = set()
         """Variants that were requested and cannot be built here."""
@@ -178,6 +181,7 @@ class Span(EngineLoop):
             if (report := _report_of(session)) is not None:
                 self._observer.on_session_ended(report)
             self._remove(session)
+            self._account(session)
             session.state.replay.drop()
             if session.id not in self._in_step:
                 self.start_freeing(session.id)
@@ -203,6 +207,7 @@ class Span(EngineLoop):
                 await self.engine.rename(former.id, session.id)
             except EngineError as error:
                 _logger.info("session not resumed", session=former.id, why=str(error))
+                self._account(former)
                 former.state.replay.drop()
                 await self._free(former.id)
                 return False
@@ -210,6 +215,7 @@ class Span(EngineLoop):
                 del self._continuing[former.id]
             session.take_over(former)
             if session.is_ended:  # its coordinator left before there was anything to be freed under its id
+                self._account(session)
                 session.state.replay.drop()
                 await self._free(session.id)
         return True

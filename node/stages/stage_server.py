@@ -119,7 +119,14 @@ class StageServer:
         if key in spans:
             raise EngineError(f"blocks {engine.info.blocks} are served already")
         span = spans[key] = Span(
-            engine, self.link_pool, self._session_ended, self._controller(), replay_bytes, self._records, self.observer
+            engine,
+            self.link_pool,
+            self._session_ended,
+            self._controller(),
+            replay_bytes,
+            self._records,
+            self.observer,
+            self._account,
         )
         try:
             async with trio.open_nursery() as nursery:
@@ -272,7 +279,6 @@ class StageServer:
         await closing.admitted.wait()
         span.end(closing)
         statistics = closing.state.counters.statistics()
-        self._account(closing, statistics.compute_s)
         observed = StageObservation(
             peer=self.link_pool.peer_id, blocks=closing.info.blocks, hardware=self._hardware(), statistics=statistics
         )
@@ -298,10 +304,10 @@ class StageServer:
             for session in tuple(span.sessions.values()):
                 if session.opened_by is link:
                     span.end(session)
-                    self._account(session, session.state.counters.statistics().compute_s)
 
-    def _account(self, session: StageSession, compute_s: float) -> None:
+    def _account(self, session: StageSession) -> None:
         """Count what a session computed that has ended."""
+        compute_s = session.state.counters.compute_s
         if not session.request.background:
             self.served_s += compute_s
             self._background.earn(compute_s)

@@ -1,5 +1,6 @@
 """A bounded LRU cache of folders on disk, by a name that covers all that their content depends on."""
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -16,11 +17,17 @@ _FREE_SHARE = 0.1
 _STAGING = ".building-"
 _BUILT_WITHIN_S = 3600.0
 """An unfinished folder unchanged for so long is abandoned: its process was killed."""
+_handles: Final[dict[Path, int]] = {}
+"""Of the folders that this process uses, with a shared lock on each until it exits."""
 
 
 @dataclass(frozen=True, slots=True)
 class FolderCache:
-    """Folders in a directory that processes share; the least recently used are evicted beyond `limit_bytes`."""
+    """Folders in a directory that processes share; the least recently used are evicted beyond `limit_bytes`.
+
+    Those that a process has got stay until it exits: without them its files would be built again, and take the space
+    that they have twice.
+    """
 
     directory: Path
     limit_bytes: int = LIMIT_BYTES
@@ -31,7 +38,7 @@ class FolderCache:
         Of concurrent builds with the same name the first one is used. Raises OSError.
         """
         wanted = self.directory / name
-        if not wanted.is_dir():
+        if not _hold(wanted):
             self.directory.mkdir(parents=True, exist_ok=True)
             staged = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.directory))
             try:
@@ -42,31 +49,79 @@ class FolderCache:
                     _flush_one(self.directory)
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
+            _hold(wanted)
         os.utime(wanted)
         self._shrink(wanted)
         return wanted
 
     def drop(self, name: str) -> None:
-        """Delete a damaged folder."""
+        """Delete a damaged folder, which others may use: their open files live on until they exit."""
+        _release(self.directory / name)
         shutil.rmtree(self.directory / name, ignore_errors=True)
 
+    def make_room(self, needed_bytes: int) -> None:
+        """Evict the least recently used folders until so much of the disk is free, if that is possible."""
+        for path in reversed(self._folders()):
+            if shutil.disk_usage(self.directory).free >= needed_bytes:
+                return
+            _evict(path)
+
+    def _folders(self) -> list[Path]:
+        """Delete abandoned builds, and return the folders that are complete, the last used first."""
+        complete = []
+        for path in self.directory.iterdir():
+            if not path.name.startswith(_STAGING):
+                complete.append(path)
+            elif _used_s(path) < time.time() - _BUILT_WITHIN_S:
+                shutil.rmtree(path, ignore_errors=True)
+        return sorted(complete, key=_used_s, reverse=True)
+
     def _shrink(self, used: Path) -> None:
-        """Evict the least recently used folders but for `used`. Open files live on until their process exits."""
-        others = sorted((path for path in self.directory.iterdir() if path != used), key=_used_s, reverse=True)
-        abandoned_s = time.time() - _BUILT_WITHIN_S
+        """Evict the least recently used folders but for `used`."""
+        others = [path for path in self._folders() if path != used]
         disk = shutil.disk_usage(self.directory)
         limit = min(
             self.limit_bytes, sum(map(folder_bytes, [used, *others])) + disk.free - int(disk.total * _FREE_SHARE)
         )
         taken = folder_bytes(used)
         for path in others:
-            if path.name.startswith(_STAGING):
-                if _used_s(path) < abandoned_s:
-                    shutil.rmtree(path, ignore_errors=True)
-                continue
             taken += folder_bytes(path)
             if taken > limit:
-                shutil.rmtree(path, ignore_errors=True)
+                _evict(path)
+
+
+def _hold(folder: Path) -> bool:
+    """Lock a folder against eviction until this process exits; return whether it is there."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return False
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(handle, fcntl.LOCK_SH)
+    _release(folder)
+    _handles[folder] = handle
+    return folder.is_dir()  # else it was evicted just now
+
+
+def _release(folder: Path) -> None:
+    if (handle := _handles.pop(folder, None)) is not None:
+        os.close(handle)
+
+
+def _evict(folder: Path) -> None:
+    """Delete a folder, unless a process uses it."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # another process has deleted it
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_used = False
+    except OSError as error:  # others are of file systems without locks
+        is_used = isinstance(error, BlockingIOError)
+    if not is_used:
+        shutil.rmtree(folder, ignore_errors=True)
+    os.close(handle)
 
 
 def _flush(folder: Path) -> None:

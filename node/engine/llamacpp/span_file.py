@@ -19,7 +19,16 @@ from node.engine.interface import EngineError, ShardSource
 from node.engine.memory_plan import mebibytes
 from node.models.gguf_file import GgufError, GgufModel, GgufTensor, read_gguf
 from node.models.gguf_layout import LONG_FACTORS, SHORT_FACTORS, arrange
-from node.models.gguf_writer import STRING, U32, AnyTensor, GgufValue, GgufZeros, assemble_gguf, typed_metadata
+from node.models.gguf_writer import (
+    STRING,
+    U32,
+    AnyTensor,
+    GgufValue,
+    GgufZeros,
+    assemble_gguf,
+    is_gguf_of,
+    typed_metadata,
+)
 from node.util.disk_cache import FolderCache
 from protocol.identity import BlockRange
 
@@ -123,37 +132,34 @@ def load_span(
 ) -> _Loaded:
     """Return what `load` makes of the span's file, of the disk cache if there is one; it maps the file.
 
-    Daemons with the same cache map the same file, and so share the memory of its pages. A file found there that cannot
-    be loaded is built again, once. Raises EngineError.
+    Daemons with the same cache map the same file, and so share the memory of its pages. A damaged file found there is
+    built again; a sound one that cannot be loaded, for want of memory perhaps, is not. Raises EngineError.
     """
-    is_new = False
+    cache = None if cache_dir is None else FolderCache(cache_dir)
 
     def build(folder: Path) -> None:
-        nonlocal is_new
-        is_new = True
-        _check_space(folder, tensors, blocks)
+        _find_space(folder, tensors, blocks, cache)
         write_span(folder / _FILE_NAME, tensors, blocks)
 
     try:
-        if cache_dir is None:
+        if cache is None:
             with TemporaryDirectory(prefix="metaswarm-span-") as folder:
                 build(Path(folder))
                 return load(Path(folder) / _FILE_NAME)
-        cache, name = FolderCache(cache_dir), f"{source.model}-{blocks.start}-{blocks.end}-gguf-{FORMAT}"
-        try:
-            return load(cache.folder(name, build) / _FILE_NAME)
-        except EngineError:
-            if is_new:
-                raise
+        name = f"{source.model}-{blocks.start}-{blocks.end}-gguf-{FORMAT}"
+        path = cache.directory / name / _FILE_NAME
+        if not is_gguf_of(path, span_metadata(tensors, blocks), _span_tensors(tensors, blocks)):
             cache.drop(name)
-            return load(cache.folder(name, build) / _FILE_NAME)
+        return load(cache.folder(name, build) / _FILE_NAME)
     except OSError as error:
         raise EngineError(f"the file of blocks {blocks} cannot be assembled: {error}") from None
 
 
-def _check_space(folder: Path, tensors: SpanTensors, blocks: BlockRange) -> None:
-    """Raise EngineError where the disk has no room for the copy of a span's tensors."""
+def _find_space(folder: Path, tensors: SpanTensors, blocks: BlockRange, cache: FolderCache | None) -> None:
+    """Have the cache make room for the copy of a span's tensors. Raises EngineError where there is none."""
     needed = sum(each.size_bytes for each in _span_tensors(tensors, blocks) if not isinstance(each, GgufZeros))
+    if cache is not None:
+        cache.make_room(needed)
     if (free := shutil.disk_usage(folder).free) < needed:
         raise EngineError(
             f"the file of blocks {blocks} needs {mebibytes(needed)} of disk in {folder.parent}, where "

@@ -1,6 +1,9 @@
 """Graphs are built once, used again, built anew where they are damaged; and the disk they take is bounded."""
 
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import torch
 from node.engine.backends import onnx
 from node.engine.interface import EngineOptions, SessionOptions, SliceInput, Variant
 from node.engine.torch_shard import TorchShard
-from node.util.disk_cache import FolderCache
+from node.util.disk_cache import FolderCache, folder_bytes
 from protocol.identity import BlockRange
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
 from tests.unit.engine.driving import GREEDY, InProcess, decode, session
@@ -77,16 +80,54 @@ def fill(size: int) -> Callable[[Path], None]:
     return build
 
 
+USE = """
+import sys
+from pathlib import Path
+from node.util.disk_cache import FolderCache
+print(FolderCache(Path(sys.argv[1])).folder(sys.argv[2], lambda folder: None), flush=True)
+sys.stdin.read()
+"""
+"""Of another process, which uses a folder until its input ends."""
+
+
+def leave(directory: Path, *names: str) -> None:
+    """Leave folders of a process that has ended; the first was used last."""
+    for age_s, name in enumerate(names):
+        (directory / name).mkdir()
+        fill(100)(directory / name)
+        os.utime(directory / name, times=(1e9 - age_s, 1e9 - age_s))
+
+
 def test_disk_cache_evicts_least_recently_used_folder(tmp_path: Path) -> None:
     cache = FolderCache(tmp_path, limit_bytes=250)
-    for name in ("a", "b"):
-        cache.folder(name, fill(100))
-    for age_s, name in enumerate(("a", "b")):  # the clock of a file system may be coarse
-        os.utime(tmp_path / name, times=(1e9 - age_s, 1e9 - age_s))
+    leave(tmp_path, "a", "b")
     cache.folder("c", fill(100))
     assert {path.name for path in tmp_path.iterdir()} == {"a", "c"}
     cache.folder("larger than all", fill(400))
-    assert {path.name for path in tmp_path.iterdir()} == {"larger than all"}
+    assert {path.name for path in tmp_path.iterdir()} == {"c", "larger than all"}, "c is in use"
+
+
+def test_disk_cache_makes_room_without_folders_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage, cache = shutil.disk_usage(tmp_path), FolderCache(tmp_path)
+
+    def full_disk(_path: Path) -> object:
+        return usage._replace(total=500, free=500 - folder_bytes(tmp_path))
+
+    leave(tmp_path, "a", "b", "c", "d")
+    monkeypatch.setattr(shutil, "disk_usage", full_disk)
+    with subprocess.Popen(
+        [sys.executable, "-c", USE, str(tmp_path), "c"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        os.utime(tmp_path / "c", times=(1e8, 1e8))  # used first, and still
+        cache.make_room(200)
+        assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}
+        cache.make_room(450)
+        assert {path.name for path in tmp_path.iterdir()} == {"c"}
+        other.communicate()
+    cache.make_room(450)
+    assert not list(tmp_path.iterdir())
 
 
 def test_disk_cache_evicts_abandoned_builds_but_not_running_ones(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, NoReturn, cast
 
 import psutil
 import pytest
@@ -19,7 +19,7 @@ import trio
 import trio.testing
 from tokenizers import decoders, models, pre_tokenizers
 
-from node.engine import client, on_demand, worker_process, worker_protocol
+from node.engine import client, on_demand, worker, worker_process, worker_protocol
 from node.engine.client import WorkerEngine, start_worker
 from node.engine.interface import (
     REFERENCE,
@@ -27,6 +27,7 @@ from node.engine.interface import (
     EngineCrashed,
     EngineError,
     EngineFull,
+    EngineLost,
     EngineOptions,
     KvCompatibilityKey,
     Prefix,
@@ -36,6 +37,7 @@ from node.engine.interface import (
     Variant,
     VariantNotReady,
 )
+from node.engine.shard import Shard
 from node.engine.torch_shard import TorchShard
 from node.engine.worker_process import READ_AHEAD_BYTES, SpareWorker, WorkerExited, WorkerProcess
 from node.engine.worker_protocol import Buffer, Header
@@ -463,3 +465,20 @@ async def test_frames_of_any_size_arrive_whole_and_in_order() -> None:
         with pytest.raises(WorkerExited):
             await process.receive()
     ours.close()
+
+
+class LostShard:
+    """Its engine has lost what its sessions held."""
+
+    def trim(self, dropped: Sequence[int]) -> NoReturn:
+        raise EngineLost(f"lost {dropped}")
+
+
+def test_worker_whose_engine_is_lost_while_it_is_idle_exits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exited: list[int] = []
+    monkeypatch.setattr(os, "_exit", exited.append)
+    worker._do_unanswered(cast("Shard[Any]", LostShard()), {"do": "trim", "dropped": [7]})
+    assert exited == [1]
+    assert capsys.readouterr().err == "lost [7]\n"

@@ -12,7 +12,7 @@ from node.selection.chooser import INITIAL_ALLOWANCE_S
 from node.selection.trial_scheduler import FAILED_RETRY_S, MAX_OVERDRAFT_S, TrialRequest, TrialScheduler
 from node.storage.adoption_store import AdoptionStore, StoredTrials
 from protocol.identity import ModelId
-from selector.adoption import Adoption, ExplorationAllowance
+from selector.adoption import RETRY_S, Adoption, ExplorationAllowance
 from selector.heuristic import CostEstimate
 from selector.task import BASELINE, TaskContext, method
 
@@ -39,7 +39,7 @@ class SlowRunner:
         spending.spent_s = min(spending.limit_s, self._takes_s)
         await trio.sleep(spending.spent_s)
         if spending.spent_s == spending.limit_s:
-            raise JobError(JobErrorCode.FAILED, "the trial took longer than it may")
+            raise spending.exceeded()
         if self._fails:
             raise JobError(JobErrorCode.FAILED, "the stages keep changing")
         return {FUSED.name: [-1.0] * 3}
@@ -145,3 +145,38 @@ async def test_trial_that_overdraws_the_allowance_is_given_up(virtual_clock: Moc
     assert node.allowance.trial_s == pytest.approx(INITIAL_ALLOWANCE_S + MAX_OVERDRAFT_S)
     assert node.in_use() == BASELINE.name
     assert node.candidates() == ()  # not at once again
+
+
+class CautiousRunner(SlowRunner):
+    """Gives up after a round that shows that the trial would take longer than it may."""
+
+    async def run(self, request: TrialRequest, spending: Spending) -> Mapping[str, Sequence[float]]:
+        round_s = self._takes_s / 3
+        if self._takes_s < spending.limit_s:
+            return await super().run(request, spending)
+        self.trials += 1
+        spending.spent_s = round_s
+        raise spending.exceeded(self._takes_s - round_s)
+
+
+async def test_trial_that_would_overdraw_the_allowance_waits_until_that_covers_it(virtual_clock: MockClock) -> None:
+    node, runner = Node(), CautiousRunner(takes_s=2 * INITIAL_ALLOWANCE_S + MAX_OVERDRAFT_S)
+    await node.run(runner, "bucket")
+    assert runner.trials == 1
+    assert node.candidates() == ()
+    await trio.sleep(FAILED_RETRY_S)
+    await node.run(runner, "bucket")
+    assert runner.trials == 1, "it would be given up again"
+    node.allowance.served_s += 10 * (node.allowance.trial_s + INITIAL_ALLOWANCE_S + 1)
+    await node.run(runner, "bucket")
+    assert runner.trials == 2
+    assert node.in_use() == FUSED.name
+
+
+async def test_trial_that_the_allowance_never_covers_is_tried_again_after_long(virtual_clock: MockClock) -> None:
+    node, runner = Node(), CautiousRunner(takes_s=3 * (INITIAL_ALLOWANCE_S / 2))
+    runner._takes_s += MAX_OVERDRAFT_S
+    await node.run(runner, "bucket")
+    await trio.sleep(RETRY_S)
+    await node.run(runner, "bucket")
+    assert runner.trials == 2

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from node.stages.scheduler import (
     BACKGROUND_SHARE,
     HOLD_S,
+    MAX_PAUSE_S,
     MIN_PREFILL_ROWS,
     PREFILL_ROWS,
     STALL_BOUND_S,
@@ -263,5 +264,19 @@ def test_prompt_of_a_measurement_is_cut_for_a_user_who_does_not_decode_yet() -> 
     made = scheduler(Batching.CONTINUOUS, work(1, 64, 0), background(2, 300, 0), step_rows=64)
     assert numbers(made.next_batch(0)) == [1]
     assert [each.rows for each in made.next_batch(1)] == [64]
-    made.remove(session(1))
-    assert [each.rows for each in made.next_batch(2)] == [300 - 64], "alone"
+
+
+def test_prompt_of_a_measurement_is_cut_for_users_who_may_come() -> None:
+    made = scheduler(Batching.CONTINUOUS, background(1, 150), background(2, 50), step_rows=64)
+    batches = [made.next_batch(0) for _ in range(5)]
+    assert [sum(each.rows for each in batch) for batch in batches] == [64, 64, 64, 8, 0]
+
+
+def test_pause_of_measurements_is_bounded() -> None:
+    made = scheduler(Batching.CONTINUOUS, background(2, 64, 0))
+    assert numbers(made.next_batch(0)) == [2]
+    for number in (1, 2):  # a user comes during a step that is slow beyond expectation
+        made.add(background(2) if number == 2 else work(1))
+    assert numbers(made.next_batch(60)) == [1]
+    assert made.next_chance_s(60) == pytest.approx(60 + MAX_PAUSE_S)
+    assert numbers(made.next_batch(60 + MAX_PAUSE_S)) == [2]

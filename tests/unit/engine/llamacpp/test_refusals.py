@@ -13,6 +13,7 @@ import pytest
 from node.engine.interface import EngineError, EngineOptions, SessionOptions, SliceInput, StepFailed, VariantNotReady
 from node.engine.kv_allocator import KvReservation
 from node.engine.llamacpp import context, granularity, library, span_file
+from node.engine.llamacpp import shard as shard_module
 from node.engine.llamacpp.context import SequenceRows, cells_for
 from node.engine.llamacpp.kv_memory import PassFailed
 from node.engine.llamacpp.shard import LLAMACPP, LlamaShard
@@ -103,6 +104,29 @@ def test_disk_without_room_for_the_span_file_is_named(
     line = refusal(files, cache_dir=tmp_path / "cache")
     assert line.startswith(f"the file of blocks 0-4 needs 1 MiB of disk in {tmp_path}/cache, where 0 MiB are free: ")
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_unused_folders_of_the_cache_make_room_for_the_span_file(
+    files: GgufFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "cache" / "of an earlier version"
+    old.mkdir(parents=True)
+    (old / "span.gguf").write_bytes(bytes(100))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=0) if old.exists() else usage)
+    LlamaShard(files.source(WHOLE), WHOLE, EngineOptions(threads=1, kv_positions=256, cache_dir=tmp_path / "cache"))
+    assert len(list((tmp_path / "cache").glob("*/span.gguf"))) == 1
+
+
+def test_sound_span_file_is_not_built_again(files: GgufFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LlamaShard(files.source(WHOLE), WHOLE, EngineOptions(threads=1, kv_positions=256, cache_dir=tmp_path))
+
+    def fail(*_: object) -> None:
+        raise EngineError("no memory")
+
+    monkeypatch.setattr(shard_module, "SpanModel", fail)
+    monkeypatch.setattr(span_file, "write_span", pytest.fail)
+    assert refusal(files, cache_dir=tmp_path) == "no memory"
 
 
 def test_missing_block_is_named(files: GgufFiles) -> None:
