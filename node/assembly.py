@@ -373,7 +373,6 @@ def build_consensus(
             network.jitter,
             allowance=allowance,
             quality=partial(client.quality_store.quality, model),
-            own_peer=network.identity.peer_id,
             own_route=lambda: route_alone(stages, network.identity.peer_id, model),
         )
 

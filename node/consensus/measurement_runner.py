@@ -54,14 +54,13 @@ class MeasurementRunner:
         *,
         allowance: MeasuringAllowance,
         quality: Callable[[Method], MeasuredQuality | None],
-        own_peer: PeerId,
         own_route: Callable[[], tuple[Stage, ...]] = tuple,
     ) -> None:
         """`is_busy`: returns whether this node has other jobs, which are not disturbed.
 
         `quality`: of a lossy method, as far as it was measured here for users' jobs; others are not measured.
-        `own_peer`: this node, whose hardware the cells name. `own_route`: over it alone, if it serves the whole model;
-        else it is a part of the route, or there is no reading.
+        `own_route`: over this node alone, if it serves the whole model; else it is a part of the route, or there is no
+        reading, as cells name its hardware.
         """
         self._trials = trials
         self._recorder = recorder
@@ -70,7 +69,6 @@ class MeasurementRunner:
         self._rng = rng
         self._allowance = allowance
         self._quality = quality
-        self._own_peer = own_peer
         self._own_route = own_route
         self._takes_s: dict[str, float] = {}
         """Processor seconds that a cell of each workload took, or twice what did not suffice for it."""
@@ -126,7 +124,7 @@ class MeasurementRunner:
 
     def _route_fault(self, job: ServedJob) -> str | None:
         """Return why a reading over the route of a job would be of other machines than the cell's, if it would."""
-        is_there = any(stage.peer == self._own_peer for stage in job.result.route)
+        is_there = any(stage.peer == self._recorder.peer_id for stage in job.result.route)
         return None if is_there else "the best route does not contain this node, of whose hardware the cell is"
 
     async def revealed(self) -> None:

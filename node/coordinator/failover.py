@@ -7,7 +7,7 @@ with it; only what the lost stage had computed is computed again.
 
 from array import array
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import NamedTuple
@@ -18,9 +18,10 @@ import trio
 from node.coordinator.budget import needs_of
 from node.coordinator.job import Job
 from node.coordinator.planner import PlannedRoute, RouteNeed
-from node.coordinator.refusals import RouteRejected, StageRefusal, no_route, shorten
+from node.coordinator.refusals import RouteRejected, StageRefusal, no_route
 from node.coordinator.route import OpenRoute, RouteLost
 from node.coordinator.route_output import LastStageOutput, PromptScores, SampledToken
+from node.coordinator.route_search import RouteSearch
 from node.coordinator.session_request import RouteServices, SessionRequest, plan_sessions
 from node.coordinator.straggler_monitor import StragglerMonitor
 from node.coordinator.submission import JobError, JobErrorCode, JobTrace
@@ -37,24 +38,8 @@ from selector.task import Method
 MAX_ATTEMPTS = 5
 """Routes tried for a new job; also routes that a running job may lose in a row without a token in between."""
 
-RECOVERY_LIMIT_S = 90.0
-"""How long a running job waits for a route while known peers could take a lost stage's place.
-
-They may have to build the job's variant first (`span.BUILD_MAX_WAIT_S`, and the building), to load their blocks again,
-or to end other jobs. What the remaining stages have computed is held meanwhile.
-"""
-
-HOPELESS_LIMIT_S = 4.0
-"""How long it waits while no known peer could: the lost peer may return, or another be discovered, within it."""
-
-RECONNECT_LIMIT_S = 5.0
-"""How long a new job waits for a route once a link to its peers broke: one that was busy for a moment is back soon."""
-
 BACKOFF_S = (0.1, 1.0)
 """First and longest pause before another route is tried."""
-
-MAX_SHORTENINGS = 3
-"""How often one search for a route lowers the limit of the text: peers that refuse again and again may be lying."""
 
 SEARCH_S = 10.0, 2.0
 """Where no known peer could replace a stage, others are searched for: at this interval, for at most this long."""
@@ -152,7 +137,7 @@ class ResilientRoute:
         are continued. Raises JobError.
         """
         self._retire_route()
-        search = _RouteSearch(began_s=trio.current_time(), candidates_seen_s=trio.current_time())
+        search = RouteSearch(self._job, is_running=self._is_accepted)
         is_shorter = False
         for attempt in count():
             if attempt and not is_shorter:
@@ -166,7 +151,7 @@ class ResilientRoute:
                     raise self._invalid(self._bad_request) from None
                 if is_shorter := self._shorten(search):
                     continue
-                if not self._may_wait(search) or (self._is_accepted and self._is_hopeless(search, error)):
+                if not search.may_wait() or self._is_hopeless(search, error):
                     raise no_route(self._job, error, search.refusals, self._outdated) from None
                 self._avoided.clear()
                 continue
@@ -177,9 +162,9 @@ class ResilientRoute:
             is_shorter = False
             # Peers of an older version are found out one by one, and cost the job no attempt.
             is_last = attempt + 1 - len(self._outdated) >= MAX_ATTEMPTS or bool(self._job.request.stages)
-            if not self._may_wait(search) and is_last and not (is_shorter := self._shorten(search)):
+            if not search.may_wait() and is_last and not (is_shorter := self._shorten(search)):
                 raise no_route(self._job, NoRouteError(()), self._avoided, self._outdated)
-        if search.is_logged:
+        if search.is_told:
             waited_s = round(trio.current_time() - search.began_s, 1)
             self._log.info("route found again", waited_s=waited_s)
         self._is_accepted = True
@@ -277,7 +262,7 @@ class ResilientRoute:
             held=[stage for stage in held if stage.peer not in leaving],
         )
 
-    async def _plan(self, search: "_RouteSearch", *, may_explore: bool) -> tuple[PlannedRoute, SessionRequest]:
+    async def _plan(self, search: RouteSearch, *, may_explore: bool) -> tuple[PlannedRoute, SessionRequest]:
         """Return the best route and what is asked of its stages; within the job's budget until it has tokens.
 
         Raises NoRouteError, JobError.
@@ -417,35 +402,22 @@ class ResilientRoute:
                 self._searched_s = trio.current_time()
         return False
 
-    def _shorten(self, search: "_RouteSearch") -> bool:
+    def _shorten(self, search: RouteSearch) -> bool:
         """Note why peers were not used; return whether they are to be tried again with a shorter text."""
-        search.refusals |= self._reconnected | self._avoided
-        if search.shortenings == MAX_SHORTENINGS or not shorten(self._job, search.refusals.values()):
+        if not search.shorten(self._reconnected | self._avoided):
             return False
-        search.shortenings += 1
         leaving = RefusalReason.LEAVING
         self._avoided = {peer: refusal for peer, refusal in self._avoided.items() if refusal.reason is leaving}
         return True
 
-    def _may_wait(self, search: "_RouteSearch") -> bool:
-        """Return whether there is time left to wait for a route."""
-        now_s = trio.current_time()
-        if self._is_accepted:
-            return now_s < search.began_s + RECOVERY_LIMIT_S
-        if search.broken_s is None and any(refusal.reason is None for refusal in search.refusals.values()):
-            search.broken_s = now_s
-        return search.broken_s is not None and now_s < search.broken_s + RECONNECT_LIMIT_S and not self.is_background
-
-    def _is_hopeless(self, search: "_RouteSearch", error: NoRouteError) -> bool:
-        """Return whether no known peers could serve the missing blocks for a while."""
-        job, now_s = self._job, trio.current_time()
-        if not search.is_logged:
-            search.is_logged = True
+    def _is_hopeless(self, search: RouteSearch, error: NoRouteError) -> bool:
+        """Return whether a running job waits for nobody; tell once that it waits."""
+        job = self._job
+        if search.is_running and not search.is_told:
+            search.is_told = True
             self._log.warning("no route left; waiting for a peer", model=job.model.name, reason=str(error))
-        if self._planner.could_serve(job.need(), self._services.swarm.expected(job.model.id)):
-            search.candidates_seen_s = now_s
-            return False
-        return now_s - search.candidates_seen_s >= HOPELESS_LIMIT_S
+        expected = self._services.swarm.expected(job.model.id)
+        return search.is_hopeless(has_candidates=self._planner.could_serve(job.need(), expected))
 
     def _retire_route(self) -> None:
         """Make the open route a previous one, whose stages are continued as far as they still hold the session."""
@@ -467,19 +439,3 @@ class ResilientRoute:
         async with trio.open_nursery() as nursery:
             for route in previous:
                 nursery.start_soon(route.close)
-
-
-@dataclass(slots=True)
-class _RouteSearch:
-    """A job's search for a route.
-
-    `candidates_seen_s`: when known peers last could have served it. `broken_s`: when there first was no route because a
-    link broke. `shortenings`: how often the limit of its text was lowered for it.
-    """
-
-    began_s: float
-    candidates_seen_s: float
-    broken_s: float | None = None
-    is_logged: bool = False
-    shortenings: int = 0
-    refusals: dict[PeerId, StageRefusal] = field(default_factory=dict)

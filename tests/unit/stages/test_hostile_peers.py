@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.coordinator.failover import RECOVERY_LIMIT_S
+from node.coordinator.route_search import RECOVERY_LIMIT_S
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.engine.interface import PAGE_POSITIONS
 from node.links.outbound_link import SessionRefused
