@@ -367,12 +367,12 @@ def build_consensus(
     def meter(model: ModelId) -> MeasurementRunner:
         return MeasurementRunner(
             client.trials,
-            client.recorder,
             model,
             partial(is_busy, client.coordinator, stages),
             network.jitter,
             allowance=allowance,
             quality=partial(client.quality_store.quality, model),
+            own_peer=network.identity.peer_id,
             own_route=lambda: route_alone(stages, network.identity.peer_id, model),
         )
 

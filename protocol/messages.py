@@ -65,8 +65,7 @@ LATEST_MINOR: Final = 2
 class RefusalReason(enum.StrEnum):
     """Why a stage refuses to open a session, on which the coordinator's reaction depends."""
 
-    FULL = "full"
-    """No KV memory or no free slot: try another peer, or retry later."""
+    FULL = "full"  # no KV memory or no free slot: try another peer, or retry later
     NOT_SERVED = "not_served"
     """These blocks of this model are not, or no longer, served here: the directory was stale."""
     NOT_READY = "not_ready"
@@ -158,8 +157,7 @@ class Sampling:
     """The coordinator gets an embedding of the prompt, and nothing is sampled."""
     prompt_logprobs: Annotated[bool, OMIT_DEFAULT] = False
     """The coordinator gets the log probabilities of the prompt's tokens, too; `prompt_length`, `logprobs` are set."""
-    penalty_window: Annotated[int, Range(1, MAX_POSITIONS), OMIT_DEFAULT] = 0
-    """Penalties are about this many tokens before a draw; 0 for all."""
+    penalty_window: Annotated[int, Range(1, MAX_POSITIONS), OMIT_DEFAULT] = 0  # tokens that penalties count; 0 for all
 
     @property
     def draws_by_history(self) -> bool:

@@ -16,7 +16,7 @@ from node.api.endpoint import until_disconnect
 from node.api.explanation import MAX_TOKENS, PROMPT_TOKENS, REPETITIVENESS, SHARED_PREFIX_SHARE, TASK_KIND, new_tokens
 from node.api.fields import Field, ObjectForm, count_between, list_of, parse_json, parse_method
 from node.api.shared_fields import MODEL, QUALITY
-from node.coordinator.trial_runner import MethodTrial, Run, Trial, TrialSpec
+from node.coordinator.trial import MethodTrial, Run, Trial, TrialSpec
 from protocol.measurements import Objective, QualityBound, TaskKind
 from selector.workloads import TrialWorkload
 

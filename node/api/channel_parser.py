@@ -12,7 +12,7 @@ from typing import Final
 
 from node.api.output_parser import Parsed, ParsedReasoning, ParsedText, ParserRules, overlap
 from node.api.tool_calls import MAX_CALLS, ToolCall, new_id, parse_calls
-from node.coordinator.submission import ChatFormat, ToolFormat
+from node.coordinator.chat import ChatFormat, ToolFormat
 
 _MESSAGE: Final = "<|message|>"
 _BEGINS_OF_HEADER: Final = ("<|start|>", "<|channel|>", "to=", _MESSAGE)

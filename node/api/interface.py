@@ -11,7 +11,7 @@ import trio
 
 from node.config import ServeSpec
 from node.coordinator.submission import JobRequest, Submitter
-from node.coordinator.trial_runner import Trial, TrialSpec
+from node.coordinator.trial import Trial, TrialSpec
 from selector.consensus.clock import Phase
 
 if TYPE_CHECKING:  # the command line needs the documents, and not the libraries of telemetry

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from node.api.tool_calls import MAX_CALLS, MISTRAL_BEGIN, ToolCall, Tools, may_become_call, new_id, parse_calls
-from node.coordinator.submission import ChatFormat, ToolFormat
+from node.coordinator.chat import ChatFormat, ToolFormat
 
 THINK_BEGIN: Final = "<think>"
 THINK_END: Final = "</think>"

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
-from node.coordinator.submission import ToolFormat
+from node.coordinator.chat import ToolFormat
 
 MISTRAL_BEGIN: Final = "[TOOL_CALLS]"
 

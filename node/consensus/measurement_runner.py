@@ -9,9 +9,10 @@ import structlog
 import trio
 
 from node.consensus.measuring_allowance import MeasuringAllowance
-from node.coordinator.observation import Recorder, ServedJob
+from node.coordinator.observation import ServedJob
 from node.coordinator.submission import JobError, JobErrorCode
-from node.coordinator.trial_runner import BenchmarkRunner, Spending, TrialSpec
+from node.coordinator.trial import Spending, TrialSpec
+from node.coordinator.trial_runner import BenchmarkRunner
 from protocol.consensus_values import Cell
 from protocol.identity import ModelId, PeerId, Stage
 from protocol.measurements import Objective, Observation, ObservationKind, QualityBound
@@ -47,28 +48,28 @@ class MeasurementRunner:
     def __init__(
         self,
         trials: BenchmarkRunner,
-        recorder: Recorder,
         model: ModelId,
         is_busy: Callable[[], bool],
         rng: random.Random,
         *,
         allowance: MeasuringAllowance,
         quality: Callable[[Method], MeasuredQuality | None],
+        own_peer: PeerId,
         own_route: Callable[[], tuple[Stage, ...]] = tuple,
     ) -> None:
         """`is_busy`: returns whether this node has other jobs, which are not disturbed.
 
         `quality`: of a lossy method, as far as it was measured here for users' jobs; others are not measured.
-        `own_route`: over this node alone, if it serves the whole model; else it is a part of the route, or there is no
-        reading, as cells name its hardware.
+        `own_peer`: this node, whose hardware the cells name. `own_route`: over it alone, if it serves the whole model;
+        else it is a part of the route, or there is no reading.
         """
         self._trials = trials
-        self._recorder = recorder
         self._model = model
         self._is_busy = is_busy
         self._rng = rng
         self._allowance = allowance
         self._quality = quality
+        self._own_peer = own_peer
         self._own_route = own_route
         self._takes_s: dict[str, float] = {}
         """Processor seconds that a cell of each workload took, or twice what did not suffice for it."""
@@ -124,14 +125,14 @@ class MeasurementRunner:
 
     def _route_fault(self, job: ServedJob) -> str | None:
         """Return why a reading over the route of a job would be of other machines than the cell's, if it would."""
-        is_there = any(stage.peer == self._recorder.peer_id for stage in job.result.route)
+        is_there = any(stage.peer == self._own_peer for stage in job.result.route)
         return None if is_there else "the best route does not contain this node, of whose hardware the cell is"
 
     async def revealed(self) -> None:
         """Publish the observations, which other peers could copy until the readings were revealed."""
         observations, self._unrevealed = self._unrevealed, []
         for observation in observations:
-            await self._recorder.publish(observation)
+            await self._trials.recorder.publish(observation)
 
     async def _withhold(self, observation: Observation) -> bool:
         await trio.lowlevel.checkpoint()

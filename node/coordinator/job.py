@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from node.coordinator.chat import ChatFormat
 from node.coordinator.observation import ServedJob
 from node.coordinator.planner import ONLY_COMPUTING, RouteNeed
 from node.coordinator.prefix_sharing import PrefixClaim
-from node.coordinator.submission import USUAL_TOKENS, ChatFormat, JobRequest, JobResult
+from node.coordinator.submission import USUAL_TOKENS, JobRequest, JobResult
 from node.engine.interface import parts_of
 from node.models.library import KnownModel
 from protocol.identity import JobId

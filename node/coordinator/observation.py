@@ -181,11 +181,6 @@ class Recorder:
         self._identity = identity
         self._publish = publish
 
-    @property
-    def peer_id(self) -> PeerId:
-        """The observer: this node."""
-        return self._identity.peer_id
-
     async def record(self, served: ServedJob) -> None:
         """Record a job that a user submitted."""
         await self.publish(self.observation(served))

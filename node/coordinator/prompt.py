@@ -5,7 +5,8 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from node.coordinator.submission import ChatFormat, ChatMessage, JobError, JobErrorCode, JobRequest, ToolFormat
+from node.coordinator.chat import ChatFormat, ChatMessage, ToolFormat
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.tokenizer_service import TokenizerBusyError, TokenizerUnavailableError

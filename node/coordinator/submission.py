@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+from node.coordinator.chat import ChatFormat, ChatMessage
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, Stage
 from protocol.measurements import MethodInForce, Objective, QualityBound, StageObservation, TaskKind
 from protocol.messages import FinishReason
@@ -61,76 +62,12 @@ class JobError(Exception):
         self.param = param
 
 
-class ToolFormat(enum.StrEnum):
-    """How a model writes tool calls."""
-
-    HARMONY = "harmony"
-    """A message of the channel `commentary` to `functions.NAME`: gpt-oss."""
-    HERMES = "hermes"
-    """`<tool_call>{"name": …, "arguments": …}</tool_call>`: Hermes, Qwen."""
-    LLAMA3 = "llama3"
-    """The whole text is `{"name": …, "parameters": …}`."""
-    MISTRAL = "mistral"
-    """`[TOOL_CALLS]` and a list of `{"name": …, "arguments": …}`, or `name{…}`."""
-    JSON = "json"
-    """The whole text, or all behind its reasoning, is `{"name": …, "arguments": …}`, which a JSON Schema makes sure."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatFormat:
-    """How a model writes tool calls and reasoning, by its chat template.
-
-    `tools`: None where it knows none. `reasons`: whether it may write reasoning. `reasoning_began`: whether the prompt
-    ends within `<think>`. `channel`: of a model that writes in channels, the one in which the prompt ends: empty where
-    the model names the first one itself, None of other models.
-    """
-
-    tools: ToolFormat | None = None
-    reasons: bool = False
-    reasoning_began: bool = False
-    channel: str | None = None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCapabilities:
     """What can be asked of a model: texts up to `max_positions` tokens; conversations, unless it has no chat format."""
 
     max_positions: int
     chat_format: ChatFormat | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MessageToolCall:
-    """A tool call in an earlier turn of the assistant."""
-
-    id: str
-    name: str
-    arguments: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatMessage:
-    """One turn of a conversation. `tool_call_id` and `name`: of the tool call that a turn of role `tool` answers."""
-
-    role: str
-    content: str
-    tool_calls: tuple[MessageToolCall, ...] = ()
-    tool_call_id: str = ""
-    name: str = ""
-    reasoning: str = ""
-
-    def for_template(self) -> dict[str, Any]:
-        """Return the turn as chat templates take it."""
-        turn: dict[str, Any] = {"role": self.role, "content": self.content}
-        if self.tool_calls:
-            turn["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
-                for call in self.tool_calls
-            ]
-        optional = {"tool_call_id": self.tool_call_id, "name": self.name, "reasoning_content": self.reasoning}
-        if self.tool_calls and not self.content:  # gpt-oss's template takes both only apart, and by another name
-            optional["thinking"] = self.reasoning
-        return turn | {name: value for name, value in optional.items() if value}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,9 +9,8 @@ swarm assigns are trials that differ in their kind.
 import math
 import random
 import secrets
-import statistics
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
@@ -20,21 +19,14 @@ from node.coordinator.coordinator import Coordinator
 from node.coordinator.observation import Recorder, ServedJob, weight_type
 from node.coordinator.prompt import prompt_tokens
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
+from node.coordinator.trial import MethodTrial, Run, Trial, TrialSpec
 from node.coordinator.trial_prompts import make_prompts, piece, shared_tokens
 from node.models.manifest import Manifest
 from node.models.sample import sample_text
 from node.stages.scheduler import BACKGROUND_SHARE
 from node.util.backoff import backoff_s
 from protocol.identity import Stage
-from protocol.measurements import (
-    MIN_TOTAL_S,
-    Measurements,
-    Objective,
-    Observation,
-    ObservationKind,
-    QualityBound,
-    TaskKind,
-)
+from protocol.measurements import Measurements, Objective, Observation, ObservationKind, TaskKind
 from protocol.tensors import Pooling
 from selector.task import Method, MethodError, baseline_of, parse_method, portfolio
 from selector.workloads import TrialWorkload
@@ -71,152 +63,12 @@ MAX_INVALID: Final = 3
 WARM_UP_TOKENS: Final = 2
 
 
-@dataclass(slots=True)
-class Spending:
-    """What a trial takes: `spent_s` are the seconds that its jobs take, without what they wait for others.
-
-    `processor_s`: computing on all stages times `threads`, those of the widest stage so far. Of jobs that did not end,
-    which report nothing, the time that they ran counts as computing. `limit_s`, `processor_limit_s`: the most of each.
-    `needed_s`: of a trial that was given up for that, at least how many seconds it would have taken.
-    """
-
-    limit_s: float = math.inf
-    processor_limit_s: float = math.inf
-    spent_s: float = 0.0
-    processor_s: float = 0.0
-    threads: int = 1
-    needed_s: float | None = None
-
-    @property
-    def left_s(self) -> float:
-        """The seconds that jobs may still take."""
-        return max(0.0, min(self.limit_s - self.spent_s, (self.processor_limit_s - self.processor_s) / self.threads))
-
-    def exceeded(self, more_s: float = 0.0) -> JobError:
-        """Return the error of a trial that has taken too long, or would with `more_s`, and record what it needs."""
-        limit_s = min(self.limit_s, self.processor_limit_s / self.threads)
-        self.needed_s = max(limit_s, self.spent_s + more_s)
-        return JobError(JobErrorCode.FAILED, f"the trial would take longer than the {limit_s:.0f} s that it may")
-
-    def charge(self, seconds: float, run: "Run", *, is_done: bool) -> None:
-        """Add a run that took so many seconds; `run` has those of its jobs that ended, `is_done` says whether all."""
-        facts = (each for job in run.jobs for each in job.context.stage_facts)
-        self.threads = max(self.threads, *(each.busy_threads for each in facts), 1)
-        self.spent_s += min(seconds, run.compute_s) if is_done else seconds
-        self.processor_s += self.threads * (run.compute_s if is_done else max(seconds, run.compute_s))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrialSpec:
-    """A trial to run. `quality`: the bound under which lossy methods are admitted.
-
-    `is_decided`: whether the rounds so far suffice; asked from `rounds` on. None: they do.
-
-    `model`, `methods`: as a user names them; no methods: all that there are for the model. `objectives`: the costs that
-    are recorded, each in an observation of its own. `stages`: the route, if it is given; else the best for the
-    objective `route_for` at first, and then the same for all runs. Where a stage of it is lost, a probe goes on with
-    the best that is left. `route_fault`: why a trial over the route that a job took would say nothing, if it would not.
-    """
-
-    model: str
-    methods: Sequence[str]
-    workload: TrialWorkload
-    rounds: int = 3
-    is_decided: Callable[[Sequence[Mapping[str, "Run"]]], bool] | None = None
-    spending: Spending = field(default_factory=Spending)
-    objectives: Sequence[Objective] = (Objective.LATENCY,)
-    kind: ObservationKind = ObservationKind.BENCH
-    quality: QualityBound = QualityBound.EXACT
-    seed: int | None = None
-    stages: tuple[Stage, ...] = ()
-    route_for: Objective = Objective.LATENCY
-    route_fault: Callable[[ServedJob], str | None] = lambda job: None
-
-    @property
-    def is_background(self) -> bool:
-        """Whether its jobs give way to others: nobody waits for the result."""
-        return self.kind in {ObservationKind.ASSIGNED, ObservationKind.PROBE}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MethodTrial:
-    """The runs of a method, one for each round. `error`: why it was unavailable; then there are no runs."""
-
-    method: Method
-    runs: Sequence["Run"] = ()
-    error: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """The result of a trial. `observations`: how many were added to the history."""
-
-    baseline: MethodTrial
-    methods: Sequence[MethodTrial]
-    observations: int
-
-    def log_ratios(self, tried: MethodTrial, objective: Objective) -> list[float]:
-        """Return the logarithm of a method's cost over the baseline's, for each round."""
-        pairs = zip(tried.runs, self.baseline.runs, strict=bool(tried.runs))
-        return [math.log(run.cost_s(objective) / plain.cost_s(objective)) for run, plain in pairs]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One method doing the workload once, in jobs that were submitted together."""
-
-    jobs: Sequence[ServedJob]
-
-    @property
-    def makespan_s(self) -> float:
-        """Seconds from the start to the last token of all jobs."""
-        return max(job.result.timing.total_s for job in self.jobs)
-
-    def cost_s(self, objective: Objective) -> float:
-        """Return the jobs' mean time for latency, and for every other objective their computing."""
-        if objective is Objective.LATENCY:
-            return statistics.fmean(job.result.timing.total_s for job in self.jobs)
-        return max(MIN_TOTAL_S, self.compute_s)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Output tokens per second of all jobs together; tokens of the prompts where there is no output."""
-        return sum(job.result.usage.counted_tokens for job in self.jobs) / self.makespan_s
-
-    @property
-    def ttft_s(self) -> float:
-        """The mean time to the first token."""
-        return statistics.fmean(job.result.timing.ttft_s for job in self.jobs)
-
-    @property
-    def tpot_s(self) -> float:
-        """The mean time per output token after it."""
-        return statistics.fmean(job.result.timing.tpot_s for job in self.jobs)
-
-    @property
-    def compute_s(self) -> float:
-        """The computing of all jobs, on all stages."""
-        return sum(stage.statistics.compute_s for job in self.jobs for stage in job.result.route)
-
-    @property
-    def route(self) -> frozenset[Stage]:
-        """The stages that served any of the jobs."""
-        stages = (stage for job in self.jobs for stage in job.result.route)
-        return frozenset(Stage(stage.peer, stage.blocks) for stage in stages)
-
-    @property
-    def is_invalid(self) -> bool:
-        """Whether a stage was lost, or the jobs took several routes, which may differ in speed."""
-        replayed = any(job.result.replays for job in self.jobs)
-        return replayed or len({tuple(stage.peer for stage in job.result.route) for job in self.jobs}) > 1
-
-
 class BenchmarkRunner:
     """Runs trials with jobs of this node's coordinator. Concurrent trials alternate run by run."""
 
     def __init__(self, coordinator: Coordinator, recorder: Recorder) -> None:
         self._coordinator = coordinator
-        self._recorder = recorder
+        self.recorder = recorder
         self._lock = trio.Lock()
 
     async def run(self, spec: TrialSpec, record: Callable[[Observation], Awaitable[bool]] | None = None) -> Trial:
@@ -242,7 +94,7 @@ class BenchmarkRunner:
         runs = _TrialRuns(self._coordinator, self._lock, spec, text, common, rng, spec.stages)
         errors = await runs.warm_up(methods.values())
         rounds = await runs.rounds([method for name, method in methods.items() if name not in errors])
-        observations = await self._record(spec, rounds, record or self._recorder.publish)
+        observations = await self._record(spec, rounds, record or self.recorder.publish)
 
         def tried(method: Method) -> MethodTrial:
             if method.name in errors:
@@ -269,7 +121,7 @@ class BenchmarkRunner:
         """Return the observation of a run: its times are the jobs' means, the stages' statistics a typical job's."""
         mean_s = run.cost_s(Objective.LATENCY)
         typical = min(run.jobs, key=lambda job: abs(job.result.timing.total_s - mean_s))
-        served = self._recorder.observation(typical)
+        served = self.recorder.observation(typical)
         return replace(
             served,
             kind=spec.kind,
@@ -378,6 +230,21 @@ class _TrialRuns:
         statistics = self.coordinator.statistics
         return statistics.running > statistics.trials_running
 
+    def _request(self, workload: TrialWorkload, method: Method, prompt: tuple[int, ...]) -> JobRequest:
+        return JobRequest(
+            model=self.spec.model,
+            prompt_tokens=prompt,
+            max_tokens=workload.max_tokens,
+            prompt_logprobs=workload.task_kind is TaskKind.SCORE,
+            pooling=Pooling.MEAN if workload.task_kind is TaskKind.EMBED else None,
+            ignore_eos=True,
+            quality=self.spec.quality,
+            method=method.name,
+            objective=self.spec.route_for,
+            background=self.spec.is_background,
+            stages=self.stages,
+        )
+
     async def _run(self, workload: TrialWorkload, method: Method, *, gives_way: bool) -> Run:
         """Have a method do a workload once, with new prompts. `gives_way`: to a job of this node, by _CutOff."""
         done: list[ServedJob] = []
@@ -400,21 +267,8 @@ class _TrialRuns:
             nursery.cancel_scope.cancel()
 
         async def run_job(prompt: tuple[int, ...]) -> None:
-            request = JobRequest(
-                model=self.spec.model,
-                prompt_tokens=prompt,
-                max_tokens=workload.max_tokens,
-                prompt_logprobs=workload.task_kind is TaskKind.SCORE,
-                pooling=Pooling.MEAN if workload.task_kind is TaskKind.EMBED else None,
-                ignore_eos=True,
-                quality=self.spec.quality,
-                method=method.name,
-                objective=self.spec.route_for,
-                background=self.spec.is_background,
-                stages=self.stages,
-            )
             try:
-                async with self.coordinator.submit(request, done.append) as events:
+                async with self.coordinator.submit(self._request(workload, method, prompt), done.append) as events:
                     async for _ in events:
                         pass
             except JobError as error:

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from node.coordinator.observation import ServedJob
-from node.coordinator.trial_runner import BenchmarkRunner, Run, Spending, TrialSpec
+from node.coordinator.trial import Run, Spending, TrialSpec
+from node.coordinator.trial_runner import BenchmarkRunner
 from node.selection.trial_scheduler import TrialRequest
 from protocol.measurements import Objective, ObservationKind, QualityBound, TaskKind
 from selector.adoption import ROUNDS_WITH_LOOKS, is_decided

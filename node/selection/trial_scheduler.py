@@ -11,7 +11,7 @@ import trio
 from cachetools import TTLCache
 
 from node.coordinator.submission import JobError
-from node.coordinator.trial_runner import Spending
+from node.coordinator.trial import Spending
 from node.storage.adoption_store import AdoptionStore
 from node.storage.database import StorageError
 from protocol.identity import ModelId, Stage

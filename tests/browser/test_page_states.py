@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from node.coordinator.chat import ChatFormat
 from node.coordinator.recent_jobs import JobState, RecentJob, RecentJobs
-from node.coordinator.submission import ChatFormat, Consensus, JobError, JobErrorCode, Vote
+from node.coordinator.submission import Consensus, JobError, JobErrorCode, Vote
 from protocol.identity import BlockRange, Stage
 from tests.browser.browsing import ask, button, panel, watched
 from tests.browser.conftest import API_KEY, until

@@ -38,7 +38,8 @@ from node.api.openai.messages import (
 from node.api.schemas import parse_schema
 from node.api.shared_fields import MAX_SEED, MAX_TOKENS, MODEL, STREAM, TOP_P, text_or_parts
 from node.api.tool_choice import ToolChoice, choose_tools
-from node.coordinator.submission import ChatMessage, JobRequest, MessageToolCall
+from node.coordinator.chat import ChatMessage, MessageToolCall
+from node.coordinator.submission import JobRequest
 
 IGNORED: Final = frozenset({"metadata", "service_tier", "cache_control", "user_profile_id", "inference_geo", "speed"})
 _KEEP_THINKING: Final = {"type": "clear_thinking_20251015", "keep": "all"}

@@ -40,7 +40,8 @@ from node.api.shared_fields import (
     TOP_P,
 )
 from node.api.tool_choice import CHAT_TEXT, ToolChoice, choose_tools
-from node.coordinator.submission import ChatMessage, JobRequest
+from node.coordinator.chat import ChatMessage
+from node.coordinator.submission import JobRequest
 from protocol.limits import MAX_PENALTY, MAX_POSITIONS
 
 IGNORED: Final = frozenset({"keep_alive"})

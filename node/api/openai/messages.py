@@ -19,7 +19,7 @@ from node.api.fields import (
 )
 from node.api.shared_fields import PARALLEL_TOOL_CALLS, text_or_parts, tool_choice
 from node.api.tool_choice import ToolChoice, choose_tools
-from node.coordinator.submission import ChatMessage, MessageToolCall
+from node.coordinator.chat import ChatMessage, MessageToolCall
 
 MAX_MESSAGES: Final = 4096
 MAX_TOOLS: Final = 128

@@ -55,7 +55,8 @@ from node.api.shared_fields import (
     TRACE,
     asks_details,
 )
-from node.coordinator.submission import ChatMessage, JobRequest
+from node.coordinator.chat import ChatMessage
+from node.coordinator.submission import JobRequest
 from protocol.limits import (
     MAX_LOGIT_BIAS,
     MAX_LOGIT_BIASES,

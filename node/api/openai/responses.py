@@ -55,7 +55,8 @@ from node.api.shared_fields import (
     tool_choice,
 )
 from node.api.tool_choice import ToolChoice, choose_tools
-from node.coordinator.submission import ChatMessage, JobRequest, MessageToolCall
+from node.coordinator.chat import ChatMessage, MessageToolCall
+from node.coordinator.submission import JobRequest
 from protocol.measurements import Objective, QualityBound
 
 IGNORED: Final = frozenset({

@@ -27,10 +27,10 @@ from node.api.interface import (
 from node.api.job_document import describe_recent_job
 from node.api.server import serve
 from node.config import ApiKey, ServeSpec, hash_api_key
+from node.coordinator.chat import ChatFormat
 from node.coordinator.observation import ServedJob
 from node.coordinator.recent_jobs import RecentJobs
 from node.coordinator.submission import (
-    ChatFormat,
     Consensus,
     Cost,
     JobError,
@@ -47,7 +47,7 @@ from node.coordinator.submission import (
     Usage,
     Vote,
 )
-from node.coordinator.trial_runner import MethodTrial, Run, Trial, TrialSpec
+from node.coordinator.trial import MethodTrial, Run, Trial, TrialSpec
 from node.telemetry.observer import Telemetry
 from protocol.identity import BlockRange, JobId, ModelId, peer_id_from_public_key
 from protocol.measurements import MethodInForce, Objective, StageObservation

@@ -11,7 +11,8 @@ from node.api.generation import Generation, Outcome, run_generation
 from node.api.output_parser import ParsedReasoning, ParsedText, ParserRules
 from node.api.tool_calls import ToolCall
 from node.api.tool_choice import CHAT_TEXT
-from node.coordinator.submission import ChatFormat, JobRequest, ToolFormat
+from node.coordinator.chat import ChatFormat, ToolFormat
+from node.coordinator.submission import JobRequest
 from tests.unit.api.fakes import FakeSubmitter
 
 TOOLS: dict[str, Any] = {"add": {"type": "object"}}

@@ -17,7 +17,8 @@ import trio
 
 from node.api.access import Access
 from node.config import ApiKey, hash_api_key
-from node.coordinator.submission import ChatFormat, JobError, JobErrorCode, ToolFormat
+from node.coordinator.chat import ChatFormat, ToolFormat
+from node.coordinator.submission import JobError, JobErrorCode
 from protocol.limits import MAX_POSITIONS
 from tests.unit.api.fakes import MODEL, FakeNode, serve_node
 

@@ -13,7 +13,8 @@ from node.api.errors import ApiError
 from node.api.generation import ChoiceStarted, ChoiceText, Outcome
 from node.api.openai.logprobs import completion_logprobs
 from node.api.openai.requests import parse_completion_request
-from node.coordinator.submission import ChatMessage, JobError, JobErrorCode, JobStarted, TokenLogprob
+from node.coordinator.chat import ChatMessage
+from node.coordinator.submission import JobError, JobErrorCode, JobStarted, TokenLogprob
 from protocol.measurements import QualityBound
 from tests.unit.api.fakes import JOB, MODEL, PEERS, FakeNode, chat_body, send_request, serve_node
 

@@ -22,7 +22,7 @@ from node.api.openai import embeddings, messages, requests, responses
 from node.api.request_id import RequestIds
 from node.api.shared_fields import EXTENSIONS
 from node.coordinator.submission import JobError, JobErrorCode
-from node.coordinator.trial_runner import MethodTrial, Trial
+from node.coordinator.trial import MethodTrial, Trial
 from selector.task import BASELINE
 from tests.unit.api.fakes import FakeNode, make_result
 

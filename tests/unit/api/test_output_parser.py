@@ -9,7 +9,7 @@ import pytest
 
 from node.api.output_parser import OutputParser, ParsedReasoning, ParsedText, ParserRules
 from node.api.tool_calls import ToolCall
-from node.coordinator.submission import ChatFormat, ToolFormat
+from node.coordinator.chat import ChatFormat, ToolFormat
 
 TOOLS: dict[str, Any] = {
     "add": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}},

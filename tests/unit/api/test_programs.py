@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from node.coordinator.submission import ChatFormat, ToolFormat
+from node.coordinator.chat import ChatFormat, ToolFormat
 from tests.unit.api.fakes import MODEL, FakeNode
 
 REQUESTS: list[dict[str, Any]] = json.loads(Path(__file__).with_name("programs.json").read_text(encoding="utf-8"))

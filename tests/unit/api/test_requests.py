@@ -17,7 +17,8 @@ from node.api.openai.requests import parse_chat_request as parse_chat
 from node.api.openai.responses import parse_response_request
 from node.api.output_parser import ParserRules
 from node.api.shared_fields import MAX_SEED, MIN_SEED
-from node.coordinator.submission import ChatMessage, JobRequest
+from node.coordinator.chat import ChatMessage
+from node.coordinator.submission import JobRequest
 from node.models.json_schema import make_matcher
 from protocol.limits import MAX_LOGIT_BIASES, MAX_POSITIONS, MAX_STOP_TOKENS, MAX_VOCABULARY
 from protocol.measurements import TaskKind
@@ -404,6 +405,7 @@ def test_tool_calls_of_earlier_turns_reach_template() -> None:
             "content": "",
             "tool_calls": [{"id": "call_1", "type": "function", "function": function}],
             "reasoning_content": "hm",
+            "thinking": "hm",  # gpt-oss's template
         },
         {"role": "tool", "content": "2", "tool_call_id": "call_1"},
     ]

@@ -8,7 +8,8 @@ import pytest
 
 from node.api.interface import ModelDocument
 from node.cli import run
-from node.coordinator.submission import ChatMessage, JobError, JobErrorCode
+from node.coordinator.chat import ChatMessage
+from node.coordinator.submission import JobError, JobErrorCode
 from tests.unit.api.fakes import MODEL, FakeNode
 from tests.unit.cli.conftest import ServeNode
 from tests.unit.cli.terminal import on_terminal

@@ -18,7 +18,8 @@ from node.api.generation import Outcome
 from node.api.job_document import describe_job
 from node.api.openai.answers import CompletionWriter
 from node.cli import run, target
-from node.coordinator.submission import ChatMessage, JobError, JobErrorCode, JobEvent, JobRequest
+from node.coordinator.chat import ChatMessage
+from node.coordinator.submission import JobError, JobErrorCode, JobEvent, JobRequest
 from protocol.measurements import Objective, QualityBound
 from tests.unit.api.fakes import JOB, MODEL, PEERS, FakeNode, FakeSubmitter, make_result
 from tests.unit.cli.conftest import ServeNode

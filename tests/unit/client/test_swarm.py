@@ -26,7 +26,8 @@ from metaswarm_client import (
     UnexpectedAnswerError,
 )
 from node.api.interface import ModelDocument
-from node.coordinator.submission import ChatFormat, JobError, JobErrorCode, ToolFormat
+from node.coordinator.chat import ChatFormat, ToolFormat
+from node.coordinator.submission import JobError, JobErrorCode
 from protocol.measurements import QualityBound
 from tests.unit.api.fakes import FASTER, JOB, MODEL, PEERS, FakeNode, serve_node
 

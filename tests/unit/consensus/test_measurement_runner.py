@@ -44,7 +44,6 @@ def runner_at(peer: Peer) -> tuple[MeasurementRunner, Recorded]:
     recorder, allowance = Recorder(Identity(b"7" * 32), ignore), Recorded()
     runner = MeasurementRunner(
         BenchmarkRunner(peer.coordinator, recorder),
-        recorder,
         FAKE_MODEL,
         lambda: False,
         random.Random(1),

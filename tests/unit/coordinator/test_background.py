@@ -11,7 +11,8 @@ from trio.testing import MockClock
 
 from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
-from node.coordinator.trial_runner import BUSY_TIMEOUT_S, MAX_WAIT_S, BenchmarkRunner, Spending, TrialSpec
+from node.coordinator.trial import Spending, TrialSpec
+from node.coordinator.trial_runner import BUSY_TIMEOUT_S, MAX_WAIT_S, BenchmarkRunner
 from node.identity import Identity
 from node.stages.background_allowance import RATE, BackgroundAllowance
 from node.stages.voter import StageVote

@@ -12,7 +12,8 @@ from trio.testing import MockClock
 from node.coordinator.method_choice import admitted_methods
 from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult
-from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec
+from node.coordinator.trial import TrialSpec
+from node.coordinator.trial_runner import BenchmarkRunner
 from node.engine.interface import Variant, reference_variant
 from node.identity import Identity
 from node.selection.samples import sample_of

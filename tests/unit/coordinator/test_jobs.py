@@ -8,15 +8,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.coordinator.submission import (
-    ChatMessage,
-    JobError,
-    JobErrorCode,
-    JobRequest,
-    JobResult,
-    JobStarted,
-    TextDelta,
-)
+from node.coordinator.chat import ChatMessage
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, JobStarted, TextDelta
 from node.engine.interface import SliceFault, SliceInput, StepResult
 from node.links.outbound_link import SessionRefused
 from node.models.errors import ModelError

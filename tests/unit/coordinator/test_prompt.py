@@ -7,8 +7,9 @@ from typing import Any, cast
 import pytest
 from tokenizers import Tokenizer as Trained
 
+from node.coordinator.chat import ChatMessage
 from node.coordinator.prompt import chat_format_of, read_prompt, sampling_of
-from node.coordinator.submission import ChatMessage, JobError, JobRequest
+from node.coordinator.submission import JobError, JobRequest
 from node.models.chat_template import ChatTemplate
 from node.models.library import KnownModel
 from node.models.tokenizer_service import Limits, ModelTokenizer

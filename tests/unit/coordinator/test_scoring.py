@@ -11,7 +11,8 @@ from trio.testing import MockClock
 from node.coordinator.observation import Recorder
 from node.coordinator.output_text import SCORES_AT_ONCE
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, PromptScored, TextDelta
-from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec
+from node.coordinator.trial import TrialSpec
+from node.coordinator.trial_runner import BenchmarkRunner
 from node.engine.interface import EngineError, SliceInput, StepResult
 from node.identity import Identity
 from node.models.vocabulary import Vocabulary

@@ -12,8 +12,9 @@ from trio.testing import MockClock
 
 from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
+from node.coordinator.trial import Run, Spending, TrialSpec
 from node.coordinator.trial_prompts import make_prompts
-from node.coordinator.trial_runner import BenchmarkRunner, Run, Spending, TrialSpec
+from node.coordinator.trial_runner import BenchmarkRunner
 from node.engine.interface import REFERENCE
 from node.identity import Identity
 from node.selection.adoption_trials import AdoptionTrials

@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from node.coordinator.method_choice import SelectionRequest
 from node.coordinator.submission import JobOutcome
-from node.coordinator.trial_runner import Spending
+from node.coordinator.trial import Spending
 from node.selection.chooser import LearnedChooser
 from node.selection.prediction_cache import PredictionCache
 from node.selection.trial_scheduler import TrialRequest

@@ -7,7 +7,7 @@ import trio
 from trio.testing import MockClock
 
 from node.coordinator.submission import JobError, JobErrorCode
-from node.coordinator.trial_runner import Spending
+from node.coordinator.trial import Spending
 from node.selection.chooser import INITIAL_ALLOWANCE_S
 from node.selection.trial_scheduler import FAILED_RETRY_S, MAX_OVERDRAFT_S, TrialRequest, TrialScheduler
 from node.storage.adoption_store import AdoptionStore, StoredTrials
