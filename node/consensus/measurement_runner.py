@@ -92,7 +92,7 @@ class MeasurementRunner:
         await trio.sleep(2 * IDLE_ROUND_S * self._rng.random())
         while self._is_busy():  # noqa: ASYNC110  # other peers' sessions end without notice
             await trio.sleep(IDLE_ROUND_S * self._rng.uniform(0.5, 2))
-        spending = Spending(processor_limit_s=limit_s)
+        spending, is_done = Spending(processor_limit_s=limit_s), False
         spec = TrialSpec(
             model=self._model,
             methods=[cell.method],
@@ -108,6 +108,7 @@ class MeasurementRunner:
         )
         try:
             trial = await self._trials.run(spec, self._withhold)
+            is_done = True
         except JobError as error:
             _logger.info("cell not measured", method=cell.method, workload=cell.workload, reason=error.message)
             if error.code is JobErrorCode.FAILED and spending.processor_s > limit_s / 2:
@@ -115,7 +116,7 @@ class MeasurementRunner:
             return None
         finally:
             # Whatever comes of it: one that always fails would otherwise be repeated for ever.
-            self._allowance.spend(spending.processor_s)
+            self._allowance.spend(spending.processor_s, is_done=is_done)
         self._takes_s[cell.workload] = spending.processor_s
         [tried] = trial.methods
         if tried.error is not None:

@@ -26,6 +26,7 @@ class MeasuringAllowance:
         self._share = share
         self._served_s = served_s
         self._spent_s = 0.0
+        self._has_measured = False
         self._bucket = RATE.bucket(trio.current_time())
 
     @property
@@ -39,7 +40,7 @@ class MeasuringAllowance:
 
         Else a node with a large model, of which one cell takes more than there is at first, would never join.
         """
-        return self.left_s if self._spent_s > 0 else math.inf
+        return self.left_s if self._has_measured else math.inf
 
     @property
     def left_s(self) -> float:
@@ -48,7 +49,11 @@ class MeasuringAllowance:
             return 0.0
         return max(0.0, INITIAL_S + self._share * self._served_s() - self._spent_s)
 
-    def spend(self, seconds: float) -> None:
-        """Record the processor seconds that a measurement took; what it took too much delays the next ones."""
+    def spend(self, seconds: float, *, is_done: bool = True) -> None:
+        """Record the processor seconds that a measurement took; what it took too much delays the next ones.
+
+        `is_done`: whether it gave a reading: else the next one is still the first.
+        """
+        self._has_measured |= is_done
         self._spent_s += seconds
         self._bucket.spend(seconds, trio.current_time())

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from node.coordinator.job import Job
 from node.coordinator.method_choice import OverBudget
@@ -16,6 +17,10 @@ RETRY_AFTER_S = 2.0
 
 NAMED_PEERS = 3
 """Peers that an error names at most."""
+
+
+_NEVER: Final = frozenset({RefusalReason.UNABLE, RefusalReason.NOT_SERVED, RefusalReason.INVALID})
+"""Reasons that no room at the peer takes away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +111,12 @@ def shorten(job: Job, refusals: Collection[StageRefusal]) -> bool:
     measured stays as long as it is.
     """
     is_stated, before = job.request.max_tokens is not None, job.sampling.max_tokens
-    if _is_measured(job) or (is_stated and (job.output.routed_s or not all(each.most_positions for each in refusals))):
+    may_hold_it = any(not each.most_positions and each.reason not in _NEVER for each in refusals)
+    if _is_measured(job) or (is_stated and (job.output.routed_s or may_hold_it)):
         return False
-    most = max((refusal.most_positions for refusal in refusals), default=0) - len(job.prompt)
-    if len(job.output.tokens) < most < before:
+    # Of some the limit was low enough before: they have refused nothing since.
+    held = (each.most_positions - len(job.prompt) for each in refusals)
+    if most := max((tokens for tokens in held if len(job.output.tokens) < tokens < before), default=0):
         job.limit(most)
     elif not is_stated and any(each.reason is RefusalReason.FULL and not each.most_positions for each in refusals):
         job.limit(len(job.output.tokens) + USUAL_TOKENS)

@@ -23,7 +23,7 @@ HOPELESS_LIMIT_S: Final = 4.0
 RECONNECT_LIMIT_S: Final = 5.0
 """How long a new job waits for a route once a link to its peers broke: one that was busy for a moment is back soon."""
 
-MAX_SHORTENINGS: Final = 3
+MAX_SHORTENINGS: Final = 8
 """How often one search for a route lowers the limit of the text: peers that refuse again and again may be lying."""
 
 

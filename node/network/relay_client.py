@@ -214,8 +214,10 @@ class RelayClient:
             if address.relay is None and address.is_public and (is_near or address.transport in book):
                 endpoints.append(TcpAddress(address.kind, address.host, address.port, None))
         endpoints.sort(key=lambda address: not address.is_public)
-        of_each_kind = {each.kind: each for each in reversed(endpoints)}.values()
-        found = dict.fromkeys([*of_each_kind, *endpoints])
+        of_each_kind: dict[str, TcpAddress] = {}
+        for each in endpoints:
+            of_each_kind.setdefault(each.kind, each)
+        found = dict.fromkeys([*of_each_kind.values(), *endpoints])
         return [TcpAddress(each.kind, each.host, each.port, own, peer) for each in found]
 
 

@@ -37,8 +37,9 @@ DIAL_TIMEOUT_S = 10.0
 RELAY_SEARCH_S = 10.0
 """Time between two dials of a private node that has fewer relays than it wants."""
 
-KEPT_FOR_RELAYS = 4
-"""Connections that are kept to dialled relays at which there is no reservation without limits (yet)."""
+MAX_RELAY_SEARCH_S = 3600.0
+"""The search is half as frequent for each connection to a dialled relay that gave no reservation without limits (yet):
+these are kept. This is its longest interval."""
 
 DIALS_PER_JOB = 16
 """Unreached peers that are dialled at once for a job without a route."""
@@ -127,14 +128,13 @@ class Dialler:
             return []
         connected = set(self._network.connected_peers())
         self._kept &= connected
-        if len(self._kept.difference(known.relays)) >= KEPT_FOR_RELAYS:
-            return []
         relays = [each for each in self._directory.entries() if self._directory.is_relay(each.peer)]
         held = set[str]().union(*(each.ranges for each in relays if each.peer in known.relays))
         free = [each for each in relays if each.peer not in connected and each.peer != self._network.peer_id]
         chosen = self._ready([each for each in free if held.isdisjoint(each.ranges)], 1) or self._ready(free, 1)
         if chosen:
-            self._next_search_s = now_s + RELAY_SEARCH_S
+            of_no_use = len(self._kept.difference(known.relays))
+            self._next_search_s = now_s + min(RELAY_SEARCH_S * 2.0**of_no_use, MAX_RELAY_SEARCH_S)
         return chosen
 
     def _ready(self, entries: Sequence[PeerEntry], limit: int) -> list[PeerEntry]:

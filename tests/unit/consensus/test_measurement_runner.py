@@ -30,7 +30,7 @@ class Recorded(MeasuringAllowance):
         super().__init__(0.1, lambda: 0.0)
         self.charges: list[float] = []
 
-    def spend(self, seconds: float) -> None:
+    def spend(self, seconds: float, *, is_done: bool = True) -> None:
         self.charges.append(seconds)
         super().spend(seconds)
 

@@ -6,9 +6,10 @@ from typing import cast
 import pytest
 
 from node.coordinator.job import Job
-from node.coordinator.refusals import no_route
-from protocol.identity import BlockRange
+from node.coordinator.refusals import StageRefusal, no_route, shorten
+from protocol.identity import BlockRange, PeerId
 from protocol.measurements import TaskKind
+from protocol.messages import RefusalReason
 from selector.routing import NoRouteError
 
 
@@ -27,3 +28,35 @@ def test_blocks_of_peers_that_cannot_be_reached_are_told_from_those_that_nobody_
     error = NoRouteError([BlockRange(3, 6)])
     error.unreached = unreached
     assert str(no_route(cast("Job", job), error, {}, {})).startswith(told)
+
+
+def limited(refusals: list[StageRefusal], stated: int | None = 32_000) -> int:
+    """Return the limit of a text that 100 tokens of a prompt are before, once stages have refused it."""
+    sampling = SimpleNamespace(max_tokens=stated or 30_000)
+    job = SimpleNamespace(
+        request=SimpleNamespace(max_tokens=stated, background=False),
+        on_served=None,
+        sampling=sampling,
+        prompt=[1] * 100,
+        output=SimpleNamespace(tokens=[], routed_s=None),
+        tokens_left=1,
+        limit=lambda tokens: setattr(sampling, "max_tokens", tokens),
+    )
+    while shorten(cast("Job", job), refusals):
+        pass
+    return sampling.max_tokens
+
+
+def refusal(name: str, reason: RefusalReason | None, most_positions: int = 0) -> StageRefusal:
+    return StageRefusal(PeerId(name), reason, "refused", most_positions=most_positions)
+
+
+def test_limit_is_cut_until_the_smallest_of_several_stages_holds_it() -> None:
+    assert limited([refusal("a", RefusalReason.FULL, 2048), refusal("b", RefusalReason.FULL, 1792)]) == 1692
+
+
+def test_limit_of_the_user_is_cut_only_where_no_peer_may_hold_it() -> None:
+    small = refusal("a", RefusalReason.FULL, 2048)
+    assert limited([small, refusal("b", RefusalReason.FULL)]) == 32_000, "it is busy"
+    assert limited([small, refusal("b", None)]) == 32_000, "its link is broken"
+    assert limited([small, refusal("b", RefusalReason.UNABLE)]) == 1948
