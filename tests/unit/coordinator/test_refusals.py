@@ -44,7 +44,7 @@ def limited(refusals: list[StageRefusal], stated: int | None = 32_000) -> int:
     )
     while shorten(cast("Job", job), refusals):
         pass
-    return sampling.max_tokens
+    return int(sampling.max_tokens)
 
 
 def refusal(name: str, reason: RefusalReason | None, most_positions: int = 0) -> StageRefusal:
