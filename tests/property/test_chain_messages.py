@@ -32,7 +32,7 @@ digests = st.binary(min_size=32, max_size=32)
 peers = digests.map(peer_id_from_public_key)
 words = st.text("abc|=", min_size=1, max_size=8)
 counts = st.integers(0, 1 << 40)
-members = st.builds(Member, peers, words, counts, counts, st.integers(0, 9), st.integers(0, 9))
+members = st.builds(Member, peers, words, counts, counts, st.integers(0, 9), st.integers(0, 9), st.integers(0, 9))
 readings = st.builds(PeerReading, peers, st.integers(-20_000_000, 20_000_000))
 cells = st.tuples(
     st.builds(Cell, words, words, words),
