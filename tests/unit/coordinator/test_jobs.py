@@ -9,6 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from node.coordinator.chat import ChatMessage
+from node.coordinator.route_search import MAX_SHORTENINGS
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, JobStarted, TextDelta
 from node.engine.interface import SliceFault, SliceInput, StepResult
 from node.links.outbound_link import SessionRefused
@@ -338,7 +339,7 @@ async def test_peer_that_always_has_one_position_less_ends_the_search(
         monkeypatch.setattr(session_admission.SessionAdmission, "_check_size", refuse)
         with pytest.raises(JobError, match="no room now"):
             await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=600))
-        assert asked == [608, 607, 606, 605]
+        assert asked == [608 - number for number in range(1 + MAX_SHORTENINGS)]
 
 
 async def test_prompt_beyond_all_memory_is_refused_for_good(virtual_clock: MockClock) -> None:
