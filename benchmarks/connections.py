@@ -94,7 +94,7 @@ async def measure(connections: int) -> dict[str, Any]:
 
 async def measure_phases(connections: int, daemon: NodeReady) -> dict[str, Any]:
     """Return the figures of each phase, by what others do in it."""
-    phases: dict[str, Any] = {"nobody else": await dial_often(daemon)}
+    phases: dict[str, Any] = {"no other connections": await dial_often(daemon)}
     for kind in ("silent", "finished"):
         for title, source in (("another", OTHER_ADDRESS), ("the same", "127.0.0.1")):
             command = [sys.executable, "-m", "benchmarks.connections", "--connections", str(connections)]

@@ -24,7 +24,7 @@ MAX_OF_UNKNOWN_PEER: Final = 2
 MAX_UNKNOWN_PEERS: Final = {Commit: 192, Reveal: 192, Statement: 16, Signature: 192}
 """Peers that are neither members nor candidates, of which there are 336 at most, whose messages of one epoch are held.
 Identities are free: however many unknown peers send messages, there is room for those of the others. Of too many those
-of the lowest rank stay, so that all peers hold the same, and who comes first keeps nobody out."""
+of the lowest rank stay, so that all peers hold the same, and the order of arrival excludes none."""
 
 MAX_UNKNOWN_EQUIVOCATORS: Final = 256
 """Unknown peers against which proofs of equivocation are held that came in one epoch; for those against members and

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from node.api.channel_parser import ChannelParser
 from node.api.generation import Generation, Outcome, run_generation
 from node.api.output_parser import ParsedReasoning, ParsedText, ParserRules
-from node.api.tool_calls import ToolCall
 from node.api.tool_choice import CHAT_TEXT
 from node.coordinator.chat import ChatFormat, ToolFormat
 from node.coordinator.submission import JobRequest
 from tests.unit.api.fakes import FakeSubmitter
+from tests.unit.api.parsing import parse
 
 TOOLS: dict[str, Any] = {"add": {"type": "object"}}
 WITH_TOOLS = ParserRules(reasoning=True, tools=TOOLS)
@@ -28,14 +28,7 @@ ADD = ("add", '{"a": 1}')
 def read(
     text: str, size: int, rules: ParserRules = WITH_TOOLS, chat_format: ChatFormat = HARMONY
 ) -> tuple[str, str, list[tuple[str, str]]]:
-    parser = ChannelParser(rules, chat_format)
-    parsed = [each for start in range(0, len(text), size) for each in parser.feed(text[start : start + size])]
-    parsed += parser.finish()
-    answer = "".join(each.text for each in parsed if isinstance(each, ParsedText))
-    reasoning = "".join(each.text for each in parsed if isinstance(each, ParsedReasoning))
-    calls = [(each.name, each.arguments) for each in parsed if isinstance(each, ToolCall)]
-    assert parser.has_calls == bool(calls)
-    return answer, reasoning, calls
+    return parse(ChannelParser(rules, chat_format), text, size)
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])

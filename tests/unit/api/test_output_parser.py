@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from node.api.output_parser import OutputParser, ParsedReasoning, ParsedText, ParserRules
+from node.api.output_parser import OutputParser, ParsedText, ParserRules
 from node.api.tool_calls import ToolCall
 from node.coordinator.chat import ChatFormat, ToolFormat
+from tests.unit.api.parsing import parse
 
 TOOLS: dict[str, Any] = {
     "add": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}},
@@ -23,14 +24,7 @@ def read(
     text: str, chat_format: ChatFormat, size: int, rules: ParserRules = RULES
 ) -> tuple[str, str, list[tuple[str, str]]]:
     """Return text, reasoning and tool calls of a text that comes in pieces of a size."""
-    parser = OutputParser(rules, chat_format)
-    parsed = [each for start in range(0, len(text), size) for each in parser.feed(text[start : start + size])]
-    parsed += parser.finish()
-    answer = "".join(each.text for each in parsed if isinstance(each, ParsedText))
-    reasoning = "".join(each.text for each in parsed if isinstance(each, ParsedReasoning))
-    calls = [(each.name, each.arguments) for each in parsed if isinstance(each, ToolCall)]
-    assert parser.has_calls == bool(calls)
-    return answer, reasoning, calls
+    return parse(OutputParser(rules, chat_format), text, size)
 
 
 QWEN_CODER = (
