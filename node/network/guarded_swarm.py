@@ -210,6 +210,11 @@ class GuardedSwarm(Swarm):
         """Return the peers that are connected through relays only."""
         return [each for each in self.connections if self.live_connections(each) and not self.direct_connection(each)]
 
+    def circuits_of(self, peer_id: ID) -> list[Yamux]:
+        """Return the connections that a peer has opened to us through relays."""
+        muxed = [each.muxed_conn for each in self.live_connections(peer_id)]
+        return [one for one in muxed if isinstance(one, Yamux) and one.relay is not None and not one.is_initiator]
+
     def is_own(self, address: TcpAddress) -> bool:
         """Return whether to dial an address would be to dial ourselves."""
         return address.relay is None and address.transport in self.own_transports()

@@ -42,9 +42,6 @@ REFUSED_DIALS_PER_TRY: Final = 8
 """Refusals of one exchange and of one of its tries, after which a refused address is not dialled again. Few: the
 address is the peer's word, and may be somebody else's."""
 
-RATIONED_PAUSE_S: Final = 60.0
-"""Pause before a circuit is upgraded again whose dials were rationed."""
-
 ENTERED_S: Final = 0.2
 FAILED_S: Final = 600.0
 MAX_AT_ONCE: Final = 16
@@ -92,8 +89,8 @@ class HolePuncher:
         self._tcp = tcp
         self._observed = observed
         self._known = known
-        self._busy: set[ID] = set()
-        """Peers with an upgrade under way."""
+        self._busy: dict[ID, trio.CancelScope | None] = {}
+        """Peers with an upgrade under way; of one that this node begins, what cancels it."""
         self._settled: dict[ID, trio.Event] = {}
         """Set when it is known whether there is a direct connection to a peer,"""
         self._arrived: dict[ID, trio.Event] = {}
@@ -104,29 +101,28 @@ class HolePuncher:
         """and those whose hole was waited for in vain: it may come yet."""
 
     def circuit_opened(self, connection: Yamux) -> None:
-        """Begin to upgrade a connection that a peer has opened to us through a relay."""
+        """Begin to upgrade a connection that a peer has opened to us through a relay.
+
+        Not where that failed a while ago, nor beside another upgrade: call again later for a circuit that stays.
+        """
         peer_id = connection.peer_id
         if peer_id not in self._busy and peer_id not in self._failed and len(self._busy) < MAX_AT_ONCE:
-            self._busy.add(peer_id)
-            self._nursery.start_soon(self._upgrade, connection)
+            self._busy[peer_id] = scope = trio.CancelScope()
+            self._nursery.start_soon(self._upgrade, connection, scope)
 
-    async def _upgrade(self, connection: Yamux) -> None:
-        peer_id, is_rationed = connection.peer_id, False
+    async def _upgrade(self, connection: Yamux, scope: trio.CancelScope) -> None:
+        peer_id = connection.peer_id
         try:
-            if await self._host.swarm.dial_direct(peer_id, self._known(peer_id)):
-                logger.info("connected to %s directly", peer_id)
-                return
-            await self._begin(connection)
-        except Rationed:
-            is_rationed = True
+            with scope:
+                if await self._host.swarm.dial_direct(peer_id, self._known(peer_id)):
+                    logger.info("connected to %s directly", peer_id)
+                else:
+                    await self._begin(connection)
         except Exception as error:  # noqa: BLE001  # the peer's messages, and a dozen types for dials that failed
             logger.debug("no direct connection to %s: %s", peer_id, reason(error))
         finally:
-            self._busy.discard(peer_id)
-        if is_rationed:
-            await trio.sleep(RATIONED_PAUSE_S)
-            if not connection.is_closed and self._host.swarm.direct_connection(peer_id) is None:
-                self.circuit_opened(connection)
+            if self._busy.get(peer_id) is scope:
+                del self._busy[peer_id]
 
     async def _begin(self, connection: Yamux) -> None:
         """Begin the exchange: the first side."""
@@ -157,11 +153,11 @@ class HolePuncher:
         """
         async with MessageStream(stream) as messages:
             peer_id = messages.connection.peer_id
-            if messages.connection.relay is None or not messages.connection.is_initiator or peer_id in self._busy:
+            if messages.connection.relay is None or not messages.connection.is_initiator:
                 raise OpenConnectionError("there is nothing to upgrade")
-            if peer_id in self._failed or len(self._busy) >= MAX_AT_ONCE:
+            if peer_id in self._failed or not self._may_serve(peer_id):
                 raise OpenConnectionError("not now")
-            self._busy.add(peer_id)
+            self._busy[peer_id] = None
             refusals = Refusals()
             try:
                 for _ in range(TRIES):
@@ -172,7 +168,20 @@ class HolePuncher:
                         return
                 self._failed[peer_id] = None
             finally:
-                self._busy.discard(peer_id)
+                del self._busy[peer_id]
+
+    def _may_serve(self, peer_id: ID) -> bool:
+        """Return whether there is room for an exchange that a peer begins.
+
+        Where two peers have opened circuits to each other, both begin: the one with the higher id gives its own up.
+        """
+        if peer_id not in self._busy:
+            return len(self._busy) < MAX_AT_ONCE
+        own = self._busy[peer_id]
+        if own is None or self._host.swarm.self_id.to_bytes() < peer_id.to_bytes():
+            return False
+        own.cancel()
+        return True
 
     def connected(self, peer_id: ID) -> None:
         """Note that there is a direct connection to a peer."""

@@ -326,7 +326,10 @@ class Traversal:
                 await connection.close()
 
     async def _redial_loop(self, host: GuardedHost, known: Callable[[ID], Sequence[TcpAddress]]) -> None:
-        """Dial peers directly that are connected through relays, again soon only where they have other addresses."""
+        """Try again to reach peers directly that are connected through relays: soon only where their addresses differ.
+
+        An upgrade comes to nothing also where a message is late, or either side had dialled enough for the moment.
+        """
         ration = DialRation(trio.current_time(), REDIALS, REDIALS_PER_RANGE)
         tried: dict[tuple[ID, tuple[TcpAddress, ...]], tuple[int, float]] = {}
         while True:
@@ -338,7 +341,9 @@ class Traversal:
             tried = {each: tried.get(each, (0, 0.0)) for each in peers}
             for (peer_id, addresses), (failures, retry_at_s) in list(tried.items()):
                 if trio.current_time() >= retry_at_s:
-                    await host.swarm.dial_direct(peer_id, addresses, ration)
+                    if not await host.swarm.dial_direct(peer_id, addresses, ration):
+                        for circuit in host.swarm.circuits_of(peer_id):
+                            self._circuit_opened(circuit)
                     pause_s = backoff_s(failures + 1, REDIAL_BACKOFF_S, self._jitter)
                     tried[peer_id, addresses] = failures + 1, trio.current_time() + pause_s
 

@@ -11,8 +11,10 @@ import trio
 from libp2p.abc import INetConn, INetStream
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedStreamError
+from libp2p.transport.exceptions import OpenConnectionError
+from multiaddr import Multiaddr
 
-from node.network import hole_punch, transport
+from node.network import hole_punch, transport, traversal
 from node.network.addresses import TcpAddress, parse_address
 from node.network.admission import HandshakeLimiter
 from node.network.guarded_swarm import GuardedSwarm
@@ -370,9 +372,38 @@ async def test_hole_punching_is_served_on_circuits_of_our_own_and_not_again_afte
             assert not await is_served(other, hidden)  # which has not opened the circuit
 
 
-async def test_circuit_is_upgraded_to_a_direct_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over loopback every dial succeeds: both sides listen, and tell each other what the relay sees of them."""
+@asynccontextmanager
+async def punchable(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Libp2pNetwork, Libp2pNetwork]]:
+    """Run two peers with reservations at one relay that can be dialled, as behind a NAT, only while they dial, too."""
     monkeypatch.setattr(hole_punch, "is_target", lambda address: True)
+    dial = GuardedSwarm._dial_addr_single_attempt
+    behind_nats: set[str] = set()
+
+    async def dial_others(self: GuardedSwarm, address: Multiaddr, peer_id: ID) -> INetConn:
+        if str(address).partition("/p2p/")[0] in behind_nats:
+            raise OpenConnectionError("the packet was dropped")
+        return await dial(self, address, peer_id)
+
+    monkeypatch.setattr(GuardedSwarm, "_dial_addr_single_attempt", dial_others)
+    options = TraversalOptions(verdict=Verdict.PRIVATE)
+    relay = relay_host()
+    one, two = (Libp2pNetwork(each.to_bytes(32, "big"), listen=[LOOPBACK], traversal=options) for each in (2, 3))
+    async with reserved(relay, hidden=one), two.running():
+        for network in (one, two):
+            network.set_stream_handler(ECHO, echo)
+            (own,) = (each.rpartition("/p2p/")[0] for each in network.multiaddrs if "p2p-circuit" not in each)
+            network._traversal._observed.record(PeerId("observer"), "9.9.9.9", parse_address(own))
+            behind_nats.add(own)
+        await two.connect(relay.multiaddrs[0])
+        await until(lambda: any("p2p-circuit" in each for each in two.multiaddrs))
+        yield one, two
+
+
+def circuit_to(network: Libp2pNetwork) -> str:
+    return next(each for each in network.multiaddrs if "p2p-circuit" in each)
+
+
+async def test_circuit_is_upgraded_to_a_direct_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     seen_by: defaultdict[PeerId, set[PeerId]] = defaultdict(set)
 
     def record(self: Traversal, connection: INetConn, address: TcpAddress) -> None:
@@ -381,26 +412,10 @@ async def test_circuit_is_upgraded_to_a_direct_connection(monkeypatch: pytest.Mo
         seen_by[own].add(PeerId(connection.muxed_conn.peer_id.to_base58()))
 
     monkeypatch.setattr(Traversal, "record_observed", record)
-    options = TraversalOptions(verdict=Verdict.PRIVATE)
-    relay = relay_host()
-    hosts = []
-    for number in (2, 3):
-        network = Libp2pNetwork(number.to_bytes(32, "big"), listen=[LOOPBACK], traversal=options)
-        network.set_stream_handler(ECHO, echo)
-        hosts.append(network)
-    one, two = hosts
     with limited(20):
-        async with reserved(relay, hidden=one), two.running():
-            await two.connect(relay.multiaddrs[0])
-            for network in hosts:
-                (own,) = (each for each in network.multiaddrs if "p2p-circuit" not in each)
-                network._traversal._observed.record(
-                    PeerId("observer"), "9.9.9.9", parse_address(own.rpartition("/p2p/")[0])
-                )
-            circuit = next(each for each in one.multiaddrs if "p2p-circuit" in each)
-            await two.connect(circuit)
-            assert two.way_to(one.peer_id) == Way(punched=True)
-            await until(lambda: one.way_to(two.peer_id) == Way(punched=True))
+        async with punchable(monkeypatch) as (one, two):
+            await two.connect(circuit_to(one))
+            await until(lambda: two.way_to(one.peer_id) == one.way_to(two.peer_id) == Way(punched=True))
             stream = await two.open_stream(one.peer_id, ECHO)
             await stream.send_all(b"direct")
             assert await receive_exactly(stream, 6) == b"direct"
@@ -413,3 +428,41 @@ async def test_circuit_is_upgraded_to_a_direct_connection(monkeypatch: pytest.Mo
             await until(lambda: not circuits(one, two.peer_id) and not circuits(two, one.peer_id))
             # First met over a circuit, where nobody sees anybody: each tells the other over the new connection.
             await until(lambda: seen_by[one.peer_id] >= {two.peer_id} and seen_by[two.peer_id] >= {one.peer_id})
+
+
+async def test_of_two_peers_that_both_begin_to_upgrade_one_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = trio.Event()
+    begun: set[GuardedSwarm] = set()
+
+    async def dial_direct(self: GuardedSwarm, *_: object) -> bool:
+        begun.add(self)
+        if len(begun) == 2:
+            both.set()
+        await both.wait()
+        return False
+
+    monkeypatch.setattr(GuardedSwarm, "dial_direct", dial_direct)
+    with limited(20):
+        async with punchable(monkeypatch) as (one, two), trio.open_nursery() as nursery:
+            nursery.start_soon(two.connect, circuit_to(one))
+            nursery.start_soon(one.connect, circuit_to(two))
+            await until(lambda: two.way_to(one.peer_id) == one.way_to(two.peer_id) == Way(punched=True))
+
+
+async def test_upgrade_that_came_to_nothing_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traversal, "REDIAL_ROUND_S", 0.1)
+    monkeypatch.setattr(traversal, "REDIAL_BACKOFF_S", (0.1, 0.1))
+    serve, refused = hole_punch.HolePuncher.handle, list[str]()
+
+    async def refuse_once(self: hole_punch.HolePuncher, stream: INetStream) -> None:
+        if not refused:
+            refused.append("as one that has dialled enough for the moment")
+            raise hole_punch.Rationed
+        await serve(self, stream)
+
+    monkeypatch.setattr(hole_punch.HolePuncher, "handle", refuse_once)
+    with limited(20):
+        async with punchable(monkeypatch) as (one, two):
+            await two.connect(circuit_to(one))
+            await until(lambda: two.way_to(one.peer_id) == one.way_to(two.peer_id) == Way(punched=True))
+    assert refused
