@@ -86,6 +86,11 @@ def equivocator_of(proof: EquivocationProof) -> PeerId:
     return first.peer
 
 
+def epoch_of_equivocation(proof: EquivocationProof) -> int:
+    """Return the epoch in which the convicted peer contradicted itself."""
+    return verify_message(proof.first).epoch
+
+
 def is_equivocation(first: SignedMessage, second: SignedMessage) -> bool:
     """Return whether a peer signed two statements of one epoch, two commits of one epoch and parent, or two reveals.
 

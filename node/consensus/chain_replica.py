@@ -58,9 +58,10 @@ class ChainReplica:
         if entry is not None and message.peer not in entry.committee:
             return None  # it does not count, and must not take the room of those that do
         rank = self._unknown_rank(message, epoch)
-        if self.log.is_full(message, rank) and message.epoch >= epoch - 1:
+        head = self.chain.head.id
+        if self.log.is_full(message, rank, head) and message.epoch >= epoch - 1:
             return None
-        found = self.log.add(message, epoch, rank)
+        found = self.log.add(message, epoch, rank, head)
         proof = self._accuse(message.peer, found, now_s, rank) if found else None
         for evicted in self.log.evicted:
             if isinstance(evicted.body, Commit | Reveal):

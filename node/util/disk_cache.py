@@ -5,8 +5,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -44,12 +44,16 @@ class FolderCache:
             try:
                 build(staged)
                 _flush(staged)
+                _hold(staged)
                 with suppress(OSError):
                     staged.rename(wanted)  # fails where the other one is there by now
+                    _handles[wanted] = _handles.pop(staged)
                     _flush_one(self.directory)
             finally:
+                _release(staged)
                 shutil.rmtree(staged, ignore_errors=True)
-            _hold(wanted)
+            if wanted not in _handles:
+                _hold(wanted)
         os.utime(wanted)
         self._shrink(wanted)
         return wanted
@@ -60,11 +64,17 @@ class FolderCache:
         shutil.rmtree(self.directory / name, ignore_errors=True)
 
     def make_room(self, needed_bytes: int) -> None:
-        """Evict the least recently used folders until so much of the disk is free, if that is possible."""
-        for path in reversed(self._folders()):
-            if shutil.disk_usage(self.directory).free >= needed_bytes:
-                return
-            _evict(path)
+        """Evict the least recently used folders until so much of the disk is free; none if all would not do."""
+        missing = needed_bytes - shutil.disk_usage(self.directory).free
+        with ExitStack() as locks:
+            unused = []
+            for path in reversed(self._folders()):
+                if missing > 0 and locks.enter_context(_lock_unused(path)):
+                    missing -= folder_bytes(path)
+                    unused.append(path)
+            if missing <= 0:
+                for path in unused:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _folders(self) -> list[Path]:
         """Delete abandoned builds, and return the folders that are complete, the last used first."""
@@ -87,7 +97,9 @@ class FolderCache:
         for path in others:
             taken += folder_bytes(path)
             if taken > limit:
-                _evict(path)
+                with _lock_unused(path) as is_unused:
+                    if is_unused:
+                        shutil.rmtree(path, ignore_errors=True)
 
 
 def _hold(folder: Path) -> bool:
@@ -108,20 +120,23 @@ def _release(folder: Path) -> None:
         os.close(handle)
 
 
-def _evict(folder: Path) -> None:
-    """Delete a folder, unless a process uses it."""
+@contextmanager
+def _lock_unused(folder: Path) -> Iterator[bool]:
+    """Lock a folder against use; yield whether no process uses it, so that it may be deleted."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:  # another process has deleted it
+        yield False
         return
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_used = False
-    except OSError as error:  # others are of file systems without locks
-        is_used = isinstance(error, BlockingIOError)
-    if not is_used:
-        shutil.rmtree(folder, ignore_errors=True)
-    os.close(handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_unused = True
+        except OSError as error:  # others are of file systems without locks
+            is_unused = not isinstance(error, BlockingIOError)
+        yield is_unused
+    finally:
+        os.close(handle)
 
 
 def _flush(folder: Path) -> None:

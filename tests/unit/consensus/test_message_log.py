@@ -105,8 +105,47 @@ def test_strangers_that_equivocate_leave_room_for_proofs_against_members() -> No
     log.add(proof_against(5001), 7, b"")
     assert {peer(5001), peer(5002)} <= log.equivocators.keys()
     assert len(log.equivocators) == MAX_UNKNOWN_EQUIVOCATORS + 1
-    log.prune(9, (), lambda each: each == peer(5002))
-    assert log.equivocators.keys() == {peer(5001), peer(5002)}, "of a member, and of a stranger that became one"
+    members = {peer(5001), peer(5002)}
+    log.prune(9, (), members.__contains__)
+    assert log.equivocators.keys() == members, "of a member, and of a stranger that became one"
+
+
+def test_proof_against_a_peer_that_is_no_member_any_more_is_dropped_and_not_taken_again() -> None:
+    log = MessageLog()
+    log.add(proof_against(1), 7)
+    log.prune(9, (), {peer(2)}.__contains__)
+    assert log.equivocators.keys() == {peer(2)}
+    log.prune(9, (), lambda _: False)
+    assert not log.equivocators
+    log.add(proof_against(1), 9, rank(1))  # from a peer that has not dropped it yet
+    assert not log.equivocators
+    log.add(proof_against(1), 9)  # a member again: all hold what convicts it
+    assert log.equivocators.keys() == {peer(2)}
+
+
+def test_member_cannot_fill_its_own_places_to_hide_what_it_sends_to_others() -> None:
+    log, head = MessageLog(), digest_of("head")
+
+    def reveal(number: int, inclusion: bytes = b"") -> SignedMessage:
+        return sign_message(Reveal(CHAIN, 7, peer(1), number.to_bytes(32, "big"), (), inclusion), key(1))
+
+    def commit_to(opening: SignedMessage, parent: bytes) -> SignedMessage:
+        assert isinstance(opening.body, Reveal)
+        return sign_message(Commit(CHAIN, 7, parent, peer(1), "two cores", opening.body.commitment), key(1))
+
+    for number in range(9):
+        log.add(commit_to(reveal(number), digest_of(number)), 7, head=head)
+        log.add(reveal(100 + number), 7, head=head)  # opens nothing
+    opening = reveal(1000)
+    true = commit_to(opening, head)
+    log.add(true, 7, head=head)
+    log.add(opening, 7, head=head)
+    assert {true.id, opening.id} <= {each.id for each in log.recent().values()}
+    held = len(log.recent())
+    for number in range(1, 9):  # of what counts a peer may sign one
+        log.add(commit_to(reveal(number), head), 7, head=head)
+        log.add(reveal(1000, inclusion=bytes([number])), 7, head=head)
+    assert len(log.recent()) == held
 
 
 def test_prunes_past_epochs_but_not_needed_evidence() -> None:

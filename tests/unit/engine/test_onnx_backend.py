@@ -124,6 +124,8 @@ def test_disk_cache_makes_room_without_folders_in_use(tmp_path: Path, monkeypatc
         cache.make_room(200)
         assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}
         cache.make_room(450)
+        assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}, "to delete all but c would not do"
+        cache.make_room(400)
         assert {path.name for path in tmp_path.iterdir()} == {"c"}
         other.communicate()
     cache.make_room(450)
