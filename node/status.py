@@ -321,7 +321,7 @@ class StatusView:
         cuts = manifest.cuts if manifest else Cuts(max((span.end for span in spans), default=0))
         joinable = [span for span in spans if cuts.fault(span) is None]
         coverage = [sum(block in span for span in joinable) for block in range(cuts.block_count)]
-        missing, apart = self._gaps_between(cuts, stages)
+        missing, apart = self._gaps_between(model, cuts, stages)
         return {
             "model": model,
             "name": self._library.name_of(model),
@@ -343,13 +343,18 @@ class StatusView:
         }
 
     def _gaps_between(
-        self, cuts: Cuts, stages: Sequence[Stage]
+        self, model: ModelId, cuts: Cuts, stages: Sequence[Stage]
     ) -> tuple[Sequence[BlockRange], Sequence[tuple[str, str]]]:
         """Return the blocks that no peer serves; where there are none, the peers that keep a route from being."""
         try:
             check_complete(cuts, stages, self._parts.client.links.between)
         except NoRouteError as error:
-            return error.missing, error.apart
+            unreached = self._membership.unreached_stages(model, error.missing)
+            if not unreached:
+                return error.missing, error.apart
+            own = self._network.peer_id
+            apart = [(own, peer) for peer in dict.fromkeys(stage.peer for stage in unreached)]
+            return cuts.uncovered([stage.blocks for stage in (*stages, *unreached)]), apart
         return (), ()
 
     def _served_span(self, span: Span) -> SpanDocument:

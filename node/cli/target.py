@@ -130,5 +130,5 @@ def require_complete(models: Sequence["ModelDocument"], wanted: str) -> str:
 
 
 def _is_usable(model: "ModelDocument") -> bool:
-    """Return whether a model seems complete: its manifest is fetched only once the user names it."""
-    return model["complete"] or (not model["local"] and bool(model["block_count"]) and not model["uncovered"])
+    """Return whether all blocks are served. The manifest is fetched, and peers that are apart tried, for the job."""
+    return bool(model["block_count"]) and not model["uncovered"]

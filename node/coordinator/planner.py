@@ -149,7 +149,8 @@ class Planner:
         try:
             return self._best(need, self._offers(need, found), may_explore=may_explore, only_trusted=only_trusted)
         except NoRouteError as error:
-            error.unreached = self._finder.unreached_servers(need.model, error.missing)
+            unreached = self._finder.unreached_stages(need.model, error.missing)
+            error.unreached = tuple(dict.fromkeys(stage.peer for stage in unreached))
             raise
 
     def knows_route(self, need: RouteNeed, *, only_trusted: bool = False) -> bool:

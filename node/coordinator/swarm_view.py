@@ -26,8 +26,8 @@ class Finder(Protocol):
     def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         """Return the known live peers that serve spans of a model, without a search."""
 
-    def unreached_servers(self, model: ModelId, blocks: Sequence[BlockRange]) -> tuple[PeerId, ...]:
-        """Return the live peers that announce some of these blocks of a model, and that this node has not reached."""
+    def unreached_stages(self, model: ModelId, blocks: Sequence[BlockRange]) -> tuple[Stage, ...]:
+        """Return the spans with some of these blocks that live peers announce which this node has not reached."""
 
     def forget(self, peer: PeerId) -> None:
         """Treat a peer as dead until its next heartbeat."""

@@ -25,7 +25,7 @@ from node.swarm.directory import Candidate, Directory
 from node.swarm.heartbeats import Heartbeats, OwnServices
 from node.swarm.span_records import LOOKUP_TIMEOUT_S, SpanRecords
 from protocol.announcements import blob_provider_key, provider_key
-from protocol.identity import BlockRange, ModelId, PeerId
+from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from selector.cuts import Cuts
 from selector.routing import Links, NoRouteError, check_complete
 
@@ -97,12 +97,13 @@ class Membership:
         """Return the reached peers that serve spans of a model, without looking for others."""
         return self.directory.candidates(model, without=without)
 
-    def unreached_servers(self, model: ModelId, blocks: Sequence[BlockRange]) -> tuple[PeerId, ...]:
-        """Return the live peers that announce some of these blocks of a model, and that this node has not reached."""
+    def unreached_stages(self, model: ModelId, blocks: Sequence[BlockRange]) -> tuple[Stage, ...]:
+        """Return the spans with some of these blocks that live peers announce which this node has not reached."""
         return tuple(
-            entry.peer
+            Stage(entry.peer, span.blocks)
             for entry in self.directory.unreached()
-            if any(span.model == model and any(map(span.blocks.overlap, blocks)) for span in entry.spans)
+            for span in entry.spans
+            if span.model == model and any(map(span.blocks.overlap, blocks))
         )
 
     async def candidates(

@@ -173,8 +173,9 @@ def test_job_is_refused_and_the_model_incomplete_where_nobody_relays(tmp_path: P
     with pair(tmp_path, Nat.SYMMETRIC, Nat.SYMMETRIC, flags=("--no-relay",), complete=False) as (public, one, two):
         for home in (one, two):
             until(lambda home=home: home.reach()["verdict"] == "private", f"private at {home.space}")  # type: ignore[misc]
-        # Both halves are served, as the public peer sees, by homes that cannot reach each other.
-        until(lambda: [{one.id, two.id}] == [set(pair) for pair in public.apart()], "apart")
+        # Both halves are served, by homes that cannot reach each other.
+        for peer in (public, one, two):
+            until(lambda peer=peer: [{one.id, two.id}] == [set(pair) for pair in peer.apart()], "apart")  # type: ignore[misc]
         for peer in (public, one, two):
             assert not peer.is_complete()
             assert describe(peer, peer.complete()).startswith("refused")

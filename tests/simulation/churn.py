@@ -111,7 +111,7 @@ class Rumours:
         await trio.lowlevel.checkpoint()
         return self.known_candidates(model, without=without)
 
-    def unreached_servers(self, model: ModelId, blocks: Sequence[BlockRange]) -> tuple[PeerId, ...]:
+    def unreached_stages(self, model: ModelId, blocks: Sequence[BlockRange]) -> tuple[Stage, ...]:
         return ()
 
     def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:

@@ -165,6 +165,7 @@ def test_ambiguous_or_missing_model_is_an_error(
     models = node.models()
     for index, model in enumerate(models):
         model["complete"] = index in complete
+        model["uncovered"] = [] if index in complete else [(1, 3)]
     monkeypatch.setattr(node, "models", lambda: models)
     assert run(["submit", "Hi", *api]) == 1
     assert capsys.readouterr().err.startswith(f"metaswarm: {says}")

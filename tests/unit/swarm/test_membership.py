@@ -14,7 +14,7 @@ from node.swarm.membership import Membership
 from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetworkHub
 from protocol.announcements import Heartbeat, Reachability, ServedSpan, Verdict
-from protocol.identity import BlockRange, ModelId, PeerId
+from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from protocol.messages import Load
 from selector.cuts import Cuts
 
@@ -54,8 +54,8 @@ async def test_dials_a_server_that_makes_a_route_where_those_that_were_reached_a
     directory.update(heartbeat(second.peer_id, "9.9.9.9", halves[1], Verdict.PRIVATE), 0.0, dialled=True)
     directory.update(heartbeat(unreached.peer_id, "7.7.7.7", halves[1], Verdict.PUBLIC), 0.0)
 
-    assert membership.unreached_servers(MODEL, (BlockRange(4, 5),)) == (unreached.peer_id,)
-    assert membership.unreached_servers(MODEL, (halves[0],)) == ()
+    assert membership.unreached_stages(MODEL, (BlockRange(4, 5),)) == (Stage(unreached.peer_id, halves[1]),)
+    assert membership.unreached_stages(MODEL, (halves[0],)) == ()
 
     async def reach_servers(model: ModelId, is_enough: Callable[[], bool]) -> None:
         await trio.lowlevel.checkpoint()
