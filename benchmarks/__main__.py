@@ -15,8 +15,21 @@ from pathlib import Path
 
 QUICK = ("hop", "ping", "memory", "connections", "flood", "spread")
 LONG = (
-    *("crash", "mutations", "growth", "failover", "churn", "wan", "joining", "pipeline", "wan_methods", "selector"),
     *(
+        "crash",
+        "mutations",
+        "growth",
+        "failover",
+        "churn",
+        "wan",
+        "joining",
+        "pipeline",
+        "batching",
+        "wan_methods",
+        "selector",
+    ),
+    *(
+        "batching",
         "idle",
         "engine",
         "methods",

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final, Generic, TypeVar
 
+from node.stages.decode_groups import DecodeGroups
 from node.util.signal import Signal
 from protocol.identity import PeerId, SessionId
 from protocol.limits import MAX_SLICES
@@ -86,7 +87,7 @@ class Work(Generic[L]):
     returned; `payload_bytes`: how much that is, which need not be the tensor's size. `received_s`: when they arrived;
     `arrived_s`: when they could be queued, with their drafts. `held_rows`: rows as they arrived, whose memory is free
     once these are computed. `is_scored`: whether tokens of the prompt behind them are scored. `is_background`: whether
-    they are of a measurement, for which no user waits.
+    they are of a measurement, for which no user waits. `stages`: how many the session's route has.
     """
 
     part: Slice
@@ -99,6 +100,7 @@ class Work(Generic[L]):
     held_rows: int = 0
     is_scored: bool = False
     is_background: bool = False
+    stages: int = 1
 
     @property
     def session(self) -> SessionId:
@@ -144,6 +146,11 @@ class Scheduler(Generic[L]):
         self._served: dict[PeerId, int] = {}
         self._users: set[SessionId] = set()
         """Sessions that somebody waits for."""
+        self._groups = DecodeGroups()
+        self._has_stepped = False
+        """Whether the last call for a step returned one."""
+        self._waits_until_s: float | None = None
+        """Until when decoding rows wait for those of other sessions, while they do."""
         self._background_began_s: float | None = None
         """When the last step began, if it has rows of a measurement."""
         self._background_from_s = 0.0
@@ -163,6 +170,8 @@ class Scheduler(Generic[L]):
             piece, work = work.cut(PREFILL_ROWS)
             queue.append(piece)
         queue.append(work)
+        if not work.is_prefill:
+            self._groups.arrived(work.session, work.arrived_s)
         # A new coordinator starts level with the one served least, without a claim on what was served before.
         self._served.setdefault(work.coordinator, min(self._served.values(), default=0))
         self.changed.set()
@@ -183,6 +192,7 @@ class Scheduler(Generic[L]):
         self._decoding.discard(session)
         self._members.discard(session)
         self._users.discard(session)
+        self._groups.remove(session)
         self.changed.set()  # a static batch may be over with it, or measurements have the engine for themselves
 
     def next_batch(self, now_s: float) -> list[Work[L]]:
@@ -199,6 +209,8 @@ class Scheduler(Generic[L]):
                 chosen = heads[:1]
             case Batching.STATIC:
                 chosen = self._static(heads, now_s)
+            case Batching.CONTINUOUS if self._waits(heads, now_s):
+                chosen = []
             case Batching.CONTINUOUS:
                 chosen = self._continuous(heads)
         for work in chosen:
@@ -210,14 +222,25 @@ class Scheduler(Generic[L]):
                 self._decoding.add(work.session)
             if work.is_background:
                 self._background_began_s = now_s
+        self._has_stepped = bool(chosen)
         waiting = {queue[0].coordinator for queue in self._waiting.values()}
         self._served = {peer: rows for peer, rows in self._served.items() if peer in waiting}
         return chosen
+
+    def on_computed(self, batch: Iterable[Work[L]], took_s: float, now_s: float) -> None:
+        """Record that a step for these rows has ended."""
+        drawing = [work for work in batch if work.part.draws]
+        for work in drawing:
+            self._groups.decoded(work.session, work.stages, now_s)
+        if drawing and not any(work.is_prefill for work in batch):
+            self._groups.observe(len(drawing), took_s)
 
     def next_chance_s(self, now_s: float) -> float | None:
         """Return when waiting rows may go without new ones arriving; None if that is not foreseen."""
         if self.policy.batching is Batching.STATIC and any(True for _ in self._heads(now_s)):
             return max(now_s, self._member_step_s + STATIC_MAX_WAIT_S)
+        if self._waits_until_s is not None:
+            return self._waits_until_s
         if self._waiting and self._is_paced(now_s):
             return self._background_from_s
         return None
@@ -241,15 +264,31 @@ class Scheduler(Generic[L]):
             self._member_step_s = now_s
         return ready[:MAX_SLICES]
 
+    def _waits(self, heads: list[Work[L]], now_s: float) -> bool:
+        """Return whether a step for decoding sessions waits for others that are about to be back."""
+        until_s, self._waits_until_s = self._waits_until_s, None
+        if not heads or len(heads) >= self._groups.size() or any(work.is_prefill for work in heads):
+            return False
+        if until_s is None:
+            if not self._has_stepped:
+                return False  # the engine was idle: there is time for a step of their own
+            until_s = now_s + self._groups.worth_waiting_s()
+        if now_s >= until_s or not self._groups.is_expected(now_s, until_s):
+            return False
+        self._waits_until_s = until_s
+        return True
+
     def _continuous(self, heads: list[Work[L]]) -> list[Work[L]]:
         step_rows = self.policy.step_rows
         chosen: list[Work[L]] = []
         rows = 0
+        prompts = [work for work in heads if work.is_prefill]
+        # Each step that computes a part of a prompt takes long: all that decode share it.
+        most = MAX_SLICES if prompts else self._groups.size()
         for work in heads:
-            if not work.is_prefill and len(chosen) < MAX_SLICES and (not chosen or rows + work.rows <= step_rows):
+            if not work.is_prefill and len(chosen) < most and (not chosen or rows + work.rows <= step_rows):
                 chosen.append(work)
                 rows += work.rows
-        prompts = [work for work in heads if work.is_prefill]
         budget = max(MIN_PREFILL_ROWS, step_rows - rows)
         taken = 0
         for work in self._fairly(prompts):

@@ -90,6 +90,8 @@ class StageSession:
         """Where draws depend on the history: how many of its tokens the engine has, or is about to get."""
         self.active_s = trio.current_time()
         self._span = span
+        stages = request.context.get("stage_count", 1)
+        self._stages = max(1, int(stages)) if isinstance(stages, int | float) else 1
         self._sources: set[InboundLink] = set()
         self._permitted = {opened_by.peer, *request.upstream}
         self._history: array[int] | None = None
@@ -300,6 +302,7 @@ class StageSession:
             held_rows=part.rows,
             is_scored=self._scored_rows(part) > 0,
             is_background=self.request.background,
+            stages=self._stages,
         )
         if self._tracker is not None:
             self._queue_with_drafts(self._tracker, work)

@@ -317,6 +317,7 @@ class Span(EngineLoop):
         rows = sum(work.rows for work in batch)
         if not any(work.is_prefill for work in batch):
             self._step_times_s.append(result.compute_s * self._whole_span_ratio(batch))
+        self.scheduler.on_computed(batch, trio.current_time() - began_s, trio.current_time())
         if not any(work.is_scored for work in batch):  # which take longer than those that the row budget is for
             self.scheduler.policy = self._controller.observe(rows, result.compute_s, trio.current_time())
         outputs: list[Output] = []
