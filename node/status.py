@@ -345,16 +345,17 @@ class StatusView:
     def _gaps_between(
         self, model: ModelId, cuts: Cuts, stages: Sequence[Stage]
     ) -> tuple[Sequence[BlockRange], Sequence[tuple[str, str]]]:
-        """Return the blocks that no peer serves; where there are none, the peers that keep a route from being."""
+        """Return the blocks that no peer announces; where there are none, the peers that keep a route from being."""
         try:
             check_complete(cuts, stages, self._parts.client.links.between)
         except NoRouteError as error:
             unreached = self._membership.unreached_stages(model, error.missing)
             if not unreached:
                 return error.missing, error.apart
+            if missing := cuts.uncovered([stage.blocks for stage in (*stages, *unreached)]):
+                return missing, ()
             own = self._network.peer_id
-            apart = [(own, peer) for peer in dict.fromkeys(stage.peer for stage in unreached)]
-            return cuts.uncovered([stage.blocks for stage in (*stages, *unreached)]), apart
+            return (), [(own, peer) for peer in dict.fromkeys(stage.peer for stage in unreached)]
         return (), ()
 
     def _served_span(self, span: Span) -> SpanDocument:

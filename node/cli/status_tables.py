@@ -226,7 +226,7 @@ def coverage_bar(coverage: list[int]) -> str:
 def _describe_completeness(model: "ModelDocument") -> str:
     if model["apart"] and not model["uncovered"]:
         pairs = ", ".join(f"{a[-8:]} and {b[-8:]}" for a, b in model["apart"][:3])
-        return f"incomplete: its peers cannot reach each other ({pairs})"
+        return f"incomplete: its peers have not reached each other ({pairs})"
     return "complete" if model["complete"] else "incomplete"
 
 

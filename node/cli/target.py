@@ -98,8 +98,7 @@ async def choose_model(client: "ApiClient", wanted: str | None, timeout_s: float
         return wanted  # the node reports what is wrong with it
     if complete:
         raise CommandError(f"several models are complete; choose one with --model: {', '.join(complete)}")
-    if usable:
-        unnamed = ", ".join(model["model"][:12] for model in usable)
+    if unnamed := ", ".join(model["model"][:12] for model in usable if not model["local"]):
         raise CommandError(f"models of unknown origin only; choose one that you trust with --model: {unnamed}")
     partly = "; incomplete: " + ", ".join(model["name"] or model["model"] for model in models) if models else ""
     raise CommandError(f"no model is complete in this swarm: serve one with `metaswarm node --serve MODEL`{partly}")

@@ -270,8 +270,8 @@ def _peers_apart(directory: Directory, model: ModelId, cuts: Cuts) -> Sequence[t
 def _apart(name: str, pairs: Sequence[tuple[str, str]]) -> Finding:
     named = ", ".join(f"{a} and {b}" for a, b in pairs[:3])
     message = (
-        f"every block of {name} is served, by peers that cannot reach each other ({named}): one of each pair needs a "
-        "forwarded port or a relay"
+        f"every block of {name} is announced, but by peers that have not reached each other ({named}): one of each "
+        "pair needs a forwarded port or a relay, or others serve the same blocks"
     )
     return Finding(Fault.PEERS_APART, Consequence.MODEL, message)
 

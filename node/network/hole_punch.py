@@ -45,6 +45,7 @@ address is the peer's word, and may be somebody else's."""
 ENTERED_S: Final = 0.2
 FAILED_S: Final = 600.0
 MAX_AT_ONCE: Final = 16
+MAX_RETRIES_AT_ONCE: Final = 8
 
 
 class Rationed(OpenConnectionError):
@@ -100,21 +101,22 @@ class HolePuncher:
         self._awaited: TTLCache[ID, None] = TTLCache(1024, FAILED_S, trio.current_time)
         """and those whose hole was waited for in vain: it may come yet."""
 
-    def circuit_opened(self, connection: Yamux) -> None:
+    def circuit_opened(self, connection: Yamux, *, is_retry: bool = False) -> None:
         """Begin to upgrade a connection that a peer has opened to us through a relay.
 
-        Not where that failed a while ago, nor beside another upgrade: call again later for a circuit that stays.
+        Not where that failed a while ago, nor beside another upgrade: call again later for a circuit that stays
+        (`is_retry`), whose peer was dialled in vain. Half of the places are kept for new circuits.
         """
-        peer_id = connection.peer_id
-        if peer_id not in self._busy and peer_id not in self._failed and len(self._busy) < MAX_AT_ONCE:
+        peer_id, most = connection.peer_id, MAX_RETRIES_AT_ONCE if is_retry else MAX_AT_ONCE
+        if peer_id not in self._busy and peer_id not in self._failed and len(self._busy) < most:
             self._busy[peer_id] = scope = trio.CancelScope()
-            self._nursery.start_soon(self._upgrade, connection, scope)
+            self._nursery.start_soon(self._upgrade, connection, scope, is_retry)
 
-    async def _upgrade(self, connection: Yamux, scope: trio.CancelScope) -> None:
+    async def _upgrade(self, connection: Yamux, scope: trio.CancelScope, is_retry: bool) -> None:
         peer_id = connection.peer_id
         try:
             with scope:
-                if await self._host.swarm.dial_direct(peer_id, self._known(peer_id)):
+                if not is_retry and await self._host.swarm.dial_direct(peer_id, self._known(peer_id)):
                     logger.info("connected to %s directly", peer_id)
                 else:
                     await self._begin(connection)
@@ -173,12 +175,13 @@ class HolePuncher:
     def _may_serve(self, peer_id: ID) -> bool:
         """Return whether there is room for an exchange that a peer begins.
 
-        Where two peers have opened circuits to each other, both begin: the one with the higher id gives its own up.
+        Where two peers have opened circuits to each other, both begin: the one with the lower id gives its own up. The
+        other's runs over the circuit that stays, as the swarm chooses.
         """
         if peer_id not in self._busy:
             return len(self._busy) < MAX_AT_ONCE
         own = self._busy[peer_id]
-        if own is None or self._host.swarm.self_id.to_bytes() < peer_id.to_bytes():
+        if own is None or self._host.swarm.self_id.to_bytes() > peer_id.to_bytes():
             return False
         own.cancel()
         return True

@@ -198,9 +198,9 @@ class Traversal:
 
     # Events
 
-    def _circuit_opened(self, connection: Yamux) -> None:
+    def _circuit_opened(self, connection: Yamux, *, is_retry: bool = False) -> None:
         if self._puncher is not None:
-            self._puncher.circuit_opened(connection)
+            self._puncher.circuit_opened(connection, is_retry=is_retry)
 
     def connected(self, peer_id: ID) -> None:
         """Note that a peer has connected: it may tell what we do not know yet."""
@@ -343,7 +343,7 @@ class Traversal:
                 if trio.current_time() >= retry_at_s:
                     if not await host.swarm.dial_direct(peer_id, addresses, ration):
                         for circuit in host.swarm.circuits_of(peer_id):
-                            self._circuit_opened(circuit)
+                            self._circuit_opened(circuit, is_retry=True)
                     pause_s = backoff_s(failures + 1, REDIAL_BACKOFF_S, self._jitter)
                     tried[peer_id, addresses] = failures + 1, trio.current_time() + pause_s
 

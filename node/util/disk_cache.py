@@ -65,10 +65,11 @@ class FolderCache:
 
     def make_room(self, needed_bytes: int) -> None:
         """Evict the least recently used folders until so much of the disk is free; none if all would not do."""
+        folders = self._folders()  # which deletes abandoned builds
         missing = needed_bytes - shutil.disk_usage(self.directory).free
         with ExitStack() as locks:
             unused = []
-            for path in reversed(self._folders()):
+            for path in reversed(folders):
                 if missing > 0 and locks.enter_context(_lock_unused(path)):
                     missing -= folder_bytes(path)
                     unused.append(path)
@@ -112,7 +113,10 @@ def _hold(folder: Path) -> bool:
         fcntl.flock(handle, fcntl.LOCK_SH)
     _release(folder)
     _handles[folder] = handle
-    return folder.is_dir()  # else it was evicted just now
+    if folder.is_dir():
+        return True
+    _release(folder)  # it was evicted just now
+    return False
 
 
 def _release(folder: Path) -> None:

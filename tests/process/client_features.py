@@ -20,6 +20,7 @@ import pytest
 from tests.process.daemons import MODEL
 
 TOKENS: Final = 6
+TIMEOUT_S: Final = 30.0
 USER: Final[list[Any]] = [{"role": "user", "content": "Describe a person."}]
 TURN: Final[list[Any]] = [*USER, {"role": "assistant", "content": "Once upon a"}]
 SCHEMA: Final = {
@@ -49,9 +50,9 @@ class Clients:
     @contextmanager
     def of(cls, url: str) -> Iterator["Clients"]:
         """Yield clients of a node's API."""
-        gpt = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
-        claude = anthropic.Anthropic(base_url=url, api_key="unused", max_retries=0)
-        llama = ollama.Client(host=url)
+        gpt = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=TIMEOUT_S)
+        claude = anthropic.Anthropic(base_url=url, api_key="unused", max_retries=0, timeout=TIMEOUT_S)
+        llama = ollama.Client(host=url, timeout=TIMEOUT_S)
         with gpt, claude, closing(llama._client):
             yield cls(url, gpt, claude, llama)
 
@@ -208,6 +209,11 @@ def openai_errors(clients: Clients) -> None:
     assert long.value.code == "context_length_exceeded"
 
 
+def prompt_tokens(usage: Any) -> int:
+    """Return the tokens of a prompt, cached ones included."""
+    return int(usage.input_tokens + usage.cache_read_input_tokens)
+
+
 def anthropic_messages(clients: Clients) -> None:
     answer = clients.message(system="Be brief.", extra_body={"top_k": 5})
     assert (answer.stop_reason, answer.usage.output_tokens) == ("max_tokens", TOKENS)
@@ -219,7 +225,7 @@ def anthropic_messages(clients: Clients) -> None:
     assert (kinds[0], kinds[-1]) == ("message_start", "message_stop")
     assert final.content[0].text == clients.message().content[0].text
     count = clients.anthropic.messages.count_tokens(model=MODEL, messages=USER)
-    assert count.input_tokens == clients.message().usage.input_tokens + clients.message().usage.cache_read_input_tokens
+    assert count.input_tokens == prompt_tokens(clients.message().usage)
 
 
 def anthropic_fields(clients: Clients) -> None:

@@ -49,8 +49,7 @@ async def ask(work: Callable[[], T]) -> T:
 
 async def test_clients_of_all_protocols(start_daemon: StartDaemon, package: Package, dequantised: Package) -> None:
     daemons = await complete_swarm(start_daemon, *THIRDS)
-    with trio.fail_after(120):
-        assert not await trio.to_thread.run_sync(failures, daemons[1].api_url)
+    assert not await trio.to_thread.run_sync(failures, daemons[0].api_url)
     await check_openai(daemons[0])
     await check_structured_texts(daemons[1])
     with anthropic.Anthropic(base_url=daemons[2].api_url, api_key="unused") as claude:
