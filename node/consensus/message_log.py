@@ -90,15 +90,18 @@ class MessageLog:
                 held.setdefault(message.peer, message)
         return proof
 
-    def convict(self, peer: PeerId, proof: SignedMessage, current_epoch: int, unknown_rank: bytes | None) -> None:
+    def convict(self, peer: PeerId, proof: SignedMessage, current_epoch: int, unknown_rank: bytes | None) -> bool:
         """Hold the proof against a peer; of too many against unknown ones, those of the lowest rank, as of messages.
 
         An old one says nothing of an unknown peer: others may have dropped it, and all are to agree on who may join.
+        Return whether the peer is convicted.
         """
         assert isinstance(proof.body, EquivocationProof)
+        if peer in self.equivocators:
+            return True
         epoch = epoch_of_equivocation(proof.body)
-        if peer in self.equivocators or (unknown_rank is not None and abs(epoch - current_epoch) > 1):
-            return
+        if unknown_rank is not None and abs(epoch - current_epoch) > 1:
+            return False
         self.equivocators[peer] = proof
         self._offences[peer] = epoch
         if unknown_rank is not None:
@@ -108,6 +111,7 @@ class MessageLog:
                 last = max(ranks, key=lambda each: ranks[each])
                 del ranks[last]
                 self._acquit(last)
+        return peer in self.equivocators
 
     def _acquit(self, peer: PeerId) -> None:
         self.equivocators.pop(peer, None)
