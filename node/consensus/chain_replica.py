@@ -58,11 +58,11 @@ class ChainReplica:
         if entry is not None and message.peer not in entry.committee:
             return None  # it does not count, and must not take the room of those that do
         rank = self._unknown_rank(message, epoch)
-        head = self.chain.head.id
-        if self.log.is_full(message, rank, head) and message.epoch >= epoch - 1:
-            return None
-        found = self.log.add(message, epoch, rank, head)
+        # However many it has sent: else a peer could make room for contradictions.
+        found = self.log.prove_equivocation(message)
         proof = self._accuse(message.peer, found, now_s) if found else None
+        if not self.log.add(message, epoch, rank, self.chain.head.id):
+            return proof
         for evicted in self.log.evicted:
             if isinstance(evicted.body, Commit | Reveal):
                 self.participant.forget(evicted.body)

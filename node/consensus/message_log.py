@@ -4,9 +4,8 @@ Other peers get them from here, and need not trust us. Bounded by kind, epoch an
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Collection
-from typing import Final
+from typing import Final, NamedTuple
 
 from protocol.chains import SHORT_ID_BYTES
 from protocol.consensus import SignedMessage, epoch_of_equivocation, equivocator_of, is_equivocation
@@ -37,8 +36,13 @@ MAX_EVIDENCE: Final = 2048
 MAX_SIGNATURES: Final = 512
 """Signatures held of a statement, more than a committee has: the committee may not be known yet."""
 
-MAX_UNIQUE: Final = 4 * MAX_HAVE
-"""Messages that are remembered to prove equivocations."""
+
+class _Place(NamedTuple):
+    """Where the few messages are held that one peer sends of one kind in one epoch."""
+
+    epoch: int
+    kind: type
+    peer: PeerId
 
 
 class MessageLog:
@@ -53,11 +57,8 @@ class MessageLog:
         """The proof against each peer,"""
         self._offences: dict[PeerId, int] = {}
         """and the epoch of what it proves."""
-        self._recent: dict[bytes, SignedMessage] = {}
-        self._unique: dict[tuple[object, ...], SignedMessage] = {}
-        """The first message of which a peer may sign only one."""
-        self._counts: Counter[tuple[int, type, PeerId]] = Counter()
-        """By epoch, kind and peer."""
+        self._held: dict[_Place, dict[bytes, SignedMessage]] = {}
+        """The messages of recent epochs, by id."""
         self._unknown: dict[tuple[int, type], dict[PeerId, bytes]] = {}
         """The ranks of unknown peers, by epoch and kind."""
         self.evicted: list[SignedMessage] = []
@@ -65,8 +66,8 @@ class MessageLog:
 
     def add(
         self, message: SignedMessage, current_epoch: int, unknown_rank: bytes | None = None, head: Digest | None = None
-    ) -> EquivocationProof | None:
-        """Add a message; return the proof of the equivocation that it completes.
+    ) -> bool:
+        """Add a message; return whether it may count: not if its peer has sent too many, or ranks behind too many.
 
         Old statements and signatures are accepted as evidence; all other messages only for the current epoch, the one
         before and the one after, because clocks differ. `unknown_rank`: of a peer that is neither a member nor a
@@ -74,21 +75,21 @@ class MessageLog:
         """
         body = message.body
         if isinstance(body, EquivocationProof):
-            self.convict(equivocator_of(body), message, current_epoch, unknown_rank)
-            return None
-        is_full = self.is_full(message, unknown_rank, head)
-        proof = self._prove_equivocation(message)
-        is_recent = abs(body.epoch - current_epoch) <= 1
-        if is_recent and message.id not in self._recent and not is_full:
-            self._recent[message.id] = message
-            self._counts[body.epoch, type(body), message.peer] += 1
-            if unknown_rank is not None:
-                self._add_unknown(message, unknown_rank)
+            return self.convict(equivocator_of(body), message, current_epoch, unknown_rank)
+        if abs(body.epoch - current_epoch) <= 1 and not self._hold(message, unknown_rank, head):
+            return False
         if isinstance(body, Signature):
             held = self.signatures.setdefault(body.statement, {})
             if len(held) < MAX_SIGNATURES:
                 held.setdefault(message.peer, message)
-        return proof
+        return True
+
+    def prove_equivocation(self, message: SignedMessage) -> EquivocationProof | None:
+        """Return the proof of the equivocation that a message completes with one that is held."""
+        for first in self._held.get(_place_of(message), {}).values():
+            if is_equivocation(first, message):
+                return EquivocationProof(first.body.chain, first.envelope, message.envelope)
+        return None
 
     def convict(self, peer: PeerId, proof: SignedMessage, current_epoch: int, unknown_rank: bytes | None) -> bool:
         """Hold the proof against a peer; of too many against unknown ones, those of the lowest rank, as of messages.
@@ -122,50 +123,44 @@ class MessageLog:
         """Whether there is so much evidence that it must be pruned now: a peer may send old statements without end."""
         return max(len(self.statements), len(self.signatures)) > 2 * MAX_EVIDENCE
 
-    def is_full(self, message: SignedMessage, unknown_rank: bytes | None = None, head: Digest | None = None) -> bool:
-        """Return whether no more messages of this kind and epoch are accepted from this peer or rank."""
-        body = message.body
-        if isinstance(body, EquivocationProof):
-            return False
-        kind = type(body)
-        most = MAX_OF_PEER[kind] if unknown_rank is None else MAX_OF_UNKNOWN_PEER
-        if self._counts[body.epoch, kind, message.peer] >= most and not self._is_needed(message, head):
+    def _hold(self, message: SignedMessage, unknown_rank: bytes | None, head: Digest | None) -> bool:
+        """Hold a message of a recent epoch; return whether there is a place for it."""
+        place = _place_of(message)
+        held = self._held.get(place, {})
+        if message.id in held:
             return True
-        ranks = self._unknown.get((body.epoch, kind), {})
-        if unknown_rank is None or message.peer in ranks or len(ranks) < MAX_UNKNOWN_PEERS[kind]:
+        if unknown_rank is not None and not self._admit(place, unknown_rank):
             return False
-        return unknown_rank > max(ranks.values())
+        most = MAX_OF_PEER[type(message.body)] if unknown_rank is None else MAX_OF_UNKNOWN_PEER
+        if len(held) >= most and not self._is_needed(message, head):
+            return False
+        self._held.setdefault(place, {})[message.id] = message
+        return True
 
     def _is_needed(self, message: SignedMessage, head: Digest | None) -> bool:
         """Return whether it is the first commit of its peer after the head, or the first reveal of a commit held."""
+        held = [each.body for each in self._held[_place_of(message)].values()]
         match message.body:
             case Commit() as commit:
-                is_expected = commit.parent == head
+                return commit.parent == head and all(each.parent != head for each in held if isinstance(each, Commit))
             case Reveal() as reveal:
-                is_expected = any(
-                    isinstance(each.body, Commit)
-                    and (each.peer, each.body.epoch, each.body.commitment)
-                    == (message.peer, reveal.epoch, reveal.commitment)
-                    for each in self._recent.values()
-                )
+                commits = self._held.get(_Place(reveal.epoch, Commit, message.peer), {}).values()
+                opens = {each.body.commitment for each in commits if isinstance(each.body, Commit)}
+                opened = {each.commitment for each in held if isinstance(each, Reveal)}
+                return reveal.commitment in opens - opened
             case _:
                 return False
-        return is_expected and _only_one_of(message) not in self._unique and len(self._unique) < MAX_UNIQUE
 
-    def _add_unknown(self, message: SignedMessage, rank: bytes) -> None:
-        """Note the rank of an unknown peer; evict the messages of the one with the highest, if there are too many."""
-        kind = type(message.body)
-        ranks = self._unknown.setdefault((message.epoch, kind), {})
-        ranks[message.peer] = rank
-        if len(ranks) <= MAX_UNKNOWN_PEERS[kind]:
-            return
+    def _admit(self, place: _Place, rank: bytes) -> bool:
+        """Note the rank of an unknown peer; of too many the last loses its places. Return whether this one has any."""
+        ranks = self._unknown.setdefault((place.epoch, place.kind), {})
+        ranks[place.peer] = rank
+        if len(ranks) <= MAX_UNKNOWN_PEERS[place.kind]:
+            return True
         last = max(ranks, key=lambda peer: ranks[peer])
-        del ranks[last], self._counts[message.epoch, kind, last]
-        of = (last, kind, message.epoch)
-        gone = [each for each in self._recent.values() if (each.peer, type(each.body), each.epoch) == of]
-        self.evicted += gone
-        for each in gone:
-            del self._recent[each.id]
+        del ranks[last]
+        self.evicted += self._held.pop(place._replace(peer=last), {}).values()
+        return last != place.peer
 
     def prune(self, current_epoch: int, needed: Collection[Digest], knows: Callable[[PeerId], bool]) -> None:
         """Drop past epochs, and the oldest evidence of statements that are not `needed`.
@@ -176,9 +171,7 @@ class MessageLog:
         for peer in [each for each, epoch in self._offences.items() if abs(epoch - current_epoch) > 1]:
             if not knows(peer):
                 self._acquit(peer)
-        self._recent = {key: message for key, message in self._recent.items() if message.epoch >= oldest}
-        self._unique = {key: message for key, message in self._unique.items() if message.epoch >= oldest}
-        self._counts = Counter({key: count for key, count in self._counts.items() if key[0] >= oldest})
+        self._held = {place: held for place, held in self._held.items() if place.epoch >= oldest}
         self._unknown = {key: ranks for key, ranks in self._unknown.items() if key[0] >= oldest}
         for evidence in (self.statements, self.signatures):
             for statement in [each for each in evidence if each not in needed][: max(0, len(evidence) - MAX_EVIDENCE)]:
@@ -186,7 +179,7 @@ class MessageLog:
 
     def recent(self) -> dict[bytes, SignedMessage]:
         """Return the messages of recent epochs by their short ids, ascending."""
-        found = {message.id[:SHORT_ID_BYTES]: message for message in self._recent.values()}
+        found = {key[:SHORT_ID_BYTES]: message for held in self._held.values() for key, message in held.items()}
         found |= {message.id[:SHORT_ID_BYTES]: message for message in self.equivocators.values()}
         return {key: found[key] for key in sorted(found)[:MAX_HAVE]}
 
@@ -194,30 +187,6 @@ class MessageLog:
         """Return the digest of the recent messages' short ids."""
         return hashlib.sha256(b"".join(self.recent())).digest()
 
-    def _prove_equivocation(self, message: SignedMessage) -> EquivocationProof | None:
-        key = _only_one_of(message)
-        if key is None:
-            return None
-        first = self._unique.get(key)
-        if first is None:
-            if len(self._unique) < MAX_UNIQUE:
-                self._unique[key] = message
-            return None
-        return (
-            EquivocationProof(first.body.chain, first.envelope, message.envelope)
-            if is_equivocation(first, message)
-            else None
-        )
 
-
-def _only_one_of(message: SignedMessage) -> tuple[object, ...] | None:
-    """Return of what a peer may sign only one message; None for a kind that is not so."""
-    match message.body:
-        case Signature() as body:
-            return message.peer, body.epoch
-        case Commit() as body:
-            return message.peer, body.epoch, body.parent
-        case Reveal() as body:
-            return message.peer, body.epoch, body.commitment
-        case _:
-            return None
+def _place_of(message: SignedMessage) -> _Place:
+    return _Place(message.epoch, type(message.body), message.peer)

@@ -8,9 +8,10 @@ from node.consensus.chain_replica import ChainReplica
 from node.consensus.environment import ConsensusRules
 from node.identity import Identity
 from protocol.consensus import SignedMessage, sign_message
-from protocol.consensus_values import EquivocationProof, Signature
+from protocol.consensus_values import Commit, EquivocationProof, Reveal, Signature, digest_of
+from protocol.forms import Digest
 from protocol.identity import PeerId, peer_id_from_public_key
-from tests.support.agreement import CLOCK, GENESIS, PLAN
+from tests.support.agreement import CLOCK, GENESIS, HARDWARE, PLAN
 
 EPOCH = 1000
 NOW_S = CLOCK.starts_s(EPOCH) + 1
@@ -70,3 +71,42 @@ def test_of_too_many_strangers_the_same_are_convicted_in_whatever_order(
         convicted.append({*replica.log.equivocators})
     assert convicted[0] == convicted[1]
     assert len(convicted[0]) == 4
+
+
+def reveal_of(number: int, nonce: int, inclusion: bytes = b"") -> SignedMessage:
+    return sign_message(Reveal(GENESIS, EPOCH, peer(number), nonce.to_bytes(32, "big"), (), inclusion), key(number))
+
+
+def commit_to(reveal: SignedMessage, parent: Digest = GENESIS, epoch: int = EPOCH) -> SignedMessage:
+    assert isinstance(reveal.body, Reveal)
+    number = next(each for each in range(10) if peer(each) == reveal.peer)
+    return sign_message(Commit(GENESIS, epoch, parent, reveal.peer, HARDWARE, reveal.body.commitment), key(number))
+
+
+def fill_places(replica: ChainReplica, number: int) -> None:
+    """Send as many commits and reveals as are taken that count for nothing."""
+    for nonce in range(100, 110):
+        replica.apply(commit_to(reveal_of(number, nonce), digest_of(nonce)), NOW_S)
+        replica.apply(reveal_of(number, nonce + 100), NOW_S)
+
+
+def test_equivocation_is_proven_though_the_peer_has_filled_its_places() -> None:
+    first, second = reveal_of(1, 1, b"\1"), reveal_of(1, 1, b"\2")
+    for pair in ((commit_to(first), commit_to(reveal_of(1, 2))), (first, second)):
+        replica = new_replica()
+        fill_places(replica, 1)
+        replica.apply(commit_to(first), NOW_S)
+        replica.apply(pair[0], NOW_S)
+        proof = replica.apply(pair[1], NOW_S)
+        assert proof is not None
+        assert proof.body == EquivocationProof(GENESIS, pair[0].envelope, pair[1].envelope)
+
+
+def test_commit_that_came_before_its_time_is_taken_when_its_epoch_is_here() -> None:
+    replica, commit = new_replica(), commit_to(reveal_of(1, 1))
+    replica.apply(commit, CLOCK.starts_s(EPOCH - 3))
+    fill_places(replica, 1)
+    assert not replica.participant.unconfirmed(NOW_S)
+    replica.apply(commit, NOW_S)
+    assert replica.participant.unconfirmed(NOW_S) == [commit.body]
+    assert commit in replica.log.recent().values()
