@@ -61,7 +61,8 @@ class ChainReplica:
         # However many it has sent: else a peer could make room for contradictions.
         found = self.log.prove_equivocation(message)
         proof = self._accuse(message.peer, found, now_s) if found else None
-        if not self.log.add(message, epoch, rank, self.chain.head.id):
+        head = self.chain.head
+        if not self.log.add(message, epoch, rank, head.id if message.epoch > head.epoch else None):
             return proof
         for evicted in self.log.evicted:
             if isinstance(evicted.body, Commit | Reveal):

@@ -13,10 +13,14 @@ from protocol.consensus_values import Commit, EquivocationProof, Reveal, Signatu
 from protocol.forms import Digest
 from protocol.identity import PeerId
 from protocol.limits import MAX_HAVE
+from selector.consensus.participant import MAX_REVEALS
 
 MAX_OF_PEER: Final = {Commit: 4, Reveal: 4, Statement: 3, Signature: 3}
-"""Messages of one peer in one epoch that are held. An honest one sends one of each, and again after another head. What
-this epoch needs is held beside them, so that a peer cannot fill its own places for some with what opens nothing."""
+"""Messages of one peer in one epoch that are held. An honest one sends one of each, and again after another head."""
+
+MAX_NEEDED: Final = {Commit: 1, Reveal: MAX_REVEALS}
+"""Of these so many as can count now: the commit after the head, and its reveals. They displace others of the same peer:
+it cannot fill its own places for some with what opens nothing, and send its true contribution to the rest."""
 
 MAX_OF_UNKNOWN_PEER: Final = 2
 """The same of a peer that is neither a member nor a candidate."""
@@ -62,7 +66,7 @@ class MessageLog:
         self._unknown: dict[tuple[int, type], dict[PeerId, bytes]] = {}
         """The ranks of unknown peers, by epoch and kind."""
         self.evicted: list[SignedMessage] = []
-        """Messages of unknown peers that gave way to others since this was last cleared."""
+        """Commits, reveals and others that gave way since this was last cleared."""
 
     def add(
         self, message: SignedMessage, current_epoch: int, unknown_rank: bytes | None = None, head: Digest | None = None
@@ -71,7 +75,8 @@ class MessageLog:
 
         Old statements and signatures are accepted as evidence; all other messages only for the current epoch, the one
         before and the one after, because clocks differ. `unknown_rank`: of a peer that is neither a member nor a
-        candidate; for a proof, of the one that it convicts. `head`: the statement that commits are to follow.
+        candidate; for a proof, of the one that it convicts. `head`: the statement that commits of this message's epoch
+        are to follow, if there is none of that epoch yet.
         """
         body = message.body
         if isinstance(body, EquivocationProof):
@@ -132,24 +137,25 @@ class MessageLog:
         if unknown_rank is not None and not self._admit(place, unknown_rank):
             return False
         most = MAX_OF_PEER[type(message.body)] if unknown_rank is None else MAX_OF_UNKNOWN_PEER
-        if len(held) >= most and not self._is_needed(message, head):
-            return False
+        if len(held) >= most:
+            displaced = self._displaced_by(message, head)
+            if displaced is None:
+                return False
+            self.evicted.append(held.pop(displaced))
         self._held.setdefault(place, {})[message.id] = message
         return True
 
-    def _is_needed(self, message: SignedMessage, head: Digest | None) -> bool:
-        """Return whether it is the first commit of its peer after the head, or the first reveal of a commit held."""
-        held = [each.body for each in self._held[_place_of(message)].values()]
-        match message.body:
-            case Commit() as commit:
-                return commit.parent == head and all(each.parent != head for each in held if isinstance(each, Commit))
-            case Reveal() as reveal:
-                commits = self._held.get(_Place(reveal.epoch, Commit, message.peer), {}).values()
-                opens = {each.body.commitment for each in commits if isinstance(each.body, Commit)}
-                opened = {each.commitment for each in held if isinstance(each, Reveal)}
-                return reveal.commitment in opens - opened
-            case _:
-                return False
+    def _displaced_by(self, message: SignedMessage, head: Digest | None) -> bytes | None:
+        """Return the id of what cannot count after the head and gives way to a message of the same peer that can."""
+        purpose, needed = _purpose_of(message), {head}
+        if isinstance(message.body, Reveal):
+            commits = [each.body for each in self._held.get(_Place(message.epoch, Commit, message.peer), {}).values()]
+            needed = {each.commitment for each in commits if isinstance(each, Commit) and each.parent == head}
+        purposes = {key: _purpose_of(each) for key, each in self._held[_place_of(message)].items()}
+        is_needed = purpose is not None and purpose in needed
+        if not is_needed or [*purposes.values()].count(purpose) >= MAX_NEEDED[type(message.body)]:
+            return None
+        return next((key for key, each in purposes.items() if each not in needed), None)
 
     def _admit(self, place: _Place, rank: bytes) -> bool:
         """Note the rank of an unknown peer; of too many the last loses its places. Return whether this one has any."""
@@ -190,3 +196,14 @@ class MessageLog:
 
 def _place_of(message: SignedMessage) -> _Place:
     return _Place(message.epoch, type(message.body), message.peer)
+
+
+def _purpose_of(message: SignedMessage) -> Digest | None:
+    """Return the statement that a commit follows, or the commitment that a reveal opens; None for others."""
+    match message.body:
+        case Commit() as commit:
+            return commit.parent
+        case Reveal() as reveal:
+            return reveal.commitment
+        case _:
+            return None

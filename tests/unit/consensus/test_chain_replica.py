@@ -8,9 +8,10 @@ from node.consensus.chain_replica import ChainReplica
 from node.consensus.environment import ConsensusRules
 from node.identity import Identity
 from protocol.consensus import SignedMessage, sign_message
-from protocol.consensus_values import Commit, EquivocationProof, Reveal, Signature, digest_of
+from protocol.consensus_values import Commit, EquivocationProof, Reveal, Signature, Statement, digest_of
 from protocol.forms import Digest
 from protocol.identity import PeerId, peer_id_from_public_key
+from selector.consensus.participant import MAX_REVEALS
 from tests.support.agreement import CLOCK, GENESIS, HARDWARE, PLAN
 
 EPOCH = 1000
@@ -109,4 +110,74 @@ def test_commit_that_came_before_its_time_is_taken_when_its_epoch_is_here() -> N
     assert not replica.participant.unconfirmed(NOW_S)
     replica.apply(commit, NOW_S)
     assert replica.participant.unconfirmed(NOW_S) == [commit.body]
+    assert commit in replica.log.recent().values()
+
+
+def follow_founder(replica: ChainReplica, number: int) -> Digest:
+    """Let a peer found the chain, so that it is its only member; return the head."""
+    own, digest = peer(number), bytes(32)
+    statement = Statement(
+        chain=GENESIS,
+        epoch=EPOCH - 1,
+        parent=GENESIS,
+        proposer=own,
+        commits=(),
+        joined=(own,),
+        left=(),
+        expelled=(),
+        beacon=digest,
+        set_digest=digest,
+        table_digest=digest,
+        state_digest=digest,
+    )
+    for body in (statement, Signature(GENESIS, EPOCH - 1, own, statement.id)):
+        replica.apply(sign_message(body, key(number)), NOW_S)
+    assert replica.chain.head.id == statement.id
+    return statement.id
+
+
+@pytest.mark.parametrize("is_member", [False, True], ids=["newcomer", "member"])
+def test_what_counts_displaces_what_does_not_and_a_peer_gets_no_more_places(*, is_member: bool) -> None:
+    replica = new_replica()
+    head = follow_founder(replica, 1) if is_member else GENESIS
+    most = message_log.MAX_OF_PEER[Reveal] if is_member else message_log.MAX_OF_UNKNOWN_PEER
+    reveals = [reveal_of(1, 1, bytes([number])) for number in range(1, 6)]
+    commit = commit_to(reveals[0], head)
+    fill_places(replica, 1)
+    for message in (commit, *reveals):
+        replica.apply(message, NOW_S)
+    fill_places(replica, 1)
+    held = [each for each in replica.log.recent().values() if each.epoch == EPOCH]
+    assert {commit.id, *(each.id for each in reveals[:MAX_REVEALS])} <= {each.id for each in held}
+    assert len([each for each in held if isinstance(each.body, Commit)]) == most
+    assert len([each for each in held if isinstance(each.body, Reveal)]) == most
+    assert replica.participant.unconfirmed(NOW_S) == [commit.body]
+
+
+def test_what_gave_way_is_taken_again_once_it_counts() -> None:
+    replica, early, late = new_replica(), reveal_of(2, 1), reveal_of(2, 2)
+    head = follow_founder(new_replica(), 1)
+    contribution = (commit_to(late, head), late)
+    for message in contribution:
+        replica.apply(message, NOW_S)
+    fill_places(replica, 2)
+    for message in (commit_to(early), early):
+        replica.apply(message, NOW_S)
+    assert replica.participant.unconfirmed(NOW_S) == [commit_to(early).body]
+    follow_founder(replica, 1)
+    assert not replica.participant.unconfirmed(NOW_S)
+    for message in contribution:
+        replica.apply(message, NOW_S)
+    assert replica.participant.unconfirmed(NOW_S) == [commit_to(late, head).body]
+    assert {*contribution} <= {*replica.log.recent().values()}
+
+
+def test_contribution_to_an_epoch_that_has_its_statement_is_not_displaced() -> None:
+    replica, opening = new_replica(), reveal_of(2, 1)
+    commit = commit_to(opening, epoch=EPOCH - 1)
+    replica.apply(commit, NOW_S)
+    head = follow_founder(replica, 1)
+    for nonce in range(2, 5):
+        for parent in (digest_of(nonce), head):
+            replica.apply(commit_to(reveal_of(2, nonce), parent, EPOCH - 1), NOW_S)
     assert commit in replica.log.recent().values()
