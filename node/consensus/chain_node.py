@@ -164,7 +164,7 @@ class ChainNode:
             self._contributor.abstain(epoch)
         for message in messages:
             if not isinstance(message.body, Reveal):  # a secret until its phase
-                self.replica.log.add(message, epoch)
+                self.replica.hold(message, now_s)
             match message.body:
                 case Signature() as signature if message.peer == own_peer:
                     participant.voted_epoch = max(participant.voted_epoch, signature.epoch)
@@ -174,7 +174,7 @@ class ChainNode:
                 case Statement() as statement:
                     self.replica.apply_statement(message, statement)
                 case _:
-                    participant.on_equivocations(self.replica.log.equivocators, now_s)
+                    pass
 
     async def turn(self) -> None:
         """Apply the received messages, and publish what is due."""
@@ -195,7 +195,7 @@ class ChainNode:
                 _logger.warning("could not persist consensus messages; abstaining this epoch", reason=str(error))
                 return
             for message in due:
-                self.replica.log.add(message, self.clock.epoch_at(now_s))
+                self.replica.hold(message, now_s)
             self._update_agreement()
         if reveals:
             await self._meter.revealed()

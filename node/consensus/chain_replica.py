@@ -58,11 +58,12 @@ class ChainReplica:
         if entry is not None and message.peer not in entry.committee:
             return None  # it does not count, and must not take the room of those that do
         rank = self._unknown_rank(message, epoch)
-        head = self.chain.head.id
-        if self.log.is_full(message, rank, head) and message.epoch >= epoch - 1:
-            return None
-        found = self.log.add(message, epoch, rank, head)
-        proof = self._accuse(message.peer, found, now_s, rank) if found else None
+        # However many it has sent: else a peer could make room for contradictions.
+        found = self.log.prove_equivocation(message)
+        proof = self._accuse(message.peer, found, now_s) if found else None
+        head = self.chain.head
+        if not self.log.add(message, epoch, rank, head.id if message.epoch > head.epoch else None):
+            return proof
         for evicted in self.log.evicted:
             if isinstance(evicted.body, Commit | Reveal):
                 self.participant.forget(evicted.body)
@@ -77,12 +78,19 @@ class ChainReplica:
             case Statement() as statement if statement.epoch <= epoch + 1:
                 self.apply_statement(message, statement)
             case EquivocationProof():
-                self.participant.on_equivocations(self.log.equivocators, now_s)
+                self._take_up_proofs(now_s)
             case _:
                 pass
         if self.log.is_overfull:
             self.log.prune(epoch, self.chain.statement_ids() | self._orphans.keys(), self.participant.knows)
         return proof
+
+    def hold(self, message: SignedMessage, now_s: float) -> None:
+        """Hold a message of our own, for others to fetch: a proof only where others hold it, too, the rest always."""
+        epoch = self._clock.epoch_at(now_s)
+        is_proof = isinstance(message.body, EquivocationProof)
+        self.log.add(message, epoch, self._unknown_rank(message, epoch) if is_proof else None)
+        self._take_up_proofs(now_s)
 
     def apply_statement(self, message: SignedMessage, statement: Statement) -> None:
         """Add a statement to the chain, and the orphans that follow it; without its parent it becomes an orphan."""
@@ -114,8 +122,7 @@ class ChainReplica:
             _logger.debug("orphan statements dropped", epochs=sorted({each.epoch for each in self._orphans.values()}))
         self._orphans.clear()
         self.log.prune(self._clock.epoch_at(now_s), self.chain.statement_ids(), self.participant.knows)
-        for peer in self.participant.equivocators.keys() - self.log.equivocators.keys():
-            del self.participant.equivocators[peer]
+        self._take_up_proofs(now_s)
 
     def locator(self) -> tuple[Digest, ...]:
         """Return statements of the canonical branch, newest first, in growing steps, and at last the genesis."""
@@ -141,16 +148,23 @@ class ChainReplica:
             return self.participant.unknown_rank(equivocator_of(message.body), epoch)
         return self.participant.unknown_rank(message.peer, message.epoch)
 
-    def _accuse(
-        self, peer: PeerId, proof: EquivocationProof, now_s: float, unknown_rank: bytes | None
-    ) -> SignedMessage | None:
-        """Return a signed proof of equivocation; None where the peer is convicted already."""
+    def _accuse(self, peer: PeerId, proof: EquivocationProof, now_s: float) -> SignedMessage | None:
+        """Return a signed proof of equivocation; None where the peer is convicted already, or others hold no proof."""
         message = None if peer in self.log.equivocators else self.sign(proof)
-        if message is not None:
-            _logger.warning("equivocation proven", peer=peer)
-            self.log.convict(peer, message, self._clock.epoch_at(now_s), unknown_rank)
-            self.participant.on_equivocations([peer], now_s)
+        if message is None:
+            return None
+        epoch = self._clock.epoch_at(now_s)
+        if not self.log.convict(peer, message, epoch, self.participant.unknown_rank(peer, epoch)):
+            return None
+        _logger.warning("equivocation proven", peer=peer)
+        self._take_up_proofs(now_s)
         return message
+
+    def _take_up_proofs(self, now_s: float) -> None:
+        """Let the participant go by the proofs that are held, and by no others."""
+        self.participant.on_equivocations(self.log.equivocators, now_s)
+        for peer in self.participant.equivocators.keys() - self.log.equivocators.keys():
+            del self.participant.equivocators[peer]
 
 
 def state_parts(state: State) -> list[StatePart]:

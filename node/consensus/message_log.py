@@ -4,9 +4,8 @@ Other peers get them from here, and need not trust us. Bounded by kind, epoch an
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Collection
-from typing import Final
+from typing import Final, NamedTuple
 
 from protocol.chains import SHORT_ID_BYTES
 from protocol.consensus import SignedMessage, epoch_of_equivocation, equivocator_of, is_equivocation
@@ -14,10 +13,14 @@ from protocol.consensus_values import Commit, EquivocationProof, Reveal, Signatu
 from protocol.forms import Digest
 from protocol.identity import PeerId
 from protocol.limits import MAX_HAVE
+from selector.consensus.participant import MAX_REVEALS
 
 MAX_OF_PEER: Final = {Commit: 4, Reveal: 4, Statement: 3, Signature: 3}
-"""Messages of one peer in one epoch that are held. An honest one sends one of each, and again after another head. What
-this epoch needs is held beside them, so that a peer cannot fill its own places for some with what opens nothing."""
+"""Messages of one peer in one epoch that are held. An honest one sends one of each, and again after another head."""
+
+MAX_NEEDED: Final = {Commit: 1, Reveal: MAX_REVEALS}
+"""Of these so many as can count now: the commit after the head, and its reveals. They displace others of the same peer:
+it cannot fill its own places for some with what opens nothing, and send its true contribution to the rest."""
 
 MAX_OF_UNKNOWN_PEER: Final = 2
 """The same of a peer that is neither a member nor a candidate."""
@@ -37,8 +40,13 @@ MAX_EVIDENCE: Final = 2048
 MAX_SIGNATURES: Final = 512
 """Signatures held of a statement, more than a committee has: the committee may not be known yet."""
 
-MAX_UNIQUE: Final = 4 * MAX_HAVE
-"""Messages that are remembered to prove equivocations."""
+
+class _Place(NamedTuple):
+    """Where the few messages are held that one peer sends of one kind in one epoch."""
+
+    epoch: int
+    kind: type
+    peer: PeerId
 
 
 class MessageLog:
@@ -53,52 +61,53 @@ class MessageLog:
         """The proof against each peer,"""
         self._offences: dict[PeerId, int] = {}
         """and the epoch of what it proves."""
-        self._recent: dict[bytes, SignedMessage] = {}
-        self._unique: dict[tuple[object, ...], SignedMessage] = {}
-        """The first message of which a peer may sign only one."""
-        self._counts: Counter[tuple[int, type, PeerId]] = Counter()
-        """By epoch, kind and peer."""
+        self._held: dict[_Place, dict[bytes, SignedMessage]] = {}
+        """The messages of recent epochs, by id."""
         self._unknown: dict[tuple[int, type], dict[PeerId, bytes]] = {}
         """The ranks of unknown peers, by epoch and kind."""
         self.evicted: list[SignedMessage] = []
-        """Messages of unknown peers that gave way to others since this was last cleared."""
+        """Commits, reveals and others that gave way since this was last cleared."""
 
     def add(
         self, message: SignedMessage, current_epoch: int, unknown_rank: bytes | None = None, head: Digest | None = None
-    ) -> EquivocationProof | None:
-        """Add a message; return the proof of the equivocation that it completes.
+    ) -> bool:
+        """Add a message; return whether it may count: not if its peer has sent too many, or ranks behind too many.
 
         Old statements and signatures are accepted as evidence; all other messages only for the current epoch, the one
         before and the one after, because clocks differ. `unknown_rank`: of a peer that is neither a member nor a
-        candidate; for a proof, of the one that it convicts. `head`: the statement that commits are to follow.
+        candidate; for a proof, of the one that it convicts. `head`: the statement that commits of this message's epoch
+        are to follow, if there is none of that epoch yet.
         """
         body = message.body
         if isinstance(body, EquivocationProof):
-            self.convict(equivocator_of(body), message, current_epoch, unknown_rank)
-            return None
-        is_full = self.is_full(message, unknown_rank, head)
-        proof = self._prove_equivocation(message)
-        is_recent = abs(body.epoch - current_epoch) <= 1
-        if is_recent and message.id not in self._recent and not is_full:
-            self._recent[message.id] = message
-            self._counts[body.epoch, type(body), message.peer] += 1
-            if unknown_rank is not None:
-                self._add_unknown(message, unknown_rank)
+            return self.convict(equivocator_of(body), message, current_epoch, unknown_rank)
+        if abs(body.epoch - current_epoch) <= 1 and not self._hold(message, unknown_rank, head):
+            return False
         if isinstance(body, Signature):
             held = self.signatures.setdefault(body.statement, {})
             if len(held) < MAX_SIGNATURES:
                 held.setdefault(message.peer, message)
-        return proof
+        return True
 
-    def convict(self, peer: PeerId, proof: SignedMessage, current_epoch: int, unknown_rank: bytes | None) -> None:
+    def prove_equivocation(self, message: SignedMessage) -> EquivocationProof | None:
+        """Return the proof of the equivocation that a message completes with one that is held."""
+        for first in self._held.get(_place_of(message), {}).values():
+            if is_equivocation(first, message):
+                return EquivocationProof(first.body.chain, first.envelope, message.envelope)
+        return None
+
+    def convict(self, peer: PeerId, proof: SignedMessage, current_epoch: int, unknown_rank: bytes | None) -> bool:
         """Hold the proof against a peer; of too many against unknown ones, those of the lowest rank, as of messages.
 
         An old one says nothing of an unknown peer: others may have dropped it, and all are to agree on who may join.
+        Return whether the peer is convicted.
         """
         assert isinstance(proof.body, EquivocationProof)
+        if peer in self.equivocators:
+            return True
         epoch = epoch_of_equivocation(proof.body)
-        if peer in self.equivocators or (unknown_rank is not None and abs(epoch - current_epoch) > 1):
-            return
+        if unknown_rank is not None and abs(epoch - current_epoch) > 1:
+            return False
         self.equivocators[peer] = proof
         self._offences[peer] = epoch
         if unknown_rank is not None:
@@ -108,6 +117,7 @@ class MessageLog:
                 last = max(ranks, key=lambda each: ranks[each])
                 del ranks[last]
                 self._acquit(last)
+        return peer in self.equivocators
 
     def _acquit(self, peer: PeerId) -> None:
         self.equivocators.pop(peer, None)
@@ -118,50 +128,45 @@ class MessageLog:
         """Whether there is so much evidence that it must be pruned now: a peer may send old statements without end."""
         return max(len(self.statements), len(self.signatures)) > 2 * MAX_EVIDENCE
 
-    def is_full(self, message: SignedMessage, unknown_rank: bytes | None = None, head: Digest | None = None) -> bool:
-        """Return whether no more messages of this kind and epoch are accepted from this peer or rank."""
-        body = message.body
-        if isinstance(body, EquivocationProof):
-            return False
-        kind = type(body)
-        most = MAX_OF_PEER[kind] if unknown_rank is None else MAX_OF_UNKNOWN_PEER
-        if self._counts[body.epoch, kind, message.peer] >= most and not self._is_needed(message, head):
+    def _hold(self, message: SignedMessage, unknown_rank: bytes | None, head: Digest | None) -> bool:
+        """Hold a message of a recent epoch; return whether there is a place for it."""
+        place = _place_of(message)
+        held = self._held.get(place, {})
+        if message.id in held:
             return True
-        ranks = self._unknown.get((body.epoch, kind), {})
-        if unknown_rank is None or message.peer in ranks or len(ranks) < MAX_UNKNOWN_PEERS[kind]:
+        if unknown_rank is not None and not self._admit(place, unknown_rank):
             return False
-        return unknown_rank > max(ranks.values())
-
-    def _is_needed(self, message: SignedMessage, head: Digest | None) -> bool:
-        """Return whether it is the first commit of its peer after the head, or the first reveal of a commit held."""
-        match message.body:
-            case Commit() as commit:
-                is_expected = commit.parent == head
-            case Reveal() as reveal:
-                is_expected = any(
-                    isinstance(each.body, Commit)
-                    and (each.peer, each.body.epoch, each.body.commitment)
-                    == (message.peer, reveal.epoch, reveal.commitment)
-                    for each in self._recent.values()
-                )
-            case _:
+        most = MAX_OF_PEER[type(message.body)] if unknown_rank is None else MAX_OF_UNKNOWN_PEER
+        if len(held) >= most:
+            displaced = self._displaced_by(message, head)
+            if displaced is None:
                 return False
-        return is_expected and _only_one_of(message) not in self._unique and len(self._unique) < MAX_UNIQUE
+            self.evicted.append(held.pop(displaced))
+        self._held.setdefault(place, {})[message.id] = message
+        return True
 
-    def _add_unknown(self, message: SignedMessage, rank: bytes) -> None:
-        """Note the rank of an unknown peer; evict the messages of the one with the highest, if there are too many."""
-        kind = type(message.body)
-        ranks = self._unknown.setdefault((message.epoch, kind), {})
-        ranks[message.peer] = rank
-        if len(ranks) <= MAX_UNKNOWN_PEERS[kind]:
-            return
+    def _displaced_by(self, message: SignedMessage, head: Digest | None) -> bytes | None:
+        """Return the id of what cannot count after the head and gives way to a message of the same peer that can."""
+        purpose, needed = _purpose_of(message), {head}
+        if isinstance(message.body, Reveal):
+            commits = [each.body for each in self._held.get(_Place(message.epoch, Commit, message.peer), {}).values()]
+            needed = {each.commitment for each in commits if isinstance(each, Commit) and each.parent == head}
+        purposes = {key: _purpose_of(each) for key, each in self._held[_place_of(message)].items()}
+        is_needed = purpose is not None and purpose in needed
+        if not is_needed or [*purposes.values()].count(purpose) >= MAX_NEEDED[type(message.body)]:
+            return None
+        return next((key for key, each in purposes.items() if each not in needed), None)
+
+    def _admit(self, place: _Place, rank: bytes) -> bool:
+        """Note the rank of an unknown peer; of too many the last loses its places. Return whether this one has any."""
+        ranks = self._unknown.setdefault((place.epoch, place.kind), {})
+        ranks[place.peer] = rank
+        if len(ranks) <= MAX_UNKNOWN_PEERS[place.kind]:
+            return True
         last = max(ranks, key=lambda peer: ranks[peer])
-        del ranks[last], self._counts[message.epoch, kind, last]
-        of = (last, kind, message.epoch)
-        gone = [each for each in self._recent.values() if (each.peer, type(each.body), each.epoch) == of]
-        self.evicted += gone
-        for each in gone:
-            del self._recent[each.id]
+        del ranks[last]
+        self.evicted += self._held.pop(place._replace(peer=last), {}).values()
+        return last != place.peer
 
     def prune(self, current_epoch: int, needed: Collection[Digest], knows: Callable[[PeerId], bool]) -> None:
         """Drop past epochs, and the oldest evidence of statements that are not `needed`.
@@ -172,9 +177,7 @@ class MessageLog:
         for peer in [each for each, epoch in self._offences.items() if abs(epoch - current_epoch) > 1]:
             if not knows(peer):
                 self._acquit(peer)
-        self._recent = {key: message for key, message in self._recent.items() if message.epoch >= oldest}
-        self._unique = {key: message for key, message in self._unique.items() if message.epoch >= oldest}
-        self._counts = Counter({key: count for key, count in self._counts.items() if key[0] >= oldest})
+        self._held = {place: held for place, held in self._held.items() if place.epoch >= oldest}
         self._unknown = {key: ranks for key, ranks in self._unknown.items() if key[0] >= oldest}
         for evidence in (self.statements, self.signatures):
             for statement in [each for each in evidence if each not in needed][: max(0, len(evidence) - MAX_EVIDENCE)]:
@@ -182,7 +185,7 @@ class MessageLog:
 
     def recent(self) -> dict[bytes, SignedMessage]:
         """Return the messages of recent epochs by their short ids, ascending."""
-        found = {message.id[:SHORT_ID_BYTES]: message for message in self._recent.values()}
+        found = {key[:SHORT_ID_BYTES]: message for held in self._held.values() for key, message in held.items()}
         found |= {message.id[:SHORT_ID_BYTES]: message for message in self.equivocators.values()}
         return {key: found[key] for key in sorted(found)[:MAX_HAVE]}
 
@@ -190,30 +193,17 @@ class MessageLog:
         """Return the digest of the recent messages' short ids."""
         return hashlib.sha256(b"".join(self.recent())).digest()
 
-    def _prove_equivocation(self, message: SignedMessage) -> EquivocationProof | None:
-        key = _only_one_of(message)
-        if key is None:
-            return None
-        first = self._unique.get(key)
-        if first is None:
-            if len(self._unique) < MAX_UNIQUE:
-                self._unique[key] = message
-            return None
-        return (
-            EquivocationProof(first.body.chain, first.envelope, message.envelope)
-            if is_equivocation(first, message)
-            else None
-        )
+
+def _place_of(message: SignedMessage) -> _Place:
+    return _Place(message.epoch, type(message.body), message.peer)
 
 
-def _only_one_of(message: SignedMessage) -> tuple[object, ...] | None:
-    """Return of what a peer may sign only one message; None for a kind that is not so."""
+def _purpose_of(message: SignedMessage) -> Digest | None:
+    """Return the statement that a commit follows, or the commitment that a reveal opens; None for others."""
     match message.body:
-        case Signature() as body:
-            return message.peer, body.epoch
-        case Commit() as body:
-            return message.peer, body.epoch, body.parent
-        case Reveal() as body:
-            return message.peer, body.epoch, body.commitment
+        case Commit() as commit:
+            return commit.parent
+        case Reveal() as reveal:
+            return reveal.commitment
         case _:
             return None

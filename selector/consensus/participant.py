@@ -103,11 +103,16 @@ class Participant:
                     held.append(_ReceivedReveal(reveal, now_s))
 
     def forget(self, message: Commit | Reveal) -> None:
-        """Drop an unknown peer's message, which gave way to others."""
+        """Drop a message that gave way to others, which others may not have either."""
         if isinstance(message, Reveal):
-            self._reveals.get(message.epoch, {}).pop(message.commitment, None)
+            reveals = self._reveals.get(message.epoch, {})
+            rest = [each for each in reveals.pop(message.commitment, ()) if each.reveal != message]
+            if rest:
+                reveals[message.commitment] = rest
         else:
-            self._commits.get((message.epoch, message.parent), {}).pop(message.peer, None)
+            received = self._commits.get((message.epoch, message.parent), {})
+            if message.peer in received and received[message.peer].commit == message:
+                del received[message.peer]
 
     def on_equivocations(self, peers: Iterable[PeerId], now_s: float) -> None:
         """Accept proofs of equivocation."""

@@ -35,9 +35,8 @@ def test_strangers_cannot_crowd_out_members() -> None:
         log.add(commit(number), 7, rank(number))
     assert len(log.recent()) == bound
     stranger, member = commit(5000), commit(5001)
-    assert log.is_full(stranger, b"\xff" * 32)
-    assert not log.is_full(member)
-    log.add(member, 7)
+    assert not log.add(stranger, 7, b"\xff" * 32)
+    assert log.add(member, 7)
     assert member in log.recent().values()
     assert bound + 1 < MAX_HAVE
 
@@ -64,8 +63,7 @@ def test_one_member_cannot_crowd_out_others() -> None:
         log.add(sign_message(body, key(1)), 7)
     assert len(log.recent()) == MAX_OF_PEER[Reveal]
     other = sign_message(Reveal(CHAIN, 7, peer(2), bytes(32), ()), key(2))
-    assert not log.is_full(other)
-    log.add(other, 7)
+    assert log.add(other, 7)
     assert other in log.recent().values()
 
 
@@ -83,10 +81,10 @@ def test_digest_does_not_depend_on_the_order() -> None:
 
 def test_detects_equivocation_in_one_epoch_only() -> None:
     log = MessageLog()
-    assert log.add(commit(1), 7) is None
-    assert log.add(commit(1), 7) is None
-    assert log.add(commit(1, epoch=8), 7) is None
-    equivocation = log.add(commit(1, commitment=bytes([1]) * 32), 7)
+    log.add(commit(1), 7)
+    assert log.prove_equivocation(commit(1)) is None
+    assert log.prove_equivocation(commit(1, epoch=8)) is None
+    equivocation = log.prove_equivocation(commit(1, commitment=bytes([1]) * 32))
     assert equivocation is not None
     assert equivocator_of(equivocation) == peer(2)
 
