@@ -25,6 +25,9 @@ BODY_TIMEOUT_S: Final = 30.0
 DISCARD_TIMEOUT_S: Final = 5.0
 """Longest wait of a refusal for the end of the body: most clients read the answer only after sending it."""
 
+END_LIMIT_S: Final = 1.0
+"""Longest time for the end of an answer once the client has disconnected."""
+
 EXPOSED_HEADERS: Final = (
     "Retry-After, X-Request-Id, X-RateLimit-Limit-Requests, X-RateLimit-Remaining-Requests, X-RateLimit-Reset-Requests"
 )
@@ -55,6 +58,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        receive, send = _until_ended(receive, send)
         headers = Headers(scope=scope)
         origin = headers.get("origin")
         if origin and self._is_admitted(origin):
@@ -184,6 +188,33 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return receive_again
+
+
+def _until_ended(receive: Receive, send: Send) -> tuple[Receive, Send]:
+    """Return both so that a disconnect is reported only once the end of the answer is sent.
+
+    hypercorn reports one at the end of every answer, before it closes the connection or makes it ready for the next
+    request: an endpoint that is cancelled by it would leave the connection open for ever. It also waits for ever to
+    send the end over HTTP/2 to a client that is gone, hence the limit.
+    """
+    is_ending = False
+    ended = trio.Event()
+
+    async def send_and_note(message: Message) -> None:
+        nonlocal is_ending
+        is_ending = message["type"] == "http.response.body" and not message.get("more_body", False)
+        await send(message)
+        if is_ending:
+            ended.set()
+
+    async def receive_disconnect_late() -> Message:
+        message = await receive()
+        if is_ending and message["type"] == "http.disconnect":
+            with trio.move_on_after(END_LIMIT_S):
+                await ended.wait()
+        return message
+
+    return receive_disconnect_late, send_and_note
 
 
 async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -190,6 +190,29 @@ async def test_body_timeout(virtual_clock: object) -> None:
     assert sent[0]["status"] == 408
 
 
+async def test_client_that_never_takes_end_of_answer_is_given_up(virtual_clock: object) -> None:
+    disconnected = trio.Event()
+    messages: list[Message] = [
+        {"type": "http.request", "body": json.dumps(chat_body()).encode(), "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> Message:
+        if len(messages) == 1:
+            await disconnected.wait()
+        return messages.pop(0)
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            disconnected.set()
+            await trio.sleep_forever()
+
+    path = "/v1/chat/completions"
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
+    with trio.fail_after(2 * guard.END_LIMIT_S):
+        await make_app(FakeNode(), Access())(scope, receive, send)
+
+
 KEYS = (
     ApiKey(name="busy", sha256=hash_api_key("sesame"), requests_per_minute=2),
     ApiKey(name="narrow", sha256=hash_api_key("saffron"), concurrency=1),

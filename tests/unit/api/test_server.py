@@ -3,6 +3,7 @@ import socket
 from functools import partial
 
 import httpx
+import hypercorn
 import pytest
 import trio
 
@@ -52,6 +53,33 @@ async def test_cancel_ends_running_answer() -> None:
             request = client.build_request("POST", "/v1/chat/completions", json=chat_body(stream=True))
             await client.send(request, stream=True)
     assert node.submitter.left.is_set()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", chat_body()),
+        ("/v1/chat/completions", chat_body(stream=True)),
+        ("/v1/embeddings", {"model": "tiny", "input": "Hi"}),
+        ("/api/embed", {"model": "tiny", "input": []}),
+        ("/swarm/bench", {"model": "tiny"}),
+    ],
+)
+@pytest.mark.parametrize(
+    ("version", "headers"), [("1.0", ""), ("1.1", "Connection: close\r\n"), ("1.1", "Connection: keep-alive\r\n")]
+)
+async def test_closes_connection_after_answer(
+    path: str, body: dict[str, object], version: str, headers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, or after the limit of an idle one."""
+    monkeypatch.setattr(hypercorn.Config, "keep_alive_timeout", 0.05)
+    headers += "Content-Type: application/json\r\n"
+    with trio.fail_after(4):
+        async with serve_node(FakeNode()) as url:
+            request = json.dumps(body).encode()
+            async with await send_request(url, path, request, version=version, headers=headers) as stream:
+                answer = b"".join([part async for part in stream])
+    assert answer.startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no TCP_USER_TIMEOUT (Linux has)")
