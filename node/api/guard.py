@@ -21,6 +21,9 @@ from node.api.page_files import is_page
 from node.config import is_loopback
 
 MAX_BODY_BYTES: Final = 8 << 20
+MAX_KEYLESS_BODY_BYTES: Final = 4 << 10
+"""The same for what needs no key, and so no body either: whoever has none could fill the memory."""
+
 BODY_TIMEOUT_S: Final = 30.0
 DISCARD_TIMEOUT_S: Final = 5.0
 """Longest wait of a refusal for the end of the body: most clients read the answer only after sending it."""
@@ -64,6 +67,7 @@ class Guard:
         if origin and self._is_admitted(origin):
             send = _with_headers(send, _cors_headers(origin))
         preflight = self._preflight(scope["method"], headers)
+        is_keyless = preflight is not None or _is_public(scope["path"])
         use = RequestUse(None)
         try:
             try:
@@ -71,7 +75,7 @@ class Guard:
                     use = RequestUse(self._check(scope["path"], headers))
                     send = _with_headers(send, use.headers)
                     _check_form(scope["method"], scope["path"], headers)
-                body = await _read_body(receive)
+                body = await _read_body(receive, MAX_KEYLESS_BODY_BYTES if is_keyless else MAX_BODY_BYTES)
             except ApiError as error:
                 await _refuse(error, scope, receive, send)
                 return
@@ -88,7 +92,7 @@ class Guard:
 
     def _check(self, path: str, headers: Headers) -> KeyUse | None:
         """Return the use of the key that a request has, if keys are needed. Raises ApiError."""
-        if path in PUBLIC or is_page(path):
+        if _is_public(path):
             return None
         if self._keys is not None:
             scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -125,6 +129,10 @@ class Guard:
         if _HEADER_NAMES.fullmatch(names):
             allowed["Access-Control-Allow-Headers"] = names
         return Response(status_code=204, headers=allowed)
+
+
+def _is_public(path: str) -> bool:
+    return path in PUBLIC or is_page(path)
 
 
 def _check_form(method: str, path: str, headers: Headers) -> None:
@@ -164,7 +172,7 @@ def _is_local(url: str) -> bool:
         return False
 
 
-async def _read_body(receive: Receive) -> bytes | None:
+async def _read_body(receive: Receive, most_bytes: int) -> bytes | None:
     """Return the whole body; None if the client disconnected."""
     body = bytearray()
     with trio.move_on_after(BODY_TIMEOUT_S):
@@ -173,8 +181,8 @@ async def _read_body(receive: Receive) -> bytes | None:
             if message["type"] == "http.disconnect":
                 return None
             body += message.get("body", b"")
-            if len(body) > MAX_BODY_BYTES:
-                raise ApiError(413, f"the body has more than {MAX_BODY_BYTES} bytes", code="request_too_large")
+            if len(body) > most_bytes:
+                raise ApiError(413, f"the body has more than {most_bytes} bytes", code="request_too_large")
             if not message.get("more_body", False):
                 return bytes(body)
     raise ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} seconds")

@@ -30,6 +30,8 @@ MAX_CONNECTIONS: Final = 256
 """Concurrent connections, fewer if the limit of open files is low; more get 503."""
 FILES_SHARE: Final = 8
 """Divisor of the limit of open files."""
+MAX_STREAMS: Final = 16
+"""Concurrent requests of one HTTP/2 connection: each may have a body in memory, and the limit is of connections."""
 SILENT_TIMEOUT_S: Final = 5.0
 """Longest time until a client sends something; a silent one is evicted for a new one."""
 
@@ -60,6 +62,7 @@ async def serve(
     config = hypercorn.Config()
     config.graceful_timeout = GRACE_S
     config.include_server_header = False
+    config.h2_max_concurrent_streams = MAX_STREAMS
     log = logging.getLogger("metaswarm.api")
     log.setLevel(logging.WARNING)
     config.errorlog = log

@@ -161,6 +161,13 @@ async def test_refuses_body_over_limit(
     assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
 
 
+@pytest.mark.parametrize(("method", "path"), [("GET", "/health"), ("GET", "/page/app.js"), ("OPTIONS", "/v1/models")])
+async def test_takes_few_bytes_without_key(guarded_client: httpx.AsyncClient, method: str, path: str) -> None:
+    headers = {"Origin": "http://localhost:3000", **ASKS} if method == "OPTIONS" else {}
+    response = await guarded_client.request(method, path, content=b"x" * 5000, headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+
+
 async def test_endless_body_frees_connection(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "MAX_BODY_BYTES", 1000)
     monkeypatch.setattr(guard, "DISCARD_TIMEOUT_S", 0.1)

@@ -2,6 +2,10 @@ import json
 import socket
 from functools import partial
 
+import h2.config
+import h2.connection
+import h2.events
+import h2.settings
 import httpx
 import hypercorn
 import pytest
@@ -99,6 +103,30 @@ def test_url_of_unspecified_host_is_loopback() -> None:
     assert url_of("0.0.0.0", 8642) == "http://127.0.0.1:8642"
     assert url_of("::", 8642) == "http://[::1]:8642"
     assert url_of("swarm.example.org", 80) == "http://swarm.example.org:80"
+
+
+async def test_http2_connection_has_few_streams() -> None:
+    client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+    client.initiate_connection()
+    with trio.fail_after(5):
+        async with serve_node(FakeNode()) as url:
+            stream = await trio.open_tcp_stream("127.0.0.1", int(url.rpartition(":")[2]))
+            async with stream:
+                await stream.send_all(client.data_to_send())
+                events: list[h2.events.Event] = []
+                while not any(isinstance(event, h2.events.RemoteSettingsChanged) for event in events):
+                    events += client.receive_data(await stream.receive_some())
+                assert client.remote_settings.max_concurrent_streams == server.MAX_STREAMS == 16
+                client.remote_settings.acknowledge()
+                client.remote_settings[h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS] = 1000
+                client.remote_settings.acknowledge()
+                for number in range(17):  # a client that does not keep to it
+                    head = [(":method", "POST"), (":path", "/health"), (":scheme", "http"), (":authority", "127.0.0.1")]
+                    client.send_headers(1 + 2 * number, head)
+                await stream.send_all(client.data_to_send())
+                while data := await stream.receive_some():
+                    events += client.receive_data(data)
+    assert any(isinstance(event, h2.events.ConnectionTerminated) for event in events)
 
 
 async def test_evicts_silent_connection_at_limit(monkeypatch: pytest.MonkeyPatch) -> None:
