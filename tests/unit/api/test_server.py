@@ -129,6 +129,28 @@ async def test_http2_connection_has_few_streams() -> None:
     assert any(isinstance(event, h2.events.ConnectionTerminated) for event in events)
 
 
+async def test_http2_client_that_took_no_answer_and_left_frees_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 4)
+    monkeypatch.setattr(server, "GONE_S", 0.1)
+    with trio.fail_after(10):
+        async with serve_node(FakeNode()) as url:
+            for _ in range(4):
+                client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+                client.initiate_connection()
+                client.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0})
+                head = [(":method", "GET"), (":path", "/health"), (":scheme", "http"), (":authority", "127.0.0.1")]
+                client.send_headers(1, head, end_stream=True)
+                stream = await trio.open_tcp_stream("127.0.0.1", int(url.rpartition(":")[2]))
+                async with stream:
+                    await stream.send_all(client.data_to_send())
+                    events: list[h2.events.Event] = []
+                    while not any(isinstance(event, h2.events.ResponseReceived) for event in events):
+                        events += client.receive_data(await stream.receive_some())
+            async with httpx.AsyncClient(base_url=url) as other:
+                while (await other.get("/health")).status_code != 200:
+                    await trio.sleep(0.01)
+
+
 async def test_evicts_silent_connection_at_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
     with trio.fail_after(20):
