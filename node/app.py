@@ -37,6 +37,9 @@ from node.util.open_files import raise_open_file_limit, retry_on_file_shortage
 DRAIN_LIMIT_S = 30.0
 """Longest wait for jobs and sessions at shutdown."""
 
+END_LIMIT_S = 2.0
+"""Longest wait for the jobs that are ended then: each tells its stages."""
+
 RETENTION_INTERVAL_S = 60.0
 """Pause between prunings of the history."""
 
@@ -124,7 +127,10 @@ class Node:
         return tasks
 
     async def drain(self) -> None:
-        """Refuse new work, announce the departure, migrate sessions, and wait a bounded time for the rest."""
+        """Refuse new work, announce the departure, migrate sessions, and wait a bounded time for the rest.
+
+        Jobs that are not done then end with an error, as long as there are links to their stages and clients.
+        """
         coordinator, stages, swarm = self._parts.client.coordinator, self._parts.serving.stages, self._parts.swarm
         coordinator.draining = True
         stages.start_draining()
@@ -134,11 +140,13 @@ class Node:
         with trio.move_on_after(DRAIN_LIMIT_S) as scope:
             await coordinator.wait_idle()
             await stages.wait_idle()
-        await swarm.replicator.leave()
         if scope.cancelled_caught:
-            _logger.warning(
-                "shutdown timed out with open sessions", sessions=sum(len(s.sessions) for s in stages.spans())
-            )
+            jobs, sessions = coordinator.statistics.running, sum(len(s.sessions) for s in stages.spans())
+            _logger.warning("shutdown timed out with open sessions", jobs=jobs, sessions=sessions)
+            coordinator.end_jobs()
+            with trio.move_on_after(END_LIMIT_S):
+                await coordinator.wait_idle()
+        await swarm.replicator.leave()
 
 
 async def _retention_loop(history: HistoryStore) -> None:

@@ -205,16 +205,7 @@ class EventStream:
 
     async def close(self) -> None:
         """End the stream."""
-        await end_body(self._send)
-
-
-async def end_body(send: Send) -> None:
-    """End a streamed answer.
-
-    Shielded, as hypercorn reports the end to `until_disconnect` before it has closed a connection of HTTP/1.0.
-    """
-    with trio.CancelScope(shield=True):
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def until_disconnect(receive: Receive, answer: Callable[[], Awaitable[None]]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Final
 import trio
 from starlette.types import Receive, Scope, Send
 
-from node.api.endpoint import end_body, until_disconnect
+from node.api.endpoint import until_disconnect
 from node.api.errors import ApiError
 from node.api.interface import NodeView
 from node.util.json_line import json_line
@@ -62,7 +62,7 @@ class EventsEndpoint:
             nursery.start_soon(self._send_events, send)
             await self._node.stopping.wait()
             nursery.cancel_scope.cancel()
-        await end_body(send)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_events(self, send: Send) -> None:
         sent: dict[str, str] = {}

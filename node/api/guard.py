@@ -21,9 +21,15 @@ from node.api.page_files import is_page
 from node.config import is_loopback
 
 MAX_BODY_BYTES: Final = 8 << 20
+MAX_KEYLESS_BODY_BYTES: Final = 4 << 10
+"""The same for what needs no key, and so no body either: whoever has none could fill the memory."""
+
 BODY_TIMEOUT_S: Final = 30.0
 DISCARD_TIMEOUT_S: Final = 5.0
 """Longest wait of a refusal for the end of the body: most clients read the answer only after sending it."""
+
+END_LIMIT_S: Final = 1.0
+"""Longest time for the end of an answer once the client has disconnected."""
 
 EXPOSED_HEADERS: Final = (
     "Retry-After, X-Request-Id, X-RateLimit-Limit-Requests, X-RateLimit-Remaining-Requests, X-RateLimit-Reset-Requests"
@@ -55,11 +61,13 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        receive, send = _until_ended(receive, send)
         headers = Headers(scope=scope)
         origin = headers.get("origin")
         if origin and self._is_admitted(origin):
             send = _with_headers(send, _cors_headers(origin))
         preflight = self._preflight(scope["method"], headers)
+        is_keyless = preflight is not None or _is_public(scope["path"])
         use = RequestUse(None)
         try:
             try:
@@ -67,7 +75,7 @@ class Guard:
                     use = RequestUse(self._check(scope["path"], headers))
                     send = _with_headers(send, use.headers)
                     _check_form(scope["method"], scope["path"], headers)
-                body = await _read_body(receive)
+                body = await _read_body(receive, MAX_KEYLESS_BODY_BYTES if is_keyless else MAX_BODY_BYTES)
             except ApiError as error:
                 await _refuse(error, scope, receive, send)
                 return
@@ -84,7 +92,7 @@ class Guard:
 
     def _check(self, path: str, headers: Headers) -> KeyUse | None:
         """Return the use of the key that a request has, if keys are needed. Raises ApiError."""
-        if path in PUBLIC or is_page(path):
+        if _is_public(path):
             return None
         if self._keys is not None:
             scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -121,6 +129,10 @@ class Guard:
         if _HEADER_NAMES.fullmatch(names):
             allowed["Access-Control-Allow-Headers"] = names
         return Response(status_code=204, headers=allowed)
+
+
+def _is_public(path: str) -> bool:
+    return path in PUBLIC or is_page(path)
 
 
 def _check_form(method: str, path: str, headers: Headers) -> None:
@@ -160,7 +172,7 @@ def _is_local(url: str) -> bool:
         return False
 
 
-async def _read_body(receive: Receive) -> bytes | None:
+async def _read_body(receive: Receive, most_bytes: int) -> bytes | None:
     """Return the whole body; None if the client disconnected."""
     body = bytearray()
     with trio.move_on_after(BODY_TIMEOUT_S):
@@ -169,8 +181,8 @@ async def _read_body(receive: Receive) -> bytes | None:
             if message["type"] == "http.disconnect":
                 return None
             body += message.get("body", b"")
-            if len(body) > MAX_BODY_BYTES:
-                raise ApiError(413, f"the body has more than {MAX_BODY_BYTES} bytes", code="request_too_large")
+            if len(body) > most_bytes:
+                raise ApiError(413, f"the body has more than {most_bytes} bytes", code="request_too_large")
             if not message.get("more_body", False):
                 return bytes(body)
     raise ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} seconds")
@@ -184,6 +196,33 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return receive_again
+
+
+def _until_ended(receive: Receive, send: Send) -> tuple[Receive, Send]:
+    """Return both so that a disconnect is reported only once the end of the answer is sent.
+
+    hypercorn reports one at the end of every answer, before it closes the connection or makes it ready for the next
+    request: an endpoint that is cancelled by it would leave the connection open for ever. It also waits for ever to
+    send the end over HTTP/2 to a client that is gone, hence the limit.
+    """
+    is_ending = False
+    ended = trio.Event()
+
+    async def send_and_note(message: Message) -> None:
+        nonlocal is_ending
+        is_ending = message["type"] == "http.response.body" and not message.get("more_body", False)
+        await send(message)
+        if is_ending:
+            ended.set()
+
+    async def receive_disconnect_late() -> Message:
+        message = await receive()
+        if is_ending and message["type"] == "http.disconnect":
+            with trio.move_on_after(END_LIMIT_S):
+                await ended.wait()
+        return message
+
+    return receive_disconnect_late, send_and_note
 
 
 async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -30,6 +30,10 @@ MAX_CONNECTIONS: Final = 256
 """Concurrent connections, fewer if the limit of open files is low; more get 503."""
 FILES_SHARE: Final = 8
 """Divisor of the limit of open files."""
+MAX_STREAMS: Final = 16
+"""Concurrent requests of one HTTP/2 connection: each may have a body in memory, and the limit is of connections."""
+GONE_S: Final = 2.0
+"""Longest time for the answers of a client that is gone to end: more than the guard gives them."""
 SILENT_TIMEOUT_S: Final = 5.0
 """Longest time until a client sends something; a silent one is evicted for a new one."""
 
@@ -60,6 +64,7 @@ async def serve(
     config = hypercorn.Config()
     config.graceful_timeout = GRACE_S
     config.include_server_header = False
+    config.h2_max_concurrent_streams = MAX_STREAMS
     log = logging.getLogger("metaswarm.api")
     log.setLevel(logging.WARNING)
     config.errorlog = log
@@ -67,7 +72,7 @@ async def serve(
     wrapped = wrap_app(cast("Any", app), config.wsgi_max_body_size, "asgi")
 
     async def handle(stream: trio.SocketStream) -> None:
-        await TCPServer(wrapped, config, context, ConnectionState(LifespanState()), cast("Any", stream)).run()
+        await _Connection(wrapped, config, context, ConnectionState(LifespanState()), cast("Any", stream)).run()
 
     limit = max(4, min(MAX_CONNECTIONS, open_file_limit() // FILES_SHARE))
     limiter = _ConnectionLimit(handle, limit)
@@ -80,6 +85,16 @@ async def serve(
             accepting.cancel_scope.cancel()
         await context.terminated.set()
         connections.cancel_scope.deadline = trio.current_time() + GRACE_S
+
+
+class _Connection(TCPServer):
+    """A connection that ends once its client is gone: over HTTP/2 hypercorn waits for ever to send answers to one."""
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        nursery = self._task_group._nursery  # noqa: SLF001 - hypercorn has no other way to end them
+        if nursery is not None:
+            nursery.cancel_scope.deadline = trio.current_time() + GONE_S
 
 
 class _ConnectionLimit:

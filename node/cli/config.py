@@ -17,7 +17,10 @@ _STANDARD: Final = NodeConfig(data_dir=default_data_dir(), cache_dir=default_cac
 _DEFAULTS: Final[Mapping[str, object]] = {
     "data_dir": _STANDARD.data_dir,
     "cache_dir": _STANDARD.cache_dir,
-    "listen": _STANDARD.listen[0],
+    "listen": ", ".join(_STANDARD.listen),
+    "no_port_mapping": "no",
+    "no_relay": "no",
+    "relay_rate": f"{_STANDARD.relay_bytes_per_s >> 20}MiB",
     "api": DEFAULT_API,
     "bootstrap": "the list that ships with the program",
     "memory": "3/4 of what is free",
@@ -28,6 +31,7 @@ _DEFAULTS: Final[Mapping[str, object]] = {
     "batching": _STANDARD.batching,
     "epoch": f"{_STANDARD.epoch_s:g}",
     "exploration": _STANDARD.exploration,
+    "price": f"{_STANDARD.price:g}",
     "log_level": _STANDARD.log_level,
     "log_format": _STANDARD.log_format,
 }

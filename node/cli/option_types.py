@@ -134,6 +134,8 @@ def _api_keys(text: str) -> list[ApiKey]:
                 )
             values[option] = int(value)
         keys.append(ApiKey(name=name, sha256=digest.lower(), **values))
+    if not keys:  # the API would be open, which is not what somebody who names such a file means
+        raise ValueError(f"{path} has no API key: add one with `metaswarm keygen --api-key-name NAME {path}`")
     if len({key.sha256 for key in keys}) < len(keys):
         raise ValueError(f"{path}: two lines have the same key")
     return keys

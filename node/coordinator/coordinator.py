@@ -8,8 +8,8 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,6 +126,9 @@ class Coordinator:
         self.recent_jobs = RecentJobs()
         self._idle = trio.Event()
         self._idle.set()
+        self._has_left = False
+        self._waiting: set[trio.CancelScope] = set()
+        """Of each job that waits for its route or its stages."""
         self._users_seen_s = -math.inf
         """When a user's job last began or ended."""
 
@@ -141,6 +144,36 @@ class Coordinator:
     async def wait_idle(self) -> None:
         """Wait until no job is running."""
         await self._idle.wait()
+
+    def end_jobs(self) -> None:
+        """End all jobs with an error, for this node leaves: its clients then know that there is more to the text."""
+        self._has_left = True
+        for scope in self._waiting:
+            scope.cancel()
+
+    @contextmanager
+    def _until_left(self) -> Iterator[None]:
+        """Run the block until this node leaves. Raises JobError then."""
+        with trio.CancelScope() as scope:
+            self._waiting.add(scope)
+            try:
+                if self._has_left:
+                    scope.cancel()
+                yield
+            finally:
+                self._waiting.discard(scope)
+        if scope.cancelled_caught:
+            message = "this node shut down before the job was done: submit it at another peer"
+            raise JobError(JobErrorCode.LEAVING, message)
+
+    async def _events_until_left(self, events: AsyncIterator[JobEvent]) -> AsyncGenerator[JobEvent, None]:
+        """Yield the events until this node leaves. Raises JobError then."""
+        while True:
+            with self._until_left():
+                event = await anext(events, None)
+            if event is None:
+                return
+            yield event
 
     async def model(self, text: str) -> KnownModel:
         """Return the model that a user means. Raises JobError."""
@@ -178,13 +211,19 @@ class Coordinator:
         reason = ""
         entry: RecentJob | None = None
         try:
-            running.job = job = replace(await self._prepare(request, on_served=on_served), trace_parent=trace_parent)
+            with self._until_left():
+                prepared = await self._prepare(request, on_served=on_served)
+            running.job = job = replace(prepared, trace_parent=trace_parent)
             running.prepared_s = trio.current_time()
             entry = self.recent_jobs.begin(
                 job.id, job.model.id, job.model.name, is_trial=is_trial, prompt_tokens=len(job.prompt), task=job.kind
             )
-            async with self._routed(job, running) as route, aclosing(self._events(job, route, entry)) as events:
-                yield events
+            async with (
+                self._routed(job, running) as route,
+                aclosing(self._events(job, route, entry)) as events,
+                aclosing(self._events_until_left(events)) as ours,
+            ):
+                yield ours
                 outcome = "done" if route.is_finished else "cancelled"
         except JobError as error:
             code, reason = error.code, error.message
@@ -272,10 +311,11 @@ class Coordinator:
         running.route = route = ResilientRoute(job, self._services)
         self._routes[job.id] = route
         try:
-            if job.claim.owner is not None and any(method.prefix_cache for method in job.admitted):
-                with trio.move_on_after(OWNER_LIMIT_S):  # then most of the prompt is found in the prefix cache
-                    await job.claim.owner.released.wait()
-            await route.open()
+            with self._until_left():
+                if job.claim.owner is not None and any(method.prefix_cache for method in job.admitted):
+                    with trio.move_on_after(OWNER_LIMIT_S):  # then most of the prompt is found in the prefix cache
+                        await job.claim.owner.released.wait()
+                await route.open()
             yield route
         finally:
             del self._routes[job.id]

@@ -32,18 +32,19 @@ CHECK_TIME_LIMIT_S: Final = 30.0
 
 
 def check_data_dir(config: NodeConfig, running: RunningNode | None) -> Iterator[Finding]:
-    """Check access to the data directory, its lock and its disk."""
+    """Check access to the data directory, or to where it would be made, its lock and its disk."""
     folder = config.data_dir
-    if not folder.exists():
-        return
-    if not os.access(folder, os.W_OK | os.X_OK):
-        message = f"{folder} is not writable: choose another --data-dir"
+    existing = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        fault = "not writable" if existing.is_dir() else "not a folder"
+        purpose = "" if existing == folder else f", so {folder} cannot be made"
+        message = f"{existing} is {fault}{purpose}: choose another --data-dir"
         yield Finding(Fault.NAME_TAKEN, Consequence.START, message)
         return
     if running is None and _is_locked(folder / LOCK_FILE):
         message = f"another node uses {folder} and its API does not answer: stop it, or choose another --data-dir"
         yield Finding(Fault.NAME_TAKEN, Consequence.START, message)
-    free_bytes = psutil.disk_usage(str(folder)).free
+    free_bytes = psutil.disk_usage(str(existing)).free
     if free_bytes < MIN_FREE_BYTES:
         message = f"the disk of {folder} is full ({free_bytes >> 20} MiB free), no history can be stored: free some"
         yield Finding(Fault.DISK_FULL, Consequence.SERVE, message)

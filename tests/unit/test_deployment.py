@@ -47,6 +47,16 @@ def test_unit_starts_a_node_that_the_program_accepts(tmp_path: Path, monkeypatch
     assert stop_s > 30, "a node drains for up to 30 s"
 
 
+def test_unit_is_not_restarted_after_wrong_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (DEPLOY / "systemd/metaswarm.service").read_text().splitlines()
+    settings = dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+    file = tmp_path / "node.toml"
+    file.write_text('memory = "lots"\n')
+    monkeypatch.setenv("METASWARM_CONFIG", str(file))
+    assert run(shlex.split(settings["ExecStart"])[1:]) == int(settings["RestartPreventExitStatus"])
+    assert not settings.keys() & {"ExecStartPre", "ExecCondition"}, "systemd looks at the exit status of ExecStart only"
+
+
 def test_compose_file_starts_three_nodes_that_cover_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     document: dict[str, Any] = yaml.safe_load((DEPLOY / "docker/compose.yaml").read_text())
     dockerfile = (DEPLOY / "docker/Dockerfile").read_text()

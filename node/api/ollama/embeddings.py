@@ -9,7 +9,7 @@ from starlette.datastructures import Headers
 
 from node.api.embeddings import EmbeddingWriter, as_json, embedding_of, normalised
 from node.api.endpoint import wants_details
-from node.api.fields import Field, Form, ObjectForm, list_of, parse_boolean, parse_json, parse_text
+from node.api.fields import Field, ObjectForm, form, list_of, parse_boolean, parse_json, parse_text, refuse
 from node.api.job_document import describe_job
 from node.api.ollama.answers import nanoseconds
 from node.api.ollama.requests import IGNORED, OPTIONS, PROMPT, model_name
@@ -17,12 +17,25 @@ from node.api.shared_fields import MAX_INPUTS, MODEL
 from node.coordinator.submission import JobRequest, JobResult
 from protocol.tensors import Pooling
 
-_texts: Final = list_of(parse_text, "texts", MAX_INPUTS)
-_one_or_more: Final = Form(
-    lambda param, value: (parse_text(param, value),) if isinstance(value, str) else _texts(param, value),
-    {"anyOf": [parse_text.schema, _texts.schema]},
-)
-_INPUT: Final = Field("input", _one_or_more)
+
+@form({"type": "string", "minLength": 1})
+def _parse_element(param: str, value: Any) -> str:
+    """Return a text of several: if an empty one were left out, vectors would belong to other texts."""
+    return parse_text(param, value) or refuse(param, "is an empty text: leave it out")
+
+
+_texts: Final = list_of(_parse_element, "texts", MAX_INPUTS)
+
+
+@form({"anyOf": [parse_text.schema, _texts.schema]})
+def _parse_input(param: str, value: Any) -> tuple[str, ...]:
+    """Return the texts: none for a single empty one, as in Ollama."""
+    if isinstance(value, str):
+        return (parse_text(param, value),) if value else ()
+    return _texts(param, value)
+
+
+_INPUT: Final = Field("input", _parse_input)
 _TRUNCATE: Final = Field("truncate", parse_boolean)
 # Nothing is sampled: options have nothing to change.
 _OPTIONS: Final = Field("options", ObjectForm(ignored=OPTIONS.names).form)
@@ -37,8 +50,8 @@ def parse_embed(body: bytes, headers: Headers) -> tuple[tuple[JobRequest, ...], 
     fields = EMBED.read(parse_json(body))
     fields.get(_OPTIONS)
     model, truncate = model_name(fields), fields.get(_TRUNCATE) is not False
-    texts = [text for text in fields.get(_INPUT) or () if text]
-    return _jobs(model, texts, truncate=truncate), OllamaEmbeddings(model, details=wants_details(headers))
+    jobs = _jobs(model, fields.get(_INPUT) or (), truncate=truncate)
+    return jobs, OllamaEmbeddings(model, details=wants_details(headers))
 
 
 def parse_embeddings(body: bytes, headers: Headers) -> tuple[tuple[JobRequest, ...], EmbeddingWriter]:

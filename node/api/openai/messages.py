@@ -28,6 +28,7 @@ NEUTRAL_IN_MESSAGE: Final[Mapping[str, tuple[Any, ...]]] = {
     "annotations": ([],),
     **dict.fromkeys(("function_call", "audio"), ()),
     "refusal": ("",),
+    "type": ("message", "text"),  # of the Responses API, and what lm-evaluation-harness makes of a turn
 }
 
 # Chat templates know the older name of the role that instructs the model.

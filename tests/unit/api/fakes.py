@@ -520,11 +520,13 @@ def serve_in_thread(node: FakeNode, api_key: str | None = None) -> Iterator[str]
         thread.join()
 
 
-async def send_request(url: str, path: str, body: bytes, length: int | None = None) -> trio.SocketStream:
+async def send_request(
+    url: str, path: str, body: bytes, length: int | None = None, *, version: str = "1.1", headers: str = ""
+) -> trio.SocketStream:
     """Send a request on a connection of its own, for tests about how bytes flow; `length` None is the body's own."""
     stream = await trio.open_tcp_stream("127.0.0.1", int(url.rpartition(":")[2]))
     length = len(body) if length is None else length
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n\r\n"
+    head = f"POST {path} HTTP/{version}\r\nHost: 127.0.0.1\r\n{headers}Content-Length: {length}\r\n\r\n"
     await stream.send_all(head.encode() + body)
     return stream
 

@@ -78,7 +78,7 @@ async def test_one_failure_is_that_of_the_answer(node: FakeNode, client: httpx.A
 
 
 async def test_ollama_embeds_as_ollama_does(node: FakeNode, client: httpx.AsyncClient) -> None:
-    answer = await embed(client, "/api/embed", input=["aa", "", "bbb"], truncate=False, options={"num_ctx": 512})
+    answer = await embed(client, "/api/embed", input=["aa", "bbb"], truncate=False, options={"num_ctx": 512})
     assert answer["model"] == "tiny"
     assert [math.hypot(*vector) for vector in answer["embeddings"]] == pytest.approx([1, 1])
     assert answer["prompt_eval_count"] == 10
@@ -91,3 +91,8 @@ async def test_ollama_embeds_as_ollama_does(node: FakeNode, client: httpx.AsyncC
     refused = await client.post("/api/embed", json={"model": "tiny", "input": "a", "dimensions": 64})
     assert refused.status_code == 400
     assert "dimensions" in refused.json()["error"]
+
+
+async def test_ollama_input_has_vector_for_each_text(client: httpx.AsyncClient) -> None:
+    refused = await client.post("/api/embed", json={"model": "tiny", "input": ["a", "", "b"]})
+    assert (refused.status_code, refused.json()) == (400, {"error": "input[1] is an empty text: leave it out"})

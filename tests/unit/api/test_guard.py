@@ -161,6 +161,13 @@ async def test_refuses_body_over_limit(
     assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
 
 
+@pytest.mark.parametrize(("method", "path"), [("GET", "/health"), ("GET", "/page/app.js"), ("OPTIONS", "/v1/models")])
+async def test_takes_few_bytes_without_key(guarded_client: httpx.AsyncClient, method: str, path: str) -> None:
+    headers = {"Origin": "http://localhost:3000", **ASKS} if method == "OPTIONS" else {}
+    response = await guarded_client.request(method, path, content=b"x" * 5000, headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+
+
 async def test_endless_body_frees_connection(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "MAX_BODY_BYTES", 1000)
     monkeypatch.setattr(guard, "DISCARD_TIMEOUT_S", 0.1)
@@ -188,6 +195,29 @@ async def test_body_timeout(virtual_clock: object) -> None:
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
     await make_app(FakeNode(), Access())(scope, receive, send)
     assert sent[0]["status"] == 408
+
+
+async def test_client_that_never_takes_end_of_answer_is_given_up(virtual_clock: object) -> None:
+    disconnected = trio.Event()
+    messages: list[Message] = [
+        {"type": "http.request", "body": json.dumps(chat_body()).encode(), "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> Message:
+        if len(messages) == 1:
+            await disconnected.wait()
+        return messages.pop(0)
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            disconnected.set()
+            await trio.sleep_forever()
+
+    path = "/v1/chat/completions"
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
+    with trio.fail_after(2 * guard.END_LIMIT_S):
+        await make_app(FakeNode(), Access())(scope, receive, send)
 
 
 KEYS = (

@@ -2,7 +2,12 @@ import json
 import socket
 from functools import partial
 
+import h2.config
+import h2.connection
+import h2.events
+import h2.settings
 import httpx
+import hypercorn
 import pytest
 import trio
 
@@ -54,6 +59,33 @@ async def test_cancel_ends_running_answer() -> None:
     assert node.submitter.left.is_set()
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", chat_body()),
+        ("/v1/chat/completions", chat_body(stream=True)),
+        ("/v1/embeddings", {"model": "tiny", "input": "Hi"}),
+        ("/api/embed", {"model": "tiny", "input": []}),
+        ("/swarm/bench", {"model": "tiny"}),
+    ],
+)
+@pytest.mark.parametrize(
+    ("version", "headers"), [("1.0", ""), ("1.1", "Connection: close\r\n"), ("1.1", "Connection: keep-alive\r\n")]
+)
+async def test_closes_connection_after_answer(
+    path: str, body: dict[str, object], version: str, headers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, or after the limit of an idle one."""
+    monkeypatch.setattr(hypercorn.Config, "keep_alive_timeout", 0.05)
+    headers += "Content-Type: application/json\r\n"
+    with trio.fail_after(4):
+        async with serve_node(FakeNode()) as url:
+            request = json.dumps(body).encode()
+            async with await send_request(url, path, request, version=version, headers=headers) as stream:
+                answer = b"".join([part async for part in stream])
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no TCP_USER_TIMEOUT (Linux has)")
 async def test_disconnects_stalled_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "STALL_TIMEOUT_S", 0.3)
@@ -71,6 +103,52 @@ def test_url_of_unspecified_host_is_loopback() -> None:
     assert url_of("0.0.0.0", 8642) == "http://127.0.0.1:8642"
     assert url_of("::", 8642) == "http://[::1]:8642"
     assert url_of("swarm.example.org", 80) == "http://swarm.example.org:80"
+
+
+async def test_http2_connection_has_few_streams() -> None:
+    client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+    client.initiate_connection()
+    with trio.fail_after(5):
+        async with serve_node(FakeNode()) as url:
+            stream = await trio.open_tcp_stream("127.0.0.1", int(url.rpartition(":")[2]))
+            async with stream:
+                await stream.send_all(client.data_to_send())
+                events: list[h2.events.Event] = []
+                while not any(isinstance(event, h2.events.RemoteSettingsChanged) for event in events):
+                    events += client.receive_data(await stream.receive_some())
+                assert client.remote_settings.max_concurrent_streams == server.MAX_STREAMS == 16
+                client.remote_settings.acknowledge()
+                client.remote_settings[h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS] = 1000
+                client.remote_settings.acknowledge()
+                for number in range(17):  # a client that does not keep to it
+                    head = [(":method", "POST"), (":path", "/health"), (":scheme", "http"), (":authority", "127.0.0.1")]
+                    client.send_headers(1 + 2 * number, head)
+                await stream.send_all(client.data_to_send())
+                while data := await stream.receive_some():
+                    events += client.receive_data(data)
+    assert any(isinstance(event, h2.events.ConnectionTerminated) for event in events)
+
+
+async def test_http2_client_that_took_no_answer_and_left_frees_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 4)
+    monkeypatch.setattr(server, "GONE_S", 0.1)
+    with trio.fail_after(10):
+        async with serve_node(FakeNode()) as url:
+            for _ in range(4):
+                client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+                client.initiate_connection()
+                client.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0})
+                head = [(":method", "GET"), (":path", "/health"), (":scheme", "http"), (":authority", "127.0.0.1")]
+                client.send_headers(1, head, end_stream=True)
+                stream = await trio.open_tcp_stream("127.0.0.1", int(url.rpartition(":")[2]))
+                async with stream:
+                    await stream.send_all(client.data_to_send())
+                    events: list[h2.events.Event] = []
+                    while not any(isinstance(event, h2.events.ResponseReceived) for event in events):
+                        events += client.receive_data(await stream.receive_some())
+            async with httpx.AsyncClient(base_url=url) as other:
+                while (await other.get("/health")).status_code != 200:
+                    await trio.sleep(0.01)
 
 
 async def test_evicts_silent_connection_at_limit(monkeypatch: pytest.MonkeyPatch) -> None:

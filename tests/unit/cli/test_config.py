@@ -1,9 +1,12 @@
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from node.cli import run
+from node.cli.options import _FIELD_OF
+from node.config import NodeConfig
 
 
 @pytest.fixture
@@ -28,6 +31,17 @@ def test_show_says_where_each_value_is_from(
     assert settings["threads"] == ("2", "flag --threads")
     assert settings["api"] == ("127.0.0.1:8642", "default")
     assert settings["api_key"][1] == "environment METASWARM_API_KEY"
+
+
+def test_show_has_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["config", "show", "--json"]) == 0
+    settings = {each["option"]: each["value"] for each in json.loads(capsys.readouterr().out)["settings"]}
+    assert (settings["relay_rate"], settings["price"], settings["no_relay"]) == ("16MiB", "1", "no")
+    fields = {field.name: field.default for field in dataclasses.fields(NodeConfig)}
+    for option in (name for name, value in settings.items() if value == "none" and name != "config"):
+        field = _FIELD_OF.get(option, option)
+        assert field in fields, f"{option} is a flag or made of several fields: it has a default"
+        assert fields[field] in (None, ()), option
 
 
 def test_check_names_every_fault_with_its_place(

@@ -395,6 +395,13 @@ def test_file_of_api_keys_names_faulty_line(tmp_path: Path, line: str, expected:
     assert expected in fault(api_keys=str(file))
 
 
+@pytest.mark.parametrize("text", ["", "# keys\n\n"])
+def test_file_without_api_key_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "api.keys"
+    file.write_text(text)
+    assert f"{file} has no API key: add one with `metaswarm keygen" in fault(api_keys=str(file))
+
+
 @pytest.mark.parametrize("origin", ["example.org", "ftp://example.org", "https://example.org/page"])
 def test_refuses_what_is_not_an_origin(origin: str) -> None:
     assert "expected an origin" in fault(cors_origin=origin)

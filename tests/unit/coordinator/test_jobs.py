@@ -423,6 +423,56 @@ async def test_draining_peer_finishes_its_jobs_and_refuses_new_ones(virtual_cloc
             await leaving.stages.wait_idle()
 
 
+@pytest.mark.parametrize("searches", [False, True], ids=["waits for a token", "searches for a stage"])
+async def test_jobs_end_with_an_error_when_their_node_leaves(virtual_clock: MockClock, searches: bool) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        errors: list[JobErrorCode] = []
+
+        async def submit(began: trio.Event) -> None:
+            try:
+                async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=4000)) as events:
+                    async for _ in events:
+                        began.set()
+            except JobError as error:
+                errors.append(error.code)
+
+        async with trio.open_nursery() as nursery:
+            began = [trio.Event(), trio.Event()]
+            for each in began:
+                nursery.start_soon(submit, each)
+            for each in began:
+                await each.wait()
+            if searches:
+                swarm.hub.kill(swarm.peers[1].id)
+                await trio.sleep(1)
+            peer.coordinator.end_jobs()
+            with trio.fail_after(2):
+                await peer.coordinator.wait_idle()
+        assert errors == [JobErrorCode.LEAVING] * 2
+        assert peer.coordinator.statistics.failed == 2
+        swarm.peers.pop(1) if searches else None
+        await all_free(swarm)
+
+
+async def test_opening_job_ends_with_an_error_when_its_node_leaves(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        await swarm.settle()
+
+        async def leave() -> None:
+            while not peer.coordinator.statistics.running:
+                await trio.lowlevel.checkpoint()
+            peer.coordinator.end_jobs()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(leave)
+            with pytest.raises(JobError) as caught:
+                await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=4000))
+        assert caught.value.code is JobErrorCode.LEAVING
+        await all_free(swarm)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 async def test_leaving_peer_migrates_its_sessions(virtual_clock: MockClock, stage: int) -> None:
     async with open_swarm() as swarm:

@@ -316,6 +316,18 @@ async def test_name_taken_directory(config: NodeConfig) -> None:
     assert only(found) == (Fault.NAME_TAKEN, Consequence.START)
 
 
+async def test_directory_that_cannot_be_made(config: NodeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    (config.data_dir / "file").touch()
+    found = await diagnose(replace(config, data_dir=config.data_dir / "file" / "sub" / "data"))
+    assert only(found) == (Fault.NAME_TAKEN, Consequence.START)
+    assert f"{config.data_dir / 'file'} is not a folder" in found.findings[0].message
+    closed, access = config.data_dir, os.access  # by its mode, to others than root
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not (path == closed and mode & os.W_OK))
+    found = await diagnose(replace(config, data_dir=closed / "sub" / "data"))
+    assert only(found) == (Fault.NAME_TAKEN, Consequence.START)
+    assert f"{closed} is not writable, so {closed / 'sub' / 'data'} cannot be made" in found.findings[0].message
+
+
 async def test_name_taken_port(config: NodeConfig) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
