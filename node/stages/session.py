@@ -90,8 +90,7 @@ class StageSession:
         """Where draws depend on the history: how many of its tokens the engine has, or is about to get."""
         self.active_s = trio.current_time()
         self._span = span
-        stages = request.context.get("stage_count", 1)
-        self._stages = max(1, int(stages)) if isinstance(stages, int | float) else 1
+        self._stages = int(count) if isinstance(count := request.context.get("stage_count"), int | float) else 1
         self._sources: set[InboundLink] = set()
         self._permitted = {opened_by.peer, *request.upstream}
         self._history: array[int] | None = None

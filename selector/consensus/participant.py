@@ -107,8 +107,7 @@ class Participant:
         if isinstance(message, Reveal):
             reveals = self._reveals.get(message.epoch, {})
             rest = [each for each in reveals.pop(message.commitment, ()) if each.reveal != message]
-            if rest:
-                reveals[message.commitment] = rest
+            reveals |= {message.commitment: rest} if rest else {}
         else:
             received = self._commits.get((message.epoch, message.parent), {})
             if message.peer in received and received[message.peer].commit == message:
@@ -340,9 +339,8 @@ class Participant:
             timely = self._held(epoch, self.clock.lists_end_s(epoch)).keys() | self._listed(epoch, reveals)
             found = {peer: each for peer, each in found.items() if peer in timely}
         expected = [found[peer] for peer in sortition.expected if peer in found]
-        known = self.chain.head.beacon
-        newcomers = newcomers_in_order(beacon_of(known, epoch), found.keys() - {*sortition.expected})[:MAX_NEWCOMERS]
-        drawn = newcomers_in_order(self._beacon_after(state, [*found.values()], epoch), newcomers)
+        newcomers = newcomers_in_order(beacon_of(self.chain.head.beacon, epoch), found.keys() - {*sortition.expected})
+        drawn = newcomers_in_order(self._beacon_after(state, [*found.values()], epoch), newcomers[:MAX_NEWCOMERS])
         return [*expected, *(found[peer] for peer in drawn)][:MAX_CONTRIBUTIONS]
 
     def _beacon_after(self, state: State, contributions: Sequence[Contribution], epoch: int) -> Digest:
@@ -412,9 +410,7 @@ class Participant:
             return False
         received = self._commits.get((entry.epoch, parent.id), {}).values()
         contributions = self._named(statement, [each.commit for each in received])
-        if contributions is None:
-            return False
-        return self._follows(parent, self._states[parent.id], statement, contributions)
+        return contributions is not None and self._follows(parent, self._states[parent.id], statement, contributions)
 
     def _follows(
         self, parent: ChainEntry, state: State, statement: Statement, contributions: Sequence[Contribution]
@@ -450,5 +446,4 @@ class Participant:
         self._states[statement] = state
         self._states.move_to_end(statement)
         while len(self._states) > MAX_STATES:
-            oldest = next(key for key in self._states if key != self.chain.head.id)
-            del self._states[oldest]
+            del self._states[next(key for key in self._states if key != self.chain.head.id)]
