@@ -65,6 +65,11 @@ class Job:
     on_served: Callable[[ServedJob], None] | None = None
     trace_parent: str = ""
     output: JobOutput = field(default_factory=JobOutput)
+    _most_tokens: int = field(init=False)
+    """The limit that the user, the model and peers' refusals set, whatever route is looked at."""
+
+    def __post_init__(self) -> None:
+        self._most_tokens = self.sampling.max_tokens
 
     @property
     def request_id(self) -> str:
@@ -93,16 +98,19 @@ class Job:
 
     def limit(self, max_tokens: int) -> None:
         """Lower the limit of the text. Memory for all of it is reserved, so that the route decides what is possible."""
-        self.sampling = replace(self.sampling, max_tokens=min(self.sampling.max_tokens, max_tokens))
+        self._most_tokens = min(self.sampling.max_tokens, max_tokens)
+        self.sampling = replace(self.sampling, max_tokens=self._most_tokens)
 
     def limit_unstated(self, loads: Iterable[Load]) -> None:
-        """Limit a text for which the user set no limit to a quarter of the KV memory that is free on its route.
+        """Limit a text for which the user set no limit to a quarter of the KV memory that is free on a route.
 
-        So it may be long where there is memory, and others still find some. `loads`: of the stages, 0 where unknown.
+        So it may be long where there is memory, and others still find some. Another route's limit is its own. `loads`:
+        of the stages, 0 where unknown.
         """
         if self.request.max_tokens is None:
             free = min((load.free_positions for load in loads), default=0)
-            self.limit(max(USUAL_TOKENS, free // UNSTATED_SHARE))
+            most = min(self._most_tokens, max(USUAL_TOKENS, free // UNSTATED_SHARE))
+            self.sampling = replace(self.sampling, max_tokens=most)
 
     @property
     def scores_left(self) -> int:

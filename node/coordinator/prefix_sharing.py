@@ -8,6 +8,7 @@ from typing import Final
 import trio
 from cachetools import LRUCache
 
+from protocol.identity import ModelId
 from protocol.limits import MAX_PREFIX_BYTES, PAGE_POSITIONS, PREFIX_HASH_BYTES
 
 REMEMBERED_PAGES: Final = 65_536
@@ -54,9 +55,9 @@ class RecentPrompts:
         self._pages: LRUCache[bytes, None] = LRUCache(capacity)
         self._claims: dict[bytes, PrefixClaim] = {}
 
-    def record_prompt(self, tokens: Sequence[int]) -> PrefixClaim:
-        """Remember a prompt, and claim its new pages until `release`."""
-        pages = page_hashes(tokens, self._salt)
+    def record_prompt(self, model: ModelId, tokens: Sequence[int]) -> PrefixClaim:
+        """Remember a prompt, and claim its new pages until `release`. Another model's keys and values are others."""
+        pages = page_hashes(tokens, self._salt + bytes.fromhex(model))
         known = next((number for number, page in enumerate(pages) if page not in self._pages), len(pages))
         shared_share = known * PAGE_POSITIONS / len(tokens)
         claim = PrefixClaim(

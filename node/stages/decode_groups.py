@@ -11,7 +11,7 @@ for sessions that are about to be back, as far as its own times of steps say tha
 from typing import Final
 
 from protocol.identity import SessionId
-from protocol.limits import MAX_SLICES
+from protocol.limits import MAX_SLICES, MAX_STAGES
 
 BETTER_BY: Final = 0.05
 """What another group must save of a round: each is another step, with its own messages."""
@@ -79,7 +79,7 @@ class DecodeGroups:
 
     def decoded(self, session: SessionId, stages: int, now_s: float) -> None:
         """Record that a step ended which drew for a session. `stages`: those of its route."""
-        self._stages[session] = stages
+        self._stages[session] = min(stages, MAX_STAGES)  # it is the coordinator's word
         self._away_s[session] = now_s
 
     def observe(self, count: int, took_s: float) -> None:

@@ -23,10 +23,8 @@ MIN_PREFILL_ROWS: Final = 16
 """Prompt rows that a step takes however many sessions decode: else these could starve a new session."""
 
 PREFILL_ROWS: Final = 512
-"""Prompt rows after which a step takes no further prompt when no session decodes: more gains nothing.
-
-Scored rows, which take longer, are cut to as many in any case: else a long prompt would look like a stage that hangs.
-"""
+"""Prompt rows of a step at most: more gains nothing, and whoever comes meanwhile waits for all of them. A step of many
+would look like a stage that hangs."""
 
 STATIC_MAX_WAIT_S: Final = 1.0
 """How long a static batch waits for its own rows before another forms: its sessions may be stuck elsewhere."""
@@ -229,7 +227,7 @@ class Scheduler(Generic[L]):
 
     def on_computed(self, batch: Iterable[Work[L]], took_s: float, now_s: float) -> None:
         """Record that a step for these rows has ended."""
-        drawing = [work for work in batch if work.part.draws]
+        drawing = [work for work in batch if work.session in self._decoding]  # not those that have ended meanwhile
         for work in drawing:
             self._groups.decoded(work.session, work.stages, now_s)
         if drawing and not any(work.is_prefill for work in batch):
@@ -293,12 +291,12 @@ class Scheduler(Generic[L]):
         taken = 0
         for work in self._fairly(prompts):
             # Decoding sessions may be at another stage just now: their rows will arrive here soon. A measurement's
-            # prompt is cut in any case: a user who comes must not wait for all of it.
+            # prompt is cut as for them in any case: a user who comes must not wait long.
             bounded = work.is_background or bool(self._decoding & self._users - {work.session})
             room = (budget if bounded else PREFILL_ROWS) - taken
             if room <= 0 or len(chosen) == MAX_SLICES:
                 break
-            piece = self._cut(work, room) if bounded else work
+            piece = self._cut(work, room)
             if piece is None:
                 break
             chosen.append(piece)

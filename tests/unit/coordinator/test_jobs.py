@@ -1,6 +1,6 @@
 """Jobs over several stages: what the submitter gets, and what the stages hold afterwards."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from unittest.mock import AsyncMock
 
@@ -9,6 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from node.coordinator.chat import ChatMessage
+from node.coordinator.job import Job
 from node.coordinator.route_search import MAX_SHORTENINGS
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, JobStarted, TextDelta
 from node.engine.interface import SliceFault, SliceInput, StepResult
@@ -21,7 +22,7 @@ from node.stages.span import IDLE_LIMIT_S, Span
 from node.swarm.heartbeats import HEARTBEAT_INTERVAL_S
 from node.testing.fake_engine import UNSATISFIABLE, FakeEngine, expected_tokens, fake_span_info
 from protocol.identity import BlockRange, SessionId, Stage
-from protocol.messages import FinishReason, Open, RefusalReason, Sampling
+from protocol.messages import FinishReason, Load, Open, RefusalReason, Sampling
 from tests.support.job_peers import BLOCKS, VOCABULARY, Peer, Swarm, a_step, an_opening, open_swarm
 
 PROMPT = "3 1 4 1 5 9 2 6"
@@ -249,6 +250,28 @@ async def test_text_without_a_limit_takes_a_quarter_of_the_free_memory(virtual_c
         assert (len(result.token_ids), result.finish_reason) == (640, FinishReason.LENGTH)
         assert result.token_ids == right_tokens(640)
         await all_free(swarm)
+
+
+async def test_limit_of_a_text_is_that_of_the_route_that_serves_it(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[int] = []
+    limit_unstated = Job.limit_unstated
+
+    def after_a_small_route(self: Job, loads: Iterable[Load]) -> None:
+        """Another route, which nobody on it would open, was looked at before."""
+        limit_unstated(self, [replace(load, free_positions=2048) for load in loads])
+        looked_at.append(self.sampling.max_tokens)
+        limit_unstated(self, loads)
+
+    monkeypatch.setattr(Job, "limit_unstated", after_a_small_route)
+    async with open_swarm() as swarm:
+        await swarm.join((0, 9), kv_positions=1 << 12)
+        peer = await swarm.join()
+        await swarm.settle()
+        result = await peer.run(JobRequest(model="fake", prompt=PROMPT))
+        assert looked_at == [512]
+        assert len(result.token_ids) == 1024
 
 
 async def test_texts_without_a_limit_leave_room_for_others(virtual_clock: MockClock) -> None:

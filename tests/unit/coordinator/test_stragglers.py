@@ -271,7 +271,7 @@ async def test_keeps_stages_behind_slow_links(virtual_clock: MockClock, monkeypa
         await swarm.settle()
         whole = method(engine="fused", prefill_chunk="none").name
         result = await peer.run(JobRequest(model="fake", prompt="7 " * 1500, max_tokens=4, method=whole))
-        assert result.timing.ttft_s > 7
+        assert result.timing.ttft_s > 5
         assert result.replays == 0
 
 

@@ -136,6 +136,16 @@ def test_sessions_that_ended_count_no_more() -> None:
     assert not groups.is_expected(0.0, 100.0)
 
 
+def test_session_that_ends_during_its_step_counts_no_more() -> None:
+    scheduler = Scheduler[str](StagePolicy(Batching.CONTINUOUS, 128))
+    for number in range(8):
+        scheduler.add(work(number, 0.0, 3))
+    batch = scheduler.next_batch(0.0)
+    scheduler.remove(batch[0].session)
+    scheduler.on_computed(batch, 0.1, 0.1)
+    assert scheduler._groups._stages.keys() == {each.session for each in batch[1:]}
+
+
 def test_step_waits_a_moment_and_not_for_ever() -> None:
     """Two sessions take turns, each away for 1 ms while the other has the engine for 10 ms."""
     scheduler = Scheduler[str](StagePolicy(Batching.CONTINUOUS, 128))

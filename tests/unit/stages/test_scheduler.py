@@ -102,9 +102,12 @@ def test_chunked_prefill_fits_rest_of_row_budget() -> None:
     assert sum(each.payload_bytes for each in [*taken, rest]) == 800
 
 
-def test_prefill_alone_is_not_chunked() -> None:
+def test_prefill_alone_is_cut_for_who_comes_meanwhile() -> None:
     made = scheduler(Batching.CONTINUOUS, work(1, 2000))
-    assert [each.rows for each in made.next_batch(0)] == [2000]
+    assert [each.rows for each in made.next_batch(0)] == [PREFILL_ROWS]
+    made.add(work(2, 10, at_s=1.0, of=BOB))
+    assert numbers(made.next_batch(1)) == [1], "the newcomer is level with who has had one step"
+    assert numbers(made.next_batch(2)) == [2, 1]
 
 
 @pytest.mark.parametrize("batching", Batching)
@@ -122,7 +125,7 @@ def test_scored_rows_are_cut(batching: Batching) -> None:
 def test_short_prefills_share_step_up_to_bound() -> None:
     made = scheduler(Batching.CONTINUOUS, *(work(number, 200) for number in range(9)))
     rows = sum(each.rows for each in made.next_batch(0))
-    assert PREFILL_ROWS <= rows < PREFILL_ROWS + 200
+    assert rows == PREFILL_ROWS
 
 
 def test_prefill_is_not_starved_by_decoding() -> None:
