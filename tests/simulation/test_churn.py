@@ -5,26 +5,26 @@ import pytest
 from tests.simulation.churn import Churn, play
 
 
-def check(churn: Churn) -> None:
+def replays(churn: Churn) -> int:
+    """Return how often a job went on on another route."""
     outcome = play(churn)
     assert not outcome.faults
     assert outcome.right > churn.duration_s / 4
-    assert outcome.replays
+    return outcome.replays
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_no_job_is_lost_under_churn_every_second(seed: int) -> None:
-    check(Churn(seed=seed, duration_s=40))
+def test_no_job_is_lost_under_churn_every_second() -> None:
+    assert sum(replays(Churn(seed=seed, duration_s=40)) for seed in range(4)) > 4, "in one there may be none by chance"
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", range(4, 308))
 def test_no_job_is_lost_in_minutes_of_churn(seed: int) -> None:
-    check(Churn(seed=seed, duration_s=120))
+    assert replays(Churn(seed=seed, duration_s=120))
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 def test_no_job_is_lost_in_an_hour_of_churn() -> None:
-    check(Churn(seed=308))
+    assert replays(Churn(seed=308))
