@@ -38,7 +38,7 @@ from protocol.identity import BlockRange, ModelId, PeerId, SessionId
 from protocol.messages import FailureReason, Load
 
 IDLE_LIMIT_S = 300.0
-"""A session whose coordinator lives, but that gets no rows for this long, is closed."""
+"""A session whose coordinator lives, but that gets no rows for this long, is closed; not while rows of it wait here."""
 
 SHORT_IDLE_LIMIT_S = 95.0
 """The same while KV memory is short, for sessions of the peer that holds most of it.
@@ -230,11 +230,25 @@ class Span(EngineLoop):
             others = (peer for peer in held if peer != self._link_pool.peer_id)
             largest = max(others, key=held.__getitem__, default=None)
             for session in tuple(self.sessions.values()):
-                limit_s = SHORT_IDLE_LIMIT_S if session.opened_by.peer == largest else IDLE_LIMIT_S
                 if session.method is None and session.admitted.is_set() and now_s - session.opened_s > BEGIN_LIMIT_S:
                     self.fail(session, FailureReason.EXPIRED, f"not begun {BEGIN_LIMIT_S:.0f} s after it was opened")
-                elif now_s - session.active_s > limit_s:
+                    continue
+                limit_s = self._idle_limit_s(session, is_short=session.opened_by.peer == largest)
+                if now_s - session.active_s > limit_s:
                     self.fail(session, FailureReason.EXPIRED, f"no rows arrived for {limit_s:.0f} s")
+
+    def _idle_limit_s(self, session: StageSession, *, is_short: bool) -> float:
+        """Return how long nothing may happen to a session. `is_short`: its peer holds most of the memory others want.
+
+        It is not idle while its rows wait for the engine or are in it, only while it waits for others: for rows, for
+        the receivers of its outputs, or, with its outbox closed, for another route.
+        """
+        outbox = session.outbox
+        if session.id in self._in_step or (session.held_rows and not outbox.is_busy and not outbox.is_closed):
+            return float("inf")
+        has_begun = session.info.is_first or session.phases.has_rows
+        waits_for_stage = not outbox.is_closed and (outbox.is_busy or not has_begun)  # which may be busy with others
+        return SHORT_IDLE_LIMIT_S if is_short and not waits_for_stage else IDLE_LIMIT_S
 
     # Variants
 

@@ -8,11 +8,13 @@ from trio.testing import MockClock
 
 from node.engine.interface import EngineError, SessionOptions
 from node.links.base_link import LinkBroken
+from node.links.outbound_link import SessionRefused
+from node.stages.span import IDLE_LIMIT_S, SHORT_IDLE_LIMIT_S
 from protocol.identity import SessionId
-from protocol.messages import FailureReason
+from protocol.messages import FailureReason, RefusalReason
 from protocol.tensors import tensor_from_tokens
 from tests.support.job_peers import open_swarm
-from tests.support.raw_coordinator import a_slice, raw_coordinator_at
+from tests.support.raw_coordinator import RawCoordinator, a_slice, raw_coordinator_at
 
 
 async def test_session_lost_while_taking_over_another_frees_its_memory(virtual_clock: MockClock) -> None:
@@ -54,3 +56,40 @@ async def test_fails_session_that_engine_cannot_begin(
         assert (await coordinator.until_lost()).reason is FailureReason.ENGINE
         await trio.sleep(1)
         assert server.held() == (0, 0)
+
+
+async def refuse_memory(other: RawCoordinator, seconds: float) -> None:
+    """Have a peer refused the memory that another one's sessions hold, again and again for some time."""
+    until_s = trio.current_time() + seconds
+    while trio.current_time() < until_s:
+        with pytest.raises(SessionRefused) as refused:
+            await other.begin(512)
+        assert refused.value.reason is RefusalReason.FULL
+        await trio.sleep(25)
+
+
+async def test_session_whose_rows_wait_or_are_computed_survives_short_memory(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        server = await swarm.join((0, 9), step_s=100.0, row_s=0.0, kv_positions=1024, max_positions=1024)
+        tenant, other = [await raw_coordinator_at(swarm, server) for _ in range(2)]
+        tokens = tensor_from_tokens([1])
+        sessions = [await tenant.begin(384) for _ in range(2)]
+        for session in sessions:  # the second one's rows wait for the first one's step
+            await tenant.send(a_slice(session, tokens), tokens)
+            await trio.sleep(1)
+        await refuse_memory(other, SHORT_IDLE_LIMIT_S + 50)
+        assert not tenant.lost
+        await refuse_memory(other, 60)
+        assert [lost.reason for lost in tenant.lost] == [FailureReason.EXPIRED], "the first one has been idle since"
+        assert list(server.stages.spans()[0].sessions) == sessions[1:]
+
+
+async def test_later_stage_awaits_first_rows_though_memory_is_short(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        server = await swarm.join((3, 6), kv_positions=1024, max_positions=1024)
+        tenant, other = [await raw_coordinator_at(swarm, server) for _ in range(2)]
+        await tenant.begin(768)
+        await refuse_memory(other, IDLE_LIMIT_S - 25)
+        assert not tenant.lost
+        await trio.sleep(50)
+        assert [lost.reason for lost in tenant.lost] == [FailureReason.EXPIRED]
