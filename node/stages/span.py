@@ -46,7 +46,7 @@ SHORT_IDLE_LIMIT_S = 95.0
 Sessions that wait for another route are idle, too, and coordinators look for one for 90 s."""
 
 BEGIN_LIMIT_S = 10.0
-"""A session that has not begun this long after it was opened is closed."""
+"""A session whose Begin has not arrived this long after it was opened is closed; if it has, after IDLE_LIMIT_S."""
 
 EXPIRY_ROUND_S = 1.0
 """How often sessions are checked for these limits."""
@@ -82,6 +82,8 @@ class Span(EngineLoop):
         self._observer = observer
         self._account = account
         self.sessions: dict[SessionId, StageSession] = {}
+        self.beginning: set[SessionId] = set()
+        """Sessions whose Begin has arrived: the engine may have to load something for them."""
         self.unavailable: set[Variant] = set()
         """Variants that were requested and cannot be built here."""
         self.unmet_demand = UnmetDemand()
@@ -230,8 +232,10 @@ class Span(EngineLoop):
             others = (peer for peer in held if peer != self._link_pool.peer_id)
             largest = max(others, key=held.__getitem__, default=None)
             for session in tuple(self.sessions.values()):
-                if session.method is None and session.admitted.is_set() and now_s - session.opened_s > BEGIN_LIMIT_S:
-                    self.fail(session, FailureReason.EXPIRED, f"not begun {BEGIN_LIMIT_S:.0f} s after it was opened")
+                if session.method is None and session.admitted.is_set():
+                    limit_s = IDLE_LIMIT_S if session.id in self.beginning else BEGIN_LIMIT_S
+                    if now_s - session.opened_s > limit_s:
+                        self.fail(session, FailureReason.EXPIRED, f"not begun {limit_s:.0f} s after it was opened")
                     continue
                 limit_s = self._idle_limit_s(session, is_short=session.opened_by.peer == largest)
                 if now_s - session.active_s > limit_s:

@@ -9,7 +9,7 @@ from trio.testing import MockClock
 from node.engine.interface import EngineError, SessionOptions
 from node.links.base_link import LinkBroken
 from node.links.outbound_link import SessionRefused
-from node.stages.span import IDLE_LIMIT_S, SHORT_IDLE_LIMIT_S
+from node.stages.span import BEGIN_LIMIT_S, IDLE_LIMIT_S, SHORT_IDLE_LIMIT_S
 from protocol.identity import SessionId
 from protocol.messages import FailureReason, RefusalReason
 from protocol.tensors import tensor_from_tokens
@@ -93,3 +93,25 @@ async def test_later_stage_awaits_first_rows_though_memory_is_short(virtual_cloc
         assert not tenant.lost
         await trio.sleep(50)
         assert [lost.reason for lost in tenant.lost] == [FailureReason.EXPIRED]
+
+
+@pytest.mark.parametrize("takes_s", [3 * BEGIN_LIMIT_S, 2 * IDLE_LIMIT_S], ids=["slow", "stuck"])
+async def test_session_whose_begin_has_come_has_time_to_load(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch, takes_s: float
+) -> None:
+    async with open_swarm() as swarm:
+        server = await swarm.join((0, 9))
+        coordinator = await raw_coordinator_at(swarm, server)
+        begin = server.engines[0].begin
+
+        async def load(session: SessionId, options: SessionOptions) -> int:
+            await trio.sleep(takes_s)
+            return await begin(session, options)
+
+        monkeypatch.setattr(server.engines[0], "begin", load)
+        session = await coordinator.begin()
+        await trio.sleep(min(takes_s, IDLE_LIMIT_S) + 5)
+        if takes_s < IDLE_LIMIT_S:
+            assert server.stages.spans()[0].sessions[session].method is not None
+        else:
+            assert [lost.reason for lost in coordinator.lost] == [FailureReason.EXPIRED]
