@@ -167,6 +167,7 @@ class Span(EngineLoop):
         """
         if session.is_ended:
             return
+        self.engine.uncache(session.id)  # what the sender sent before may be wrong, too
         self._records.fault(
             sender.peer if by_sender else session.opened_by.peer,
             trio.current_time(),
@@ -216,7 +217,8 @@ class Span(EngineLoop):
             finally:  # until then the former one counts
                 del self._continuing[former.id]
             session.take_over(former)
-            if session.is_ended:  # its coordinator left before there was anything to be freed under its id
+            if session.is_ended:  # before there was anything to be freed under its id, perhaps as its rows were wrong
+                self.engine.uncache(session.id)
                 self._account(session)
                 session.state.replay.drop()
                 await self._free(session.id)

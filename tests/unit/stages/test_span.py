@@ -6,15 +6,18 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.engine.interface import EngineError, SessionOptions
+from node.engine.interface import PAGE_HASH_BYTES, EngineError, SessionOptions
 from node.links.base_link import LinkBroken
 from node.links.outbound_link import SessionRefused
 from node.stages.span import BEGIN_LIMIT_S, IDLE_LIMIT_S, SHORT_IDLE_LIMIT_S
 from protocol.identity import SessionId
-from protocol.messages import FailureReason, RefusalReason
+from protocol.messages import Ballot, Begin, FailureReason, Open, RefusalReason
 from protocol.tensors import tensor_from_tokens
+from selector.task import parse_method
 from tests.support.job_peers import open_swarm
-from tests.support.raw_coordinator import RawCoordinator, a_slice, raw_coordinator_at
+from tests.support.raw_coordinator import RawCoordinator, a_slice, hidden, raw_coordinator_at
+
+CACHING = parse_method("prefix_cache=on")
 
 
 async def test_session_lost_while_taking_over_another_frees_its_memory(virtual_clock: MockClock) -> None:
@@ -115,3 +118,29 @@ async def test_session_whose_begin_has_come_has_time_to_load(
             assert server.stages.spans()[0].sessions[session].method is not None
         else:
             assert [lost.reason for lost in coordinator.lost] == [FailureReason.EXPIRED]
+
+
+async def test_what_was_computed_of_rejected_rows_is_not_cached(virtual_clock: MockClock) -> None:
+    """Also while a step with rows of the session is under way, after which another attempt has opened already."""
+    async with open_swarm() as swarm:
+        server = await swarm.join((3, 6), step_s=1.0, row_s=0.0)
+        coordinator = await raw_coordinator_at(swarm, server)
+
+        def opening() -> Open:
+            return replace(coordinator.opening(128), methods=(CACHING.name,), prefix=bytes(range(3 * PAGE_HASH_BYTES)))
+
+        first = opening()
+        opened = await coordinator.open_with(first)
+        ballots = (Ballot(server.id, (opened.votes[CACHING.name],)), Ballot(coordinator.id, (0.0,)))
+        coordinator.link.begin(Begin(session=first.session, method=CACHING.name, ballots=ballots))
+        for position, rows in ((0, hidden(rows=64)), (64, hidden(rows=32))):
+            await coordinator.send(a_slice(first.session, rows, position), rows)
+            await trio.sleep(1.5 - position / 64)
+        assert set((await coordinator.open_with(opening())).cached.values()) == {64}
+        await coordinator.send(a_slice(first.session, hidden(float("nan")), 96), hidden(float("nan")))
+        lost = await coordinator.until_lost(2)  # the first says that there is no next stage
+        assert lost.reason is FailureReason.ENGINE
+        assert first.session in server.stages.spans()[0]._in_step
+        assert (await coordinator.open_with(opening())).cached == {}
+        await trio.sleep(2)
+        assert (await coordinator.open_with(opening())).cached == {}
