@@ -105,6 +105,13 @@ class Engine(ABC):
         if (begun := self._sessions.pop(session, None)) is not None:
             self._sessions[successor] = begun
 
+    def uncache(self, session: SessionId) -> None:
+        """Keep what a session computed out of the prefix cache, from now on and also after it: its rows were wrong.
+
+        At once, and not when it is closed, as it may be in a step then, while another attempt of its job opens.
+        """
+        self._pages.uncache(session)
+
     async def close(self, session: SessionId) -> None:
         """Free a session, whose prompt's whole pages stay in the prefix cache; an unknown one is ignored."""
         await trio.lowlevel.checkpoint()

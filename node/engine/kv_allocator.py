@@ -230,6 +230,12 @@ class KvAllocator:
             if name not in cached:
                 cached[name] = holding.entries[number] = _Entry(holding.pages[number], group, name, session, holding)
 
+    def uncache(self, session: SessionId) -> None:
+        """Take a session's pages out of the prefix cache, and put none into it any more; an unknown one is ignored."""
+        if (holding := self._sessions.get(session)) is not None:
+            self.rewind(session, 0)
+            holding.kv_key = None
+
     def rename(self, session: SessionId, successor: SessionId) -> None:
         """Give a session another id. Raises EngineError where the one is not open, or the other is."""
         if successor in self._sessions:

@@ -38,6 +38,11 @@ class SessionPhases:
     prefill: PhaseTotals = field(default_factory=PhaseTotals)
     decode: PhaseTotals = field(default_factory=PhaseTotals)
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether any rows were computed."""
+        return bool(self.prefill.rows or self.decode.rows)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionReport:

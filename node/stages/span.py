@@ -38,7 +38,7 @@ from protocol.identity import BlockRange, ModelId, PeerId, SessionId
 from protocol.messages import FailureReason, Load
 
 IDLE_LIMIT_S = 300.0
-"""A session whose coordinator lives, but that gets no rows for this long, is closed."""
+"""A session whose coordinator lives, but that gets no rows for this long, is closed; not while rows of it wait here."""
 
 SHORT_IDLE_LIMIT_S = 95.0
 """The same while KV memory is short, for sessions of the peer that holds most of it.
@@ -46,7 +46,7 @@ SHORT_IDLE_LIMIT_S = 95.0
 Sessions that wait for another route are idle, too, and coordinators look for one for 90 s."""
 
 BEGIN_LIMIT_S = 10.0
-"""A session that has not begun this long after it was opened is closed."""
+"""A session whose Begin has not arrived this long after it was opened is closed; if it has, after IDLE_LIMIT_S."""
 
 EXPIRY_ROUND_S = 1.0
 """How often sessions are checked for these limits."""
@@ -82,6 +82,8 @@ class Span(EngineLoop):
         self._observer = observer
         self._account = account
         self.sessions: dict[SessionId, StageSession] = {}
+        self.beginning: set[SessionId] = set()
+        """Sessions whose Begin has arrived: the engine may have to load something for them."""
         self.unavailable: set[Variant] = set()
         """Variants that were requested and cannot be built here."""
         self.unmet_demand = UnmetDemand()
@@ -165,6 +167,7 @@ class Span(EngineLoop):
         """
         if session.is_ended:
             return
+        self.engine.uncache(session.id)  # what the sender sent before may be wrong, too
         self._records.fault(
             sender.peer if by_sender else session.opened_by.peer,
             trio.current_time(),
@@ -214,7 +217,8 @@ class Span(EngineLoop):
             finally:  # until then the former one counts
                 del self._continuing[former.id]
             session.take_over(former)
-            if session.is_ended:  # its coordinator left before there was anything to be freed under its id
+            if session.is_ended:  # before there was anything to be freed under its id, perhaps as its rows were wrong
+                self.engine.uncache(session.id)
                 self._account(session)
                 session.state.replay.drop()
                 await self._free(session.id)
@@ -230,11 +234,27 @@ class Span(EngineLoop):
             others = (peer for peer in held if peer != self._link_pool.peer_id)
             largest = max(others, key=held.__getitem__, default=None)
             for session in tuple(self.sessions.values()):
-                limit_s = SHORT_IDLE_LIMIT_S if session.opened_by.peer == largest else IDLE_LIMIT_S
-                if session.method is None and session.admitted.is_set() and now_s - session.opened_s > BEGIN_LIMIT_S:
-                    self.fail(session, FailureReason.EXPIRED, f"not begun {BEGIN_LIMIT_S:.0f} s after it was opened")
-                elif now_s - session.active_s > limit_s:
+                if session.method is None and session.admitted.is_set():
+                    limit_s = IDLE_LIMIT_S if session.id in self.beginning else BEGIN_LIMIT_S
+                    if now_s - session.opened_s > limit_s:
+                        self.fail(session, FailureReason.EXPIRED, f"not begun {limit_s:.0f} s after it was opened")
+                    continue
+                limit_s = self._idle_limit_s(session, is_short=session.opened_by.peer == largest)
+                if now_s - session.active_s > limit_s:
                     self.fail(session, FailureReason.EXPIRED, f"no rows arrived for {limit_s:.0f} s")
+
+    def _idle_limit_s(self, session: StageSession, *, is_short: bool) -> float:
+        """Return how long nothing may happen to a session. `is_short`: its peer holds most of the memory others want.
+
+        It is not idle while its rows wait for the engine or are in it, only while it waits for others: for rows, for
+        the receivers of its outputs, or, with its outbox closed, for another route.
+        """
+        outbox = session.outbox
+        if session.id in self._in_step or (session.held_rows and not outbox.is_busy and not outbox.is_closed):
+            return float("inf")
+        has_begun = session.info.is_first or session.phases.has_rows
+        waits_for_stage = not outbox.is_closed and (outbox.is_busy or not has_begun)  # which may be busy with others
+        return SHORT_IDLE_LIMIT_S if is_short and not waits_for_stage else IDLE_LIMIT_S
 
     # Variants
 

@@ -212,6 +212,13 @@ class StageServer:
         if (found := self._find_unbegun(message.session, link)) is None:
             return  # lost meanwhile, which was reported
         span, session = found
+        span.beginning.add(session.id)
+        try:
+            await self._begin(span, session, message, link)
+        finally:
+            span.beginning.discard(session.id)
+
+    async def _begin(self, span: Span, session: StageSession, message: Begin, link: InboundLink) -> None:
         if fault := tally_fault(
             message,
             own_ballot=(self.link_pool.peer_id, session.votes),

@@ -117,6 +117,22 @@ def test_recalculated_or_failed_pages_leave_the_prefix_cache() -> None:
     assert pages.begin(session(3), OPTIONS).cached == 0
 
 
+def test_pages_of_uncached_session_are_not_found_and_stay_its_own_until_it_is_closed() -> None:
+    pages = KvAllocator(INFO)
+    calculate(pages, 1, "ab")
+    pages.open(session(2), 64, prefix("ab"))
+    pages.uncache(session(1))
+    assert pages.begin(session(2), OPTIONS).cached == 0
+    pages.rename(session(1), session(3))
+    pages.advance(session(3), 65)
+    assert pages.open(session(4), 64, prefix("ab")) == {}
+    held = pages.reserved_positions
+    pages.close(session(3))
+    assert pages.reserved_positions == held - 96
+    assert pages.open(session(5), 64, prefix("ab")) == {}
+    pages.uncache(session(1))
+
+
 def test_session_can_opt_out_of_the_prefix_cache() -> None:
     pages = KvAllocator(INFO)
     calculate(pages, 1, "ab", SessionOptions(variant=REFERENCE, sampling=GREEDY, prefix_cache=False))

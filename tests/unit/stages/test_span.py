@@ -6,13 +6,18 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.engine.interface import EngineError, SessionOptions
+from node.engine.interface import PAGE_HASH_BYTES, EngineError, SessionOptions
 from node.links.base_link import LinkBroken
+from node.links.outbound_link import SessionRefused
+from node.stages.span import BEGIN_LIMIT_S, IDLE_LIMIT_S, SHORT_IDLE_LIMIT_S
 from protocol.identity import SessionId
-from protocol.messages import FailureReason
+from protocol.messages import Ballot, Begin, FailureReason, Open, RefusalReason
 from protocol.tensors import tensor_from_tokens
+from selector.task import parse_method
 from tests.support.job_peers import open_swarm
-from tests.support.raw_coordinator import a_slice, raw_coordinator_at
+from tests.support.raw_coordinator import RawCoordinator, a_slice, hidden, raw_coordinator_at
+
+CACHING = parse_method("prefix_cache=on")
 
 
 async def test_session_lost_while_taking_over_another_frees_its_memory(virtual_clock: MockClock) -> None:
@@ -54,3 +59,88 @@ async def test_fails_session_that_engine_cannot_begin(
         assert (await coordinator.until_lost()).reason is FailureReason.ENGINE
         await trio.sleep(1)
         assert server.held() == (0, 0)
+
+
+async def refuse_memory(other: RawCoordinator, seconds: float) -> None:
+    """Have a peer refused the memory that another one's sessions hold, again and again for some time."""
+    until_s = trio.current_time() + seconds
+    while trio.current_time() < until_s:
+        with pytest.raises(SessionRefused) as refused:
+            await other.begin(512)
+        assert refused.value.reason is RefusalReason.FULL
+        await trio.sleep(25)
+
+
+async def test_session_whose_rows_wait_or_are_computed_survives_short_memory(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        server = await swarm.join((0, 9), step_s=100.0, row_s=0.0, kv_positions=1024, max_positions=1024)
+        tenant, other = [await raw_coordinator_at(swarm, server) for _ in range(2)]
+        tokens = tensor_from_tokens([1])
+        sessions = [await tenant.begin(384) for _ in range(2)]
+        for session in sessions:  # the second one's rows wait for the first one's step
+            await tenant.send(a_slice(session, tokens), tokens)
+            await trio.sleep(1)
+        await refuse_memory(other, SHORT_IDLE_LIMIT_S + 50)
+        assert not tenant.lost
+        await refuse_memory(other, 60)
+        assert [lost.reason for lost in tenant.lost] == [FailureReason.EXPIRED], "the first one has been idle since"
+        assert list(server.stages.spans()[0].sessions) == sessions[1:]
+
+
+async def test_later_stage_awaits_first_rows_though_memory_is_short(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        server = await swarm.join((3, 6), kv_positions=1024, max_positions=1024)
+        tenant, other = [await raw_coordinator_at(swarm, server) for _ in range(2)]
+        await tenant.begin(768)
+        await refuse_memory(other, IDLE_LIMIT_S - 25)
+        assert not tenant.lost
+        await trio.sleep(50)
+        assert [lost.reason for lost in tenant.lost] == [FailureReason.EXPIRED]
+
+
+@pytest.mark.parametrize("takes_s", [3 * BEGIN_LIMIT_S, 2 * IDLE_LIMIT_S], ids=["slow", "stuck"])
+async def test_session_whose_begin_has_come_has_time_to_load(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch, takes_s: float
+) -> None:
+    async with open_swarm() as swarm:
+        server = await swarm.join((0, 9))
+        coordinator = await raw_coordinator_at(swarm, server)
+        begin = server.engines[0].begin
+
+        async def load(session: SessionId, options: SessionOptions) -> int:
+            await trio.sleep(takes_s)
+            return await begin(session, options)
+
+        monkeypatch.setattr(server.engines[0], "begin", load)
+        session = await coordinator.begin()
+        await trio.sleep(min(takes_s, IDLE_LIMIT_S) + 5)
+        if takes_s < IDLE_LIMIT_S:
+            assert server.stages.spans()[0].sessions[session].method is not None
+        else:
+            assert [lost.reason for lost in coordinator.lost] == [FailureReason.EXPIRED]
+
+
+async def test_what_was_computed_of_rejected_rows_is_not_cached(virtual_clock: MockClock) -> None:
+    """Also while a step with rows of the session is under way, after which another attempt has opened already."""
+    async with open_swarm() as swarm:
+        server = await swarm.join((3, 6), step_s=1.0, row_s=0.0)
+        coordinator = await raw_coordinator_at(swarm, server)
+
+        def opening() -> Open:
+            return replace(coordinator.opening(128), methods=(CACHING.name,), prefix=bytes(range(3 * PAGE_HASH_BYTES)))
+
+        first = opening()
+        opened = await coordinator.open_with(first)
+        ballots = (Ballot(server.id, (opened.votes[CACHING.name],)), Ballot(coordinator.id, (0.0,)))
+        coordinator.link.begin(Begin(session=first.session, method=CACHING.name, ballots=ballots))
+        for position, rows in ((0, hidden(rows=64)), (64, hidden(rows=32))):
+            await coordinator.send(a_slice(first.session, rows, position), rows)
+            await trio.sleep(1.5 - position / 64)
+        assert set((await coordinator.open_with(opening())).cached.values()) == {64}
+        await coordinator.send(a_slice(first.session, hidden(float("nan")), 96), hidden(float("nan")))
+        lost = await coordinator.until_lost(2)  # the first says that there is no next stage
+        assert lost.reason is FailureReason.ENGINE
+        assert first.session in server.stages.spans()[0]._in_step
+        assert (await coordinator.open_with(opening())).cached == {}
+        await trio.sleep(2)
+        assert (await coordinator.open_with(opening())).cached == {}
