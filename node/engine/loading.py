@@ -17,6 +17,7 @@ them reads them. As published, the matrices of the blocks, of the embedding and 
 and fp16; all else is f32.
 """
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -104,6 +105,14 @@ class LoadedSpan:
     def element_count(self) -> int:
         """How many numbers the weights are."""
         return sum({weight.data_ptr(): weight.numel() for weight in self.model.parameters()}.values())
+
+    def with_own_modules(self) -> "LoadedSpan":
+        """Return the span in modules of its own over the same weights, which take no memory again.
+
+        So a thread may put other weights into these modules while another one reads those of the first.
+        """
+        shared = (*self.model.parameters(), *self.model.buffers(), *self.block_files, *self.outer_files)
+        return copy.deepcopy(self, {id(each): each for each in shared})
 
     def drop_pages(self) -> None:
         """Give the memory of the mapped files back; what is used after that is read again."""

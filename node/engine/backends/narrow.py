@@ -1,7 +1,8 @@
 """Has transformers' modules compute in f32 with matrices that are held as bf16 or fp16, as they were published.
 
 A block's matrices are widened while it runs, into one buffer for all blocks; of the embedding the rows that are looked
-up; the head's product widens piece by piece.
+up; the head's product widens piece by piece. Meanwhile the modules hold other weights than those of the files: nothing
+else may read them.
 """
 
 from collections.abc import Callable, Iterator

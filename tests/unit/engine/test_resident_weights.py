@@ -1,12 +1,16 @@
 """What an engine holds in memory: the weights once, in the type that they were published in, and nothing idle."""
 
 import gc
-from collections.abc import Callable
+import pkgutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+from node.engine.backends.narrow import NarrowWeights
 from node.engine.backends.transformers import TransformersSpan
 from node.engine.interface import REFERENCE, EngineOptions, Variant
 from node.engine.torch_shard import TorchShard
@@ -149,6 +153,52 @@ async def test_published_pages_outlast_the_reference_only_where_they_serve(
     await decode([engine], PROMPT, 2)
     engine.shard.unload_reference()
     assert (mapped_rss_bytes(tmp_path) > 0) == is_served
+
+
+@pytest.mark.parametrize(
+    ("variant", "reader"),
+    [
+        *((Variant("fused", each), "node.engine.backends.torch.pack") for each in ("fp32", "bf16", "int8")),
+        (GRAPHS, "node.engine.backends.onnx._floats"),
+    ],
+    ids=str,
+)
+async def test_variant_built_while_the_reference_runs_has_the_published_weights(
+    variant: Variant, reader: str, make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiny = narrowed(make_tiny_model("llama"), torch.bfloat16, tmp_path)
+    quiet, engine = (*engines_of(tiny, 1), *engines_of(tiny, 1))
+    await quiet.prepare(variant)
+    wanted = await decode([quiet], PROMPT, COUNT, variant=variant)
+
+    widened, read = NarrowWeights.widened, pkgutil.resolve_name(reader)
+    has_matrix, has_passed = threading.Event(), threading.Event()
+    builder = threading.Thread(target=engine.shard.prepare, args=[variant])
+
+    def read_later(packing_or_values: str | torch.Tensor, *rest: object) -> object:
+        """Read a matrix that was looked up while the reference ran the first block when it has run the last one."""
+        if isinstance(packing_or_values, str) or packing_or_values.dim() == 2:
+            has_matrix.set()
+            assert has_passed.wait(60)
+        return read(packing_or_values, *rest)
+
+    @contextmanager
+    def building_meanwhile(weights: NarrowWeights, number: int) -> Iterator[None]:
+        with widened(weights, number):
+            if number == 0:
+                builder.start()
+                assert has_matrix.wait(60)
+            if number == BLOCKS - 1:
+                has_passed.set()
+                builder.join()
+            yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, read_later)
+        patch.setattr(NarrowWeights, "widened", building_meanwhile)
+        await engine.prepare(REFERENCE)
+    assert await decode([engine], PROMPT, COUNT) == tiny.tokens
+    assert await decode([engine], PROMPT, COUNT, variant=variant) == wanted
 
 
 async def test_variants_are_built_without_the_reference(
