@@ -68,9 +68,7 @@ class TorchShard(Shard[SlotMapping]):
         span = load_span(source, blocks, dtype, place, options.memory_bytes)
         self._span = span
         self._refusal = refusal(span)
-        # While it runs a block, its modules hold other weights than variants, in another thread, are to be packed from.
-        reference_span = span if self._refusal else span.with_own_modules()
-        self._reference = Reference(reference_span, source, blocks, self._device)
+        self._reference = Reference(span if self._refusal else span.with_own_modules(), source, blocks, self._device)
         kv_blocks = self._reference.load() if self._refusal else empty_kv_blocks(span, self._device)
         kv_bytes_per_position = sum(block.bytes_per_position for block in kv_blocks)
         is_loaded = self._device.type == CPU or self._refusal is not None  # pages of mapped files count as free

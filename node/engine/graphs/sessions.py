@@ -14,7 +14,7 @@ from node.engine.interface import EngineError
 from node.util.disk_cache import FolderCache
 from node.util.text import one_line
 
-FORMAT: Final = 4
+FORMAT: Final = 5
 """Of the graphs; part of their name in a cache, so that a version with other graphs makes its own."""
 
 Floats = npt.NDArray[np.float32]
