@@ -111,7 +111,7 @@ def test_unused_folders_of_the_cache_make_room_for_the_span_file(
 ) -> None:
     old = tmp_path / "cache" / "of an earlier version"
     old.mkdir(parents=True)
-    (old / "span.gguf").write_bytes(bytes(100))
+    (old / "span.gguf").write_bytes(bytes(2 << 20))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=0) if old.exists() else usage)
     LlamaShard(files.source(WHOLE), WHOLE, EngineOptions(threads=1, kv_positions=256, cache_dir=tmp_path / "cache"))
