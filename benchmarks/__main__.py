@@ -15,19 +15,7 @@ from pathlib import Path
 
 QUICK = ("hop", "ping", "memory", "connections", "flood", "spread")
 LONG = (
-    *(
-        "crash",
-        "mutations",
-        "growth",
-        "failover",
-        "churn",
-        "wan",
-        "joining",
-        "pipeline",
-        "batching",
-        "wan_methods",
-        "selector",
-    ),
+    *("crash", "mutations", "growth", "failover", "churn", "wan", "joining", "pipeline", "wan_methods", "selector"),
     *(
         "batching",
         "idle",

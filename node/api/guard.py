@@ -22,7 +22,7 @@ from node.config import is_loopback
 
 MAX_BODY_BYTES: Final = 8 << 20
 MAX_KEYLESS_BODY_BYTES: Final = 4 << 10
-"""The same for what needs no key, and so no body either: whoever has none could fill the memory."""
+"""The same where no key is needed, and so no body either: clients without a key could fill the memory."""
 
 BODY_TIMEOUT_S: Final = 30.0
 DISCARD_TIMEOUT_S: Final = 5.0

@@ -28,7 +28,7 @@ class StepTimes:
 
     FORGET: Final = 0.99
     ORIGIN_WEIGHT: Final = 0.001
-    """Of a step for nobody that takes no time, relative to what was measured."""
+    """Of an imagined empty step that takes no time, relative to a measured one."""
 
     def __init__(self) -> None:
         self._weight = self._count = self._took = self._count_count = self._count_took = 0.0

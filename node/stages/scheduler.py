@@ -23,8 +23,8 @@ MIN_PREFILL_ROWS: Final = 16
 """Prompt rows that a step takes however many sessions decode: else these could starve a new session."""
 
 PREFILL_ROWS: Final = 512
-"""Prompt rows of a step at most: more gains nothing, and whoever comes meanwhile waits for all of them. A step of many
-would look like a stage that hangs."""
+"""Prompt rows of a step at most: more gains nothing, and jobs that arrive meanwhile wait for all of them. A step of
+many would look like a stage that hangs."""
 
 STATIC_MAX_WAIT_S: Final = 1.0
 """How long a static batch waits for its own rows before another forms: its sessions may be stuck elsewhere."""

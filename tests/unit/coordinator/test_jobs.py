@@ -259,7 +259,7 @@ async def test_limit_of_a_text_is_that_of_the_route_that_serves_it(
     limit_unstated = Job.limit_unstated
 
     def after_a_small_route(self: Job, loads: Iterable[Load]) -> None:
-        """Another route, which nobody on it would open, was looked at before."""
+        """A route whose stages have less memory was considered before."""
         limit_unstated(self, [replace(load, free_positions=2048) for load in loads])
         looked_at.append(self.sampling.max_tokens)
         limit_unstated(self, loads)

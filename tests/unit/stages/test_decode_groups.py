@@ -77,7 +77,7 @@ Gain = Callable[..., float]
 
 @pytest.fixture
 def gain(monkeypatch: pytest.MonkeyPatch) -> Gain:
-    """Return a function that compares with steps for whoever waits when the engine is free."""
+    """Return a function that compares with steps of all sessions that wait when the engine is free."""
 
     def compare(costs: Sequence[Cost], sessions: int, link_s: float = 0.0008, *, apart: bool = False) -> float:
         found = tokens_per_s(costs, sessions, link_s, apart=apart)
