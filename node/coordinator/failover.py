@@ -346,7 +346,14 @@ class ResilientRoute:
             # A stage that blames us may be right: then the job only continues elsewhere.
             self._planner.failed(culprit, dead=not link_pool.is_linked(culprit), lagged=lost.lagged)
         self._retire_route()
-        self._held = {stage: session for stage, session in self._held.items() if stage.peer != culprit}
+        # Another stage rejected its rows: those before may be wrong, too, and all behind it have computed with them.
+        is_wrong = lost.reason is FailureReason.ENGINE and lost.reporter != culprit
+        first = min((stage.blocks.start for stage in route.stages if stage.peer == culprit), default=0)
+        self._held = {
+            stage: session
+            for stage, session in self._held.items()
+            if stage.peer != culprit and not (is_wrong and stage.blocks.start > first)
+        }
 
     def _is_bad_request(self, route: OpenRoute, lost: SessionLost) -> bool:
         """Return whether the last stage says that no text follows the JSON Schema; other stages cannot know."""

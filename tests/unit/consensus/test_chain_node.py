@@ -19,11 +19,12 @@ from node.testing.memory_history import MemoryHistory
 from node.util.offload import run_inline
 from protocol.chains import PROTOCOL_ID, ChainConnection, GetStatements, Remaining
 from protocol.consensus import SignedMessage, sign_message
-from protocol.consensus_values import Cell, Commit, EquivocationProof, Signature, Statement
+from protocol.consensus_values import Cell, Commit, EquivocationProof, Signature
 from protocol.errors import RemoteProtocolError
 from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.states import Role
 from tests.support.agreement import CLOCK, GENESIS, HARDWARE, PLAN
+from tests.support.statements import founding_statement
 
 EPOCH = 1000
 OWN = Identity(b"7" * 32)
@@ -77,23 +78,7 @@ def peer(number: int) -> PeerId:
 
 def founding(number: int, epoch: int) -> SignedMessage:
     """Return a statement by which a stranger starts the chain as its only member."""
-    digest = bytes(32)
-    own = peer(number)
-    body = Statement(
-        chain=GENESIS,
-        epoch=epoch,
-        parent=GENESIS,
-        proposer=own,
-        commits=(),
-        joined=(own,),
-        left=(),
-        expelled=(),
-        beacon=digest,
-        set_digest=digest,
-        table_digest=digest,
-        state_digest=digest,
-    )
-    return sign_message(body, key(number))
+    return sign_message(founding_statement(GENESIS, peer(number), epoch), key(number))
 
 
 async def test_abstains_this_epoch_after_losing_an_own_message() -> None:

@@ -8,11 +8,12 @@ from node.consensus.chain_replica import ChainReplica
 from node.consensus.environment import ConsensusRules
 from node.identity import Identity
 from protocol.consensus import SignedMessage, sign_message
-from protocol.consensus_values import Commit, EquivocationProof, Reveal, Signature, Statement, digest_of
+from protocol.consensus_values import Commit, EquivocationProof, Reveal, Signature, digest_of
 from protocol.forms import Digest
 from protocol.identity import PeerId, peer_id_from_public_key
 from selector.consensus.participant import MAX_REVEALS
 from tests.support.agreement import CLOCK, GENESIS, HARDWARE, PLAN
+from tests.support.statements import founding_statement
 
 EPOCH = 1000
 NOW_S = CLOCK.starts_s(EPOCH) + 1
@@ -115,21 +116,8 @@ def test_commit_that_came_before_its_time_is_taken_when_its_epoch_is_here() -> N
 
 def follow_founder(replica: ChainReplica, number: int) -> Digest:
     """Let a peer found the chain, so that it is its only member; return the head."""
-    own, digest = peer(number), bytes(32)
-    statement = Statement(
-        chain=GENESIS,
-        epoch=EPOCH - 1,
-        parent=GENESIS,
-        proposer=own,
-        commits=(),
-        joined=(own,),
-        left=(),
-        expelled=(),
-        beacon=digest,
-        set_digest=digest,
-        table_digest=digest,
-        state_digest=digest,
-    )
+    own = peer(number)
+    statement = founding_statement(GENESIS, own, EPOCH - 1)
     for body in (statement, Signature(GENESIS, EPOCH - 1, own, statement.id)):
         replica.apply(sign_message(body, key(number)), NOW_S)
     assert replica.chain.head.id == statement.id

@@ -5,16 +5,20 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from node.coordinator.submission import USUAL_TOKENS, JobError, JobErrorCode, JobRequest, JobResult, TextDelta
-from node.testing.fake_engine import FakeEngine, fake_span_info
+from node.engine.activation_codec import encode_rows
+from node.engine.interface import SliceInput
+from node.testing.fake_engine import FakeEngine, expected_tokens, fake_span_info
 from protocol.announcements import Placement
 from protocol.identity import BlockRange, Stage
 from protocol.messages import FinishReason
+from protocol.tensors import Tensor
 from selector.task import method
 from tests.support.job_peers import BLOCKS, Peer, Swarm, open_swarm
 from tests.unit.coordinator.test_jobs import PROMPT, THIRDS, right_tokens
@@ -225,3 +229,40 @@ async def test_job_that_lost_its_drafter_goes_on_without_speculation(virtual_clo
                 if isinstance(event, JobResult):
                     assert (event.token_ids, event.replays) == (right_tokens(40), 2)
                     assert event.method.name == drafting.without_speculation.name
+
+
+async def test_nothing_is_kept_of_what_a_stage_sent_whose_rows_are_rejected_later(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not on the stage that rejects them, and not on the one behind it, which has computed with them, too."""
+    prompt, chunks = tuple(range(200)), list[int]()
+    info = fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS)
+    async with open_swarm() as swarm:
+        liar = await swarm.join((3, 5))
+        for span in ((0, 3), (5, 7), (7, 9)):
+            await swarm.join(span)
+        peer = await swarm.join()
+        await swarm.settle()
+        (engine,) = liar.engines
+        run = engine._run
+
+        def lie(rows: SliceInput) -> Tensor:
+            tensor = run(rows)
+            chunks.append(rows.tensor.rows)
+            wrong = np.full(tensor.shape, 0.5 if len(chunks) == 1 else np.nan, np.float32)
+            return encode_rows(wrong, "fp32")
+
+        monkeypatch.setattr(engine, "_run", lie)
+        chunked = method(engine="fused", prefill_chunk="64").name
+        async with trio.open_nursery() as nursery:
+
+            async def replace_it() -> None:
+                while len(chunks) < 2:
+                    await trio.sleep(0.01)
+                await swarm.join((3, 5))
+
+            nursery.start_soon(replace_it)
+            request = JobRequest(model="fake", prompt_tokens=prompt, max_tokens=5, ignore_eos=True, method=chunked)
+            result = await peer.run(request)
+        assert result.replays
+        assert result.token_ids == expected_tokens(info, prompt, 5)
