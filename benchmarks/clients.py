@@ -151,13 +151,21 @@ async def resources_of(peers: Sequence[NodeReady]) -> dict[str, Any]:
         while await sessions_of(peers):
             await trio.sleep(0.5)
     await trio.sleep(SETTLE_S)
-    mib = []
-    for peer in peers:
-        process = psutil.Process(peer.pid)
-        processes = [process, *process.children(recursive=True)]
-        mib.append(sum(each.memory_full_info().pss for each in processes) / MIB)
-    files = [psutil.Process(peer.pid).num_fds() for peer in peers]
-    return {"mib": mib, "sessions": await sessions_of(peers), "files": files}
+    processes = [psutil.Process(peer.pid) for peer in peers]
+    return {
+        "mib": [memory_of(process) for process in processes],
+        "sessions": await sessions_of(peers),
+        "files": [process.num_fds() for process in processes],
+    }
+
+
+def memory_of(daemon: psutil.Process) -> dict[str, float]:
+    """Return the PSS in MiB of a daemon itself and of each of its child processes, by module."""
+    found = {"node": daemon.memory_full_info().pss / MIB}
+    for process in daemon.children(recursive=True):
+        module = next(word for word in process.cmdline() if word.startswith("node."))
+        found[module] = found.get(module, 0.0) + process.memory_full_info().pss / MIB
+    return found
 
 
 async def sessions_of(peers: Sequence[NodeReady]) -> int:
@@ -186,7 +194,7 @@ def report(result: Mapping[str, Any]) -> str:
         f"after {result['disconnects']} disconnects": result["after_disconnects"],
     }
     for name, row in rows.items():
-        memory = " ".join(f"{mib:.0f}" for mib in row["mib"])
+        memory = " ".join(f"{sum(mib.values()):.0f}" for mib in row["mib"])
         lines.append(f"{name:<28}{memory:<28}{row['sessions']:<10}{' '.join(map(str, row['files']))}")
     return "\n".join(lines)
 

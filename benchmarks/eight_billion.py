@@ -11,9 +11,7 @@ time, so each daemon has as many threads as llama.cpp alone. DIR needs 20 GB, th
 """
 
 import json
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -29,7 +27,7 @@ import trio
 from benchmarks.common import describe_machine
 from benchmarks.daemons import Daemon, running_daemon, until
 from benchmarks.gguf_import import MIB, memory_of, watched_import
-from benchmarks.llamacpp import QUIET, LlamaCpp
+from benchmarks.llamacpp import LlamaCpp
 from node.engine.llamacpp.library import load_library
 from node.models.store import ModelStore
 from node.stages.memory_admission import span_bytes_for
@@ -61,8 +59,6 @@ PROMPT: Final = [2 + 7 * number % 90 for number in range(16)]
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(folder: str | None, rounds: int, tokens: int, threads: int, tiny: bool, as_json: bool) -> None:
     """Serve an 8B-shaped model with four small nodes."""
-    if not QUIET.items() <= os.environ.items():  # OpenMP reads them when it is loaded
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.eight_billion", *sys.argv[1:]], os.environ | QUIET)
     with TemporaryDirectory(prefix="metaswarm-8b-", dir=folder) as scratch:
         shape = TINY if tiny else LLAMA_8B
         source = write_llama(Path(scratch, "source.gguf"), shape)

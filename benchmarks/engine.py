@@ -26,6 +26,7 @@ from node.engine.kv_allocator import KvAllocator
 from node.engine.torch_shard import TorchShard
 from node.models.importer import import_model
 from node.models.store import ModelStore, Package
+from node.util.priority import BRIEFLY_SPINNING_THREADS
 from node.util.processor import physical_cores
 from protocol.identity import BlockRange, JobId, SessionId
 from protocol.messages import Sampling
@@ -46,9 +47,6 @@ READ_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 VARIANTS = ("eager/fp32", "fused/fp32", "onnxruntime/fp32", "fused/int8", "onnxruntime/int8", "onnxruntime/int4")
 AVX512_VARIANTS = ("fused/bf16", "fused/w8a8")
 GPU_VARIANTS = ("eager/fp32", "fused/fp32", "fused/bf16", "fused/int8")
-QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-"""The environment of our workers: OpenMP's threads do not spin, which would slow other processes."""
-
 Measured = dict[str, float]
 """Milliseconds of a prefill, and of a token at each batch."""
 
@@ -65,9 +63,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--no-rivals", action="store_true", help="measure ours alone")
     options = parser.parse_args()
-    if not QUIET.items() <= os.environ.items():  # OpenMP reads them when it is loaded, which it is by now
+    if not BRIEFLY_SPINNING_THREADS.items() <= os.environ.items():  # OpenMP reads them when it is loaded
         command = [sys.executable, "-m", "benchmarks.engine", *sys.argv[1:]]
-        os.execve(sys.executable, command, os.environ | QUIET)
+        os.execve(sys.executable, command, os.environ | BRIEFLY_SPINNING_THREADS)  # as our workers have them
     torch.set_num_threads(physical_cores())
     device = torch.device(options.device)
     is_demo = options.model == DEQUANTISED

@@ -1,26 +1,30 @@
 """Speed of the llama.cpp engine beside llama.cpp itself, with the demo model's GGUF file.
 
-    python -m benchmarks.llamacpp [--json] [--rounds N] [--tokens N] [--threads N]
+    python -m benchmarks.llamacpp [--json] [--rounds N] [--tokens N] [--threads N] [--workload NAME …]
 
 Prefill of 512 tokens, then decoding at batch 1, 8 and 32 behind 64 tokens, and at batch 1 behind 1,536 (`long`), in
-turn: `llama.cpp` is its own loop in this process over the whole published file, with its default parameters; `ours` the
-engine of one span, also in this process; `ours q8_0` the same with keys and values in q8_0; `3 workers` a pipeline of
-three worker processes with a third of the blocks and this many threads each. `over llama.cpp`: rates over its own, 1
-where they are as fast. Other processes on the machine disturb the figures less than their ratios.
+turn: `llama.cpp` is its own loop over the whole published file, in a process of its own with its default parameters and
+OpenMP's; `ours` the engine of one span, in this process; `ours q8_0` the same with keys and values in q8_0; `3 workers`
+a pipeline of three worker processes with a third of the blocks and this many threads each. `over llama.cpp`: rates over
+its own, 1 where they are as fast. Other processes on the machine disturb the figures less than their ratios.
 """
 
 import argparse
 import ctypes
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import trio
 
@@ -34,14 +38,13 @@ from node.models.gguf_config import read_config
 from node.models.gguf_file import GgufModel, read_gguf
 from node.models.gguf_package import arrange_package
 from node.models.layout import GGUF, block_file, part_file
+from node.util.priority import BRIEFLY_SPINNING_THREADS
 from protocol.identity import BlockRange, JobId, ModelId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
 from tests.support.demo_model import demo_gguf
 
 PREFILL, CONTEXT, LONG, BATCHES, POSITIONS = 512, 64, 1536, (1, 8, 32), 8192
-QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-"""The environment of our workers: OpenMP's threads do not spin, which would slow other processes."""
 
 NARROW = Variant("llamacpp", "native", "q8_0")
 
@@ -61,11 +64,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=24, help="decoded in each round")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workload", action="append", choices=tuple(WORKLOADS), help="by default all")
     options = parser.parse_args()
-    if not QUIET.items() <= os.environ.items():  # OpenMP reads them when it is loaded
+    if not BRIEFLY_SPINNING_THREADS.items() <= os.environ.items():  # OpenMP reads them when it is loaded
         command = [sys.executable, "-m", "benchmarks.llamacpp", *sys.argv[1:]]
-        os.execve(sys.executable, command, os.environ | QUIET)
-    milliseconds = trio.run(_measure, options.rounds, options.tokens, options.threads)
+        os.execve(sys.executable, command, os.environ | BRIEFLY_SPINNING_THREADS)  # as our workers have them
+    plan = Plan(tuple(options.workload or WORKLOADS), options.tokens)
+    milliseconds = trio.run(_measure, options.rounds, plan, options.threads)
     base = milliseconds["llama.cpp"]
     over = {name: {key: base[key] / row[key] for key in row} for name, row in milliseconds.items()}
     report = {"load": os.getloadavg()[0], "milliseconds": milliseconds, "over llama.cpp": over}
@@ -77,7 +82,7 @@ def main() -> None:
         print(f"{name:12}" + "".join(f"{key:>10} {row[key]:8.1f} ({over[name][key]:.2f})" for key in row))
 
 
-async def _measure(rounds: int, count: int, threads: int) -> dict[str, Measured]:
+async def _measure(rounds: int, plan: "Plan", threads: int) -> dict[str, Measured]:
     model = read_gguf(demo_gguf())
     options = EngineOptions(threads=threads, kv_positions=POSITIONS)
     blocks = model.integer("block_count")
@@ -87,9 +92,9 @@ async def _measure(rounds: int, count: int, threads: int) -> dict[str, Measured]
         whole = BlockRange(0, blocks)
         shard = LlamaShard(_source(model, Path(folder), whole), whole, options)
         runs: dict[str, Callable[[], Measured]] = {
-            "llama.cpp": partial(_run, LlamaCpp(load_library(), model.paths[0], threads).step, count),
-            "ours": partial(_run, _Ours(shard, LLAMACPP).step, count),
-            "ours q8_0": partial(_run, _Ours(shard, NARROW).step, count),
+            "llama.cpp": partial(_ask, _start_llama_cpp(model.paths[0], threads), plan),
+            "ours": partial(_run, _Ours(shard, LLAMACPP).step, plan),
+            "ours q8_0": partial(_run, _Ours(shard, NARROW).step, plan),
         }
         async with AsyncExitStack() as stack:
             thirds = [BlockRange(blocks * n // 3, blocks * (n + 1) // 3) for n in range(3)]
@@ -103,9 +108,10 @@ async def _measure(rounds: int, count: int, threads: int) -> dict[str, Measured]
                     one = run()
                     if number:  # the first warms up
                         measured.setdefault(name, []).append(one)
-                one = await _run_workers(workers, count)
+                one = await _run_workers(workers, plan)
                 if number:
                     measured.setdefault("3 workers", []).append(one)
+                print(f"round {number} of {rounds} done", file=sys.stderr)
     return {
         name: {key: statistics.median(one[key] for one in all_) for key in all_[0]} for name, all_ in measured.items()
     }
@@ -124,12 +130,22 @@ def _source(model: GgufModel, folder: Path, blocks: BlockRange) -> ShardSource:
     )
 
 
-WORKLOADS = (("prefill", 1, PREFILL), *((f"batch {batch}", batch, CONTEXT) for batch in BATCHES), ("long", 1, LONG))
+WORKLOADS = {"prefill": (1, PREFILL), **{f"batch {batch}": (batch, CONTEXT) for batch in BATCHES}, "long": (1, LONG)}
+"""How many texts, and the tokens of each before it is decoded."""
 
 
-def _run(step: Step, count: int) -> Measured:
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a round measures: workloads by name, and how many tokens are decoded."""
+
+    workloads: Sequence[str]
+    tokens: int
+
+
+def _run(step: Step, plan: Plan) -> Measured:
     measured = {}
-    for name, batch, length in WORKLOADS:
+    for name in plan.workloads:
+        (batch, length), count = WORKLOADS[name], plan.tokens
         started_s = time.perf_counter()
         drawn = step([(number, 0, _text(length, number)) for number in range(batch)])
         if name != "prefill":
@@ -183,6 +199,29 @@ class LlamaCpp:
         return drawn
 
 
+def _start_llama_cpp(path: Path, threads: int) -> "Connection[Any, Any]":
+    """Start its process, without what our workers' environment says to OpenMP; return what `_ask` asks."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    for name in BRIEFLY_SPINNING_THREADS:
+        os.environ.pop(name)
+    spawn.Process(target=_answer, args=(theirs, path, threads), daemon=True).start()
+    os.environ.update(BRIEFLY_SPINNING_THREADS)
+    return ours
+
+
+def _answer(connection: "Connection[Any, Any]", path: Path, threads: int) -> None:
+    step = LlamaCpp(load_library(), path, threads).step
+    while True:
+        connection.send(_run(step, connection.recv()))
+
+
+def _ask(connection: "Connection[Any, Any]", plan: Plan) -> Measured:
+    connection.send(plan)
+    measured: Measured = connection.recv()
+    return measured
+
+
 def _argmax(logits: "ctypes._Pointer[ctypes.c_float]", count: int) -> int:
     import numpy as np
 
@@ -212,9 +251,10 @@ class _Ours:
         return [tokens_from_tensor(output.tensor)[0] for output in result.outputs]
 
 
-async def _run_workers(workers: Sequence[Engine], count: int) -> Measured:
+async def _run_workers(workers: Sequence[Engine], plan: Plan) -> Measured:
     measured = {}
-    for name, batch, length in WORKLOADS:
+    for name in plan.workloads:
+        (batch, length), count = WORKLOADS[name], plan.tokens
         for worker in workers:
             for number in range(batch):
                 await worker.open(_session(number), length + count + 1)

@@ -196,7 +196,7 @@ NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
     ),
     NodeOption(["--no-mdns"], is_flag=True, help="Disable peer discovery on the local network."),
     NodeOption(["--no-catalogue"], is_flag=True, help="Fetch models from peers only, never from their source."),
-    _option("--threads", click.IntRange(1, 1024), "N", "Threads of the engine."),
+    _option("--threads", click.IntRange(1, 1024), "N", "Most threads of the engine."),
     _option(
         *("--device", types.DEVICE, "NAME"),
         "Device of the engine: auto (default: a GPU if any), cpu, cuda:N, cuda:N,cuda:M, all (every GPU) or mps.",

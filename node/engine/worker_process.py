@@ -10,7 +10,7 @@ from node.engine.interface import EngineError, EngineOptions
 from node.models.layout import GGUF
 from node.util.child_process import Child, ChildError, start
 from node.util.interpreter import child_environment, python
-from node.util.priority import SLEEPING_THREADS
+from node.util.priority import BRIEFLY_SPINNING_THREADS
 from node.util.processor import physical_cores
 
 READ_AHEAD_BYTES = 16 << 10
@@ -129,7 +129,7 @@ async def start_process(options: EngineOptions, name: str) -> WorkerProcess:
     changes = {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
-        **SLEEPING_THREADS,
+        **BRIEFLY_SPINNING_THREADS,
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",

@@ -5,6 +5,7 @@ A model has a context, with KV memory of its own, for each type of keys and valu
 
 import ctypes
 import io
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,6 +24,7 @@ from node.engine.llamacpp.kv_budget import ROUNDED_TO, KvBudget
 from node.engine.llamacpp.kv_memory import OWN_SEQUENCES, KvMemory, PassFailed, Piece
 from node.engine.llamacpp.library import FLASH_ATTENTION_ON, GGML_KV_TYPES, Batch, EvalCallback, Library
 from node.engine.llamacpp.span_model import SpanModel
+from node.engine.llamacpp.thread_tuner import ThreadTuner
 from node.util.mapped_pages import drop_pages
 from node.util.text import one_line
 
@@ -119,6 +121,7 @@ class SpanContext:
         self._use(context)
         takes_tokens = options.first and options.last
         self._batch = _BatchArrays(BATCH_ROWS, None if takes_tokens else model.hidden_size)
+        self._tuner = ThreadTuner(options.threads)
         self._budget.add(self)
 
     @property
@@ -243,7 +246,11 @@ class SpanContext:
     ) -> None:
         count = self._batch.fill([piece for _, piece in pieces], last=self._options.last)
         self._states.taken.clear()
+        threads = self._tuner.threads(count)
+        self._library.llama_set_n_threads(self._context, threads, threads)
+        started_s = time.perf_counter()
         failed = self._library.llama_decode(self._context, self._batch.batch)
+        self._tuner.record(count, time.perf_counter() - started_s)
         if failed:
             raise PassFailed(f"llama.cpp could not compute {count} rows (error {failed})")
         states = self._read_states(count) if returns_states else None

@@ -200,6 +200,7 @@ _SIGNATURES: Final[Mapping[str, tuple[Any, ...]]] = {
     "llama_vocab_n_tokens": (c_int32, c_void_p),
     "llama_init_from_model": (c_void_p, c_void_p, ContextParameters),
     "llama_free": (None, c_void_p),
+    "llama_set_n_threads": (None, c_void_p, c_int32, c_int32),
     "llama_decode": (c_int32, c_void_p, Batch),
     "llama_get_logits": (c_void_p, c_void_p),
     "llama_get_logits_ith": (POINTER(c_float), c_void_p, c_int32),

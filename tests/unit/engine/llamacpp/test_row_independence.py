@@ -65,6 +65,19 @@ def test_row_does_not_depend_on_the_size_of_its_pass(tmp_path: Path, kind: str) 
         together = whole
 
 
+@pytest.mark.parametrize("kind", [*INDEPENDENT, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "F32"])
+@pytest.mark.parametrize("rows", [1, 4, 12])
+def test_row_does_not_depend_on_the_number_of_threads(tmp_path: Path, kind: str, rows: int) -> None:
+    """Which is another from pass to pass (`ThreadTuner`)."""
+    model = SpanModel(load_library(), write_model(WIDE, tmp_path / "model.gguf", GGMLQuantizationType[kind]))
+    found = []
+    for threads in (1, 2, 3):
+        options = ContextOptions(first=True, last=True, block_count=2, positions=1024, sequences=2, threads=threads)
+        context = SpanContext(model, options)
+        found.append(np.concatenate([_pass(context, 0, first, rows) for first in range(0, len(TOKENS), rows)]))
+    assert all(np.array_equal(each, found[0]) for each in found[1:])
+
+
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
 async def test_k_quants_are_exact_alone_and_up_to_near_ties_in_batches(tmp_path: Path, kind: str) -> None:
     """What Q4_K_M consists of. Of a text alone, its prompt in one pass, every span has the bits of the whole file."""
