@@ -14,12 +14,13 @@ from cachetools import LRUCache
 from node.models.blobs import BlobServer, ModelFetcher
 from node.models.catalogue import CATALOGUE
 from node.models.errors import ModelError
+from node.models.eviction import evict_for, in_use
 from node.models.files import Progress, ignore_progress
 from node.models.importer import import_model
 from node.models.manifest import Manifest
 from node.models.parts import WHOLE, Selection
 from node.models.source_index import source_of_model
-from node.models.store import ModelStore, Package, UnknownModelError, evict_for, in_use
+from node.models.store import ModelStore, Package, UnknownModelError
 from node.models.tokenizer_service import ModelTokenizer, TokenizerService
 from node.network.interface import Network, NetworkError
 from protocol.announcements import blob_provider_key

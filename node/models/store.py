@@ -10,12 +10,9 @@
 A file under its own name is whole: it was written elsewhere, verified, flushed and renamed. Other leftovers of a crash
 are deleted by the next import.
 
-Files fetched from peers are evicted, least recently used first, to stay within a limit. Imported models are never
-deleted: a package begun with a peer's manifest carries a mark. A process that serves or fetches a file holds a lock on
-it, so processes can share the cache.
+`node.models.eviction` deletes files that were fetched from peers; imported models are never evicted.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -23,13 +20,10 @@ import re
 import shutil
 import tempfile
 import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Final, NamedTuple
 
 from node.config import default_cache_dir
 from node.models.catalogue import CATALOGUE
@@ -40,9 +34,7 @@ from node.models.files import (
     flush_directory,
     ignore_progress,
     lock_file,
-    part_of,
     size_of,
-    try_lock,
     write_atomically,
 )
 from node.models.manifest import MANIFEST_FILE, FileEntry, Manifest, parse_manifest
@@ -55,7 +47,6 @@ FETCHED_MARK = ".fetched"
 
 _ID_PREFIX = re.compile(r"[0-9a-f]{8,64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-GIBIBYTE: Final = 1 << 30
 
 
 class UnknownModelError(ModelError):
@@ -367,81 +358,3 @@ class ModelStore:
             for file in manifest.files:
                 self._by_sha256.setdefault(file.sha256, set()).add(path / file.name)
         return manifest
-
-
-class _Cached(NamedTuple):
-    """A weight file, or an incomplete one; sorts by its last use."""
-
-    used_s: float
-    path: Path
-    size_bytes: int
-
-
-def evict_for(
-    store: ModelStore, package: Package, wanted: Sequence[FileEntry], limit_bytes: int | None
-) -> tuple[Path, ...]:
-    """Delete the least recently used files, until the wanted ones fit within the limit; return what was deleted.
-
-    Raises ModelError where they cannot fit, before anything is deleted in vain.
-    """
-    if limit_bytes is None or not (package.path / FETCHED_MARK).exists():
-        return ()
-    kept = {package.path_of(file) for file in wanted} | {part_of(package.path_of(file)) for file in wanted}
-    needed = sum(file.size_bytes for file in wanted)
-    with disk_errors("cannot make room in the cache"):
-        others = sorted(cached for cached in _fetched_files(store) if cached.path not in kept)
-        taken = sum(cached.size_bytes for cached in others)
-        chosen: list[Path] = []
-        for cached in others:
-            if taken + needed <= limit_bytes:
-                break
-            if _is_unused(cached.path):
-                taken -= cached.size_bytes
-                chosen.append(cached.path)
-        if taken + needed > limit_bytes:
-            raise ModelError(
-                f"the cache is limited to {limit_bytes / GIBIBYTE:.2f} GiB, and {needed / GIBIBYTE:.2f} GiB are needed "
-                f"beside {taken / GIBIBYTE:.2f} GiB in use: raise --cache-limit, or serve fewer blocks"
-            )
-        # A file that has just come into use stays: the cache exceeds its limit a little.
-        return tuple(path for path in chosen if _is_unused(path, delete=True))
-
-
-@contextmanager
-def in_use(package: Package, files: Iterable[FileEntry]) -> Iterator[None]:
-    """Protect files from eviction inside the block, and mark them as used now."""
-    with ExitStack() as stack:
-        with disk_errors(f"cannot open the files of model {package.model_id[:12]}"):
-            for file in files:
-                path = package.path_of(file)
-                handle = os.open(path, os.O_RDONLY)
-                stack.callback(os.close, handle)
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                with suppress(PermissionError):  # another user's, or a read-only cache
-                    # Its modification time stays: by that it is known to be unchanged.
-                    os.utime(path, ns=(time.time_ns(), os.fstat(handle).st_mtime_ns))
-        yield
-
-
-def _fetched_files(store: ModelStore) -> Iterator[_Cached]:
-    packages = (package for package in store.list() if (package.path / FETCHED_MARK).exists())
-    paths = (package.path_of(file) for package in packages for file in package.manifest.weight_files)
-    for path in chain.from_iterable((path, part_of(path)) for path in paths):
-        with suppress(FileNotFoundError):
-            status = path.stat()
-            yield _Cached(max(status.st_atime, status.st_mtime), path, status.st_size)
-
-
-def _is_unused(path: Path, *, delete: bool = False) -> bool:
-    """Return whether a file is not locked; `delete` it then."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return True
-    try:
-        is_unused = try_lock(handle)
-        if is_unused and delete:
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(handle)
-    return is_unused

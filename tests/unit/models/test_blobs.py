@@ -13,11 +13,12 @@ from node.engine.interface import source_from_package
 from node.models import blobs, fetching, library, sources
 from node.models.blobs import BlobServer, ModelFetcher
 from node.models.errors import ModelError
+from node.models.eviction import evict_for
 from node.models.fetching import Blob, FetchError, fetch_blob
 from node.models.gguf_file import read_gguf
 from node.models.importer import import_model
 from node.models.library import ANNOUNCED_AGAIN_S, provide_loop
-from node.models.store import ModelStore, Package, evict_for
+from node.models.store import ModelStore, Package
 from node.models.verification_record import RECORD_FILE
 from node.network.interface import Network, Stream, StreamClosed, Way
 from node.testing.memory_links import LinkModel

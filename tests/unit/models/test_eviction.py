@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from node.models.errors import ModelError
+from node.models.eviction import evict_for, in_use
 from node.models.files import part_of
 from node.models.importer import import_model
-from node.models.store import ModelStore, Package, evict_for, in_use
+from node.models.store import ModelStore, Package
 from protocol.identity import BlockRange
 from tests.unit.models.checkpoints import write_checkpoint
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from node.models.eviction import in_use
 from node.models.importer import import_model
-from node.models.store import ModelStore, Package, in_use
+from node.models.store import ModelStore, Package
 from node.models.verification_record import RECORD_FILE
 from tests.unit.models.checkpoints import write_checkpoint
 
