@@ -9,6 +9,10 @@ class SourceError(ModelError):
     """A server failed, or could not be reached, for too long. Trying again later may help."""
 
 
+class ContentError(ModelError):
+    """A source gave another content than the manifest states: nothing that was read of it is worth keeping."""
+
+
 class ManifestError(ModelError):
     """The bytes are not a valid manifest: their sender is at fault."""
 

@@ -32,12 +32,17 @@ _STALL_S: Final = 20.0
 _CONNECT_S: Final = 15.0
 _POLL_S: Final = 0.2
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
-BUSY: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""The status codes of a server that may answer later."""
+_BUSY: Final = frozenset({408, 425, 429})
+_FIRST_SERVER_ERROR: Final = 500
 _REFUSED: Final = frozenset({401, 403, 404, 410})
 """What a URL that was signed for some time answers once that time is over."""
 _MAX_REFUSALS: Final = 2
 """In a row: new URLs have been refused, too."""
+
+
+def is_passing(status: int) -> bool:
+    """Return whether a server that answers so may give the file later; so may what stands before it."""
+    return status in _BUSY or status >= _FIRST_SERVER_ERROR
 
 
 class RetryLater(Exception):
@@ -156,28 +161,34 @@ class HttpFile:
         raise RetryLater(f"{host} ended the connection too early")
 
     def _check(self, response: "httpx.Response", start: int, host: str) -> None:
-        """Raise unless the response has the bytes from `start` on."""
+        """Raise unless the response has the bytes from `start` on.
+
+        What no server of the file would answer comes from something before it, such as the login page of a network.
+        """
         status = response.status_code
-        if status in BUSY:
+        if is_passing(status):
             raise RetryLater.from_headers(f"{host} answers {_status(response)}", response.headers)
         if status in _REFUSED and self._refusals < _MAX_REFUSALS:
             self._location = None  # `locate` knows what is wrong, or another URL
             self._refusals += 1
             raise RetryLater(f"{host} answers {_status(response)}")
         self._refusals = 0
+        if status in _REFUSED:
+            raise ModelError(f"cannot read {self.name}: {host} answers a range request with {_status(response)}")
         if status == HTTPStatus.OK:
+            length = response.headers.get("Content-Length", str(self.size_bytes))
+            if length != str(self.size_bytes) or "html" in response.headers.get("Content-Type", ""):
+                self._location = None  # a redirect to that page may have given it
+                raise RetryLater(f"{host} answers with something else than the file: does the network ask for a login?")
             if start:
                 raise ModelError(
                     f"{host} cannot send a part of {self.name} (it ignores HTTP ranges): download the whole repository "
                     "with `hf download`, and import its folder"
                 )
-            length = response.headers.get("Content-Length")
-            if length is not None and length != str(self.size_bytes):
-                raise ModelError(f"{host} has another file as {self.name}: of {length} bytes, not {self.size_bytes}")
             return
         stated = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if status != HTTPStatus.PARTIAL_CONTENT or stated is None or int(stated[1]) != start:
-            raise ModelError(f"cannot read {self.name}: {host} answers a range request with {_status(response)}")
+            raise RetryLater(f"{host} answers a range request with {_status(response)}")
         if stated[3] not in {"*", str(self.size_bytes)}:
             raise ModelError(f"{host} has another file as {self.name}: of {stated[3]} bytes, not {self.size_bytes}")
 

@@ -18,7 +18,7 @@ from node.models.byte_source import ByteSource, LocalFile, read
 from node.models.checkpoint import choose_weights, no_tokenizer_json, other_tokenizer
 from node.models.errors import ModelError
 from node.models.files import Progress, disk_errors, write_atomically
-from node.models.http_file import BUSY, HttpFile, Location, Retries, RetryLater, new_client
+from node.models.http_file import HttpFile, Location, Retries, RetryLater, is_passing, new_client
 from node.models.manifest import TOKENIZER_FILE
 from node.util.text import format_size, one_line
 
@@ -233,7 +233,7 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
     except errors.OfflineModeIsEnabled:
         raise ModelError(f"cannot read {repository} from the hub: HF_HUB_OFFLINE is set") from None
     except errors.HfHubHTTPError as error:
-        if error.response.status_code in BUSY:
+        if is_passing(error.response.status_code):
             raise RetryLater.from_headers(one_line(error), error.response.headers) from None
         raise ModelError(f"cannot read {repository} from the hub: {one_line(error)}") from error
     except ValueError as error:

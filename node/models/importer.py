@@ -26,10 +26,8 @@ from node.models.layout import BY_NAME, GGUF, TESTED, OuterNames, block_file, pa
 from node.models.manifest import FileEntry, Manifest, parse_manifest
 from node.models.parts import UNKNOWN_SHA256, WHOLE, Part, SafetensorsPart, Selection, write_parts
 from node.models.source_index import model_of_source, record_source
-from node.models.store import ModelStore, Package, check_name
+from node.models.store import JOURNAL_FILE, ModelStore, Package, check_name
 from node.util.text import one_line
-
-_JOURNAL = "parts.json"
 
 
 def import_model(
@@ -126,7 +124,7 @@ def _import_hub(hub: HubId, store: ModelStore, wanted: Selection, progress: Prog
             present = () if package is None else package.present()
             wanted = replace(wanted, manifest=known, present=present, stage=f"download {repository.name}")
             with store.staging(progress, resume=source) as staging:
-                wanted = replace(wanted, journal=staging / _JOURNAL)
+                wanted = replace(wanted, journal=staging / JOURNAL_FILE)
                 if choice is None:
                     manifest = _build_from_checkpoint(repository, staging, wanted, progress)
                 else:

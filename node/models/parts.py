@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 
-from node.models.errors import ModelError
+from node.models.errors import ContentError, ModelError
 from node.models.files import Progress, disk_errors, size_of, write_atomically
 from node.models.manifest import FileEntry, Manifest
 from node.models.safetensors_file import TensorSource, Written, size_of_file, write_file
@@ -112,7 +112,7 @@ def write_parts(
                 raise ModelError(f"{source}: {error}") from None
             entry = FileEntry(name, written.size_bytes, written.sha256)
             if known.get(name, entry) != entry:
-                raise ModelError(f"{source} is not the model of the manifest: its {name} has another content")
+                raise ContentError(f"{source} is not the model of the manifest: its {name} has another content")
             journal.add(entry)
             entries[name] = entry
     return _hashed(unhashed, entries)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from node.config import default_cache_dir
 from node.models.catalogue import CATALOGUE
-from node.models.errors import ModelError, SourceError
+from node.models.errors import ContentError, ModelError, SourceError
 from node.models.files import (
     Progress,
     disk_errors,
@@ -44,6 +44,9 @@ from protocol.identity import BlockRange, ModelId, parse_model_id
 
 FETCHED_MARK = ".fetched"
 """In a package that was begun with a peer's manifest: its files can be fetched again, and may be evicted."""
+
+JOURNAL_FILE = "parts.json"
+"""In the staging folder of an import that can be continued: its finished files."""
 
 _ID_PREFIX = re.compile(r"[0-9a-f]{8,64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -233,7 +236,8 @@ class ModelStore:
         """Hold the only import into this cache, in an empty folder that is deleted at the end; see `adopt`.
 
         Waits while another process imports; `progress` is called meanwhile and may raise to give up. `resume`: of which
-        source the import can be continued; its folder stays after an interruption until another import begins.
+        source the import can be continued; its folder stays after an interruption until another import begins, and
+        after a failure, too, once a file is finished, unless the source proved to be another model.
         """
         keep = hashlib.sha256(resume.encode()).hexdigest()[:32] if resume else ""
         with disk_errors(f"cannot write to {self.cache_dir}"):
@@ -248,7 +252,8 @@ class ModelStore:
                 try:
                     yield folder
                 except (ModelError, OSError) as error:
-                    is_kept = bool(keep) and isinstance(error, SourceError)
+                    has_files = (folder / JOURNAL_FILE).exists() and not isinstance(error, ContentError)
+                    is_kept = bool(keep) and (has_files or isinstance(error, SourceError))
                     raise
                 except BaseException:  # cancelled
                     is_kept = bool(keep)

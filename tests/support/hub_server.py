@@ -34,6 +34,12 @@ def status(code: int, **headers: str) -> Fault:
     return fault
 
 
+def login_page(handler: "_Handler") -> bool:
+    """Answer as a network does that wants a login first."""
+    handler.answer(200, b"<html>Welcome to our hotel</html>", {"Content-Type": "text/html; charset=utf-8"})
+    return True
+
+
 def break_after(count: int) -> Fault:
     """Close the connection after so many bytes of the content."""
 

@@ -9,7 +9,8 @@ import sys
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from node.models.importer import import_model
 from node.models.parts import Selection
 from node.models.store import ModelStore
 from protocol.identity import BlockRange
-from tests.support.hub_server import HubServer, break_after, status, without_ranges
+from tests.support.hub_server import Fault, HubServer, break_after, login_page, status, without_ranges
 from tests.unit.models.checkpoints import llama_tensors, write_checkpoint
 
 REPOSITORY = "Somebody/Tiny"
@@ -187,12 +188,14 @@ def test_block_with_other_content_than_in_manifest_is_refused(
     with pytest.raises(ModelError, match=r"its block-000.safetensors has another content"):
         import_model(REPOSITORY, store, wanted=wanted)
     assert store.list() == ()
+    assert not [path for path in (store.cache_dir / "staging").iterdir() if path.is_dir()]
 
 
 def test_continues_where_connection_broke(hub: HubServer, store: ModelStore) -> None:
     folder = publish(hub)
     hub.cdn_faults += [lambda _: False] * 4  # the headers of the two shards
     hub.cdn_faults += [break_after(5000), break_after(0), status(503), status(429, Retry_After="0"), status(500)]
+    hub.cdn_faults += [login_page, status(520)]
     package = import_model(REPOSITORY, store)
     assert store.verify(package.model_id).corrupt == ()
     assert not package.missing()
@@ -252,13 +255,21 @@ def test_interrupted_import_is_continued_by_the_next(hub: HubServer, store: Mode
     assert not [path for path in (tmp_path / "cache" / "staging").iterdir() if path.is_dir()]
 
 
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (status(502), "answers HTTP 502 Bad Gateway"),
+        (status(511), "answers HTTP 511 Network Authentication Required"),
+        (login_page, "something else than the file: does the network ask for a login?"),
+    ],
+)
 def test_server_that_stays_away_is_one_line_and_next_import_continues(
-    hub: HubServer, store: ModelStore, tmp_path: Path
+    hub: HubServer, store: ModelStore, tmp_path: Path, fault: Fault, reason: str
 ) -> None:
     publish(hub)
     hub.cdn_faults += [lambda _: False] * 12
-    hub.cdn_faults += [status(502)] * http_file.MAX_FAILURES
-    with pytest.raises(SourceError, match=r"cannot read model-\S+ of Somebody/Tiny: .* answers HTTP 502 Bad Gateway"):
+    hub.cdn_faults += [fault] * http_file.MAX_FAILURES
+    with pytest.raises(SourceError, match=rf"cannot read model-\S+ of Somebody/Tiny: .*{re.escape(reason)}"):
         import_model(REPOSITORY, store)
     assert [path.name for path in (tmp_path / "cache" / "staging").glob("*/package/block-000.safetensors")]
     # The import of anything else deletes it.
@@ -266,19 +277,34 @@ def test_server_that_stays_away_is_one_line_and_next_import_continues(
     assert not list((tmp_path / "cache" / "staging").glob("*/package"))
 
 
-def test_full_disk_is_one_line_and_leaves_nothing(
+def test_full_disk_is_one_line_and_next_import_continues(
     hub: HubServer, store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish(hub)
+    folder = publish(hub)
+    synced, fsync = 0, os.fsync
 
-    def full(handle: int) -> NoReturn:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(handle: int) -> None:
+        nonlocal synced
+        synced += 1
+        if synced > 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
 
     with monkeypatch.context() as context:
-        context.setattr("node.models.safetensors_file.os.fsync", full)
+        context.setattr("node.models.safetensors_file.os", SimpleNamespace(fsync=full))
         with pytest.raises(ModelError, match=r"disk is full; free some space, or set METASWARM_CACHE_DIR"):
             import_model(REPOSITORY, store)
+    hub.sent.clear()
+    package = import_model(REPOSITORY, store)
+    assert store.verify(package.model_id).corrupt == ()
+    assert sent_weights(hub) < 0.7 * size_of_weights(folder)
     assert not [path for path in (tmp_path / "cache" / "staging").iterdir() if path.is_dir()]
+
+
+def test_package_larger_than_free_space_is_refused(
+    hub: HubServer, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(hub)
     usage = type("usage", (), {"free": 1 << 19})
     monkeypatch.setattr("node.models.parts.shutil.disk_usage", lambda _: usage)
     with pytest.raises(ModelError, match="the package needs 0 MiB, and 0 MiB are free"):
