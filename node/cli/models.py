@@ -88,7 +88,7 @@ def import_(
     size = format_bytes(package.manifest.size_bytes)
     name, count = store.name_of(package.model_id), package.manifest.block_count
     here = _present_blocks(package)
-    kept = "" if len(here) == count else f", {', '.join(_ranges(here))} here"
+    kept = "" if len(here) == count else f", {', '.join(block_ranges(here))} here"
     out().print(f"{name}: {count} blocks{kept}, {size}, in {format_duration(took_s)}", soft_wrap=True)
     out().print(f"id {package.model_id}", soft_wrap=True)
 
@@ -141,7 +141,7 @@ def show(which: str, cache_dir: str | None, as_json: bool) -> None:
         "id": package.model_id,
         "architecture": printable(manifest.model_type),
         "blocks": str(manifest.block_count),
-        "blocks here": ", ".join(_ranges(_present_blocks(package))) or "none",
+        "blocks here": ", ".join(block_ranges(_present_blocks(package))) or "none",
         "hidden size": str(manifest.hidden_size or "unknown"),
         "vocabulary": str(manifest.vocabulary_size or "unknown"),
         "longest text": f"{manifest.max_positions or 'unknown'} tokens",
@@ -227,7 +227,7 @@ def _summary(store: "ModelStore", package: "Package") -> dict[str, Any]:
         "blocks": manifest.block_count,
         "format": manifest.format,
         "granularity": manifest.granularity,
-        "blocks_present": _ranges(_present_blocks(package)),
+        "blocks_present": block_ranges(_present_blocks(package)),
         "complete": not package.missing(),
         "size_bytes": manifest.size_bytes,
         "path": str(package.path),
@@ -249,7 +249,7 @@ def _present_blocks(package: "Package") -> list[int]:
     return [number for number, file in enumerate(package.manifest.blocks) if package.has(file)]
 
 
-def _ranges(blocks: list[int]) -> list[str]:
+def block_ranges(blocks: list[int]) -> list[str]:
     """Return sorted block numbers as ranges, end exclusive: [0, 1, 2, 7] is 0-3 and 7-8."""
     runs = (list(run) for _, run in groupby(enumerate(blocks), key=lambda item: item[1] - item[0]))
     return [f"{run[0][1]}-{run[-1][1] + 1}" for run in runs]

@@ -13,9 +13,11 @@ from node.cli.job_options import job_options, read_text
 from node.cli.local_node import local_node
 from node.cli.output import CommandError, api_option, bootstrap_option, json_option, progress_bars
 from node.cli.target import is_there, on_node
+from protocol.identity import ModelId
 
 if TYPE_CHECKING:
     from node.api.interface import ModelDocument
+    from node.models.store import ModelStore, Package
 
 LISTED_TIMEOUT_S: Final = 5.0
 """Longest wait until a node lists the model that it serves."""
@@ -41,7 +43,8 @@ def run(
     """Answer PROMPT (`-` reads stdin) with MODEL, or converse if there is no PROMPT.
 
     Where the node on this machine, or the swarm of --bootstrap, has the model, it is asked. Else the model is imported
-    (see `metaswarm model import`), and a node serves it while this command runs.
+    (see `metaswarm model import`), and a node serves it while this command runs. What was imported before is not
+    imported again: of a hub repository `metaswarm model import` gets a newer commit.
     """
     text = read_text("-") if prompt == "-" else prompt
     with _node_with(model, api, bootstrap) as (url, name):
@@ -64,8 +67,15 @@ def _node_with(model: str, api: str | None, bootstrap: tuple[str, ...]) -> Itera
         if api is not None or any(is_meant(each, model) and each["complete"] for each in models):
             yield url, require_complete(models, model)
             return
+        store = _store()
+        served = {each["model"]: each["name"] or each["model"] for each in models if each["complete"]}
+        known_id = _known_id(store, model)
+        model_id = known_id if known_id and known_id in served else _import(store, model, known_id)
+        if model_id in served:  # under another name than it was asked for by
+            yield url, served[model_id]
+            return
         # It joins the swarm of the node here: what that one serves of the model need not be served again.
-        name, bootstrap = _import(model), tuple(on_node(url, ApiClient.status)["multiaddrs"][:1])
+        name, bootstrap = store.name_of(model_id), tuple(on_node(url, ApiClient.status)["multiaddrs"][:1])
         with local_node(name, bootstrap, share_data_dir=False) as own_url:
             yield own_url, _served(own_url, name)
         return
@@ -74,29 +84,62 @@ def _node_with(model: str, api: str | None, bootstrap: tuple[str, ...]) -> Itera
             on_node(own_url, lambda client: choose_model(client, model, DISCOVERY_TIMEOUT_S))
             yield own_url, require_complete(on_node(own_url, ApiClient.models), model)
         return
-    name = _import(model)
+    store = _store()
+    name = store.name_of(_import(store, model, _known_id(store, model)))
     with local_node(name, (), share_data_dir=True) as own_url:
         yield own_url, _served(own_url, name)
 
 
-def _import(model: str) -> str:
-    """Return the name of a model in the user's cache; one that is not there is imported."""
+def _store() -> "ModelStore":
     from node.cli.options import read_cache_dir
-    from node.models.errors import ModelError
-    from node.models.importer import import_model
     from node.models.store import ModelStore
 
-    store = ModelStore(read_cache_dir())
+    return ModelStore(read_cache_dir())
+
+
+def _known_id(store: "ModelStore", model: str) -> ModelId | None:
+    """Return which model a name, an id or an imported source means; None for a source that may be imported."""
+    from node.models.errors import ModelError
+    from node.models.importer import model_of
+
     try:
-        package = store.find(store.resolve(model))
+        return store.resolve(model)
     except ModelError:
-        package = None
         if "/" not in model and not Path(model).exists():  # only the store knows what it could be
             raise
-    if package is None or package.missing():
-        with progress_bars() as progress:
-            package = import_model(model, store, progress=progress)
-    return store.name_of(package.model_id)
+    return model_of(model, store.cache_dir)
+
+
+def _import(store: "ModelStore", model: str, model_id: ModelId | None) -> ModelId:
+    """Return the id of a model in the user's cache; one that is not there, or not all of it, is imported."""
+    from node.models.catalogue import catalogued_as
+    from node.models.importer import import_model
+    from node.models.source_index import source_of_model
+
+    package = None if model_id is None else store.find(model_id)
+    if package is not None and not package.missing():
+        return package.model_id
+    source: str | None = model
+    if model_id is not None and "/" not in model and not Path(model).exists():  # a name or an id
+        source = catalogued_as(model_id) or source_of_model(store.cache_dir, model_id)
+    if source is None:
+        missing = "it" if package is None else _missing(package)
+        raise CommandError(
+            f"cannot run {model}: {missing} is not on this machine, and its source is not known: import it with "
+            "`metaswarm model import SOURCE`"
+        )
+    with progress_bars() as progress:
+        return import_model(source, store, progress=progress).model_id
+
+
+def _missing(package: "Package") -> str:
+    """Name the blocks that are not here, or else the other files."""
+    from node.cli.models import block_ranges
+
+    blocks = [number for number, file in enumerate(package.manifest.blocks) if not package.has(file)]
+    if blocks:
+        return f"what blocks {', '.join(block_ranges(blocks))} need"
+    return ", ".join(file.name for file in package.missing())
 
 
 def _served(url: str, name: str) -> str:

@@ -45,3 +45,8 @@ CATALOGUE: Final[Mapping[str, CatalogueEntry]] = MappingProxyType({entry.name: e
 
 DEMO_MODEL: Final = "smollm2-135m-instruct"
 """The entry that `metaswarm demo` serves."""
+
+
+def catalogued_as(model: ModelId) -> str | None:
+    """Return the name of a model in the catalogue, if it is there."""
+    return next((entry.name for entry in CATALOGUE.values() if entry.model_id == model), None)

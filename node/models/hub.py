@@ -5,7 +5,7 @@ by HTTP ranges, or from that library's cache where it has the file.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -65,6 +65,19 @@ def parse_hub_id(text: str) -> HubId | None:
     if match is None or (match["revision"] and match["late_revision"]):
         return None
     return HubId(match["repository"], match["quantisation"], match["revision"] or match["late_revision"])
+
+
+def is_recorded_as(source: str, wanted: HubId) -> bool:
+    """Return whether a user means what was imported from a commit, written `repository@commit[:file's stem]`."""
+    found = parse_hub_id(source)
+    if found is None or found.repository.casefold() != wanted.repository.casefold():
+        return False
+    if wanted.revision not in {None, found.revision}:
+        return False
+    if wanted.quantisation is None or found.quantisation is None:
+        return wanted.quantisation == found.quantisation
+    choice = GgufChoice(_quantisation(found.quantisation), found.quantisation, (), 0)
+    return bool(_matching((choice,), wanted.quantisation))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,21 +173,15 @@ class HubRepository:
         choices = self.gguf_choices()
         if not choices:
             raise ModelError(f"{self.name} has no GGUF files: leave out :{quantisation}")
-        wanted = (quantisation or "").casefold().removesuffix(".gguf")
-        matching = [
-            [choice for choice in choices if wanted == choice.label.casefold()],
-            [choice for choice in choices if wanted in {it.casefold() for it in (choice.stem, choice.file_stem)}],
-            [choice for choice in choices if _has_word(choice.stem, wanted)],
-        ]
-        found = next((group for group in matching if group), []) if wanted else []
+        found = _matching(choices, quantisation) if quantisation else []
         if len(found) == 1:
             return found[0]
         example = f"{self.name}:{choices[0].label or choices[0].stem}"
-        if not wanted:
+        if not quantisation:
             fault = f"{self.name} has its weights in GGUF files only: say which, such as {example}"
         elif found:
             fault = f"{self.name} has several files for {quantisation}: name one"
-            choices = tuple(found)
+            choices = found
         else:
             fault = f"{self.name} has no quantisation {quantisation}"
         raise ModelError(f"{fault}; available: {_list_choices(choices)}")
@@ -247,11 +254,22 @@ def _quantisation(stem: str) -> str:
     return next(reversed(_QUANTISATION.findall(stem)), "")
 
 
+def _matching(choices: Sequence[GgufChoice], quantisation: str) -> Sequence[GgufChoice]:
+    """Return the choices that a user means by a quantisation or a file's name, without regard to case."""
+    wanted = quantisation.casefold().removesuffix(".gguf")
+    groups = [
+        [choice for choice in choices if wanted == choice.label.casefold()],
+        [choice for choice in choices if wanted in {it.casefold() for it in (choice.stem, choice.file_stem)}],
+        [choice for choice in choices if _has_word(choice.stem, wanted)],
+    ]
+    return next(filter(None, groups), ())
+
+
 def _has_word(stem: str, word: str) -> bool:
     return re.search(rf"(?:^|[-._/]){re.escape(word)}(?:$|[-./])", stem, re.IGNORECASE) is not None
 
 
-def _list_choices(choices: tuple[GgufChoice, ...]) -> str:
+def _list_choices(choices: Sequence[GgufChoice]) -> str:
     labels = [choice.label for choice in choices]
     shown = [
         f"{choice.label if choice.label and labels.count(choice.label) == 1 else choice.stem} "

@@ -21,13 +21,14 @@ from node.models.errors import ModelError
 from node.models.files import Progress, disk_errors, ignore_progress
 from node.models.gguf_file import GgufError, copy_header, read_gguf
 from node.models.gguf_package import arrange_package
-from node.models.hub import GgufChoice, HubId, HubRepository, open_repository, parse_hub_id
+from node.models.hub import GgufChoice, HubId, HubRepository, is_recorded_as, open_repository, parse_hub_id
 from node.models.layout import BY_NAME, GGUF, TESTED, OuterNames, block_file, part_file
 from node.models.manifest import FileEntry, Manifest, parse_manifest
 from node.models.parts import UNKNOWN_SHA256, WHOLE, Part, SafetensorsPart, Selection, write_parts
-from node.models.source_index import model_of_source, record_source
+from node.models.source_index import model_of_source, record_source, recorded_sources, source_of_files
 from node.models.store import JOURNAL_FILE, ModelStore, Package, check_name
 from node.util.text import one_line
+from protocol.identity import ModelId
 
 
 def import_model(
@@ -80,10 +81,21 @@ def _import_catalogued(name: str, store: ModelStore, progress: Progress) -> Pack
 
 def _import_uncatalogued(source: str, store: ModelStore, wanted: Selection, progress: Progress) -> tuple[Package, str]:
     """Return the package and a name to suggest for it."""
-    path = Path(source).expanduser()
+    path = _path_of(source)
     hub = parse_hub_id(source)
     if hub is not None and not _is_here(path):
         return _import_hub(hub, store, wanted, progress)
+    recorded = source_of_files(path)  # before they are read
+    package, suggestion = _import_files(source, path, store, wanted, progress)
+    if recorded is not None:
+        record_source(store.cache_dir, recorded, package.model_id)
+    return package, suggestion
+
+
+def _import_files(
+    source: str, path: Path, store: ModelStore, wanted: Selection, progress: Progress
+) -> tuple[Package, str]:
+    """Make a package of a folder or a GGUF file; return it and a name to suggest for it."""
     with store.staging(progress) as staging:
         if path.is_dir():
             folder, suggestion = path, path.resolve().name
@@ -101,6 +113,24 @@ def _import_uncatalogued(source: str, store: ModelStore, wanted: Selection, prog
         sources.check_tensors(source, checkpoint.stated_config, checkpoint.shapes, staging)
         manifest = build_package(folder, checkpoint, staging / "package", progress, wanted)
         return store.adopt(staging / "package", manifest), suggestion.lower()
+
+
+def model_of(source: str, cache_dir: Path) -> ModelId | None:
+    """Return which model an earlier import of a source gave, if that is known; the hub is not asked for a newer one."""
+    if _is_here(path := _path_of(source)):
+        recorded = source_of_files(path)
+        return None if recorded is None else model_of_source(cache_dir, recorded)
+    if (hub := parse_hub_id(source)) is None:
+        return None
+    known = recorded_sources(cache_dir)
+    return next((known[each] for each in reversed(known) if is_recorded_as(each, hub)), None)
+
+
+def _path_of(source: str) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # of a user who is unknown
+        return Path(source)
 
 
 def _is_here(path: Path) -> bool:

@@ -12,7 +12,7 @@ import trio
 from cachetools import LRUCache
 
 from node.models.blobs import BlobServer, ModelFetcher
-from node.models.catalogue import CATALOGUE
+from node.models.catalogue import CATALOGUE, catalogued_as
 from node.models.errors import ModelError
 from node.models.eviction import evict_for, in_use
 from node.models.files import Progress, ignore_progress
@@ -217,7 +217,7 @@ class Library:
         try:
             return (await self._package(model)).manifest
         except ModelError:
-            name = _catalogued_as(model)
+            name = catalogued_as(model)
             if not use_catalogue or name is None:
                 raise
         return (await self._import(name, progress)).manifest
@@ -286,7 +286,7 @@ class Library:
 
     def _source_of(self, model: ModelId) -> str | None:
         """Return what a model can be imported from: its catalogue name, or a commit of a hub repository."""
-        return _catalogued_as(model) or source_of_model(self._store.cache_dir, model)
+        return catalogued_as(model) or source_of_model(self._store.cache_dir, model)
 
     async def _import(self, source: str, progress: Progress, wanted: Selection = WHOLE) -> Package:
         def report(stage: str, done: int, total: int) -> None:
@@ -294,10 +294,6 @@ class Library:
             progress(stage, done, total)
 
         return await trio.to_thread.run_sync(partial(import_model, source, self._store, wanted=wanted, progress=report))
-
-
-def _catalogued_as(model: ModelId) -> str | None:
-    return next((entry.name for entry in CATALOGUE.values() if entry.model_id == model), None)
 
 
 async def provide_loop(network: Network, store: ModelStore) -> None:

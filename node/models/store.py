@@ -5,7 +5,7 @@
     staging/<random>/                                           an import under way
     staging/<digest of a source>/                               an import that can be continued
     names.json                                                  names that the user gave to models
-    sources.json                                                the models that commits of hub repositories gave
+    sources.json                                                the models that hub repositories and local files gave
 
 A file under its own name is whole: it was written elsewhere, verified, flushed and renamed. Other leftovers of a crash
 are deleted by the next import.

@@ -7,10 +7,14 @@ import pytest
 
 from node.cli import local_node, run, run_model
 from node.models import importer
-from node.models.store import ModelStore
+from node.models.errors import ModelError
+from node.models.source_index import record_source, source_of_files
+from node.models.store import ModelStore, Package
 from tests.unit.api.fakes import MODEL, FakeNode
 from tests.unit.cli.conftest import ServeNode
+from tests.unit.models.checkpoints import write_checkpoint
 
+real_import = importer.import_model
 Started = list[tuple[str | None, tuple[str, ...], bool]]
 
 
@@ -20,6 +24,7 @@ def started(serve: ServeNode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     found: Started = []
     monkeypatch.setenv("METASWARM_CACHE_DIR", str(tmp_path))
     ModelStore(tmp_path).set_name("tiny", MODEL)
+    record_source(tmp_path, "owner/tiny@c0ffee", MODEL)
 
     @contextmanager
     def start(model: str | None, bootstrap: tuple[str, ...], *, share_data_dir: bool) -> Iterator[str]:
@@ -27,7 +32,7 @@ def started(serve: ServeNode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         yield serve(FakeNode())
 
     def import_model(name: str, store: ModelStore, **options: object) -> object:
-        assert name in {"tiny", "owner/tiny"}
+        assert name in {"owner/tiny@c0ffee", "owner/tiny", "owner/tiny@v2", str(tmp_path / "tiny.gguf")}
         return SimpleNamespace(model_id=MODEL)
 
     monkeypatch.setattr(run_model, "local_node", start)
@@ -60,6 +65,23 @@ def test_imports_model_and_starts_node_that_serves_it(
     assert run(["run", name, "Why?"]) == 0
     assert capsys.readouterr().out == "Hello, wörld\n"
     assert started == [("tiny", (), True)]
+
+
+@pytest.mark.parametrize("source", ["owner/tiny", "OWNER/Tiny", "owner/tiny@v2", "FILE"])
+def test_running_node_is_asked_by_source_of_its_model(
+    source: str, started: Started, serve: ServeNode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No second node, and no second import: also where only the import of `owner/tiny@v2` shows which model it is."""
+    (tmp_path / "tiny.gguf").touch()
+    recorded = source_of_files(tmp_path / "tiny.gguf")
+    assert recorded is not None
+    record_source(tmp_path, recorded, MODEL)
+    source = source.replace("FILE", str(tmp_path / "tiny.gguf"))
+    node = FakeNode()
+    monkeypatch.setenv("METASWARM_API", serve(node))
+    assert run(["run", source, "Why?"]) == 0
+    assert started == []
+    assert [job.model for job in node.submitter.requests] == ["tiny"]
 
 
 def test_node_without_the_model_is_joined(started: Started, serve: ServeNode, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,3 +136,63 @@ def test_unknown_model_suggests_a_known_one(
     monkeypatch.setenv("METASWARM_CACHE_DIR", str(tmp_path))
     assert run(["run", "smollm2", "Why?"]) == 1
     assert "there is no model 'smollm2'; did you mean 'smollm2-135m-instruct'?" in capsys.readouterr().err
+
+
+@pytest.fixture
+def offline(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be imported."""
+
+    def refuse(name: str, *_: object, **__: object) -> object:
+        raise ModelError(f"cannot import {name}")
+
+    monkeypatch.setattr(importer, "import_model", refuse)
+
+
+@pytest.mark.usefixtures("nobody", "offline")
+@pytest.mark.parametrize("source", ["owner/tiny", "owner/tiny-gguf:q4_k_m", "owner/tiny-gguf:Tiny-Q4_K_M.gguf", "FILE"])
+def test_imported_source_is_not_imported_again(source: str, started: Started, tmp_path: Path) -> None:
+    package = real_import(str(write_checkpoint(tmp_path / "tiny")), ModelStore(tmp_path), name="mini")
+    record_source(tmp_path, "owner/tiny@c0ffee", package.model_id)
+    record_source(tmp_path, "owner/tiny-gguf@c0ffee:Tiny-Q4_K_M", package.model_id)
+    assert run(["run", source.replace("FILE", str(tmp_path / "tiny")), "Why?"]) == 1, "the fake node has another model"
+    assert started == [("mini", (), True)]
+
+
+@pytest.mark.usefixtures("nobody", "offline")
+@pytest.mark.parametrize(
+    ("source", "imports"),
+    [
+        ("owner/tiny-gguf", "owner/tiny-gguf"),
+        ("owner/tiny-gguf:Q8_0", "owner/tiny-gguf:Q8_0"),
+        ("owner/tiny@main", "owner/tiny@main"),
+        ("mini", "owner/tiny@c0ffee"),
+    ],
+)
+def test_other_source_or_incomplete_package_is_imported(
+    source: str, imports: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = real_import(str(write_checkpoint(tmp_path / "tiny")), ModelStore(tmp_path), name="mini")
+    record_source(tmp_path, "owner/tiny@c0ffee", package.model_id)
+    record_source(tmp_path, "owner/tiny-gguf@c0ffee:Tiny-Q4_K_M", package.model_id)
+    package.path_of(package.manifest.head).unlink()
+    assert run(["run", source, "Why?"]) == 1
+    assert f"cannot import {imports}\n" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nobody", "offline")
+def test_changed_file_is_imported_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_checkpoint(tmp_path / "tiny")
+    real_import(str(folder), ModelStore(tmp_path))
+    (folder / "config.json").write_text("{}")
+    assert run(["run", str(folder), "Why?"]) == 1
+    assert f"cannot import {folder}" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nobody", "offline")
+def test_incomplete_model_without_source_names_missing_blocks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package: Package = real_import(str(write_checkpoint(tmp_path / "tiny")), ModelStore(tmp_path), name="mini")
+    package.path_of(package.manifest.blocks[1]).unlink()
+    assert run(["run", "mini", "Why?"]) == 1
+    assert "cannot run mini: what blocks 1-2 need is not on this machine, and its source" in capsys.readouterr().err
