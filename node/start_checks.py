@@ -17,7 +17,7 @@ from node.joining import port_conflicts, second_node
 from node.models.catalogue import CATALOGUE
 from node.models.errors import ModelError
 from node.models.layout import GGUF
-from node.models.store import AmbiguousModelError, ModelStore, UnknownModelError
+from node.models.store import DamagedModelError, ModelStore, UnknownModelError
 
 MIN_MEMORY_BYTES: Final = 1 << 20
 """A lower memory limit is taken for a typing error."""
@@ -113,10 +113,10 @@ def _model_faults(config: NodeConfig) -> list[str]:
         except UnknownModelError as error:
             if not _MAY_BE_ID.fullmatch(name):  # which a peer may know
                 faults.append(f"cannot serve {name}: {error}")
-        except AmbiguousModelError as error:
+        except DamagedModelError:
+            continue  # it is fetched again
+        except ModelError as error:  # ambiguous, or a cache that this user cannot read
             faults.append(f"cannot serve {name}: {error}")
-        except ModelError:
-            continue  # damaged: it is fetched again
         else:
             has_source = name in CATALOGUE and not config.no_catalogue
             if package is None and is_alone and not has_source:

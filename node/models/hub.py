@@ -170,7 +170,7 @@ class HubRepository:
 
     def choose_gguf(self, quantisation: str | None) -> GgufChoice:
         """Return the model of a quantisation; raise ModelError with the available ones when it is not one of them."""
-        choices = self.gguf_choices()
+        choices: Sequence[GgufChoice] = self.gguf_choices()
         if not choices:
             raise ModelError(f"{self.name} has no GGUF files: leave out :{quantisation}")
         found = _matching(choices, quantisation) if quantisation else []

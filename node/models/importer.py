@@ -122,8 +122,8 @@ def model_of(source: str, cache_dir: Path) -> ModelId | None:
         return None if recorded is None else model_of_source(cache_dir, recorded)
     if (hub := parse_hub_id(source)) is None:
         return None
-    known = recorded_sources(cache_dir)
-    return next((known[each] for each in reversed(known) if is_recorded_as(each, hub)), None)
+    known = reversed(recorded_sources(cache_dir).items())
+    return next((model for each, model in known if is_recorded_as(each, hub)), None)
 
 
 def _path_of(source: str) -> Path:

@@ -7,7 +7,6 @@ and `metaswarm run SOURCE` need not import it again. Local files are named by pa
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from glob import escape
 from pathlib import Path
 from typing import Final
@@ -60,7 +59,7 @@ def source_of_model(cache_dir: Path, model: ModelId) -> str | None:
     return next((source for source in found if not source.startswith("/")), None)
 
 
-def recorded_sources(cache_dir: Path) -> Mapping[str, ModelId]:
+def recorded_sources(cache_dir: Path) -> dict[str, ModelId]:
     """Return all sources with their models, the last imported last."""
     try:
         models = json.loads((cache_dir / _FILE).read_bytes())

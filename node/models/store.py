@@ -56,6 +56,10 @@ class UnknownModelError(ModelError):
     """No model has that name or id."""
 
 
+class DamagedModelError(ModelError):
+    """The manifest of the model is not what its id says."""
+
+
 class AmbiguousModelError(ModelError):
     """The name or id prefix matches several models."""
 
@@ -87,7 +91,8 @@ class Package:
 
     def has(self, file: FileEntry) -> bool:
         """Return whether a file is there. Its content was verified before it got its name."""
-        return size_of(self.path_of(file)) == file.size_bytes
+        with disk_errors(f"cannot look for {file.name} of model {self.model_id[:12]}"):
+            return size_of(self.path_of(file)) == file.size_bytes
 
     def missing(self, blocks: BlockRange | None = None) -> tuple[FileEntry, ...]:
         """Return which weight files of a span, or which files of the whole package, are not there."""
@@ -138,7 +143,9 @@ class ModelStore:
     def get(self, model: ModelId) -> Package:
         """Return a package. Raises UnknownModelError when there is none, ModelError when its manifest is damaged."""
         path = self._models / model
-        if not (path / MANIFEST_FILE).exists():
+        with disk_errors(f"cannot look for model {model[:12]}"):
+            is_here = (path / MANIFEST_FILE).exists()
+        if not is_here:
             raise UnknownModelError(f"model {model[:12]} is not in {self.cache_dir}: import it first")
         manifest = self._manifests.get(model)
         return Package(self._load(model) if manifest is None else manifest, path)
@@ -196,11 +203,14 @@ class ModelStore:
 
     def names(self) -> Mapping[str, ModelId]:
         """Return the names that the user gave to models."""
+        with disk_errors("cannot read the names of models"):
+            try:
+                data = self._names.read_bytes()
+            except FileNotFoundError:
+                return {}
         try:
-            names = json.loads(self._names.read_bytes())
+            names = json.loads(data)
             return {str(name): parse_model_id(str(model)) for name, model in names.items()}
-        except FileNotFoundError:
-            return {}
         except (ValueError, AttributeError):
             raise ModelError(f"{self._names} is damaged: delete it, and name your models again") from None
 
@@ -343,20 +353,25 @@ class ModelStore:
         write_atomically(self._names, json.dumps(names, indent=2, sort_keys=True).encode() + b"\n")
 
     def _stored_ids(self) -> tuple[ModelId, ...]:
-        try:
-            names = sorted(path.name for path in self._models.iterdir())
-        except FileNotFoundError:
-            return ()
+        with disk_errors(f"cannot list the models in {self.cache_dir}"):
+            try:
+                names = sorted(path.name for path in self._models.iterdir())
+            except FileNotFoundError:
+                return ()
         return tuple(ModelId(name) for name in names if len(name) == 64 and _ID_PREFIX.fullmatch(name))
 
     def _load(self, model: ModelId) -> Manifest:
         path = self._models / model
+        with disk_errors(f"cannot read model {model[:12]}"):
+            data = (path / MANIFEST_FILE).read_bytes()
         try:
-            manifest = parse_manifest((path / MANIFEST_FILE).read_bytes())
-        except (OSError, ModelError):
+            manifest = parse_manifest(data)
+        except ModelError:
             manifest = None
         if manifest is None or manifest.model_id != model:
-            raise ModelError(f"the manifest of model {model[:12]} is damaged: remove the model, and import it again")
+            raise DamagedModelError(
+                f"the manifest of model {model[:12]} is damaged: remove the model, and import it again"
+            )
         with self._lock:
             self._manifests[model] = manifest
             self._by_sha256.setdefault(model, set()).add(path / MANIFEST_FILE)

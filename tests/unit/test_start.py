@@ -145,6 +145,14 @@ async def test_names_a_free_value_for_the_one_port_that_is_taken(tmp_path: Path)
     assert "--data-dir" not in str(caught.value)
 
 
+@pytest.mark.parametrize("served", ["tiny", "0123456789abcdef"])
+async def test_cache_that_cannot_be_read_is_a_fault(tmp_path: Path, served: str) -> None:
+    (tmp_path / "cache").touch()
+    config = replace(config_in(tmp_path), listen=("/ip4/127.0.0.1/tcp/0",), api_port=0, device="cpu")
+    with pytest.raises(StartError, match=rf"cannot serve {served}: cannot .*cache.*: Not a directory"):
+        await start_checks.check_start(replace(config, serve=(ServeSpec(served),)))
+
+
 async def test_models_that_peers_may_have_are_no_fault(tmp_path: Path) -> None:
     config = replace(config_in(tmp_path), listen=("/ip4/127.0.0.1/tcp/0",), api_port=0, device="cpu")
     served = (ServeSpec("smollm2-135m-instruct"), ServeSpec("0123456789abcdef"))

@@ -1,3 +1,6 @@
+import errno
+import os
+import stat
 import threading
 from pathlib import Path
 
@@ -190,3 +193,38 @@ def test_an_import_waits_for_the_one_under_way(tmp_path: Path, store: ModelStore
         assert imported == []
     thread.join(10)
     assert len(imported) == 1
+
+
+def test_every_user_may_read_packages(store: ModelStore, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        package = import_model(str(write_checkpoint(tmp_path / "tiny")), store)
+    finally:
+        os.umask(before)
+    names = ("names.json", "sources.json")
+    paths = [path for path in package.path.iterdir() if path.is_file()] + [store.cache_dir / name for name in names]
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) & 0o644 for path in paths} == {
+        path.name: 0o644 for path in paths
+    }
+
+
+def test_package_of_another_user_is_not_called_damaged(
+    store: ModelStore, package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    fresh = ModelStore(store.cache_dir)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ModelError, match=r"cannot read model \w+: /.*manifest.json: Permission denied$"):
+        fresh.get(package.model_id)
+    with pytest.raises(ModelError, match=r"cannot read the names of models: /.*names.json: Permission denied$"):
+        fresh.names()
+
+
+def test_cache_folder_that_is_a_file_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    store = ModelStore(tmp_path / "file")
+    for act in (store.list, store.names, lambda: store.resolve("tiny"), lambda: store.resolve("ab12cd34")):
+        with pytest.raises(ModelError, match=r"file.*Not a directory"):
+            act()
