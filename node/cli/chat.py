@@ -56,8 +56,8 @@ def chat(
 ) -> None:
     """Converse with a model.
 
-    Ctrl-C stops an answer, Ctrl-D leaves; /help shows the commands. Without a terminal each line of stdin is a message;
-    with --json each answer is the document of `metaswarm submit --json`.
+    Ctrl-C stops an answer, Ctrl-D leaves; /help shows the commands. Without a terminal each line of stdin is a message
+    and never a command; with --json each answer is the document of `metaswarm submit --json`.
     """
     with node_for_command(api, bootstrap) as (url, is_new):
         name = on_node(url, _choose(model, is_new=is_new))
@@ -96,7 +96,8 @@ class Conversation:
 def converse(url: str, conversation: Conversation, *, as_json: bool = False) -> None:
     """Read messages and commands until the end of the input, and answer them.
 
-    Without a terminal the first failure ends it: what follows would be answered out of context.
+    Without a terminal nothing is a command, as the text may be anybody's, and the first failure ends it: what follows
+    would be answered out of context.
     """
     is_terminal = sys.stdin.isatty()
     if is_terminal:
@@ -112,7 +113,7 @@ def converse(url: str, conversation: Conversation, *, as_json: bool = False) -> 
                 if not is_terminal:
                     raise
                 print_error(error.format_message())
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, click.Abort):  # the latter at a question
                 if not is_terminal:
                     raise
 
@@ -163,7 +164,7 @@ def _read_messages(is_terminal: bool) -> Iterator[tuple[str, bool]]:
                 text += f"\n{line}"
             text = text.removesuffix(QUOTES).strip("\n")
         if text:
-            yield text, text.startswith("/") and not is_quoted
+            yield text, is_terminal and text.startswith("/") and not is_quoted
 
 
 def _read_line(prompt: str, is_terminal: bool) -> str | None:
@@ -232,7 +233,12 @@ def _save(conversation: Conversation, name: str) -> None:
     if not name:
         raise click.UsageError("/save takes the name of a file")
     document = {"model": conversation.model, "messages": conversation.messages}
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise CommandError(f"cannot write {name}: {error}") from None
+    if path.is_file() and not click.confirm(f"{path} exists: overwrite it?", err=True):
+        return
     try:
         path.write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

@@ -29,6 +29,17 @@ def pipe(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
 
 
+class Typed(io.TextIOWrapper):
+    """Keys, as from a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def type_keys(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(sys, "stdin", Typed(io.BytesIO(text.encode())))
+
+
 def said(node: FakeNode, number: int = -1) -> list[tuple[str, str]]:
     """The messages of a request."""
     messages = node.submitter.requests[number].messages
@@ -63,7 +74,7 @@ def test_commands(
     node: FakeNode, api: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "talk.json"
-    pipe(
+    type_keys(
         monkeypatch,
         "Hi\n/clear\n/system Be kind.\nOnce more\n"
         f"/save {file}\n/model\n/model {MODEL[:12]}\nAgain\n/help\n/bye\nunsaid",
@@ -96,9 +107,30 @@ def test_commands(
 def test_wrong_command_says_what_was_meant(
     line: str, says: str, api: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipe(monkeypatch, line)
-    assert run(["chat", *api]) in {1, 2}
+    type_keys(monkeypatch, line)
+    assert run(["chat", *api]) == 0
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("reply", "is_written"), [("n\n", False), ("\n", False), ("y\n", True), ("", False)])
+def test_save_asks_before_it_overwrites(
+    reply: str, is_written: bool, api: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "talk.json"
+    file.write_text("mine")
+    type_keys(monkeypatch, f"/save {file}\n{reply}")
+    assert run(["chat", *api]) == 0
+    assert (file.read_text() != "mine") == is_written
+
+
+def test_piped_text_is_never_a_command(
+    node: FakeNode, api: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "talk.json"
+    pipe(monkeypatch, f"/save {file}\n/bye\n")
+    assert run(["chat", *api]) == 0
+    assert not file.exists()
+    assert [content for role, content in said(node) if role == "user"] == [f"/save {file}", "/bye"]
 
 
 def test_node_here_is_not_waited_for(
