@@ -13,6 +13,7 @@ from node.doctor.report import Consequence, Fault, Finding, RunningNode
 from node.engine.device import CPU, Device, DeviceError, cpu_device, find_devices
 from node.identity import KEY_FILE, IdentityError, load_or_create
 from node.models.errors import ModelError
+from node.models.files import MIN_FREE_BYTES
 from node.models.layout import GGUF
 from node.models.store import ModelStore, Package, UnknownModelError
 from node.network.addresses import TcpAddress, parse_address
@@ -24,8 +25,6 @@ from node.storage.database import DATABASE_FILE, StorageError, find_damage
 from node.util.child_process import ChildError, run
 from node.util.interpreter import python
 from protocol.identity import ModelId
-
-MIN_FREE_BYTES: Final = 64 << 20
 
 LLAMACPP_BUILD: Final = python("-m", "node.engine.llamacpp.build")
 CHECK_TIME_LIMIT_S: Final = 30.0

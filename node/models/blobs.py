@@ -10,7 +10,7 @@ import trio
 
 from node.models.errors import ModelError
 from node.models.fetching import Blob, Fetched, FetchError, fetch_blob, fetch_manifest_bytes
-from node.models.files import Progress, ignore_progress, size_of
+from node.models.files import MIN_FREE_BYTES, Progress, check_space, disk_errors, ignore_progress, part_of, size_of
 from node.models.manifest import FileEntry, Manifest, parse_manifest
 from node.models.store import ModelStore, Package
 from node.network.interface import Network, NetworkError, Stream
@@ -129,9 +129,13 @@ class ModelFetcher:
         peers: Sequence[PeerId],
         progress: Progress = ignore_progress,
     ) -> Fetched:
-        """Fetch those of the files that are missing, several at a time. Raises FetchError and ModelError."""
+        """Fetch those of the files that are missing, several at a time. Raises FetchError and ModelError.
+
+        Nothing is fetched where the disk has no room for all of them.
+        """
         package = await trio.to_thread.run_sync(self._store.add_manifest, manifest)
         missing = [file for file in files if not package.has(file)]
+        await trio.to_thread.run_sync(_check_space, package, missing)
         total, done = sum(file.size_bytes for file in missing), 0
         result, failures = Fetched(self.fetched), list[ModelError]()
         slots = trio.CapacityLimiter(PARALLEL_FILES)
@@ -184,6 +188,13 @@ class ModelFetcher:
 
     async def _others(self, asked: Sequence[PeerId], sha256: str) -> list[PeerId]:
         return [peer for peer in await self._holders(sha256) if peer not in asked]
+
+
+def _check_space(package: Package, files: Sequence[FileEntry]) -> None:
+    with disk_errors("cannot tell how much space is free"):
+        here = [size_of(part_of(package.path_of(file))) or 0 for file in files]
+        lacking = sum(max(0, file.size_bytes - size) for file, size in zip(files, here, strict=True))
+        check_space(package.path, lacking, reserve=MIN_FREE_BYTES if lacking else 0)
 
 
 def _read_piece(path: Path, offset: int, length: int) -> bytes:

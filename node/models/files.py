@@ -5,10 +5,12 @@ import fcntl
 import hashlib
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from node.models.errors import ModelError
 
@@ -17,6 +19,10 @@ Progress = Callable[[str, int, int], None]
 
 _READ_BYTES = 4 << 20
 _LOCK_POLL_S = 0.1
+
+
+MIN_FREE_BYTES: Final = 64 << 20
+"""Left free by what peers send: a node stores its history, too."""
 
 
 def ignore_progress(stage: str, done: int, total: int) -> None:
@@ -33,6 +39,17 @@ def disk_errors(what: str) -> Iterator[None]:
         if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:  # the last where the user's files are limited
             raise ModelError(f"{what}: the disk is full; free some space, or set METASWARM_CACHE_DIR") from error
         raise ModelError(f"{what}: {where}{error.strerror or error}") from error
+
+
+def check_space(folder: Path, needed: int, *, reserve: int = 0) -> None:
+    """Raise ModelError unless a disk has so many bytes free, and a reserve beyond them. Raises OSError."""
+    free = max(0, shutil.disk_usage(folder).free - reserve)
+    if free < needed:
+        beyond = f" beyond the reserve of {reserve >> 20} MiB" if reserve else ""
+        raise ModelError(
+            f"the package needs {needed >> 20} MiB, and {free >> 20} MiB are free{beyond}: free some space, or set "
+            "METASWARM_CACHE_DIR to another disk"
+        )
 
 
 def write_atomically(path: Path, data: bytes) -> None:

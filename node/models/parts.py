@@ -5,7 +5,6 @@ have the hashes that it states; without it every part is read once, and those th
 """
 
 import json
-import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from node.models.errors import ContentError, ModelError
-from node.models.files import Progress, disk_errors, size_of, write_atomically
+from node.models.files import Progress, check_space, disk_errors, size_of, write_atomically
 from node.models.manifest import FileEntry, Manifest
 from node.models.safetensors_file import TensorSource, Written, size_of_file, write_file
 from node.util.text import format_size
@@ -104,7 +103,7 @@ def write_parts(
 
     entries: dict[str, FileEntry] = {name: entry for name in parts if (entry := known.get(name) or journal.entry(name))}
     with disk_errors("cannot write the package"):
-        _check_space(target, sum(parts[name].size_bytes for name in to_write))
+        check_space(target, sum(parts[name].size_bytes for name in to_write))
         for name in to_read:
             try:
                 written = parts[name].write(target / name if name in to_write else None, count)
@@ -151,15 +150,6 @@ def _hashed(unhashed: Manifest, entries: Mapping[str, FileEntry]) -> Manifest:
         head=entry(unhashed.head),
         blocks=tuple(map(entry, unhashed.blocks)),
     )
-
-
-def _check_space(target: Path, needed: int) -> None:
-    free = shutil.disk_usage(target).free
-    if free < needed:
-        raise ModelError(
-            f"the package needs {needed >> 20} MiB, and {free >> 20} MiB are free: free some space, or set "
-            "METASWARM_CACHE_DIR to another disk"
-        )
 
 
 class _Journal:

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -15,6 +16,7 @@ from node.models.blobs import BlobServer, ModelFetcher
 from node.models.errors import ModelError
 from node.models.eviction import evict_for
 from node.models.fetching import Blob, FetchError, fetch_blob
+from node.models.files import MIN_FREE_BYTES
 from node.models.gguf_file import read_gguf
 from node.models.importer import import_model
 from node.models.library import ANNOUNCED_AGAIN_S, provide_loop
@@ -450,6 +452,24 @@ async def test_span_of_a_gguf_package_comes_with_its_common_file(
     evicted = evict_for(store, mine, first, package.manifest.size_bytes - 1)
     assert evicted
     assert common not in evicted, "every span needs it"
+
+
+async def test_files_are_fetched_only_where_the_disk_has_room_for_all(
+    package: Package, server: BlobServer, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = package.manifest.files_for(BlockRange(0, 3))
+    needed = sum(file.size_bytes for file in files)
+    free = MIN_FREE_BYTES + needed - 1
+    monkeypatch.setattr("node.models.files.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    async with swarm(server.handle) as (client, peers):
+        fetcher = ModelFetcher(client, store, no_providers)
+        with pytest.raises(ModelError, match=r"needs \d+ MiB, and \d+ MiB are free beyond the reserve of 64 MiB: free"):
+            await fetcher.fetch_files(package.manifest, files, peers)
+        assert store.get(package.model_id).present() == frozenset()
+        # What an earlier fetch left of a file need not be fetched.
+        part_of(store.get(package.model_id).path_of(files[0])).write_bytes(package.path_of(files[0]).read_bytes()[:1])
+        await fetcher.fetch_files(package.manifest, files, peers)
+    assert store.verify(package.model_id, BlockRange(0, 3)).missing == ()
 
 
 async def test_present_files_are_not_fetched_again(package: Package, server: BlobServer, store: ModelStore) -> None:

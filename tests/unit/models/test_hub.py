@@ -306,7 +306,7 @@ def test_package_larger_than_free_space_is_refused(
 ) -> None:
     publish(hub)
     usage = type("usage", (), {"free": 1 << 19})
-    monkeypatch.setattr("node.models.parts.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("node.models.files.shutil.disk_usage", lambda _: usage)
     with pytest.raises(ModelError, match="the package needs 0 MiB, and 0 MiB are free"):
         import_model(REPOSITORY, store)
     # A few blocks need a part of that.
