@@ -10,10 +10,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+import structlog
+
 from node.capabilities.probe import total_memory
 from node.config import LOCK_FILE, MEMORY_SHARE, NodeConfig, StartError
 from node.engine.device import Device, DeviceError, cpu_device, find_devices, llamacpp_has_gpu
 from node.joining import port_conflicts, second_node
+from node.models.cache_checks import check_cache
 from node.models.catalogue import CATALOGUE
 from node.models.errors import ModelError
 from node.models.layout import GGUF
@@ -21,6 +24,8 @@ from node.models.store import DamagedModelError, ModelStore, UnknownModelError
 
 MIN_MEMORY_BYTES: Final = 1 << 20
 """A lower memory limit is taken for a typing error."""
+
+_logger = structlog.get_logger(__name__)
 
 _MAY_BE_ID: Final = re.compile(r"[0-9a-f]{8,64}")
 
@@ -40,6 +45,10 @@ async def check_start(config: NodeConfig) -> Sequence[Device]:
     counted = (cpu_device(),) if _computes_on_cpu(config) else devices
     faults += filter(None, (memory_fault(config, device) for device in counted))
     faults += _model_faults(config)
+    cache = check_cache(config.cache_dir, config.serve)
+    if cache.unwritable is not None and not cache.is_needed:
+        _logger.warning("cache folder not writable", reason=cache.unwritable)
+    faults += filter(None, (cache.unwritable if cache.is_needed else None, cache.full))
     if not faults:
         return devices
     hint = ""

@@ -1,7 +1,6 @@
 """Checks of this machine: data directory, device, ports, and the files of identity, history and models."""
 
 import fcntl
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -12,6 +11,7 @@ from node.config import LOCK_FILE, MEMORY_SHARE, NodeConfig, ServeSpec
 from node.doctor.report import Consequence, Fault, Finding, RunningNode
 from node.engine.device import CPU, Device, DeviceError, cpu_device, find_devices
 from node.identity import KEY_FILE, IdentityError, load_or_create
+from node.models.cache_checks import check_cache, writing_fault
 from node.models.errors import ModelError
 from node.models.files import MIN_FREE_BYTES
 from node.models.layout import GGUF
@@ -33,16 +33,13 @@ CHECK_TIME_LIMIT_S: Final = 30.0
 def check_data_dir(config: NodeConfig, running: RunningNode | None) -> Iterator[Finding]:
     """Check access to the data directory, or to where it would be made, its lock and its disk."""
     folder = config.data_dir
-    existing = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        fault = "not writable" if existing.is_dir() else "not a folder"
-        purpose = "" if existing == folder else f", so {folder} cannot be made"
-        message = f"{existing} is {fault}{purpose}: choose another --data-dir"
-        yield Finding(Fault.NAME_TAKEN, Consequence.START, message)
+    if (fault := writing_fault(folder)) is not None:
+        yield Finding(Fault.NAME_TAKEN, Consequence.START, f"{fault}: choose another --data-dir")
         return
     if running is None and _is_locked(folder / LOCK_FILE):
         message = f"another node uses {folder} and its API does not answer: stop it, or choose another --data-dir"
         yield Finding(Fault.NAME_TAKEN, Consequence.START, message)
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     free_bytes = psutil.disk_usage(str(existing)).free
     if free_bytes < MIN_FREE_BYTES:
         message = f"the disk of {folder} is full ({free_bytes >> 20} MiB free), no history can be stored: free some"
@@ -113,7 +110,15 @@ async def check_ports(config: NodeConfig) -> list[Finding]:
 
 def check_files(config: NodeConfig, devices: Sequence[Device], running: RunningNode | None) -> list[Finding]:
     """Check key, database and model files. Hashes what is to be served, which may take a while."""
-    return [*_check_own_files(config), *_check_models(config, devices, running)]
+    return [*_check_own_files(config), *_check_cache(config), *_check_models(config, devices, running)]
+
+
+def _check_cache(config: NodeConfig) -> Iterator[Finding]:
+    faults = check_cache(config.cache_dir, config.serve)
+    if faults.unwritable is not None:
+        yield Finding(Fault.NAME_TAKEN, Consequence.SERVE, faults.unwritable, grave=faults.is_needed)
+    if faults.full is not None:
+        yield Finding(Fault.DISK_FULL, Consequence.SERVE, faults.full)
 
 
 def _check_own_files(config: NodeConfig) -> Iterator[Finding]:

@@ -8,9 +8,10 @@ from typing import Final
 import structlog
 import trio
 
+from node.models.cache_checks import missing_bytes
 from node.models.errors import ModelError
 from node.models.fetching import Blob, Fetched, FetchError, fetch_blob, fetch_manifest_bytes
-from node.models.files import MIN_FREE_BYTES, Progress, check_space, disk_errors, ignore_progress, part_of, size_of
+from node.models.files import MIN_FREE_BYTES, Progress, check_space, disk_errors, ignore_progress, size_of
 from node.models.manifest import FileEntry, Manifest, parse_manifest
 from node.models.store import ModelStore, Package
 from node.network.interface import Network, NetworkError, Stream
@@ -192,8 +193,7 @@ class ModelFetcher:
 
 def _check_space(package: Package, files: Sequence[FileEntry]) -> None:
     with disk_errors("cannot tell how much space is free"):
-        here = [size_of(part_of(package.path_of(file))) or 0 for file in files]
-        lacking = sum(max(0, file.size_bytes - size) for file, size in zip(files, here, strict=True))
+        lacking = missing_bytes(package, files)
         check_space(package.path, lacking, reserve=MIN_FREE_BYTES if lacking else 0)
 
 

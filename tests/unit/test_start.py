@@ -13,10 +13,13 @@ from node import start_checks
 from node.capabilities.probe import total_memory
 from node.config import NodeConfig, NodeReady, ServeSpec, StartError
 from node.engine.device import Device
+from node.models.files import MIN_FREE_BYTES
+from node.models.importer import import_model
 from node.models.store import ModelStore
 from node.storage.database import open_database
 from protocol.capabilities import Accelerator, AcceleratorKind
-from protocol.identity import peer_id_from_public_key
+from protocol.identity import BlockRange, peer_id_from_public_key
+from tests.unit.models.checkpoints import write_checkpoint
 
 CPU = Device("cpu", 1 << 30)
 
@@ -151,6 +154,33 @@ async def test_cache_that_cannot_be_read_is_a_fault(tmp_path: Path, served: str)
     config = replace(config_in(tmp_path), listen=("/ip4/127.0.0.1/tcp/0",), api_port=0, device="cpu")
     with pytest.raises(StartError, match=rf"cannot serve {served}: cannot .*cache.*: Not a directory"):
         await start_checks.check_start(replace(config, serve=(ServeSpec(served),)))
+
+
+async def test_cache_must_be_writable_only_for_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(config_in(tmp_path), listen=("/ip4/127.0.0.1/tcp/0",), api_port=0, device="cpu")
+    package = import_model(str(write_checkpoint(tmp_path / "tiny")), ModelStore(config.cache_dir))
+    package.path_of(package.manifest.blocks[2]).unlink()
+    access = os.access  # by its mode, to others than root
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: access(path, mode) and not (path == config.cache_dir and mode & os.W_OK)
+    )
+    assert await start_checks.check_start(replace(config, serve=(ServeSpec("tiny", BlockRange(0, 2)),)))
+    for served in (ServeSpec("tiny"), ServeSpec("tiny", BlockRange(1, 3)), ServeSpec("smollm2-135m-instruct")):
+        with pytest.raises(StartError, match=r"cache is not writable: no model can be fetched; choose another --cache"):
+            await start_checks.check_start(replace(config, serve=(served,)))
+
+
+async def test_disk_must_have_room_for_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(config_in(tmp_path), listen=("/ip4/127.0.0.1/tcp/0",), api_port=0, device="cpu")
+    package = import_model(str(write_checkpoint(tmp_path / "tiny")), ModelStore(config.cache_dir))
+    for block in package.manifest.blocks[1:]:
+        package.path_of(block).unlink()
+    free = MIN_FREE_BYTES + package.manifest.blocks[1].size_bytes
+    monkeypatch.setattr("node.models.files.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    for served in (ServeSpec("tiny"), ServeSpec("tiny", BlockRange(0, 1)), ServeSpec("tiny", BlockRange(1, 2))):
+        assert await start_checks.check_start(replace(config, serve=(served,)))
+    with pytest.raises(StartError, match=r"cannot fetch what is to be served: the package needs .* MiB are free"):
+        await start_checks.check_start(replace(config, serve=(ServeSpec("tiny", BlockRange(0, 3)),)))
 
 
 async def test_models_that_peers_may_have_are_no_fault(tmp_path: Path) -> None:

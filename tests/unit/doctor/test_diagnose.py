@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from node.doctor import local_checks, swarm_checks
 from node.doctor.diagnose import diagnose
 from node.doctor.report import Consequence, Diagnosis, Fault, RunningNode
 from node.identity import Identity, load_or_create
+from node.models.files import MIN_FREE_BYTES
 from node.models.importer import import_model
 from node.models.store import ModelStore
 from node.network import probe_port
@@ -326,6 +328,24 @@ async def test_directory_that_cannot_be_made(config: NodeConfig, monkeypatch: py
     found = await diagnose(replace(config, data_dir=closed / "sub" / "data"))
     assert only(found) == (Fault.NAME_TAKEN, Consequence.START)
     assert f"{closed} is not writable, so {closed / 'sub' / 'data'} cannot be made" in found.findings[0].message
+
+
+async def test_cache_folder_that_cannot_be_made(config: NodeConfig) -> None:
+    config.cache_dir.touch()
+    found = await diagnose(replace(config, cache_dir=config.cache_dir / "sub"))
+    (finding,) = [each for each in found.findings if each.fault is Fault.NAME_TAKEN]
+    assert f"{config.cache_dir} is not a folder, so {config.cache_dir / 'sub'} cannot be made" in finding.message
+    assert not finding.grave, "nothing is to be served"
+
+
+async def test_disk_without_room_for_missing_blocks(
+    config: NodeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = import_model(str(write_checkpoint(tmp_path / "tiny")), ModelStore(config.cache_dir))
+    package.path_of(package.manifest.head).unlink()
+    monkeypatch.setattr("node.models.files.shutil.disk_usage", lambda _: SimpleNamespace(free=MIN_FREE_BYTES))
+    found = await diagnose(replace(config, serve=(ServeSpec("tiny", BlockRange(0, 3)),)))
+    assert only(found) == (Fault.DISK_FULL, Consequence.SERVE)
 
 
 async def test_name_taken_port(config: NodeConfig) -> None:

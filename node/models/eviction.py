@@ -1,0 +1,99 @@
+"""Eviction: weight files from peers are deleted, least recently used first, to keep the cache within a limit.
+
+Imported models are never evicted: a package begun with a peer's manifest carries a mark. A process that serves or
+fetches a file holds a lock on it, so processes can share the cache.
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from node.models.errors import ModelError
+from node.models.files import disk_errors, part_of, try_lock
+from node.models.manifest import FileEntry
+from node.models.store import FETCHED_MARK, ModelStore, Package
+
+GIBIBYTE: Final = 1 << 30
+
+
+class _Cached(NamedTuple):
+    """A weight file, or an incomplete one; sorts by its last use."""
+
+    used_s: float
+    path: Path
+    size_bytes: int
+
+
+def evict_for(
+    store: ModelStore, package: Package, wanted: Sequence[FileEntry], limit_bytes: int | None
+) -> tuple[Path, ...]:
+    """Delete the least recently used files, until the wanted ones fit within the limit; return what was deleted.
+
+    Raises ModelError where they cannot fit, before anything is deleted in vain.
+    """
+    if limit_bytes is None or not (package.path / FETCHED_MARK).exists():
+        return ()
+    kept = {package.path_of(file) for file in wanted} | {part_of(package.path_of(file)) for file in wanted}
+    needed = sum(file.size_bytes for file in wanted)
+    with disk_errors("cannot make room in the cache"):
+        others = sorted(cached for cached in _fetched_files(store) if cached.path not in kept)
+        taken = sum(cached.size_bytes for cached in others)
+        chosen: list[Path] = []
+        for cached in others:
+            if taken + needed <= limit_bytes:
+                break
+            if _is_unused(cached.path):
+                taken -= cached.size_bytes
+                chosen.append(cached.path)
+        if taken + needed > limit_bytes:
+            raise ModelError(
+                f"the cache is limited to {limit_bytes / GIBIBYTE:.2f} GiB, and {needed / GIBIBYTE:.2f} GiB are needed "
+                f"beside {taken / GIBIBYTE:.2f} GiB in use: raise --cache-limit, or serve fewer blocks"
+            )
+        # A file that has just come into use stays: the cache exceeds its limit a little.
+        return tuple(path for path in chosen if _is_unused(path, delete=True))
+
+
+@contextmanager
+def in_use(package: Package, files: Iterable[FileEntry]) -> Iterator[None]:
+    """Protect files from eviction inside the block, and mark them as used now."""
+    with ExitStack() as stack:
+        with disk_errors(f"cannot open the files of model {package.model_id[:12]}"):
+            for file in files:
+                path = package.path_of(file)
+                handle = os.open(path, os.O_RDONLY)
+                stack.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                with suppress(PermissionError):  # another user's, or a read-only cache
+                    # Its modification time stays: by that it is known to be unchanged.
+                    os.utime(path, ns=(time.time_ns(), os.fstat(handle).st_mtime_ns))
+        yield
+
+
+def _fetched_files(store: ModelStore) -> Iterator[_Cached]:
+    packages = (package for package in store.list() if (package.path / FETCHED_MARK).exists())
+    paths = (package.path_of(file) for package in packages for file in package.manifest.weight_files)
+    for path in chain.from_iterable((path, part_of(path)) for path in paths):
+        with suppress(FileNotFoundError):
+            status = path.stat()
+            yield _Cached(max(status.st_atime, status.st_mtime), path, status.st_size)
+
+
+def _is_unused(path: Path, *, delete: bool = False) -> bool:
+    """Return whether a file is not locked; `delete` it then."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        is_unused = try_lock(handle)
+        if is_unused and delete:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+    return is_unused
