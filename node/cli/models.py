@@ -1,6 +1,7 @@
 """`metaswarm model …`: the model packages in this user's cache."""
 
 import time
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,13 +183,22 @@ def verify(which: str, cache_dir: str | None, as_json: bool) -> None:
 
 @model.command()
 @click.argument("which", metavar="MODEL", shell_complete=complete_local_models)
+@click.option("--force", is_flag=True, help="Also while a node serves from it, which fails once it reads a file again.")
 @_cache_option
 @json_option
-def remove(which: str, cache_dir: str | None, as_json: bool) -> None:
-    """Delete a package. Nodes that serve from it now are not disturbed."""
+def remove(which: str, force: bool, cache_dir: str | None, as_json: bool) -> None:
+    """Delete a package, unless a node on this machine serves from it."""
+    from node.models.eviction import is_served
+    from node.models.store import DamagedModelError
+
     store = _store(cache_dir)
     model_id = store.resolve(which)
     name = store.name_of(model_id)
+    if not force:
+        with suppress(DamagedModelError):
+            package = store.find(model_id)
+            if package is not None and is_served(package):
+                raise CommandError(f"a node on this machine serves {name} from this package: stop it first, or --force")
     store.remove(model_id)
     if as_json:
         print_json({"id": model_id, "removed": True})

@@ -75,6 +75,12 @@ def in_use(package: Package, files: Iterable[FileEntry]) -> Iterator[None]:
         yield
 
 
+def is_served(package: Package) -> bool:
+    """Return whether a process serves some of a package's blocks. Raises ModelError."""
+    with disk_errors(f"cannot open the files of model {package.model_id[:12]}"):
+        return not all(_is_unused(package.path_of(file)) for file in package.manifest.weight_files)
+
+
 def _fetched_files(store: ModelStore) -> Iterator[_Cached]:
     packages = (package for package in store.list() if (package.path / FETCHED_MARK).exists())
     paths = (package.path_of(file) for package in packages for file in package.manifest.weight_files)

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from node.cli import run
+from node.models.eviction import in_use
+from node.models.store import ModelStore
 from tests.unit.models.checkpoints import write_checkpoint
 
 
@@ -41,6 +43,20 @@ def test_imports_lists_shows_verifies_and_removes_package(capsys: pytest.Capture
     assert run_json(capsys, "verify", "mine")["ok"] is True
     assert run_json(capsys, "remove", "mine") == {"id": imported["id"], "removed": True}
     assert run_json(capsys, "list")["models"] == []
+
+
+def test_package_that_a_node_serves_from_is_removed_only_by_force(
+    capsys: pytest.CaptureFixture[str], folder: str, cache: Path
+) -> None:
+    model_id = run_json(capsys, "import", folder)["id"]
+    package = ModelStore(cache).get(model_id)
+    (package.path / "block-002.safetensors").unlink()
+    with in_use(package, package.manifest.blocks[:1]):
+        assert run(["model", "remove", "tiny"]) == 1
+        assert "a node on this machine serves tiny from this package" in capsys.readouterr().err
+        assert package.path.exists()
+        assert run_json(capsys, "remove", "tiny", "--force")["removed"]
+    assert not package.path.exists()
 
 
 def test_prints_names_and_sizes(capsys: pytest.CaptureFixture[str], folder: str) -> None:
