@@ -28,7 +28,7 @@ from node.engine.worker_process import SpareWorker
 from node.identity import Identity, IdentityError, load_or_create
 from node.models.files import Progress
 from node.models.library import Library
-from node.models.store import ModelStore
+from node.models.store import GRAPHS_FOLDER, ModelStore
 from node.network.host import Libp2pNetwork
 from node.network.interface import Network
 from node.network.limits import NetworkLimits
@@ -286,7 +286,7 @@ def build_serving(
         memory_bytes=config.memory_bytes,
         threads=config.threads,
         devices=devices,
-        graphs_dir=config.cache_dir / "graphs",
+        graphs_dir=config.cache_dir / GRAPHS_FOLDER,
         use_catalogue=not config.no_catalogue,
         progress=progress,
         expect_format=spare_worker.expect,

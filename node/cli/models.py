@@ -187,7 +187,7 @@ def verify(which: str, cache_dir: str | None, as_json: bool) -> None:
 @_cache_option
 @json_option
 def remove(which: str, force: bool, cache_dir: str | None, as_json: bool) -> None:
-    """Delete a package, unless a node on this machine serves from it."""
+    """Delete a package, and what was built of it, unless a node on this machine serves from it."""
     from node.models.eviction import is_served
     from node.models.store import DamagedModelError
 
@@ -199,11 +199,11 @@ def remove(which: str, force: bool, cache_dir: str | None, as_json: bool) -> Non
             package = store.find(model_id)
             if package is not None and is_served(package):
                 raise CommandError(f"a node on this machine serves {name} from this package: stop it first, or --force")
-    store.remove(model_id)
+    freed_bytes = store.remove(model_id)
     if as_json:
-        print_json({"id": model_id, "removed": True})
+        print_json({"id": model_id, "removed": True, "freed_bytes": freed_bytes})
     else:
-        out().print(f"removed {name}")
+        out().print(f"removed {name}: {format_bytes(freed_bytes)} freed")
 
 
 def _store(cache_dir: str | None) -> "ModelStore":

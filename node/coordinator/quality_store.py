@@ -21,6 +21,7 @@ from node.models.errors import ModelError
 from node.models.files import write_atomically
 from node.models.library import KnownModel, Library
 from node.models.sample import sample_text
+from node.models.store import QUALITY_FOLDER
 from node.util.child_process import ChildError, run
 from node.util.interpreter import python
 from protocol.identity import BlockRange, ModelId
@@ -64,7 +65,7 @@ class LocalQualityStore:
 
     def __init__(self, library: Library, cache_dir: Path, *, command: Sequence[str] = MEASURE) -> None:
         self._library = library
-        self._folder = cache_dir / "quality"
+        self._folder = cache_dir / QUALITY_FOLDER
         self._command = command
         self._figures: dict[ModelId, Figures] = {}
         self._requested: set[ModelId] = set()

@@ -5,6 +5,7 @@
     staging/<random>/                                           an import under way
     staging/<digest of a source>/                               an import that can be continued
     names.json                                                  names that the user gave to models
+    graphs/<model id>-…/, quality/<model id>.json               what was built and measured of a model
     sources.json                                                the models that hub repositories and local files gave
 
 A file under its own name is whole: it was written elsewhere, verified, flushed and renamed. Other leftovers of a crash
@@ -39,6 +40,7 @@ from node.models.files import (
 )
 from node.models.manifest import MANIFEST_FILE, FileEntry, Manifest, parse_manifest
 from node.models.verification_record import FileStamp, VerificationRecord
+from node.util.disk_cache import FolderCache, folder_bytes
 from node.util.suggestions import did_you_mean
 from protocol.identity import BlockRange, ModelId, parse_model_id
 
@@ -47,6 +49,11 @@ FETCHED_MARK = ".fetched"
 
 JOURNAL_FILE = "parts.json"
 """In the staging folder of an import that can be continued: its finished files."""
+
+GRAPHS_FOLDER = "graphs"
+"""Of the cache folder: folders that engines build of a model, by names that begin with its id."""
+QUALITY_FOLDER = "quality"
+"""Of the cache folder: files of measured quality, by the model's id."""
 
 _ID_PREFIX = re.compile(r"[0-9a-f]{8,64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -327,8 +334,11 @@ class ModelStore:
                 if file.name == name:
                     package.path_of(file).unlink(missing_ok=True)
 
-    def remove(self, model: ModelId) -> None:
-        """Delete a package and its local names, also a damaged one. Raises UnknownModelError when there is none."""
+    def remove(self, model: ModelId) -> int:
+        """Delete a package and its local names, also a damaged one, and what was built of it; return the bytes freed.
+
+        Raises UnknownModelError when there is none.
+        """
         path = self._models / model
         with self._changing(f"cannot remove model {model[:12]}"):
             if not path.exists():
@@ -336,10 +346,13 @@ class ModelStore:
             self._staging.mkdir(parents=True, exist_ok=True)
             grave = Path(tempfile.mkdtemp(dir=self._staging)) / model
             path.replace(grave)
+            freed = folder_bytes(grave)
             names = self.names()
             if model in names.values():
                 self._write_names({name: other for name, other in names.items() if other != model})
             shutil.rmtree(grave.parent, ignore_errors=True)  # an import may delete it at the same time
+            (self.cache_dir / QUALITY_FOLDER / f"{model}.json").unlink(missing_ok=True)
+            return freed + FolderCache(self.cache_dir / GRAPHS_FOLDER).drop_unused(f"{model}-")
 
     @contextmanager
     def _changing(self, failure: str) -> Iterator[None]:

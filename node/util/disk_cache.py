@@ -63,6 +63,17 @@ class FolderCache:
         _release(self.directory / name)
         shutil.rmtree(self.directory / name, ignore_errors=True)
 
+    def drop_unused(self, prefix: str) -> int:
+        """Delete the folders whose names begin so, but for those in use; return how many bytes that freed."""
+        freed = 0
+        for path in self._folders() if self.directory.is_dir() else ():
+            if path.name.startswith(prefix):
+                with _lock_unused(path) as is_unused:
+                    if is_unused:
+                        freed += folder_bytes(path)
+                        shutil.rmtree(path, ignore_errors=True)
+        return freed
+
     def make_room(self, needed_bytes: int) -> None:
         """Evict the least recently used folders until so much of the disk is free; none if all would not do."""
         folders = self._folders()  # which deletes abandoned builds

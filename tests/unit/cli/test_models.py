@@ -41,7 +41,9 @@ def test_imports_lists_shows_verifies_and_removes_package(capsys: pytest.Capture
     assert shown["config"]["model_type"] == "llama"
     assert sum(file["size"] for file in shown["files"]) == shown["size_bytes"] == imported["size_bytes"]
     assert run_json(capsys, "verify", "mine")["ok"] is True
-    assert run_json(capsys, "remove", "mine") == {"id": imported["id"], "removed": True}
+    removed = run_json(capsys, "remove", "mine")
+    assert (removed["id"], removed["removed"]) == (imported["id"], True)
+    assert removed["freed_bytes"] > imported["size_bytes"]
     assert run_json(capsys, "list")["models"] == []
 
 

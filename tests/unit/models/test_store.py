@@ -11,7 +11,8 @@ from node.models.errors import ModelError
 from node.models.files import lock_file
 from node.models.importer import import_model
 from node.models.manifest import parse_manifest
-from node.models.store import AmbiguousModelError, ModelStore, Package, UnknownModelError
+from node.models.store import GRAPHS_FOLDER, QUALITY_FOLDER, AmbiguousModelError, ModelStore, Package, UnknownModelError
+from node.util.disk_cache import FolderCache, folder_bytes
 from protocol.identity import BlockRange, ModelId
 from tests.unit.models.checkpoints import llama_tensors, write_checkpoint
 
@@ -228,3 +229,23 @@ def test_cache_folder_that_is_a_file_is_one_clear_line(tmp_path: Path) -> None:
     for act in (store.list, store.names, lambda: store.resolve("tiny"), lambda: store.resolve("ab12cd34")):
         with pytest.raises(ModelError, match=r"file.*Not a directory"):
             act()
+
+
+def test_what_was_built_of_a_model_goes_with_it(store: ModelStore, package: Package) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "graph").write_bytes(bytes(1000))
+
+    cache = FolderCache(store.cache_dir / GRAPHS_FOLDER)
+    model, other = package.model_id, "ab" * 32
+    for name in (f"{model}-0-3-native-1", f"{other}-0-3-native-1"):
+        fill_in = store.cache_dir / GRAPHS_FOLDER / name
+        fill_in.mkdir(parents=True)
+        fill(fill_in)
+    used = cache.folder(f"{model}-0-3-int8-1", fill)  # this process holds it
+    (store.cache_dir / QUALITY_FOLDER).mkdir()
+    for name in (model, other):
+        (store.cache_dir / QUALITY_FOLDER / f"{name}.json").touch()
+    size = folder_bytes(package.path)
+    assert store.remove(model) == size + 1000
+    assert {path.name for path in cache.directory.iterdir()} == {used.name, f"{other}-0-3-native-1"}
+    assert [path.name for path in (store.cache_dir / QUALITY_FOLDER).iterdir()] == [f"{other}.json"]
