@@ -20,7 +20,7 @@ from node.models.cache_checks import check_cache
 from node.models.catalogue import CATALOGUE
 from node.models.errors import ModelError
 from node.models.layout import GGUF
-from node.models.store import DamagedModelError, ModelStore, UnknownModelError
+from node.models.store import ModelStore, UnknownModelError
 
 MIN_MEMORY_BYTES: Final = 1 << 20
 """A lower memory limit is taken for a typing error."""
@@ -122,15 +122,13 @@ def _model_faults(config: NodeConfig) -> list[str]:
         except UnknownModelError as error:
             if not _MAY_BE_ID.fullmatch(name):  # which a peer may know
                 faults.append(f"cannot serve {name}: {error}")
-        except DamagedModelError:
-            continue  # it is fetched again
         except ModelError as error:  # ambiguous, or a cache that this user cannot read
             faults.append(f"cannot serve {name}: {error}")
         else:
             has_source = name in CATALOGUE and not config.no_catalogue
             if package is None and is_alone and not has_source:
                 faults.append(
-                    f"cannot serve {name}: it is not in {config.cache_dir}, and there are neither peers nor a "
+                    f"cannot serve {name}: it is not in {config.cache_dir}, or damaged, and there are neither peers nor a "
                     "catalogue to fetch it from: add --bootstrap, or import it with `metaswarm model import`"
                 )
     return faults

@@ -1,7 +1,6 @@
 """`metaswarm model …`: the model packages in this user's cache."""
 
 import time
-from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,12 +101,17 @@ def list_(cache_dir: str | None, as_json: bool) -> None:
     from node.models.catalogue import CATALOGUE
 
     store = _store(cache_dir)
-    packages = store.list()
+    packages, faults = store.list_all()
     here = {package.model_id for package in packages}
     offers = [entry for entry in CATALOGUE.values() if entry.model_id not in here]
     if as_json:
         catalogue = [{"name": e.name, "id": e.model_id, "title": e.title, "licence": e.licence} for e in offers]
-        print_json({"models": [_summary(store, package) for package in packages], "catalogue": catalogue})
+        damaged = [
+            {"id": model, "name": store.name_of(model), "size_bytes": store.size_bytes(model), "fault": str(fault)}
+            for model, fault in faults.items()
+        ]
+        models = [_summary(store, package) for package in packages]
+        print_json({"models": models, "damaged": damaged, "catalogue": catalogue})
         return
     table = new_table("name", "id", "architecture", ">blocks here", ">size")
     for package in packages:
@@ -115,6 +119,9 @@ def list_(cache_dir: str | None, as_json: bool) -> None:
         blocks = f"{len(_present_blocks(package))} of {manifest.block_count}"
         kind, size = printable(manifest.model_type), format_bytes(manifest.size_bytes)
         table.add_row(store.name_of(package.model_id), package.model_id[:12], kind, blocks, size)
+    for model_id, fault in faults.items():
+        _note(str(fault))
+        table.add_row(store.name_of(model_id), model_id[:12], "", "unusable", format_bytes(store.size_bytes(model_id)))
     for entry in offers:
         table.add_row(entry.name, entry.model_id[:12], "", "not imported", "")
     out().print(table)
@@ -189,16 +196,13 @@ def verify(which: str, cache_dir: str | None, as_json: bool) -> None:
 def remove(which: str, force: bool, cache_dir: str | None, as_json: bool) -> None:
     """Delete a package, and what was built of it, unless a node on this machine serves from it."""
     from node.models.eviction import is_served
-    from node.models.store import DamagedModelError
 
     store = _store(cache_dir)
     model_id = store.resolve(which)
     name = store.name_of(model_id)
-    if not force:
-        with suppress(DamagedModelError):
-            package = store.find(model_id)
-            if package is not None and is_served(package):
-                raise CommandError(f"a node on this machine serves {name} from this package: stop it first, or --force")
+    package = None if force else store.find(model_id)
+    if package is not None and is_served(package):
+        raise CommandError(f"a node on this machine serves {name} from this package: stop it first, or --force")
     freed_bytes = store.remove(model_id)
     if as_json:
         print_json({"id": model_id, "removed": True, "freed_bytes": freed_bytes})

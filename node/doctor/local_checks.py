@@ -26,6 +26,7 @@ from node.util.child_process import ChildError, run
 from node.util.interpreter import python
 from protocol.identity import ModelId
 
+_FETCHED_AGAIN: Final = "the node fetches it again from peers; if none has it, import the model again"
 LLAMACPP_BUILD: Final = python("-m", "node.engine.llamacpp.build")
 CHECK_TIME_LIMIT_S: Final = 30.0
 
@@ -143,9 +144,13 @@ def _check_models(config: NodeConfig, devices: Sequence[Device], running: Runnin
     loaded = {span["model"] for span in running.status["spans"]} if running else set()
     for spec in config.serve:
         try:
-            package = store.find(store.resolve(spec.model, known))
-            if package is None:
-                continue  # the node fetches it when it starts
+            model_id = store.resolve(spec.model, known)
+            package = store.find(model_id)
+            if package is None:  # the node fetches it when it starts
+                if store.size_bytes(model_id):
+                    message = f"the manifest of {spec.model} is damaged: {_FETCHED_AGAIN}"
+                    yield Finding(Fault.CORRUPT_FILE, Consequence.SERVE, message)
+                continue
             fault = None if spec.blocks is None else package.manifest.cuts.fault(spec.blocks)
             if fault is not None:
                 yield Finding(Fault.MISSING_BLOCK, Consequence.START, f"cannot serve {spec}: {fault}")
@@ -162,10 +167,7 @@ def _check_models(config: NodeConfig, devices: Sequence[Device], running: Runnin
 def _check_package(spec: ServeSpec, store: ModelStore, package: Package) -> Iterator[Finding]:
     # Where the node chooses its blocks itself, every file that is here may be among them.
     for name in store.verify(package.model_id, spec.blocks).corrupt:
-        message = (
-            f"{package.path / name} does not match its hash: the node fetches it again from peers; if none has it, "
-            f"import the model again"
-        )
+        message = f"{package.path / name} does not match its hash: {_FETCHED_AGAIN}"
         yield Finding(Fault.CORRUPT_FILE, Consequence.SERVE, message)
 
 

@@ -20,7 +20,7 @@ from node.models.importer import import_model
 from node.models.manifest import Manifest
 from node.models.parts import WHOLE, Selection
 from node.models.source_index import source_of_model
-from node.models.store import ModelStore, Package, UnknownModelError
+from node.models.store import DamagedModelError, ModelStore, Package, UnknownModelError
 from node.models.tokenizer_service import ModelTokenizer, TokenizerService
 from node.network.interface import Network, NetworkError
 from protocol.announcements import blob_provider_key
@@ -277,7 +277,7 @@ class Library:
     async def _package(self, model: ModelId) -> Package:
         try:
             return self._store.get(model)
-        except UnknownModelError:
+        except (UnknownModelError, DamagedModelError):
             return await self._fetcher.fetch_manifest(model, await self._providers(model))
 
     async def _providers(self, model: ModelId) -> tuple[PeerId, ...]:

@@ -141,11 +141,21 @@ class ModelStore:
 
     def list(self) -> tuple[Package, ...]:
         """Return every package whose manifest is sound, whole or in part, in the order of their ids."""
-        packages = []
+        return self.list_all()[0]
+
+    def list_all(self) -> tuple[tuple[Package, ...], Mapping[ModelId, ModelError]]:
+        """Return every package whose manifest is sound, and what is wrong with the other folders of models."""
+        packages, faults = [], dict[ModelId, ModelError]()
         for model in self._stored_ids():
-            with suppress(ModelError):  # removed meanwhile, or damaged: `get` reports it
+            try:
                 packages.append(self.get(model))
-        return tuple(packages)
+            except ModelError as error:
+                faults[model] = error
+        return tuple(packages), faults
+
+    def size_bytes(self, model: ModelId) -> int:
+        """Return how much a model takes in the cache, also a damaged one."""
+        return folder_bytes(self._models / model)
 
     def get(self, model: ModelId) -> Package:
         """Return a package. Raises UnknownModelError when there is none, ModelError when its manifest is damaged."""
@@ -158,8 +168,8 @@ class ModelStore:
         return Package(self._load(model) if manifest is None else manifest, path)
 
     def find(self, model: ModelId) -> Package | None:
-        """Return a package, or None when there is none. Raises ModelError when its manifest is damaged."""
-        with suppress(UnknownModelError):
+        """Return a package, or None when there is none, or no sound manifest of it, which may be fetched again."""
+        with suppress(UnknownModelError, DamagedModelError):
             return self.get(model)
         return None
 
@@ -238,12 +248,13 @@ class ModelStore:
             self._write_names({**names, name: model})
 
     def add_manifest(self, manifest: Manifest) -> Package:
-        """Begin a package, whose files come later and one by one; idempotent."""
+        """Begin a package, whose files come later and one by one, or repair its manifest; idempotent."""
         path = self._models / manifest.model_id
         with self._changing(f"cannot store model {manifest.model_id[:12]}"):
-            if not (path / MANIFEST_FILE).exists():
+            if self.find(manifest.model_id) is None:
                 path.mkdir(parents=True, exist_ok=True)
-                (path / FETCHED_MARK).touch()
+                if not (path / MANIFEST_FILE).exists():
+                    (path / FETCHED_MARK).touch()
                 write_atomically(path / MANIFEST_FILE, manifest.data)
                 flush_directory(self._models)
         return self.get(manifest.model_id)

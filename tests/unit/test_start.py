@@ -82,7 +82,7 @@ async def test_memory_of_a_gpu_does_not_limit_what_the_cpu_computes(
     async def found(_wanted: str) -> tuple[Device, ...]:
         return (small_gpu,)
 
-    package = SimpleNamespace(manifest=SimpleNamespace(format=package_format))
+    package = SimpleNamespace(manifest=SimpleNamespace(format=package_format), missing=lambda _blocks: ())
     monkeypatch.setattr(start_checks, "find_devices", found)
     monkeypatch.setattr(start_checks, "llamacpp_has_gpu", lambda: False)
     monkeypatch.setattr(ModelStore, "resolve", lambda _store, name: name)

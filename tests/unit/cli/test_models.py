@@ -76,6 +76,21 @@ def test_prints_names_and_sizes(capsys: pytest.CaptureFixture[str], folder: str)
         assert "tiny" in capsys.readouterr().out
 
 
+def test_list_has_damaged_packages(capsys: pytest.CaptureFixture[str], folder: str, cache: Path) -> None:
+    model_id = run_json(capsys, "import", folder)["id"]
+    manifest = cache / "models" / model_id / "manifest.json"
+    manifest.write_text("{}")
+    listed = run_json(capsys, "list")
+    assert listed["models"] == []
+    (damaged,) = listed["damaged"]
+    assert (damaged["id"], damaged["name"]) == (model_id, "tiny")
+    assert damaged["size_bytes"] > 1000
+    assert "is damaged" in damaged["fault"]
+    manifest.unlink()
+    assert run(["model", "list"]) == 0
+    assert "unusable" in capsys.readouterr().out
+
+
 def test_verify_names_damaged_block(capsys: pytest.CaptureFixture[str], folder: str, cache: Path) -> None:
     model_id = run_json(capsys, "import", folder)["id"]
     path = cache / "models" / model_id / "block-001.safetensors"

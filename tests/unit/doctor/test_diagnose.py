@@ -299,6 +299,13 @@ async def test_corrupt_database(config: NodeConfig) -> None:
     assert only(await diagnose(config)) == (Fault.CORRUPT_FILE, Consequence.SERVE)
 
 
+async def test_corrupt_manifest(config: NodeConfig, tmp_path: Path) -> None:
+    package = import_model(str(write_checkpoint(tmp_path / "tiny")), ModelStore(config.cache_dir))
+    (package.path / "manifest.json").write_text("{}")
+    found = await diagnose(replace(config, serve=(ServeSpec("tiny"),)))
+    assert only(found) == (Fault.CORRUPT_FILE, Consequence.SERVE)
+
+
 async def test_corrupt_key(config: NodeConfig) -> None:
     (config.data_dir / "peer.key").write_text("ab")
     (config.data_dir / "peer.key").chmod(0o600)

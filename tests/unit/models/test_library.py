@@ -97,6 +97,16 @@ async def test_manifest_of_named_model_is_fetched_from_serving_peer(
         assert set(package.missing()) == set(package.manifest.files), "only the manifest"
 
 
+async def test_damaged_manifest_is_fetched_again(tmp_path: Path, theirs: Package) -> None:
+    damaged = ModelStore(tmp_path / "mine").add_manifest(theirs.manifest)
+    (damaged.path / "manifest.json").write_bytes(b"{}")
+    async with joined(tmp_path, theirs) as (found, store, _):
+        with trio.fail_after(60):
+            assert await found.manifest(theirs.model_id, use_catalogue=False) == theirs.manifest
+        assert (damaged.path / "manifest.json").read_bytes() == theirs.manifest.data
+        assert store.get(theirs.model_id).manifest == theirs.manifest
+
+
 async def test_concurrent_opens_of_a_model_load_it_once(tmp_path: Path, theirs: Package) -> None:
     async with joined(tmp_path, theirs) as (found, store, _):
         names: list[str] = []

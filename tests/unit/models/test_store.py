@@ -11,7 +11,15 @@ from node.models.errors import ModelError
 from node.models.files import lock_file
 from node.models.importer import import_model
 from node.models.manifest import parse_manifest
-from node.models.store import GRAPHS_FOLDER, QUALITY_FOLDER, AmbiguousModelError, ModelStore, Package, UnknownModelError
+from node.models.store import (
+    FETCHED_MARK,
+    GRAPHS_FOLDER,
+    QUALITY_FOLDER,
+    AmbiguousModelError,
+    ModelStore,
+    Package,
+    UnknownModelError,
+)
 from node.util.disk_cache import FolderCache, folder_bytes
 from protocol.identity import BlockRange, ModelId
 from tests.unit.models.checkpoints import llama_tensors, write_checkpoint
@@ -138,6 +146,20 @@ def test_verify_tells_the_damaged_from_the_missing(store: ModelStore, package: P
     assert store.verify(package.model_id, BlockRange(0, 2)).corrupt == ()
     store.discard(package.model_id, "block-002.safetensors")
     assert store.verify(package.model_id).missing == ("block-002.safetensors", "head.safetensors")
+
+
+def test_damaged_manifest_is_repaired_by_a_fetch_or_an_import(
+    tmp_path: Path, store: ModelStore, package: Package
+) -> None:
+    for repair in (
+        lambda fresh: fresh.add_manifest(package.manifest),
+        lambda fresh: import_model(str(tmp_path / "tiny"), fresh),
+    ):
+        (package.path / "manifest.json").write_bytes(b"{}")
+        repair(ModelStore(store.cache_dir))
+        repaired = ModelStore(store.cache_dir).get(package.model_id)
+        assert not repaired.missing()
+        assert not (repaired.path / FETCHED_MARK).exists(), "an imported package is not evicted"
 
 
 def test_a_damaged_manifest_hides_its_package_and_can_be_removed(store: ModelStore, package: Package) -> None:
