@@ -13,6 +13,7 @@ from typing import Final
 
 import platformdirs
 
+from node.util.paths import expand
 from protocol.figures import USUAL_PRICE
 from protocol.identity import BlockRange, PeerId, parse_peer_id
 from selector.consensus.clock import EPOCH_S
@@ -191,7 +192,7 @@ def default_data_dir() -> Path:
 def chosen_data_dir() -> Path:
     """Return the data directory that METASWARM_DATA_DIR names, or the default: where the verbs look for a node."""
     named = os.environ.get(f"{ENVIRONMENT_PREFIX}DATA_DIR")
-    return Path(named).expanduser() if named else default_data_dir()
+    return expand(named) if named else default_data_dir()
 
 
 def default_cache_dir() -> Path:

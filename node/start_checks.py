@@ -17,7 +17,7 @@ from node.config import LOCK_FILE, MEMORY_SHARE, NodeConfig, StartError
 from node.engine.device import Device, DeviceError, cpu_device, find_devices, llamacpp_has_gpu
 from node.joining import port_conflicts, second_node
 from node.models.cache_checks import check_cache
-from node.models.catalogue import CATALOGUE
+from node.models.catalogue import catalogued_as
 from node.models.errors import ModelError
 from node.models.layout import GGUF
 from node.models.store import ModelStore, UnknownModelError
@@ -118,17 +118,20 @@ def _model_faults(config: NodeConfig) -> list[str]:
     faults = []
     for name in dict.fromkeys(names):
         try:
-            package = store.find(store.resolve(name))
+            model = store.resolve(name)
+            package = store.find(model)
         except UnknownModelError as error:
-            if not _MAY_BE_ID.fullmatch(name):  # which a peer may know
+            if Path(name).exists():
+                faults.append(f"cannot serve {name}: a source must be imported: `metaswarm model import {name}`")
+            elif not _MAY_BE_ID.fullmatch(name):  # which a peer may know
                 faults.append(f"cannot serve {name}: {error}")
         except ModelError as error:  # ambiguous, or a cache that this user cannot read
             faults.append(f"cannot serve {name}: {error}")
         else:
-            has_source = name in CATALOGUE and not config.no_catalogue
+            has_source = catalogued_as(model) is not None and not config.no_catalogue
             if package is None and is_alone and not has_source:
                 faults.append(
-                    f"cannot serve {name}: it is not in {config.cache_dir}, or damaged, and there are neither peers nor a "
+                    f"cannot serve {name}: it is not in {config.cache_dir}, and there are neither peers nor a "
                     "catalogue to fetch it from: add --bootstrap, or import it with `metaswarm model import`"
                 )
     return faults

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -22,6 +21,7 @@ from node.cli.output import (
 )
 from node.cli.target import node_for_command, on_node
 from node.config import chosen_data_dir
+from node.util.paths import expand
 from node.util.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -233,10 +233,7 @@ def _save(conversation: Conversation, name: str) -> None:
     if not name:
         raise click.UsageError("/save takes the name of a file")
     document = {"model": conversation.model, "messages": conversation.messages}
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError as error:
-        raise CommandError(f"cannot write {name}: {error}") from None
+    path = expand(name)
     if path.is_file() and not click.confirm(f"{path} exists: overwrite it?", err=True):
         return
     try:

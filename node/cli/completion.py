@@ -73,11 +73,12 @@ def _help(model: dict[str, Any]) -> str:
 def _local_models(context: click.Context) -> dict[str, str]:
     from node.config import default_cache_dir
     from node.models.catalogue import CATALOGUE
+    from node.util.paths import expand
 
     names = {entry.name: entry.title for entry in CATALOGUE.values()}
     try:
         folder = Path(context.params.get("cache_dir") or _variable("CACHE_DIR") or default_cache_dir())
-        given = json.loads((folder.expanduser() / "names.json").read_bytes())
+        given = json.loads((expand(folder) / "names.json").read_bytes())
         return {**dict.fromkeys(map(str, given), "in the cache"), **names}
     except (OSError, ValueError, TypeError):
         return names

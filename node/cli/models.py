@@ -2,7 +2,6 @@
 
 import time
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,6 +20,7 @@ from node.cli.output import (
     printable,
     progress_bars,
 )
+from node.util.paths import expand
 from protocol.identity import BlockRange, parse_block_range
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def _manifest(store: "ModelStore", text: str) -> "Manifest":
     """Return the manifest in a file, or of a model in the cache."""
     from node.models.manifest import parse_manifest
 
-    path = Path(text).expanduser()
+    path = expand(text)
     if path.is_file():
         return parse_manifest(path.read_bytes())
     return store.get(store.resolve(text)).manifest

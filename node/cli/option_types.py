@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 
 from node.config import ApiKey, ServeSpec
 from node.network.addresses import parse_address
+from node.util.paths import expand
 from protocol.figures import MAX_PRICE
 from protocol.identity import parse_block_range, parse_peer_id
 
@@ -62,7 +63,7 @@ class Parsed(click.ParamType[Any]):
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser().absolute()
+    return expand(text).absolute()
 
 
 def _size(text: str) -> int:
@@ -116,7 +117,7 @@ def _api_key(text: str) -> str:
 
 def _api_keys(text: str) -> list[ApiKey]:
     """Return the keys of a file: a line for each, `NAME SHA256 [requests_per_minute=N] [concurrency=N]`."""
-    path = Path(text).expanduser()
+    path = expand(text)
     keys: list[ApiKey] = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         words = line.partition("#")[0].split()
@@ -177,6 +178,8 @@ def _peer_address(text: str) -> str:
 
 
 def _serve_spec(text: str) -> ServeSpec:
+    if "/" in text:
+        raise ValueError(f"{text!r} is a source: `metaswarm model import {text}` first, then serve it by its name")
     model, colon, blocks = text.partition(":")
     if not model:
         raise ValueError(f"expected MODEL or MODEL:START-END, not {text!r}")
@@ -195,7 +198,7 @@ def _bootstrap(text: str) -> list[str]:
     """Return one address, or those of a file."""
     if text.startswith(("/ip4/", "/ip6/", "/dns")):
         return [_peer_address(text)]
-    path = Path(text).expanduser()
+    path = expand(text)
     return parse_bootstrap_yaml(read_text(path), str(path))
 
 

@@ -19,6 +19,7 @@ from click.core import ParameterSource
 from node.cli import option_types as types
 from node.cli.completion import complete_models, complete_peers
 from node.config import ENVIRONMENT_PREFIX, NodeConfig, default_cache_dir, default_data_dir
+from node.util.paths import expand
 from node.util.suggestions import did_you_mean
 from protocol.limits import MAX_SPANS
 
@@ -94,7 +95,7 @@ def _value_in_file(option: click.Option, value: Any, folder: Path) -> Any:
     if not isinstance(kind, types.Parsed) or kind.is_number:
         values = [str(each) for each in values]
     elif kind.is_path:
-        values = [str(folder / Path(each).expanduser()) if each and isinstance(each, str) else each for each in values]
+        values = [str(folder / expand(each)) if each and isinstance(each, str) else each for each in values]
     return values if option.multiple else values[0]
 
 

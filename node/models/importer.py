@@ -27,6 +27,7 @@ from node.models.manifest import FileEntry, Manifest, parse_manifest
 from node.models.parts import UNKNOWN_SHA256, WHOLE, Part, SafetensorsPart, Selection, write_parts
 from node.models.source_index import model_of_source, record_source, recorded_sources, source_of_files
 from node.models.store import JOURNAL_FILE, ModelStore, Package, check_name
+from node.util.paths import expand
 from node.util.text import one_line
 from protocol.identity import ModelId
 
@@ -81,9 +82,11 @@ def _import_catalogued(name: str, store: ModelStore, progress: Progress) -> Pack
 
 def _import_uncatalogued(source: str, store: ModelStore, wanted: Selection, progress: Progress) -> tuple[Package, str]:
     """Return the package and a name to suggest for it."""
-    path = _path_of(source)
+    path = expand(source)
     hub = parse_hub_id(source)
     if hub is not None and not _is_here(path):
+        if hub.quantisation is None and path.suffix.lower() == ".gguf":
+            raise ModelError(f"there is no file {source}; a file of a hub repository is OWNER/NAME:QUANTISATION")
         return _import_hub(hub, store, wanted, progress)
     recorded = source_of_files(path)  # before they are read
     package, suggestion = _import_files(source, path, store, wanted, progress)
@@ -117,20 +120,13 @@ def _import_files(
 
 def model_of(source: str, cache_dir: Path) -> ModelId | None:
     """Return which model an earlier import of a source gave, if that is known; the hub is not asked for a newer one."""
-    if _is_here(path := _path_of(source)):
+    if _is_here(path := expand(source)):
         recorded = source_of_files(path)
         return None if recorded is None else model_of_source(cache_dir, recorded)
     if (hub := parse_hub_id(source)) is None:
         return None
     known = reversed(recorded_sources(cache_dir).items())
     return next((model for each, model in known if is_recorded_as(each, hub)), None)
-
-
-def _path_of(source: str) -> Path:
-    try:
-        return Path(source).expanduser()
-    except RuntimeError:  # of a user who is unknown
-        return Path(source)
 
 
 def _is_here(path: Path) -> bool:

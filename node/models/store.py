@@ -41,6 +41,7 @@ from node.models.files import (
 from node.models.manifest import MANIFEST_FILE, FileEntry, Manifest, parse_manifest
 from node.models.verification_record import FileStamp, VerificationRecord
 from node.util.disk_cache import FolderCache, folder_bytes
+from node.util.paths import expand
 from node.util.suggestions import did_you_mean
 from protocol.identity import BlockRange, ModelId, parse_model_id
 
@@ -130,7 +131,7 @@ class ModelStore:
     def __init__(self, cache_dir: Path | None = None) -> None:
         if cache_dir is None:
             configured = os.environ.get("METASWARM_CACHE_DIR")
-            cache_dir = Path(configured).expanduser() if configured else default_cache_dir()
+            cache_dir = expand(configured) if configured else default_cache_dir()
         self.cache_dir = cache_dir
         self._models = cache_dir / "models"
         self._staging = cache_dir / "staging"

@@ -13,6 +13,7 @@ from node import start_checks
 from node.capabilities.probe import total_memory
 from node.config import NodeConfig, NodeReady, ServeSpec, StartError
 from node.engine.device import Device
+from node.models.catalogue import CATALOGUE, DEMO_MODEL
 from node.models.files import MIN_FREE_BYTES
 from node.models.importer import import_model
 from node.models.store import ModelStore
@@ -154,6 +155,22 @@ async def test_cache_that_cannot_be_read_is_a_fault(tmp_path: Path, served: str)
     config = replace(config_in(tmp_path), listen=("/ip4/127.0.0.1/tcp/0",), api_port=0, device="cpu")
     with pytest.raises(StartError, match=rf"cannot serve {served}: cannot .*cache.*: Not a directory"):
         await start_checks.check_start(replace(config, serve=(ServeSpec(served),)))
+
+
+async def test_catalogue_model_by_id_has_a_source(tmp_path: Path) -> None:
+    config = replace(config_in(tmp_path), listen=("/ip4/127.0.0.1/tcp/0",), api_port=0, device="cpu")
+    served = (ServeSpec(CATALOGUE[DEMO_MODEL].model_id[:12]),)
+    assert await start_checks.check_start(replace(config, serve=served))
+    with pytest.raises(StartError, match="neither peers nor a catalogue"):
+        await start_checks.check_start(replace(config, serve=served, no_catalogue=True))
+
+
+async def test_file_to_serve_must_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.gguf").touch()
+    config = replace(config_in(tmp_path), listen=("/ip4/127.0.0.1/tcp/0",), api_port=0, device="cpu")
+    with pytest.raises(StartError, match=r"cannot serve m.gguf: .*`metaswarm model import m.gguf`"):
+        await start_checks.check_start(replace(config, serve=(ServeSpec("m.gguf"),)))
 
 
 async def test_cache_must_be_writable_only_for_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

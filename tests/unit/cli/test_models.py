@@ -111,6 +111,8 @@ def test_verify_names_damaged_block(capsys: pytest.CaptureFixture[str], folder: 
     ("arguments", "code", "line"),
     [
         (["import", "nonsense"], 1, "'nonsense' is not a folder, file, hub repository id"),
+        (["import", "Downloads/tiny.gguf"], 1, "there is no file Downloads/tiny.gguf"),
+        (["import", "~nosuchuser/m.gguf"], 1, "'~nosuchuser/m.gguf' is not a folder, file, hub"),
         (["import", "FOLDER", "--name", "Not A Name"], 1, "cannot be a model's name"),
         (["show", "nobody"], 1, "there is no model 'nobody'"),
         (["verify", "smollm2-135m-instruct"], 1, "is not in"),

@@ -258,6 +258,8 @@ def test_takes_one_device_or_several(text: str) -> None:
         ("bootstrap", [f"/ip4/203.0.113/tcp/4001/p2p/{PEER}"], "/ip4/203.0.113/tcp"),
         ("bootstrap", ["none.yaml"], "none.yaml cannot be read"),
         ("serve", ["tiny:5"], "'5'"),
+        ("serve", ["owner/tiny:Q4_K_M"], "is a source: `metaswarm model import owner/tiny:Q4_K_M` first"),
+        ("serve", ["./m.gguf"], "is a source: `metaswarm model import ./m.gguf` first"),
         ("draft", "small", "small would never be used"),
         ("serve", ["tiny:5-5"], "5-5"),
         ("serve", ["tiny:"], "'"),
