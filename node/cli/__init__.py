@@ -4,12 +4,13 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Final
 
 import click
 from click.shell_completion import CompletionItem
 
-from node.cli.output import EXIT_USAGE, CommandError, print_error
+from node.cli.output import EXIT_USAGE, CommandError, is_utf8, print_error
 from node.util.suggestions import suggestion
 
 VERBS: Final[Mapping[str, tuple[str, str]]] = {
@@ -96,6 +97,9 @@ def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     # Also for processes that libraries start: no imports from the current directory.
     os.environ["PYTHONSAFEPATH"] = "1"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and not is_utf8(stream):
+            stream.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))
 
 

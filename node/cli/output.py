@@ -3,6 +3,8 @@
 rich is imported where it is used, to keep `metaswarm --help` fast.
 """
 
+import codecs
+import json
 import math
 import os
 import sys
@@ -10,7 +12,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TextIO
 
 import click
 
@@ -67,8 +69,13 @@ def print_error(message: str) -> None:
 
 
 def print_json(value: object) -> None:
-    """Print one JSON document on one line of stdout."""
-    click.echo(json_line(value))
+    """Print one JSON document on one line of stdout, in ASCII where that is not UTF-8."""
+    click.echo(json_line(value) if is_utf8(sys.stdout) else json.dumps(value))
+
+
+def is_utf8(stream: TextIO) -> bool:
+    """Return whether a stream takes every character."""
+    return codecs.lookup(stream.encoding or "utf-8").name == "utf-8"
 
 
 def printable(text: str) -> str:

@@ -1,3 +1,5 @@
+import json
+import os
 import subprocess
 import sys
 
@@ -26,6 +28,20 @@ def test_help_lists_verbs_without_heavy_imports() -> None:
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([verb, "--help"]) == 0
     assert f"metaswarm {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_terminal_that_is_not_utf8_gets_what_it_can_show(encoding: str) -> None:
+    program = (
+        "import sys; from node import cli; from node.cli.output import print_json;"
+        "cli.run = lambda arguments: print_json({'text': 'wörld…'}) or print('wörld…');"
+        "cli.main()"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, env=environment).stdout
+    document, text = shown.decode(encoding).splitlines()
+    assert json.loads(document) == {"text": "wörld…"}
+    assert text == ("w?rld?" if encoding == "ascii" else "wörld?")
 
 
 @pytest.mark.parametrize("verb", sorted({*VERBS} - {"config", "history", "model"}))
