@@ -70,6 +70,8 @@ class ProgressLog:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Log a line if one is due."""
+        if not stage:  # all are over
+            return
         with self._lock:
             now_s = time.monotonic()
             is_done = done >= total > 0

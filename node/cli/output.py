@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING, Final, TextIO
@@ -30,7 +30,7 @@ WIDTH_OF_A_FILE: Final = 200
 """Width of tables in files and pipes."""
 
 ProgressCallback = Callable[[str, int, int], None]
-"""Called with (stage, done, total), from any thread; a total of 0 means unknown."""
+"""Called with (stage, done, total), from any thread; a total of 0 means unknown, an empty stage that all are over."""
 
 
 class CommandError(click.ClickException):
@@ -120,7 +120,8 @@ def new_table(*columns: str, title: str | None = None) -> "Table":
 def progress_bars(*, transient: bool = False) -> Iterator[ProgressCallback]:
     """Show a progress bar for each stage on stderr; one line for each stage if stderr is not a terminal.
 
-    `transient`, for a daemon: bars disappear when done, and only a terminal shows any.
+    `transient`, for a daemon: bars disappear when done, those of unknown length when another stage reports, and all at
+    an empty stage; only a terminal shows any.
     """
     from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -129,18 +130,28 @@ def progress_bars(*, transient: bool = False) -> Iterator[ProgressCallback]:
     is_terminal = sys.stderr.isatty()
     progress = Progress(*columns, console=err(), transient=transient, disable=not is_terminal)
     tasks: dict[str, TaskID] = {}
+    endless: set[str] = set()
     lock = Lock()
+
+    def end(stages: Iterable[str]) -> None:
+        for stage in stages:
+            progress.remove_task(tasks.pop(stage))
+            endless.discard(stage)
 
     def show(stage: str, done: int, total: int) -> None:
         with lock:
-            if stage not in tasks:
+            if transient:
+                end(list(endless - {stage}) if stage else list(tasks))
+            if stage and stage not in tasks:
                 progress.start()
                 tasks[stage] = progress.add_task(printable(stage), total=total or None)
                 if not is_terminal and not transient:
                     click.echo(printable(stage), err=True)
-            progress.update(tasks[stage], completed=done, total=total or None)
+            if stage:
+                progress.update(tasks[stage], completed=done, total=total or None)
+                (endless.discard if total else endless.add)(stage)
             if transient and done >= total > 0:
-                progress.remove_task(tasks.pop(stage))
+                end([stage])
             if not tasks:
                 progress.stop()
 

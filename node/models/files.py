@@ -15,7 +15,9 @@ from typing import Final
 from node.models.errors import ModelError
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total), from the working thread. An exception ends the work, which is cleaned up."""
+"""Called with (stage, done, total), from the working thread. An exception ends the work, which is cleaned up.
+
+A total of 0 means unknown; an empty stage, from who began the work, that all stages are over."""
 
 _READ_BYTES = 4 << 20
 _LOCK_POLL_S = 0.1
@@ -39,6 +41,15 @@ def disk_errors(what: str) -> Iterator[None]:
         if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:  # the last where the user's files are limited
             raise ModelError(f"{what}: the disk is full; free some space, or set METASWARM_CACHE_DIR") from error
         raise ModelError(f"{what}: {where}{error.strerror or error}") from error
+
+
+@contextmanager
+def ending(progress: Progress) -> Iterator[Progress]:
+    """Report at the end of the block that all stages are over, also those that failed."""
+    try:
+        yield progress
+    finally:
+        progress("", 0, 0)
 
 
 def check_space(folder: Path, needed: int, *, reserve: int = 0) -> None:

@@ -19,7 +19,7 @@ from node.engine.client import start_engine
 from node.engine.device import CPU, Device, DeviceError, find_device
 from node.engine.interface import EngineCrashed, EngineError, EngineOptions, Variant, reference_variant
 from node.models.errors import ModelError
-from node.models.files import Progress, ignore_progress
+from node.models.files import Progress, ending, ignore_progress
 from node.models.library import Library
 from node.models.manifest import Manifest
 from node.models.store import AmbiguousModelError, Package, UnknownModelError
@@ -205,9 +205,10 @@ class SpanSupervisor:
         self._options.expect_format(manifest.format)
         if (why := shortage(manifest, blocks, share.memory_bytes, share.device)) is not None:
             raise EngineError(why)
-        package = await self._library.weights(
-            manifest, blocks, use_catalogue=self._options.use_catalogue, progress=self._options.progress
-        )
+        with ending(self._options.progress) as progress:
+            package = await self._library.weights(
+                manifest, blocks, use_catalogue=self._options.use_catalogue, progress=progress
+            )
         options = EngineOptions(
             memory_bytes=memory_bytes,
             threads=self._options.threads,

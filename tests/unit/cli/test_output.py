@@ -2,6 +2,7 @@ import io
 import sys
 
 import pytest
+from rich.progress import Progress
 
 from node.cli.output import format_bytes, format_duration, print_error, print_json, printable, progress_bars
 
@@ -53,3 +54,32 @@ def test_progress_on_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "fetch" in terminal.getvalue()
     assert "50%" in terminal.getvalue()
     assert "convert" in terminal.getvalue()
+
+
+def test_bars_of_a_daemon_do_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    found: list[Progress] = []
+    start = Progress.start
+
+    def start_and_keep(bars: Progress) -> None:
+        found.append(bars)
+        start(bars)
+
+    def stages() -> list[str]:
+        return [task.description for task in found[0].tasks]
+
+    monkeypatch.setattr(Progress, "start", start_and_keep)
+    with progress_bars(transient=True) as progress:
+        progress("look up somebody/tiny", 0, 0)
+        progress("waiting: busy", 0, 0)
+        assert stages() == ["waiting: busy"]
+        progress("download", 1, 10)
+        progress("waiting: busy", 0, 0)
+        assert stages() == ["download", "waiting: busy"]
+        progress("download", 2, 10)
+        assert stages() == ["download"]
+        progress("", 0, 0)  # it failed
+        assert stages() == []
