@@ -113,7 +113,8 @@ def bench(
 
     In each round every method and the baseline run the same workload once, in random order, by real jobs of the swarm;
     speed-ups are paired within a round. The grid is the product of the given axes, or a few different workloads.
-    Speed-ups (of mean latency for single jobs, else of the total time) have 95 % confidence intervals.
+    Speed-ups (of mean latency for single jobs, else of the total time) have 95 % confidence intervals. Where a workload
+    could not be measured, the exit code is 1; --json has its error.
     """
     import trio
 
@@ -128,15 +129,18 @@ def bench(
             for workload in grid(axes, task)
         ]
         results = trio.run(_measure, find_api(api), model, cells, output)
-        if plot:
-            draw(results, plot)
+        measured = [cell for cell in results if "result" in cell]
+        if plot and measured:
+            draw(measured, plot)
     except PlotError as error:
         raise CommandError(str(error)) from None
     if as_json:
         print_json({"cells": results})
     else:
-        for cell in results:
+        for cell in measured:
             out().print(table(cell))
+    if len(measured) < len(results):
+        raise CommandError(f"{len(results) - len(measured)} of {len(results)} workloads could not be measured")
 
 
 def grid(axes: Mapping[str, Sequence[float]], task: str = "generate") -> list[Workload]:
@@ -155,7 +159,7 @@ def grid(axes: Mapping[str, Sequence[float]], task: str = "generate") -> list[Wo
 async def _measure(
     url: str, model: str | None, cells: Sequence[dict[str, Any]], output: Path | None
 ) -> list[dict[str, Any]]:
-    """Return each cell with its result, written to the file at once."""
+    """Return each cell with its result, written to the file at once, or else its error."""
     from node.cli.client import open_client
     from node.cli.target import choose_model
 
@@ -174,13 +178,12 @@ async def _measure(
                         result = await client.bench({name: value for name, value in cell.items() if value is not None})
                     except CommandError as error:
                         err().print(f"{describe(cell['workload'])}: {printable(error.format_message())}")
+                        results.append({"cell": cell, "error": error.format_message()})
                         continue
                     if file is not None:
                         file.append({"cell": cell, "result": result})
                 results.append({"cell": cell, "result": result})
             show("measuring", len(cells), len(cells))
-    if not results:
-        raise CommandError("nothing could be measured")
     return results
 
 

@@ -1,10 +1,13 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from node.cli import run
 from node.cli.bench import WORKLOADS, grid
+from node.cli.client import ApiClient
+from node.cli.output import CommandError
 from tests.unit.api.fakes import FakeNode
 from tests.unit.cli.conftest import ServeNode
 
@@ -60,6 +63,26 @@ def test_measurement_error_is_one_line(serve: ServeNode, capsys: pytest.CaptureF
     assert run(["bench", "--api", serve(FakeNode()), "--method", "engine=steam"]) == 1
     assert "expected one of eager" in capsys.readouterr().err
     assert run(["bench", "--concurrency", "1000"]) == 2
+
+
+def test_failed_workload_is_in_the_document_and_exit_code(
+    serve: ServeNode, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = ApiClient.bench
+
+    async def fail_once(client: ApiClient, cell: dict[str, Any]) -> Any:
+        if cell["workload"]["concurrency"] == 4:
+            raise CommandError("all peers are full")
+        return await measure(client, cell)
+
+    monkeypatch.setattr(ApiClient, "bench", fail_once)
+    command = ["bench", "--api", serve(FakeNode()), "--method", "engine=fused", "--concurrency", "1"]
+    assert run([*command, "--concurrency", "4", "--json"]) == 1
+    output = capsys.readouterr()
+    measured, failed = json.loads(output.out)["cells"]
+    assert "result" in measured
+    assert (failed["cell"]["workload"]["concurrency"], failed["error"]) == (4, "all peers are full")
+    assert output.err.endswith("metaswarm: 1 of 2 workloads could not be measured\n")
 
 
 def test_one_round_has_no_interval(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
