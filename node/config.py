@@ -13,7 +13,6 @@ from typing import Final
 
 import platformdirs
 
-from node.util.paths import expand
 from protocol.figures import USUAL_PRICE
 from protocol.identity import BlockRange, PeerId, parse_peer_id
 from selector.consensus.clock import EPOCH_S
@@ -187,12 +186,6 @@ class NodeReady:
 def default_data_dir() -> Path:
     """Return the default folder for identity and history. Two nodes on one machine need a folder each."""
     return Path(platformdirs.user_data_dir(APPLICATION, appauthor=False))
-
-
-def chosen_data_dir() -> Path:
-    """Return the data directory that METASWARM_DATA_DIR names, or the default: where the verbs look for a node."""
-    named = os.environ.get(f"{ENVIRONMENT_PREFIX}DATA_DIR")
-    return expand(named) if named else default_data_dir()
 
 
 def default_cache_dir() -> Path:

@@ -1,5 +1,6 @@
 """The command line: `metaswarm VERB`. Each verb is a module of its own, imported only when it is called."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,9 @@ ELSEWHERE: Final[Mapping[str, str]] = {
 
 _CONFIGURED: Final = frozenset({"node", "doctor", "config"})
 """Verbs that refuse unknown METASWARM_… variables; others print a warning."""
+
+_UNWRITABLE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+"""The errors of a stdout that takes nothing more, such as a file on a full disk."""
 
 EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 130
@@ -105,6 +109,20 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one verb and return the exit code; an error is one line on stderr."""
+    code = _run(arguments)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        if code == 0 and not isinstance(error, BrokenPipeError):  # the reader closed the pipe
+            _report(error)
+        # Python would raise again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code or EXIT_FAILED
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         result = cli.main(list(arguments), prog_name="metaswarm", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -120,8 +138,6 @@ def run(arguments: Sequence[str]) -> int:
         print_error(f"{_message(error).rstrip('.')}; see `{verb} --help`")
         return EXIT_USAGE
     except BrokenPipeError:
-        # The reader closed the pipe. Python would raise again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except (Exception, BaseExceptionGroup) as error:
         code = _report(error)
@@ -153,6 +169,10 @@ def _report(error: BaseException) -> int | None:
     leaves = list(_leaves(error))
     if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):
         return EXIT_INTERRUPTED
+    failed = [leaf.strerror for leaf in leaves if isinstance(leaf, OSError) and leaf.errno in _UNWRITABLE]
+    if len(failed) == len(leaves):
+        print_error(f"cannot write the output: {failed[0]}")
+        return EXIT_FAILED
     if not all(isinstance(leaf, known) for leaf in leaves):
         return None
     for message in dict.fromkeys(map(str, leaves)):  # of jobs that ran together each reports that the node is gone

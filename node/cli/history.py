@@ -15,7 +15,6 @@ from typing import IO, TYPE_CHECKING, Final
 import click
 
 from node.cli.output import CommandError, format_duration, json_option, print_error, print_json, progress_bars
-from node.config import default_data_dir
 
 if TYPE_CHECKING:
     from node.storage.verification import HistoryVerification
@@ -28,13 +27,18 @@ BATCH: Final = 500
 
 Progress = Callable[[int, int], None]
 
+
+def _read_data_dir(_context: click.Context, _option: click.Parameter, flag: str | None) -> Path:
+    from node.cli.options import read_data_dir
+
+    return read_data_dir(flag)
+
+
 _data_dir_option = click.option(
     "--data-dir",
-    envvar="METASWARM_DATA_DIR",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=default_data_dir,
     metavar="DIR",
-    help="Data directory of the node [default: METASWARM_DATA_DIR, or the user's].",
+    callback=_read_data_dir,
+    help="Data directory of the node [default: METASWARM_DATA_DIR, the configuration file's, or the user's].",
 )
 
 

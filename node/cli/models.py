@@ -214,7 +214,7 @@ def _store(cache_dir: str | None) -> "ModelStore":
     from node.cli.options import read_cache_dir
     from node.models.store import ModelStore
 
-    return ModelStore(read_cache_dir(*([] if cache_dir is None else [f"--cache-dir={cache_dir}"])))
+    return ModelStore(read_cache_dir(cache_dir))
 
 
 def _note(line: str) -> None:

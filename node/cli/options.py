@@ -257,14 +257,22 @@ def read_config(*arguments: str) -> NodeConfig:
     return make_config(command.make_context("metaswarm", list(arguments)).params)
 
 
-def read_cache_dir(*arguments: str) -> Path:
-    """Return the cache directory from these flags, the environment and the file. Raises UsageError or ConfigError.
+def read_cache_dir(flag: str | None = None) -> Path:
+    """Return the cache directory from the flag, the environment or the file. Raises UsageError or ConfigError."""
+    return _read_one("cache_dir", flag).cache_dir
 
-    Other options are not looked at: METASWARM_API may be another node's URL.
-    """
-    options: list[click.Parameter] = [each for each in NODE_OPTIONS if each.name == "cache_dir" or each is _CONFIG]
+
+def read_data_dir(flag: str | None = None) -> Path:
+    """Return the data directory from the flag, the environment or the file. Raises UsageError or ConfigError."""
+    return _read_one("data_dir", flag).data_dir
+
+
+def _read_one(name: str, flag: str | None) -> NodeConfig:
+    """Read one option. Others are not looked at: METASWARM_API may be another node's URL."""
+    options: list[click.Parameter] = [each for each in NODE_OPTIONS if each.name == name or each is _CONFIG]
     command = click.Command("node", params=options, context_settings=SETTINGS)
-    return make_config(command.make_context("metaswarm", list(arguments)).params).cache_dir
+    arguments = [] if flag is None else [f"--{name.replace('_', '-')}={flag}"]
+    return make_config(command.make_context("metaswarm", arguments).params)
 
 
 def environment_without(names: Collection[str]) -> dict[str, str]:

@@ -75,7 +75,7 @@ def print_json(value: object) -> None:
 
 def is_utf8(stream: TextIO) -> bool:
     """Return whether a stream takes every character."""
-    return codecs.lookup(stream.encoding or "utf-8").name == "utf-8"
+    return codecs.lookup(getattr(stream, "encoding", None) or "utf-8").name == "utf-8"
 
 
 def printable(text: str) -> str:

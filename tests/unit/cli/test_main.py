@@ -2,15 +2,18 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
 
 from node import cli
 from node.cli import VERBS, run
+from node.cli.client import find_api
 from node.cli.output import CommandError
-from node.config import ConfigError, StartError
+from node.config import ConfigError, NodeReady, StartError
 from node.network.interface import NetworkError
+from protocol.identity import peer_id_from_public_key
 
 
 def test_help_lists_verbs_without_heavy_imports() -> None:
@@ -28,6 +31,35 @@ def test_help_lists_verbs_without_heavy_imports() -> None:
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([verb, "--help"]) == 0
     assert f"metaswarm {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("text", ["'a line'", "'many lines' * 10_000"])
+def test_output_that_cannot_be_written_is_one_line(text: str) -> None:
+    program = f"import click; from node import cli; cli.cli.main = lambda *_, **__: click.echo({text}); cli.main()"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 1
+    assert done.stderr.decode() == "metaswarm: cannot write the output: No space left on device\n"
+
+
+@pytest.mark.parametrize("place", ["environment", "file"])
+def test_every_verb_looks_for_the_node_where_it_was_configured(
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("METASWARM_DATA_DIR", raising=False)
+    (tmp_path / "x").mkdir()
+    ready = NodeReady(peer_id=peer_id_from_public_key(bytes(32)), multiaddrs=(), api_url="http://127.0.0.1:1", pid=1)
+    ready.write(tmp_path / "x")
+    if place == "file":
+        (tmp_path / "node.toml").write_text('data_dir = "~/x"\n')
+        monkeypatch.setenv("METASWARM_CONFIG", str(tmp_path / "node.toml"))
+    else:
+        monkeypatch.setenv("METASWARM_DATA_DIR", "~/x")
+    assert find_api(None) == ready.api_url
+    assert run(["history", "export"]) == 1
+    assert f"no history in {tmp_path / 'x'}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
