@@ -7,12 +7,15 @@ import hashlib
 import ipaddress
 import json
 import os
+import tomllib
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
 
 import platformdirs
 
+from node.util.paths import expand
 from protocol.figures import USUAL_PRICE
 from protocol.identity import BlockRange, PeerId, parse_peer_id
 from selector.consensus.clock import EPOCH_S
@@ -186,6 +189,22 @@ class NodeReady:
 def default_data_dir() -> Path:
     """Return the default folder for identity and history. Two nodes on one machine need a folder each."""
     return Path(platformdirs.user_data_dir(APPLICATION, appauthor=False))
+
+
+def chosen_data_dir() -> Path:
+    """Return where the verbs look for a node: as the environment, its configuration file, or the default has it.
+
+    What is wrong with the file is told by the verbs that start a node.
+    """
+    if named := os.environ.get(f"{ENVIRONMENT_PREFIX}DATA_DIR"):
+        return expand(named).absolute()
+    with suppress(OSError, ValueError):
+        if file := os.environ.get(f"{ENVIRONMENT_PREFIX}CONFIG"):
+            path = expand(file).absolute()
+            named = tomllib.loads(path.read_text(encoding="utf-8")).get("data_dir")
+            if named and isinstance(named, str):
+                return path.parent / expand(named)
+    return default_data_dir()
 
 
 def default_cache_dir() -> Path:

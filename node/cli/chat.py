@@ -20,6 +20,7 @@ from node.cli.output import (
     print_json,
 )
 from node.cli.target import node_for_command, on_node
+from node.config import chosen_data_dir
 from node.util.paths import expand
 from node.util.suggestions import did_you_mean
 
@@ -245,8 +246,6 @@ def _save(conversation: Conversation, name: str) -> None:
 @contextmanager
 def _line_editing(is_terminal: bool) -> Iterator[None]:
     """Let lines be edited and recalled inside the block; what was typed is in the history of the next conversation."""
-    from node.cli.options import read_data_dir
-
     try:
         import readline
     except ImportError:  # Python was built without it
@@ -259,7 +258,7 @@ def _line_editing(is_terminal: bool) -> Iterator[None]:
     def complete(text: str, number: int) -> str | None:
         return next(iter([name for name in names if name.startswith(text)][number:]), None)
 
-    path = read_data_dir() / HISTORY_FILE
+    path = chosen_data_dir() / HISTORY_FILE
     with suppress(OSError):
         readline.read_history_file(path)
     readline.set_history_length(HISTORY_LINES)

@@ -18,7 +18,7 @@ import httpx
 
 from node.api.interface import Explanation, ModelDocument, NodeStatus
 from node.cli.output import CommandError
-from node.config import DEFAULT_API, ENVIRONMENT_PREFIX, NodeReady, is_loopback, is_unspecified
+from node.config import DEFAULT_API, ENVIRONMENT_PREFIX, NodeReady, chosen_data_dir, is_loopback, is_unspecified
 
 CONNECT_TIMEOUT_S: Final = 5.0
 REQUEST_TIMEOUT_S: Final = 10.0
@@ -30,12 +30,10 @@ UNLIMITED: Final = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
 
 def find_api(api: str | None) -> str:
     """Return the URL of the API: from the flag, METASWARM_API, `node.json`, or the default."""
-    from node.cli.options import read_data_dir
-
     given = api or os.environ.get(f"{ENVIRONMENT_PREFIX}API")
     if given:
         return _parse_url(given)
-    ready = NodeReady.read(read_data_dir())
+    ready = NodeReady.read(chosen_data_dir())
     return ready.api_url if ready else f"http://{DEFAULT_API}"
 
 

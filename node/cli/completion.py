@@ -7,7 +7,6 @@ standard library.
 
 import json
 from collections.abc import Iterable
-from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, Final
@@ -94,15 +93,12 @@ def _ask(context: click.Context, path: str, key: str) -> Iterable[dict[str, Any]
 
 def _get(context: click.Context, path: str) -> Any:
     """Return a page of the API of the node that the command line means, or None."""
-    from node.cli.options import read_data_dir
-    from node.config import DEFAULT_API, ConfigError, NodeReady
+    from node.config import DEFAULT_API, NodeReady, chosen_data_dir
 
     given = context.params.get("api") or _variable("API")
     if not isinstance(given, str):  # of `node` it is another thing: where to listen
         given = None
-    ready = None
-    with suppress(click.ClickException, ConfigError):
-        ready = None if given else NodeReady.read(read_data_dir())
+    ready = None if given else NodeReady.read(chosen_data_dir())
     url = given or (ready.api_url if ready else DEFAULT_API)
     key = _variable("API_KEY")
     try:

@@ -15,6 +15,8 @@ from typing import IO, TYPE_CHECKING, Final
 import click
 
 from node.cli.output import CommandError, format_duration, json_option, print_error, print_json, progress_bars
+from node.config import chosen_data_dir
+from node.util.paths import expand
 
 if TYPE_CHECKING:
     from node.storage.verification import HistoryVerification
@@ -29,9 +31,7 @@ Progress = Callable[[int, int], None]
 
 
 def _read_data_dir(_context: click.Context, _option: click.Parameter, flag: str | None) -> Path:
-    from node.cli.options import read_data_dir
-
-    return read_data_dir(flag)
+    return chosen_data_dir() if flag is None else expand(flag)
 
 
 _data_dir_option = click.option(

@@ -259,20 +259,11 @@ def read_config(*arguments: str) -> NodeConfig:
 
 def read_cache_dir(flag: str | None = None) -> Path:
     """Return the cache directory from the flag, the environment or the file. Raises UsageError or ConfigError."""
-    return _read_one("cache_dir", flag).cache_dir
-
-
-def read_data_dir(flag: str | None = None) -> Path:
-    """Return the data directory from the flag, the environment or the file. Raises UsageError or ConfigError."""
-    return _read_one("data_dir", flag).data_dir
-
-
-def _read_one(name: str, flag: str | None) -> NodeConfig:
-    """Read one option. Others are not looked at: METASWARM_API may be another node's URL."""
-    options: list[click.Parameter] = [each for each in NODE_OPTIONS if each.name == name or each is _CONFIG]
+    # Other options are not looked at: METASWARM_API may be another node's URL.
+    options: list[click.Parameter] = [each for each in NODE_OPTIONS if each.name == "cache_dir" or each is _CONFIG]
     command = click.Command("node", params=options, context_settings=SETTINGS)
-    arguments = [] if flag is None else [f"--{name.replace('_', '-')}={flag}"]
-    return make_config(command.make_context("metaswarm", arguments).params)
+    arguments = [] if flag is None else [f"--cache-dir={flag}"]
+    return make_config(command.make_context("metaswarm", arguments).params).cache_dir
 
 
 def environment_without(names: Collection[str]) -> dict[str, str]:
