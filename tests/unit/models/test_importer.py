@@ -283,7 +283,7 @@ def test_killed_import_leaves_no_package_and_next_one_cleans_up(tmp_path: Path, 
     assert any(name.startswith("embed") for name in files_in(store))
     assert store.list() == ()
     package = import_model(str(folder), store)
-    assert files_in(store) == {path.name for path in package.path.iterdir()} | {"names.json"}
+    assert files_in(store) == {path.name for path in package.path.iterdir()} | {"names.json", "sources.json"}
     assert [path.name for path in (store.cache_dir / "staging").iterdir()] == [".lock"]
 
 
