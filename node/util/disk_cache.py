@@ -2,8 +2,8 @@
 
 import fcntl
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -40,7 +40,8 @@ class FolderCache:
         wanted = self.directory / name
         if not _hold(wanted):
             self.directory.mkdir(parents=True, exist_ok=True)
-            staged = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.directory))
+            staged = self.directory / f"{_STAGING}{secrets.token_hex(8)}"
+            staged.mkdir()  # for other users as well, as the umask allows
             try:
                 build(staged)
                 _flush(staged)
@@ -54,7 +55,8 @@ class FolderCache:
                 shutil.rmtree(staged, ignore_errors=True)
             if wanted not in _handles:
                 _hold(wanted)
-        os.utime(wanted)
+        with suppress(PermissionError):  # another user's
+            os.utime(wanted)
         self._shrink(wanted)
         return wanted
 

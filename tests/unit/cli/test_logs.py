@@ -72,6 +72,8 @@ def test_progress_without_a_terminal_is_logged_seldom(capsys: pytest.CaptureFixt
     progress = ProgressLog()
     for done in range(101):
         progress("fetch weights", done, 100)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "fetch weights" in line]
+    progress("", 0, 0)
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
+    assert all("fetch weights" in line for line in lines), "that all stages are over is no stage"
     assert "percent=0" in lines[0].replace("\x1b[35m", "").replace("\x1b[0m", "").replace("\x1b[36m", "")

@@ -107,6 +107,15 @@ def test_disk_cache_evicts_least_recently_used_folder(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"c", "larger than all"}, "c is in use"
 
 
+def test_other_users_may_read_folders_of_the_disk_cache(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        folder = FolderCache(tmp_path).folder("a", fill(1))
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o755
+
+
 def test_disk_cache_makes_room_without_folders_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage, cache = shutil.disk_usage(tmp_path), FolderCache(tmp_path)
 
