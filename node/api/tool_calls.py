@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
+from node.api.errors import ApiError
+from node.api.fields import check_depth
 from node.coordinator.chat import ToolFormat
 
 MISTRAL_BEGIN: Final = "[TOOL_CALLS]"
@@ -29,7 +31,7 @@ _NAME: Final = re.compile(r"[\w.-]{1,256}")
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call of a tool. `arguments` is JSON, as far as the model wrote it so."""
+    """A call of a tool. `arguments` is a JSON object."""
 
     id: str
     name: str
@@ -38,12 +40,17 @@ class ToolCall:
     @property
     def argument_object(self) -> dict[str, Any]:
         """The arguments as an object, for protocols that have them so."""
-        try:
-            value = _decode(self.arguments)
-            _encode(value)
-        except (ValueError, RecursionError):
-            value = None
-        return value if isinstance(value, dict) else {"arguments": self.arguments}
+        return dict(json.loads(self.arguments))
+
+
+def decode_arguments(text: str) -> dict[str, Any] | None:
+    """Return the object that arguments are as JSON; {} where there are none, None for what no request may have."""
+    try:
+        value = _decode(text) if text.strip() else None
+        check_depth("arguments", value)
+    except (ValueError, RecursionError, ApiError):
+        return None
+    return {} if value is None else value if isinstance(value, dict) else None
 
 
 def new_id(tool_format: ToolFormat | None) -> str:
@@ -145,11 +152,13 @@ def _call_of(value: Any) -> tuple[str, str]:
     """Return name and arguments of a call. Raises ValueError for anything else."""
     found = value if isinstance(value, dict) else {}
     name, key = found.get("name"), "arguments" if "arguments" in found else "parameters"
-    if not isinstance(name, str) or key not in found:
+    if not isinstance(name, str) or not name or key not in found:
         raise ValueError("no call")
-    arguments = found[key] if isinstance(found[key], str) else _encode(found[key])
-    _encode([name, arguments])
-    return name, arguments
+    arguments = decode_arguments(found[key] if isinstance(found[key], str) else _encode(found[key]))
+    if arguments is None:  # the call would be refused when it comes back with its result
+        raise ValueError("no object")
+    name.encode()
+    return name, _encode(arguments)
 
 
 def _encode(value: Any) -> str:

@@ -1,6 +1,5 @@
 """Conversations and tools in the bodies of the OpenAI API."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -18,6 +17,7 @@ from node.api.fields import (
     refuse,
 )
 from node.api.shared_fields import PARALLEL_TOOL_CALLS, text_or_parts, tool_choice
+from node.api.tool_calls import decode_arguments
 from node.api.tool_choice import ToolChoice, choose_tools
 from node.coordinator.chat import ChatMessage, MessageToolCall
 
@@ -88,19 +88,18 @@ def described_tool(name: str, description: str | None, parameters: Mapping[str, 
     return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
 
 
-_ARGUMENTS_SCHEMA: Final = {"anyOf": [{"type": "object"}, {"type": "string", "contentMediaType": "application/json"}]}
-
-
-@form(_ARGUMENTS_SCHEMA)
+@form({})
 def parse_arguments(param: str, value: Any) -> dict[str, Any]:
-    """Return the arguments of a tool call: an object, or one as JSON."""
+    """Return the arguments of a tool call: an object, or one as JSON.
+
+    Models of other servers write other things, too, and their calls are sent back with the conversation: what is no
+    object becomes one, as chat templates need it.
+    """
     if isinstance(value, str):
-        try:
-            value = json.loads(value or "{}")
-        except (ValueError, RecursionError):
-            refuse(param, "must be a JSON object, as text")
+        decoded = decode_arguments(parse_text(param, value))
+        return {"arguments": value} if decoded is None else decoded
     check_depth(param, value)
-    return parse_object(param, value)
+    return value if isinstance(value, dict) else {"arguments": value}
 
 
 ID: Final = Field("id", parse_text)
@@ -111,7 +110,6 @@ _CALL: Final = ObjectForm(ID, _CALLED, required=[_CALLED], ignored=["type", "ind
 
 @form(_CALL.schema)
 def _parse_call(param: str, value: Any) -> MessageToolCall:
-    check_depth(param, value)
     fields = _CALL.parse(param, value)
     function = fields.require(_CALLED)
     return MessageToolCall(

@@ -62,6 +62,9 @@ HERMES, LLAMA3, MISTRAL = (
         (HERMES, QWEN_CODER.replace("add", "now").replace("<x>", "7"), ("", [("now", '{"a": 1, "b": 7}')])),
         (HERMES, GLM, ("", [ADD])),
         (HERMES, "<tool_call>now\n</tool_call>", ("", [("now", "{}")])),
+        (HERMES, '<tool_call>{"name": "now", "arguments": null}</tool_call>', ("", [("now", "{}")])),
+        (HERMES, f'<tool_call>{{"name": "add", "arguments": {json.dumps(ADD[1])}}}</tool_call>', ("", [ADD])),
+        (HERMES, '<tool_call>{"name": "", "arguments": {}}', ('<tool_call>{"name": "", "arguments": {}}', [])),
         (HERMES, '<tool_call>{"name": "add"}</tool_call>', ('<tool_call>{"name": "add"}</tool_call>', [])),
         (LLAMA3, '{"name": "Ada", "age": 36}', ('{"name": "Ada", "age": 36}', [])),
         (LLAMA3, '{"name": "sub", "parameters": {}}', ('{"name": "sub", "parameters": {}}', [])),
@@ -110,22 +113,21 @@ def test_text_that_follows_another_schema_is_no_call(size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [r'{"a": "\ud83d"}', '{"a": 1e999}', '{"a": NaN}', '{"a": -Infinity}', r'{"\udfff": 1}', "[" * 5000]
-)
+    "arguments",
+    [
+        r'{"a": "\ud83d"}', '{"a": 1e999}', '{"a": NaN}', '{"a": -Infinity}', r'{"\udfff": 1}', "[" * 5000,
+        "[1]", "7", "false", '"nonsense"', r'"{\"a\": 1"', '"[1]"', '{"a": 123456789012345678901234567890}',
+        f'{{"a": {"[" * 64 + "]" * 64}}}',
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("chat_format", [HERMES, LLAMA3, MISTRAL])
-def test_call_that_no_client_could_read_stays_text(chat_format: ChatFormat, arguments: str) -> None:
+def test_call_that_no_request_could_have_stays_text(chat_format: ChatFormat, arguments: str) -> None:
     body = f'{{"name": "add", "arguments": {arguments}}}'
     begin, end = {HERMES.tools: ("<tool_call>", "</tool_call>"), MISTRAL.tools: ("[TOOL_CALLS]", "")}.get(
         chat_format.tools, ("", "")
     )
     text = begin + body + end
     assert read(text, chat_format, 50) == (text, "", [])
-
-
-@pytest.mark.parametrize("arguments", ["NaN", "1e999", r'{"a": "\ud83d"}', "[1]", "nonsense", "", "{} {}"])
-def test_arguments_that_are_no_object_are_one(arguments: str) -> None:
-    assert ToolCall("1", "add", arguments).argument_object == {"arguments": arguments}
-    assert ToolCall("1", "add", '{"a": 1}').argument_object == {"a": 1}
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def tool(**parameters: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("value", ["\ud800", 10**20, -(10**20), {"\ud800": 1}, [{"x": "\udfff"}]], ids=ascii)
 def test_refuses_what_no_other_process_could_be_told(value: Any) -> None:
-    call = {"function": {"name": "f", "arguments": json.dumps({"a": value})}}
+    call = {"function": {"name": "f", "arguments": {"a": value}}}
     schema = {"type": "json_schema", "json_schema": {"schema": {"const": value}}}
     bodies: list[dict[str, Any]] = [
         {"chat_template_kwargs": {"a": value}},
