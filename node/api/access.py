@@ -36,20 +36,23 @@ class KeyUse:
     bucket: TokenBucket | None
     running: int = 0
 
-    def begin(self, answers: int) -> dict[str, str]:
-        """Count answers that begin; return the headers that tell what is left. Raises ApiError."""
+    def begin(self, answers: int, counted: int = 0) -> dict[str, str]:
+        """Count the answers of a request; return the headers that tell what is left. Raises ApiError.
+
+        `counted`: those of them that are counted already.
+        """
         concurrency, per_minute = self.key.concurrency, self.key.requests_per_minute
         most = min(concurrency or answers, per_minute or answers)
         if answers > most:
             message = f"the request wants {answers} answers; the API key {self.key.name!r} admits {most}: ask for fewer"
             raise ApiError(400, message, param="n")
-        if concurrency is not None and self.running + answers > concurrency:
+        if concurrency is not None and self.running + answers - counted > concurrency:
             message = f"the API key {self.key.name!r} admits {concurrency} answers at a time: wait for one to end"
             raise ApiError(429, message, code="too_many_requests", headers={"Retry-After": str(BUSY_RETRY_S)})
         headers: dict[str, str] = {}
         if self.bucket is not None and per_minute is not None:
             now_s = trio.current_time()
-            admitted = self.bucket.take(answers, now_s)
+            admitted = self.bucket.take(answers - counted, now_s)
             left = self.bucket.level(now_s)
             headers = {
                 "X-RateLimit-Limit-Requests": str(per_minute),
@@ -61,7 +64,7 @@ class KeyUse:
                 message = f"the API key {self.key.name!r} admits {per_minute} requests a minute: retry in {retry_s} s"
                 headers["Retry-After"] = str(max(1, retry_s))
                 raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)
-        self.running += answers
+        self.running += answers - counted
         return headers
 
     def end(self, answers: int) -> None:
@@ -79,10 +82,14 @@ class RequestUse:
         """Of the answer."""
 
     def begin(self, answers: int) -> None:
-        """Count answers. Raises ApiError where the key does not admit them now."""
+        """Count a request's answers, those that are counted already included. Raises ApiError where there is no room.
+
+        A refused request counts as what was counted of it before: Retry-After tells when all of it fits.
+        """
+        answers = max(answers, self._running)
         if self._use is not None:
-            self.headers |= self._use.begin(answers)
-            self._running += answers
+            self.headers |= self._use.begin(answers, self._running)
+            self._running = answers
 
     def end(self) -> None:
         """Count the end of the request."""

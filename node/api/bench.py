@@ -7,14 +7,13 @@ kept when it is interrupted.
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from node.api.access import begin_answers
 from node.api.endpoint import until_disconnect
 from node.api.explanation import MAX_TOKENS, PROMPT_TOKENS, REPETITIVENESS, SHARED_PREFIX_SHARE, TASK_KIND, new_tokens
 from node.api.fields import Field, ObjectForm, count_between, list_of, parse_json, parse_method
+from node.api.request_body import parse_counted
 from node.api.shared_fields import MODEL, QUALITY
 from node.coordinator.trial import MethodTrial, Run, Trial, TrialSpec
 from protocol.measurements import Objective, QualityBound, TaskKind
@@ -43,8 +42,7 @@ class BenchEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises ApiError before the response starts."""
-        spec = parse_spec(await Request(scope, receive).body())
-        begin_answers(scope)
+        spec = await parse_counted(scope, receive, lambda body, _: parse_spec(body))
 
         async def answer() -> None:
             await JSONResponse(describe_trial(await self._measure(spec)))(scope, receive, send)

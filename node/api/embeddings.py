@@ -13,12 +13,11 @@ from functools import partial
 from typing import Protocol
 
 from starlette.datastructures import Headers
-from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from node.api.access import begin_answers
 from node.api.endpoint import origin_of, until_disconnect
 from node.api.generation import Generation, Outcome, run_generation
+from node.api.request_body import parse_counted
 from node.coordinator.submission import JobRequest, JobResult, Submitter
 
 
@@ -42,9 +41,7 @@ class EmbeddingEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises ApiError before the response starts."""
-        request = Request(scope, receive)
-        jobs, writer = self._parse(await request.body(), request.headers)
-        begin_answers(scope)
+        jobs, writer = await parse_counted(scope, receive, self._parse)
         origin = origin_of(scope)
         jobs = tuple(replace(job, origin=origin) for job in jobs)
         await until_disconnect(receive, partial(self._answer, jobs, writer, send))

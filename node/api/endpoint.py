@@ -9,7 +9,6 @@ from typing import Any, Final, Protocol
 
 import trio
 from starlette.datastructures import Headers
-from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
@@ -23,6 +22,7 @@ from node.api.generation import (
     Outcome,
     run_generation,
 )
+from node.api.request_body import parse_counted
 from node.coordinator.submission import JobError, JobErrorCode, RequestOrigin, Submitter
 
 UNACCEPTED_S: Final = 9.0
@@ -70,8 +70,7 @@ class GenerationEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises ApiError before the response starts."""
-        request = Request(scope, receive)
-        generation, writer = self._parse(await request.body(), request.headers)
+        generation, writer = await parse_counted(scope, receive, self._parse)
         if not generation.stream:
             generation = generation.held_whole()
             if generation.logprob_count() > MAX_LOGPROBS_IN_ANSWER:

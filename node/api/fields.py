@@ -28,6 +28,9 @@ MAX_STOP_CHARACTERS: Final = 256
 MAX_VALUE_DEPTH: Final = 64
 """Nesting of tools, schemas and arguments."""
 
+MAX_VALUES: Final = 1 << 20
+"""Of a body, about: each takes more time and memory than its bytes, and no model takes as many tokens."""
+
 MIN_INTEGER: Final = -(2**63)
 MAX_INTEGER: Final = 2**64 - 1
 """Integers in them."""
@@ -188,6 +191,8 @@ def refuse(param: str, fault: str) -> NoReturn:
 
 def parse_json(body: bytes) -> dict[str, Any]:
     """Return the JSON object in a body. Raises ApiError."""
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise ApiError(413, f"the body has more than {MAX_VALUES} commas and brackets", code="request_too_large")
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

@@ -7,6 +7,7 @@ limits, before the application sees the request, and also before a refusal.
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -15,12 +16,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from node.api.access import Access, KeyRing, KeyUse, RequestUse, with_use
+from node.api.access import BUSY_RETRY_S, Access, KeyRing, KeyUse, RequestUse, with_use
 from node.api.errors import ApiError
 from node.api.page_files import is_page
 from node.config import is_loopback
 
 MAX_BODY_BYTES: Final = 8 << 20
+MAX_ALL_BODY_BYTES: Final = 256 << 20
+"""Of all requests at a time: as many clients as there may be, each with the largest body, would fill the memory."""
 MAX_KEYLESS_BODY_BYTES: Final = 4 << 10
 """The same where no key is needed, and so no body either: clients without a key could fill the memory."""
 
@@ -55,6 +58,7 @@ class Guard:
         self._app = app
         self._keys = KeyRing(access.keys) if access.keys else None
         self._origins = frozenset(access.cors_origins)
+        self._bodies = BodyMemory()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -69,14 +73,16 @@ class Guard:
         preflight = self._preflight(scope["method"], headers)
         is_keyless = preflight is not None or _is_public(scope["path"])
         use = RequestUse(None)
+        reader = BodyReader(self._bodies)
         try:
             try:
                 if preflight is None:
                     use = RequestUse(self._check(scope["path"], headers))
                     send = _with_headers(send, use.headers)
                     _check_form(scope["method"], scope["path"], headers)
-                body = await _read_body(receive, MAX_KEYLESS_BODY_BYTES if is_keyless else MAX_BODY_BYTES)
+                body = await reader.read(receive, MAX_KEYLESS_BODY_BYTES if is_keyless else MAX_BODY_BYTES)
             except ApiError as error:
+                reader.release()
                 await _refuse(error, scope, receive, send)
                 return
             if preflight is not None:
@@ -85,6 +91,7 @@ class Guard:
                 await self._app(with_use(scope, use), _replay(body, receive), send)
         finally:
             use.end()
+            reader.release()
 
     def _is_admitted(self, origin: str) -> bool:
         """Return whether pages of an origin may use the API."""
@@ -172,20 +179,48 @@ def _is_local(url: str) -> bool:
         return False
 
 
-async def _read_body(receive: Receive, most_bytes: int) -> bytes | None:
-    """Return the whole body; None if the client disconnected."""
-    body = bytearray()
-    with trio.move_on_after(BODY_TIMEOUT_S):
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            if len(body) > most_bytes:
-                raise ApiError(413, f"the body has more than {most_bytes} bytes", code="request_too_large")
-            if not message.get("more_body", False):
-                return bytes(body)
-    raise ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} seconds")
+@dataclass(slots=True)
+class BodyMemory:
+    """The bytes of all bodies in memory."""
+
+    held: int = 0
+
+
+class BodyReader:
+    """Reads the body of one request, which is in memory until `release`."""
+
+    def __init__(self, memory: BodyMemory) -> None:
+        self._memory = memory
+        self._held = 0
+
+    async def read(self, receive: Receive, most_bytes: int) -> bytes | None:
+        """Return the whole body; None if the client disconnected. Raises ApiError."""
+        body = bytearray()
+        with trio.move_on_after(BODY_TIMEOUT_S):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                piece = message.get("body", b"")
+                self._hold(len(piece))
+                body += piece
+                if len(body) > most_bytes:
+                    raise ApiError(413, f"the body has more than {most_bytes} bytes", code="request_too_large")
+                if not message.get("more_body", False):
+                    return bytes(body)
+        raise ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} seconds")
+
+    def _hold(self, count: int) -> None:
+        self._held += count
+        self._memory.held += count
+        if self._memory.held > MAX_ALL_BODY_BYTES:
+            message = f"the requests under way have more than {MAX_ALL_BODY_BYTES} bytes: try again"
+            raise ApiError(503, message, code="too_many_bytes", headers={"Retry-After": str(BUSY_RETRY_S)})
+
+    def release(self) -> None:
+        """Count the body as no longer in memory."""
+        self._memory.held -= self._held
+        self._held = 0
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

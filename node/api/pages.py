@@ -9,13 +9,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from node.api.access import begin_answers
 from node.api.anthropic.requests import parse_count_request
 from node.api.errors import ApiError
 from node.api.explanation import parse_task
 from node.api.interface import ModelDocument, NodeView
 from node.api.model_lookup import find_model
 from node.api.ollama.models import describe_model, describe_running, describe_tags, describe_version, shown_model
+from node.api.ollama.requests import shown_name
+from node.api.request_body import parse_counted, parse_uncounted
 from node.config import ServeSpec
 from node.coordinator.submission import JobError
 from protocol.identity import BlockRange
@@ -89,7 +90,8 @@ class Pages:
 
     async def show(self, request: Request) -> JSONResponse:
         """Describe one of them."""
-        model = shown_model(await request.body(), self._node.models())
+        name = await parse_uncounted(request.scope, request.receive, lambda body, _: shown_name(body))
+        model = shown_model(name, self._node.models())
         capabilities = None
         with suppress(JobError):  # what is known of it without its tokenizer is an answer, too
             capabilities = await self._node.submitter.capabilities_of(model["model"])
@@ -97,8 +99,7 @@ class Pages:
 
     async def count_tokens(self, request: Request) -> JSONResponse:
         """Return how many tokens a conversation has, as the Anthropic API does."""
-        job = parse_count_request(await request.body())
-        begin_answers(request.scope)
+        job = await parse_counted(request.scope, request.receive, lambda body, _: parse_count_request(body))
         return JSONResponse({"input_tokens": await self._node.submitter.count_tokens(job)})
 
     async def version(self, _: Request) -> JSONResponse:
@@ -142,8 +143,7 @@ class Pages:
 
     async def explain(self, request: Request) -> JSONResponse:
         """Let the stages vote on a described task."""
-        task = parse_task(await request.body())
-        begin_answers(request.scope)
+        task = await parse_counted(request.scope, request.receive, lambda body, _: parse_task(body))
         return JSONResponse(await self._node.explain(*task))
 
 

@@ -8,7 +8,6 @@ from typing import Any, Final
 from node.api.errors import ApiError
 from node.api.interface import ModelDocument, SpanDocument
 from node.api.model_lookup import find_model
-from node.api.ollama.requests import shown_name
 from node.coordinator.submission import ModelCapabilities
 
 API_VERSION: Final = "0.12.0"
@@ -23,9 +22,8 @@ def describe_tags(models: Iterable[ModelDocument], since_s: int) -> dict[str, An
     return {"models": [_entry(model, since_s) for model in models if model["complete"]]}
 
 
-def shown_model(body: bytes, models: Iterable[ModelDocument]) -> ModelDocument:
-    """Return the model that the body of `POST /api/show` names. Raises ApiError."""
-    name = shown_name(body)
+def shown_model(name: str, models: Iterable[ModelDocument]) -> ModelDocument:
+    """Return the model of a name. Raises ApiError."""
     if (model := find_model(name, models)) is not None:
         return model
     raise ApiError(404, f"model {name!r} not found", param="model", code="model_not_found")

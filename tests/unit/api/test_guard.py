@@ -10,8 +10,9 @@ import trio.testing
 from starlette.types import Message
 
 from node.api import guard
-from node.api.access import Access
+from node.api.access import Access, KeyRing, RequestUse
 from node.api.application import make_app
+from node.api.errors import ApiError
 from node.config import ApiKey, hash_api_key
 from tests.unit.api.fakes import FakeNode, FakeSubmitter, chat_body, send_request, serve_node
 
@@ -277,6 +278,7 @@ async def test_each_answer_counts_against_its_key() -> None:
                                             headers=bearer(key))  # fmt: skip
                 assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
         assert not node.submitter.requests
+    async with serve_node(node, access=Access(keys=KEYS)) as url, httpx.AsyncClient(base_url=url) as client:
         assert (await client.post("/swarm/explain", json=task, headers=bearer("sesame"))).status_code == 200
         assert (await client.post("/swarm/bench", json=task, headers=bearer("sesame"))).status_code == 200
         for path in ("/swarm/explain", "/swarm/bench", "/v1/completions"):
@@ -284,6 +286,49 @@ async def test_each_answer_counts_against_its_key() -> None:
                                         headers=bearer("sesame"))  # fmt: skip
             assert refused.status_code == 429
             assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+
+
+async def test_request_that_is_not_valid_counts_against_its_key() -> None:
+    async with serve_node(FakeNode(), access=Access(keys=KEYS)) as url, httpx.AsyncClient(base_url=url) as client:
+        for path in ("/v1/chat/completions", "/v1/embeddings", "/v1/messages/count_tokens", "/swarm/explain"):
+            assert (await client.post(path, json={}, headers=bearer("cumin"))).status_code == 400
+        for status in (400, 400, 429):
+            response = await client.post("/api/chat", json={}, headers=bearer("sesame"))
+            assert response.status_code == status
+
+
+async def test_retry_after_is_when_all_answers_of_a_request_fit(virtual_clock: object) -> None:
+    use = KeyRing([ApiKey(name="busy", sha256=hash_api_key("sesame"), requests_per_minute=6)]).find("sesame")
+    assert use is not None
+    use.begin(6)
+    request = RequestUse(use)
+    await trio.sleep(10)
+    request.begin(1)
+    with pytest.raises(ApiError) as refused:
+        request.begin(6)
+    await trio.sleep(float((refused.value.headers or {})["Retry-After"]))
+    request = RequestUse(use)
+    request.begin(1)
+    request.begin(6)
+
+
+async def test_bodies_of_all_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "MAX_ALL_BODY_BYTES", 1500)
+    node = FakeNode(submitter=FakeSubmitter(hang=True))
+    body = chat_body(user="x" * 1000)
+    async with serve_node(node) as url, httpx.AsyncClient(base_url=url) as client:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(client.post, "/v1/chat/completions", json=body))
+            await node.submitter.entered.wait()
+            refused = await client.post("/v1/chat/completions", json=body)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_bytes")
+            assert refused.headers["retry-after"] == "1"
+            assert (await client.get("/v1/models")).status_code == 200
+            nursery.cancel_scope.cancel()
+        node.submitter.hang = False
+        with trio.fail_after(5):
+            while (await client.post("/v1/chat/completions", json=body)).status_code == 503:
+                await trio.testing.wait_all_tasks_blocked(0.01)
 
 
 async def test_either_header_may_have_the_key() -> None:
