@@ -10,6 +10,7 @@ import httpx
 import hypercorn
 import pytest
 import trio
+from starlette.types import Message, Receive, Scope, Send
 
 from node.api import server
 from node.api.access import Access
@@ -149,6 +150,56 @@ async def test_http2_client_that_took_no_answer_and_left_frees_its_connection(mo
             async with httpx.AsyncClient(base_url=url) as other:
                 while (await other.get("/health")).status_code != 200:
                     await trio.sleep(0.01)
+
+
+async def send_http2(url: str, body: object) -> trio.SocketStream:
+    """Ask for a chat over HTTP/2, and take none of the answer."""
+    client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+    client.initiate_connection()
+    client.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0})
+    head = [(":method", "POST"), (":path", "/v1/chat/completions"), (":scheme", "http"), (":authority", "127.0.0.1")]
+    client.send_headers(1, head)
+    client.send_data(1, json.dumps(body).encode(), end_stream=True)
+    stream = await trio.open_tcp_stream("127.0.0.1", int(url.rpartition(":")[2]))
+    await stream.send_all(client.data_to_send())
+    return stream
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_http2_client_that_takes_no_answer_is_disconnected(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    monkeypatch.setattr(server, "STALL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(hypercorn.Config, "keep_alive_timeout", 0.05)
+    node = FakeNode()
+    node.submitter.words = ("x" * 70_000,) * 3
+    with trio.fail_after(10):
+        async with serve_node(node) as url, await send_http2(url, chat_body(stream=stream)) as reader:
+            while await reader.receive_some():
+                pass
+    assert node.submitter.running == 0
+
+
+@pytest.mark.parametrize("size", [0, 1, server.PIECE_BYTES, 10 * server.PIECE_BYTES + 1])
+async def test_http2_client_that_reads_slowly_gets_its_answer(virtual_clock: object, size: int) -> None:
+    """Each piece within the limit, the whole beyond it."""
+    body = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    sent: list[Message] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def send_slowly(message: Message) -> None:
+        await trio.sleep(0.9 * server.STALL_TIMEOUT_S)
+        sent.append(message)
+
+    async def receive() -> Message:
+        raise AssertionError
+
+    await server.StallLimit(app)({"type": "http", "http_version": "2"}, receive, send_slowly)
+    assert b"".join(message.get("body", b"") for message in sent) == body + body
+    assert [message.get("more_body") for message in sent[1:]] == [True] * (len(sent) - 2) + [False]
+    assert all(len(message.get("body", b"")) <= server.PIECE_BYTES for message in sent)
 
 
 async def test_evicts_silent_connection_at_limit(monkeypatch: pytest.MonkeyPatch) -> None:
