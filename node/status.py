@@ -1,9 +1,10 @@
 """The documents of `/swarm/…`, from the parts of a node."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import Any, Final, Literal, TypedDict, cast
+from dataclasses import asdict
+from typing import Any, Final, TypedDict, cast
 
 import trio
 
@@ -21,41 +22,45 @@ from node.api.interface import (
     ModelDocument,
     NodeStatus,
     PeerCounts,
-    PeerJobs,
-    PeerSessions,
     PeerSpan,
     PeerStatus,
-    ReachabilityDocument,
     Sample,
     SpanDocument,
     SpanSummary,
-    StatementDocument,
 )
 from node.api.job_document import describe_recent_job
+from node.api.status_documents import (
+    describe_peer_jobs,
+    describe_reachability,
+    describe_sessions,
+    describe_statement,
+    kind_of_way,
+)
 from node.assembly import AGENT, NodeParts
 from node.config import ServeSpec
 from node.consensus.chain_node import ChainNode
 from node.coordinator.observation import weight_type
 from node.coordinator.submission import JobRequest
-from node.network.interface import Way
 from node.stages.memory_admission import span_bytes_for
-from node.stages.peer_penalties import StagePeerStatistics
 from node.stages.span import Span
 from node.storage.database import StorageError
 from node.telemetry.observer import Telemetry
 from node.util.samples import Samples
-from protocol.announcements import Reachability, ServedSpan
+from protocol.announcements import ServedSpan
 from protocol.capabilities import hardware_class
-from protocol.consensus_values import Statement
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
-from selector.consensus.chain import ChainEntry
 from selector.consensus.reputation import WEIGHT_SCALE
 from selector.cuts import Cuts
-from selector.reliability import PeerRecord
 from selector.routing import NoRouteError, check_complete
 
 SAMPLE_INTERVAL_S: Final = 10.0
 MAX_SAMPLES: Final = 360
+MAX_OTHER_MODELS: Final = 64
+"""Models that are listed without a manifest here."""
+MAX_GAPS: Final = 64
+"""Ranges of blocks that no peer serves, those of models with a manifest here first."""
+MODELS_INTERVAL_S: Final = 1.0
+"""How long the documents of models are used: with many spans announced they take a while."""
 CHARTED_DECISIONS: Final = 200
 
 
@@ -90,6 +95,8 @@ class StatusView:
         self._library = parts.serving.library
         self._started_s = time.monotonic()
         self._samples: Samples[Sample] = Samples(MAX_SAMPLES)
+        self._models: list[ModelDocument] = []
+        self._models_read_s = -math.inf
 
     async def status(self) -> NodeStatus:
         """Return the status of this node."""
@@ -100,7 +107,7 @@ class StatusView:
             "peer_id": self._network.peer_id,
             "agent": AGENT,
             "multiaddrs": list(self._network.multiaddrs),
-            "reachability": _reachability(self._network.reachability),
+            "reachability": describe_reachability(self._network.reachability),
             "api_url": self.api_url,
             "state": "draining" if self._stages.is_draining else "serving",
             "uptime_s": round(time.monotonic() - self._started_s, 3),
@@ -129,7 +136,7 @@ class StatusView:
                 "received_bytes": {str(peer): count for peer, count in transfers.received_bytes.items()},
                 "served_bytes": transfers.served_bytes,
             },
-            "uncovered": [gap for model in self._membership.served_models() for gap in self._gaps(model)],
+            "uncovered": self._gaps(),
             "traffic": {
                 "outbound_links": outbound,
                 "inbound_links": inbound,
@@ -149,19 +156,19 @@ class StatusView:
             faults.append("the node is shutting down")
         return faults
 
-    def _gaps(self, model: ModelId) -> list[GapDocument]:
-        """Return the blocks of a model that no peer serves, and how to serve them."""
-        manifest = self._library.local_manifest(model)
-        status = self._model(model)
-        return [
-            {
-                **self._span_summary(model, blocks),
-                "memory_bytes": span_bytes_for(manifest, blocks) if manifest else None,
-                "serve": f"{status['name']}:{blocks}",
-            }
-            for gap in status["uncovered"]
-            for blocks in [BlockRange(*gap) if manifest is None else manifest.cuts.around(BlockRange(*gap))]
-        ]
+    def _gaps(self) -> list[GapDocument]:
+        """Return the blocks that no peer serves of models of which peers serve others, and how to serve them."""
+        served = self._membership.directory.models()
+        gaps: list[GapDocument] = []
+        for each in sorted(self.models(), key=lambda model: not model["local"]):
+            if (model := ModelId(each["model"])) in served:
+                manifest = self._library.local_manifest(model)
+                for gap in each["uncovered"][: MAX_GAPS - len(gaps)]:
+                    blocks = BlockRange(*gap) if manifest is None else manifest.cuts.around(BlockRange(*gap))
+                    memory_bytes = span_bytes_for(manifest, blocks) if manifest else None
+                    serve = f"{each['name']}:{blocks}"
+                    gaps.append({**self._span_summary(model, blocks), "memory_bytes": memory_bytes, "serve": serve})
+        return gaps
 
     def _span_summary(self, model: ModelId, blocks: BlockRange) -> SpanSummary:
         return {"model": model, "name": self._library.name_of(model), "start": blocks.start, "end": blocks.end}
@@ -199,7 +206,7 @@ class StatusView:
             "epoch_s": chain.clock.epoch_s,
             "phase": chain.clock.phase_at(now_s),
             "phase_ends_s": chain.clock.phase_ends_s(),
-            "statements": [_statement(entry, entry.statement) for entry in chain.recent if entry.statement],
+            "statements": [describe_statement(entry, entry.statement) for entry in chain.recent if entry.statement],
         }
 
     def _bans(self) -> dict[PeerId, BanDocument]:
@@ -241,7 +248,7 @@ class StatusView:
                     "agent": entry.agent if entry else "",
                     "connected": peer in connected,
                     "reached": peer in reached,
-                    "way": _kind_of(way),
+                    "way": kind_of_way(way),
                     "relay": None if way is None else way.relay,
                     "leaving": peer in leaving,
                     "rtt_s": self._membership.round_trip_s(peer),
@@ -249,8 +256,8 @@ class StatusView:
                     "last_seen_s": round(now_s - entry.last_heard_s, 3) if entry else None,
                     "spans": [self._peer_span(span) for span in (entry.spans if entry else ())],
                     "banned": bans.get(peer),
-                    "sessions": _sessions(sessions[peer]) if peer in sessions else None,
-                    "jobs": _jobs(jobs[peer]) if peer in jobs else None,
+                    "sessions": describe_sessions(sessions[peer]) if peer in sessions else None,
+                    "jobs": describe_peer_jobs(jobs[peer]) if peer in jobs else None,
                 }
             )
         return peers
@@ -305,8 +312,14 @@ class StatusView:
 
     def models(self) -> list[ModelDocument]:
         """Return the models that peers serve or that are in the local cache."""
-        served = self._membership.directory.models()
-        return [self._model(model) for model in sorted({*served, *self._library.local_models()})]
+        now_s = trio.current_time()
+        if now_s >= self._models_read_s + MODELS_INTERVAL_S:
+            local, served = set(self._library.local_models()), self._membership.directory.models()
+            # Anybody may announce models that nobody else knows: those of most peers are listed.
+            others = sorted(served.keys() - local, key=lambda model: (-len(served[model]), model))
+            self._models = [self._model(model) for model in sorted({*local, *others[:MAX_OTHER_MODELS]})]
+            self._models_read_s = now_s
+        return self._models
 
     async def explain(self, request: JobRequest, overrides: Mapping[str, Any]) -> Explanation:
         """Collect the votes on a job; see NodeView."""
@@ -319,14 +332,12 @@ class StatusView:
         manifest = self._library.local_manifest(model)
         # Without the manifest only the served blocks are known.
         cuts = manifest.cuts if manifest else Cuts(max((span.end for span in spans), default=0))
-        joinable = [span for span in spans if cuts.fault(span) is None]
-        coverage = [sum(block in span for span in joinable) for block in range(cuts.block_count)]
-        missing, apart = self._gaps_between(model, cuts, stages)
+        missing, apart = self._gaps_between(model, cuts, stages, is_known=manifest is not None)
         return {
             "model": model,
             "name": self._library.name_of(model),
             "block_count": cuts.block_count,
-            "coverage": coverage,
+            "coverage": cuts.coverage(spans),
             "uncovered": [(gap.start, gap.end) for gap in missing],
             "apart": list(apart),
             "complete": manifest is not None and not missing and not apart,
@@ -343,19 +354,23 @@ class StatusView:
         }
 
     def _gaps_between(
-        self, model: ModelId, cuts: Cuts, stages: Sequence[Stage]
+        self, model: ModelId, cuts: Cuts, stages: Sequence[Stage], *, is_known: bool
     ) -> tuple[Sequence[BlockRange], Sequence[tuple[str, str]]]:
-        """Return the blocks that no peer announces; where there are none, the peers that keep a route from being."""
-        try:
-            check_complete(cuts, stages, self._parts.client.links.between)
-        except NoRouteError as error:
-            unreached = self._membership.unreached_stages(model, error.missing)
-            if not unreached:
-                return error.missing, error.apart
-            if missing := cuts.uncovered([stage.blocks for stage in (*stages, *unreached)]):
-                return missing, ()
+        """Return the blocks that no peer announces; where there are none, the peers that keep a route from being.
+
+        No route is looked for of a model that is not known here: of those anybody may announce any number.
+        """
+        if missing := cuts.uncovered(stage.blocks for stage in stages):
+            unreached = self._membership.unreached_stages(model, missing)
+            if left := cuts.uncovered([stage.blocks for stage in (*stages, *unreached)]):
+                return left, ()
             own = self._network.peer_id
             return (), [(own, peer) for peer in dict.fromkeys(stage.peer for stage in unreached)]
+        if is_known:
+            try:
+                check_complete(cuts, stages, self._parts.client.links.between)
+            except NoRouteError as error:
+                return (), error.apart
         return (), ()
 
     def _served_span(self, span: Span) -> SpanDocument:
@@ -376,54 +391,3 @@ class StatusView:
             "steps": statistics.steps,
             "compute_s": statistics.compute_s,
         }
-
-
-def _reachability(known: Reachability) -> ReachabilityDocument:
-    return {
-        "verdict": known.verdict.value,
-        "observed": list(known.observed),
-        "endpoint_dependent": known.endpoint_dependent,
-        "port_mapped": known.port_mapped,
-        "relays": list(known.relays),
-        "relay_bytes_per_s": known.relay_bytes_per_s,
-    }
-
-
-def _kind_of(way: Way | None) -> Literal["direct", "punched", "relayed"] | None:
-    if way is None:
-        return None
-    if way.relay is not None:
-        return "relayed"
-    return "punched" if way.punched else "direct"
-
-
-def _sessions(asked: StagePeerStatistics) -> PeerSessions:
-    return {
-        "opened": asked.opened,
-        "refused": {str(getattr(reason, "value", reason)): count for reason, count in asked.refused.items()},
-        "failed": {str(getattr(reason, "value", reason)): count for reason, count in asked.failed.items()},
-        "faults": asked.faults,
-        "held_sessions": asked.sessions,
-        "held_positions": asked.positions,
-        "held_bytes": asked.bytes,
-    }
-
-
-def _jobs(shown: PeerRecord) -> PeerJobs:
-    rounded = replace(shown, trust=round(shown.trust, 3), avoided_s=round(shown.avoided_s, 3))
-    return cast("PeerJobs", asdict(rounded))
-
-
-def _statement(entry: ChainEntry, statement: Statement) -> StatementDocument:
-    return {
-        "epoch": entry.epoch,
-        "statement": entry.id.hex(),
-        "proposer": statement.proposer,
-        "committee": len(entry.committee),
-        "signatures": len(entry.signers),
-        "members": len(entry.members),
-        "joined": len(statement.joined),
-        "left": len(statement.left),
-        "expelled": len(statement.expelled),
-        "commits": len(statement.commits),
-    }

@@ -7,7 +7,7 @@ first block, such as one full attention in every six: cut elsewhere, the spans w
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import groupby
+from itertools import accumulate, groupby
 
 from protocol.identity import BlockRange
 
@@ -63,12 +63,18 @@ class Cuts:
 
         Spans that do not begin and end where the model may be cut calculate another model, and do not count.
         """
-        covered = bytearray(self.block_count)
+        coverage = self.coverage(spans)
+        runs = ((count, list(run)) for count, run in groupby(range(self.block_count), coverage.__getitem__))
+        return tuple(BlockRange(run[0], run[-1] + 1) for count, run in runs if not count)
+
+    def coverage(self, spans: Iterable[BlockRange]) -> list[int]:
+        """Return how many spans cover each block, of those that begin and end where the model may be cut."""
+        change = [0] * (self.block_count + 1)
         for span in spans:
             if self.fault(span) is None:
-                covered[span.start : span.end] = b"\x01" * len(span)
-        runs = ((is_covered, list(run)) for is_covered, run in groupby(range(self.block_count), covered.__getitem__))
-        return tuple(BlockRange(run[0], run[-1] + 1) for is_covered, run in runs if not is_covered)
+                change[span.start] += 1
+                change[span.end] -= 1
+        return list(accumulate(change))[:-1]
 
     def fault(self, blocks: BlockRange) -> str | None:
         """Return why a span may not have these blocks, and the nearest that it may have; None where it may."""

@@ -140,6 +140,9 @@ def unreachable(offers: Iterable[Offer], links: Links) -> tuple[tuple[str, str],
 
 def check_complete(cuts: Cuts, stages: Iterable[Stage], links: Links) -> None:
     """Raise NoRouteError unless these stages make a route whose neighbours can reach each other."""
+    stages = tuple(stages)
+    if missing := cuts.uncovered(stage.blocks for stage in stages):
+        raise NoRouteError(missing)
     demand = Demand(
         block_count=cuts.block_count, granularity=cuts.granularity, prompt_rows=1, new_tokens=1, row_bytes=1
     )
@@ -307,13 +310,17 @@ def _shortlist(demand: Demand, offers: Sequence[Offer]) -> Sequence[Offer]:
     if len(offers) <= MAX_OFFERS:
         return offers
     cost_s = [stage_cost_s(demand, offer, length := len(offer.stage.blocks)) / length for offer in offers]
-    by_speed = sorted(range(len(offers)), key=lambda number: cost_s[number])
-    chosen: set[int] = set()
-    taken = [0] * demand.block_count
+    by_speed = np.argsort(cost_s, kind="stable")
+    spans = [offers[number].stage.blocks for number in by_speed]
+    edges = np.array([edge for span in spans for edge in (span.start, span.end)])
+    taken = np.zeros(demand.block_count + 1, dtype=int)
+    is_free = np.ones(len(offers), dtype=bool)
     for depth in range(1, MAX_OFFERS + 1):
-        for number in by_speed:
-            span = slice(offers[number].stage.blocks.start, offers[number].stage.blocks.end)
-            if len(chosen) < MAX_OFFERS and number not in chosen and min(taken[span]) < depth:
-                chosen.add(number)
-                taken[span] = [count + 1 for count in taken[span]]
-    return [offers[number] for number in sorted(chosen)]
+        # Of all spans at once, as a peer may announce many.
+        while (useful := is_free & (np.minimum.reduceat(taken, edges)[::2] < depth)).any():
+            best = int(useful.argmax())
+            is_free[best] = False
+            taken[spans[best].start : spans[best].end] += 1
+            if is_free.sum() == len(offers) - MAX_OFFERS:
+                return [offers[number] for number in sorted(by_speed[~is_free])]
+    return [offers[number] for number in sorted(by_speed[~is_free])]

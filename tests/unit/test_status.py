@@ -1,20 +1,25 @@
 """Status documents of peers: refusals, failures, what they hold, and bans."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
+import trio
+
 from node.api.interface import JoinDocument
+from node.models.manifest import Manifest
 from node.network.interface import Way
 from node.replication.peer_limits import Ban
 from node.stages.peer_penalties import StagePeerStatistics
-from node.status import StatusView
+from node.status import MAX_GAPS, MAX_OTHER_MODELS, StatusView
 from node.swarm.directory import Directory
 from node.telemetry.observer import Telemetry
 from protocol.announcements import Heartbeat, ServedSpan
 from protocol.identity import BlockRange, ModelId, PeerId, peer_id_from_public_key
 from protocol.messages import Load, RefusalReason
 from selector.reliability import PeerRecord
+from selector.routing import Link, Links
 
 US, CONNECTED, HEARSAY, GONE = (peer_id_from_public_key(bytes([number]) * 32) for number in range(4))
 MODEL = ModelId("ab" * 32)
@@ -94,3 +99,74 @@ async def test_peers_shows_refusals_failures_held_bytes_and_bans() -> None:
         "sessions_held": 1,
         "held_bytes": 4096,
     }
+
+
+def view_of_models(directory: Directory, known: Mapping[ModelId, Manifest], between: Links) -> StatusView:
+    """Return a view of a node that has the manifests of these models."""
+    membership = SimpleNamespace(directory=directory, unreached_stages=lambda model, blocks: ())
+    library = SimpleNamespace(
+        name_of=lambda model: model[:8], local_models=lambda: tuple(known), local_manifest=known.get
+    )
+    client = SimpleNamespace(
+        coordinator=None,
+        trials=SimpleNamespace(run=None),
+        links=SimpleNamespace(between=between),
+        quality_store=SimpleNamespace(figures=lambda model: {}),
+    )
+    parts = SimpleNamespace(
+        network=SimpleNamespace(network=SimpleNamespace(peer_id=US)),
+        swarm=SimpleNamespace(membership=membership),
+        serving=SimpleNamespace(stages=None, library=library),
+        client=client,
+    )
+    no_command: JoinDocument = {"here": None, "elsewhere": None}
+    return StatusView(cast("Any", parts), [], Telemetry(lambda model: "tiny"), lambda serve: no_command)
+
+
+def announcing(peer: PeerId, *spans: tuple[ModelId, int, int]) -> Heartbeat:
+    return replace(
+        heartbeat(peer),
+        spans=tuple(ServedSpan(model=model, blocks=BlockRange(start, end), load=LOAD) for model, start, end in spans),
+    )
+
+
+async def test_no_route_is_looked_for_of_models_that_are_not_known_here() -> None:
+    """Strangers announce any number of spans of them: each look at the models would stop the daemon for seconds."""
+    directory = Directory(own_peer=US, connected=lambda: [CONNECTED, GONE])
+    directory.update(announcing(CONNECTED, (MODEL, 0, 3), (MODEL, 2, 4), (MODEL, 6, 8)), 0.0)
+    directory.update(announcing(GONE, (MODEL, 3, 4)), 0.0)
+
+    def between(a: str, b: str) -> Link:
+        raise AssertionError((a, b))
+
+    (document,) = (view := view_of_models(directory, {}, between)).models()
+    assert document["coverage"] == [1, 1, 2, 2, 0, 0, 1, 1]
+    assert (document["uncovered"], document["complete"], document["local"]) == ([(4, 6)], False, False)
+    assert [(gap["start"], gap["end"], gap["serve"]) for gap in view._gaps()] == [(4, 6, f"{MODEL[:8]}:4-6")]
+
+
+async def test_few_models_are_listed_that_are_not_known_here() -> None:
+    peers = [peer_id_from_public_key(bytes([number]) * 32) for number in range(1, 11)]
+    directory = Directory(own_peer=US, connected=lambda: peers)
+    made_up = [ModelId(f"{number:064x}") for number in range(8 * 48)]
+    for number, peer in enumerate(peers[:8]):
+        directory.update(announcing(peer, *((model, 0, 1) for model in made_up[48 * number : 48 * number + 48])), 0.0)
+    served = [ModelId("ff" * 32), ModelId("fe" * 32)]
+    for peer in peers[8:]:
+        spans = [(model, 2 * number, 2 * number + 1) for model in served for number in range(1, 24)]
+        directory.update(announcing(peer, *spans), 1.0)
+    view = view_of_models(directory, {}, lambda a, b: Link(round_trip_s=0.01, bytes_per_s=1e6))
+    listed = [model["model"] for model in view.models()]
+    assert set(served) < set(listed)
+    assert len(listed) == MAX_OTHER_MODELS == len(set(listed))
+    assert len(view._gaps()) <= MAX_GAPS
+
+
+async def test_models_are_described_once_a_second(virtual_clock: object) -> None:
+    directory = Directory(own_peer=US, connected=lambda: [CONNECTED])
+    view = view_of_models(directory, {}, lambda a, b: Link(round_trip_s=0.01, bytes_per_s=1e6))
+    assert view.models() == []
+    directory.update(announcing(CONNECTED, (MODEL, 0, 3)), 0.0)
+    assert view.models() == []
+    await trio.sleep(1)
+    assert [model["model"] for model in view.models()] == [MODEL]
