@@ -16,6 +16,8 @@ from node.api.errors import ApiError
 from node.config import ApiKey, hash_api_key
 from node.util.token_bucket import TokenBucket
 
+MAX_READERS: Final = 4
+"""Readers of events with one key."""
 BUSY_RETRY_S: Final = 1
 """When a client should retry that has as many answers under way as its key admits."""
 
@@ -35,17 +37,19 @@ class KeyUse:
     key: ApiKey
     bucket: TokenBucket | None
     running: int = 0
+    readers: int = 0
+    """Of events."""
 
-    def begin(self, answers: int, counted: int = 0) -> dict[str, str]:
+    def begin(self, answers: int, counted: int = 0, param: str = "n") -> dict[str, str]:
         """Count the answers of a request; return the headers that tell what is left. Raises ApiError.
 
-        `counted`: those of them that are counted already.
+        `counted`: those of them that are counted already. `param`: the field that says how many they are.
         """
         concurrency, per_minute = self.key.concurrency, self.key.requests_per_minute
         most = min(concurrency or answers, per_minute or answers)
         if answers > most:
             message = f"the request wants {answers} answers; the API key {self.key.name!r} admits {most}: ask for fewer"
-            raise ApiError(400, message, param="n")
+            raise ApiError(400, message, param=param)
         if concurrency is not None and self.running + answers - counted > concurrency:
             message = f"the API key {self.key.name!r} admits {concurrency} answers at a time: wait for one to end"
             raise ApiError(429, message, code="too_many_requests", headers={"Retry-After": str(BUSY_RETRY_S)})
@@ -67,9 +71,17 @@ class KeyUse:
         self.running += answers - counted
         return headers
 
-    def end(self, answers: int) -> None:
-        """Count the end of answers."""
+    def begin_reading(self) -> None:
+        """Count a reader of events. Raises ApiError."""
+        if self.readers >= MAX_READERS:
+            message = f"{MAX_READERS} clients with the API key {self.key.name!r} read the events already: close a page"
+            raise ApiError(503, message, code="too_many_subscribers", headers={"Retry-After": "5"})
+        self.readers += 1
+
+    def end(self, answers: int, readers: int) -> None:
+        """Count the end of answers, and of readers of events."""
         self.running -= answers
+        self.readers -= readers
 
 
 class RequestUse:
@@ -78,23 +90,30 @@ class RequestUse:
     def __init__(self, use: KeyUse | None) -> None:
         self._use = use
         self._running = 0
+        self._readers = 0
         self.headers: dict[str, str] = {}
         """Of the answer."""
 
-    def begin(self, answers: int) -> None:
+    def begin(self, answers: int, param: str = "n") -> None:
         """Count a request's answers, those that are counted already included. Raises ApiError where there is no room.
 
         A refused request counts as what was counted of it before: Retry-After tells when all of it fits.
         """
         answers = max(answers, self._running)
         if self._use is not None:
-            self.headers |= self._use.begin(answers, self._running)
+            self.headers |= self._use.begin(answers, self._running, param)
             self._running = answers
+
+    def begin_reading(self) -> None:
+        """Count a reader of events. Raises ApiError where the key has too many."""
+        if self._use is not None:
+            self._use.begin_reading()
+            self._readers += 1
 
     def end(self) -> None:
         """Count the end of the request."""
         if self._use is not None:
-            self._use.end(self._running)
+            self._use.end(self._running, self._readers)
 
 
 _IN_SCOPE: Final = "metaswarm.use"
@@ -105,11 +124,18 @@ def with_use(scope: Scope, use: RequestUse) -> Scope:
     return {**scope, _IN_SCOPE: use}
 
 
-def begin_answers(scope: Scope, answers: int = 1) -> None:
+def begin_answers(scope: Scope, answers: int = 1, param: str = "n") -> None:
     """Count the answers that a request wants against its key; each job is one. Raises ApiError."""
     use = scope.get(_IN_SCOPE)
     if isinstance(use, RequestUse):
-        use.begin(answers)
+        use.begin(answers, param)
+
+
+def begin_reading(scope: Scope) -> None:
+    """Count a reader of events against its key: it is no answer, as a page would have none left. Raises ApiError."""
+    use = scope.get(_IN_SCOPE)
+    if isinstance(use, RequestUse):
+        use.begin_reading()
 
 
 class KeyRing:

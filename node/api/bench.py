@@ -10,6 +10,7 @@ from typing import Any, Final
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from node.api.access import begin_answers
 from node.api.endpoint import until_disconnect
 from node.api.explanation import MAX_TOKENS, PROMPT_TOKENS, REPETITIVENESS, SHARED_PREFIX_SHARE, TASK_KIND, new_tokens
 from node.api.fields import Field, ObjectForm, count_between, list_of, parse_json, parse_method
@@ -43,6 +44,7 @@ class BenchEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises ApiError before the response starts."""
         spec = await parse_counted(scope, receive, lambda body, _: parse_spec(body))
+        begin_answers(scope, spec.workload.concurrency, f"{_WORKLOAD.name}.{_CONCURRENCY.name}")
 
         async def answer() -> None:
             await JSONResponse(describe_trial(await self._measure(spec)))(scope, receive, send)

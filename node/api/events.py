@@ -12,6 +12,7 @@ from typing import Any, Final
 import trio
 from starlette.types import Receive, Scope, Send
 
+from node.api.access import begin_reading
 from node.api.endpoint import until_disconnect
 from node.api.errors import ApiError
 from node.api.interface import NodeView
@@ -46,7 +47,7 @@ class EventsEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events until the client disconnects or the node stops. Raises ApiError before the response starts."""
-        del scope
+        begin_reading(scope)
         if self._subscribers >= MAX_SUBSCRIBERS:
             message = f"{MAX_SUBSCRIBERS} clients read the events already: close a page, or ask /swarm/status"
             raise ApiError(503, message, code="too_many_subscribers", headers={"Retry-After": "5"})

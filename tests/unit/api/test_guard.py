@@ -1,5 +1,6 @@
 import json
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import trio.testing
 from starlette.types import Message
 
 from node.api import guard
-from node.api.access import Access, KeyRing, RequestUse
+from node.api.access import MAX_READERS, Access, KeyRing, RequestUse
 from node.api.application import make_app
 from node.api.errors import ApiError
 from node.config import ApiKey, hash_api_key
@@ -286,6 +287,38 @@ async def test_each_answer_counts_against_its_key() -> None:
                                         headers=bearer("sesame"))  # fmt: skip
             assert refused.status_code == 429
             assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+
+
+async def test_measurement_counts_as_the_jobs_that_it_runs_at_a_time() -> None:
+    node = FakeNode()
+    async with serve_node(node, access=Access(keys=KEYS)) as url, httpx.AsyncClient(base_url=url) as client:
+        for key, status in (("saffron", 400), ("cumin", 200)):
+            task = {"model": "tiny", "workload": {"concurrency": 2}}
+            response = await client.post("/swarm/bench", json=task, headers=bearer(key))
+            assert response.status_code == status
+            assert len(node.benched) == (status == 200)
+            assert status == 200 or response.json()["error"]["param"] == "workload.concurrency"
+
+
+async def test_each_key_has_few_readers_of_events() -> None:
+    async with (
+        serve_node(FakeNode(), access=Access(keys=KEYS)) as url,
+        httpx.AsyncClient(base_url=url, timeout=5) as client,
+    ):
+
+        async def status_of_reader(key: str) -> int:
+            response = await readers.enter_async_context(client.stream("GET", "/swarm/events", headers=bearer(key)))
+            return response.status_code
+
+        async with AsyncExitStack() as readers:
+            assert [await status_of_reader("saffron") for _ in range(MAX_READERS + 1)] == [200] * MAX_READERS + [503]
+            assert await status_of_reader("cumin") == 200
+            answered = await client.post("/v1/chat/completions", json=chat_body(), headers=bearer("saffron"))
+            assert answered.status_code == 200
+        with trio.fail_after(5):
+            async with AsyncExitStack() as readers:
+                while await status_of_reader("saffron") == 503:
+                    await trio.testing.wait_all_tasks_blocked(0.01)
 
 
 async def test_request_that_is_not_valid_counts_against_its_key() -> None:
