@@ -8,7 +8,6 @@ import math
 import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -18,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from node.api.endpoint import origin_of, until_disconnect
 from node.api.generation import Generation, Outcome, run_generation
 from node.api.request_body import parse_counted
-from node.coordinator.submission import JobRequest, JobResult, Submitter
+from node.coordinator.submission import JobResult, Submitter
 
 
 class EmbeddingWriter(Protocol):
@@ -28,8 +27,8 @@ class EmbeddingWriter(Protocol):
         """Yield the answer in pieces: those of a thousand texts are megabytes, which the event loop writes between."""
 
 
-ParseEmbedding = Callable[[bytes, Headers], tuple[tuple[JobRequest, ...], EmbeddingWriter]]
-"""Returns a job for each text in a body, and what writes the answer. Raises ApiError."""
+ParseEmbedding = Callable[[bytes, Headers], tuple[Generation, EmbeddingWriter]]
+"""Returns the request in a body, with a job for each text, and what writes the answer. Raises ApiError."""
 
 
 class EmbeddingEndpoint:
@@ -41,17 +40,15 @@ class EmbeddingEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises ApiError before the response starts."""
-        jobs, writer = await parse_counted(scope, receive, self._parse)
-        origin = origin_of(scope)
-        jobs = tuple(replace(job, origin=origin) for job in jobs)
-        await until_disconnect(receive, partial(self._answer, jobs, writer, send))
+        generation, writer = await parse_counted(scope, receive, self._parse)
+        generation = generation.from_request(origin_of(scope))
+        await until_disconnect(receive, partial(self._answer, generation, writer, send))
 
-    async def _answer(self, jobs: tuple[JobRequest, ...], writer: EmbeddingWriter, send: Send) -> None:
+    async def _answer(self, generation: Generation, writer: EmbeddingWriter, send: Send) -> None:
         outcome = Outcome()
-        if jobs:
-            async with run_generation(self._submitter, Generation(jobs=jobs)) as events:
-                async for event in events:
-                    outcome.take(event)
+        async with run_generation(self._submitter, generation) as events:
+            async for event in events:
+                outcome.take(event)
         await send({
             "type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]
         })  # fmt: skip

@@ -45,11 +45,12 @@ streamed one may not have more, either."""
 class Generation:
     """What a client asks for: a job for each choice of the answer, those of one prompt next to each other.
 
-    `rules`: what is told apart in the text. `details`: whether the answer tells how the swarm ran the jobs (the field
-    `metaswarm`).
+    `model`: the one that is looked up where there are no jobs. `rules`: what is told apart in the text. `details`:
+    whether the answer tells how the swarm ran the jobs (the field `metaswarm`).
     """
 
     jobs: tuple[JobRequest, ...]
+    model: str = ""
     choices_per_prompt: int = 1
     stream: bool = False
     details: bool = False
@@ -192,6 +193,8 @@ async def run_generation(
 
     Raises JobError on entering the block or while iterating; the other jobs are cancelled then.
     """
+    if not generation.jobs:
+        await submitter.capabilities_of(generation.model)
     if len(generation.jobs) == 1:
         async with (
             submitter.submit(generation.jobs[0]) as events,

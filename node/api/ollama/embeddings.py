@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 from node.api.embeddings import EmbeddingWriter, as_json, embedding_of, normalised
 from node.api.endpoint import wants_details
 from node.api.fields import Field, ObjectForm, form, list_of, parse_boolean, parse_json, parse_text, refuse
+from node.api.generation import Generation
 from node.api.job_document import describe_job
 from node.api.ollama.answers import nanoseconds
 from node.api.ollama.requests import IGNORED, OPTIONS, PROMPT, model_name
@@ -45,27 +46,27 @@ EMBED: Final = ObjectForm(
 EMBEDDINGS: Final = ObjectForm(MODEL, PROMPT, _OPTIONS, required=[MODEL], ignored=IGNORED)
 
 
-def parse_embed(body: bytes, headers: Headers) -> tuple[tuple[JobRequest, ...], EmbeddingWriter]:
-    """Return the body of `POST /api/embed` as jobs. Raises ApiError."""
+def parse_embed(body: bytes, headers: Headers) -> tuple[Generation, EmbeddingWriter]:
+    """Return the body of `POST /api/embed` as a request. Raises ApiError."""
     fields = EMBED.read(parse_json(body))
     fields.get(_OPTIONS)
     model, truncate = model_name(fields), fields.get(_TRUNCATE) is not False
-    jobs = _jobs(model, fields.get(_INPUT) or (), truncate=truncate)
-    return jobs, OllamaEmbeddings(model, details=wants_details(headers))
+    generation = _generation(model, fields.get(_INPUT) or (), truncate=truncate)
+    return generation, OllamaEmbeddings(model, details=wants_details(headers))
 
 
-def parse_embeddings(body: bytes, headers: Headers) -> tuple[tuple[JobRequest, ...], EmbeddingWriter]:
-    """Return the body of `POST /api/embeddings` as jobs: one, or none for an empty prompt. Raises ApiError."""
+def parse_embeddings(body: bytes, headers: Headers) -> tuple[Generation, EmbeddingWriter]:
+    """Return the body of `POST /api/embeddings` as a request: one job, or none for an empty prompt. Raises ApiError."""
     fields = EMBEDDINGS.read(parse_json(body))
     fields.get(_OPTIONS)
     prompt = fields.get(PROMPT)
-    jobs = _jobs(model_name(fields), [prompt] if prompt else [], truncate=True)
-    return jobs, OllamaEmbedding(details=wants_details(headers))
+    generation = _generation(model_name(fields), [prompt] if prompt else [], truncate=True)
+    return generation, OllamaEmbedding(details=wants_details(headers))
 
 
-def _jobs(model: str, texts: Sequence[str], *, truncate: bool) -> tuple[JobRequest, ...]:
+def _generation(model: str, texts: Sequence[str], *, truncate: bool) -> Generation:
     job = JobRequest(model=model, pooling=Pooling.MEAN, max_tokens=1, truncate=truncate)
-    return tuple(replace(job, prompt=text) for text in texts)
+    return Generation(jobs=tuple(replace(job, prompt=text) for text in texts), model=model)
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,7 +167,11 @@ def parse_chat(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]
     choice = choose_tools(fields.get(TOOLS) or (), "auto", schema=fields.get(_FORMAT) or "", param="format")
     job = choice.apply(replace(_parse_job(fields), messages=messages, continue_final_message=continues))
     generation = Generation(
-        jobs=(job,) if messages else (), stream=_streams(fields), rules=choice.rules, details=wants_details(headers)
+        jobs=(job,) if messages else (),
+        model=job.model,
+        stream=_streams(fields),
+        rules=choice.rules,
+        details=wants_details(headers),
     )
     return generation, OllamaWriter(generation, job.model, is_chat=True, unloads=fields.get(_KEEP_ALIVE) is False)
 
@@ -188,6 +192,7 @@ def parse_generate(body: bytes, headers: Headers) -> tuple[Generation, AnswerWri
         job = replace(job, messages=(*turns, ChatMessage(role="user", content=prompt)))
     generation = Generation(
         jobs=(job,) if prompt else (),
+        model=job.model,
         stream=_streams(fields),
         rules=PLAIN_TEXT if is_raw else CHAT_TEXT,
         details=wants_details(headers),

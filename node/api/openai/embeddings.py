@@ -9,6 +9,7 @@ from starlette.datastructures import Headers
 
 from node.api.embeddings import EmbeddingWriter, as_base64, as_json, embedding_of, normalised
 from node.api.fields import Field, Form, ObjectForm, one_of, parse_json
+from node.api.generation import Generation
 from node.api.job_document import describe_job
 from node.api.openai.requests import IGNORED, prompts_of, with_prompt
 from node.api.shared_fields import BUDGET, MAX_INPUTS, METHOD, MODEL, OBJECTIVE, QUALITY, asks_details
@@ -33,8 +34,8 @@ EMBEDDING: Final = ObjectForm(
 )
 
 
-def parse_embedding_request(body: bytes, headers: Headers) -> tuple[tuple[JobRequest, ...], EmbeddingWriter]:
-    """Return the body of `POST /v1/embeddings` as jobs. Raises ApiError."""
+def parse_embedding_request(body: bytes, headers: Headers) -> tuple[Generation, EmbeddingWriter]:
+    """Return the body of `POST /v1/embeddings` as a request. Raises ApiError."""
     fields = EMBEDDING.read(parse_json(body))
     extras = fields.get(_METASWARM) or EXTENSIONS.read({})
     pooling = extras.get(POOLING) or Pooling.MEAN
@@ -49,7 +50,7 @@ def parse_embedding_request(body: bytes, headers: Headers) -> tuple[tuple[JobReq
     )
     jobs = tuple(with_prompt(job, prompt) for prompt in fields.require(_INPUT))
     is_base64 = fields.get(_ENCODING) == "base64"
-    return jobs, OpenAIEmbeddings(pooling, is_base64=is_base64, details=asks_details(fields, headers))
+    return Generation(jobs=jobs), OpenAIEmbeddings(pooling, is_base64=is_base64, details=asks_details(fields, headers))
 
 
 @dataclass(frozen=True, slots=True)

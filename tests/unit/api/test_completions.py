@@ -464,3 +464,24 @@ async def test_sends_keep_alive_before_late_route(virtual_clock: MockClock, node
     began_s = trio.current_time()
     moments = [began_s, *(at_s for at_s, _ in await run_asgi(node, completion_body(stream=True)))]
     assert max(b - a for a, b in pairwise(moments)) < 10
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/api/chat", {"messages": []}),
+        ("/api/generate", {}),
+        ("/api/generate", {"stream": False, "keep_alive": 0}),
+        ("/api/embed", {"input": ""}),
+        ("/api/embed", {"input": []}),
+        ("/api/embeddings", {"prompt": ""}),
+    ],
+)
+async def test_model_of_a_request_without_a_text_is_looked_up(
+    node: FakeNode, client: httpx.AsyncClient, path: str, body: dict[str, Any]
+) -> None:
+    assert (await client.post(path, json={"model": "tiny", **body})).status_code == 200
+    node.submitter.refuse = JobError(JobErrorCode.MODEL_NOT_FOUND, "no peer knows the model 'nosuch'")
+    response = await client.post(path, json={"model": "nosuch", **body})
+    assert (response.status_code, response.json()) == (404, {"error": "no peer knows the model 'nosuch'"})
+    assert node.submitter.requests == []
