@@ -31,6 +31,8 @@ MAX_VALUE_DEPTH: Final = 64
 MAX_VALUES: Final = 1 << 20
 """Of a body, about: each takes more time and memory than its bytes, and no model takes as many tokens."""
 
+LEAST_TOP_P: Final = 1e-9
+
 MIN_INTEGER: Final = -(2**63)
 MAX_INTEGER: Final = 2**64 - 1
 """Integers in them."""
@@ -109,11 +111,10 @@ class Fields:
                 refuse(self._prefix + name, f"is not supported; {use}accepted values: {allowed}")
 
     def refuse_unless_known(self, names: Set[str]) -> None:
-        """Refuse unknown fields, listing a few known ones, or suggesting the closest of many."""
-        unknown = self._values.keys() - names
-        if not unknown:
+        """Refuse unknown fields that are not null, listing a few known ones, or suggesting the closest of many."""
+        name = next((name for name, value in self._values.items() if value is not None and name not in names), None)
+        if name is None:
             return
-        name = next(name for name in self._values if name in unknown)
         param = self._prefix + name[:MAX_NAME_BYTES]
         if len(names) <= _FEW:
             refuse(param, f"is unknown; expected {', '.join(sorted(names))}")
@@ -263,20 +264,27 @@ def parse_boolean(param: str, value: Any) -> bool:
     return value
 
 
+def whole_number(value: Any) -> int | None:
+    """Return an integer, also where it is written with a point: JSON does not tell 40.0 from 40, nor do its schemas."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 @form({"type": "integer", "minimum": 1})
 def parse_limit(param: str, value: Any) -> int:
     """Return a limit of tokens, capped at the largest context."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if (limit := whole_number(value)) is None or limit < 1:
         refuse(param, "must be an integer of at least 1")
-    return min(value, MAX_POSITIONS)
+    return min(limit, MAX_POSITIONS)
 
 
 @form({"type": "integer", "minimum": 0})
 def parse_limit_or_none(param: str, value: Any) -> int:
     """Return a limit of tokens like `parse_limit`, or 0."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if (limit := whole_number(value)) is None or limit < 0:
         refuse(param, "must be an integer of at least 0")
-    return min(value, MAX_POSITIONS)
+    return min(limit, MAX_POSITIONS)
 
 
 def count_between(low: int, high: int) -> Form[int]:
@@ -284,9 +292,9 @@ def count_between(low: int, high: int) -> Form[int]:
 
     @form({"type": "integer", "minimum": low, "maximum": high})
     def parse(param: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        if (count := whole_number(value)) is None or not low <= count <= high:
             refuse(param, f"must be an integer from {low} to {high}")
-        return value
+        return count
 
     return parse
 
@@ -367,13 +375,13 @@ def parse_method(param: str, value: Any) -> str:
     return method
 
 
-@form({"type": "number", "exclusiveMinimum": 0, "maximum": 1})
+_share: Final = number_between(0, 1)
+
+
+@form(_share.schema)
 def parse_top_p(param: str, value: Any) -> float:
-    """Return a share of the probability, which is not 0."""
-    share = number_between(0, 1)(param, value)
-    if share == 0:
-        refuse(param, "must be above 0 and at most 1")
-    return share
+    """Return a share of the probability, above 0: that is what the likeliest token has at least, which 0 asks for."""
+    return max(_share(param, value), LEAST_TOP_P)
 
 
 _STOP: Final = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}

@@ -21,6 +21,7 @@ from node.api.fields import (
     parse_name,
     parse_text,
     refuse,
+    whole_number,
 )
 from node.api.generation import Generation
 from node.api.ollama.answers import OllamaWriter
@@ -71,12 +72,12 @@ DEFAULT_PENALTY_WINDOW: Final = 64
 _EFFORTS: Final = ("low", "medium", "high")
 
 
-@form({"type": "integer", "minimum": -2, "not": {"const": 0}})
+@form({"type": "integer", "minimum": -2})
 def _parse_num_predict(param: str, value: Any) -> int | None:
     """Return a limit of tokens, capped at the largest context; None for none."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < -2 or not value:
-        refuse(param, "must be an integer of at least 1, or -1 or -2 for no limit")
-    return min(value, MAX_POSITIONS) if value > 0 else None
+    if (limit := whole_number(value)) is None or limit < -2:
+        refuse(param, "must be an integer of at least 1, or 0, -1 or -2 for no limit")
+    return min(limit, MAX_POSITIONS) if limit > 0 else None
 
 
 _NUM_PREDICT: Final = Field("num_predict", _parse_num_predict)

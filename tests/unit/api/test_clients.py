@@ -516,6 +516,7 @@ async def test_ollama_generates(node: FakeNode, url: str, of_ollama: Client) -> 
     [
         ({}, None),
         ({"options": {"num_predict": -1}}, None),
+        ({"options": {"num_predict": 0}}, None),
         ({"options": {"num_predict": -2}}, None),
         ({"num_predict": -1}, None),
         ({"num_predict": 1000}, 1000),

@@ -2,6 +2,7 @@ import json
 from typing import Any
 
 import llguidance
+import numpy as np
 import pytest
 from openai import pydantic_function_tool
 from pydantic import BaseModel, Field
@@ -19,9 +20,11 @@ from node.api.output_parser import ParserRules
 from node.api.shared_fields import MAX_SEED, MIN_SEED
 from node.coordinator.chat import ChatMessage
 from node.coordinator.submission import JobRequest
+from node.engine.sampling import draw
 from node.models.json_schema import make_matcher
 from protocol.limits import MAX_LOGIT_BIASES, MAX_POSITIONS, MAX_STOP_TOKENS, MAX_VOCABULARY
 from protocol.measurements import TaskKind
+from protocol.messages import Sampling
 
 
 def chat(**fields: Any) -> bytes:
@@ -472,7 +475,7 @@ def test_accepts_neutral_values(fields: dict[str, Any]) -> None:
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"repetition_penalty": -1}, "repetition_penalty"),
         ({"top_k": -2}, "top_k"),
-        ({"top_k": 1.0}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
         ({"min_p": 1.5}, "min_p"),
         ({"min_tokens": -1}, "min_tokens"),
         ({"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
@@ -507,12 +510,12 @@ def test_accepts_neutral_values(fields: dict[str, Any]) -> None:
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": "0"}, "temperature"),
         ({"temperature": True}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_completion_tokens": -1}, "max_completion_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"seed": MIN_SEED - 1}, "seed"),
-        ({"seed": 1.0}, "seed"),
+        ({"seed": 1e300}, "seed"),
         ({"seed": MAX_SEED + 1}, "seed"),
         ({"stop": ["a"] * 65}, "stop"),
         ({"stop": [""]}, "stop"),
@@ -613,3 +616,32 @@ def test_refuses_body_that_is_not_json_object(body: bytes) -> None:
     with pytest.raises(ApiError, match="JSON") as caught:
         parse_completion_request(body)
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("parse", [parse_chat_request, parse_ollama_chat])
+def test_unknown_fields_that_are_null_are_absent(parse: Any) -> None:
+    body = json.loads(chat()) | {"foo": None}
+    body["messages"][0]["foo"] = None
+    if parse is parse_ollama_chat:
+        body["options"] = {"foo": None}
+        assert parse(json.dumps(body).encode(), Headers())[0].jobs
+    else:
+        assert parse(json.dumps(body).encode())
+
+
+def test_integers_may_be_written_with_a_point() -> None:
+    request = parse_chat_request(chat(top_k=40.0, seed=1.0, max_tokens=9.0))
+    assert (request.top_k, request.seed, request.max_tokens) == (40, 1, 9)
+    assert all(isinstance(each, int) for each in (request.top_k, request.seed, request.max_tokens))
+    options = {"top_k": 40.0, "seed": -1.0, "num_predict": 7.0, "repeat_last_n": 8.0, "repeat_penalty": 2}
+    (job,) = parse_ollama_chat(chat(options=options), Headers())[0].jobs
+    assert (job.top_k, job.seed, job.max_tokens, job.penalty_window) == (40, -1, 7, 8)
+
+
+def test_top_p_of_0_draws_the_likeliest_token() -> None:
+    (of_ollama,) = parse_ollama_chat(chat(options={"top_p": 0}), Headers())[0].jobs
+    for job in (parse_chat_request(chat(top_p=0)), of_ollama):
+        sampling = Sampling(temperature=1.0, top_p=job.top_p, seed=7, max_tokens=1)
+        logits = np.zeros(50_000, dtype=np.float32)
+        logits[123] = 0.01
+        assert draw(logits, sampling, 5) == 123
