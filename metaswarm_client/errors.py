@@ -83,6 +83,7 @@ _STATUS_OF_CODE: Final = {
     "node_leaving": 503,
     "model_not_found": 404,
     "context_length_exceeded": 400,
+    "over_budget": 400,
     "invalid_request": 400,
 }
 """For errors that end a stream, which have no status."""
