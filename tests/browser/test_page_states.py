@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from node.api.interface import ModelDocument
 from node.coordinator.chat import ChatFormat
 from node.coordinator.recent_jobs import JobState, RecentJob, RecentJobs
 from node.coordinator.submission import Consensus, JobError, JobErrorCode, Vote
@@ -184,3 +185,27 @@ def test_epoch_is_divided_as_the_node_says(page: Page) -> None:
     parts = chain.locator(".phases i")
     widths = parts.evaluate_all("parts => parts.map(part => [part.title, Number(getComputedStyle(part).flexGrow)])")
     assert widths == [["measure", 300], ["reveal", 150], ["propose", 150]]
+
+
+def test_models_of_strangers_are_drawn_within_bounds(browser: Browser, node: FakeNode) -> None:
+    tiny, _ = node.models()
+    strange: dict[str, Any] = {**tiny, "name": "", "local": False, "complete": False, "block_count": 1024}
+    uncovered = [(start, start + 1) for start in range(0, 1024, 2)]
+    node.strangers = [
+        cast("ModelDocument", {
+            **strange, "model": f"{number:064x}", "coverage": [0, 1] * 512, "uncovered": uncovered
+        })
+        for number in range(64)
+    ]  # fmt: skip
+    asked: list[str] = []
+    with serve_in_thread(node) as url, watched(browser, url) as page:
+        page.on("request", lambda request: asked.append(request.url))
+        models = panel(page, "Models")
+        expect(models.locator(".model")).to_have_count(20)
+        expect(models).to_contain_text("and 46 more models")
+        expect(models.locator("h3").first).to_have_text("tiny")
+        assert models.locator("*").count() < 6000
+        command = models.locator(".model").nth(2).locator(".gap").first
+        command.get_by_role("button", name="Show the command").click()
+        expect(command.locator("code")).to_contain_text("metaswarm node --serve")
+        assert [url for url in asked if "/swarm/join" in url] == asked[-1:]

@@ -97,3 +97,8 @@ def test_panels_of_the_dashboard_do_not_overlap() -> None:
         assert at["x"] + at["w"] <= 24
         taken |= cells
     assert len(queries_of(DEPLOY / "grafana/metaswarm.json")) > 40
+
+
+def test_dashboard_leaves_out_models_that_only_strangers_announce() -> None:
+    (query,) = [each for each in queries_of(DEPLOY / "grafana/metaswarm.json") if "uncovered_blocks" in each]
+    assert 'model!="other"' in query

@@ -6,14 +6,24 @@ import { blocks, bytes, plural } from "./format.js";
 
 const MAX_LANES = 12;
 const LANE = 17;
+// Anybody may announce models and spans of them: what is drawn is bounded.
+const MAX_MODELS = 20;
+const MAX_CELLS = 128;
+const MAX_GAPS = 3;
+const MAX_COMMANDS = 100;
+
+const commands = new Map();
 
 /** Draw all models. `gaps`: of `/swarm/status`. */
 export const drawModels = onChange((models, peers, gaps) => {
   const drawAll = (list) => list.map((model) => drawModel(model, peers, gaps.filter((gap) => gap.model === model.model)));
-  const served = models.filter(isServed);
+  const rank = (model) => 2 * model.complete + model.local;
+  const all = models.filter(isServed).sort((a, b) => rank(b) - rank(a));
+  const served = all.slice(0, MAX_MODELS);
   const cached = models.filter((model) => !isServed(model));
   const list = drawAll(served);
   if (!list.length) list.push(el("p", { class: "empty" }, "No peer serves a model yet."));
+  if (all.length > served.length) list.push(el("p", { class: "muted" }, `and ${plural(all.length - served.length, "more model")}`));
   if (cached.length) {
     const open = find("model-list").querySelector("details")?.open ?? !served.length;
     const summary = el("summary", {}, `${plural(cached.length, "model")} in the cache of this node that nobody serves`);
@@ -45,13 +55,26 @@ function coverageText(model) {
 
 function coverageBar(model, name) {
   const total = Math.max(1, model.block_count);
-  const missing = model.uncovered.map(([start, end]) => `${start}-${end}`).join(", ");
+  const missing = named(model.uncovered.map(([start, end]) => `${start}-${end}`));
   const label = `Coverage of ${name}: ${coverageText(model)}${missing ? `; nobody serves ${missing}` : ""}`;
-  const cells = model.coverage.map((peers, block) => svg("rect", {
-    class: `cover-${Math.min(3, peers)}`, y: 1, height: 16, rx: 2,
-    x: `${(100 * (block + 0.06)) / total}%`, width: `${88 / total}%`,
-  }, svg("title", {}, `block ${block}: ${plural(peers, "peer")}`)));
+  const step = Math.ceil(total / MAX_CELLS);
+  const cells = [];
+  for (let start = 0; start < model.coverage.length; start += step) {
+    const part = model.coverage.slice(start, start + step);
+    const least = Math.min(...part);
+    const which = part.length === 1 ? `block ${start}: ` : `blocks ${start}-${start + part.length}: at least `;
+    cells.push(svg("rect", {
+      class: `cover-${Math.min(3, least)}`, y: 1, height: 16, rx: 2,
+      x: `${(100 * (start + 0.06 * step)) / total}%`, width: `${(100 * (part.length - 0.12 * step)) / total}%`,
+    }, svg("title", {}, `${which}${plural(least, "peer")}`)));
+  }
   return svg("svg", { class: "blocks", role: "img", "aria-label": label }, ...cells);
+}
+
+/** Return a few of some texts, and how many more there are. */
+function named(texts) {
+  const more = texts.length > MAX_LANES ? ` and ${texts.length - MAX_LANES} more` : "";
+  return texts.slice(0, MAX_LANES).join(", ") + more;
 }
 
 /** Draw a lane for each peer's span, as in a chart of a pipeline. */
@@ -65,7 +88,7 @@ function lanes(model, peers) {
       width: `${(100 * (span.end - span.start)) / total}%`, height: LANE - 4,
     }),
     svg("text", { x: `${(100 * (span.start + 0.15)) / total}%`, y: row * LANE + 12, dx: 5 }, `${blocks(span)} ${peer.label}`)));
-  const text = held.map(([peer, span]) => `${peer.label} ${blocks(span)}`).join(", ");
+  const text = named(held.map(([peer, span]) => `${peer.label} ${blocks(span)}`));
   return svg("svg", {
     class: "lanes", height: bars.length * LANE, role: "img", "aria-label": `Who serves what: ${text || "nobody"}`,
   }, ...bars);
@@ -74,18 +97,24 @@ function lanes(model, peers) {
 function suggestions(model, gaps) {
   if (model.complete) return [];
   const wanted = gaps.length ? gaps : [{ serve: model.name || model.model, memory_bytes: null }];
-  return wanted.map((gap) => {
+  return wanted.slice(0, MAX_GAPS).map((gap) => {
     const what = gap.end ? `Blocks ${blocks(gap)} are missing` : "Nobody serves it";
     const memory = gap.memory_bytes ? `, on a machine with ${bytes(gap.memory_bytes)} of memory to spare` : "";
     const box = el("div", { class: "gap" }, el("span", { class: "bad" }, `${what}. `), `This would cover them${memory}:`);
-    showCommand(box, gap.serve);
+    if (model.local || commands.has(gap.serve)) showCommand(box, gap.serve);
+    else {
+      const show = el("button", { type: "button", onclick: () => { show.remove(); showCommand(box, gap.serve); } }, "Show the command");
+      box.append(" ", show);
+    }
     return box;
   });
 }
 
 async function showCommand(box, serve) {
   try {
-    const { here, elsewhere } = await getJson(`/swarm/join?serve=${encodeURIComponent(serve)}`);
+    if (commands.size > MAX_COMMANDS) commands.clear();
+    if (!commands.has(serve)) commands.set(serve, await getJson(`/swarm/join?serve=${encodeURIComponent(serve)}`));
+    const { here, elsewhere } = commands.get(serve);
     box.append(commandLine(elsewhere ?? here ?? `metaswarm node --serve ${serve}`));
   } catch (error) {
     box.append(el("p", { class: "muted" }, error.message));

@@ -215,6 +215,8 @@ class FakeNode:
     telemetry: Telemetry = field(default_factory=lambda: Telemetry(lambda model: "tiny"))
     stopping: trio.Event = field(default_factory=trio.Event)
     recent_jobs: RecentJobs = field(default_factory=RecentJobs)
+    strangers: list[ModelDocument] = field(default_factory=list)
+    """Further models."""
 
     def jobs(self, after: int = 0) -> tuple[list[JobDocument], int]:
         return [describe_recent_job(job) for job in self.recent_jobs.changed_since(after)], self.recent_jobs.revision
@@ -480,6 +482,7 @@ class FakeNode:
                 "max_positions": None,
                 "quality": {},
             },
+            *self.strangers,
         ]
 
 
