@@ -48,7 +48,7 @@ from node.telemetry.observer import Telemetry
 from node.util.samples import Samples
 from protocol.announcements import ServedSpan
 from protocol.capabilities import hardware_class
-from protocol.identity import BlockRange, ModelId, PeerId, Stage
+from protocol.identity import BlockRange, JobId, ModelId, PeerId, Stage
 from selector.consensus.reputation import WEIGHT_SCALE
 from selector.cuts import Cuts
 from selector.routing import NoRouteError, check_complete
@@ -287,6 +287,10 @@ class StatusView:
         """Return the recent jobs that changed after a revision, and the revision now."""
         recent = self.submitter.recent_jobs
         return [describe_recent_job(job) for job in recent.changed_since(after)], recent.revision
+
+    def running_jobs(self) -> list[JobId]:
+        """Return the jobs that have not ended."""
+        return self.submitter.recent_jobs.running()
 
     def learning(self) -> LearningDocument:
         """Return how the history grew, and how past choices turned out."""

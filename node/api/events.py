@@ -75,7 +75,7 @@ class EventsEndpoint:
             sent |= due
             if jobs or not sent.get("jobs"):
                 sent["jobs"] = "sent"
-                due["jobs"] = _json({"jobs": jobs})
+                due["jobs"] = _json({"jobs": jobs, "running": self._node.running_jobs()})
             body = opening + "".join(f"event: {name}\ndata: {text}\n\n" for name, text in due.items())
             opening = ""
             if body:

@@ -12,6 +12,7 @@ import trio
 from node.config import ServeSpec
 from node.coordinator.submission import JobRequest, Submitter
 from node.coordinator.trial import Trial, TrialSpec
+from protocol.identity import JobId
 from selector.consensus.clock import Phase
 
 if TYPE_CHECKING:  # the command line needs the documents, and not the libraries of telemetry
@@ -423,6 +424,9 @@ class NodeView(Protocol):
 
     def jobs(self, after: int = 0) -> tuple[list[JobDocument], int]:
         """Return the recent jobs that changed after a revision, and the revision now."""
+
+    def running_jobs(self) -> list[JobId]:
+        """Return the jobs that have not ended."""
 
     def learning(self) -> LearningDocument:
         """Return how the history grew, and how past choices turned out."""

@@ -105,6 +105,10 @@ class RecentJobs:
         jobs = [*self._ended[False], *self._ended[True], *list(self._running.values())[-MAX_RUNNING:]]
         return sorted((job for job in jobs if job.revision > revision), key=lambda job: job.submitted_s)
 
+    def running(self) -> list[JobId]:
+        """Return the jobs that have not ended: of those that ended too long ago nothing is said any more."""
+        return list(self._running)
+
     def _touch(self, job: RecentJob) -> None:
         self.revision += 1
         job.revision = self.revision

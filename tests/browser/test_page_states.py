@@ -10,9 +10,9 @@ from playwright.sync_api import Browser, Page, expect
 
 from node.api.interface import ModelDocument
 from node.coordinator.chat import ChatFormat
-from node.coordinator.recent_jobs import JobState, RecentJob, RecentJobs
+from node.coordinator.recent_jobs import MAX_ENDED, JobState, RecentJob, RecentJobs
 from node.coordinator.submission import Consensus, JobError, JobErrorCode, Vote
-from protocol.identity import BlockRange, Stage
+from protocol.identity import BlockRange, JobId, Stage
 from tests.browser.browsing import ask, button, panel, watched
 from tests.browser.conftest import API_KEY, until
 from tests.unit.api.fakes import FASTER, JOB, MODEL, PEERS, FakeNode, make_result, serve_in_thread
@@ -209,3 +209,18 @@ def test_models_of_strangers_are_drawn_within_bounds(browser: Browser, node: Fak
         command.get_by_role("button", name="Show the command").click()
         expect(command.locator("code")).to_contain_text("metaswarm node --serve")
         assert [url for url in asked if "/swarm/join" in url] == asked[-1:]
+
+
+def test_jobs_of_which_many_end_at_a_time_do_not_stay_running(page: Page, node: FakeNode) -> None:
+    jobs = [
+        node.recent_jobs.begin(JobId(f"{number:032x}"), MODEL, "tiny", is_trial=False, prompt_tokens=5)
+        for number in range(2 * MAX_ENDED)
+    ]
+    for job in jobs:
+        node.recent_jobs.progress(job, stages=(), method=FASTER, tokens=1, replays=0)
+    rows = panel(page, "Jobs").locator("tbody tr")
+    expect(rows.filter(has_text="running").first).to_be_visible()
+    for job in jobs:
+        node.recent_jobs.end(job, JobState.DONE)
+    expect(rows.filter(has_text="done")).not_to_have_count(0)
+    expect(rows.filter(has_text="running")).to_have_count(0)

@@ -18,8 +18,15 @@ export function whenSelected(callback) {
   onSelect = callback;
 }
 
-/** Take the jobs of an event. */
-export function takeJobs(changed) {
+/**
+ * Take the jobs of an event. `running`: the ids of all that run. Of many that ended at a time the node remembers, and
+ * tells, only some: the others are forgotten.
+ */
+export function takeJobs(changed, running) {
+  const now = new Set(running);
+  for (const job of jobs.values()) {
+    if (["opening", "running"].includes(job.state) && !now.has(job.job_id)) forget(job.job_id);
+  }
   for (const job of changed) {
     jobs.set(job.job_id, job);
     const seen = progress.get(job.job_id) ?? [];
@@ -27,10 +34,14 @@ export function takeJobs(changed) {
     progress.set(job.job_id, seen.slice(-20));
   }
   for (const id of [...jobs.keys()].slice(0, Math.max(0, jobs.size - MAX_KEPT))) {
-    jobs.delete(id);
-    progress.delete(id);
+    forget(id);
   }
   drawJobs();
+}
+
+function forget(id) {
+  jobs.delete(id);
+  progress.delete(id);
 }
 
 /** Forget all jobs: a new connection lists them anew. */

@@ -19,7 +19,7 @@ const documents = {};
 let state = "connecting";
 
 function takeEvent(name, document_) {
-  if (name === "jobs") takeJobs(document_.jobs);
+  if (name === "jobs") takeJobs(document_.jobs, document_.running);
   else documents[name] = document_;
   draw();
 }

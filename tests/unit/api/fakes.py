@@ -221,6 +221,9 @@ class FakeNode:
     def jobs(self, after: int = 0) -> tuple[list[JobDocument], int]:
         return [describe_recent_job(job) for job in self.recent_jobs.changed_since(after)], self.recent_jobs.revision
 
+    def running_jobs(self) -> list[JobId]:
+        return self.recent_jobs.running()
+
     def learning(self) -> LearningDocument:
         sample: Sample = {"at": 1_700_000_000.0, "observations": 7, "peers": 2, "jobs": 2, "regret_s": 0.5}
         return {"samples": [sample], "past": {"jobs": 0, "typical_error": None, "mean_regret_s": 0.0, "recent": []}}

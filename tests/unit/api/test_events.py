@@ -53,7 +53,7 @@ async def test_events_begin_with_every_document_then_tell_what_changed(
                 name, document = await events.next() or ("ended", {})
                 first[name] = document
             assert first["status"] == node.status_document()
-            assert first["jobs"] == {"jobs": []}
+            assert first["jobs"] == {"jobs": [], "running": []}
             job = node.recent_jobs.begin(JOB, MODEL, "tiny", is_trial=False, prompt_tokens=5)
             name, document = await events.next() or ("ended", {})
             assert (name, [each["state"] for each in document["jobs"]]) == ("jobs", ["opening"])
@@ -62,6 +62,10 @@ async def test_events_begin_with_every_document_then_tell_what_changed(
             assert [(each["state"], each["tokens"], each["replays"]) for each in document["jobs"]] == [
                 ("running", 3, 1)
             ]
+            assert document["running"] == [JOB]
+            node.recent_jobs.end(job, JobState.DONE)
+            name, document = await events.next() or ("ended", {})
+            assert ([each["state"] for each in document["jobs"]], document["running"]) == (["done"], [])
             node.draining = True
             name, document = await events.next() or ("ended", {})
             assert (name, document["state"]) == ("status", "draining")
