@@ -224,3 +224,51 @@ def test_jobs_of_which_many_end_at_a_time_do_not_stay_running(page: Page, node: 
         node.recent_jobs.end(job, JobState.DONE)
     expect(rows.filter(has_text="done")).not_to_have_count(0)
     expect(rows.filter(has_text="running")).to_have_count(0)
+
+
+def test_silent_node_is_said_not_to_answer(browser: Browser, node: FakeNode) -> None:
+    with serve_in_thread(node) as url, closing(browser.new_context()) as context:
+        page = context.new_page()
+        page.clock.install()
+        page.goto(url)
+        connection = page.locator("#connection")
+        expect(connection).to_have_text("live")
+
+        def says(text: str) -> bool:
+            page.clock.run_for(11_000)
+            return connection.inner_text() == text
+
+        node.is_silent = True
+        until(lambda: says("the node does not answer: trying again"))
+        node.is_silent = False
+        until(lambda: says("live"))
+
+
+def test_fault_of_the_page_is_not_said_to_be_the_node_s(browser: Browser, node: FakeNode) -> None:
+    with serve_in_thread(node) as url, closing(browser.new_context()) as context:
+        page = context.new_page()
+        page.goto(url)
+        connection = page.locator("#connection")
+        expect(connection).to_have_text("live")
+        node.strangers = [cast("ModelDocument", {"model": "ab" * 32})]
+        expect(connection).to_have_text("this page cannot show what the node says: reload it")
+        node.strangers = []
+        expect(connection).to_have_text("live")
+
+
+def test_page_of_another_release_is_loaded_anew(page: Page, node: FakeNode) -> None:
+    page.evaluate("() => { window.isOld = true; }")
+    node.agent = "metaswarm/0.2.0"
+    expect(page.locator("#node")).to_contain_text("metaswarm/0.2.0")
+    assert page.evaluate("() => window.isOld") is None
+
+
+def test_page_of_another_release_keeps_its_conversation(browser: Browser, node: FakeNode) -> None:
+    with serve_in_thread(node) as url, closing(browser.new_context()) as context:
+        page = context.new_page()
+        page.goto(url)
+        ask(page, "Hi")
+        expect(page.locator(".turn.assistant .cost")).to_contain_text("replaced")
+        node.agent = "metaswarm/0.2.0"
+        expect(page.locator("#connection")).to_have_text("this page cannot show what the node says: reload it")
+        expect(page.locator(".turn")).to_have_count(2)

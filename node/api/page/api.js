@@ -5,6 +5,8 @@ import { find, setText } from "./dom.js";
 const KEY = "metaswarm-api-key";
 const RETRY_FIRST_MS = 500;
 const RETRY_MAX_MS = 5000;
+// A node that works sends its status every second.
+const SILENCE_MS = 10_000;
 
 let asking = null;
 
@@ -80,33 +82,48 @@ function parseEvent(lines) {
 }
 
 /**
- * Follow the node's events for as long as the page is visible, and connect again whenever the connection ends.
- * `onOpen` is called for each connection, which begins with every document; `onState` gets "live" or "lost".
+ * Follow the node's events for as long as the page is visible, and connect again whenever the connection ends, or
+ * nothing comes. `onOpen` is called for each connection, which begins with every document; `onState` gets "live",
+ * "lost", or "faulty" where `onEvent` throws.
  */
 export async function follow(onOpen, onEvent, onState) {
   let pause_ms = RETRY_FIRST_MS;
   for (;;) {
     await untilVisible();
     const abort = new AbortController();
-    const stop = () => document.hidden && abort.abort();
+    let isHidden = false;
+    const stop = () => document.hidden && abort.abort(isHidden = true);
+    let silence;
+    const listen = () => {
+      clearTimeout(silence);
+      silence = setTimeout(() => abort.abort(new Error("the node has become silent")), SILENCE_MS);
+    };
     document.addEventListener("visibilitychange", stop);
     try {
       const answer = await request("/swarm/events", { signal: abort.signal });
       if (!answer.ok) throw new Error(await errorOf(answer));
       onOpen();
+      listen();
       for await (const { name, data } of readEvents(answer)) {
-        onState("live");
+        listen();
         pause_ms = RETRY_FIRST_MS;
-        onEvent(name, JSON.parse(data));
+        try {
+          onEvent(name, JSON.parse(data));
+          onState("live");
+        } catch (error) {
+          console.error(error);
+          onState("faulty", error.message);
+        }
       }
       throw new Error("the node ended the events");
     } catch (error) {
-      if (!abort.signal.aborted) {
+      if (!isHidden) {
         onState("lost", error.message);
         await new Promise((resolve) => setTimeout(resolve, pause_ms));
         pause_ms = Math.min(2 * pause_ms, RETRY_MAX_MS);
       }
     } finally {
+      clearTimeout(silence);
       document.removeEventListener("visibilitychange", stop);
     }
   }

@@ -17,8 +17,12 @@ import { drawVotes } from "./votes.js";
 
 const documents = {};
 let state = "connecting";
+let isOld = false;
 
 function takeEvent(name, document_) {
+  const { agent } = documents.status ?? document_;
+  isOld ||= name === "status" && document_.agent !== agent;
+  if (isOld) return leave();
   if (name === "jobs") takeJobs(document_.jobs, document_.running);
   else documents[name] = document_;
   draw();
@@ -38,6 +42,12 @@ function draw() {
   drawEpochs(status.consensus);
   if (learning) drawLearning(learning, { ...status.selection, trained_ago_s: null }, status.history?.count ?? 0);
   offerModels(models.models);
+}
+
+/** Load the page of another release of the node, unless a conversation would be lost. */
+function leave() {
+  if (document.querySelector(".turn")) throw new Error("the node is of another release than this page");
+  location.reload();
 }
 
 function drawNode(status) {
@@ -70,7 +80,7 @@ function drawFigures(status, models) {
 function takeState(now, message = "") {
   if (now === state) return;
   state = now;
-  const words = { live: "live", lost: "the node does not answer: trying again" };
+  const words = { live: "live", lost: "the node does not answer: trying again", faulty: "this page cannot show what the node says: reload it" };
   const label = find("connection");
   label.className = `connection ${now}`;
   label.title = message;

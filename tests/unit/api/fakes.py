@@ -215,6 +215,9 @@ class FakeNode:
     telemetry: Telemetry = field(default_factory=lambda: Telemetry(lambda model: "tiny"))
     stopping: trio.Event = field(default_factory=trio.Event)
     recent_jobs: RecentJobs = field(default_factory=RecentJobs)
+    agent: str = "metaswarm/0.1.0"
+    is_silent: bool = False
+    """Whether its status is not answered."""
     strangers: list[ModelDocument] = field(default_factory=list)
     """Further models."""
 
@@ -261,12 +264,14 @@ class FakeNode:
         return Trial(baseline=MethodTrial(method=BASELINE, runs=plain), methods=tried, observations=spec.rounds)
 
     async def status(self) -> NodeStatus:
+        while self.is_silent:
+            await trio.sleep(0.01)
         return self.status_document()
 
     def status_document(self) -> NodeStatus:
         return {
             "peer_id": PEERS[0],
-            "agent": "metaswarm/0.1.0",
+            "agent": self.agent,
             "multiaddrs": [f"/ip4/127.0.0.1/tcp/4001/p2p/{PEERS[0]}"],
             "reachability": {
                 "verdict": "private",
