@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import click
 from click.shell_completion import CompletionItem
@@ -17,6 +16,7 @@ from node.util.paths import expand
 from protocol.figures import MAX_PRICE
 from protocol.identity import parse_block_range, parse_peer_id
 
+_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+")
 BOOTSTRAP_FILE: Final = "bootstrap_peers.yaml"
 
 _DEVICE = re.compile(r"auto|all|cpu|mps|cuda|cuda:[0-9]{1,2}(,cuda:[0-9]{1,2})*")
@@ -143,10 +143,9 @@ def _api_keys(text: str) -> list[ApiKey]:
 
 
 def _cors_origin(text: str) -> str:
-    """Return the origin of web pages, or `*`."""
-    parts = urlsplit(text)
-    if text != "*" and (parts.scheme not in {"http", "https"} or not parts.netloc or parts.path or parts.query):
-        raise ValueError(f"expected an origin such as https://example.org, or *, not {text!r}")
+    """Return the origin of web pages, also of those in programs (`app://obsidian.md`), or `*`."""
+    if text != "*" and not _ORIGIN.fullmatch(text):
+        raise ValueError(f"expected an origin such as https://example.org or app://obsidian.md, or *, not {text!r}")
     return text
 
 

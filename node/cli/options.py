@@ -166,7 +166,7 @@ NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
     ),
     _option(
         *("--cors-origin", types.CORS_ORIGIN, "ORIGIN"),
-        "Origin of web pages that may use the API, besides those of this machine; * for any.",
+        "Origin of web pages (or app://…) that may use the API, besides those of this machine; * for any.",
         multiple=True,
     ),
     _option(

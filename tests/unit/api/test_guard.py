@@ -373,8 +373,9 @@ async def test_either_header_may_have_the_key() -> None:
 
 
 @pytest.mark.parametrize("keys", [(), KEYS])
-async def test_pages_of_configured_origins_are_admitted(keys: tuple[ApiKey, ...]) -> None:
-    ours, foreign = "https://chat.example.org", "https://evil.example.org"
+@pytest.mark.parametrize("ours", ["https://chat.example.org", "app://obsidian.md"])
+async def test_pages_of_configured_origins_are_admitted(keys: tuple[ApiKey, ...], ours: str) -> None:
+    foreign = "https://evil.example.org"
     access = Access(keys=keys, cors_origins=(ours,))
     asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
     async with serve_node(FakeNode(), access=access) as url, httpx.AsyncClient(base_url=url) as client:

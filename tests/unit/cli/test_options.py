@@ -404,9 +404,16 @@ def test_file_without_api_key_is_refused(tmp_path: Path, text: str) -> None:
     assert f"{file} has no API key: add one with `metaswarm keygen" in fault(api_keys=str(file))
 
 
-@pytest.mark.parametrize("origin", ["example.org", "ftp://example.org", "https://example.org/page"])
+@pytest.mark.parametrize(
+    "origin", ["example.org", "null", "file:///page", "https://example.org/page", "https://example.org/"]
+)
 def test_refuses_what_is_not_an_origin(origin: str) -> None:
     assert "expected an origin" in fault(cors_origin=origin)
+
+
+@pytest.mark.parametrize("origin", ["app://obsidian.md", "chrome-extension://abc", "http://localhost:3000"])
+def test_takes_origins_of_programs(origin: str) -> None:
+    assert load(cors_origin=origin).cors_origins == (origin,)
 
 
 def test_api_for_every_web_page_requires_a_key() -> None:
