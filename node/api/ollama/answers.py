@@ -1,6 +1,6 @@
 """Answers of Ollama's `/api/chat` and `/api/generate`: one JSON document, or one a line."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from node.api.generation import (
 from node.api.job_document import describe_job
 from node.api.openai.logprobs import describe_logprobs
 from node.api.tool_calls import ToolCall
-from node.coordinator.submission import JobResult, JobStarted
+from node.coordinator.submission import JobResult
 from node.util.json_line import json_line
 
 JSON_LINES: Final = "application/x-ndjson"
@@ -37,14 +37,12 @@ class OllamaWriter:
     is_chat: bool
     unloads: bool = False
     media_type: str = JSON_LINES
-    _started: JobStarted | None = field(default=None, init=False)
 
     def whole(self, outcome: Outcome) -> dict[str, Any]:
         """Return the answer in one document."""
         if not outcome.choices:
             return self._piece("") | {"done": True, "done_reason": "unload" if self.unloads else "load"}
         choice = outcome.choices[0]
-        self._started = choice.started
         document = self._piece(choice.text, choice.reasoning, *choice.tool_calls)
         if choice.logprobs:
             document["logprobs"] = describe_logprobs(choice.logprobs)
@@ -53,8 +51,6 @@ class OllamaWriter:
     def chunks(self, event: GenerationEvent) -> bytes:
         """Return an event's line."""
         match event:
-            case ChoiceStarted(job=job):
-                self._started = job
             case ChoiceText(text=text, logprobs=logprobs):
                 described = {"logprobs": describe_logprobs(logprobs)} if logprobs else {}
                 return _line(self._piece(text) | {"done": False} | described)
@@ -62,7 +58,7 @@ class OllamaWriter:
                 return _line(self._piece("", text) | {"done": False})
             case ChoiceToolCall(call=call):
                 return _line(self._piece("", "", call) | {"done": False})
-            case ChoiceFinished():
+            case ChoiceStarted() | ChoiceFinished():
                 pass
         return b""
 
@@ -81,8 +77,8 @@ class OllamaWriter:
         return _line(self._piece("") | {"done": False})
 
     def _piece(self, text: str, reasoning: str = "", *calls: ToolCall) -> dict[str, Any]:
-        created = datetime.fromtimestamp(self._started.created_s, UTC) if self._started else datetime.now(UTC)
-        document: dict[str, Any] = {"model": self.model, "created_at": created.isoformat().replace("+00:00", "Z")}
+        created_at = datetime.now(UTC).isoformat().replace("+00:00", "Z")  # of this piece, as in Ollama
+        document: dict[str, Any] = {"model": self.model, "created_at": created_at}
         thinking = {"thinking": reasoning} if reasoning else {}
         if not self.is_chat:
             return document | {"response": text} | thinking

@@ -1,4 +1,5 @@
 import json
+from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
@@ -485,3 +486,14 @@ async def test_model_of_a_request_without_a_text_is_looked_up(
     response = await client.post(path, json={"model": "nosuch", **body})
     assert (response.status_code, response.json()) == (404, {"error": "no peer knows the model 'nosuch'"})
     assert node.submitter.requests == []
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+async def test_each_line_of_ollama_has_its_own_time(node: FakeNode, client: httpx.AsyncClient, path: str) -> None:
+    before = datetime.now(UTC)
+    node.submitter.pauses = {1: 0.01, 2: 0.01}
+    response = await client.post(path, json=chat_body() if path == "/api/chat" else {"model": "tiny", "prompt": "Hi"})
+    times = [datetime.fromisoformat(json.loads(line)["created_at"]) for line in response.text.splitlines()]
+    assert len(set(times)) == len(times) > 2
+    assert times == sorted(times)
+    assert before <= times[0] < times[-1] <= datetime.now(UTC)
