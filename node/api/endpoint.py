@@ -9,17 +9,20 @@ from typing import Any, Final, Protocol
 
 import trio
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from node.api.access import begin_answers
+from node.api.beside_loop import compute, encode_in_pieces
 from node.api.errors import ApiError
 from node.api.generation import (
     MAX_LOGPROBS_IN_ANSWER,
     ChoiceStarted,
+    ChoiceText,
     Generation,
     GenerationEvent,
     Outcome,
+    count_logprobs,
     run_generation,
 )
 from node.api.request_body import parse_counted
@@ -30,6 +33,9 @@ UNACCEPTED_S: Final = 9.0
 
 KEEP_ALIVE_S: Final = 5.0
 """Pause without an event after which a keep-alive is sent: proxies and clients time out on silence."""
+
+LOGPROBS_AT_ONCE: Final = 10_000
+"""Answers with more log probabilities are encoded in a thread: they take up to seconds."""
 
 DETAILS_HEADER: Final = "x-metaswarm"
 """A request with this header gets the field `metaswarm` in its answer."""
@@ -89,7 +95,9 @@ class GenerationEndpoint:
             async for event in events:
                 outcome.take(event)
                 left = _logprobs_left(left, event, generation)
-        await JSONResponse(writer.whole(outcome))(scope, receive, send)
+        count = sum(count_logprobs(choice.logprobs) for choice in outcome.ordered())
+        body = await compute(lambda: encode_in_pieces(writer.whole(outcome)), is_large=count > LOGPROBS_AT_ONCE)
+        await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _stream(
         self, generation: Generation, writer: AnswerWriter, scope: Scope, receive: Receive, send: Send
@@ -121,7 +129,8 @@ class GenerationEndpoint:
             async for event in events:
                 outcome.take(event)
                 left = _logprobs_left(left, event, generation)
-                waiting += stream.writer.chunks(event)
+                count = count_logprobs(event.logprobs) if isinstance(event, ChoiceText) else 0
+                waiting += await compute(partial(stream.writer.chunks, event), is_large=count > LOGPROBS_AT_ONCE)
                 if isinstance(event, ChoiceStarted) and not stream.started:
                     stream.accepted.set()
                 elif waiting:

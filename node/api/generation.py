@@ -4,7 +4,7 @@ An adapter turns a body into a `Generation` and events into its own answer. It k
 knows nothing of HTTP.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -176,6 +176,11 @@ class Outcome:
     def ordered(self) -> list[Choice]:
         """Return the choices in the order of their indices."""
         return [choice for _, choice in sorted(self.choices.items())]
+
+
+def count_logprobs(tokens: Iterable[TokenLogprob]) -> int:
+    """Return how many log probabilities there are of some tokens."""
+    return sum(1 + len(token.likeliest) for token in tokens)
 
 
 def several(job: JobRequest, count: int) -> tuple[JobRequest, ...]:
