@@ -175,7 +175,7 @@ class ObjectForm:
         schema: dict[str, Any] = {"type": "object", "properties": properties}
         if self._required:
             schema["required"] = sorted(self._required)
-        return schema if self._is_open else schema | {"additionalProperties": False}
+        return schema if self._is_open else schema | {"additionalProperties": {"type": "null"}}
 
 
 def nullable(schema: Schema) -> Schema:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from node.api import endpoint
 from node.api.beside_loop import encode_in_pieces
 from node.api.openai import logprobs
+from node.coordinator.submission import TokenLogprob
 from tests.unit.api.fakes import FakeNode, chat_body
 
 VALUES = st.recursive(
@@ -33,7 +34,7 @@ async def test_many_log_probabilities_are_encoded_beside_the_event_loop(
     threads: set[int] = set()
     text_of = logprobs._text
 
-    def note_thread(token: logprobs.TokenLogprob) -> str:
+    def note_thread(token: TokenLogprob) -> str:
         threads.add(threading.get_ident())
         return text_of(token)
 
