@@ -64,7 +64,9 @@ async def find_neighbours(network: Network, swarm_key: str | None) -> None:
 
     def notice(zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
         """Pass a name to our own thread. zeroconf prescribes the argument names."""
-        if state_change is not ServiceStateChange.Removed and name != own.name:
+        # Anybody may answer for our service with a name of another, which zeroconf passes on and refuses to resolve.
+        is_ours = name.endswith(f".{kind}") and name != own.name
+        if state_change is not ServiceStateChange.Removed and is_ours:
             with suppress(trio.RunFinishedError):
                 token.run_sync_soon(_put, seen, name)
 
@@ -128,7 +130,12 @@ def _put(seen: trio.MemorySendChannel[str], name: str) -> None:
 
 async def _connect(network: Network, zeroconf: Zeroconf, kind: str, name: str) -> None:
     """Resolve a service, and dial its addresses unless we are connected already."""
-    found = await trio.to_thread.run_sync(partial(zeroconf.get_service_info, kind, name, timeout=RESOLVE_TIMEOUT_MS))
+    resolve = partial(zeroconf.get_service_info, kind, name, timeout=RESOLVE_TIMEOUT_MS)
+    try:
+        found = await trio.to_thread.run_sync(resolve)
+    except (OSError, Error) as error:
+        _logger.debug("local service not resolved", name=name, reason=str(error) or type(error).__name__)
+        return
     if found is None:
         return
     for multiaddr in addresses_in(found.properties):

@@ -1,6 +1,18 @@
 """What is said on the local network, and what is made of what others say there."""
 
-from node.swarm.mdns import addresses_in, interfaces_of, service_type
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import trio
+from zeroconf import NotRunningException, ServiceInfo, ServiceStateChange
+
+from node.swarm import mdns
+from node.swarm.mdns import addresses_in, find_neighbours, interfaces_of, service_type
+from node.testing.memory_links import LinkModel
+from node.testing.memory_network import MemoryNetworkHub
+from protocol.identity import PeerId
 
 PEER = "12D3KooWM4xHiz2GDU4ebDMhPcxVNBm7kzyPWh7w4Y7b9rARdaL8"
 
@@ -35,3 +47,40 @@ def test_txt_record_yields_a_bounded_number_of_peer_addresses() -> None:
         address.decode()
     ]
     assert len(addresses_in({f"dnsaddr{number}".encode(): address for number in range(1000)})) == 16
+
+
+async def test_service_of_another_kind_does_not_end_discovery(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody on the network may answer for our service with such a name; zeroconf raises when asked to resolve it."""
+    kind = service_type(None)
+    hostile, honest = "evil._http._tcp.local.", f"honest.{kind}"
+    resolved = trio.Event()
+
+    class FakeZeroconf:
+        def __init__(self, **_: Any) -> None:
+            self.token: trio.lowlevel.TrioToken = token
+
+        def register_service(self, _: ServiceInfo) -> None: ...
+
+        def close(self) -> None: ...
+
+        def get_service_info(self, kind: str, name: str, timeout: float) -> None:
+            assert timeout
+            ServiceInfo(kind, name)  # as the real one does first
+            if name == failing:
+                raise NotRunningException
+            self.token.run_sync_soon(resolved.set)
+
+    def browse(zeroconf: FakeZeroconf, kind: str, handlers: Sequence[Callable[..., None]]) -> None:
+        for name in (hostile, failing, honest):
+            handlers[0](zeroconf, kind, name, ServiceStateChange.Added)
+
+    failing = f"failing.{kind}"
+    token = trio.lowlevel.current_trio_token()
+    monkeypatch.setattr(mdns, "Zeroconf", FakeZeroconf)
+    monkeypatch.setattr(mdns, "ServiceBrowser", browse)
+    network = MemoryNetworkHub(random.Random(0), LinkModel()).network(PeerId(PEER))
+    async with network.running(), trio.open_nursery() as nursery:
+        nursery.start_soon(find_neighbours, network, None)
+        with trio.fail_after(10):
+            await resolved.wait()
+        nursery.cancel_scope.cancel()
