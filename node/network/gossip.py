@@ -2,6 +2,7 @@
 
 import logging
 import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import AbstractAsyncContextManager
@@ -16,6 +17,7 @@ from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
+from libp2p.pubsub.utils import safe_bytes_from_hex
 from libp2p.tools.timed_cache.last_seen_cache import LastSeenCache
 
 from node.network.addresses import address_range
@@ -46,6 +48,8 @@ MAX_SEEN: Final = 65536
 MAX_SEQUENCE_BYTES: Final = 64
 MAX_MESH_PEERS_PER_RANGE: Final = 3
 """Of the 6 to 12 peers of a mesh, this many may be within one public /24 or /56."""
+MAX_BACK_OFF_S: Final = 300
+"""Longest pause before a GRAFT that a PRUNE may ask for."""
 
 
 class _SeenMessages(LastSeenCache):
@@ -133,25 +137,29 @@ class _GuardedPubsub(Pubsub):
         await super().validate_msg(msg_forwarder, msg)
 
     def _is_within_limits(self, forwarder: ID, message: rpc_pb2.Message) -> bool:
-        if not self._gossip.scores.allow_publish(forwarder, []):
-            return False
+        return (
+            self._gossip.scores.allow_publish(forwarder, [])
+            and self.spend(forwarder, 1)
+            and len(message.topicIDs) == 1
+            and message.topicIDs[0] in self._gossip.topics
+            and len(message.data) <= MAX_MESSAGE_BYTES
+            and len(message.seqno) <= MAX_SEQUENCE_BYTES
+        )
+
+    def spend(self, forwarder: ID, amount: int) -> bool:
+        """Charge a neighbour; return whether it is within its rate limit. One far beyond it is disconnected."""
         now_s = trio.current_time()
         bucket = self._buckets.get(forwarder)
         if bucket is None:
             self._buckets = {peer: each for peer, each in self._buckets.items() if peer in self.peers}
             bucket = self._buckets[forwarder] = TokenBucket(MAX_RATE_HZ, 2 * MAX_RATE_HZ, now_s)
-        debt = bucket.spend(1, now_s) * MAX_RATE_HZ
-        if debt > 0:
-            self._gossip.dropped += 1
-            if debt > DISCONNECT_DEBT:
-                self._disconnect(forwarder)
-            return False
-        return (
-            len(message.topicIDs) == 1
-            and message.topicIDs[0] in self._gossip.topics
-            and len(message.data) <= MAX_MESSAGE_BYTES
-            and len(message.seqno) <= MAX_SEQUENCE_BYTES
-        )
+        debt = bucket.spend(amount, now_s) * MAX_RATE_HZ
+        if debt <= 0:
+            return True
+        self._gossip.dropped += 1
+        if debt > DISCONNECT_DEBT:
+            self._disconnect(forwarder)
+        return False
 
     def _disconnect(self, forwarder: ID) -> None:
         for connection in self.host.get_network().get_connections(forwarder):
@@ -168,6 +176,7 @@ class _GuardedPubsub(Pubsub):
 class Router(GossipSub):
     """GossipSub that queues bursts, sends few IDONTWANTs, and drops the state of its adaptive mode, which is off.
 
+    Control messages are rate-limited, those of unknown topics ignored, and nobody is dialled because a PRUNE names it.
     Its meshes exclude peers with a bad score, and bound those within one public range of addresses.
     """
 
@@ -195,13 +204,42 @@ class Router(GossipSub):
         super().add_peer(peer_id, protocol_id)
 
     async def handle_rpc(self, rpc: rpc_pb2.RPC, sender_peer_id: ID) -> None:
-        """Serve a neighbour's requests, unless it is graylisted."""
-        if not self.scorer.graylisted(sender_peer_id):
+        """Serve a neighbour's requests within its rate limit, unless it is graylisted."""
+        control = rpc.control
+        kinds = (control.ihave, control.iwant, control.graft, control.prune, control.idontwant)
+        entries = max(1, sum(map(len, kinds)))
+        assert isinstance(self.pubsub, _GuardedPubsub)
+        if not self.scorer.graylisted(sender_peer_id) and self.pubsub.spend(sender_peer_id, entries):
             await super().handle_rpc(rpc, sender_peer_id)
+
+    async def handle_ihave(self, ihave_msg: rpc_pb2.ControlIHave, sender_peer_id: ID) -> None:
+        """Request unknown messages of our topics."""
+        if ihave_msg.topicID in self.mesh:
+            await super().handle_ihave(ihave_msg, sender_peer_id)
+
+    async def handle_iwant(self, iwant_msg: rpc_pb2.ControlIWant, sender_peer_id: ID) -> None:
+        """Send requested messages, each once: the library sends one as often as its id is repeated."""
+        distinct = {safe_bytes_from_hex(each): each for each in iwant_msg.messageIDs}
+        del iwant_msg.messageIDs[:]
+        iwant_msg.messageIDs.extend(distinct.values())
+        await super().handle_iwant(iwant_msg, sender_peer_id)
+
+    async def handle_prune(self, prune_msg: rpc_pb2.ControlPrune, sender_peer_id: ID) -> None:
+        """Leave the mesh of a neighbour, for one of our topics: for others the library keeps a backoff without end."""
+        if prune_msg.topicID in self.mesh:
+            await super().handle_prune(prune_msg, sender_peer_id)
+
+    async def _do_px(self, px_peers: list[rpc_pb2.PeerInfo]) -> None:
+        """Dial nobody: any neighbour may name any addresses, and `node.swarm` decides whom to dial, within limits."""
+
+    def _add_back_off(self, peer: ID, topic: str, is_unsubscribe: bool, backoff_duration: int = 0) -> None:
+        super()._add_back_off(peer, topic, is_unsubscribe, min(backoff_duration, MAX_BACK_OFF_S))
 
     async def handle_graft(self, graft_msg: rpc_pb2.ControlGraft, sender_peer_id: ID) -> None:
         """Accept a neighbour into a mesh, if there is a place for it."""
-        mesh = self.mesh.get(graft_msg.topicID, set())
+        mesh = self.mesh.get(graft_msg.topicID)
+        if mesh is None:
+            return  # the specification: not even answered
         if sender_peer_id in mesh or self._has_place(sender_peer_id, mesh):
             await super().handle_graft(graft_msg, sender_peer_id)
         else:
@@ -213,7 +251,12 @@ class Router(GossipSub):
             await super().on_peer_subscribed(peer_id, topic)
 
     def mesh_heartbeat(self) -> tuple[defaultdict[ID, list[str]], defaultdict[ID, list[str]]]:
-        """Keep every mesh at its size; peers with a bad score are pruned."""
+        """Keep every mesh at its size; peers with a bad score are pruned, and expired backoffs forgotten."""
+        now_s = time.time()
+        for topic, back_off in self.back_off.items():
+            # One further ahead than the longest is from before the clock was set back.
+            lasting = {peer: until for peer, until in back_off.items() if now_s < until <= now_s + MAX_BACK_OFF_S}
+            self.back_off[topic] = lasting
         expelled = [(peer, topic) for topic, mesh in self.mesh.items() for peer in mesh if self.scorer.of(peer) < 0]
         for peer, topic in expelled:
             self.mesh[topic].discard(peer)
