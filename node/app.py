@@ -118,7 +118,7 @@ class Node:
             (selection.learner.run,),
             (selection.chooser.trials.run, AdoptionTrials(parts.client.trials), busy),
             (_retention_loop, network.history),
-            (maintain_known_peers, network.network, network.known_peers),
+            (maintain_known_peers, network.network, network.known_peers, network.jitter),
         ]
         if config.serve:
             tasks.append((parts.serving.spare_worker.run,))

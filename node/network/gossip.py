@@ -4,7 +4,7 @@ import logging
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable, Sized
 from contextlib import AbstractAsyncContextManager
 from typing import Final
 
@@ -206,7 +206,7 @@ class Router(GossipSub):
     async def handle_rpc(self, rpc: rpc_pb2.RPC, sender_peer_id: ID) -> None:
         """Serve a neighbour's requests within its rate limit, unless it is graylisted."""
         control = rpc.control
-        kinds = (control.ihave, control.iwant, control.graft, control.prune, control.idontwant)
+        kinds: tuple[Sized, ...] = (control.ihave, control.iwant, control.graft, control.prune, control.idontwant)
         entries = max(1, sum(map(len, kinds)))
         assert isinstance(self.pubsub, _GuardedPubsub)
         if not self.scorer.graylisted(sender_peer_id) and self.pubsub.spend(sender_peer_id, entries):

@@ -38,7 +38,8 @@ HEARTBEAT_LIFETIME_S = 60
 MAX_HEARTBEAT_LIFETIME_S = max(HEARTBEAT_LIFETIME_S, LIFE_IN_INTERVALS * MAX_HEARTBEAT_INTERVAL_MS // 1000)
 
 NEIGHBOURS_QUERIED = 3
-"""First neighbours that are sent a presence query; one alone may know as little as we do."""
+"""First neighbours that are sent a presence query; one alone may know as little as we do. A node that lost all its
+connections is a newcomer again."""
 
 NEIGHBOURS_TRIED = 16
 """Connections to which a query is sent until so many have answered: of those a few are none of the swarm's peers."""
@@ -200,8 +201,15 @@ class Heartbeats:
     async def _query_first_neighbours(self) -> None:
         """Send presence queries to the first few neighbours that answer: a dial-back is a connection, too."""
         queried = tried = 0
+        connected: set[PeerId] = set()
         async with self._network.events() as events:
             async for event in events:
+                if isinstance(event, PeerConnected):
+                    connected.add(event.peer)
+                else:
+                    connected.discard(event.peer)
+                    if not connected:
+                        queried = tried = 0
                 is_due = queried < NEIGHBOURS_QUERIED and tried < NEIGHBOURS_TRIED
                 if is_due and isinstance(event, PeerConnected):
                     tried += 1
