@@ -117,7 +117,7 @@ class Node:
             (parts.consensus.run,),
             (selection.learner.run,),
             (selection.chooser.trials.run, AdoptionTrials(parts.client.trials), busy),
-            (_retention_loop, network.history),
+            (_retention_loop, network.history, swarm.membership.heartbeats.clock.is_confirmed),
             (maintain_known_peers, network.network, network.known_peers, network.jitter),
         ]
         if config.serve:
@@ -149,11 +149,11 @@ class Node:
         await swarm.replicator.leave()
 
 
-async def _retention_loop(history: HistoryStore) -> None:
-    """Prune the history to its bounds, again and again."""
+async def _retention_loop(history: HistoryStore, is_clock_confirmed: Callable[[], bool]) -> None:
+    """Prune the history to its bounds, again and again; by age only while peers agree with this machine's clock."""
     while True:
         try:
-            await history.retain(time.time())
+            await history.retain(time.time(), by_age=is_clock_confirmed())
         except StorageError as error:
             _logger.warning("could not prune the history", reason=str(error))
         await trio.sleep(RETENTION_INTERVAL_S)

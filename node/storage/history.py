@@ -97,12 +97,13 @@ class HistoryStore:
         """Delete observations that failed verification."""
         await self._database.write(partial(_delete, ids=tuple(ids)))
 
-    async def retain(self, now_s: float) -> int:
+    async def retain(self, now_s: float, *, by_age: bool = True) -> int:
         """Delete observations beyond the bounds or the age limit; return their number.
 
-        Cheap when there is nothing to delete: call it every minute or so. `now_s`: Unix time.
+        Cheap when there is nothing to delete: call it every minute or so. `now_s`: Unix time. Without `by_age` the age
+        does not count: a clock that is weeks ahead would delete everything.
         """
-        first_bucket = oldest_bucket(now_s)
+        first_bucket = oldest_bucket(now_s) if by_age else 0
         open_bucket = bucket_of(int(now_s)) - GRACE_BUCKETS
         excess = await self._database.read(
             lambda connection: shares_to_drop(

@@ -11,6 +11,7 @@ import trio
 
 from node.identity import Identity
 from node.network.interface import Network, NetworkError, PeerConnected
+from node.swarm.clock_check import ClockCheck
 from node.swarm.directory import LIFE_IN_INTERVALS, MAX_UNREACHED_PER_RELAY, AnnouncedPlacements, Directory
 from node.swarm.presence import PresenceServer, query_presence
 from node.util.signal import Signal
@@ -93,6 +94,7 @@ class Heartbeats:
         self._sequence = sequence
         self._jitter = jitter
         self._wall_clock = wall_clock
+        self.clock = ClockCheck(network.connected_peers, wall_clock)
         self._new_peers = TokenBucket(NEW_PEERS_PER_S, NEW_PEERS_BURST, trio.current_time())
         self._changed = Signal()
         self._leaving = False
@@ -170,6 +172,7 @@ class Heartbeats:
         heartbeat = self._verify(data)
         if heartbeat.peer != source:
             return False
+        self.clock.on_heartbeat(source, heartbeat.issued_at_s)
         self._enter(heartbeat, data)
         return heartbeat.peer == self._network.peer_id or self._directory.knows(heartbeat.peer)
 

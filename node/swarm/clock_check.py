@@ -1,0 +1,54 @@
+"""Compares this machine's clock with those of connected peers, by the times of issue in their heartbeats.
+
+Peers refuse what a wrong clock signed, and a wrong clock refuses what they sign: nothing else would tell.
+"""
+
+import statistics
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+import trio
+
+from protocol.identity import PeerId
+from protocol.limits import MAX_CLOCK_SKEW_S, MAX_HEARTBEAT_INTERVAL_MS
+
+RECENT_S = 2 * MAX_HEARTBEAT_INTERVAL_MS / 1000
+"""A heartbeat counts for this long."""
+
+TOLERANCE_S = MAX_CLOCK_SKEW_S / 2
+"""Half of the skew that peers accept: heartbeats take seconds, and clocks drift on."""
+
+
+class _Heard(NamedTuple):
+    ahead_s: float
+    """How far our clock was ahead."""
+    at_s: float
+    wall_s: float
+
+
+class ClockCheck:
+    """The last heartbeat of each connected peer, timely or not: there is one vote for each connection."""
+
+    def __init__(self, connected: Callable[[], Collection[PeerId]], wall_clock: Callable[[], float]) -> None:
+        self._connected = connected
+        self._wall_clock = wall_clock
+        self._heard: dict[PeerId, _Heard] = {}
+
+    def on_heartbeat(self, peer: PeerId, issued_at_s: int) -> None:
+        """Note a heartbeat that a peer signed; only those of connected peers count."""
+        if peer in self._connected():
+            now_s = self._wall_clock()
+            self._heard[peer] = _Heard(now_s - issued_at_s, trio.current_time(), now_s)
+
+    def _recent(self) -> list[_Heard]:
+        connected, now_s = set(self._connected()), trio.current_time()
+        self._heard = {
+            peer: each for peer, each in self._heard.items() if peer in connected and now_s - each.at_s < RECENT_S
+        }
+        return list(self._heard.values())
+
+    def is_confirmed(self) -> bool:
+        """Return whether connected peers agree with our clock, which was not set since they were heard."""
+        passed_s = self._wall_clock() - trio.current_time()
+        heard = [each for each in self._recent() if abs(passed_s - (each.wall_s - each.at_s)) < TOLERANCE_S]
+        return bool(heard) and abs(statistics.median(each.ahead_s for each in heard)) <= MAX_CLOCK_SKEW_S

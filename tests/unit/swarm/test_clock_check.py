@@ -1,0 +1,86 @@
+"""Whether peers agree with this machine's clock, as their heartbeats show."""
+
+import random
+from contextlib import suppress
+
+import trio
+import trio.testing
+
+from node.identity import Identity
+from node.swarm.clock_check import RECENT_S
+from node.swarm.dht_records import RecordKinds
+from node.swarm.heartbeats import Heartbeats, OwnServices
+from node.swarm.membership import Membership
+from node.testing.memory_links import LinkModel
+from node.testing.memory_network import MemoryNetworkHub
+from protocol.announcements import Heartbeat
+from protocol.errors import RemoteProtocolError
+from protocol.records import seal
+
+US, *PEERS = (Identity(bytes([number]) * 32) for number in range(6))
+
+NOON = 1_800_000_000
+
+
+class Node:
+    """Our node, connected to peers, with a clock that can be set."""
+
+    def __init__(self, connected: int) -> None:
+        network = MemoryNetworkHub(random.Random(0), LinkModel()).network(US.peer_id)
+        network.connected_peers = lambda: tuple(each.peer_id for each in PEERS[:connected])  # type: ignore[method-assign]
+        self.ahead_s = 0.0
+        self.heartbeats: Heartbeats = Membership(
+            network=network,
+            identity=US,
+            services=OwnServices(agent="test/1", served_spans=tuple),
+            bootstrap=(),
+            records=RecordKinds(network),
+            jitter=random.Random(0),
+            wall_clock=lambda: NOON + trio.current_time() + self.ahead_s,
+        ).heartbeats
+
+    def hear(self, sender: Identity, peer_ahead_s: float = 0.0) -> None:
+        """Receive a heartbeat of a peer, by its clock."""
+        now_s = int(NOON + trio.current_time() + peer_ahead_s)
+        heartbeat = Heartbeat(
+            peer=sender.peer_id,
+            sequence=1 + int(trio.current_time() * 1000),
+            issued_at_s=now_s,
+            expires_at_s=now_s + 60,
+            interval_ms=2500,
+            multiaddrs=(),
+            agent="test/1",
+            spans=(),
+        )
+        with suppress(RemoteProtocolError):
+            self.heartbeats.validate(sender.peer_id, seal(heartbeat, sender.private_key))
+
+
+async def test_clock_is_confirmed_by_heartbeats_of_connected_peers_only(autojump_clock: trio.testing.MockClock) -> None:
+    node = Node(connected=1)
+    clock = node.heartbeats.clock
+    assert not clock.is_confirmed()
+    node.hear(PEERS[1])
+    assert not clock.is_confirmed()
+    node.hear(PEERS[0])
+    assert clock.is_confirmed()
+    await trio.sleep(RECENT_S)
+    assert not clock.is_confirmed()
+
+
+async def test_clock_that_is_a_month_ahead_is_not_confirmed(autojump_clock: trio.testing.MockClock) -> None:
+    node = Node(connected=3)
+    node.ahead_s = 31 * 86_400
+    for peer in PEERS[:3]:
+        node.hear(peer)
+    assert not node.heartbeats.clock.is_confirmed()
+
+
+async def test_clock_is_not_confirmed_by_what_was_heard_before_it_was_set(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    node = Node(connected=3)
+    node.hear(PEERS[0])
+    assert node.heartbeats.clock.is_confirmed()
+    node.ahead_s = 31 * 86_400
+    assert not node.heartbeats.clock.is_confirmed()
