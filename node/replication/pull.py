@@ -10,7 +10,7 @@ import trio
 
 from node.network.interface import Network, NetworkError, PeerConnected, Stream
 from node.replication.peer_limits import LimitedPeer, PeerLimits
-from node.replication.session import Responder, Session, SessionOutcome, Throttle
+from node.replication.session import Responder, Session, SessionOutcome, SilentPeerError, Throttle
 from node.storage.database import StorageError
 from node.util.token_bucket import Allowance
 from protocol.errors import RemoteProtocolError
@@ -18,6 +18,15 @@ from protocol.identity import PeerId
 
 BUSY_S: Final = 3
 """Pause that a refused initiator is asked for."""
+
+SESSIONS_PER_PEER: Final = 2
+"""Sessions of one peer that are served at a time."""
+
+PATIENCE_S: Final = 2.0
+"""When all places are taken, a session whose peer was silent for longer gives its place to a newcomer."""
+
+SILENCE_COST: Final = 60
+"""Sessions that a silent one costs its peer: it may not begin the next ones for a while."""
 
 _logger = structlog.get_logger(__name__)
 
@@ -36,6 +45,15 @@ class PullLimits:
     session_timeout_s: float = 60.0
     catching_up: int | None = None
     """While a session of ours has brought this many records, others are refused: we lack too much ourselves."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Served:
+    """A session that a peer began."""
+
+    peer: PeerId
+    session: Session[Any, Any]
+    scope: trio.CancelScope
 
 
 class PullService:
@@ -64,7 +82,7 @@ class PullService:
         self._serve_work = limits.serve_work.bucket(0.0)
         self._traffic = limits.traffic.bucket(0.0)
         self._pulling: dict[PeerId, SessionOutcome] = {}
-        self._serving = 0
+        self._served: list[_Served] = []
         self._preferred: dict[PeerId, int] = {}
         network.set_stream_handler(protocol, self._serve)
 
@@ -145,24 +163,49 @@ class PullService:
         throttle = Throttle(work=(peer.work, self._serve_work), traffic=(peer.traffic, self._traffic))
         session = self._respond(stream, throttle)
         try:
-            with trio.move_on_after(self._limits.session_timeout_s):
-                if not self._admits(peer, now_s):
+            with trio.move_on_after(self._limits.session_timeout_s) as scope:
+                served = _Served(stream.peer, session, scope)
+                if not self._admits(served, peer, now_s):
                     await session.refuse(BUSY_S)
                     return
-                self._serving += 1
                 try:
                     await session.run()
                 finally:
-                    self._serving -= 1
+                    self._leave(served)
         except RemoteProtocolError as error:
             self._peer_limits.ban(stream.peer, trio.current_time(), str(error))
             await stream.reset()
         except (NetworkError, StorageError) as error:
+            if isinstance(error, SilentPeerError):
+                peer.sessions.spend(SILENCE_COST, trio.current_time())
             _logger.debug("served session failed", protocol=self._protocol, peer=stream.peer, reason=str(error))
         finally:
             self._on_outcome(session.outcome)
 
-    def _admits(self, peer: LimitedPeer, now_s: float) -> bool:
+    def _admits(self, newcomer: _Served, peer: LimitedPeer, now_s: float) -> bool:
+        """Return whether a session is served; it has a place then."""
         bound = self._limits.catching_up
-        catching_up = bound is not None and any(each.received >= bound for each in self._pulling.values())
-        return self._serving < self._limits.served_sessions and not catching_up and peer.sessions.take(1, now_s)
+        if bound is not None and any(each.received >= bound for each in self._pulling.values()):
+            return False
+        of_the_peer = sum(each.peer == newcomer.peer for each in self._served)
+        if of_the_peer >= SESSIONS_PER_PEER or not peer.sessions.take(1, now_s):
+            return False
+        if len(self._served) >= self._limits.served_sessions and not self._end_silent_session(now_s):
+            return False
+        self._served.append(newcomer)
+        return True
+
+    def _end_silent_session(self, now_s: float) -> bool:
+        """End the session whose peer was silent for longest, if it was for too long; return whether it was."""
+        waiting = [(since, each) for each in self._served if (since := each.session.waiting_since_s) is not None]
+        since, longest = min(waiting, key=lambda pair: pair[0], default=(now_s, None))
+        if longest is None or now_s - since < PATIENCE_S:
+            return False
+        self._leave(longest)
+        longest.scope.cancel()
+        self._peer_limits.of(longest.peer, now_s).sessions.spend(SILENCE_COST, now_s)
+        return True
+
+    def _leave(self, served: _Served) -> None:
+        if served in self._served:
+            self._served.remove(served)

@@ -36,6 +36,10 @@ class SessionOutcome:
     """The session reached its bounds before the end: another one continues."""
 
 
+class SilentPeerError(NetworkError):
+    """The other side sent nothing for too long."""
+
+
 class Throttle:
     """Slows a session down to the rate limits of its peer and of all sessions together."""
 
@@ -64,6 +68,8 @@ class Session(Generic[M, S]):
 
     def __init__(self, stream: Stream, connection: HalfDuplexConnection[M, S], throttle: Throttle) -> None:
         self.outcome = SessionOutcome()
+        self.waiting_since_s: float | None = None
+        """Since when the other side has sent or taken nothing; None while it is our turn."""
         self._stream = stream
         self._connection = connection
         self._throttle = throttle
@@ -76,17 +82,21 @@ class Session(Generic[M, S]):
     async def _send(self, message: M) -> None:
         """Send a message, then wait until its traffic is within the limits. Raises NetworkError."""
         data = self._connection.send(message)
+        self.waiting_since_s = trio.current_time()
         await self._stream.send_all(data)
+        self.waiting_since_s = None
         self.outcome.bytes_sent += len(data)
         await self._throttle.pay_traffic(len(data))
 
     async def _receive_any(self) -> M | None:
         """Return the next message, None at the end. Raises NetworkError and RemoteProtocolError."""
         while not self._received:
+            self.waiting_since_s = trio.current_time()
             with trio.move_on_after(SILENCE_S) as scope:
                 data = await self._stream.receive_some()
             if scope.cancelled_caught:
-                raise NetworkError(f"no message within {SILENCE_S:g} s")
+                raise SilentPeerError(f"no message within {SILENCE_S:g} s")
+            self.waiting_since_s = None
             self._received += self._connection.receive_data(data)
             if not data:
                 return None

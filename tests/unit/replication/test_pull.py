@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 
 import trio
@@ -12,12 +12,14 @@ from node.network.interface import NetworkError, Stream
 from node.replication.anti_entropy import SyncInitiator, SyncResponder
 from node.replication.observations import PEER_ALLOWANCES
 from node.replication.peer_limits import PeerLimits
-from node.replication.pull import BUSY_S, PullLimits, PullService
-from node.replication.session import Throttle
+from node.replication.pull import BUSY_S, PATIENCE_S, SESSIONS_PER_PEER, SILENCE_COST, PullLimits, PullService
+from node.replication.session import SessionOutcome, Throttle
 from node.testing.memory_links import LinkModel
-from node.testing.memory_network import MemoryNetworkHub
+from node.testing.memory_network import MemoryNetwork, MemoryNetworkHub
 from protocol.errors import RemoteProtocolError
+from protocol.identity import PeerId
 from protocol.sync import PROTOCOL_ID
+from tests.support.observations import peer
 from tests.support.sync_sessions import OURS, THEIRS, Peer, made
 
 Initiate = Callable[[Stream, Throttle], SyncInitiator]
@@ -32,9 +34,9 @@ async def neighbours(limits: PullLimits) -> AsyncIterator[tuple[PullService, Pee
     peer_limits = [PeerLimits(PEER_ALLOWANCES) for _ in networks]
     services = [
         PullService(
-            network, PROTOCOL_ID, limit, limits, random.Random(0), respond=partial(SyncResponder, replica=peer.replica)
+            network, PROTOCOL_ID, limit, limits, random.Random(0), respond=partial(SyncResponder, replica=each.replica)
         )
-        for network, limit, peer in zip(networks, peer_limits, peers, strict=True)
+        for network, limit, each in zip(networks, peer_limits, peers, strict=True)
     ]
     await peers[1].history.add_many(peers[1].initial)
     async with networks[0].running(), networks[1].running():
@@ -81,3 +83,74 @@ async def test_protocol_violation_bans_the_neighbour(autojump_clock: MockClock) 
         await service.pull(THEIRS, cheat)
         assert limits.bans(trio.current_time())[THEIRS].reason == "cheated"
         assert service.choose_neighbour() is None
+
+
+@asynccontextmanager
+async def server_of(limits: PullLimits, *clients: PeerId) -> AsyncIterator[list[MemoryNetwork]]:
+    """Run a service that has something to tell, and peers that are connected to it; yield their networks."""
+    hub = MemoryNetworkHub(random.Random(0), LinkModel(latency_s=0.01))
+    server, *others = (hub.network(peer) for peer in (THEIRS, *clients))
+    history = Peer([made(1), made(2)])
+    await history.history.add_many(history.initial)
+    respond = partial(SyncResponder, replica=history.replica)
+    PullService(server, PROTOCOL_ID, PeerLimits(PEER_ALLOWANCES), limits, random.Random(0), respond=respond)
+    async with AsyncExitStack() as stack:
+        for network in (server, *others):
+            await stack.enter_async_context(network.running())
+        for network in others:
+            await network.connect(server.multiaddrs[0])
+        yield others
+
+
+async def pull_with(network: MemoryNetwork) -> SessionOutcome:
+    ours = Peer()
+    limits = PeerLimits(PEER_ALLOWANCES)
+    respond = partial(SyncResponder, replica=ours.replica)
+    service = PullService(network, PROTOCOL_ID, limits, PullLimits(), random.Random(0), respond=respond)
+    return await service.pull(THEIRS, partial(SyncInitiator, replica=ours.replica, jitter=random.Random(0)))
+
+
+async def test_silent_peer_does_not_keep_others_out(autojump_clock: MockClock) -> None:
+    async with server_of(PullLimits(), OURS, peer(3)) as (honest, silent):
+
+        async def open_and_say_nothing() -> None:
+            while True:
+                with suppress(NetworkError):
+                    stream = await silent.open_stream(THEIRS, PROTOCOL_ID)
+                    while await stream.receive_some():
+                        pass
+                await trio.sleep(0.2)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(open_and_say_nothing)
+            for _ in range(20):
+                await trio.sleep(3)
+                assert (await pull_with(honest)).equal
+            nursery.cancel_scope.cancel()
+
+
+async def test_silent_sessions_of_many_peers_make_room(autojump_clock: MockClock) -> None:
+    many = [peer(number) for number in range(3, 11)]
+    async with server_of(PullLimits(served_sessions=len(many)), OURS, *many) as (honest, *silent):
+        streams = [await each.open_stream(THEIRS, PROTOCOL_ID) for each in silent]
+        assert (await pull_with(honest)).retry_s == BUSY_S
+        await trio.sleep(PATIENCE_S)
+        assert (await pull_with(honest)).equal
+        ended = 0
+        for stream in streams:
+            with trio.move_on_after(1):
+                assert await stream.receive_some() == b""
+                ended += 1
+        assert ended == 1, "no more than the one that was in the way"
+
+
+async def test_silence_costs_a_peer_its_next_sessions(autojump_clock: MockClock) -> None:
+    async with server_of(PullLimits(), OURS) as (silent,):
+        for _ in range(SESSIONS_PER_PEER):
+            stream = await silent.open_stream(THEIRS, PROTOCOL_ID)
+        assert (await pull_with(silent)).retry_s == BUSY_S, "it has all of its places"
+        assert await stream.receive_some() == b""
+        assert (await pull_with(silent)).retry_s == BUSY_S
+        await trio.sleep(SESSIONS_PER_PEER * SILENCE_COST / PEER_ALLOWANCES.sessions.per_s)
+        assert (await pull_with(silent)).equal
