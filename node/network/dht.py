@@ -8,13 +8,16 @@ key in base64url, because the library refuses lookups for keys longer than 50 by
 import base64
 import hashlib
 import logging
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
 import trio
-from libp2p.kad_dht.common import PROTOCOL_ID
+from libp2p.kad_dht.common import BUCKET_SIZE, PROTOCOL_ID
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
+from libp2p.kad_dht.pb.kademlia_pb2 import Record
 from libp2p.kad_dht.provider_store import ProviderStore
 from libp2p.kad_dht.value_store import ValueStore
 from libp2p.peer.id import ID
@@ -26,13 +29,18 @@ from node.network.interface import NetworkError, RecordSelector, RecordValidator
 from node.network.transport import reason
 from node.util.signal import Signal
 from protocol.identity import PeerId, parse_peer_id
-from protocol.limits import MAX_RECORD_BYTES
+from protocol.limits import MAX_ADDRESSES, MAX_RECORD_BYTES
 
 logger = logging.getLogger(__name__)
 
 MAX_KEY_BYTES: Final = 512
 MAX_STORED_RECORDS: Final = 8192
-MAX_STORED_PROVIDER_KEYS: Final = 65536
+MAX_RECORDS_PER_OWNER: Final = 64
+"""Records of one peer: two, and one for each model of which it serves spans."""
+MAX_STORED_PROVIDERS: Final = 65536
+MAX_KEYS_PER_PROVIDER: Final = 8192
+PROVIDER_LIFETIME_S: Final = 25 * 3600.0
+"""Twice the time after which a node announces its files again."""
 QUERY_TIMEOUT_S: Final = 4.0
 """Timeout of a single peer's answer."""
 CONCURRENCY: Final = 10
@@ -96,22 +104,104 @@ class _Records(Validator):
 
 
 class _BoundedValueStore(ValueStore):
-    """The library scans all of up to 50,000 records for the oldest at every put once it is full."""
+    """Records of others, with a share for each owner: the peer that a record's key ends with and that signed it.
+
+    The library scans all of up to 50,000 records for the oldest at every put once it is full.
+    """
+
+    def __init__(self, host: GuardedHost, local_peer_id: ID) -> None:
+        super().__init__(host, local_peer_id)
+        self._owners: dict[bytes, str] = {}
+
+    def put(self, key: bytes, value: bytes, validity: float = 0.0) -> None:
+        """Store a record of ours, or one that we looked up."""
+        self._make_room(key, value)
+        super().put(key, value, validity)
+
+    def put_record(self, key: bytes, record: Record) -> None:
+        """Store a record that a peer sent."""
+        self._make_room(key, record.value)
+        super().put_record(key, record)
 
     def _evict_if_full(self) -> None:
-        while len(self.store) >= MAX_STORED_RECORDS:
-            del self.store[next(iter(self.store))]
+        """Evict nothing: `_make_room` did."""
+
+    def _make_room(self, key: bytes, value: bytes) -> None:
+        """Evict the oldest record of an owner that has all its share, or, of a full store, of the owner with most."""
+        if key in self.store:
+            self._owners[key] = self._owners.pop(key)  # the newest now
+            return
+        if len(self._owners) > len(self.store):  # some have expired
+            self._owners = {held: owner for held, owner in self._owners.items() if held in self.store}
+        owner = parse_wire_value(key.decode(), value)[0].rpartition("/")[2]
+        counts = Counter(self._owners.values())
+        if counts[owner] >= MAX_RECORDS_PER_OWNER:
+            self._evict_of(owner)
+        elif len(self.store) >= MAX_STORED_RECORDS:
+            counts.pop(self.local_peer_id.to_base58(), None)
+            self._evict_of(max(counts, key=lambda each: counts[each], default=owner))
+        self._owners[key] = owner
+
+    def _evict_of(self, owner: str) -> None:
+        oldest = next((key for key, each in self._owners.items() if each == owner), None)
+        if oldest is not None:
+            del self._owners[oldest]
+            self.remove(oldest)
 
 
 class _BoundedProviderStore(ProviderStore):
-    """The library remembers every key that was ever announced."""
+    """Providers, with a share for each.
+
+    The library remembers every key that was ever announced, and the first 20 peers that announced it, for two days.
+    """
+
+    def __init__(self, host: GuardedHost, peer_routing: object) -> None:
+        super().__init__(host, peer_routing)
+        self._keys_of: dict[str, dict[bytes, None]] = {}
+        """By provider, those announced longest ago first."""
 
     def add_provider(self, key: bytes, provider: PeerInfo) -> None:
-        """Remember a provider."""
-        if key not in self.providers:
-            while len(self.providers) >= MAX_STORED_PROVIDER_KEYS:
-                del self.providers[next(iter(self.providers))]
-        super().add_provider(key, provider)
+        """Remember a provider; of a key with many the one that announced it longest ago makes room."""
+        self._expire(key)
+        peer, known = str(provider.peer_id), self.providers.get(key, {})
+        if peer not in known:
+            if len(known) >= BUCKET_SIZE:
+                self._forget(key, min(known, key=lambda each: known[each].timestamp))
+            self._make_room(peer)
+        super().add_provider(key, PeerInfo(provider.peer_id, provider.addrs[:MAX_ADDRESSES]))
+        keys = self._keys_of.setdefault(peer, {})
+        keys.pop(key, None)
+        keys[key] = None
+
+    def _make_room(self, peer: str) -> None:
+        if len(self._keys_of.get(peer, ())) < MAX_KEYS_PER_PROVIDER:
+            if sum(map(len, self._keys_of.values())) < MAX_STORED_PROVIDERS:
+                return
+            others = [each for each in self._keys_of if each != str(self.local_peer_id)]
+            peer = max(others, key=lambda each: len(self._keys_of[each]), default=peer)
+        self._forget(next(iter(self._keys_of[peer])), peer)
+
+    def get_providers(self, key: bytes) -> list[PeerInfo]:
+        """Return the providers of a key."""
+        self._expire(key)
+        return super().get_providers(key)
+
+    def cleanup_expired(self) -> None:
+        """Forget the providers that have not announced a key again."""
+        for key in list(self.providers):
+            self._expire(key)
+
+    def _expire(self, key: bytes) -> None:
+        overdue_s = time.time() - PROVIDER_LIFETIME_S
+        for peer in [peer for peer, each in self.providers.get(key, {}).items() if each.timestamp < overdue_s]:
+            self._forget(key, peer)
+
+    def _forget(self, key: bytes, peer: str) -> None:
+        del self.providers[key][peer], self._keys_of[peer][key]
+        if not self.providers[key]:
+            del self.providers[key]
+        if not self._keys_of[peer]:
+            del self._keys_of[peer]
 
 
 class Dht:

@@ -402,7 +402,7 @@ async def test_dht_keeps_thirty_announcements_in_a_row() -> None:
 
 async def test_dht_storage_for_strangers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("node.network.dht.MAX_STORED_RECORDS", 5)
-    monkeypatch.setattr("node.network.dht.MAX_STORED_PROVIDER_KEYS", 5)
+    monkeypatch.setattr("node.network.dht.MAX_STORED_PROVIDERS", 5)
     keeper, stranger = our_host(1), our_host(2)
     with limited(20):
         async with keeper.running(), stranger.running():
