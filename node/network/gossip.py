@@ -80,6 +80,9 @@ class _GuardedPubsub(Pubsub):
         super().__init__(host, router, strict_signing=True, allowed_topics=set(gossip.topics))
         self.seen_messages.stop()
         self.seen_messages = _SeenMessages()
+        # The library counts from the second of the start: a restarted node would repeat ids that its neighbours have
+        # seen within the last two minutes.
+        self.counter = time.time_ns()
         self._gossip = gossip
         self._buckets: dict[ID, TokenBucket] = {}
         self._inbound: Counter[ID] = Counter()

@@ -2,6 +2,7 @@
 
 import select
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, suppress
 from types import SimpleNamespace
@@ -434,6 +435,21 @@ async def test_gossip_burst_arrives_completely() -> None:
                 await publisher.publish(TOPIC, number.to_bytes(2, "big"))
             while len(heard) < 101:
                 heard.add((await anext(messages)).data)
+
+
+async def test_gossip_of_a_restarted_node_is_new_to_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    second = int(time.time())
+    monkeypatch.setattr("libp2p.pubsub.pubsub.time.time", lambda: second)  # one that restarts within a second
+    listener = our_host(1)
+    with limited(20):
+        async with listener.running():
+            for message in (b"before", b"after"):
+                publisher = our_host(2)
+                async with publisher.running(), listener.subscribe(TOPIC) as messages:
+                    await publisher.connect(listener.multiaddrs[0])
+                    await until(lambda publisher=publisher: publisher._gossip._pubsub.peer_topics.get(TOPIC))  # type: ignore[misc]
+                    await publisher.publish(TOPIC, message)
+                    assert (await anext(messages)).data == message
 
 
 async def test_gossip_flood_is_rate_limited(monkeypatch: pytest.MonkeyPatch) -> None:
