@@ -216,12 +216,12 @@ class Heartbeats:
                 is_due = queried < NEIGHBOURS_QUERIED and tried < NEIGHBOURS_TRIED
                 if is_due and isinstance(event, PeerConnected):
                     tried += 1
+                    read = partial(self._on_relayed_heartbeat, event.peer)
                     try:
-                        await query_presence(self._network, event.peer, partial(self._on_relayed_heartbeat, event.peer))
+                        # Without any heartbeat it is no answer: nodes of before refuse a query so.
+                        queried += await query_presence(self._network, event.peer, read) > 0
                     except (NetworkError, RemoteProtocolError) as error:
                         _logger.debug("presence query failed", peer=event.peer, reason=str(error))
-                    else:
-                        queried += 1
                     if (relayed := self._directory.relayed_by(event.peer)) >= MAX_UNREACHED_PER_RELAY:
                         _logger.warning(
                             "presence answer cut off: too many unreached peers", peer=event.peer, count=relayed
