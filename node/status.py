@@ -112,6 +112,7 @@ class StatusView:
             "state": "draining" if self._stages.is_draining else "serving",
             "uptime_s": round(time.monotonic() - self._started_s, 3),
             "connected_peers": len(self._network.connected_peers()),
+            "clock_ahead_s": self._membership.heartbeats.clock.ahead_s(),
             "peers": self._peer_counts(),
             "bootstrap": [
                 {"multiaddr": each.multiaddr, "peer_id": each.peer, "error": each.error}

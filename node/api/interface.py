@@ -250,6 +250,7 @@ class NodeStatus(TypedDict):
     state: Literal["serving", "draining"]
     uptime_s: float
     connected_peers: int
+    clock_ahead_s: float | None
     peers: PeerCounts
     bootstrap: list[BootstrapStatus]
     serve: list[str]

@@ -51,8 +51,8 @@ def render_status(status: "NodeStatus") -> "RenderableType":
         or "no model files from peers",
         "served": f"{format_bytes(status['transfers']['served_bytes'])} of model files to peers",
     }
-    facts_and_gaps = [*facts.items(), *(("missing", _describe_gap(gap, status)) for gap in status["uncovered"])]
-    summary = Text("\n".join(f"{name:<9} {printable(value)}" for name, value in facts_and_gaps))
+    facts_and_faults = [*facts.items(), *_faults(status)]
+    summary = Text("\n".join(f"{name:<9} {printable(value)}" for name, value in facts_and_faults))
     if not status["spans"]:
         waiting = f"no blocks yet of {', '.join(status['serve'])}: the log says what is missing"
         return Group(summary, Text(f"serves    {waiting if status['serve'] else SERVES_NOTHING}"))
@@ -85,6 +85,14 @@ def render_status(status: "NodeStatus") -> "RenderableType":
             )
         )
     return Group(summary, Text(), table)
+
+
+def _faults(status: "NodeStatus") -> list[tuple[str, str]]:
+    from node.swarm.clock_check import TOLERANCE_S, describe_skew
+
+    ahead_s = status["clock_ahead_s"]
+    clock = [] if ahead_s is None or abs(ahead_s) <= TOLERANCE_S else [("clock", describe_skew(ahead_s))]
+    return clock + [("missing", _describe_gap(gap, status)) for gap in status["uncovered"]]
 
 
 def _describe_jobs(jobs: "JobCounts") -> str:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
+import structlog
 import trio
 
 from protocol.identity import PeerId
@@ -17,6 +18,8 @@ RECENT_S = 2 * MAX_HEARTBEAT_INTERVAL_MS / 1000
 
 TOLERANCE_S = MAX_CLOCK_SKEW_S / 2
 """Half of the skew that peers accept: heartbeats take seconds, and clocks drift on."""
+
+_logger = structlog.get_logger(__name__)
 
 
 class _Heard(NamedTuple):
@@ -33,12 +36,14 @@ class ClockCheck:
         self._connected = connected
         self._wall_clock = wall_clock
         self._heard: dict[PeerId, _Heard] = {}
+        self._is_off = False
 
     def on_heartbeat(self, peer: PeerId, issued_at_s: int) -> None:
         """Note a heartbeat that a peer signed; only those of connected peers count."""
         if peer in self._connected():
             now_s = self._wall_clock()
-            self._heard[peer] = _Heard(now_s - issued_at_s, trio.current_time(), now_s)
+            # The time of issue is in whole seconds.
+            self._heard[peer] = _Heard(now_s - issued_at_s - 0.5, trio.current_time(), now_s)
 
     def _recent(self) -> list[_Heard]:
         connected, now_s = set(self._connected()), trio.current_time()
@@ -47,8 +52,27 @@ class ClockCheck:
         }
         return list(self._heard.values())
 
+    def ahead_s(self) -> float | None:
+        """Return how far our clock is ahead of those of connected peers: the median, None while none was heard."""
+        return statistics.median(each.ahead_s for each in heard) if (heard := self._recent()) else None
+
+    def warn(self) -> None:
+        """Log once when our clock differs too much from those of connected peers."""
+        ahead_s = self.ahead_s()
+        was_off, self._is_off = self._is_off, ahead_s is not None and abs(ahead_s) > TOLERANCE_S
+        if self._is_off and not was_off and ahead_s is not None:
+            _logger.warning(describe_skew(ahead_s), connected_peers_heard=len(self._heard))
+
     def is_confirmed(self) -> bool:
         """Return whether connected peers agree with our clock, which was not set since they were heard."""
         passed_s = self._wall_clock() - trio.current_time()
         heard = [each for each in self._recent() if abs(passed_s - (each.wall_s - each.at_s)) < TOLERANCE_S]
         return bool(heard) and abs(statistics.median(each.ahead_s for each in heard)) <= MAX_CLOCK_SKEW_S
+
+
+def describe_skew(ahead_s: float) -> str:
+    """Return what is wrong with this machine's clock, and what to do."""
+    return (
+        f"this machine's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} those of connected "
+        f"peers, which accept at most {MAX_CLOCK_SKEW_S} s: set the clock"
+    )

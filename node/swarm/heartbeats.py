@@ -21,7 +21,7 @@ from protocol.errors import LocalProtocolError, RemoteProtocolError, UntimelyErr
 from protocol.identity import PeerId
 from protocol.limits import MAX_ADDRESSES, MAX_HEARTBEAT_INTERVAL_MS
 from protocol.presence import PROTOCOL_ID
-from protocol.records import seal, verify_record
+from protocol.records import issue_time, seal, verify_record
 
 HEARTBEAT_INTERVAL_S = 2.5
 """Between a peer's heartbeats in a small swarm."""
@@ -160,6 +160,7 @@ class Heartbeats:
             longest_s = max(LEAST_LONGEST_INTERVAL_S, INTERVAL_SLACK * self.interval_ms() / 1000)
             for peer in self._directory.expire(trio.current_time(), longest_s):
                 _logger.info("peer expired: heartbeats overdue", peer=peer)
+            self.clock.warn()
             await trio.sleep(1)
 
     # Heartbeats of others
@@ -169,7 +170,12 @@ class Heartbeats:
 
         Nothing reads the topic itself: that would verify every heartbeat twice.
         """
-        heartbeat = self._verify(data)
+        try:
+            heartbeat = self._verify(data)
+        except UntimelyError:
+            if source in self._network.connected_peers():
+                self.clock.on_heartbeat(source, issue_time(data, Heartbeat.kind))
+            raise
         if heartbeat.peer != source:
             return False
         self.clock.on_heartbeat(source, heartbeat.issued_at_s)

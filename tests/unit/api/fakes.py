@@ -285,6 +285,7 @@ class FakeNode:
             "state": "draining" if self.draining else "serving",
             "uptime_s": 12.5,
             "connected_peers": 1,
+            "clock_ahead_s": 0.4,
             "peers": {
                 "known": 3,
                 "reached": 1,

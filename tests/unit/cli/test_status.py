@@ -77,6 +77,15 @@ def test_prints_why_nothing_is_served(serve: list[str], words: str, capsys: pyte
     assert words in " ".join(capsys.readouterr().out.split())
 
 
+def test_prints_that_the_clock_is_off(capsys: pytest.CaptureFixture[str]) -> None:
+    status = FakeNode().status_document()
+    for ahead_s, words in ((-90.0, "is 90 s behind those of connected peers"), (3.0, None), (None, None)):
+        status["clock_ahead_s"] = ahead_s
+        out().print(render_status(status))
+        printed = " ".join(capsys.readouterr().out.split())
+        assert words in printed if words else "clock" not in printed
+
+
 def test_prints_coverage_by_block(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["models", *api]) == 0
     tiny, broken = (line.split() for line in capsys.readouterr().out.splitlines() if "complete" in line)

@@ -3,6 +3,9 @@
 import random
 from contextlib import suppress
 
+import pytest
+import structlog
+import structlog.testing
 import trio
 import trio.testing
 
@@ -84,3 +87,32 @@ async def test_clock_is_not_confirmed_by_what_was_heard_before_it_was_set(
     assert node.heartbeats.clock.is_confirmed()
     node.ahead_s = 31 * 86_400
     assert not node.heartbeats.clock.is_confirmed()
+
+
+async def test_wrong_clock_is_logged_once_and_shown(autojump_clock: trio.testing.MockClock) -> None:
+    node = Node(connected=4)
+    clock = node.heartbeats.clock
+    assert clock.ahead_s() is None
+    node.ahead_s = -90.0
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(5):
+            for peer in PEERS[:4]:
+                node.hear(peer)
+            clock.warn()
+            await trio.sleep(3)
+    assert clock.ahead_s() == pytest.approx(-90, abs=1)
+    (warning,) = [each for each in logs if each["log_level"] == "warning"]
+    assert "clock is 9" in warning["event"]
+    assert warning["event"].endswith("s behind those of connected peers, which accept at most 60 s: set the clock")
+
+
+async def test_clock_of_a_single_peer_that_is_wrong_is_not_ours(autojump_clock: trio.testing.MockClock) -> None:
+    node = Node(connected=3)
+    with structlog.testing.capture_logs() as logs:
+        node.hear(PEERS[0], peer_ahead_s=10_000)
+        node.hear(PEERS[1])
+        node.hear(PEERS[2])
+        node.hear(PEERS[3], peer_ahead_s=10_000)  # not connected
+        node.heartbeats.clock.warn()
+    assert not [each for each in logs if each["log_level"] == "warning"]
+    assert node.heartbeats.clock.is_confirmed()
