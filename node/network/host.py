@@ -17,7 +17,7 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
 from multiaddr import Multiaddr
 
-from node.network.addresses import AddressBook, TcpAddress, parse_address, parse_peer_address
+from node.network.addresses import AddressBook, TcpAddress, address_range, parse_address, parse_peer_address
 from node.network.broadcast import Broadcast
 from node.network.dht import Dht
 from node.network.gossip import Gossip
@@ -316,7 +316,11 @@ class Libp2pNetwork:
         muxed = (self._swarm.direct_connection(peer_id) or live[-1]).muxed_conn
         if not isinstance(muxed, Yamux):
             return Way()
-        return Way(relay=None if muxed.relay is None else PeerId(muxed.relay), punched=muxed.punched)
+        return Way(
+            relay=None if muxed.relay is None else PeerId(muxed.relay),
+            punched=muxed.punched,
+            range=None if muxed.host is None else address_range(muxed.host),
+        )
 
     def addresses_of(self, peer: PeerId) -> tuple[str, ...]:
         """Multiaddrs (each with /p2p/) of the peer: from the address book, then from identify."""

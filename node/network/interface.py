@@ -107,6 +107,8 @@ class Way:
     relay: PeerId | None = None
     punched: bool = False
     """Whether a hole was punched through a NAT for the direct connection."""
+    range: str | None = None
+    """The public range of the address to which a direct connection leads."""
 
 
 TransferReport = Callable[[PeerId, int, float], None]

@@ -39,7 +39,7 @@ MAX_UNREACHED_PER_RANGE = 32
 """Unreached peers that may claim addresses within one public IPv4 /24 or IPv6 /56."""
 
 MAX_PER_RANGE = 256
-"""Peers, reached or not, that may claim addresses within one such range."""
+"""Peers that were reached within one such range. What others claim does not count: anybody may claim any address."""
 
 
 class AnnouncedPlacements(NamedTuple):
@@ -69,6 +69,8 @@ class PeerEntry:
     """Whether our last dial succeeded."""
     relay: PeerId | None
     """The peer whose presence answer contained it, unless it was gossiped since."""
+    reached_in: str | None
+    """The public address range to which the last connection with it led; None without one, or for no such address."""
     ranges: frozenset[str]
     """The public address ranges that it claims to be in."""
     place: str
@@ -89,10 +91,17 @@ class Candidate:
 class Directory:
     """The live peers and their spans."""
 
-    def __init__(self, *, own_peer: PeerId, connected: Callable[[], Collection[PeerId]] = tuple) -> None:
-        """`connected` returns the peers with a live, authenticated connection to us."""
+    def __init__(
+        self,
+        *,
+        own_peer: PeerId,
+        connected: Callable[[], Collection[PeerId]] = tuple,
+        range_of: Callable[[PeerId], str | None] = lambda peer: None,
+    ) -> None:
+        """`connected` returns the peers with a live, authenticated connection to us, `range_of` where that leads to."""
         self._own_peer = own_peer
         self._connected = connected
+        self._range_of = range_of
         self._entries: dict[PeerId, PeerEntry] = {}
         self._draining: dict[PeerId, PeerEntry] = {}
         self._tombstones: dict[PeerId, int] = {}
@@ -130,6 +139,7 @@ class Directory:
             envelope=envelope,
             dialled=dialled or (known is not None and known.dialled),
             relay=relay,
+            reached_in=self._range_of(heartbeat.peer) or (known.reached_in if known else None),
             ranges=ranges,
             place=min(ranges) if ranges else _host(next(iter(heartbeat.multiaddrs), "")),
             reachability=heartbeat.reachability,
@@ -152,11 +162,12 @@ class Directory:
     def _make_room(self, newcomer: PeerEntry) -> bool:
         """Evict an entry for a new peer if need be; return False if a bound excludes the new peer itself."""
         entries = [*self._entries.values(), *self._draining.values()]
-        if _most_in_a_range(newcomer, entries) >= MAX_PER_RANGE:
-            return False
         is_reached = self._reached_predicate()
         unreached = [each for each in entries if not is_reached(each)]
-        if not is_reached(newcomer):
+        if is_reached(newcomer):
+            if (crowd := self._crowd_of(newcomer)) and not self._yields(crowd, newcomer):
+                return False
+        else:
             if _most_in_a_range(newcomer, unreached) >= MAX_UNREACHED_PER_RANGE:
                 return False
             if newcomer.relay is not None and self.relayed_by(newcomer.relay) >= MAX_UNREACHED_PER_RELAY:
@@ -165,6 +176,21 @@ class Directory:
                 self.forget(_most_crowded(unreached).peer)
         if len(entries) >= MAX_PRESENT:
             self.forget(next(iter(unreached), entries[0]).peer)
+        return True
+
+    def _crowd_of(self, reached: PeerEntry) -> list[PeerEntry]:
+        """Return the others that were reached where a peer was, if these are enough."""
+        others = (*self._entries.values(), *self._draining.values())
+        same = [each for each in others if reached.reached_in is not None and each.reached_in == reached.reached_in]
+        return same if len(same) >= MAX_PER_RANGE else []
+
+    def _yields(self, crowd: Iterable[PeerEntry], newcomer: PeerEntry) -> bool:
+        """Evict one of a crowd that is not connected, for a newcomer that is; return whether there was one."""
+        connected = set(self._connected())
+        absent = next((each for each in crowd if each.peer not in connected), None)
+        if absent is None or newcomer.peer not in connected:
+            return False
+        self.forget(absent.peer)
         return True
 
     def relayed_by(self, relay: PeerId) -> int:
@@ -187,7 +213,8 @@ class Directory:
     def on_dialled(self, peer: PeerId, success: bool) -> None:
         """Record the result of a dial."""
         if entry := self._entries.get(peer):
-            entry.dialled = success
+            entry.reached_in = self._range_of(peer) or entry.reached_in
+            entry.dialled = success and (entry.dialled or not self._crowd_of(entry))
 
     def forget(self, peer: PeerId) -> None:
         """Drop a peer that was found dead; its next heartbeat revives it."""

@@ -54,7 +54,9 @@ class Membership:
         on_round_trip: Callable[[PeerId, float], None] = lambda peer, seconds: None,
     ) -> None:
         """`on_round_trip` is called with every measured round-trip time, in seconds."""
-        self.directory = Directory(own_peer=network.peer_id, connected=network.connected_peers)
+        self.directory = Directory(
+            own_peer=network.peer_id, connected=network.connected_peers, range_of=lambda peer: _range_of(network, peer)
+        )
         # A restarted node continues above its earlier sequence numbers without having stored them.
         sequence = itertools.count(int(wall_clock() * 1000) + 1)
         self.heartbeats = Heartbeats(network, identity, self.directory, services, sequence, jitter, wall_clock)
@@ -162,3 +164,8 @@ class Membership:
                 self._round_trips_s.setdefault(peer, deque(maxlen=ROUND_TRIPS)).append(round_trip_s)
                 self._on_round_trip(peer, round_trip_s)
             await trio.sleep(PING_ROUND_S * self._jitter.uniform(0.8, 1.2))
+
+
+def _range_of(network: Network, peer: PeerId) -> str | None:
+    way = network.way_to(peer)
+    return way.range if way is not None else None

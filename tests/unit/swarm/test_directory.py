@@ -161,7 +161,38 @@ def test_peers_per_public_range_are_bounded_and_unreached_ones_more_so(address: 
         return directory.update(heartbeat(1, peer=other_peer(number), multiaddrs=multiaddrs), 0.0, dialled=dialled)
 
     assert sum(hear(number, dialled=False) for number in range(500)) == MAX_UNREACHED_PER_RANGE
-    assert sum(hear(number, dialled=True) for number in range(1000, 2000)) == MAX_PER_RANGE - MAX_UNREACHED_PER_RANGE
+    assert sum(hear(number, dialled=True) for number in range(1000, 1100)) == 100, "others' claims keep nobody out"
+
+
+def test_reached_peers_of_a_public_range_are_bounded_and_connected_ones_come_first() -> None:
+    connected: list[PeerId] = []
+    directory = Directory(own_peer=US, connected=lambda: connected, range_of=lambda peer: "203.0.112.0/24")
+    heard = [directory.update(heartbeat(1, peer=other_peer(each)), 0.0, dialled=True) for each in range(1, 300)]
+    assert heard == [each <= MAX_PER_RANGE for each in range(1, 300)]
+    assert directory.update(heartbeat(1, peer=other_peer(500)), 0.0)
+    directory.on_dialled(other_peer(500), True)
+    assert directory.get(other_peer(500)) not in directory.reached()
+    connected.append(other_peer(1000))
+    assert directory.update(heartbeat(1, peer=other_peer(1000)), 0.0)
+    assert len(directory.reached()) == MAX_PER_RANGE
+    assert not directory.knows(other_peer(1)), "the one that was heard longest ago"
+
+
+def test_claimed_addresses_do_not_keep_a_connected_peer_out() -> None:
+    """Hostile peers that were reached elsewhere claim addresses in the victim's range, too."""
+    reached_in = {other_peer(number): f"45.9.{number // 200}.0/24" for number in range(1, 300)}
+    connected: list[PeerId] = []
+    directory = Directory(own_peer=US, connected=lambda: connected, range_of=reached_in.get)
+    for peer in reached_in:
+        claimed = heartbeat(1, peer=peer, multiaddrs=("/ip4/203.0.112.7/tcp/4001", "/ip4/45.9.0.1/tcp/4001"))
+        directory.update(claimed, 0.0, dialled=True)
+    victim = heartbeat(1, multiaddrs=("/ip4/203.0.112.34/tcp/4001",))
+    assert directory.update(victim, 0.0), "not connected yet: only unreached claims count"
+    directory.forget(PEER)
+    for number in range(1000, 1100):
+        directory.update(heartbeat(1, peer=other_peer(number), multiaddrs=("/ip4/203.0.112.8/tcp/4001",)), 0.0)
+    connected.append(PEER)
+    assert directory.update(victim, 0.0)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.168.1.7", "10.2.3.4"])
