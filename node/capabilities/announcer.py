@@ -17,6 +17,8 @@ from cachetools import LRUCache
 from node.identity import Identity
 from node.network.interface import Network, NetworkError
 from node.swarm.dht_records import RecordKinds
+from node.swarm.publisher_limits import PublisherLimits
+from node.util.token_bucket import Allowance
 from protocol.capabilities import CAPABILITY_KIND, CAPABILITY_TOPIC, Capabilities, CapabilityRecord, capability_key
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import PeerId
@@ -32,6 +34,12 @@ GRADUAL_INTERVAL_S: Final = 300.0
 """Shortest interval between announcements of values that always change: free memory and links."""
 
 WITHDRAWAL_TIMEOUT_S: Final = 2.0
+
+PER_PUBLISHER: Final = Allowance(0.2, 20)
+"""Gossiped records of one peer."""
+
+OF_ALL: Final = Allowance(50, 500)
+"""Gossiped records of all together; what is lost is looked up."""
 
 MAX_KNOWN: Final = 1024
 """Peers whose records are cached; the least recently used one is evicted."""
@@ -76,6 +84,7 @@ class CapabilityAnnouncer:
         self._withdrawn = False
         self._known: LRUCache[PeerId, CapabilityRecord] = LRUCache(MAX_KNOWN)
         self._looked_up_at_s: dict[PeerId, float] = {}
+        self._limits = PublisherLimits(PER_PUBLISHER, OF_ALL)
         records.register(CAPABILITY_KIND, self._validate_record)
         network.join_topic(CAPABILITY_TOPIC, self._validate_gossip)
 
@@ -122,7 +131,14 @@ class CapabilityAnnouncer:
         return True
 
     def _validate_gossip(self, source: PeerId, data: bytes) -> bool:
-        return verify_record(CapabilityRecord, data, self._wall_clock()).peer == source
+        """Return whether a record is delivered and forwarded: within the rate limits, valid, newer than the last."""
+        if source == self._network.peer_id:
+            return True
+        if not self._limits.take(source, trio.current_time()):
+            return False
+        record = verify_record(CapabilityRecord, data, self._wall_clock())
+        known = self._known.get(source)
+        return record.peer == source and (known is None or record.sequence > known.sequence)
 
     async def _receive_loop(self) -> None:
         async with self._network.subscribe(CAPABILITY_TOPIC) as messages:

@@ -14,8 +14,9 @@ from node.network.interface import Network, NetworkError, PeerConnected
 from node.swarm.clock_check import ClockCheck
 from node.swarm.directory import LIFE_IN_INTERVALS, MAX_UNREACHED_PER_RELAY, AnnouncedPlacements, Directory
 from node.swarm.presence import PresenceServer, query_presence
+from node.swarm.publisher_limits import PublisherLimits
 from node.util.signal import Signal
-from node.util.token_bucket import TokenBucket
+from node.util.token_bucket import Allowance, TokenBucket
 from protocol.announcements import HEARTBEAT_TOPIC, Heartbeat, ServedSpan
 from protocol.errors import LocalProtocolError, RemoteProtocolError, UntimelyError
 from protocol.identity import PeerId
@@ -32,6 +33,12 @@ HEARTBEATS_PER_S = 4
 NEW_PEERS_PER_S = 2 * HEARTBEATS_PER_S
 NEW_PEERS_BURST = 128
 """New unconnected peers accepted by gossip alone: an honest swarm has no more, and rejected ones are heard again."""
+
+PER_PUBLISHER = Allowance(1.0, 10)
+"""Of one peer, whose changes are announced at once."""
+
+OF_UNREACHED = Allowance(25.0 * HEARTBEATS_PER_S, 100.0 * HEARTBEATS_PER_S)
+"""Of all peers together that were not reached: a swarm that has just been started sends more than later."""
 
 HEARTBEAT_LIFETIME_S = 60
 """Shortest validity of a heartbeat by the wall clocks of other peers, which may differ from ours."""
@@ -96,6 +103,7 @@ class Heartbeats:
         self._wall_clock = wall_clock
         self.clock = ClockCheck(network.connected_peers, wall_clock)
         self._new_peers = TokenBucket(NEW_PEERS_PER_S, NEW_PEERS_BURST, trio.current_time())
+        self._limits = PublisherLimits(PER_PUBLISHER, OF_UNREACHED)
         self._changed = Signal()
         self._leaving = False
         network.join_topic(HEARTBEAT_TOPIC, self.validate)
@@ -166,21 +174,27 @@ class Heartbeats:
     # Heartbeats of others
 
     def validate(self, source: PeerId, data: bytes) -> bool:
-        """Enter a gossiped heartbeat, and return whether to forward it.
+        """Enter a gossiped heartbeat, and return whether to forward it: one that is newer, within the rate limits.
 
         Nothing reads the topic itself: that would verify every heartbeat twice.
         """
+        if source == self._network.peer_id:
+            return True
+        is_connected = source in self._network.connected_peers()
+        known = self._directory.get(source)
+        is_reached = is_connected or (known is not None and known.dialled)
+        if not self._limits.take(source, trio.current_time(), is_trusted=is_reached):
+            return False
         try:
             heartbeat = self._verify(data)
         except UntimelyError:
-            if source in self._network.connected_peers():
+            if is_connected:
                 self.clock.on_heartbeat(source, issue_time(data, Heartbeat.kind))
             raise
         if heartbeat.peer != source:
             return False
         self.clock.on_heartbeat(source, heartbeat.issued_at_s)
-        self._enter(heartbeat, data)
-        return heartbeat.peer == self._network.peer_id or self._directory.knows(heartbeat.peer)
+        return self._enter(heartbeat, data)
 
     def _verify(self, envelope: bytes) -> Heartbeat:
         heartbeat = verify_record(Heartbeat, envelope, self._wall_clock())
@@ -191,15 +205,18 @@ class Heartbeats:
             )
         return heartbeat
 
-    def _enter(self, heartbeat: Heartbeat, envelope: bytes, relay: PeerId | None = None) -> None:
+    def _enter(self, heartbeat: Heartbeat, envelope: bytes, relay: PeerId | None = None) -> bool:
+        """Enter a heartbeat, unless a newer one is known or there is no room; return whether it was."""
         now_s, peer = trio.current_time(), heartbeat.peer
         if peer == self._network.peer_id:
-            return
+            return False
         is_new = peer not in self._network.connected_peers() and not self._directory.knows(peer)
         if relay is None and is_new and not self._new_peers.take(1, now_s):
-            return
-        if self._directory.update(heartbeat, now_s, envelope, relay=relay):
-            self._network.add_addresses(peer, heartbeat.multiaddrs)
+            return False
+        if not self._directory.update(heartbeat, now_s, envelope, relay=relay):
+            return False
+        self._network.add_addresses(peer, heartbeat.multiaddrs)
+        return True
 
     def _on_relayed_heartbeat(self, relay: PeerId, envelope: bytes) -> bool:
         """Enter a heartbeat from a presence answer; return whether to read on. Raises RemoteProtocolError."""

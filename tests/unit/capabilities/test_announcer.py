@@ -13,6 +13,7 @@ from node.capabilities.announcer import (
     GRADUAL_INTERVAL_S,
     LOOKUP_AGAIN_S,
     MAX_KNOWN,
+    PER_PUBLISHER,
     RECORD_LIFETIME_S,
     RECORD_REFRESH_S,
     CapabilityAnnouncer,
@@ -427,3 +428,20 @@ async def test_the_same_holds_over_libp2p() -> None:
                 while await announcers[2].lookup(alice.peer_id) is not None:
                     await trio.sleep(0.1)
             nursery.cancel_scope.cancel()
+
+
+async def test_copies_and_floods_of_records_are_not_forwarded(autojump_clock: MockClock) -> None:
+    hub = MemoryNetworkHub(random.Random(0), LinkModel())
+    hearer, hostile = Peer(hub, 1, None), Peer(hub, 2, FACTS)
+    hearer.clock_ahead_s = hostile.clock_ahead_s = 0.0
+
+    def forwards(sequence: int) -> bool:
+        record = hostile.record(FACTS, sequence=sequence)
+        envelope = seal(record, hostile.identity.private_key)
+        taken = hearer.announcer._validate_gossip(hostile.id, envelope)
+        if taken:
+            hearer.announcer._store(record)
+        return taken
+
+    assert [forwards(sequence) for sequence in (7, 7, 6, 8)] == [True, False, False, True]
+    assert sum(forwards(sequence) for sequence in range(100, 1000)) == PER_PUBLISHER.burst - 4

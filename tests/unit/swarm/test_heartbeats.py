@@ -1,0 +1,87 @@
+"""Which gossiped heartbeats are verified, entered and forwarded."""
+
+import random
+
+import pytest
+import trio.testing
+
+from node.identity import Identity
+from node.swarm import heartbeats
+from node.swarm.dht_records import RecordKinds
+from node.swarm.heartbeats import OF_UNREACHED, PER_PUBLISHER, Heartbeats, OwnServices
+from node.swarm.membership import Membership
+from node.testing.memory_links import LinkModel
+from node.testing.memory_network import MemoryNetworkHub
+from protocol.announcements import Heartbeat
+from protocol.records import seal
+
+US, *PEERS = (Identity(number.to_bytes(32, "big")) for number in range(1, 6))
+
+
+def envelope(sender: Identity, sequence: int) -> bytes:
+    heartbeat = Heartbeat(
+        peer=sender.peer_id,
+        sequence=sequence,
+        issued_at_s=0,
+        expires_at_s=60,
+        interval_ms=2500,
+        multiaddrs=(),
+        agent="test/1",
+        spans=(),
+    )
+    return seal(heartbeat, sender.private_key)
+
+
+def ours() -> Heartbeats:
+    network = MemoryNetworkHub(random.Random(0), LinkModel()).network(US.peer_id)
+    return Membership(
+        network=network,
+        identity=US,
+        services=OwnServices(agent="test/1", served_spans=tuple),
+        bootstrap=(),
+        records=RecordKinds(network),
+        jitter=random.Random(0),
+        wall_clock=lambda: 0.0,
+    ).heartbeats
+
+
+async def test_copies_of_a_heartbeat_are_not_forwarded(autojump_clock: trio.testing.MockClock) -> None:
+    node, sender = ours(), PEERS[0]
+    assert [node.validate(sender.peer_id, envelope(sender, each)) for each in (5, 5, 4, 6)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+
+
+async def test_flood_of_a_publisher_is_neither_verified_nor_forwarded(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, (hostile, honest, *_) = ours(), PEERS
+    verified = 0
+    verify = heartbeats.verify_record
+
+    def count(*arguments: object) -> object:
+        nonlocal verified
+        verified += 1
+        return verify(*arguments)  # type: ignore[arg-type,type-var]
+
+    monkeypatch.setattr(heartbeats, "verify_record", count)
+    forwarded = sum(node.validate(hostile.peer_id, envelope(hostile, each)) for each in range(1, 300))
+    assert forwarded == verified == PER_PUBLISHER.burst
+    assert node.validate(honest.peer_id, envelope(honest, 1))
+    await trio.sleep(10)
+    assert node.validate(hostile.peer_id, envelope(hostile, 1000))
+
+
+async def test_flood_of_many_publishers_does_not_drop_those_that_were_reached(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    node, (known, other, *_) = ours(), PEERS
+    assert node.validate(known.peer_id, envelope(known, 1))
+    node._directory.on_dialled(known.peer_id, True)
+    for number in range(int(OF_UNREACHED.burst)):
+        node._limits.take(Identity(number.to_bytes(32, "little")).peer_id, 0.0)
+    assert not node.validate(other.peer_id, envelope(other, 1))
+    assert node.validate(known.peer_id, envelope(known, 2))
