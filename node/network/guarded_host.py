@@ -75,6 +75,10 @@ def limit_requests(handler: StreamHandler) -> StreamHandler:
         try:
             with trio.fail_after(REQUEST_TIMEOUT_S):
                 await handler(stream)
+            # The library leaves the other half open: what a peer still sends would wait unread.
+            muxed = getattr(stream, "muxed_stream", None)
+            if isinstance(muxed, YamuxStream):
+                muxed.close_now(discard=True)
         finally:
             busy[peer] -= 1
             if not busy[peer]:

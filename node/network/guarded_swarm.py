@@ -193,6 +193,11 @@ class GuardedSwarm(Swarm):
                 found += [one for one in others if isinstance(one, Yamux) and not one.users]
         return found
 
+    def multiplexers(self) -> list[Yamux]:
+        """Return the multiplexers of all open connections."""
+        found = [connection.muxed_conn for connection in self.get_connections() if not connection.is_closed]
+        return [each for each in found if isinstance(each, Yamux)]
+
     def live_connections(self, peer_id: ID) -> list[INetConn]:
         """Return the open connections to a peer."""
         return [connection for connection in self.get_connections(peer_id) if not connection.is_closed]

@@ -38,6 +38,7 @@ from node.network.own_addresses import OwnAddresses
 from node.network.streams import Libp2pStream, serve
 from node.network.transport import Tcp, bind, reason, secure_upgrader
 from node.network.traversal import Traversal, TraversalOptions
+from node.network.unread import bound_unread
 from node.network.yamux import Yamux
 from node.network.yamux_stream import shielded
 from node.util.nursery import background_nursery
@@ -172,6 +173,7 @@ class Libp2pNetwork:
         self._own.listening = host.get_transport_addrs
         self._traversal.start(nursery, host, circuits, self._known_addresses)
         nursery.start_soon(swarm.peerstore.start_cleanup_task, PEERSTORE_SWEEP_S)
+        nursery.start_soon(bound_unread, swarm.multiplexers, self._limits.max_unread_bytes)
         await start_service(nursery, swarm)
         await self._gossip.start(nursery, host)
         await self._dht.start(nursery, host)

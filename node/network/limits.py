@@ -18,6 +18,8 @@ class NetworkLimits:
     """Established inbound ones. The rest is for peers that we dial."""
     handshakes: int = MAX_HANDSHAKES
     """Unfinished inbound handshakes."""
+    max_unread_bytes: int = 128 << 20
+    """In the buffers of all connections together: 64 streams that are read quickly may have full windows at a time."""
     streams: YamuxLimits = field(default_factory=YamuxLimits)
 
     @classmethod

@@ -45,6 +45,7 @@ PROTOCOL_ID: Final = "/yamux/1.0.0"
 
 MAX_SEND_WINDOW_BYTES: Final = 1 << 30
 MAX_PENDING_CONTROL_BYTES: Final = 64 << 10
+MIN_CHUNK_BYTES: Final = 1024
 
 _NORMAL, _PROTOCOL_ERROR = 0, 1
 
@@ -215,6 +216,13 @@ class Yamux(StreamMultiplexer):
         except trio.EndOfChannel:
             raise MuxedConnUnavailable("the connection is closed") from None
 
+    def unread_bytes(self) -> int:
+        """Return how much of what has arrived was not read yet."""
+        # What of a window is neither left nor consumed.
+        return sum(
+            each.target_window - each.receive_window - each.consumed for each in self._streams.values() if each.chunks
+        )
+
     def forget(self, stream: YamuxStream) -> None:
         """Drop a stream that is closed in both directions."""
         if self._streams.pop(stream.stream_id, None) is None:
@@ -365,7 +373,11 @@ class Yamux(StreamMultiplexer):
             missing -= len(chunk)
             # The stream may end while its frame is still arriving.
             if stream is not None and not (stream.finished or stream.broken or stream.discarding):
-                stream.chunks.append(chunk)
+                # Of tiny frames each would take a hundred times its size.
+                if stream.chunks and len(stream.chunks[-1]) + len(chunk) <= MIN_CHUNK_BYTES:
+                    stream.chunks[-1] += chunk
+                else:
+                    stream.chunks.append(chunk)
                 stream.readable.unpark_all()
         if burst:
             self.last_data_s = trio.current_time()
