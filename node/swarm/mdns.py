@@ -55,9 +55,25 @@ def service_type(swarm_key: str | None) -> str:
 async def find_neighbours(network: Network, swarm_key: str | None) -> None:
     """Register our service and dial the peers behind others, until cancelled; the network must be running.
 
+    Begins anew when this machine's interfaces change: it may start before its network is up, or move to another one.
     Without multicast nothing is found, which is logged.
     """
-    kind = service_type(swarm_key)
+    kind, failure = service_type(swarm_key), ""
+    while True:
+        try:
+            if interfaces := interfaces_of(network.multiaddrs, interface_hosts()):
+                await _find_on(interfaces, network, kind)
+                failure = ""
+                continue
+        except (OSError, Error) as error:
+            if (reason := str(error) or type(error).__name__) != failure:
+                _logger.warning("local discovery failed", reason=reason)
+                failure = reason
+        await trio.sleep(REFRESH_S)
+
+
+async def _find_on(interfaces: set[str], network: Network, kind: str) -> None:
+    """Find neighbours until the interfaces are others. Raises OSError and zeroconf's Error."""
     own = _describe(network, kind)
     seen, names = trio.open_memory_channel[str](MAX_WAITING)
     token = trio.lowlevel.current_trio_token()
@@ -71,19 +87,19 @@ async def find_neighbours(network: Network, swarm_key: str | None) -> None:
                 token.run_sync_soon(_put, seen, name)
 
     def start() -> Zeroconf:
-        zeroconf = Zeroconf(interfaces=sorted(interfaces_of(network.multiaddrs, interface_hosts())))
-        zeroconf.register_service(own)
-        ServiceBrowser(zeroconf, kind, handlers=[notice])
+        zeroconf = Zeroconf(interfaces=sorted(interfaces))
+        try:
+            zeroconf.register_service(own)
+            ServiceBrowser(zeroconf, kind, handlers=[notice])
+        except BaseException:
+            zeroconf.close()
+            raise
         return zeroconf
 
-    try:
-        zeroconf = await trio.to_thread.run_sync(start)
-    except (OSError, Error) as error:
-        _logger.warning("local discovery failed", reason=str(error) or type(error).__name__)
-        return
+    zeroconf = await trio.to_thread.run_sync(start)
     try:
         known: dict[str, None] = {}
-        while True:
+        while interfaces_of(network.multiaddrs, interface_hosts()) == interfaces:
             found = tuple(known)
             with trio.move_on_after(REFRESH_S):
                 found = (await names.receive(),)

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from zeroconf import NotRunningException, ServiceInfo, ServiceStateChange
 
 from node.swarm import mdns
-from node.swarm.mdns import addresses_in, find_neighbours, interfaces_of, service_type
+from node.swarm.mdns import REFRESH_S, addresses_in, find_neighbours, interfaces_of, service_type
 from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetworkHub
 from protocol.identity import PeerId
@@ -76,6 +77,7 @@ async def test_service_of_another_kind_does_not_end_discovery(monkeypatch: pytes
 
     failing = f"failing.{kind}"
     token = trio.lowlevel.current_trio_token()
+    monkeypatch.setattr(mdns, "interfaces_of", lambda *_: {"192.0.2.7"})
     monkeypatch.setattr(mdns, "Zeroconf", FakeZeroconf)
     monkeypatch.setattr(mdns, "ServiceBrowser", browse)
     network = MemoryNetworkHub(random.Random(0), LinkModel()).network(PeerId(PEER))
@@ -84,3 +86,42 @@ async def test_service_of_another_kind_does_not_end_discovery(monkeypatch: pytes
         with trio.fail_after(10):
             await resolved.wait()
         nursery.cancel_scope.cancel()
+
+
+async def test_discovery_follows_the_machine_to_other_networks(
+    monkeypatch: pytest.MonkeyPatch, virtual_clock: trio.testing.MockClock
+) -> None:
+    here: set[str] = set()
+    log: list[str] = []
+
+    class FakeZeroconf:
+        def __init__(self, interfaces: list[str]) -> None:
+            self.interfaces = ",".join(interfaces)
+            if "192.0.2.99" in interfaces:
+                raise OSError(19, "No such device")
+
+        def register_service(self, service: ServiceInfo) -> None:
+            log.append(f"on {self.interfaces}, at {','.join(service.parsed_addresses())}")
+
+        def close(self) -> None:
+            log.append(f"off {self.interfaces}")
+
+    monkeypatch.setattr(mdns, "interfaces_of", lambda *_: set(here))
+    monkeypatch.setattr(mdns, "Zeroconf", FakeZeroconf)
+    monkeypatch.setattr(mdns, "ServiceBrowser", lambda *_, **__: None)
+    network = MemoryNetworkHub(random.Random(0), LinkModel()).network(PeerId(PEER))
+    async with network.running(), trio.open_nursery() as nursery:
+        nursery.start_soon(find_neighbours, network, None)
+        await trio.sleep(5 * REFRESH_S)
+        assert log == [], "it started before its network was up"
+        for hosts in ({"192.0.2.7"}, {"192.0.2.99"}, {"198.51.100.7"}):
+            here.clear()
+            here.update(hosts)
+            await trio.sleep(3 * REFRESH_S)
+        nursery.cancel_scope.cancel()
+    assert log == [
+        "on 192.0.2.7, at 192.0.2.7",
+        "off 192.0.2.7",
+        "on 198.51.100.7, at 198.51.100.7",
+        "off 198.51.100.7",
+    ]
