@@ -6,14 +6,13 @@ import pytest
 import trio.testing
 
 from node.identity import Identity
-from node.swarm import heartbeats
 from node.swarm.dht_records import RecordKinds
 from node.swarm.heartbeats import OF_UNREACHED, PER_PUBLISHER, Heartbeats, OwnServices
 from node.swarm.membership import Membership
 from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetworkHub
 from protocol.announcements import Heartbeat
-from protocol.records import seal
+from protocol.records import seal, verify_record
 
 US, *PEERS = (Identity(number.to_bytes(32, "big")) for number in range(1, 6))
 
@@ -60,14 +59,13 @@ async def test_flood_of_a_publisher_is_neither_verified_nor_forwarded(
 ) -> None:
     node, (hostile, honest, *_) = ours(), PEERS
     verified = 0
-    verify = heartbeats.verify_record
 
-    def count(*arguments: object) -> object:
+    def count(record_type: type[Heartbeat], envelope: bytes, now_s: float) -> Heartbeat:
         nonlocal verified
         verified += 1
-        return verify(*arguments)  # type: ignore[arg-type,type-var]
+        return verify_record(record_type, envelope, now_s)
 
-    monkeypatch.setattr(heartbeats, "verify_record", count)
+    monkeypatch.setattr("node.swarm.heartbeats.verify_record", count)
     forwarded = sum(node.validate(hostile.peer_id, envelope(hostile, each)) for each in range(1, 300))
     assert forwarded == verified == PER_PUBLISHER.burst
     assert node.validate(honest.peer_id, envelope(honest, 1))
