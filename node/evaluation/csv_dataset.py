@@ -24,6 +24,11 @@ MAX_VALUES: Final = 32
 
 MAX_FIELD_BYTES: Final = 1 << 20
 
+MISSING: Final = frozenset({"", "-", "?", "n/a", "na", "nan", "none", "null"})
+"""Fields that say, in any case, that a number is not known."""
+
+SHOWN_WORDS: Final = 3
+
 
 def read_folder(folder: Path) -> Dataset:
     """Return the dataset in a folder. Raises DatasetError."""
@@ -67,24 +72,31 @@ def _read_contexts(folder: Path) -> tuple[Contexts, list[str]]:
     names = {name: np.array(texts[name], dtype=np.str_) for name in GROUPS if name in texts}
     features: dict[str, FloatArray] = {}
     for column in [name for name in texts if name not in {"cid", *GROUPS}]:
-        found = _feature(column, texts[column])
-        if not found:
-            notes.append(f"left out the column {column!r}: not numeric, and more than {MAX_VALUES} values")
+        found, note = _feature(column, [text.strip() for text in texts[column]])
         features |= found
+        notes += [note] if note else []
     table = np.column_stack(list(features.values())) if features else np.zeros((len(by_id), 0))
     return Contexts(tuple(by_id), names, tuple(features), table), notes
 
 
-def _feature(name: str, texts: Sequence[str]) -> dict[str, FloatArray]:
-    """Return a column as numbers; a non-numeric one as an indicator per value."""
+def _feature(name: str, texts: Sequence[str]) -> tuple[dict[str, FloatArray], str]:
+    """Return a column as numbers, or as an indicator for each word where most are no numbers; and a note, or nothing.
+
+    A few words among numbers are missing values: as indicators they would take the column, and all that follows from
+    it, from every context.
+    """
     numbers = np.array([_number(text) for text in texts])
-    words = {text for text, number in zip(texts, numbers, strict=True) if math.isnan(number)} - {"", "nan", "NaN"}
-    if not words:
-        return {name: numbers}
+    words = [text for text in texts if text.lower() not in MISSING and math.isnan(_number(text))]
+    known = np.count_nonzero(~np.isnan(numbers))
+    if not words and (known or not any(texts)):
+        return {name: numbers}, ""
+    if known > len(words):
+        shown = ", ".join(map(repr, sorted(set(words))[:SHOWN_WORDS]))
+        return {name: numbers}, f"took {len(words)} fields of the numeric column {name!r} for missing values: {shown}"
     values = sorted(set(texts))
     if len(values) > MAX_VALUES:
-        return {name: numbers} if np.isfinite(numbers).any() else {}
-    return {f"{name}={value}": np.array([float(text == value) for text in texts]) for value in values}
+        return {}, f"left out the column {name!r}: not numeric, and more than {MAX_VALUES} values"
+    return {f"{name}={value}": np.array([float(text == value) for text in texts]) for value in values}, ""
 
 
 def _number(text: str) -> float:

@@ -36,6 +36,23 @@ def test_reads_gzipped_files(tmp_path: Path) -> None:
     assert len(read_folder(tmp_path)) == 3
 
 
+@pytest.mark.parametrize("marker", ["", "NA", "n/a", "NaN", "None", "NULL", "-", "?", " na "])
+def test_marker_of_a_missing_number_leaves_the_column_numeric(tmp_path: Path, marker: str) -> None:
+    dataset = read_folder(write(tmp_path, contexts=f"cid,l_bw\nx,41.5\ny,{marker}\n"))
+    assert dataset.pairs.contexts.columns == ("l_bw",)
+    np.testing.assert_array_equal(dataset.pairs.contexts.features, [[41.5], [np.nan]])
+    assert dataset.notes == ()
+
+
+def test_word_among_numbers_is_a_missing_value_with_a_note(tmp_path: Path) -> None:
+    dataset = read_folder(write(tmp_path, contexts="cid,l_bw\nx,41.5\ny,unknown\nz,40\n"))
+    assert dataset.pairs.contexts.columns == ("l_bw",)
+    np.testing.assert_array_equal(dataset.pairs.contexts.features[:, 0], [41.5, np.nan, 40])
+    (note,) = dataset.notes
+    assert "'l_bw'" in note
+    assert "'unknown'" in note
+
+
 def test_invalid_rows_are_left_out_with_a_note(tmp_path: Path) -> None:
     bad = OBSERVATIONS + "z,a,1\nx,,1\ny,a,nan\ny,c\nx,c,fast\n"
     dataset = read_folder(write(tmp_path, observations=bad))
