@@ -21,12 +21,23 @@ MAX_CATEGORIES: Final = 32
 
 _NUMBER: Final = re.compile(r"^(?:([^=]+)=)?([A-Za-z_+-]*?)(\d+(?:\.\d+)?)$")
 _PARALLEL: Final = frozenset({"tp", "pp", "dp", "ep", "cp", "gpu", "gpus", "devices"})
+_PARTS: Final = re.compile(r"\||[_-](?=(?:tp|pp|dp|ep|cp|gpus?|devices)=?\d)")
+"""Between what names the arithmetic and the devices: `bf16_tp8` is as good as `bf16|tp8`."""
+
 _BITS: Final = (
-    ("nvfp4", 4), ("mxfp4", 4), ("fp4", 4), ("int4", 4), ("w4", 4), ("q4", 4), ("awq", 4), ("gptq", 4), ("nf4", 4),
-    ("fp8", 8), ("int8", 8), ("w8", 8), ("q8", 8), ("sq", 8), ("bf16", 16), ("bfloat16", 16), ("fp16", 16),
+    ("fp4", 4), ("int4", 4), ("w4", 4), ("awq", 4), ("gptq", 4), ("bnb", 4), ("bitsandbytes", 4), ("fp8", 8),
+    ("e4m3", 8), ("e5m2", 8), ("int8", 8), ("w8", 8), ("smoothquant", 8), ("bf16", 16), ("bfloat16", 16), ("fp16", 16),
     ("float16", 16), ("half", 16), ("fp32", 32), ("float32", 32),
 )  # fmt: skip
-_WEIGHT_ONLY: Final = re.compile(r"wo$|_wo|w\d+a16|weight|awq|gptq|nf4|=int8$|=int4$|^int4")
+_SMOOTHQUANT: Final = re.compile(r"(?<![a-z])sq(?![a-z])")
+_WEIGHTS_AND_ACTIVATIONS: Final = re.compile(r"(?<![a-z])w([1-9]\d?)a([1-9]\d?)(?!\d)")
+_WEIGHT_DIGIT: Final = re.compile(
+    r"(?<![a-z])(?:[it]?q|(?:bnb|bitsandbytes|awq|gptq|nf)[ _-]?(?:int|nf|fp|w)?)([1-8])(?!\d)"
+    r"|(?<!\d)([1-8])[ _-]?bits?(?![a-z])"
+)
+"""Formats of weights alone by the digit in their names: GGUF's (`q4_k_m`, `iq2_xs`), `bnb4`, `gptq-int8`, `8bit`."""
+
+_WEIGHT_ONLY: Final = re.compile(r"wo$|_wo|weight|awq|gptq|bnb|bitsandbytes|=int8$|=int4$|^int4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +58,7 @@ def arithmetic_of(method: str) -> Arithmetic:
     """Return the arithmetic that a method's name implies; 16 bits and one device by default."""
     weight_bits = kv_bits = compute_bits = 16.0
     devices = 1.0
-    for factor in method.lower().split("|"):
+    for factor in _PARTS.split(method.lower()):
         number = _NUMBER.match(factor)
         if number and (number[2] or number[1]) in _PARALLEL:
             devices *= max(1.0, float(number[3])) if (number[2] or number[1]) in {"tp", "pp", "cp"} else 1.0
@@ -55,15 +66,25 @@ def arithmetic_of(method: str) -> Arithmetic:
         if factor.endswith(f"={_PUBLISHED}"):  # the context has their bits; products are of eight
             weight_bits, compute_bits = 32.0, 8.0
             continue
-        bits = next((float(bits) for word, bits in _BITS if word in factor), None)
-        if bits is None:
+        if (bits := _bits(factor.removeprefix("kv"))) is None:
             continue
         if factor.startswith(("kv", "cache")):
-            kv_bits = bits
+            kv_bits = bits[0]
         elif not factor.startswith("activations"):
-            weight_bits = bits
-            compute_bits = 16.0 if _WEIGHT_ONLY.search(factor) else bits
+            weight_bits, compute_bits = bits
     return Arithmetic(weight_bits, kv_bits, compute_bits, devices)
+
+
+def _bits(factor: str) -> tuple[float, float] | None:
+    """Return the bits of a weight and of a product's factor that a part of a name implies; None if it implies none."""
+    if both := _WEIGHTS_AND_ACTIVATIONS.search(factor):
+        return float(both[1]), float(both[2])
+    if digit := _WEIGHT_DIGIT.search(factor):
+        return float(digit[1] or digit[2]), 16.0
+    if _SMOOTHQUANT.search(factor):
+        return 8.0, 8.0
+    bits = next((float(bits) for word, bits in _BITS if word in factor), None)
+    return None if bits is None else (bits, 16.0 if _WEIGHT_ONLY.search(factor) else bits)
 
 
 @dataclass(frozen=True, slots=True)
