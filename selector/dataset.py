@@ -38,11 +38,14 @@ class Contexts:
         )
 
     def siblings(self) -> IntArray:
-        """Return a number for each context, equal for those that differ only in their budget."""
-        keys = [
-            (*(names[i] for name, names in self.names.items() if name != "budget"), self.features[i].tobytes())
-            for i in range(len(self))
-        ]
+        """Return a number for each context, equal for those that differ only in their budget.
+
+        Where nothing but their ids is known, each is one of its own.
+        """
+        names = [of for name, of in self.names.items() if name != "budget"]
+        if not names and not self.columns:
+            return np.arange(len(self))
+        keys = [(*(of[i] for of in names), self.features[i].tobytes()) for i in range(len(self))]
         numbers: dict[tuple[object, ...], int] = {}
         return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.intp)
 
@@ -112,7 +115,10 @@ class Dataset:
 
 
 class DatasetError(ValueError):
-    """Unusable dataset. The message is one line for the user."""
+    """Unusable dataset. The message is one line for the user, with the notes on what was left out: they may say why."""
+
+    def __init__(self, message: str, notes: Sequence[str] = ()) -> None:
+        super().__init__("; ".join((message, *notes)))
 
 
 def build_dataset(
@@ -134,7 +140,7 @@ def build_dataset(
         notes.append(f"left out {np.count_nonzero(~finite)} rows whose cost is not finite")
         context, method, cost = context[finite], method[finite], cost[finite]
     if not len(cost):
-        raise DatasetError("no row with a finite cost is left")
+        raise DatasetError("no measurement is left", notes)
     keys, inverse, counts = np.unique(context * len(methods) + method, return_inverse=True, return_counts=True)
     if len(keys) < len(cost):
         notes.append(f"averaged {len(cost) - len(keys)} repeated measurements of the same method in the same context")

@@ -35,19 +35,21 @@ def read_folder(folder: Path) -> Dataset:
     contexts, notes = _read_contexts(folder)
     index = {cid: i for i, cid in enumerate(contexts.ids)}
     rows: list[tuple[int, str, float]] = []
-    unknown = unnamed = 0
+    unknown: list[str] = []
+    unnamed = 0
     with _table(folder, "observations", ("cid", "method", "y")) as (_, records):
         for record in records:
-            context = index.get(record["cid"])
+            context = index.get(record["cid"].strip())
             method = sys.intern(record["method"].strip())
             if context is None:
-                unknown += 1
+                unknown.append(record["cid"])
             elif not method:
                 unnamed += 1
             else:
                 rows.append((context, method, _number(record["y"])))
     if unknown:
-        notes.append(f"left out {unknown} observations of contexts that are not in contexts.csv")
+        shown = f"{len(unknown)} observations of contexts that are not in contexts.csv, such as {unknown[0]!r}"
+        notes.append(f"left out {shown}")
     if unnamed:
         notes.append(f"left out {unnamed} observations without a method")
     try:
@@ -62,8 +64,9 @@ def _read_contexts(folder: Path) -> tuple[Contexts, list[str]]:
     repeated = 0
     with _table(folder, "contexts", ("cid",)) as (columns, records):
         for record in records:
-            repeated += record["cid"] in by_id
-            by_id.setdefault(record["cid"], record)
+            cid = record["cid"].strip()
+            repeated += cid in by_id
+            by_id.setdefault(cid, record)
     if not by_id:
         raise DatasetError(f"{folder}: contexts.csv has no rows")
     if repeated:

@@ -43,6 +43,12 @@ def read_history(path: Path) -> Dataset:
         notes.append(f"left out {invalid} lines that are not observations with a valid signature")
     if unpaired:
         notes.append(f"left out {unpaired} served jobs, which have no ratio to the baseline")
+    if not rows and invalid and not unpaired:
+        raise DatasetError(
+            f"{path} has no observation: DATASET is a file of JSON lines from `metaswarm history export`, "
+            "or a folder with contexts.csv and observations.csv"
+        )
     if not rows:
-        raise DatasetError(f"{path} has no trials or benchmarks: see `metaswarm history export` and `metaswarm bench`")
+        message = f"{path} has no trials or benchmarks: see `metaswarm history export` and `metaswarm bench`"
+        raise DatasetError(message, notes)
     return build_dataset(tabulate([context for context, _ in contexts]), rows, name=path.stem, notes=notes)

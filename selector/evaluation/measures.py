@@ -47,8 +47,10 @@ def split(dataset: Dataset, group: Group, seed: int = 0) -> list[Fold]:
     of_rows = labels[dataset.pairs.context]
     present = np.unique(of_rows)
     if len(present) < 2:
-        what = "context" if group == "random" else f"value of {group!r}"
-        raise DatasetError(f"only one {what} was measured: leaving it out would leave nothing to train on")
+        what = f"only one value of {group!r} was measured" if group != "random" else "only one context was measured"
+        if group == "random" and len(np.unique(dataset.pairs.context)) > 1:
+            what = "the contexts that were measured differ in nothing but their budget"
+        raise DatasetError(f"{what}: leaving it out would leave nothing to train on", dataset.notes)
     count = min(len(present), RANDOM_FOLDS if group == "random" else MAX_FOLDS)
     number_of = np.zeros(len(labels) + 1, dtype=np.intp)
     number_of[present] = _deal(np.bincount(of_rows)[present], count, seed)

@@ -53,6 +53,11 @@ def test_word_among_numbers_is_a_missing_value_with_a_note(tmp_path: Path) -> No
     assert "'unknown'" in note
 
 
+def test_spaces_around_an_id_are_no_part_of_it(tmp_path: Path) -> None:
+    dataset = read_folder(write(tmp_path, contexts="cid\n 1\n2 \n", observations="cid,method,y\n1,a,1\n 2,a,2\n"))
+    assert (dataset.pairs.contexts.ids, len(dataset), dataset.notes) == (("1", "2"), 2, ())
+
+
 def test_invalid_rows_are_left_out_with_a_note(tmp_path: Path) -> None:
     bad = OBSERVATIONS + "z,a,1\nx,,1\ny,a,nan\ny,c\nx,c,fast\n"
     dataset = read_folder(write(tmp_path, observations=bad))
@@ -72,7 +77,8 @@ def test_only_key_columns_are_required(tmp_path: Path) -> None:
         ("id,model\nx,m\n", OBSERVATIONS, "contexts.csv lacks the column 'cid'"),
         (CONTEXTS, "cid,cost\nx,1\n", "observations.csv lacks the column 'method', 'y'"),
         ("cid,model\n", OBSERVATIONS, "contexts.csv has no rows"),
-        (CONTEXTS, "cid,method,y\nx,a,nan\n", "no row with a finite cost is left"),
+        (CONTEXTS, "cid,method,y\nx,a,nan\n", "no measurement is left; left out 1 rows whose cost is not finite"),
+        ("cid\n1\n2\n", "cid,method,y\n1.0,a,1\n", "not in contexts.csv, such as '1.0'"),
         (CONTEXTS, "", "lacks the column 'cid'"),
     ],
 )

@@ -103,6 +103,18 @@ def test_contexts_that_differ_in_nothing_but_budget_stay_together() -> None:
         assert not train & test
 
 
+def test_contexts_of_which_only_the_ids_are_known_are_left_out_one_by_one() -> None:
+    contexts = Contexts(tuple(map(str, range(20))), {}, (), np.zeros((20, 0)))
+    dataset = build_dataset(contexts, [(i, method, 0.0) for i in range(20) for method in "ab"])
+    assert [len(fold.test) for fold in split(dataset, "random")] == [8] * 5
+
+
+def test_error_of_equal_contexts_says_so_and_what_was_left_out() -> None:
+    dataset = build_dataset(contexts_of(20), [(i, "a", 0.0) for i in range(20)], notes=["left out 3 rows"])
+    with pytest.raises(DatasetError, match=r"differ in nothing but their budget: .*; left out 3 rows"):
+        split(dataset, "random")
+
+
 def test_groups_are_merged_into_ten_folds() -> None:
     dataset = build_dataset(
         contexts_of(50, [f"m{i // 2}" for i in range(50)]), [(i, method, 0.0) for i in range(50) for method in "ab"]
