@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -130,8 +130,15 @@ def compare(
         seconds = sum(each.seconds for each in of_folds)
         deviations = [each.deviation for each in of_folds if each.deviation is not None]
         certainty = certainty_of(dataset, folds, scores, deviations) if deviations else None
-        rows.append(Row(name, chosen.measures(), chosen.measures(more_than=probes), seconds, certainty))
-    return Comparison(dataset, group, probes, len(folds), tuple(rows), left_out)
+        rows.append(Row(name, chosen.measures(), chosen.measures(more_than=max(1, probes)), seconds, certainty))
+    return Comparison(_with_note(dataset), group, probes, len(folds), tuple(rows), left_out)
+
+
+def _with_note(dataset: Dataset) -> Dataset:
+    """Return the dataset with a note of how many contexts the measures leave out."""
+    single = int(np.count_nonzero(np.bincount(dataset.pairs.context) == 1))
+    note = f"left out of the measures {single} contexts in which a single method was measured: there is no choice"
+    return replace(dataset, notes=(*dataset.notes, note)) if single else dataset
 
 
 def _tasks(makers: Mapping[str, Callable[[], Selector]], folds: int, progress: Progress) -> Iterator[FitTask]:

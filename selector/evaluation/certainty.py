@@ -16,7 +16,7 @@ ANSWERED_SHARE = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Certainty:
-    """Means over test contexts, all without probes.
+    """Means over test contexts with several methods, all without probes.
 
     `interval_coverage`: share of the pairs whose cost, relative to their context, is within the 90 % interval.
     `answered`: share of the contexts with a confidence of at least MIN_CONFIDENCE, in the others of which the choice
@@ -34,13 +34,20 @@ class Certainty:
 
 def certainty_of(
     dataset: Dataset, folds: Sequence[Fold], scores: Sequence[FloatArray], deviations: Sequence[FloatArray]
-) -> Certainty:
-    """Return how true the deviations of scores are, for the test rows of every fold."""
+) -> Certainty | None:
+    """Return how true the deviations of scores are, for the test rows of every fold; None where nothing can be told.
+
+    A context with a single method says nothing: relative to itself, any prediction of it is right.
+    """
     covered, choices = [], []
-    for fold, score, deviation in zip(folds, scores, deviations, strict=True):
+    for fold, score_of_all, deviation_of_all in zip(folds, scores, deviations, strict=True):
         test = dataset.take(fold.test)
+        told = np.bincount(test.pairs.context)[test.pairs.context] > 1
+        test, score, deviation = test.take(told), score_of_all[told], deviation_of_all[told]
         covered.append(np.abs(_relative(test, test.cost) - _relative(test, score)) <= INTERVAL * deviation)
         choices += _choices(test, score, deviation)
+    if not choices:
+        return None
     sure, regret = np.array(choices).T
     answered = sure >= MIN_CONFIDENCE
     most_sure = np.argsort(-sure, kind="stable")[: round(ANSWERED_SHARE * len(sure))]
@@ -62,6 +69,8 @@ def _relative(dataset: Dataset, cost: FloatArray) -> FloatArray:
 
 def _choices(test: Dataset, score: FloatArray, deviation: FloatArray) -> list[tuple[float, float]]:
     """Return the confidence and the regret of the choice in each context."""
+    if not len(test):
+        return []
     order = np.lexsort((test.pairs.method, score, test.pairs.context))
     starts = np.flatnonzero(np.diff(test.pairs.context[order], prepend=-1))
     found = []

@@ -99,8 +99,8 @@ class Outcomes:
     chosen_method: IntArray
     best_method: IntArray
 
-    def measures(self, more_than: int = 0) -> Measures:
-        """Return the measures over the contexts with more than `more_than` methods."""
+    def measures(self, more_than: int = 1) -> Measures:
+        """Return the measures over the contexts with more than `more_than` methods: of one there is no choice."""
         of = self.method_count > more_than
         count = int(np.count_nonzero(of))
         if not count:

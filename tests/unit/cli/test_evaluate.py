@@ -122,7 +122,9 @@ def test_single_method_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str
     write(tmp_path / "contexts.csv", ["cid", "l_isl"], [[i, i % 7] for i in range(12)])
     write(tmp_path / "observations.csv", ["cid", "method", "y"], [[i, "only", 1.0] for i in range(12)])
     assert run(["evaluate", str(tmp_path), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert all((row["accuracy"], row["closed_gap"]) == (1.0, None) for row in rows)
+    document = json.loads(capsys.readouterr().out)
+    assert document["contexts"] == 0
+    assert all((row["accuracy"], row["closed_gap"], row["certainty"]) == (None, None, None) for row in document["rows"])
+    assert any("12 contexts in which a single method was measured" in note for note in document["notes"])
     assert run(["evaluate", str(tmp_path), "--group", "model"]) == 1
     assert "no column 'model'" in capsys.readouterr().err

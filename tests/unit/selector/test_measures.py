@@ -3,6 +3,7 @@ import pytest
 
 from selector.dataset import Contexts, Dataset, DatasetError, build_dataset
 from selector.evaluation.baselines import SingleBest, VirtualBest
+from selector.evaluation.certainty import certainty_of
 from selector.evaluation.measures import Fold, macro_f1, outcomes, split
 from tests.unit.selector.measurements import made_up, out_of_fold_scores
 
@@ -15,7 +16,7 @@ def contexts_of(count: int, models: list[str] | None = None, budgets: list[str] 
 
 
 def by_hand() -> Dataset:
-    """Training context 0: b is best. Test contexts: 1 (a 1, b 2), 2 (b 1, c 1.04), 3 (c alone)."""
+    """Training context 0: b is best. Test contexts: 1 (a 1, b 2), 2 (b 1, c 1.04), 3 (c alone: no choice)."""
     rows = [(0, "a", 2.0), (0, "b", 1.0), (0, "c", 8.0), (1, "a", 1.0), (1, "b", 2.0), (2, "b", 1.0), (2, "c", 1.04)]
     rows.append((3, "c", 5.0))
     return build_dataset(contexts_of(4), [(i, method, float(np.log(cost))) for i, method, cost in rows])
@@ -28,18 +29,18 @@ def test_measures_match_a_calculation_by_hand() -> None:
     dataset = by_hand()
     # Chosen: b in 1, c in 2, c in 3.
     found = outcomes(dataset, [HAND_FOLD], [np.array([1.0, 0.0, 1.0, 0.0, 0.0])], default="a").measures()
-    assert found.contexts == 3
-    assert found.accuracy == pytest.approx(1 / 3)
-    assert found.accuracy_within_5_percent == pytest.approx(2 / 3)
-    assert found.ratio_to_virtual_best == pytest.approx((0.5 + 1 / 1.04 + 1) / 3)
-    regret = (np.log(2) + np.log(1.04)) / 3
+    assert found.contexts == 2
+    assert found.accuracy == 0
+    assert found.accuracy_within_5_percent == pytest.approx(1 / 2)
+    assert found.ratio_to_virtual_best == pytest.approx((0.5 + 1 / 1.04) / 2)
+    regret = (np.log(2) + np.log(1.04)) / 2
     assert found.regret == pytest.approx(regret)
-    # The single best is b: wrong in 1, right in 2, not there in 3.
-    assert found.closed_gap == pytest.approx(1 - regret / (np.log(2) / 3))
+    # The single best is b: wrong in 1, right in 2.
+    assert found.closed_gap == pytest.approx(1 - regret / (np.log(2) / 2))
     # The default is a; where it was not measured, the most widely measured, of which the first by name.
-    assert found.mean_speedup == pytest.approx((1 / 2 + 1 / 1.04 + 1) / 3)
-    # a: never chosen; b: best in 2, chosen in 1; c: best in 3, chosen in 2 and 3.
-    assert found.f1 == pytest.approx((0 + 0 + 2 / 3) / 3)
+    assert found.mean_speedup == pytest.approx((1 / 2 + 1 / 1.04) / 2)
+    # a: never chosen; b: best in 2, chosen in 1; c: chosen in 2.
+    assert found.f1 == 0
 
 
 def test_probes_take_the_best_of_the_candidates() -> None:
@@ -59,6 +60,15 @@ def test_single_best_of_the_closed_gap_gets_no_probes() -> None:
     gap = outcomes(dataset, folds, scores, probes=2).measures().closed_gap
     assert gap is not None
     assert gap > 0.1
+
+
+def test_context_with_a_single_method_is_no_covered_interval_nor_a_right_choice() -> None:
+    dataset, wrong = by_hand(), np.array([1.0, 0.0, 1.0, 0.0, 0.0])
+    certainty = certainty_of(dataset, [HAND_FOLD], [wrong], [np.full(5, 1e-3)])
+    assert certainty is not None
+    assert (certainty.interval_coverage, certainty.answered, certainty.accuracy_of_answered) == (0.0, 1.0, 0.0)
+    alone = Fold(np.arange(7), np.array([7]))
+    assert certainty_of(dataset, [alone], [np.zeros(1)], [np.ones(1)]) is None
 
 
 def test_virtual_best_has_no_regret() -> None:

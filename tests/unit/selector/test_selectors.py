@@ -121,6 +121,7 @@ def test_intervals_cover_nine_of_ten_costs_on_hardware_left_out(noise: float) ->
     models = [MetaModel("hardware", boosting_rounds=40).fit_dataset(dataset.take(fold.train)) for fold in folds]
     found = [model.predict_all(dataset.pairs.take(fold.test)) for model, fold in zip(models, folds, strict=True)]
     certainty = certainty_of(dataset, folds, [each.relative for each in found], [each.deviation for each in found])
+    assert certainty is not None
     assert 0.86 < certainty.interval_coverage < 0.96
 
 
@@ -132,6 +133,7 @@ def test_confident_choices_are_right_and_others_are_probed() -> None:
     scores = [each.relative for each in found]
     certainty = certainty_of(dataset, folds, scores, [each.deviation for each in found])
     overall = outcomes(dataset, folds, scores).measures()
+    assert certainty is not None
     assert certainty.within_5_percent_of_answered is not None
     assert overall.accuracy is not None
     assert overall.accuracy_within_5_percent is not None
