@@ -38,11 +38,11 @@ class Contexts:
         )
 
     def siblings(self) -> IntArray:
-        """Return a number for each context, equal for those that differ only in their budget.
+        """Return a number for each context, equal for those of one model and hardware that differ only in their budget.
 
         Where nothing but their ids is known, each is one of its own.
         """
-        names = [of for name, of in self.names.items() if name != "budget"]
+        names = [self.names[name] for name in ("model", "hardware") if name in self.names]
         if not names and not self.columns:
             return np.arange(len(self))
         keys = [(*(of[i] for of in names), self.features[i].tobytes()) for i in range(len(self))]

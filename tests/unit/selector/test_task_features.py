@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from protocol.capabilities import Capabilities, Throughput, stage_facts
 from protocol.limits import MAX_NUMBER
 from protocol.stage_facts import DeviceKind, StageFacts
-from selector.dataset import FloatArray, Pairs
+from selector.dataset import FloatArray, Pairs, build_dataset
+from selector.evaluation.measures import split
 from selector.features import PHYSICS, physics
 from selector.task import PORTFOLIO, TaskContext, method
 from selector.task_features import FEATURES, tabulate, transfer_s
@@ -127,6 +128,23 @@ def test_names_are_no_features() -> None:
     context = task(facts(MEASURED, 30))
     renamed = replace(context, architecture="other", hardware="elsewhere")
     assert np.array_equal(tabulate([context]).features, tabulate([renamed]).features, equal_nan=True)
+
+
+def test_latency_and_throughput_of_one_run_are_left_out_together() -> None:
+    contexts = [
+        replace(task(facts(MEASURED, 30)), prompt_tokens=16 << i, objective=objective)
+        for i in range(10)
+        for objective in ("latency", "throughput")
+    ]
+    table = tabulate(contexts)
+    assert len(set(table.siblings().tolist())) == 10
+    tasks = table.names["task"]
+    assert (tasks[::2] == tasks[1::2]).all(), "errors are estimated with whole tasks left out"
+    assert len(set(tasks.tolist())) > 2
+    dataset = build_dataset(table, [(i, name, 0.0) for i in range(20) for name in (WIDE.name, NARROW.name)])
+    for fold in split(dataset, "random"):
+        train, test = (set((dataset.pairs.context[rows] // 2).tolist()) for rows in (fold.train, fold.test))
+        assert not train & test
 
 
 def test_facts_of_a_machine_with_a_gpu_are_the_gpus() -> None:
