@@ -288,9 +288,17 @@ def compare(world: World, peers: int, liars: float, epochs: int, seed: int) -> l
 
 def learned_from(state: State, reports: Sequence[tuple[PeerId, Cell, float]]) -> list[tuple[Cell, float, float]]:
     """Return what a daemon that joins would learn from the agreed table and the free reports, by its own rules."""
-    trust, default_trust = relative_trust([state.weights])
-    viewpoint = Viewpoint(peer="newcomer", hardware="", software="", hour=0, trust=trust, default_trust=default_trust)
     # A context of the folder is no workload of a daemon: each stands for a model, of which there is a table.
+    models = {cell.workload for cell in (*state.table, *(cell for _, cell, _ in reports))}
+    trust, others = relative_trust(state.weights)
+    viewpoint = Viewpoint(
+        peer="newcomer",
+        hardware="",
+        software="",
+        hour=0,
+        trust=dict.fromkeys(models, trust),
+        default_trust=dict.fromkeys(models, others),
+    )
     tables, class_sizes = [], Counter(member.hardware for member in state.members)
     for workload in sorted({cell.workload for cell in state.table}):
         cells = {cell: entry for cell, entry in state.table.items() if cell.workload == workload}

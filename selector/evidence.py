@@ -44,7 +44,7 @@ _OTHER_SOFTWARE_WEIGHT: Final = 0.4
 _ANY_WORKLOAD: Final = next(iter(WORKLOADS.values()))
 
 _UNKNOWN_PEERS: Final = "unknown peers"
-"""In place of an observer: all that are no members, whose identities are free."""
+"""In place of an observer: all that are no members of a model's chain, whose identities are free."""
 
 AGREED: Final = ""
 """In place of an observer: the swarm."""
@@ -135,19 +135,20 @@ def weigh(
 def contexts_of_cells(table: AgreedTable, samples: Iterable[Sample], viewpoint: Viewpoint) -> dict[Cell, TaskContext]:
     """Return the contexts of a table's cells, as members measured them.
 
-    That is the route of an assigned measurement on a cell's hardware that all stages signed, with the workload of the
-    cell: of the viewpoint's own, the newest, if there is one. Else it is what the members' newest have in the middle,
-    figure by figure, of those on the kind of route on which most of the trust is. No other report can move what was
-    agreed to another context, nor can a single member. A cell whose hardware no such sample has is left out.
+    Members are those of the table's own chain. It is the route of an assigned measurement on a cell's hardware that all
+    stages signed, with the workload of the cell: of the viewpoint's own, the newest, if there is one. Else it is what
+    the members' newest have in the middle, figure by figure, of those on the kind of route on which most of the trust
+    is. No other report can move what was agreed to another context, nor can a single member. A cell whose hardware no
+    such sample has is left out.
     """
     newest: defaultdict[str, dict[str, TaskContext]] = defaultdict(dict)
+    heard = {viewpoint.peer, *viewpoint.members(table.model)}
     for sample in sorted(samples, key=lambda sample: (sample.hour, sample.route)):
         is_assigned = sample.kind is ObservationKind.ASSIGNED and sample.countersigned and sample.model == table.model
-        is_heard = sample.observer == viewpoint.peer or viewpoint.trust.get(sample.observer, 0.0) > 0
-        if is_assigned and is_heard:
+        if is_assigned and sample.observer in heard:
             for hardware in sample.context.hardware.split("+"):
                 newest[hardware][sample.observer] = sample.context
-    routes = {hardware: _typical(contexts, viewpoint) for hardware, contexts in newest.items()}
+    routes = {hardware: _typical(contexts, table.model, viewpoint) for hardware, contexts in newest.items()}
     return {
         cell: _under(routes[cell.hardware], workload)
         for cell in table.cells
@@ -155,14 +156,15 @@ def contexts_of_cells(table: AgreedTable, samples: Iterable[Sample], viewpoint: 
     }
 
 
-def _typical(contexts: Mapping[str, TaskContext], viewpoint: Viewpoint) -> TaskContext:
+def _typical(contexts: Mapping[str, TaskContext], model: str, viewpoint: Viewpoint) -> TaskContext:
     """Return the viewpoint's own context; else the one in the middle of several observers', of the same stages."""
     if viewpoint.peer in contexts:
         return contexts[viewpoint.peer]
     of_kind: defaultdict[tuple[int, str, int], list[str]] = defaultdict(list)
     for observer, context in contexts.items():
         of_kind[context.stage_count, context.hardware, len(context.stage_facts)].append(observer)
-    chosen = max(of_kind, key=lambda kind: (sum(viewpoint.trust[observer] for observer in of_kind[kind]), kind))
+    trust = viewpoint.trust[model]
+    chosen = max(of_kind, key=lambda kind: (sum(trust[observer] for observer in of_kind[kind]), kind))
     found: TaskContext = _middle([_under(contexts[observer], _ANY_WORKLOAD) for observer in of_kind[chosen]])
     return found
 
@@ -242,13 +244,15 @@ def _weights(samples: Sequence[Sample], viewpoint: Viewpoint, agreed_weight: flo
     """
     weights: list[float] = []
     of_source: defaultdict[str, float] = defaultdict(float)
-    sources = [_source(sample.observer, viewpoint) for sample in samples]
+    sources = [
+        _UNKNOWN_PEERS if viewpoint.is_unknown(sample.observer, sample.model) else sample.observer for sample in samples
+    ]
     for sample, source in zip(samples, sources, strict=True):
         weight = 0.5 ** (max(0, viewpoint.hour - sample.hour) / HALF_LIFE_HOURS)
         weight *= _SERVED_WEIGHT if sample.log_ratio is None else 1.0
         if sample.observer != viewpoint.peer:
             weight *= _PEER_WEIGHT if sample.countersigned else _UNSIGNED_WEIGHT
-            weight *= viewpoint.trust.get(sample.observer, viewpoint.default_trust)
+            weight *= viewpoint.trust_in(sample.observer, sample.model)
         if viewpoint.hardware not in sample.context.hardware.split("+"):
             weight *= _OTHER_HARDWARE_WEIGHT
         if sample.software != viewpoint.software:
@@ -262,9 +266,3 @@ def _weights(samples: Sequence[Sample], viewpoint: Viewpoint, agreed_weight: flo
     scale = min(1.0, most / in_all) if in_all else 1.0
     factors = {source: scale * limit / max(limit, total) for source, total in of_source.items()}
     return [weight * factors.get(source, 1.0) for weight, source in zip(weights, sources, strict=True)]
-
-
-def _source(observer: str, viewpoint: Viewpoint) -> str:
-    """Return whose weight is limited together with an observer's."""
-    is_unknown = viewpoint.trust and observer not in viewpoint.trust and observer != viewpoint.peer
-    return _UNKNOWN_PEERS if is_unknown else observer

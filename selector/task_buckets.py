@@ -20,15 +20,33 @@ SHORT_TRANSFER_S: Final = 0.1
 class Viewpoint:
     """The peer for which samples are weighted: its hardware class and software, at an hour.
 
-    `trust`: weight of other peers' reports, 0 to 1, as agreed by the swarm; `default_trust`: of peers not among them.
+    `trust`: by model the weight of its members' reports, 0 to 1, as agreed on its chain; `default_trust`: of peers not
+    among them. Without any chain every peer is trusted.
     """
 
     peer: str
     hardware: str
     software: str
     hour: int
-    trust: Mapping[str, float] = field(default_factory=dict)
-    default_trust: float = 1.0
+    trust: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    default_trust: Mapping[str, float] = field(default_factory=dict)
+
+    def trust_in(self, observer: str, model: str) -> float:
+        """Return the weight of what a peer reports of a model.
+
+        Only the model's own chain counts: whoever is there founds one, so that of another model gives no trust. What
+        is reported of a model whose chain is not followed weighs as from peers that are members of none.
+        """
+        others = self.default_trust.get(model, min(self.default_trust.values(), default=1.0))
+        return self.trust.get(model, {}).get(observer, others)
+
+    def is_unknown(self, observer: str, model: str) -> bool:
+        """Return whether there are members, and another peer is none of this model's chain."""
+        return bool(self.trust) and observer != self.peer and observer not in self.trust.get(model, {})
+
+    def members(self, model: str) -> frozenset[str]:
+        """Return the peers whose reports of a model have weight by its chain."""
+        return frozenset(peer for peer, weight in self.trust.get(model, {}).items() if weight > 0)
 
 
 @lru_cache(maxsize=4096)

@@ -41,6 +41,12 @@ class FollowedChains:
             if agreed is not None
         ]
 
-    def trust(self) -> tuple[dict[str, float], float]:
-        """Return the trust in each member, and in every other peer, by the weights on all chains."""
-        return relative_trust(chain.agreement.weights for chain in self.nodes.values() if chain.agreement)
+    def trust(self) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+        """Return the trust in the members of each model's chain, and in every other peer there."""
+        members: dict[str, dict[str, float]] = {}
+        others: dict[str, float] = {}
+        for model, chain in self.nodes.items():
+            trust, rest = relative_trust(chain.agreement.weights if chain.agreement else {})
+            if trust:
+                members[model], others[model] = trust, rest
+        return members, others

@@ -1,12 +1,13 @@
 """Reads observations as samples for training: what was signed, as task contexts with their measured costs."""
 
-import json
 import math
 import sqlite3
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 from urllib.parse import quote
 
@@ -27,14 +28,20 @@ MAX_SAMPLES_OF_PEER: Final = 1000
 _IS_ASSIGNED: Final = "instr(envelope, CAST('assigned' AS BLOB)) > 0"
 """Whether an envelope may be of an assigned measurement. Who writes the word elsewhere disorders its own ones alone."""
 
+_MODEL_KEY: Final = b"\xa2id\xc4\x20"
+"""What stands in an envelope before a model's id, and, as it is no UTF-8, in no text that an observer may choose."""
+
+_NO_MEMBERS: Final[Mapping[str, Collection[str]]] = MappingProxyType({})
+
 
 def read_samples(
-    database: Path, own: str = "", members: Collection[str] = (), limit: int = MAX_SAMPLES
+    database: Path, own: str = "", members: Mapping[str, Collection[str]] = _NO_MEMBERS, limit: int = MAX_SAMPLES
 ) -> Iterator[Sample]:
     """Yield samples of a history, without unreadable ones: our own first, then those of members, then of unknown peers.
 
-    Of each peer the assigned measurements come first, then the newest, and peers take turns: however much one reports,
-    or however many unknown peers there are, the others' measurements are still learned from.
+    `members`: of each model's chain, who come first with what they say of that model. Of each peer the assigned
+    measurements come first, then the newest, and peers take turns: however much one reports, or however many unknown
+    peers there are, the others' measurements are still learned from.
     """
     query = f"""
         WITH ranked AS (
@@ -45,12 +52,20 @@ def read_samples(
         )
         SELECT envelope FROM ranked JOIN observations USING (number)
         WHERE place <= iif(ranked.observer = :own, :limit / 2, :of_peer)
-        ORDER BY ranked.observer != :own, ranked.observer NOT IN (SELECT value FROM json_each(:members)),
-            place, ranked.observer
+        ORDER BY ranked.observer != :own, NOT is_member(ranked.observer, envelope), place, ranked.observer
         LIMIT :limit
     """  # noqa: S608  # no value in it is a peer's
-    values = {"own": own, "members": json.dumps([*members]), "limit": limit, "of_peer": MAX_SAMPLES_OF_PEER}
+    values = {"own": own, "limit": limit, "of_peer": MAX_SAMPLES_OF_PEER}
+    of_peer: defaultdict[str, list[bytes]] = defaultdict(list)
+    for model, peers in members.items():
+        for peer in peers:
+            of_peer[peer].append(_MODEL_KEY + bytes.fromhex(model))
+
+    def is_member(observer: str, envelope: bytes) -> bool:
+        return any(model in envelope for model in of_peer.get(observer, ()))
+
     with closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True)) as connection:
+        connection.create_function("is_member", 2, is_member, deterministic=True)
         for (envelope,) in connection.execute(query, values):
             try:
                 observation = decode_verified_observation(envelope).observation

@@ -120,7 +120,7 @@ def _train(database: str, viewpoint: Viewpoint, tables: Sequence[AgreedTable]) -
             os.setpriority(os.PRIO_PROCESS, 0, LOWEST)
     from selector.prediction import train  # the import takes as long as training on a short history
 
-    members = [peer for peer, trust in viewpoint.trust.items() if trust > 0]
+    members = {model: viewpoint.members(model) for model in viewpoint.trust}
     return train([*read_samples(Path(database), viewpoint.peer, members)], viewpoint, tables)
 
 

@@ -3,7 +3,7 @@
 Log odds are the weights with which a vote of independent voters errs least (Nitzan and Paroush, 1982).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 from protocol.consensus_values import Member
@@ -59,16 +59,12 @@ NEWCOMER_WEIGHT: Final = weight_of(Member(PeerId(""), ""))
 """A newcomer has some weight: ln 2."""
 
 
-def relative_trust(chains: Iterable[Mapping[str, int]]) -> tuple[dict[str, float], float]:
-    """Return the trust in each member, from 0 to 1, and in every other peer. `chains`: the weights of each one.
+def relative_trust(weights: Mapping[str, int]) -> tuple[dict[str, float], float]:
+    """Return the trust in each member of a chain, from 0 to 1, and in every other peer, by the members' weights.
 
-    It is the weight relative to the largest one, the lowest of all chains. Without any statement every peer is trusted.
+    It is the weight relative to the largest one. Where there is none every peer is trusted.
     """
-    trust: dict[str, float] = {}
-    in_others = 1.0
-    for weights in chains:
-        if most := max(weights.values(), default=0):
-            in_others = min(in_others, NEWCOMER_WEIGHT / most)
-            for peer, weight in weights.items():
-                trust[peer] = min(trust.get(peer, 1.0), weight / most)
-    return trust, in_others
+    most = max(weights.values(), default=0)
+    if not most:
+        return {}, 1.0
+    return {peer: weight / most for peer, weight in weights.items()}, min(1.0, NEWCOMER_WEIGHT / most)

@@ -11,6 +11,9 @@ from protocol.observations import BUCKET_S, SignedObservation, sign_observation
 from tests.support.observations import NOW_S, key, observation, peer, signed
 
 OWN, MEMBER, FLOODER = 0, 1, 2
+MEMBERS = {observation(0).model.model: [peer(MEMBER)], "ab" * 32: [peer(number) for number in range(10, 60)]}
+"""Of the model that is observed, and of one that the others have a chain of."""
+
 EARLIER_S = NOW_S - BUCKET_S
 
 
@@ -25,7 +28,7 @@ async def observers_read(tmp_path: Path, *observations: SignedObservation) -> li
     database = tmp_path / "metaswarm.sqlite3"
     async with open_database(database) as opened:
         await HistoryStore(opened).add_many(observations)
-    return [(each.observer, each.kind) for each in read_samples(database, peer(OWN), [peer(MEMBER)], limit=20)]
+    return [(each.observer, each.kind) for each in read_samples(database, peer(OWN), MEMBERS, limit=20)]
 
 
 async def test_one_observer_does_not_push_out_the_others(tmp_path: Path) -> None:

@@ -28,7 +28,9 @@ CONTEXT = TaskContext(
     hardware=HARDWARE,
     **WORKLOADS[WORKLOAD].task,
 )
-VIEWPOINT = Viewpoint(peer="me", hardware=HARDWARE, software="1", hour=100, trust={"honest": 1.0}, default_trust=0.0)
+VIEWPOINT = Viewpoint(
+    peer="me", hardware=HARDWARE, software="1", hour=100, trust={MODEL: {"honest": 1.0}}, default_trust={MODEL: 0.0}
+)
 
 
 def table(*cells: tuple[str, float, int, bool], digest: int = 1) -> AgreedTable:
@@ -114,15 +116,38 @@ def foreign_weight(agreed: AgreedTable, viewpoint: Viewpoint, samples: list[Samp
 
 
 def test_strangers_count_together_as_one_peer() -> None:
-    strangers = replace(VIEWPOINT, default_trust=0.5)
+    strangers = replace(VIEWPOINT, default_trust={MODEL: 0.5})
     assert foreign_weight(table((FUSED, -0.5, 5, True)), strangers, free(100, 50)) == pytest.approx(10)
+
+
+def test_members_of_the_chain_of_another_model_count_as_strangers() -> None:
+    """Whoever is there founds a chain: eight liars may have one of their own."""
+    of_model = {"honest": 1.0, "other": 1.0}
+    viewpoint = replace(
+        VIEWPOINT,
+        trust={MODEL: of_model, "another model": {f"peer {i}": 1.0 for i in range(8)}},
+        default_trust={MODEL: 0.3, "another model": 1.0},
+    )
+    elsewhere = replace(CONTEXT, prompt_tokens=4000)
+    honest = [sample(name, log_ratio=0.1, context=elsewhere) for name in of_model for _ in range(50)]
+    samples = [*honest, *free(8, 50)]
+    found = weigh(samples, viewpoint)
+    of_honest = sum(each.weight for each in found if each.sample.observer in of_model)
+    assert of_honest == pytest.approx(20)
+    assert sum(each.weight for each in found) - of_honest == pytest.approx(10)
+    unfollowed = weigh([replace(each, model="a third") for each in samples], viewpoint)
+    assert sum(each.weight for each in unfollowed) == pytest.approx(10), "of its model nobody is known"
+    far = replace(CONTEXT, stage_count=3, link_s=5.0)
+    readings = [reading("honest"), *(reading(f"peer {i}", hour=101, context=far) for i in range(8))]
+    [context] = contexts_of_cells(table((FUSED, -0.5, 5, True)), readings, viewpoint).values()
+    assert context.link_s == 0
 
 
 def test_reports_of_others_never_outweigh_what_was_agreed() -> None:
     names = [method(engine="fused", prefill_chunk=chunk).name for chunk in ("64", "256")] + [FUSED]
     cells = {Cell(HARDWARE, workload, name): AgreedCell(0, 5, firm=True) for workload in WORKLOADS for name in names}
     agreed = replace(table(), cells=cells)
-    members = replace(VIEWPOINT, trust={f"peer {i}": 1.0 for i in range(10)})
+    members = replace(VIEWPOINT, trust={MODEL: {f"peer {i}": 1.0 for i in range(10)}})
     assert foreign_weight(agreed, members, free(10, 100)) == pytest.approx(len(cells))
     assert foreign_weight(table(), members, free(10, 100)) == pytest.approx(100)  # nothing is agreed
     own = [sample("me") for _ in range(60)]
@@ -174,7 +199,7 @@ def test_only_members_say_where_agreed_cells_were_measured_and_our_own_word_is_f
     strangers = [reading("liar", **odd), sample("honest", **odd), reading("honest", countersigned=False, **odd)]
 
     def stage_counts(*samples: Sample) -> list[int]:
-        viewpoint = replace(VIEWPOINT, trust={"honest": 1.0, "newcomer": 0.1})
+        viewpoint = replace(VIEWPOINT, trust={MODEL: {"honest": 1.0, "newcomer": 0.1}})
         return [each.stage_count for each in contexts_of_cells(agreed, samples, viewpoint).values()]
 
     assert stage_counts(*strangers) == []
@@ -187,7 +212,7 @@ def test_own_context_is_not_mixed_with_those_of_others_on_the_same_kind_of_route
     agreed = table((FUSED, -0.5, 5, True))
     own = reading("me", hour=1, context=replace(CONTEXT, link_s=0.5))
     others = [reading(name, hour=101, context=replace(CONTEXT, link_s=0.1)) for name in ("honest", "other")]
-    viewpoint = replace(VIEWPOINT, trust={"honest": 1.0, "other": 1.0})
+    viewpoint = replace(VIEWPOINT, trust={MODEL: {"honest": 1.0, "other": 1.0}})
     assert {each.link_s for each in contexts_of_cells(agreed, [own, *others], viewpoint).values()} == {0.5}
 
 
@@ -203,7 +228,7 @@ def test_context_of_a_cell_is_what_members_have_in_the_middle() -> None:
     honest = [told("honest", facts(20e9)), told("other", facts(21e9)), told("third", facts(22e9, threads=4))]
     lies = [told("liar", facts(1.0, memory_bytes=1)), told("second liar", facts(1e15), link_s=9.0, stage_count=9)]
     trust = {"honest": 0.8, "other": 0.7, "third": 0.9, "liar": 1.0, "second liar": 1.0}
-    [found] = contexts_of_cells(agreed, [*honest, *lies], replace(VIEWPOINT, trust=trust)).values()
+    [found] = contexts_of_cells(agreed, [*honest, *lies], replace(VIEWPOINT, trust={MODEL: trust})).values()
     assert (found.stage_count, found.link_s) == (1, 0.0)
     assert found.stage_facts == (facts(20e9),)
 

@@ -101,7 +101,7 @@ def test_own_samples_outweigh_a_flood_from_another_peer() -> None:
 def test_peers_without_trust_have_no_weight() -> None:
     own = measured({FUSED.name: -1.0}, 30)
     lies = [each for i in range(20) for each in measured({FUSED.name: 2.0}, 30, observer=f"liar {i}")]
-    warned = replace(VIEWPOINT, trust={f"liar {i}": 0.0 for i in range(20)}, default_trust=0.2)
+    warned = replace(VIEWPOINT, trust={"m": {f"liar {i}": 0.0 for i in range(20)}}, default_trust={"m": 0.2})
     alone, told, untold = (
         build_training_set(each, at) for each, at in ((own, warned), (own + lies, warned), (own + lies, VIEWPOINT))
     )
