@@ -124,6 +124,8 @@ def weigh(
             known[_key(sample, cell.hardware)].append((context, entry))
     counted = []
     for sample in samples:
+        if sample.log_ratio is None and not sample.countersigned and sample.observer != viewpoint.peer:
+            continue  # nothing but one peer's word, perhaps of a route through this node
         found = (each for name in sample.context.hardware.split("+") for each in known.get(_key(sample, name), ()))
         cells = [entry for context, entry in found if are_alike(context, sample.context)]
         if not cells or _adds_to(cells, sample, viewpoint):

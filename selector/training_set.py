@@ -1,8 +1,8 @@
 """Training set: the history as weighted samples, as one peer sees them.
 
 Absolute times do not travel between machines. The target is therefore the residual of a measurement over the heuristic,
-less what all measurements of a kind of task on the same route within the same hour have in common: a busy evening, a
-slow machine, or that scores take longer than the heuristic says, tells nothing about methods.
+less what all measurements of one observer, of a kind of task on the same route within the same hour, have in common: a
+busy evening, a slow machine, or that scores take longer than the heuristic says, tells nothing about methods.
 """
 
 from collections.abc import Mapping, Sequence
@@ -75,8 +75,8 @@ class _Row:
     method: str
     residual: float
     weight: float
-    level: tuple[str, str, int]
-    """Rows of one route, kind of task and hour share a level."""
+    level: tuple[str, str, str, int]
+    """Rows of one observer, route, kind of task and hour share a level: what another peer says does not move ours."""
     is_first: bool
     """Whether it is the first row of its sample: rows of one sample are compared with one another."""
 
@@ -88,7 +88,8 @@ def _rows_of(sample: Sample, number: int, weight: float) -> list[_Row]:
     except MethodError:
         return []
     context = canonicalise(sample.context)
-    level = (sample.route if sample.log_ratio is None else f"sample {number}", context.task_kind, sample.hour)
+    route = sample.route if sample.log_ratio is None else f"sample {number}"
+    level = (sample.observer, route, context.task_kind, sample.hour)
 
     def row(of: Method, log_cost: float, *, is_first: bool) -> _Row:
         return _Row(context, of.name, log_cost - predicted_cost(context, of), weight, level, is_first)

@@ -119,6 +119,28 @@ def test_outliers_are_clipped() -> None:
     assert expected_ratio(own + wild, FUSED.name) < 0.5
 
 
+@pytest.mark.parametrize("countersigned", [True, False])
+@pytest.mark.parametrize("cost", [math.log(1e9), math.log(1e-6)])
+def test_absurd_jobs_of_another_peer_on_our_route_leave_ours_as_they_were(cost: float, countersigned: bool) -> None:
+    ours = [
+        sample(name, None, cost=predicted_cost(CONTEXT, of) + slower)
+        for name, of, slower in ((FUSED.name, FUSED, 0.0), (CHUNKED.name, CHUNKED, 0.8))
+        for _ in range(50)
+    ]
+    lies = [sample(BASELINE.name, None, cost=cost, observer="liar", countersigned=countersigned) for _ in range(250)]
+    training = build_training_set([*ours, *lies], VIEWPOINT)
+    assert training is not None
+    found = training.dataset.cost[:100]
+    assert found[50:].mean() - found[:50].mean() == pytest.approx(0.8, abs=0.01)
+
+
+def test_served_jobs_of_others_count_only_if_every_stage_signed() -> None:
+    served = [sample(name, None, observer="other") for name in (FUSED.name, BASELINE.name) for _ in range(20)]
+    unsigned = [replace(each, countersigned=False) for each in served]
+    assert build_training_set(unsigned, VIEWPOINT) is None
+    assert build_training_set(served, VIEWPOINT) is not None
+
+
 def test_long_route_names_are_hashed() -> None:
     long = "+".join(f"{i:064}" for i in range(64))
     others = [f"{long}{i}" for i in range(2)]
