@@ -240,12 +240,14 @@ def _agrees(sample: Sample, cell: AgreedCell) -> bool:
 def _weights(samples: Sequence[Sample], viewpoint: Viewpoint, agreed_weight: float) -> list[float]:
     """Return the weight of each sample. `agreed_weight`: of all agreed cells.
 
-    The samples of another peer weigh at most half as much in total as the viewpoint's own, or MIN_PEER_LIMIT. Once
-    there are members, all other peers count as one. If something is agreed, all samples of others weigh together at
-    most as much as that, or as the viewpoint's own.
+    The samples of another peer weigh at most half as much in total as the viewpoint's own ratios, or MIN_PEER_LIMIT:
+    many served jobs, perhaps all with one method, are no reason to believe more of others. Once there are members, all
+    other peers count as one. If something is agreed, all samples of others weigh together at most as much as that, or
+    as the viewpoint's own ratios.
     """
     weights: list[float] = []
     of_source: defaultdict[str, float] = defaultdict(float)
+    own = 0.0
     sources = [
         _UNKNOWN_PEERS if viewpoint.is_unknown(sample.observer, sample.model) else sample.observer for sample in samples
     ]
@@ -260,8 +262,10 @@ def _weights(samples: Sequence[Sample], viewpoint: Viewpoint, agreed_weight: flo
         if sample.software != viewpoint.software:
             weight *= _OTHER_SOFTWARE_WEIGHT
         weights.append(weight)
-        of_source[source] += weight
-    own = of_source.pop(viewpoint.peer, 0.0)
+        if sample.observer != viewpoint.peer:
+            of_source[source] += weight
+        elif sample.log_ratio is not None:
+            own += weight
     limit = max(MIN_PEER_LIMIT, own / 2)
     in_all = sum(min(limit, total) for total in of_source.values())
     most = max(MIN_PEER_LIMIT, own, agreed_weight) if agreed_weight else math.inf

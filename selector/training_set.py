@@ -5,23 +5,28 @@ less what all measurements of one observer, of a kind of task on the same route 
 busy evening, a slow machine, or that scores take longer than the heuristic says, tells nothing about methods.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from selector.dataset import Contexts, Dataset, FloatArray, Pairs
+from selector.dataset import Contexts, Dataset, FloatArray, IntArray, Pairs
 from selector.effects import fit_effects
 from selector.evidence import AgreedTable, contexts_of_cells, weigh
 from selector.heuristic import predicted_cost
 from selector.sample import Sample
-from selector.task import Method, MethodError, TaskContext, parse_method
+from selector.task import MethodError, TaskContext, parse_method
 from selector.task_buckets import Viewpoint, canonicalise
 from selector.task_features import tabulate
 
 MAX_RESIDUAL: Final = 2.5
 """Natural logarithm: residuals are clipped at a factor of twelve either way."""
+
+
+_RATIOS: Final = ("", "", "", 0)
+"""The level of all ratios: the baseline's residual is 0, whatever others say of other methods."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,10 +51,10 @@ def build_training_set(
     `tables`: what the swarm agreed. Samples of methods unknown to this version are left out.
     """
     agreed = [(table, contexts_of_cells(table, samples, viewpoint)) for table in tables]
-    found = weigh(samples, viewpoint, agreed)
     rows: list[_Row] = []
-    for number, (sample, weight) in enumerate(found):
-        rows += _rows_of(sample, number, weight)
+    for sample, weight in weigh(samples, viewpoint, agreed):
+        rows += _rows_of(sample, weight)
+    rows = _compared(rows)
     methods = sorted({row.method for row in rows})
     if len(methods) < 2:
         return None
@@ -63,10 +68,9 @@ def build_training_set(
     weight_of_rows = np.array([row.weight for row in rows])
     support = np.bincount(pairs.method, weights=weight_of_rows, minlength=len(methods))
     learned_from = {table.model: frozenset(cell.hardware for cell in known) for table, known in agreed if known}
+    weight = sum(row.weight for row in rows if row.is_first)
     dataset = Dataset(pairs, _residuals(rows, pairs), weight_of_rows, name="history")
-    return TrainingSet(
-        dataset, dict(zip(methods, support.tolist(), strict=True)), sum(each.weight for each in found), learned_from
-    )
+    return TrainingSet(dataset, dict(zip(methods, support.tolist(), strict=True)), weight, learned_from)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,33 +85,59 @@ class _Row:
     """Whether it is the first row of its sample: rows of one sample are compared with one another."""
 
 
-def _rows_of(sample: Sample, number: int, weight: float) -> list[_Row]:
-    """Return the rows of a sample: a ratio to the baseline gives a row of the baseline, too, and a level of its own."""
+def _rows_of(sample: Sample, weight: float) -> list[_Row]:
+    """Return the rows of a sample: a ratio to the baseline gives a row of the baseline, too."""
     try:
         method = parse_method(sample.method)
     except MethodError:
         return []
     context = canonicalise(sample.context)
-    route = sample.route if sample.log_ratio is None else f"sample {number}"
-    level = (sample.observer, route, context.task_kind, sample.hour)
-
-    def row(of: Method, log_cost: float, *, is_first: bool) -> _Row:
-        return _Row(context, of.name, log_cost - predicted_cost(context, of), weight, level, is_first)
-
-    rows = [row(method, sample.log_cost, is_first=True)]
     if sample.log_ratio is None:
-        return rows
-    if method == method.baseline:
+        level = (sample.observer, sample.route, context.task_kind, sample.hour)
+        residual = sample.log_cost - predicted_cost(context, method)
+        return [_Row(context, method.name, residual, weight, level, is_first=True)]
+    baseline = method.baseline
+    if method == baseline:
         return []  # compared with itself
-    return [*rows, row(method.baseline, sample.log_cost - sample.log_ratio, is_first=False)]
+    residual = sample.log_ratio - (predicted_cost(context, method) - predicted_cost(context, baseline))
+    return [
+        _Row(context, method.name, residual, weight, _RATIOS, is_first=True),
+        _Row(context, baseline.name, 0.0, weight, _RATIOS, is_first=False),
+    ]
+
+
+def _compared(rows: Sequence[_Row]) -> list[_Row]:
+    """Return the rows of levels with several methods: others would but repeat what is told of theirs elsewhere."""
+    methods: defaultdict[Hashable, set[str]] = defaultdict(set)
+    for row in rows:
+        methods[row.level].add(row.method)
+    return [row for row in rows if len(methods[row.level]) > 1]
 
 
 def _residuals(rows: Sequence[_Row], pairs: Pairs) -> FloatArray:
-    """Return each row's residual over the heuristic and the level of its route, kind of task and hour, clipped."""
+    """Return each row's residual over the heuristic and its level, clipped.
+
+    What is absurd is clipped before levels are fitted, which many methods have in common. That of the ratios is known.
+    """
     levels = {level: i for i, level in enumerate(sorted({row.level for row in rows}))}
     level = np.array([levels[row.level] for row in rows], dtype=np.intp)
     no_features = Contexts(tuple(map(str, levels.values())), {}, (), np.zeros((len(levels), 0)))
     residual = np.array([row.residual for row in rows])
     weight = np.array([row.weight for row in rows])
-    effects = fit_effects(Pairs(no_features, pairs.methods, level, pairs.method), residual, weight)
-    return np.clip(residual - effects.of_context[level], -MAX_RESIDUAL, MAX_RESIDUAL)
+    known = levels.get(_RATIOS)
+    middle = _medians(residual, level)
+    if known is not None:
+        middle[known] = 0.0
+    residual = np.clip(residual - middle[level], -MAX_RESIDUAL, MAX_RESIDUAL)
+    fitted = fit_effects(Pairs(no_features, pairs.methods, level, pairs.method), residual, weight).of_context
+    common = 0.0 if known is None else fitted[known]
+    return np.clip(residual - fitted[level] + common, -MAX_RESIDUAL, MAX_RESIDUAL)
+
+
+def _medians(values: FloatArray, level: IntArray) -> FloatArray:
+    """Return the median of each level, of which there are none without values."""
+    ordered = values[np.lexsort((values, level))]
+    count = np.bincount(level)
+    first = np.cumsum(count) - count
+    medians: FloatArray = (ordered[first + (count - 1) // 2] + ordered[first + count // 2]) / 2
+    return medians

@@ -201,7 +201,7 @@ def history(log_ratios: Mapping[str, float], count: int) -> list[Sample]:
         ({USUAL: -1.5, FUSED.name: -0.3, GUESSING: -0.3}, 60, ()),
         ({USUAL: -1.5, FUSED.name: -1.5, GUESSING: -0.3}, 60, (FUSED.name,)),
         ({USUAL: -1.5, FUSED.name: -1.55, GUESSING: -1.5}, 60, (FUSED.name, GUESSING)),
-        ({USUAL: -1.5, FUSED.name: -0.3, GUESSING: -0.3}, 2, (GUESSING,)),
+        ({USUAL: -1.2, FUSED.name: -0.3, GUESSING: -0.3}, 2, (GUESSING,)),
     ],
     ids=["clear", "one is close", "both are close", "hardly measured"],
 )

@@ -134,6 +134,19 @@ def test_absurd_jobs_of_another_peer_on_our_route_leave_ours_as_they_were(cost: 
     assert found[50:].mean() - found[:50].mean() == pytest.approx(0.8, abs=0.01)
 
 
+def test_absurd_ratio_leaves_the_own_measurements_of_other_methods_as_they_were() -> None:
+    rule = {each.name: predicted_cost(CONTEXT, each) - predicted_cost(CONTEXT, BASELINE) for each in (FUSED, CHUNKED)}
+    own = measured(rule, 20)
+    served = [sample(FUSED.name, None, cost=0.0, hour=100 - i % 24) for i in range(400)]
+    lies = [sample(FUSED.name, 20.0, observer=f"liar {i % 3}") for i in range(900)]
+    training = build_training_set([*own, *served, *lies], VIEWPOINT)
+    assert training is not None
+    assert training.dataset.cost[: 2 * len(own)] == pytest.approx(0, abs=0.15), (
+        "what is said of one method moves no other"
+    )
+    assert training.support[FUSED.name] < 20 + 3 * 21, "jobs served with one method compare nothing"
+
+
 def test_served_jobs_of_others_count_only_if_every_stage_signed() -> None:
     served = [sample(name, None, observer="other") for name in (FUSED.name, BASELINE.name) for _ in range(20)]
     unsigned = [replace(each, countersigned=False) for each in served]
