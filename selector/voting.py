@@ -5,7 +5,7 @@ Reputation is earned by measuring, and cannot be spent on votes against what was
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from itertools import permutations
+from itertools import accumulate, permutations
 from typing import Final
 
 from protocol.consensus_values import VALUE_SCALE, Cell
@@ -15,6 +15,9 @@ from selector.task import PORTFOLIO
 
 CONTRADICTION: Final = 2 * TOLERANCE / VALUE_SCALE
 """A vote contradicts measurements if it prefers, by more than this, a method that was slower by more than this."""
+
+MAX_EXCESS: Final = 1.0
+"""Natural logarithm: what a vote says of a method counts up to a factor of e from the median of the votes."""
 
 BINDING_WORKLOADS: Final = 2
 """Workloads under all of which two methods must have been measured to be compared: a job may differ from one of them.
@@ -78,7 +81,9 @@ def scores(
 ) -> Mapping[str, float]:
     """Return the score of every method that all stages offer: the weighted interquartile mean of its log costs.
 
-    Trimming a quarter of the weight at either end keeps a faulty minority from deciding.
+    Trimming a quarter of the weight at either end leaves out a faulty minority of up to a quarter. Of a larger one, as
+    one of three ballots is, some weight remains; it counts as at most MAX_EXCESS from the median, so that no vote,
+    however absurd, decides between methods that the others think clearly different.
     """
     if any(len(ballot) != len(methods) for ballot in ballots):
         raise ValueError("a ballot must have a score, or None, for each method")
@@ -88,8 +93,18 @@ def scores(
     for index, name in enumerate(methods):
         costs = [cost for ballot in ballots if (cost := ballot[index]) is not None]
         if costs and len(costs) == len(ballots):
-            result[name] = _interquartile_mean(sorted(zip(costs, weights, strict=True)))
+            result[name] = _interquartile_mean(_bounded(sorted(zip(costs, weights, strict=True))))
     return result
+
+
+def _bounded(ordered: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Return ascending values, none further than MAX_EXCESS from their weighted median."""
+    total = sum(weight for _, weight in ordered)
+    passed = list(accumulate(weight for _, weight in ordered))
+    below = next(value for (value, _), sum_ in zip(ordered, passed, strict=True) if 2 * sum_ >= total)
+    above = next(value for (value, _), sum_ in zip(ordered, passed, strict=True) if 2 * sum_ > total)
+    median = (below + above) / 2
+    return [(min(max(value, median - MAX_EXCESS), median + MAX_EXCESS), weight) for value, weight in ordered]
 
 
 def _interquartile_mean(ordered: Sequence[tuple[float, int]]) -> float:

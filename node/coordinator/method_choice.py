@@ -85,8 +85,8 @@ class Choice(Protocol):
     def predicted_cost(self, method: str) -> float | None:
         """Return what the whole job was predicted to cost with a method, as its budget was compared; None: unknown."""
 
-    def ballot(self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> Mapping[str, float]:
-        """Return the coordinator's own scores, given those of the stages and the weights of all votes.
+    def ballot(self, votes: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+        """Return the coordinator's own scores, given those of the stages.
 
         Methods that are left out are not accepted; of methods that all stages offer, at least one is accepted.
         """

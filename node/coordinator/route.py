@@ -235,8 +235,7 @@ class OpenRoute:
         votes = [answer.votes if answer else {} for answer in self.answers]
         peers = [*(stage.peer for stage in self.stages), self._link_pool.peer_id]
         agreed, names = self.request.agreed if self.is_weighted() else None, tuple(self.request.methods)
-        weights = agreed.weigh(names, zip(peers, [*votes, {}], strict=True)) if agreed else None
-        votes.append(self.request.choice.ballot(votes, weights))
+        votes.append(self.request.choice.ballot(votes))
         weights = agreed.weigh(names, zip(peers, votes, strict=True)) if agreed else None
         ballots = tuple(
             Ballot(peer, tuple(scores.get(name) for name in names)) for peer, scores in zip(peers, votes, strict=True)

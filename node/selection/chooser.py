@@ -9,7 +9,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
@@ -27,7 +27,6 @@ from selector.adoption import MAX_LOSS, Adoption, Candidates, ExplorationAllowan
 from selector.heuristic import CostEstimate, predicted_cost, preference
 from selector.task import Method, TaskContext, portfolio
 from selector.task_buckets import simplest_first, task_bucket
-from selector.voting import scores
 
 DEFAULT_SHARE: Final = 0.1
 """Share of the served time that trying methods may cost."""
@@ -56,8 +55,8 @@ class LearnedChoice:
     """Methods that are better by what the swarm agreed, where no trial here was run yet."""
     explored: str | None = None
     accepted: frozenset[str] = frozenset()
-    votes: Mapping[str, float] = field(default_factory=dict)
-    """Scores of all methods from the stages' votes and our own."""
+    offered: frozenset[str] = frozenset()
+    """Methods that all stages offer."""
 
     @property
     def learned_from(self) -> TableVersion | None:
@@ -73,12 +72,10 @@ class LearnedChoice:
         """Return the predicted cost of the whole job; see Choice."""
         return self.compute.cost(method) if method in self.compute.log_s else None
 
-    def ballot(self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> Mapping[str, float]:
+    def ballot(self, votes: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
         """Return our scores of the accepted methods; see Choice."""
         own = self.log_costs
-        names = tuple(own)
-        self.votes = scores(names, [[vote.get(name) for name in names] for vote in (*votes, own)], weights)
-        offered = frozenset(self.votes)
+        offered = self.offered = frozenset(own).intersection(*votes)
         if self.explored not in offered:
             self.explored = None
         if self.explored is not None:
@@ -181,7 +178,7 @@ class LearnedChooser:
         """Record the outcome of a job, request trials, and return how the choice looked; see Chooser."""
         if not isinstance(choice, LearnedChoice):
             raise TypeError("a choice of another chooser")
-        self._offered.update(choice.votes)
+        self._offered |= choice.offered
         context = choice.request.context
         # A text may end early: the prediction is scaled to the tokens that were generated.
         tokens = outcome.completion_tokens
@@ -206,7 +203,8 @@ class LearnedChooser:
     def _selection(self, choice: LearnedChoice, expected: Mapping[str, float], method: str) -> Selection:
         context = choice.request.context
         offset = self._calibration.of(context)
-        candidates = self._candidates(choice, choice.votes)
+        # Our own prediction says what is worth a trial here: a stage's vote could rule out any method.
+        candidates = self._candidates(choice, {name: choice.log_costs[name] for name in choice.offered})
         plain = choice.order[0].baseline
         baseline = expected.get(plain.name, predicted_cost(context, plain))
         predictions = {

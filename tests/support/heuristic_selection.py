@@ -37,9 +37,9 @@ class HeuristicChoice:
         """Predict nothing; see Choice."""
         del method
 
-    def ballot(self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> Mapping[str, float]:
+    def ballot(self, votes: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
         """Return the heuristic's predictions; see Choice."""
-        del votes, weights
+        del votes
         return {method.name: predicted_cost(self.context, method) for method in self.order}
 
 

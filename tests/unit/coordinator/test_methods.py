@@ -212,9 +212,7 @@ class Partial(HeuristicVoter):
 class NoOpinion(HeuristicChooser):
     async def choose(self, question: SelectionRequest) -> Choice:
         class Equal(HeuristicChoice):
-            def ballot(
-                self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None
-            ) -> Mapping[str, float]:
+            def ballot(self, votes: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
                 return {method.name: 0.0 for method in self.order}
 
         return Equal(question.context, question.admitted)
@@ -271,9 +269,7 @@ async def test_stage_refuses_a_method_that_the_votes_did_not_agree_on(
 
 async def test_stages_follow_the_methods_that_the_coordinator_accepts(virtual_clock: MockClock) -> None:
     class Wary(HeuristicChoice):
-        def ballot(
-            self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None
-        ) -> Mapping[str, float]:
+        def ballot(self, votes: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
             admitted = {method.name for method in self.order}
             guessed = {method.name for method in self.order if method.drafter == "draft"}
             # Nobody here has a draft model, which only the first stage needs.

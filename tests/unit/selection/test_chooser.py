@@ -11,7 +11,7 @@ from trio.testing import MockClock
 from node.coordinator.method_choice import SelectionRequest
 from node.coordinator.submission import JobOutcome
 from node.coordinator.trial import Spending
-from node.selection.chooser import LearnedChooser
+from node.selection.chooser import LearnedChoice, LearnedChooser
 from node.selection.prediction_cache import PredictionCache
 from node.selection.trial_scheduler import TrialRequest
 from protocol.consensus_values import Cell
@@ -154,6 +154,24 @@ async def test_computing_of_a_named_method_is_predicted_relative_to_the_one_in_u
     assert free.predicted_cost(BASELINE.name) != pytest.approx(1.0)
     if in_use is not None:
         assert free.predicted_cost(in_use.name) == pytest.approx(1.0), "what the planner measured"
+
+
+@pytest.mark.parametrize("lie", [-1e9, 1e9])
+async def test_vote_of_a_stage_changes_neither_confidence_nor_what_is_tried(
+    lie: float, virtual_clock: MockClock
+) -> None:
+    def described(votes: Sequence[Mapping[str, float]]) -> tuple[float | None, Sequence[str]]:
+        choice.ballot(votes)
+        found = chooser.describe(choice, FUSED.name)
+        return found.confidence, found.probes
+
+    chooser = LearnedChooser(PredictionCache(), random.Random(1))
+    admitted = [BASELINE, FUSED, REPEATED]
+    choice = await chooser.choose(SelectionRequest(model=ModelId("ab" * 32), context=CONTEXT, admitted=admitted))
+    assert isinstance(choice, LearnedChoice)
+    honest = described([choice.log_costs])
+    assert honest[1], "there is something to try"
+    assert described([{**choice.log_costs, FUSED.name: lie}]) == honest
 
 
 async def test_jobs_with_a_named_method_calibrate_predictions(virtual_clock: MockClock) -> None:
