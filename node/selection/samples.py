@@ -25,6 +25,9 @@ MAX_SAMPLES: Final = 20_000
 MAX_SAMPLES_OF_PEER: Final = 1000
 """Of one other peer."""
 
+ASSIGNED_TURN: Final = 10
+"""Every tenth of a peer's places is for its newest assigned measurement that is left, however old."""
+
 _IS_ASSIGNED: Final = "instr(envelope, CAST('assigned' AS BLOB)) > 0"
 """Whether an envelope may be of an assigned measurement. Who writes the word elsewhere disorders its own ones alone."""
 
@@ -39,23 +42,29 @@ def read_samples(
 ) -> Iterator[Sample]:
     """Yield samples of a history, without unreadable ones: our own first, then those of members, then of unknown peers.
 
-    `members`: of each model's chain, who come first with what they say of that model. Of each peer the assigned
-    measurements come first, then the newest, and peers take turns: however much one reports, or however many unknown
+    `members`: of each model's chain, who come first with what they say of that model. Of each peer the newest come
+    first, at every tenth place an assigned one, and peers take turns: however much one reports, or however many unknown
     peers there are, the others' measurements are still learned from.
     """
     query = f"""
-        WITH ranked AS (
-            SELECT number, observer, row_number() OVER (
-                PARTITION BY observer ORDER BY {_IS_ASSIGNED} DESC, bucket DESC, id
-            ) AS place
+        WITH dated AS (
+            SELECT number, observer, {_IS_ASSIGNED} AS assigned,
+                row_number() OVER (PARTITION BY observer ORDER BY bucket DESC, id) AS age,
+                row_number() OVER (PARTITION BY observer, {_IS_ASSIGNED} ORDER BY bucket DESC, id) AS age_of_kind
             FROM observations
+        ), ranked AS (
+            SELECT number, observer, row_number() OVER (
+                PARTITION BY observer
+                ORDER BY iif(assigned, min(age, :turn * (age_of_kind - 1) + 1), age), assigned DESC, age
+            ) AS place
+            FROM dated
         )
         SELECT envelope FROM ranked JOIN observations USING (number)
         WHERE place <= iif(ranked.observer = :own, :limit / 2, :of_peer)
         ORDER BY ranked.observer != :own, NOT is_member(ranked.observer, envelope), place, ranked.observer
         LIMIT :limit
     """  # noqa: S608  # no value in it is a peer's
-    values = {"own": own, "limit": limit, "of_peer": MAX_SAMPLES_OF_PEER}
+    values = {"own": own, "limit": limit, "of_peer": MAX_SAMPLES_OF_PEER, "turn": ASSIGNED_TURN}
     of_peer: defaultdict[str, list[bytes]] = defaultdict(list)
     for model, peers in members.items():
         for peer in peers:

@@ -3,6 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from node.selection import samples
 from node.selection.samples import read_samples
 from node.storage.database import open_database
 from node.storage.history import HistoryStore
@@ -45,6 +48,19 @@ async def test_many_observers_do_not_push_out_assigned_measurements_of_members(t
     found = await observers_read(tmp_path, *served, assigned(4, MEMBER), *flood)
     assert found[0] == (peer(MEMBER), ObservationKind.ASSIGNED)
     assert len({observer for observer, _ in found}) == 10
+
+
+@pytest.mark.parametrize("observer", [OWN, MEMBER])
+async def test_old_assigned_measurements_leave_room_for_what_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, observer: int
+) -> None:
+    monkeypatch.setattr(samples, "MAX_SAMPLES_OF_PEER", 10)
+    old = [assigned(number, observer) for number in range(20)]
+    new = [signed(number, observer=observer) for number in range(20, 40)]
+    kinds = [kind for _, kind in await observers_read(tmp_path, *old, *new)]
+    assert len(kinds) == 10
+    assert kinds.count(ObservationKind.ASSIGNED) == 1
+    assert kinds[0] is ObservationKind.ASSIGNED
 
 
 async def test_half_of_what_is_learned_from_may_be_own(tmp_path: Path) -> None:
