@@ -202,7 +202,7 @@ class LearnedChooser:
 
     def _selection(self, choice: LearnedChoice, expected: Mapping[str, float], method: str) -> Selection:
         context = choice.request.context
-        offset = self._calibration.of(context)
+        offset = self._offset(choice, method)
         # Our own prediction says what is worth a trial here: a stage's vote could rule out any method.
         candidates = self._candidates(choice, {name: choice.log_costs[name] for name in choice.offered})
         plain = choice.order[0].baseline
@@ -228,6 +228,13 @@ class LearnedChooser:
             regret_s=predictions[method].cost_s - min(each.cost_s for each in predictions.values()),
             predicted_cost=choice.compute.cost(method),
         )
+
+    def _offset(self, choice: LearnedChoice, method: str) -> float:
+        """Return what turns predicted logarithms of cost into those of seconds here."""
+        if choice.request.context.objective == Objective.LATENCY:
+            return self._calibration.of(choice.request.context)
+        compute = choice.compute  # its level is the planner's, which the calibration is beside
+        return compute.log_s[method] + compute.offset - choice.prediction.table[method].log_cost
 
     def _calibrate(self, choice: LearnedChoice, outcome: JobOutcome, expected: float) -> None:
         """Learn by how much predictions were wrong. `expected`: logarithm of the cost, for the tokens that came."""

@@ -156,6 +156,35 @@ async def test_computing_of_a_named_method_is_predicted_relative_to_the_one_in_u
         assert free.predicted_cost(in_use.name) == pytest.approx(1.0), "what the planner measured"
 
 
+@pytest.mark.parametrize("objective", ["throughput", "cost"])
+@pytest.mark.parametrize("compute_s", [1.0, 3.0])
+async def test_prediction_is_of_computing_where_that_is_what_the_job_wants_less_of(
+    objective: str, compute_s: float, virtual_clock: MockClock
+) -> None:
+    """The route is expected to compute for a second with the method in use, and takes as long, or three times."""
+    chooser = LearnedChooser(PredictionCache(), random.Random(1), share=0)
+    request = compute_request(BASELINE, FUSED, is_free=True)
+    request = replace(request, context=replace(CONTEXT, objective=objective))
+    predicted = []
+    for _ in range(40):
+        choice = await chooser.choose(request)
+        [used] = choice.ballot([])
+        outcome = JobOutcome(
+            job_id=JobId("cd" * 16),
+            method=used,
+            completion_tokens=CONTEXT.max_tokens,
+            total_s=9.0,
+            replays=0,
+            compute_s=compute_s,
+        )
+        selection = chooser.served(choice, outcome)
+        assert selection is not None
+        predicted.append(selection.predicted_s)
+    assert predicted[0] == pytest.approx(1.0)
+    assert predicted[-1] == pytest.approx(compute_s)
+    assert chooser.describe(choice, used).predicted_s == pytest.approx(compute_s)
+
+
 @pytest.mark.parametrize("lie", [-1e9, 1e9])
 async def test_vote_of_a_stage_changes_neither_confidence_nor_what_is_tried(
     lie: float, virtual_clock: MockClock
