@@ -31,6 +31,9 @@ class QualityStore(Protocol):
     def quality(self, model: ModelId, method: Method) -> MeasuredQuality | None:
         """Return the measured quality; None if it was not measured."""
 
+    def failure(self, model: ModelId) -> str | None:
+        """Return why the last measurement of a model failed, if it did."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectionRequest:
@@ -126,13 +129,14 @@ def admitted_methods(request: JobRequest, model: KnownModel, store: QualityStore
         if quality is None and is_pending:
             message = f"the quality of {named.name} with {model.name} is being measured: try again in a few minutes"
             raise JobError(JobErrorCode.MEASURING, message, retry_after_s=MEASURING_RETRY_S)
-        raise JobError(JobErrorCode.INVALID, _why_not(named, bound, quality))
+        raise JobError(JobErrorCode.INVALID, _why_not(named, bound, quality, store.failure(model.id)))
     return [named]
 
 
-def _why_not(method: Method, bound: QualityBound, quality: MeasuredQuality | None) -> str:
+def _why_not(method: Method, bound: QualityBound, quality: MeasuredQuality | None, failure: str | None) -> str:
     if quality is None and bound is not QualityBound.EXACT:
-        return f"the quality of {method.name} with this model was not measured: use another method"
+        reason = f" ({failure}; it is tried again after half an hour)" if failure else ""
+        return f"the quality of {method.name} with this model was not measured{reason}: use another method"
     wider = [each for each in QualityBound if admits(each, method, quality)]
     if wider:
         return f"{method.name} is not exact: use --quality {wider[0]}"

@@ -9,7 +9,7 @@ the software versions that they hold for.
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,6 +39,9 @@ MAX_FETCHED_BYTES: Final = 4 << 30
 
 TIME_LIMIT_S: Final = 1800.0
 
+RETRY_S: Final = 1800.0
+"""Time after which a failed measurement is tried again, unless files of the model have come or gone before."""
+
 _SOFTWARE: Final = {
     PackageFormat.SAFETENSORS: ("torch", "transformers", "onnxruntime"),
     PackageFormat.GGUF: ("xllamacpp", "onnxruntime"),
@@ -60,6 +63,15 @@ class QualityError(Exception):
     """The quality of a model cannot be measured. The message is one line."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why a measurement failed, when, and how much of the model was missing then."""
+
+    reason: str
+    at_s: float
+    lacking_bytes: int | None
+
+
 class LocalQualityStore:
     """Implements `node.coordinator.method_choice.QualityStore`; `run` measures, one model at a time."""
 
@@ -68,6 +80,7 @@ class LocalQualityStore:
         self._folder = cache_dir / QUALITY_FOLDER
         self._command = command
         self._figures: dict[ModelId, Figures] = {}
+        self._failures: dict[ModelId, _Failure] = {}
         self._requested: set[ModelId] = set()
         self._queue_in, self._queue = trio.open_memory_channel[KnownModel](16)
 
@@ -79,9 +92,14 @@ class LocalQualityStore:
         """Return all figures of a model."""
         return self._figures.get(model, {})
 
+    def failure(self, model: ModelId) -> str | None:
+        """Return why the last measurement failed; see QualityStore."""
+        failure = self._failures.get(model)
+        return failure.reason if failure else None
+
     def request(self, model: KnownModel) -> bool:
         """Request a measurement; see QualityStore."""
-        if model.id in self._figures:
+        if model.id in self._figures or self._has_failed(model):
             return False
         if model.id not in self._requested:
             try:
@@ -90,6 +108,22 @@ class LocalQualityStore:
                 return True  # requested again by the next job
             self._requested.add(model.id)
         return True
+
+    def _has_failed(self, model: KnownModel) -> bool:
+        """Return whether a measurement has failed that would fail again."""
+        failure = self._failures.get(model.id)
+        return (
+            failure is not None
+            and trio.current_time() < failure.at_s + RETRY_S
+            and self._lacking_bytes(model) == failure.lacking_bytes
+        )
+
+    def _lacking_bytes(self, model: KnownModel) -> int | None:
+        """Return how much of a model is missing; None of one that was removed."""
+        try:
+            return self._library.lacking_bytes(model.manifest)
+        except ModelError:
+            return None
 
     async def run(self) -> None:
         """Measure the requested models until cancelled."""
@@ -101,8 +135,11 @@ class LocalQualityStore:
                     await trio.to_thread.run_sync(self._save, model, figures)
             except (QualityError, ModelError) as error:
                 _logger.warning("quality not measured: lossy methods are not used", model=model.id, reason=str(error))
-                figures = {}
-            self._figures[model.id] = figures
+                self._failures[model.id] = _Failure(str(error), trio.current_time(), self._lacking_bytes(model))
+            else:
+                self._figures[model.id] = figures
+                self._failures.pop(model.id, None)
+            self._requested.discard(model.id)
 
     async def _measure(self, model: KnownModel) -> Figures:
         lacking_bytes = self._library.lacking_bytes(model.manifest)

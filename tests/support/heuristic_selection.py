@@ -24,6 +24,10 @@ class NullQualityStore:
         del model, method
         return None
 
+    def failure(self, model: ModelId) -> str | None:
+        del model
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class HeuristicChoice:

@@ -11,9 +11,11 @@ from typing import Any, cast
 import pytest
 import trio
 
+from node.coordinator import quality_store
 from node.coordinator.method_choice import admitted_methods
 from node.coordinator.quality_store import LocalQualityStore, kv_keys
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
+from node.models.errors import ModelError
 from node.models.library import KnownModel, Library
 from node.models.manifest import Manifest
 from node.models.store import Package
@@ -34,7 +36,7 @@ class Here:
 
     def __init__(self, folder: Path, lacking_bytes: int = 0) -> None:
         self.folder = folder
-        self.lacking = lacking_bytes
+        self.lacking: int | None = lacking_bytes
 
     async def weights(self, manifest: Manifest, blocks: BlockRange, *, use_catalogue: bool) -> Package:
         await trio.lowlevel.checkpoint()
@@ -44,6 +46,8 @@ class Here:
         return nullcontext()
 
     def lacking_bytes(self, manifest: Manifest) -> int:
+        if self.lacking is None:
+            raise ModelError("the package was removed")
         return self.lacking
 
 
@@ -140,3 +144,30 @@ async def test_lossy_method_without_measurement_is_not_admitted(tmp_path: Path, 
         await until_known(store)
     with pytest.raises(JobError, match="with this model was not measured"):
         admitted_methods(request(QualityBound.ANY, INT8.name), known_model(), store)
+
+
+async def test_failed_measurement_is_told_and_tried_again_once_files_came_or_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = Here(tmp_path)
+    library.lacking = None
+    command = measuring(tmp_path, {INT8.kv_key: GOOD})
+    store = LocalQualityStore(cast("Library", library), tmp_path, command=command)
+    async with running(store):
+        await until_known(store)
+        assert store.failure(known_model().id) == "the package was removed"
+        library.lacking = 1 << 40
+        await until_known(store)
+        with pytest.raises(JobError, match="bytes of the model are missing: import it"):
+            admitted_methods(request(QualityBound.NEAR, INT8.name), known_model(), store)
+        library.lacking = 1 << 39
+        assert store.request(known_model()), "files came"
+        await until_known(store)
+        assert not store.request(known_model()), "nothing changed"
+        monkeypatch.setattr(quality_store, "RETRY_S", -1.0)
+        assert store.request(known_model()), "a while has passed"
+        library.lacking = 0
+        monkeypatch.undo()
+        await until_known(store)
+    assert admitted_methods(request(QualityBound.NEAR, INT8.name), known_model(), store)
+    assert store.failure(known_model().id) is None

@@ -182,6 +182,7 @@ async def test_prediction_is_of_computing_where_that_is_what_the_job_wants_less_
         predicted.append(selection.predicted_s)
     assert predicted[0] == pytest.approx(1.0)
     assert predicted[-1] == pytest.approx(compute_s)
+    assert isinstance(choice, LearnedChoice)
     assert chooser.describe(choice, used).predicted_s == pytest.approx(compute_s)
 
 
@@ -189,8 +190,8 @@ async def test_prediction_is_of_computing_where_that_is_what_the_job_wants_less_
 async def test_vote_of_a_stage_changes_neither_confidence_nor_what_is_tried(
     lie: float, virtual_clock: MockClock
 ) -> None:
-    def described(votes: Sequence[Mapping[str, float]]) -> tuple[float | None, Sequence[str]]:
-        choice.ballot(votes)
+    def described(choice: LearnedChoice, vote: Mapping[str, float]) -> tuple[float | None, Sequence[str]]:
+        choice.ballot([vote])
         found = chooser.describe(choice, FUSED.name)
         return found.confidence, found.probes
 
@@ -198,9 +199,9 @@ async def test_vote_of_a_stage_changes_neither_confidence_nor_what_is_tried(
     admitted = [BASELINE, FUSED, REPEATED]
     choice = await chooser.choose(SelectionRequest(model=ModelId("ab" * 32), context=CONTEXT, admitted=admitted))
     assert isinstance(choice, LearnedChoice)
-    honest = described([choice.log_costs])
+    honest = described(choice, choice.log_costs)
     assert honest[1], "there is something to try"
-    assert described([{**choice.log_costs, FUSED.name: lie}]) == honest
+    assert described(choice, {**choice.log_costs, FUSED.name: lie}) == honest
 
 
 async def test_jobs_with_a_named_method_calibrate_predictions(virtual_clock: MockClock) -> None:
