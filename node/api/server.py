@@ -3,7 +3,7 @@
 import errno
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final, cast
@@ -14,7 +14,7 @@ from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState, LifespanState
 from hypercorn.utils import wrap_app
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from node.api.request_id import new_request_id
 from node.config import StartError, is_unspecified
@@ -24,18 +24,12 @@ GRACE_S: Final = 3.0
 """Longest time for running answers at shutdown."""
 STALL_TIMEOUT_S: Final = 30.0
 """A client that reads nothing of its answer for this long is disconnected."""
-PIECE_BYTES: Final = 64 << 10
-"""The same of an answer over HTTP/2, at least."""
 BACKLOG: Final = 100
 
 MAX_CONNECTIONS: Final = 256
 """Concurrent connections, fewer if the limit of open files is low; more get 503."""
 FILES_SHARE: Final = 8
 """Divisor of the limit of open files."""
-MAX_STREAMS: Final = 16
-"""Concurrent requests of one HTTP/2 connection: each may have a body in memory, and the limit is of connections."""
-GONE_S: Final = 2.0
-"""Longest time for the answers of a client that is gone to end: more than the guard gives them."""
 SILENT_TIMEOUT_S: Final = 5.0
 """Longest time until a client sends something; a silent one is evicted for a new one."""
 
@@ -66,12 +60,11 @@ async def serve(
     config = hypercorn.Config()
     config.graceful_timeout = GRACE_S
     config.include_server_header = False
-    config.h2_max_concurrent_streams = MAX_STREAMS
     log = logging.getLogger("metaswarm.api")
     log.setLevel(logging.WARNING)
     config.errorlog = log
     context = WorkerContext(None)
-    wrapped = wrap_app(cast("Any", StallLimit(app)), config.wsgi_max_body_size, "asgi")
+    wrapped = wrap_app(cast("Any", app), config.wsgi_max_body_size, "asgi")
 
     async def handle(stream: trio.SocketStream) -> None:
         await _Connection(wrapped, config, context, ConnectionState(LifespanState()), cast("Any", stream)).run()
@@ -90,48 +83,19 @@ async def serve(
 
 
 class _Connection(TCPServer):
-    """A connection that ends once its client is gone: over HTTP/2 hypercorn waits for ever to send answers to one."""
+    """A connection over HTTP/1.1 alone, which is answered where a client offers HTTP/2.
 
-    async def _read_data(self) -> None:
-        await super()._read_data()
-        nursery = self._task_group._nursery  # noqa: SLF001 - hypercorn has no other way to end them
-        if nursery is not None:
-            nursery.cancel_scope.deadline = trio.current_time() + GONE_S
-
-
-class StallLimit:
-    """ASGI middleware: a request over HTTP/2 ends once its client has taken nothing of the answer for a while.
-
-    Over HTTP/1 the kernel's timeout of unread bytes does that; over HTTP/2 hypercorn itself waits for the client.
+    Over HTTP/2 hypercorn buffers without limit what a client does not read, and waits for ever to send it.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] != "http" or scope["http_version"] != "2":
-            await self._app(scope, receive, send)
-            return
-
-        async def send_or_end(message: Message) -> None:
-            for piece in _pieces(message):
-                with trio.move_on_after(STALL_TIMEOUT_S) as limit:
-                    await send(piece)
-                if limit.cancelled_caught:
-                    request.cancel()
-                    await trio.lowlevel.checkpoint()
-
-        with trio.CancelScope() as request:
-            await self._app(scope, receive, send_or_end)
+    async def _read_data(self) -> None:
+        protocol = cast("Any", self.protocol.protocol)
+        protocol._check_protocol = _stay_with_http_1  # noqa: SLF001 - hypercorn has no option for it
+        await super()._read_data()
 
 
-def _pieces(message: Message) -> Iterator[Message]:
-    """Yield a message, the body of an answer in pieces: a slow client does not take megabytes within the limit."""
-    body = message.get("body", b"")
-    for start in range(0, len(body) - PIECE_BYTES, PIECE_BYTES):
-        yield {"type": message["type"], "body": body[start : start + PIECE_BYTES], "more_body": True}
-    yield {**message, "body": body[max(0, len(body) - 1) // PIECE_BYTES * PIECE_BYTES :]} if body else message
+async def _stay_with_http_1(_request: object) -> None:
+    pass
 
 
 class _ConnectionLimit:

@@ -121,7 +121,7 @@ class SpanContext:
         self._use(context)
         takes_tokens = options.first and options.last
         self._batch = _BatchArrays(BATCH_ROWS, None if takes_tokens else model.hidden_size)
-        self._tuner = ThreadTuner(options.threads)
+        self._tuner = ThreadTuner(1 if model.is_on_gpu else options.threads)
         self._budget.add(self)
 
     @property
@@ -246,13 +246,13 @@ class SpanContext:
     ) -> None:
         count = self._batch.fill([piece for _, piece in pieces], last=self._options.last)
         self._states.taken.clear()
-        threads = self._tuner.threads(count)
+        threads = self._tuner.threads(count, self._states.name)
         self._library.llama_set_n_threads(self._context, threads, threads)
         started_s = time.perf_counter()
         failed = self._library.llama_decode(self._context, self._batch.batch)
-        self._tuner.record(count, time.perf_counter() - started_s)
         if failed:
             raise PassFailed(f"llama.cpp could not compute {count} rows (error {failed})")
+        self._tuner.record(count, time.perf_counter() - started_s, self._states.name)
         states = self._read_states(count) if returns_states else None
         row = 0
         for number, piece in pieces:
@@ -362,19 +362,19 @@ class _BlockStates:
 
     def __init__(self, library: Library, hidden_size: int) -> None:
         self._library = library
-        self._name: bytes | None = None
+        self.name: bytes | None = None
         self._hidden_size = hidden_size
         self.taken: list[Floats] = []
         self.callback = EvalCallback(self._evaluated)
 
     def expect(self, name: bytes | None) -> None:
         """Take the tensor of this name from now on; None for the whole graph, and none of them."""
-        self._name = name
+        self.name = name
 
     def _evaluated(self, tensor: int, ask: bool, _: object) -> bool:
         """Take the tensor, and end the graph there: what follows is of other spans."""
         library = self._library
-        if self._name is None or library.ggml_get_name(tensor) != self._name:
+        if self.name is None or library.ggml_get_name(tensor) != self.name:
             return not ask
         if ask:
             return True
