@@ -132,5 +132,5 @@ def check(configuration: Configuration, as_json: bool) -> int:
         print_json({"valid": not configuration.faults, "faults": configuration.faults})
     elif not configuration.faults:
         given = [each for each in configuration.settings if each.source != "default"]
-        click.echo(f"the configuration is valid: {len(given)} options set, the rest default")
+        click.echo(f"the configuration is valid: {len(given)} {'option' if len(given) == 1 else 'options'} set")
     return _fail_for(configuration.faults)

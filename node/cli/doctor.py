@@ -77,6 +77,7 @@ def render(diagnosis: "Diagnosis") -> str:
         models = ", ".join(diagnosis.complete_models) or "none"
         state = "a node runs here" if diagnosis.running else "a node could start here"
         lines.insert(
-            0, f"all is well: {state}; {peers} {'peer' if peers == 1 else 'peers'} seen; models complete: {models}"
+            0,
+            f"all is well: {state}; {peers} other {'peer' if peers == 1 else 'peers'} seen; models complete: {models}",
         )
     return "\n".join(lines)

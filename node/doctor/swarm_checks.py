@@ -119,7 +119,8 @@ class SwarmChecks:
                 return findings
         usable, faults = await self._probe_bootstrap()
         seen = await self._observe([*usable, *self._own])
-        self.peers = tuple(sorted(seen.connected | seen.heartbeats.keys()))
+        own = set() if self._running is None else {self._running.status["peer_id"]}
+        self.peers = tuple(sorted((seen.connected | seen.heartbeats.keys()) - own))
         checks = (_check_clock(seen), _check_versions(seen), self._check_identity(seen), self._check_models(seen))
         return [*findings, *faults, *self._check_dials(usable, seen), *(each for check in checks for each in check)]
 
