@@ -45,7 +45,7 @@ async def check_start(config: NodeConfig) -> Sequence[Device]:
     counted = (cpu_device(),) if _computes_on_cpu(config) else devices
     faults += filter(None, (memory_fault(config, device) for device in counted))
     faults += _model_faults(config)
-    cache = check_cache(config.cache_dir, config.serve)
+    cache = check_cache(config.cache_dir, config.serve, config.cache_limit_bytes)
     if cache.unwritable is not None and not cache.is_needed:
         _logger.warning("cache folder not writable", reason=cache.unwritable)
     faults += filter(None, (cache.unwritable if cache.is_needed else None, cache.full))

@@ -115,7 +115,7 @@ def check_files(config: NodeConfig, devices: Sequence[Device], running: RunningN
 
 
 def _check_cache(config: NodeConfig) -> Iterator[Finding]:
-    faults = check_cache(config.cache_dir, config.serve)
+    faults = check_cache(config.cache_dir, config.serve, config.cache_limit_bytes)
     if faults.unwritable is not None:
         yield Finding(Fault.NAME_TAKEN, Consequence.SERVE, faults.unwritable, grave=faults.is_needed)
     if faults.full is not None:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from node.config import ServeSpec
 from node.models.errors import ModelError
+from node.models.eviction import plan_eviction
 from node.models.files import MIN_FREE_BYTES, check_space, disk_errors, part_of, size_of
 from node.models.manifest import FileEntry
 from node.models.store import ModelStore, Package
+from protocol.identity import ModelId
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +41,36 @@ def missing_bytes(package: Package, files: Iterable[FileEntry]) -> int:
     return sum(max(0, file.size_bytes - size) for file, size in beginnings)
 
 
-def check_cache(cache_dir: Path, served: Iterable[ServeSpec]) -> CacheFaults:
-    """Return what keeps the files of blocks to be served from coming into the cache.
+def check_cache(cache_dir: Path, served: Iterable[ServeSpec], limit_bytes: int | None) -> CacheFaults:
+    """Return what keeps the files of blocks to be served from coming into the cache, after eviction for its limit.
 
     Where the node chooses the blocks itself, there must be room for the smallest.
     """
     fault = writing_fault(cache_dir)
     store, lacking, is_needed = ModelStore(cache_dir), 0, False
+    wanted: dict[tuple[ModelId, str], tuple[Package, FileEntry]] = {}
     for spec in dict.fromkeys(served):
         with suppress(ModelError, OSError):  # others tell of that
             package = store.find(store.resolve(spec.model))
-            is_needed |= package is None or bool(package.missing(spec.blocks))
+            missing = () if package is None else package.missing(spec.blocks)
+            is_needed |= package is None or bool(missing)
             if package is None:
                 continue
-            missing = package.missing(spec.blocks)
             if spec.blocks is None:
-                missing = tuple(sorted(missing, key=lambda file: file.size_bytes)[:1])
-            lacking += missing_bytes(package, missing)
+                files = sorted(missing, key=lambda file: file.size_bytes)[:1]
+            else:
+                files = list(package.manifest.files_for(spec.blocks))
+            new = {(package.model_id, file.name): (package, file) for file in files}
+            lacking += missing_bytes(package, [new[key][1] for key in new.keys() - wanted.keys()])
+            wanted |= new
     full = None
     if lacking and fault is None:
         try:
             with disk_errors("cannot tell how much space is free"):
                 folder = next(path for path in (cache_dir, *cache_dir.parents) if path.exists())
-                check_space(folder, lacking, reserve=MIN_FREE_BYTES)
+                eviction = plan_eviction(store, wanted.values(), limit_bytes)
+                evictable = 0 if eviction is None else eviction.freed_bytes
+                check_space(folder, lacking, reserve=MIN_FREE_BYTES, evictable=evictable)
         except ModelError as error:
             full = f"cannot fetch what is to be served: {error}"
     advice = f"{fault}: no model can be fetched; choose another --cache-dir, or METASWARM_CACHE_DIR"

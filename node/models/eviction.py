@@ -29,6 +29,41 @@ class _Cached(NamedTuple):
     size_bytes: int
 
 
+class Eviction(NamedTuple):
+    """What is to be deleted, least recently used first, and what the cache holds then, with the wanted files."""
+
+    chosen: Sequence[Path]
+    freed_bytes: int
+    needed_bytes: int
+    taken_bytes: int
+    """By other files from peers."""
+
+
+def plan_eviction(
+    store: ModelStore, wanted: Iterable[tuple[Package, FileEntry]], limit_bytes: int | None
+) -> Eviction | None:
+    """Choose the least recently used files that make room within the limit, all unused ones if they are too few.
+
+    Returns None where nothing that is wanted counts against a limit. Raises OSError and ModelError.
+    """
+    counted = [(package, file) for package, file in wanted if (package.path / FETCHED_MARK).exists()]
+    if limit_bytes is None or not counted:
+        return None
+    paths = {package.path_of(file) for package, file in counted}
+    kept = paths | {part_of(path) for path in paths}
+    needed = sum(file.size_bytes for _, file in counted)
+    others = sorted(cached for cached in _fetched_files(store) if cached.path not in kept)
+    held = taken = sum(cached.size_bytes for cached in others)
+    chosen: list[Path] = []
+    for cached in others:
+        if taken + needed <= limit_bytes:
+            break
+        if _is_unused(cached.path):
+            taken -= cached.size_bytes
+            chosen.append(cached.path)
+    return Eviction(chosen, held - taken, needed, taken)
+
+
 def evict_for(
     store: ModelStore, package: Package, wanted: Sequence[FileEntry], limit_bytes: int | None
 ) -> tuple[Path, ...]:
@@ -36,27 +71,18 @@ def evict_for(
 
     Raises ModelError where they cannot fit, before anything is deleted in vain.
     """
-    if limit_bytes is None or not (package.path / FETCHED_MARK).exists():
-        return ()
-    kept = {package.path_of(file) for file in wanted} | {part_of(package.path_of(file)) for file in wanted}
-    needed = sum(file.size_bytes for file in wanted)
     with disk_errors("cannot make room in the cache"):
-        others = sorted(cached for cached in _fetched_files(store) if cached.path not in kept)
-        taken = sum(cached.size_bytes for cached in others)
-        chosen: list[Path] = []
-        for cached in others:
-            if taken + needed <= limit_bytes:
-                break
-            if _is_unused(cached.path):
-                taken -= cached.size_bytes
-                chosen.append(cached.path)
-        if taken + needed > limit_bytes:
+        plan = plan_eviction(store, ((package, file) for file in wanted), limit_bytes)
+        if limit_bytes is None or plan is None:
+            return ()
+        if plan.taken_bytes + plan.needed_bytes > limit_bytes:
             raise ModelError(
-                f"the cache is limited to {limit_bytes / GIBIBYTE:.2f} GiB, and {needed / GIBIBYTE:.2f} GiB are needed "
-                f"beside {taken / GIBIBYTE:.2f} GiB in use: raise --cache-limit, or serve fewer blocks"
+                f"the cache is limited to {limit_bytes / GIBIBYTE:.2f} GiB, and {plan.needed_bytes / GIBIBYTE:.2f} GiB "
+                f"are needed beside {plan.taken_bytes / GIBIBYTE:.2f} GiB in use: raise --cache-limit, or serve fewer "
+                "blocks"
             )
         # A file that has just come into use stays: the cache exceeds its limit a little.
-        return tuple(path for path in chosen if _is_unused(path, delete=True))
+        return tuple(path for path in plan.chosen if _is_unused(path, delete=True))
 
 
 @contextmanager

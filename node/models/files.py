@@ -52,9 +52,12 @@ def ending(progress: Progress) -> Iterator[Progress]:
         progress("", 0, 0)
 
 
-def check_space(folder: Path, needed: int, *, reserve: int = 0) -> None:
-    """Raise ModelError unless a disk has so many bytes free, and a reserve beyond them. Raises OSError."""
-    free = max(0, shutil.disk_usage(folder).free - reserve)
+def check_space(folder: Path, needed: int, *, reserve: int = 0, evictable: int = 0) -> None:
+    """Raise ModelError unless a disk has so many bytes free, and a reserve beyond them. Raises OSError.
+
+    `evictable`: bytes that are deleted before the space is used, and so count as free.
+    """
+    free = max(0, shutil.disk_usage(folder).free + evictable - reserve)
     if free < needed:
         beyond = f" beyond the reserve of {reserve >> 20} MiB" if reserve else ""
         raise ModelError(

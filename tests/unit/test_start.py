@@ -12,8 +12,11 @@ import pytest
 from node import start_checks
 from node.capabilities.probe import total_memory
 from node.config import NodeConfig, NodeReady, ServeSpec, StartError
+from node.doctor.local_checks import check_files
+from node.doctor.report import Fault
 from node.engine.device import Device
 from node.models.catalogue import CATALOGUE, DEMO_MODEL
+from node.models.eviction import in_use
 from node.models.files import MIN_FREE_BYTES
 from node.models.importer import import_model
 from node.models.store import ModelStore
@@ -198,6 +201,30 @@ async def test_disk_must_have_room_for_what_is_missing(tmp_path: Path, monkeypat
         assert await start_checks.check_start(replace(config, serve=(served,)))
     with pytest.raises(StartError, match=r"cannot fetch what is to be served: the package needs .* MiB are free"):
         await start_checks.check_start(replace(config, serve=(ServeSpec("tiny", BlockRange(0, 3)),)))
+
+
+async def test_files_that_are_evicted_first_count_as_free_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that is full up to its limit is what eviction is for."""
+    config = replace(config_in(tmp_path), listen=("/ip4/127.0.0.1/tcp/0",), api_port=0, device="cpu")
+    imported = import_model(str(write_checkpoint(tmp_path / "tiny")), ModelStore(tmp_path / "importer"))
+    package = ModelStore(config.cache_dir).add_manifest(imported.manifest)
+    blocks = package.manifest.blocks
+    for block in blocks[:2]:
+        package.path_of(block).write_bytes(imported.path_of(block).read_bytes())
+    monkeypatch.setattr("node.models.files.shutil.disk_usage", lambda _: SimpleNamespace(free=MIN_FREE_BYTES))
+    config = replace(config, serve=(ServeSpec(package.model_id, BlockRange(1, 2)),))
+    package.path_of(blocks[1]).unlink()
+    for limit_bytes in (None, 2 * blocks[1].size_bytes + package.manifest.embed.size_bytes):
+        with pytest.raises(StartError, match="cannot fetch what is to be served"):
+            await start_checks.check_start(replace(config, cache_limit_bytes=limit_bytes))
+    config = replace(config, cache_limit_bytes=blocks[1].size_bytes)
+    devices = await start_checks.check_start(config)
+    assert Fault.DISK_FULL not in {finding.fault for finding in check_files(config, devices, None)}
+    with in_use(package, blocks[:1]), pytest.raises(StartError, match="cannot fetch what is to be served"):
+        await start_checks.check_start(config)
+    assert package.has(blocks[0]), "a check deletes nothing"
 
 
 async def test_models_that_peers_may_have_are_no_fault(tmp_path: Path) -> None:
