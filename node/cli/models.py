@@ -190,20 +190,22 @@ def verify(which: str, cache_dir: str | None, as_json: bool) -> None:
 
 @model.command()
 @click.argument("which", metavar="MODEL", shell_complete=complete_local_models)
-@click.option("--force", is_flag=True, help="Also while a node serves from it, which fails once it reads a file again.")
+@click.option("--force", is_flag=True, help="Also while a node uses it, which fails once it reads a file again.")
 @_cache_option
 @json_option
 def remove(which: str, force: bool, cache_dir: str | None, as_json: bool) -> None:
-    """Delete a package, and what was built of it, unless a node on this machine serves from it."""
-    from node.models.eviction import is_served
+    """Delete a package, and what was built of it, unless a node on this machine serves from it or fetches its files."""
+    from node.models.store import ModelInUseError
 
     store = _store(cache_dir)
     model_id = store.resolve(which)
     name = store.name_of(model_id)
-    package = None if force else store.find(model_id)
-    if package is not None and is_served(package):
-        raise CommandError(f"a node on this machine serves {name} from this package: stop it first, or --force")
-    freed_bytes = store.remove(model_id)
+    try:
+        freed_bytes = store.remove(model_id, force=force)
+    except ModelInUseError:
+        raise CommandError(
+            f"a node on this machine serves {name} from this package, or fetches its files: stop it first, or --force"
+        ) from None
     if as_json:
         print_json({"id": model_id, "removed": True, "freed_bytes": freed_bytes})
     else:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from node.models.errors import ModelError
-from node.models.files import disk_errors, part_of, try_lock
+from node.models.files import disk_errors, is_unused, part_of
 from node.models.manifest import FileEntry
 from node.models.store import FETCHED_MARK, ModelStore, Package
 
@@ -58,7 +58,7 @@ def plan_eviction(
     for cached in others:
         if taken + needed <= limit_bytes:
             break
-        if _is_unused(cached.path):
+        if is_unused(cached.path):
             taken -= cached.size_bytes
             chosen.append(cached.path)
     return Eviction(chosen, held - taken, needed, taken)
@@ -82,7 +82,7 @@ def evict_for(
                 "blocks"
             )
         # A file that has just come into use stays: the cache exceeds its limit a little.
-        return tuple(path for path in plan.chosen if _is_unused(path, delete=True))
+        return tuple(path for path in plan.chosen if is_unused(path, delete=True))
 
 
 @contextmanager
@@ -101,12 +101,6 @@ def in_use(package: Package, files: Iterable[FileEntry]) -> Iterator[None]:
         yield
 
 
-def is_served(package: Package) -> bool:
-    """Return whether a process serves some of a package's blocks. Raises ModelError."""
-    with disk_errors(f"cannot open the files of model {package.model_id[:12]}"):
-        return not all(_is_unused(package.path_of(file)) for file in package.manifest.weight_files)
-
-
 def _fetched_files(store: ModelStore) -> Iterator[_Cached]:
     packages = (package for package in store.list() if (package.path / FETCHED_MARK).exists())
     paths = (package.path_of(file) for package in packages for file in package.manifest.weight_files)
@@ -114,18 +108,3 @@ def _fetched_files(store: ModelStore) -> Iterator[_Cached]:
         with suppress(FileNotFoundError):
             status = path.stat()
             yield _Cached(max(status.st_atime, status.st_mtime), path, status.st_size)
-
-
-def _is_unused(path: Path, *, delete: bool = False) -> bool:
-    """Return whether a file is not locked; `delete` it then."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return True
-    try:
-        is_unused = try_lock(handle)
-        if is_unused and delete:
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(handle)
-    return is_unused

@@ -115,6 +115,21 @@ def try_lock(handle: int) -> bool:
     return True
 
 
+def is_unused(path: Path, *, delete: bool = False) -> bool:
+    """Return whether a file is not locked; `delete` it then."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        found = try_lock(handle)
+        if found and delete:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+    return found
+
+
 def sha256_of(path: Path, on_bytes: Callable[[int], None] = lambda _count: None) -> str:
     """Return a file's sha256 in hexadecimal digits; `on_bytes` is called with the size of each piece."""
     digest = hashlib.sha256()

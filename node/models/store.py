@@ -34,7 +34,9 @@ from node.models.files import (
     disk_errors,
     flush_directory,
     ignore_progress,
+    is_unused,
     lock_file,
+    part_of,
     size_of,
     write_atomically,
 )
@@ -70,6 +72,10 @@ class DamagedModelError(ModelError):
 
 class AmbiguousModelError(ModelError):
     """The name or id prefix matches several models."""
+
+
+class ModelInUseError(ModelError):
+    """A process serves the model's blocks, or fetches its files."""
 
 
 def check_name(name: str) -> None:
@@ -110,6 +116,11 @@ class Package:
     def present(self) -> frozenset[str]:
         """Return the names of the weight files that are there."""
         return frozenset(file.name for file in self.manifest.weight_files if self.has(file))
+
+    def is_in_use(self) -> bool:
+        """Return whether a process serves some of the blocks, or fetches files. Raises OSError."""
+        paths = [self.path_of(file) for file in self.manifest.files]
+        return not all(map(is_unused, [*paths, *map(part_of, paths)]))
 
     def serves(self, blocks: BlockRange | None) -> bool:
         """Return whether everything that a span or the whole model needs is there, the tokenizer included."""
@@ -346,15 +357,18 @@ class ModelStore:
                 if file.name == name:
                     package.path_of(file).unlink(missing_ok=True)
 
-    def remove(self, model: ModelId) -> int:
+    def remove(self, model: ModelId, *, force: bool = False) -> int:
         """Delete a package and its local names, also a damaged one, and what was built of it; return the bytes freed.
 
-        Raises UnknownModelError when there is none.
+        Raises UnknownModelError when there is none, and, unless by `force`, ModelInUseError when a process uses it.
         """
         path = self._models / model
         with self._changing(f"cannot remove model {model[:12]}"):
             if not path.exists():
                 raise UnknownModelError(f"model {model[:12]} is not in {self.cache_dir}")
+            package = None if force else self.find(model)
+            if package is not None and package.is_in_use():
+                raise ModelInUseError(f"a process on this machine serves or fetches model {model[:12]}")
             self._staging.mkdir(parents=True, exist_ok=True)
             grave = Path(tempfile.mkdtemp(dir=self._staging)) / model
             path.replace(grave)

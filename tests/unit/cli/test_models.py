@@ -7,6 +7,7 @@ import pytest
 
 from node.cli import run
 from node.models.eviction import in_use
+from node.models.files import lock_file, part_of
 from node.models.store import ModelStore
 from tests.unit.models.checkpoints import write_checkpoint
 
@@ -56,6 +57,20 @@ def test_package_that_a_node_serves_from_is_removed_only_by_force(
     with in_use(package, package.manifest.blocks[:1]):
         assert run(["model", "remove", "tiny"]) == 1
         assert "a node on this machine serves tiny from this package" in capsys.readouterr().err
+        assert package.path.exists()
+        assert run_json(capsys, "remove", "tiny", "--force")["removed"]
+    assert not package.path.exists()
+
+
+def test_package_whose_files_a_node_fetches_is_removed_only_by_force(
+    capsys: pytest.CaptureFixture[str], folder: str, cache: Path
+) -> None:
+    package = ModelStore(cache).get(run_json(capsys, "import", folder)["id"])
+    path = package.path / "block-002.safetensors"
+    path.rename(part_of(path))
+    with lock_file(part_of(path)):  # as a fetch does
+        assert run(["model", "remove", "tiny"]) == 1
+        assert "or fetches its files: stop it first, or --force" in capsys.readouterr().err
         assert package.path.exists()
         assert run_json(capsys, "remove", "tiny", "--force")["removed"]
     assert not package.path.exists()
