@@ -59,7 +59,7 @@ def run(
 def _node_with(model: str, api: str | None, bootstrap: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """Yield the URL of a node in whose swarm the model is complete, and the name by which it knows it."""
     from node.cli.client import ApiClient, find_api
-    from node.cli.target import DISCOVERY_TIMEOUT_S, choose_model, is_meant, require_complete
+    from node.cli.target import DISCOVERY_TIMEOUT_S, choose_model, is_meant, may_be_id, require_complete
 
     url = find_api(api)
     if api is not None or is_there(url):
@@ -68,6 +68,9 @@ def _node_with(model: str, api: str | None, bootstrap: tuple[str, ...]) -> Itera
             yield url, require_complete(models, model)
             return
         store = _store()
+        if may_be_id(model) and not _can_import(store, model):
+            yield url, require_complete(models, model)
+            return
         served = {each["model"]: each["name"] or each["model"] for each in models if each["complete"]}
         known_id = _known_id(store, model)
         model_id = known_id if known_id and known_id in served else _import(store, model, known_id)
@@ -112,16 +115,14 @@ def _known_id(store: "ModelStore", model: str) -> ModelId | None:
 
 def _import(store: "ModelStore", model: str, model_id: ModelId | None) -> ModelId:
     """Return the id of a model in the user's cache; one that is not there, or not all of it, is imported."""
-    from node.models.catalogue import catalogued_as
     from node.models.importer import import_model
-    from node.models.source_index import source_of_model
 
     package = None if model_id is None else store.find(model_id)
     if package is not None and not package.missing():
         return package.model_id
     source: str | None = model
     if model_id is not None and "/" not in model and not Path(model).exists():  # a name or an id
-        source = catalogued_as(model_id) or source_of_model(store.cache_dir, model_id)
+        source = _source_of(store, model_id)
     if source is None:
         missing = "it" if package is None else _missing(package)
         raise CommandError(
@@ -130,6 +131,27 @@ def _import(store: "ModelStore", model: str, model_id: ModelId | None) -> ModelI
         )
     with progress_bars() as progress:
         return import_model(source, store, progress=progress).model_id
+
+
+def _can_import(store: "ModelStore", model_id: str) -> bool:
+    """Return whether the model of an id is in the user's cache, whole or in part, or can be imported into it."""
+    from node.models.errors import ModelError
+    from node.models.store import UnknownModelError
+
+    try:
+        found = store.resolve(model_id)
+        return store.find(found) is not None or _source_of(store, found) is not None
+    except UnknownModelError:
+        return Path(model_id).exists()
+    except ModelError:  # ambiguous: the import says so
+        return True
+
+
+def _source_of(store: "ModelStore", model_id: ModelId) -> str | None:
+    from node.models.catalogue import catalogued_as
+    from node.models.source_index import source_of_model
+
+    return catalogued_as(model_id) or source_of_model(store.cache_dir, model_id)
 
 
 def _missing(package: "Package") -> str:

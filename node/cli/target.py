@@ -1,5 +1,6 @@
 """Which node and which model a verb means: `--api`, `--bootstrap` and `--model` of every verb that runs jobs."""
 
+import re
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -18,6 +19,8 @@ T = TypeVar("T")
 DISCOVERY_TIMEOUT_S: Final = 20.0
 """Longest time in which a peer that has just joined discovers the model."""
 DISCOVERY_INTERVAL_S: Final = 0.25
+
+_ID_PREFIX: Final = re.compile(r"[0-9a-f]{8,64}")
 
 
 @contextmanager
@@ -114,8 +117,16 @@ def is_meant(model: "ModelDocument", wanted: str) -> bool:
     return model["name"] == wanted or (len(wanted) >= 8 and model["model"].startswith(wanted))
 
 
+def may_be_id(wanted: str) -> bool:
+    """Return whether a text could be the beginning of a model's id."""
+    return _ID_PREFIX.fullmatch(wanted) is not None
+
+
 def require_complete(models: Sequence["ModelDocument"], wanted: str) -> str:
-    """Return the model that a user means. Raises CommandError unless it is complete, with what is."""
+    """Return the model that a user means. Raises CommandError unless it is complete, with what is.
+
+    An id that is not listed is for the node to resolve: it lists only some models of which it has no manifest.
+    """
     for model in models:
         if is_meant(model, wanted) and _is_usable(model):
             return wanted
@@ -123,6 +134,8 @@ def require_complete(models: Sequence["ModelDocument"], wanted: str) -> str:
             missing = ", ".join(f"{start}-{end}" for start, end in model["uncovered"])
             serve = f"`metaswarm node --serve {wanted}` on further machines"
             raise CommandError(f"no peer serves blocks {missing} of {wanted}: {serve}")
+    if may_be_id(wanted):
+        return wanted
     names = complete_names(models)
     which = f"; the swarm serves {', '.join(names)}" if names else "; the swarm serves none"
     raise CommandError(f"no model {wanted!r} in the swarm{did_you_mean(wanted, names) or which}")

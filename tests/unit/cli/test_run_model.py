@@ -106,6 +106,27 @@ def test_api_is_never_replaced_by_a_node_here(
     assert started == []
 
 
+@pytest.mark.parametrize("place", ["--api", "here", "--bootstrap"])
+@pytest.mark.parametrize("wanted", ["0123456789ab", "01" * 32])
+def test_id_that_the_node_does_not_list_is_for_the_node_to_resolve(
+    wanted: str, place: str, started: Started, serve: ServeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lists only some of the models of which it has no manifest, and peers choose which."""
+    monkeypatch.setattr("node.cli.target.DISCOVERY_TIMEOUT_S", 0.0)
+    node = FakeNode()
+
+    @contextmanager
+    def start(model: str | None, bootstrap: tuple[str, ...], *, share_data_dir: bool) -> Iterator[str]:
+        assert (model, bootstrap) == (None, ("peers.yaml",))
+        yield serve(node)
+
+    monkeypatch.setattr(run_model, "local_node", start)
+    monkeypatch.setenv("METASWARM_API", serve(node) if place == "here" else "127.0.0.1:1")
+    more = {"--api": ["--api", serve(node)], "here": [], "--bootstrap": ["--bootstrap", "peers.yaml"]}[place]
+    assert run(["run", wanted, "Why?", *more]) == 0
+    assert [job.model for job in node.submitter.requests] == [wanted]
+
+
 @pytest.mark.parametrize("place", ["environment", "file"])
 def test_setting_that_is_not_valid_is_wrong_usage(
     place: str,
