@@ -1,6 +1,8 @@
 """The documents of `/swarm/…`, from the parts of a node."""
 
+import hashlib
 import math
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -56,7 +58,7 @@ from selector.routing import NoRouteError, check_complete
 SAMPLE_INTERVAL_S: Final = 10.0
 MAX_SAMPLES: Final = 360
 MAX_OTHER_MODELS: Final = 64
-"""Models that are listed without a manifest here."""
+"""Models that are listed without a manifest here: first those that have a name here, then those of most peers."""
 MAX_GAPS: Final = 64
 """Ranges of blocks that no peer serves, those of models with a manifest here first."""
 MODELS_INTERVAL_S: Final = 1.0
@@ -97,6 +99,8 @@ class StatusView:
         self._samples: Samples[Sample] = Samples(MAX_SAMPLES)
         self._models: list[ModelDocument] = []
         self._models_read_s = -math.inf
+        self._secret = secrets.token_bytes(16)
+        """Makes an order of models that no peer can foresee, the same until the node ends."""
 
     async def status(self) -> NodeStatus:
         """Return the status of this node."""
@@ -320,8 +324,14 @@ class StatusView:
         now_s = trio.current_time()
         if now_s >= self._models_read_s + MODELS_INTERVAL_S:
             local, served = set(self._library.local_models()), self._membership.directory.models()
-            # Anybody may announce models that nobody else knows: those of most peers are listed.
-            others = sorted(served.keys() - local, key=lambda model: (-len(served[model]), model))
+            named = self._library.named_models()
+
+            def rank(model: ModelId) -> tuple[bool, int, bytes]:
+                # Anybody may announce models that nobody else knows, by ids of his choice.
+                tie = hashlib.blake2b(model.encode(), key=self._secret, digest_size=8).digest()
+                return model not in named, -len(served[model]), tie
+
+            others = sorted(served.keys() - local, key=rank)
             self._models = [self._model(model) for model in sorted({*local, *others[:MAX_OTHER_MODELS]})]
             self._models_read_s = now_s
         return self._models

@@ -166,7 +166,7 @@ class Library:
     async def _fetch_manifests(self) -> None:
         retry_s: dict[ModelId, float] = {}
         while True:
-            for model in self._named().intersection(self._swarm.served_models()):
+            for model in self.named_models().intersection(self._swarm.served_models()):
                 if self.local_manifest(model) is not None or retry_s.get(model, 0.0) > trio.current_time():
                     continue
                 try:
@@ -176,7 +176,8 @@ class Library:
                     _logger.info("manifest unavailable", model=model, reason=str(error))
             await trio.sleep(MANIFEST_POLL_S)
 
-    def _named(self) -> set[ModelId]:
+    def named_models(self) -> set[ModelId]:
+        """Return the models of the catalogue, and those that the user named."""
         named = {entry.model_id for entry in CATALOGUE.values()}
         with suppress(ModelError):
             named |= set(self._store.names().values())

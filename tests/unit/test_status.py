@@ -1,6 +1,7 @@
 """Status documents of peers: refusals, failures, what they hold, and bans."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -101,11 +102,16 @@ async def test_peers_shows_refusals_failures_held_bytes_and_bans() -> None:
     }
 
 
-def view_of_models(directory: Directory, known: Mapping[ModelId, Manifest], between: Links) -> StatusView:
-    """Return a view of a node that has the manifests of these models."""
+def view_of_models(
+    directory: Directory, known: Mapping[ModelId, Manifest], between: Links, named: Collection[ModelId] = ()
+) -> StatusView:
+    """Return a view of a node that has the manifests of the models `known`, and names for those `named`."""
     membership = SimpleNamespace(directory=directory, unreached_stages=lambda model, blocks: ())
     library = SimpleNamespace(
-        name_of=lambda model: model[:8], local_models=lambda: tuple(known), local_manifest=known.get
+        name_of=lambda model: model[:8],
+        local_models=lambda: tuple(known),
+        local_manifest=known.get,
+        named_models=lambda: set(named),
     )
     client = SimpleNamespace(
         coordinator=None,
@@ -160,6 +166,32 @@ async def test_few_models_are_listed_that_are_not_known_here() -> None:
     assert set(served) < set(listed)
     assert len(listed) == MAX_OTHER_MODELS == len(set(listed))
     assert len(view._gaps()) <= MAX_GAPS
+
+
+async def test_peers_cannot_choose_ids_that_push_out_honest_models() -> None:
+    peers = [peer_id_from_public_key(bytes([number]) * 32) for number in range(1, 8)]
+    directory = Directory(own_peer=US, connected=lambda: peers)
+    for number, peer in enumerate(peers[:4]):  # each pair announces the same ones
+        made_up = [ModelId(f"{48 * (number // 2) + index:064x}") for index in range(48)]
+        directory.update(announcing(peer, *((model, 0, 1) for model in made_up)), 0.0)
+    honest = [ModelId(f"{255 - number:x}" * 32) for number in range(48)]
+    for peer in peers[4:6]:
+        directory.update(announcing(peer, *((model, 0, 1) for model in honest)), 0.0)
+    named = ModelId("ff" * 31 + "fe")
+    directory.update(announcing(peers[6], (named, 0, 1)), 0.0)
+
+    def listed() -> set[ModelId]:
+        view = view_of_models(directory, {}, lambda a, b: Link(round_trip_s=0.01, bytes_per_s=1e6), {named})
+        found = {ModelId(model["model"]) for model in view.models()}
+        view._models_read_s = -math.inf
+        assert found == {ModelId(model["model"]) for model in view.models()}, "the list of a node is stable"
+        return found
+
+    one, other = listed(), listed()
+    assert len(one) == len(other) == MAX_OTHER_MODELS
+    assert named in one & other
+    assert one & set(honest)
+    assert one != other, "peers could foresee it"
 
 
 async def test_models_are_described_once_a_second(virtual_clock: object) -> None:
