@@ -5,7 +5,7 @@ Only hashes of keys are held. A key has 256 random bits, so that a plain hash ca
 
 import hmac
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,6 +43,9 @@ class KeyUse:
     def begin(self, answers: int, counted: int = 0, param: str = "n") -> dict[str, str]:
         """Count the answers of a request; return the headers that tell what is left. Raises ApiError.
 
+        A request that has to wait for other answers to end is no request of this minute: its client is told to retry
+        every second, and would use the minute up in waiting.
+
         `counted`: those of them that are counted already. `param`: the field that says how many they are.
         """
         concurrency, per_minute = self.key.concurrency, self.key.requests_per_minute
@@ -51,25 +54,36 @@ class KeyUse:
             message = f"the request wants {answers} answers; the API key {self.key.name!r} admits {most}: ask for fewer"
             raise ApiError(400, message, param=param)
         if concurrency is not None and self.running + answers - counted > concurrency:
+            if self.bucket is not None:
+                self.bucket.give_back(counted, trio.current_time())
             message = f"the API key {self.key.name!r} admits {concurrency} answers at a time: wait for one to end"
-            raise ApiError(429, message, code="too_many_requests", headers={"Retry-After": str(BUSY_RETRY_S)})
-        headers: dict[str, str] = {}
+            headers = self._rate_headers() | {"Retry-After": str(BUSY_RETRY_S)}
+            raise ApiError(429, message, code="too_many_requests", headers=headers)
+        headers = {}
         if self.bucket is not None and per_minute is not None:
             now_s = trio.current_time()
             admitted = self.bucket.take(answers - counted, now_s)
-            left = self.bucket.level(now_s)
-            headers = {
-                "X-RateLimit-Limit-Requests": str(per_minute),
-                "X-RateLimit-Remaining-Requests": str(math.floor(left)),
-                "X-RateLimit-Reset-Requests": f"{(per_minute - left) * 60 / per_minute:.0f}s",
-            }
+            headers = self._rate_headers()
             if not admitted:
+                left = self.bucket.level(now_s)
                 retry_s = math.ceil((answers - left) * 60 / per_minute)
                 message = f"the API key {self.key.name!r} admits {per_minute} requests a minute: retry in {retry_s} s"
                 headers["Retry-After"] = str(max(1, retry_s))
                 raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)
         self.running += answers - counted
         return headers
+
+    def _rate_headers(self) -> dict[str, str]:
+        """Return what tells a client how many requests of this minute are left."""
+        per_minute = self.key.requests_per_minute
+        if self.bucket is None or per_minute is None:
+            return {}
+        left = self.bucket.level(trio.current_time())
+        return {
+            "X-RateLimit-Limit-Requests": str(per_minute),
+            "X-RateLimit-Remaining-Requests": str(math.floor(left)),
+            "X-RateLimit-Reset-Requests": f"{(per_minute - left) * 60 / per_minute:.0f}s",
+        }
 
     def begin_reading(self) -> None:
         """Count a reader of events. Raises ApiError."""
@@ -97,12 +111,21 @@ class RequestUse:
     def begin(self, answers: int, param: str = "n") -> None:
         """Count a request's answers, those that are counted already included. Raises ApiError where there is no room.
 
-        A refused request counts as what was counted of it before: Retry-After tells when all of it fits.
+        A request refused for its rate counts as what was counted of it before: Retry-After tells when all of it fits.
         """
         answers = max(answers, self._running)
         if self._use is not None:
-            self.headers |= self._use.begin(answers, self._running, param)
+            try:
+                self.headers |= self._use.begin(answers, self._running, param)
+            except ApiError as error:
+                self.headers |= error.headers or {}
+                raise
             self._running = answers
+
+    @property
+    def key_sha256(self) -> str | None:
+        """The hash of the key; None without one."""
+        return None if self._use is None else self._use.key.sha256
 
     def begin_reading(self) -> None:
         """Count a reader of events. Raises ApiError where the key has too many."""
@@ -117,11 +140,18 @@ class RequestUse:
 
 
 _IN_SCOPE: Final = "metaswarm.use"
+_RELEASE_BODY: Final = "metaswarm.release_body"
 
 
-def with_use(scope: Scope, use: RequestUse) -> Scope:
-    """Return the scope of a request whose application counts what it uses."""
-    return {**scope, _IN_SCOPE: use}
+def with_use(scope: Scope, use: RequestUse, release_body: Callable[[], None]) -> Scope:
+    """Return the scope of a request whose application counts what it uses, and tells when its body is parsed."""
+    return {**scope, _IN_SCOPE: use, _RELEASE_BODY: release_body}
+
+
+def release_body(scope: Scope) -> None:
+    """Count the body of a request as no longer in memory: it is parsed, and its answer may take minutes."""
+    if (release := scope.get(_RELEASE_BODY)) is not None:
+        release()
 
 
 def begin_answers(scope: Scope, answers: int = 1, param: str = "n") -> None:

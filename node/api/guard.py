@@ -6,8 +6,8 @@ limits, before the application sees the request, and also before a refusal.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -23,7 +23,12 @@ from node.config import is_loopback
 
 MAX_BODY_BYTES: Final = 8 << 20
 MAX_ALL_BODY_BYTES: Final = 256 << 20
-"""Of all requests at a time: as many clients as there may be, each with the largest body, would fill the memory."""
+"""Of bodies that are read or parsed: as many clients as there may be, each with the largest body, fill the memory."""
+KEY_SHARE: Final = 4
+"""The bodies of one key, or of all clients without one, have this part of it at most: a key can hold them unfinished,
+which no other limit of it counts, and everybody else would be refused."""
+SMALL_BODY_BYTES: Final = 64 << 10
+"""Bodies up to it are not counted: connections bound them, and who asks little is not refused for the others."""
 MAX_KEYLESS_BODY_BYTES: Final = 4 << 10
 """The same where no key is needed, and so no body either: clients without a key could fill the memory."""
 
@@ -80,15 +85,16 @@ class Guard:
                     use = RequestUse(self._check(scope["path"], headers))
                     send = _with_headers(send, use.headers)
                     _check_form(scope["method"], scope["path"], headers)
-                body = await reader.read(receive, MAX_KEYLESS_BODY_BYTES if is_keyless else MAX_BODY_BYTES)
+                most_bytes = MAX_KEYLESS_BODY_BYTES if is_keyless else MAX_BODY_BYTES
+                receive_again = await reader.read(receive, most_bytes, use.key_sha256)
             except ApiError as error:
                 reader.release()
                 await _refuse(error, scope, receive, send)
                 return
             if preflight is not None:
                 await preflight(scope, receive, send)
-            elif body is not None:
-                await self._app(with_use(scope, use), _replay(body, receive), send)
+            elif receive_again is not None:
+                await self._app(with_use(scope, use, reader.release), receive_again, send)
         finally:
             use.end()
             reader.release()
@@ -179,47 +185,70 @@ def _is_local(url: str) -> bool:
         return False
 
 
-@dataclass(slots=True)
 class BodyMemory:
-    """The bytes of all bodies in memory."""
+    """The bytes of bodies in memory, by key; those of clients without a key are together, under None."""
 
-    held: int = 0
+    def __init__(self) -> None:
+        self._held: Counter[str | None] = Counter()
+
+    def hold(self, count: int, key: str | None) -> None:
+        """Count bytes. Raises ApiError where all bodies, or those of the key, have too many; counts them, too."""
+        self._held[key] += count
+        share = max(MAX_ALL_BODY_BYTES // KEY_SHARE, MAX_BODY_BYTES)
+        if self._held[key] > share:
+            whose, most = "your other requests", share
+        elif self._held.total() > MAX_ALL_BODY_BYTES:
+            whose, most = "all requests", MAX_ALL_BODY_BYTES
+        else:
+            return
+        message = f"the bodies of {whose} that are being read have {most} bytes with this one: try again"
+        raise ApiError(503, message, code="too_many_bytes", headers={"Retry-After": str(BUSY_RETRY_S)})
+
+    def release(self, count: int, key: str | None) -> None:
+        """Count bytes as no longer in memory."""
+        self._held[key] -= count
+        if not self._held[key]:
+            del self._held[key]
 
 
 class BodyReader:
-    """Reads the body of one request, which is in memory until `release`."""
+    """Reads the body of one request, which is counted until `release`."""
 
     def __init__(self, memory: BodyMemory) -> None:
         self._memory = memory
         self._held = 0
+        self._key: str | None = None
+        self._body = bytearray()
 
-    async def read(self, receive: Receive, most_bytes: int) -> bytes | None:
-        """Return the whole body; None if the client disconnected. Raises ApiError."""
-        body = bytearray()
+    async def read(self, receive: Receive, most_bytes: int, key: str | None) -> Receive | None:
+        """Return a `receive` that yields the whole body; None if the client disconnected. Raises ApiError.
+
+        That alone has the body: whoever takes it can drop it.
+        """
+        self._key = key
         with trio.move_on_after(BODY_TIMEOUT_S):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     return None
-                piece = message.get("body", b"")
-                self._hold(len(piece))
-                body += piece
-                if len(body) > most_bytes:
+                self._body += message.get("body", b"")
+                if len(self._body) > most_bytes:
                     raise ApiError(413, f"the body has more than {most_bytes} bytes", code="request_too_large")
+                self._hold(len(self._body))
                 if not message.get("more_body", False):
-                    return bytes(body)
+                    body, self._body = bytes(self._body), bytearray()
+                    return _replay(body, receive)
         raise ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} seconds")
 
-    def _hold(self, count: int) -> None:
-        self._held += count
-        self._memory.held += count
-        if self._memory.held > MAX_ALL_BODY_BYTES:
-            message = f"the requests under way have more than {MAX_ALL_BODY_BYTES} bytes: try again"
-            raise ApiError(503, message, code="too_many_bytes", headers={"Retry-After": str(BUSY_RETRY_S)})
+    def _hold(self, size: int) -> None:
+        if size > SMALL_BODY_BYTES:
+            added, self._held = size - self._held, size
+            self._memory.hold(added, self._key)
 
     def release(self) -> None:
-        """Count the body as no longer in memory."""
-        self._memory.held -= self._held
+        """Drop what is read, and count it as no longer in memory."""
+        self._body = bytearray()
+        self._memory.release(self._held, self._key)
         self._held = 0
 
 

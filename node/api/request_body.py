@@ -8,7 +8,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import Receive, Scope
 
-from node.api.access import begin_answers
+from node.api.access import begin_answers, release_body
 from node.api.beside_loop import compute
 
 T = TypeVar("T")
@@ -30,4 +30,7 @@ async def parse_uncounted(scope: Scope, receive: Receive, parse: Callable[[bytes
     """Return what the body of a request means that is no answer of a model. Raises ApiError."""
     request = Request(scope, receive)
     body = await request.body()
-    return await compute(partial(parse, body, request.headers), is_large=len(body) > IN_THREAD_BYTES)
+    parsed = await compute(partial(parse, body, request.headers), is_large=len(body) > IN_THREAD_BYTES)
+    # A refusal, the exception of which refers to the body, releases it once it is sent.
+    release_body(scope)
+    return parsed

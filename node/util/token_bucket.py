@@ -20,6 +20,11 @@ class TokenBucket:
         self._tokens -= amount
         return True
 
+    def give_back(self, amount: float, now_s: float) -> None:
+        """Return tokens that were taken for nothing."""
+        self._fill(now_s)
+        self._tokens = min(self._burst, self._tokens + amount)
+
     def level(self, now_s: float) -> float:
         """Return how many tokens there are; fewer than none are a debt."""
         self._fill(now_s)

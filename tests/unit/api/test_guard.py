@@ -345,23 +345,27 @@ async def test_retry_after_is_when_all_answers_of_a_request_fit(virtual_clock: o
     request.begin(6)
 
 
-async def test_bodies_of_all_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "MAX_ALL_BODY_BYTES", 1500)
+async def test_waiting_for_other_answers_uses_no_rate() -> None:
+    key = ApiKey(name="both", sha256=hash_api_key("sesame"), requests_per_minute=6, concurrency=2)
     node = FakeNode(submitter=FakeSubmitter(hang=True))
-    body = chat_body(user="x" * 1000)
-    async with serve_node(node) as url, httpx.AsyncClient(base_url=url) as client:
+    ask: dict[str, Any] = {"url": "/v1/chat/completions", "headers": bearer("sesame")}
+    async with serve_node(node, access=Access(keys=(key,))) as url, httpx.AsyncClient(base_url=url) as client:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(partial(client.post, "/v1/chat/completions", json=body))
+            nursery.start_soon(partial(client.post, json=chat_body(), **ask))
             await node.submitter.entered.wait()
-            refused = await client.post("/v1/chat/completions", json=body)
-            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_bytes")
-            assert refused.headers["retry-after"] == "1"
-            assert (await client.get("/v1/models")).status_code == 200
+            for _ in range(9):
+                refused = await client.post(json=chat_body(n=2), **ask)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_requests")
+                assert refused.headers["retry-after"] == "1"
+                assert refused.headers["x-ratelimit-remaining-requests"] == "5"
             nursery.cancel_scope.cancel()
         node.submitter.hang = False
         with trio.fail_after(5):
-            while (await client.post("/v1/chat/completions", json=body)).status_code == 503:
+            while (answer := await client.post(json=chat_body(n=2), **ask)).status_code == 429:
+                assert answer.json()["error"]["code"] == "too_many_requests"
                 await trio.testing.wait_all_tasks_blocked(0.01)
+        assert answer.status_code == 200
+        assert answer.headers["x-ratelimit-remaining-requests"] == "3"
 
 
 async def test_either_header_may_have_the_key() -> None:

@@ -1,5 +1,6 @@
 """A large body does not keep everybody else waiting."""
 
+import json
 import threading
 
 import httpx
@@ -9,7 +10,7 @@ import trio.testing
 from starlette.datastructures import Headers
 from starlette.types import Message
 
-from node.api import request_body
+from node.api import fields, request_body
 from node.api.request_body import parse_counted
 from tests.unit.api.fakes import FakeNode, chat_body
 
@@ -51,5 +52,28 @@ async def test_refuses_body_of_more_values_than_any_model_takes(
 ) -> None:
     body = '{"model": "tiny", "prompt": [' + value * (1 << 20) + "0]}"
     refused = await client.post("/v1/completions", content=body.encode())
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "request_too_large")
+    assert node.submitter.requests == []
+
+
+@pytest.mark.parametrize("text", ["a,[b]{c}," * 450, '\\",[{' * 600])
+async def test_separators_in_texts_are_no_values(node: FakeNode, client: httpx.AsyncClient, text: str) -> None:
+    texts = [text] * 1000
+    assert sum(map(json.dumps(texts).count, ",[{")) > fields.MAX_VALUES
+    answer = await client.post("/v1/embeddings", json={"model": "tiny", "input": texts}, timeout=60)
+    assert answer.status_code == 200
+    assert [job.prompt for job in node.submitter.requests] == texts
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        json.dumps({"model": "tiny", "prompt": ["\\", '\\"', '"'] * 200_000 + [0] * 500_000}).encode(),
+        json.dumps({"model": "tiny", "prompt": ["\u2200"] + [0] * (1 << 20)}, ensure_ascii=False).encode("utf-16-le"),
+    ],
+    ids=["escapes", "utf-16"],
+)
+async def test_no_text_hides_values(node: FakeNode, client: httpx.AsyncClient, body: bytes) -> None:
+    refused = await client.post("/v1/completions", content=body)
     assert (refused.status_code, refused.json()["error"]["code"]) == (413, "request_too_large")
     assert node.submitter.requests == []
