@@ -266,8 +266,8 @@ def _until_ended(receive: Receive, send: Send) -> tuple[Receive, Send]:
     """Return both so that a disconnect is reported only once the end of the answer is sent.
 
     hypercorn reports one at the end of every answer, before it closes the connection or makes it ready for the next
-    request: an endpoint that is cancelled by it would leave the connection open for ever. It also waits for ever to
-    send the end over HTTP/2 to a client that is gone, hence the limit.
+    request: an endpoint that is cancelled by it would leave the connection open for ever. The limit is for a client
+    that is gone and cannot take the end.
     """
     is_ending = False
     ended = trio.Event()
