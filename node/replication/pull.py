@@ -22,11 +22,11 @@ BUSY_S: Final = 3
 SESSIONS_PER_PEER: Final = 2
 """Sessions of one peer that are served at a time."""
 
-PATIENCE_S: Final = 2.0
-"""When all places are taken, a session whose peer was silent for longer gives its place to a newcomer."""
-
 SILENCE_COST: Final = 60
 """Sessions that a silent one costs its peer: it may not begin the next ones for a while."""
+
+YIELDING_COST: Final = 6
+"""The same of one that gave its place to a newcomer: its peer may just have been slow."""
 
 _logger = structlog.get_logger(__name__)
 
@@ -196,14 +196,14 @@ class PullService:
         return True
 
     def _end_silent_session(self, now_s: float) -> bool:
-        """End the session whose peer was silent for longest, if it was for too long; return whether it was."""
-        waiting = [(since, each) for each in self._served if (since := each.session.waiting_since_s) is not None]
-        since, longest = min(waiting, key=lambda pair: pair[0], default=(now_s, None))
-        if longest is None or now_s - since < PATIENCE_S:
+        """End the session whose peer is silent for longest, if it is for too long; return whether it is."""
+        waiting = [(at_s, each) for each in self._served if (at_s := each.session.yields_at_s) is not None]
+        at_s, longest = min(waiting, key=lambda pair: pair[0], default=(now_s, None))
+        if longest is None or now_s < at_s:
             return False
         self._leave(longest)
         longest.scope.cancel()
-        self._peer_limits.of(longest.peer, now_s).sessions.spend(SILENCE_COST, now_s)
+        self._peer_limits.of(longest.peer, now_s).sessions.spend(YIELDING_COST, now_s)
         return True
 
     def _leave(self, served: _Served) -> None:

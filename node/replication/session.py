@@ -14,6 +14,9 @@ from protocol.half_duplex import Busy, HalfDuplexConnection, M, S
 SILENCE_S: Final = 15.0
 """Longest wait for the other side's next message."""
 
+PATIENCE_S: Final = 2.0
+"""The same where all places are taken: then a session gives its place to a newcomer."""
+
 SHORTEST_WAIT_S: Final = 0.02
 """Debts to a token bucket below this accumulate: sleeping costs more."""
 
@@ -68,8 +71,11 @@ class Session(Generic[M, S]):
 
     def __init__(self, stream: Stream, connection: HalfDuplexConnection[M, S], throttle: Throttle) -> None:
         self.outcome = SessionOutcome()
-        self.waiting_since_s: float | None = None
-        """Since when the other side has sent or taken nothing; None while it is our turn."""
+        self.yields_at_s: float | None = None
+        """From when on the session may be ended for another, None while it is our turn.
+
+        Its peer has sent nothing for PATIENCE_S then, or not taken what is sent for SILENCE_S: slow links take seconds.
+        """
         self._stream = stream
         self._connection = connection
         self._throttle = throttle
@@ -82,21 +88,21 @@ class Session(Generic[M, S]):
     async def _send(self, message: M) -> None:
         """Send a message, then wait until its traffic is within the limits. Raises NetworkError."""
         data = self._connection.send(message)
-        self.waiting_since_s = trio.current_time()
+        self.yields_at_s = trio.current_time() + SILENCE_S
         await self._stream.send_all(data)
-        self.waiting_since_s = None
+        self.yields_at_s = None
         self.outcome.bytes_sent += len(data)
         await self._throttle.pay_traffic(len(data))
 
     async def _receive_any(self) -> M | None:
         """Return the next message, None at the end. Raises NetworkError and RemoteProtocolError."""
         while not self._received:
-            self.waiting_since_s = trio.current_time()
+            self.yields_at_s = trio.current_time() + PATIENCE_S
             with trio.move_on_after(SILENCE_S) as scope:
                 data = await self._stream.receive_some()
             if scope.cancelled_caught:
                 raise SilentPeerError(f"no message within {SILENCE_S:g} s")
-            self.waiting_since_s = None
+            self.yields_at_s = None
             self._received += self._connection.receive_data(data)
             if not data:
                 return None

@@ -25,6 +25,9 @@ FEW_CONNECTIONS = 3
 BACKOFF_S = (4.0, 60.0)
 """Pause between two rounds of dials."""
 
+LASTING_S = 60.0
+"""Connections that lasted for so long begin the pauses anew once they are lost; others are dials that failed late."""
+
 ROUND_S = 2.0
 DIAL_TIMEOUT_S = 20.0
 
@@ -48,16 +51,20 @@ async def maintain_known_peers(network: Network, store: KnownPeerStore, jitter: 
 
 
 async def _redial_loop(network: Network, store: KnownPeerStore, jitter: random.Random) -> None:
-    rounds, due_s, was_connected = 0, -math.inf, False
+    rounds, due_s, connected_at_s = 0, -math.inf, math.inf
     while True:
-        connected = network.connected_peers()
-        if len(connected) >= FEW_CONNECTIONS or (was_connected and not connected):
+        connected, now_s = network.connected_peers(), trio.current_time()
+        if connected:
+            connected_at_s = min(connected_at_s, now_s)
+        is_lasting = now_s - connected_at_s >= LASTING_S
+        if is_lasting and (not connected or len(connected) >= FEW_CONNECTIONS):
             rounds, due_s = 0, -math.inf
-        if len(connected) < FEW_CONNECTIONS and trio.current_time() >= due_s:
+        if not connected:
+            connected_at_s = math.inf
+        if len(connected) < FEW_CONNECTIONS and now_s >= due_s:
             await _redial(network, store)
             rounds += 1
             due_s = trio.current_time() + backoff_s(rounds, BACKOFF_S, jitter)
-        was_connected = bool(connected)
         await trio.sleep(ROUND_S)
 
 

@@ -4,6 +4,7 @@ import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
+from typing import cast
 
 import trio
 from trio.testing import MockClock
@@ -12,8 +13,8 @@ from node.network.interface import NetworkError, Stream
 from node.replication.anti_entropy import SyncInitiator, SyncResponder
 from node.replication.observations import PEER_ALLOWANCES
 from node.replication.peer_limits import PeerLimits
-from node.replication.pull import BUSY_S, PATIENCE_S, SESSIONS_PER_PEER, SILENCE_COST, PullLimits, PullService
-from node.replication.session import SessionOutcome, Throttle
+from node.replication.pull import BUSY_S, SESSIONS_PER_PEER, SILENCE_COST, PullLimits, PullService
+from node.replication.session import PATIENCE_S, SessionOutcome, Throttle
 from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetwork, MemoryNetworkHub
 from protocol.errors import RemoteProtocolError
@@ -86,13 +87,19 @@ async def test_protocol_violation_bans_the_neighbour(autojump_clock: MockClock) 
 
 
 @asynccontextmanager
-async def server_of(limits: PullLimits, *clients: PeerId) -> AsyncIterator[list[MemoryNetwork]]:
-    """Run a service that has something to tell, and peers that are connected to it; yield their networks."""
+async def server_of(limits: PullLimits, *clients: PeerId, slow_s: float = 0.0) -> AsyncIterator[list[MemoryNetwork]]:
+    """Run a service that has something to tell, and peers that are connected to it; yield their networks.
+
+    `slow_s`: how long a peer takes to take what it is sent.
+    """
     hub = MemoryNetworkHub(random.Random(0), LinkModel(latency_s=0.01))
     server, *others = (hub.network(peer) for peer in (THEIRS, *clients))
     history = Peer([made(1), made(2)])
     await history.history.add_many(history.initial)
-    respond = partial(SyncResponder, replica=history.replica)
+
+    def respond(stream: Stream, throttle: Throttle) -> SyncResponder:
+        return SyncResponder(cast("Stream", SlowlyTaken(stream, slow_s)), throttle, history.replica)
+
     PullService(server, PROTOCOL_ID, PeerLimits(PEER_ALLOWANCES), limits, random.Random(0), respond=respond)
     async with AsyncExitStack() as stack:
         for network in (server, *others):
@@ -154,3 +161,38 @@ async def test_silence_costs_a_peer_its_next_sessions(autojump_clock: MockClock)
         assert (await pull_with(silent)).retry_s == BUSY_S
         await trio.sleep(SESSIONS_PER_PEER * SILENCE_COST / PEER_ALLOWANCES.sessions.per_s)
         assert (await pull_with(silent)).equal
+
+
+class SlowlyTaken:
+    """A stream whose peer takes what is sent in some seconds."""
+
+    def __init__(self, stream: Stream, slow_s: float) -> None:
+        self._stream = stream
+        self._slow_s = slow_s
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    async def send_all(self, data: bytes) -> None:
+        await trio.sleep(self._slow_s)
+        await self._stream.send_all(data)
+
+
+async def test_peers_that_take_slowly_keep_their_places(autojump_clock: MockClock) -> None:
+    """As on an uplink that all sessions share: there a window of what is sent takes longer than the patience."""
+    many = [peer(number) for number in range(3, 5)]
+    slow_s = 4 * PATIENCE_S
+    equal: dict[PeerId, bool] = {}
+
+    async def pull(network: MemoryNetwork) -> None:
+        equal[network.peer_id] = (await pull_with(network)).equal
+
+    async with (
+        server_of(PullLimits(served_sessions=len(many)), OURS, *many, slow_s=slow_s) as (newcomer, *slow),
+        trio.open_nursery() as nursery,
+    ):
+        for each in slow:
+            nursery.start_soon(pull, each)
+        await trio.sleep(0.8 * slow_s)
+        nursery.start_soon(pull, newcomer)
+    assert equal == {OURS: False, **dict.fromkeys(many, True)}

@@ -134,6 +134,26 @@ async def test_few_dials_are_made_to_known_peers_that_are_gone(autojump_clock: t
     assert len(gone) < REDIALLED
 
 
+async def test_peer_that_hangs_up_at_once_is_not_dialled_more_often(autojump_clock: trio.testing.MockClock) -> None:
+    _, (peer, node, _) = networks()
+    dials = 0
+    connect = node.connect
+
+    async def count(multiaddr: str) -> PeerId:
+        nonlocal dials
+        dials += 1
+        return await connect(multiaddr)
+
+    node.connect = count  # type: ignore[method-assign]
+    async with peer.running(), node.running(), trio.open_nursery() as nursery:
+        nursery.start_soon(maintain_known_peers, node, MemoryStore([known(peer)]), random.Random(0))
+        for _ in range(900):
+            await trio.sleep(4)
+            await node.disconnect(peer.peer_id)
+        nursery.cancel_scope.cancel()
+    assert 50 < dials < 150
+
+
 async def test_node_asks_who_is_present_again_after_it_lost_all_connections(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
