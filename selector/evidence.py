@@ -241,7 +241,7 @@ def _weights(samples: Sequence[Sample], viewpoint: Viewpoint, agreed_weight: flo
     """Return the weight of each sample. `agreed_weight`: of all agreed cells.
 
     The samples of another peer weigh at most half as much in total as the viewpoint's own ratios, or MIN_PEER_LIMIT:
-    many served jobs, perhaps all with one method, are no reason to believe more of others. Once there are members, all
+    many served jobs, perhaps all with one method, do not raise that limit. Once there are members, all
     other peers count as one. If something is agreed, all samples of others weigh together at most as much as that, or
     as the viewpoint's own ratios.
     """

@@ -34,7 +34,7 @@ class Viewpoint:
     def trust_in(self, observer: str, model: str) -> float:
         """Return the weight of what a peer reports of a model.
 
-        Only the model's own chain counts: whoever is there founds one, so that of another model gives no trust. What
+        Only the model's own chain counts: any peers may found one, so that of another model gives no trust. What
         is reported of a model whose chain is not followed weighs as from peers that are members of none.
         """
         others = self.default_trust.get(model, min(self.default_trust.values(), default=1.0))

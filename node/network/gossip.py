@@ -179,7 +179,7 @@ class _GuardedPubsub(Pubsub):
 class Router(GossipSub):
     """GossipSub that queues bursts, sends few IDONTWANTs, and drops the state of its adaptive mode, which is off.
 
-    Control messages are rate-limited, those of unknown topics ignored, and nobody is dialled because a PRUNE names it.
+    Control messages are rate-limited, those of unknown topics ignored, and peers that a PRUNE names are not dialled.
     Its meshes exclude peers with a bad score, and bound those within one public range of addresses.
     """
 
@@ -233,7 +233,7 @@ class Router(GossipSub):
             await super().handle_prune(prune_msg, sender_peer_id)
 
     async def _do_px(self, px_peers: list[rpc_pb2.PeerInfo]) -> None:
-        """Dial nobody: any neighbour may name any addresses, and `node.swarm` decides whom to dial, within limits."""
+        """Do not dial: any neighbour may name any addresses, and `node.swarm` decides whom to dial, within limits."""
 
     def _add_back_off(self, peer: ID, topic: str, is_unsubscribe: bool, backoff_duration: int = 0) -> None:
         super()._add_back_off(peer, topic, is_unsubscribe, min(backoff_duration, MAX_BACK_OFF_S))
