@@ -441,15 +441,21 @@ async def test_gossip_of_a_restarted_node_is_new_to_its_neighbours(monkeypatch: 
     second = int(time.time())
     monkeypatch.setattr("libp2p.pubsub.pubsub.time.time", lambda: second)  # one that restarts within a second
     listener = our_host(1)
+
+    async def hear_from_started_node(message: bytes) -> bytes:
+        publisher = our_host(2)
+        async with publisher.running(), listener.subscribe(TOPIC) as messages:
+            await publisher.connect(listener.multiaddrs[0])
+            pubsub = publisher._gossip._pubsub
+            assert pubsub is not None
+            await until(lambda: pubsub.peer_topics.get(TOPIC))
+            await publisher.publish(TOPIC, message)
+            return (await anext(messages)).data
+
     with limited(20):
         async with listener.running():
             for message in (b"before", b"after"):
-                publisher = our_host(2)
-                async with publisher.running(), listener.subscribe(TOPIC) as messages:
-                    await publisher.connect(listener.multiaddrs[0])
-                    await until(lambda publisher=publisher: publisher._gossip._pubsub.peer_topics.get(TOPIC))  # type: ignore[misc]
-                    await publisher.publish(TOPIC, message)
-                    assert (await anext(messages)).data == message
+                assert await hear_from_started_node(message) == message
 
 
 async def test_gossip_flood_is_rate_limited(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import random
 from contextlib import suppress
+from typing import Any, cast
 
 import pytest
 import structlog
@@ -11,14 +12,12 @@ import trio.testing
 
 from node.identity import Identity
 from node.swarm.clock_check import RECENT_S
-from node.swarm.dht_records import RecordKinds
-from node.swarm.heartbeats import Heartbeats, OwnServices
-from node.swarm.membership import Membership
+from node.swarm.heartbeats import Heartbeats
 from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetworkHub
-from protocol.announcements import Heartbeat
 from protocol.errors import RemoteProtocolError
 from protocol.records import seal
+from tests.support.memberships import heartbeat_of, membership_of
 
 US, *PEERS = (Identity(bytes([number]) * 32) for number in range(6))
 
@@ -30,31 +29,16 @@ class Node:
 
     def __init__(self, connected: int) -> None:
         network = MemoryNetworkHub(random.Random(0), LinkModel()).network(US.peer_id)
-        network.connected_peers = lambda: tuple(each.peer_id for each in PEERS[:connected])  # type: ignore[method-assign]
+        cast("Any", network).connected_peers = lambda: tuple(each.peer_id for each in PEERS[:connected])
         self.ahead_s = 0.0
-        self.heartbeats: Heartbeats = Membership(
-            network=network,
-            identity=US,
-            services=OwnServices(agent="test/1", served_spans=tuple),
-            bootstrap=(),
-            records=RecordKinds(network),
-            jitter=random.Random(0),
-            wall_clock=lambda: NOON + trio.current_time() + self.ahead_s,
+        self.heartbeats: Heartbeats = membership_of(
+            network, US, wall_clock=lambda: NOON + trio.current_time() + self.ahead_s
         ).heartbeats
 
     def hear(self, sender: Identity, peer_ahead_s: float = 0.0) -> None:
         """Receive a heartbeat of a peer, by its clock."""
         now_s = int(NOON + trio.current_time() + peer_ahead_s)
-        heartbeat = Heartbeat(
-            peer=sender.peer_id,
-            sequence=1 + int(trio.current_time() * 1000),
-            issued_at_s=now_s,
-            expires_at_s=now_s + 60,
-            interval_ms=2500,
-            multiaddrs=(),
-            agent="test/1",
-            spans=(),
-        )
+        heartbeat = heartbeat_of(sender.peer_id, sequence=1 + int(trio.current_time() * 1000), issued_at_s=now_s)
         with suppress(RemoteProtocolError):
             self.heartbeats.validate(sender.peer_id, seal(heartbeat, sender.private_key))
 

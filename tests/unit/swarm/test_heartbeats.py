@@ -6,42 +6,23 @@ import pytest
 import trio.testing
 
 from node.identity import Identity
-from node.swarm.dht_records import RecordKinds
-from node.swarm.heartbeats import OF_UNREACHED, PER_PUBLISHER, Heartbeats, OwnServices
-from node.swarm.membership import Membership
+from node.swarm.heartbeats import OF_UNREACHED, PER_PUBLISHER, Heartbeats
 from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetworkHub
 from protocol.announcements import Heartbeat
 from protocol.records import seal, verify_record
+from tests.support.memberships import heartbeat_of, membership_of
 
 US, *PEERS = (Identity(number.to_bytes(32, "big")) for number in range(1, 6))
 
 
 def envelope(sender: Identity, sequence: int) -> bytes:
-    heartbeat = Heartbeat(
-        peer=sender.peer_id,
-        sequence=sequence,
-        issued_at_s=0,
-        expires_at_s=60,
-        interval_ms=2500,
-        multiaddrs=(),
-        agent="test/1",
-        spans=(),
-    )
-    return seal(heartbeat, sender.private_key)
+    return seal(heartbeat_of(sender.peer_id, sequence=sequence), sender.private_key)
 
 
 def ours() -> Heartbeats:
     network = MemoryNetworkHub(random.Random(0), LinkModel()).network(US.peer_id)
-    return Membership(
-        network=network,
-        identity=US,
-        services=OwnServices(agent="test/1", served_spans=tuple),
-        bootstrap=(),
-        records=RecordKinds(network),
-        jitter=random.Random(0),
-        wall_clock=lambda: 0.0,
-    ).heartbeats
+    return membership_of(network, US).heartbeats
 
 
 async def test_copies_of_a_heartbeat_are_not_forwarded(autojump_clock: trio.testing.MockClock) -> None:

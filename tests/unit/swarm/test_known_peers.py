@@ -3,6 +3,8 @@
 import random
 import sqlite3
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, cast
 
 import trio
 import trio.testing
@@ -11,14 +13,13 @@ from node.identity import Identity
 from node.network.interface import Stream
 from node.storage.database import StorageError
 from node.storage.peers import KnownPeer, KnownPeerStore
-from node.swarm.dht_records import RecordKinds
-from node.swarm.heartbeats import OwnServices
 from node.swarm.known_peers import BACKOFF_S, REDIALLED, maintain_known_peers
 from node.swarm.membership import Membership
 from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetwork, MemoryNetworkHub
 from protocol.identity import PeerId
 from protocol.presence import PROTOCOL_ID
+from tests.support.memberships import membership_of
 
 IDENTITIES = tuple(Identity(bytes([number]) * 32) for number in range(3))
 
@@ -52,15 +53,7 @@ def known(network: MemoryNetwork) -> KnownPeer:
 
 
 def membership(network: MemoryNetwork, identity: Identity, bootstrap: Iterable[str] = ()) -> Membership:
-    return Membership(
-        network=network,
-        identity=identity,
-        services=OwnServices(agent="test/1", served_spans=tuple),
-        bootstrap=tuple(bootstrap),
-        records=RecordKinds(network),
-        jitter=random.Random(0),
-        wall_clock=trio.current_time,
-    )
+    return membership_of(network, identity, bootstrap=bootstrap, wall_clock=trio.current_time)
 
 
 async def until(condition: Callable[[], object], limit_s: float) -> None:
@@ -124,7 +117,7 @@ async def test_few_dials_are_made_to_known_peers_that_are_gone(autojump_clock: t
         dialled.append(PeerId(multiaddr.rpartition("/")[2]))
         return await connect(multiaddr)
 
-    node.connect = count  # type: ignore[method-assign]
+    cast("Any", node).connect = count
     async with node.running(), trio.open_nursery() as nursery:
         nursery.start_soon(maintain_known_peers, node, MemoryStore(map(known, gone)), random.Random(0))
         await trio.sleep(3600)
@@ -144,7 +137,7 @@ async def test_peer_that_hangs_up_at_once_is_not_dialled_more_often(autojump_clo
         dials += 1
         return await connect(multiaddr)
 
-    node.connect = count  # type: ignore[method-assign]
+    cast("Any", node).connect = count
     async with peer.running(), node.running(), trio.open_nursery() as nursery:
         nursery.start_soon(maintain_known_peers, node, MemoryStore([known(peer)]), random.Random(0))
         for _ in range(900):
@@ -170,6 +163,6 @@ async def test_node_asks_who_is_present_again_after_it_lost_all_connections(
         for count in range(1, 30):
             await trio.sleep(1)
             await node.connect(peer.multiaddrs[0])
-            await until(lambda count=count: asked == count, 10)  # type: ignore[misc]
+            await until(partial(lambda wanted: asked == wanted, count), 10)
             await node.disconnect(peer.peer_id)
         nursery.cancel_scope.cancel()

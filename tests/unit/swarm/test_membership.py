@@ -7,16 +7,14 @@ import pytest
 import trio.testing
 
 from node.identity import Identity
-from node.swarm.dht_records import RecordKinds
-from node.swarm.heartbeats import OwnServices
 from node.swarm.link_estimates import LinkEstimates
-from node.swarm.membership import Membership
 from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetworkHub
 from protocol.announcements import Heartbeat, Reachability, ServedSpan, Verdict
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from protocol.messages import Load
 from selector.cuts import Cuts
+from tests.support.memberships import membership_of
 
 MODEL = ModelId("ab" * 32)
 
@@ -40,14 +38,7 @@ async def test_dials_a_server_that_makes_a_route_where_those_that_were_reached_a
 ) -> None:
     us, first, second, unreached = (Identity(bytes([number]) * 32) for number in range(4))
     network = MemoryNetworkHub(random.Random(0), LinkModel()).network(us.peer_id)
-    membership = Membership(
-        network=network,
-        identity=us,
-        services=OwnServices(agent="test/1", served_spans=tuple),
-        bootstrap=(),
-        records=RecordKinds(network),
-        jitter=random.Random(0),
-    )
+    membership = membership_of(network, us)
     directory = membership.directory
     halves = BlockRange(0, 3), BlockRange(3, 6)
     directory.update(heartbeat(first.peer_id, "8.8.8.8", halves[0], Verdict.PUBLIC), 0.0, dialled=True)

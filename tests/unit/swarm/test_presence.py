@@ -10,31 +10,21 @@ import trio.testing
 
 from node.identity import Identity
 from node.network.interface import NetworkError, Stream
-from node.swarm.dht_records import RecordKinds
 from node.swarm.directory import Directory
-from node.swarm.heartbeats import NEIGHBOURS_QUERIED, OwnServices
-from node.swarm.membership import Membership
+from node.swarm.heartbeats import NEIGHBOURS_QUERIED
 from node.swarm.presence import ANSWERS_PER_PEER, PresenceServer, query_presence
 from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetworkHub
 from protocol.announcements import Heartbeat
 from protocol.presence import PROTOCOL_ID, encode_present
 from protocol.records import seal
+from tests.support.memberships import heartbeat_of, membership_of
 
 IDENTITIES = tuple(Identity(bytes([number]) * 32) for number in range(9))
 
 
 def heartbeat(identity: Identity) -> tuple[Heartbeat, bytes]:
-    made = Heartbeat(
-        peer=identity.peer_id,
-        sequence=1,
-        issued_at_s=0,
-        expires_at_s=60,
-        interval_ms=2500,
-        multiaddrs=(),
-        agent="test/1",
-        spans=(),
-    )
+    made = heartbeat_of(identity.peer_id)
     return made, seal(made, identity.private_key)
 
 
@@ -74,15 +64,7 @@ async def test_refused_query_is_no_answer(autojump_clock: trio.testing.MockClock
 
         return handle
 
-    membership = Membership(
-        network=newcomer,
-        identity=IDENTITIES[0],
-        services=OwnServices(agent="test/1", served_spans=tuple),
-        bootstrap=(),
-        records=RecordKinds(newcomer),
-        jitter=random.Random(0),
-        wall_clock=trio.current_time,
-    )
+    membership = membership_of(newcomer, IDENTITIES[0], wall_clock=trio.current_time)
     async with newcomer.running(), trio.open_nursery() as nursery:
         nursery.start_soon(membership.run)
         for number, server in enumerate(servers):
