@@ -28,8 +28,8 @@ HALF_SHARE_WEIGHT: Final = 20.0
 class Predictor:
     """A meta-model trained on a history. It never leaves the machine that trained it.
 
-    `weight`: total weight of its samples, in units of an own measurement. `learned_from`: the hardware
-    classes whose agreed cells it was trained on, by model.
+    `sample_count`: samples and agreed cells that it was trained on. `weight`: their total weight, in units of an own
+    measurement. `learned_from`: the hardware classes whose agreed cells are among them, by model.
     """
 
     model: MetaModel
@@ -66,16 +66,14 @@ class Predictor:
 def train(samples: Sequence[Sample], viewpoint: Viewpoint, tables: Sequence[AgreedTable] = ()) -> Predictor | None:
     """Return the predictor trained on a history and on what the swarm agreed.
 
-    None where both together are too small to beat the heuristic.
+    None where what compares methods in both together is too little to beat the heuristic.
     """
-    if len(samples) + sum(len(table.cells) for table in tables) < MIN_SAMPLES:
-        return None
     training = build_training_set(samples, viewpoint, tables)
-    if training is None:
+    if training is None or training.sample_count < MIN_SAMPLES:
         return None
     dataset = training.dataset
     model = fit_model(dataset.pairs, dataset.cost, dataset.weight, group="task")
-    return Predictor(model, training.support, len(samples), training.weight, training.learned_from)
+    return Predictor(model, training.support, training.sample_count, training.weight, training.learned_from)
 
 
 def fit_model(pairs: Pairs, cost: FloatArray, weight: FloatArray, group: str | None = None) -> MetaModel:

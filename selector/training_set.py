@@ -33,11 +33,13 @@ _RATIOS: Final = ("", "", "", 0)
 class TrainingSet:
     """A dataset whose cost is the residual over the heuristic.
 
-    `support`: total weight of the samples of each method; `weight`: of all samples, in units of an own measurement.
+    `sample_count`: samples and agreed cells in it. `support`: total weight of the samples of each method; `weight`: of
+    all samples, in units of an own measurement.
     `learned_from`: the hardware classes whose cells of the agreed tables are among the samples, by model.
     """
 
     dataset: Dataset
+    sample_count: int
     support: Mapping[str, float]
     weight: float
     learned_from: Mapping[str, frozenset[str]]
@@ -69,8 +71,9 @@ def build_training_set(
     support = np.bincount(pairs.method, weights=weight_of_rows, minlength=len(methods))
     learned_from = {table.model: frozenset(cell.hardware for cell in known) for table, known in agreed if known}
     weight = sum(row.weight for row in rows if row.is_first)
+    support_of = dict(zip(methods, support.tolist(), strict=True))
     dataset = Dataset(pairs, _residuals(rows, pairs), weight_of_rows, name="history")
-    return TrainingSet(dataset, dict(zip(methods, support.tolist(), strict=True)), weight, learned_from)
+    return TrainingSet(dataset, len(contexts), support_of, weight, learned_from)
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ def render_explanation(answer: "Explanation") -> "RenderableType":
     basis = (
         f"a model of {selection['experiences']} observations"
         if selection["basis"] == "model"
-        else "the heuristic: too few observations yet"
+        else "the heuristic: too few observations that compare methods yet; `metaswarm bench` makes some"
     )
     error = past["typical_error"]
     facts = {

@@ -59,10 +59,11 @@ class PredictionCache:
 
     def __init__(self) -> None:
         self.sample_count = 0
-        """Samples that the model was trained on; 0 without one."""
+        """Samples and agreed cells that the model was trained on; 0 without one."""
         self.late = 0
         """Choices by the heuristic because the prediction was not there in time."""
         self._predictor: Predictor | None = None
+        self._replaced = 0
         self._agreed: Mapping[ModelId, AgreedTable] = {}
         self._tables: LRUCache[TaskContext, CostTable] = LRUCache(MAX_TABLES)
         self._pending: dict[TaskContext, trio.Event] = {}
@@ -78,6 +79,7 @@ class PredictionCache:
         self._agreed = agreed
         self._predictor = predictor
         self.sample_count = sample_count
+        self._replaced += 1
         self._tables.clear()
 
     async def predict(
@@ -121,14 +123,14 @@ class PredictionCache:
     async def run(self) -> None:
         """Make the requested predictions one at a time until cancelled."""
         async for context in self._requests:
-            predictor, sample_count = self._predictor, self.sample_count
+            predictor, replaced = self._predictor, self._replaced
             try:
                 if predictor is not None:
                     values = await predictor(context)
-                    if (predictor, sample_count) == (self._predictor, self.sample_count):
+                    if replaced == self._replaced:
                         self._tables[context] = {name: CostEstimate(*pair) for name, pair in values.items()}
             except OSError:
-                if predictor == self._predictor:  # else its process was replaced, and stopped
+                if replaced == self._replaced:  # else its process was replaced, and stopped
                     self.set_predictor(None, 0)
             finally:
                 self._pending.pop(context).set()

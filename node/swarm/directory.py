@@ -181,7 +181,11 @@ class Directory:
     def _crowd_of(self, reached: PeerEntry) -> list[PeerEntry]:
         """Return the others that were reached where a peer was, if these are enough."""
         others = (*self._entries.values(), *self._draining.values())
-        same = [each for each in others if reached.reached_in is not None and each.reached_in == reached.reached_in]
+        same = [
+            each
+            for each in others
+            if reached.reached_in is not None and each.reached_in == reached.reached_in and each.peer != reached.peer
+        ]
         return same if len(same) >= MAX_PER_RANGE else []
 
     def _yields(self, crowd: Iterable[PeerEntry], newcomer: PeerEntry) -> bool:

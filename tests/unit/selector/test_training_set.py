@@ -72,6 +72,14 @@ def test_small_history_trains_no_model() -> None:
     assert train([sample(FUSED.name, None)] * 50, VIEWPOINT) is None  # one method alone compares with nothing
 
 
+def test_jobs_that_compare_nothing_are_not_counted() -> None:
+    served = [sample(FUSED.name, None)] * 500
+    assert train([*served, *measured({FUSED.name: -1.0}, MIN_SAMPLES - 1)], VIEWPOINT) is None
+    predictor = train([*served, *measured({FUSED.name: -1.0}, MIN_SAMPLES)], VIEWPOINT)
+    assert predictor is not None
+    assert predictor.sample_count == MIN_SAMPLES
+
+
 def test_trust_in_the_model_grows_with_the_samples() -> None:
     rule = predicted_cost(CONTEXT, FUSED) - predicted_cost(CONTEXT, BASELINE)
     truth = rule + 1.0
