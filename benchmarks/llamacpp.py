@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -212,8 +212,9 @@ def _start_llama_cpp(path: Path, threads: int) -> "Connection[Any, Any]":
 
 def _answer(connection: "Connection[Any, Any]", path: Path, threads: int) -> None:
     step = LlamaCpp(load_library(), path, threads).step
-    while True:
-        connection.send(_run(step, connection.recv()))
+    with suppress(EOFError):  # the benchmark has ended
+        while True:
+            connection.send(_run(step, connection.recv()))
 
 
 def _ask(connection: "Connection[Any, Any]", plan: Plan) -> Measured:
