@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 from protocol.consensus_values import VALUE_SCALE, Cell
 from protocol.forms import Digest
 from protocol.measurements import ObservationKind
-from selector.consensus.table import AgreedCell, supports
+from selector.consensus.table import TOLERANCE, AgreedCell, supports
 from selector.sample import Sample
 from selector.task import MethodError, TaskContext, baseline_of, parse_method
 from selector.task_buckets import Viewpoint, are_alike
@@ -72,21 +72,18 @@ class AgreedTable:
         """Return how many members a class has, relative to the one with most."""
         return self.members.get(hardware, 0) / max(self.members.values()) if self.members else 1.0
 
-    def is_ahead(self, method: str, other: str, hardware: str) -> bool:
-        """Return whether a method is cheaper than another on this hardware under any workload with cells of both.
+    def is_ahead(self, method: str, other: str, hardware: str, workload: str) -> bool:
+        """Return whether a method is clearly cheaper than another on this hardware under a workload.
 
         On hardware of which there is no cell: whether it is on all that there are cells of.
         """
         known = {cell.hardware for cell in self.cells}
         classes = {hardware} if hardware in known | self.measured else known
-        return bool(classes) and all(self._is_ahead(method, other, each) for each in classes)
+        return bool(classes) and all(self._is_ahead(method, other, each, workload) for each in classes)
 
-    def _is_ahead(self, method: str, other: str, hardware: str) -> bool:
-        for workload in WORKLOADS:
-            own, others = (self._value(Cell(hardware, workload, name)) for name in (method, other))
-            if own is not None and others is not None and own < others:
-                return True
-        return False
+    def _is_ahead(self, method: str, other: str, hardware: str, workload: str) -> bool:
+        own, others = (self._value(Cell(hardware, workload, name)) for name in (method, other))
+        return own is not None and others is not None and others - own > TOLERANCE
 
     def _value(self, cell: Cell) -> int | None:
         if cell.method == baseline_of(cell.method).name:

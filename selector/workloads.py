@@ -1,9 +1,11 @@
 """The workloads of trials, and those under which the swarm measures methods for its agreed table."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Final
 
 from protocol.measurements import TaskKind
+from selector.task import TaskContext
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,3 +61,22 @@ WORKLOADS: Final = {
 }
 """Few and different: a different method is best for each. All generate: what methods are worth for other kinds of task
 is found by trials, on the nodes that serve them."""
+
+
+def likest_workload(context: TaskContext) -> str:
+    """Return the name of the workload most like a task: a factor of two in a size counts as a third in a share."""
+    return min(WORKLOADS, key=lambda name: _distance(WORKLOADS[name], context))
+
+
+def _distance(workload: TrialWorkload, context: TaskContext) -> float:
+    sizes = (
+        (workload.prompt_tokens, context.prompt_tokens),
+        (workload.max_tokens, context.max_tokens),
+        (workload.concurrency, context.concurrency),
+    )
+    shares = (
+        (workload.shared_prefix_share, context.shared_prefix_share),
+        (workload.repetitiveness, context.repetitiveness),
+    )
+    octaves = sum(abs(math.log2(max(1, one) / max(1, other))) for one, other in sizes)
+    return octaves + 3 * sum(abs(one - other) for one, other in shares)

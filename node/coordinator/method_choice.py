@@ -3,9 +3,9 @@
 The coordinator orders the admitted methods by preference, every stage votes, and the tally decides.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from node.coordinator.observation import weight_type
 from node.coordinator.submission import AUTO, JobError, JobErrorCode, JobOutcome, JobRequest, Selection
@@ -20,6 +20,13 @@ from selector.task import Method, MethodError, TaskContext, parse_method, portfo
 
 MEASURING_RETRY_S = 10.0
 """When a client should retry a method whose quality is being measured."""
+
+
+Votes: TypeAlias = Sequence[Mapping[str, float]]
+"""The log cost of the methods that each peer of a route offers, by name."""
+
+WeighVotes: TypeAlias = Callable[[Votes], Sequence[int] | None]
+"""Returns the weights of the votes of all stages and of the coordinator, the last; None where they weigh the same."""
 
 
 class QualityStore(Protocol):
@@ -88,7 +95,7 @@ class Choice(Protocol):
     def predicted_cost(self, method: str) -> float | None:
         """Return what the whole job was predicted to cost with a method, as its budget was compared; None: unknown."""
 
-    def ballot(self, votes: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    def ballot(self, votes: Votes, weigh: WeighVotes) -> Mapping[str, float]:
         """Return the coordinator's own scores, given those of the stages.
 
         Methods that are left out are not accepted; of methods that all stages offer, at least one is accepted.

@@ -6,6 +6,7 @@ from functools import partial
 
 import trio
 
+from node.coordinator.method_choice import Votes
 from node.coordinator.refusals import RouteRejected, StageRefusal
 from node.coordinator.route_output import LastStageOutput, OutputReader, PromptScores
 from node.coordinator.session_request import SessionRequest
@@ -235,8 +236,12 @@ class OpenRoute:
         votes = [answer.votes if answer else {} for answer in self.answers]
         peers = [*(stage.peer for stage in self.stages), self._link_pool.peer_id]
         agreed, names = self.request.agreed if self.is_weighted() else None, tuple(self.request.methods)
-        votes.append(self.request.choice.ballot(votes))
-        weights = agreed.weigh(names, zip(peers, votes, strict=True)) if agreed else None
+
+        def weigh(votes: Votes) -> Sequence[int] | None:
+            return agreed.weigh(names, zip(peers, votes, strict=True)) if agreed else None
+
+        votes.append(self.request.choice.ballot(votes, weigh))
+        weights = weigh(votes)
         ballots = tuple(
             Ballot(peer, tuple(scores.get(name) for name in names)) for peer, scores in zip(peers, votes, strict=True)
         )

@@ -9,12 +9,12 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import trio
 
-from node.coordinator.method_choice import Choice, SelectionRequest
+from node.coordinator.method_choice import Choice, SelectionRequest, Votes, WeighVotes
 from node.coordinator.submission import JobOutcome, PredictedCost, Selection
 from node.selection.cost_prediction import Calibration, PredictedCompute, predict_compute, shortened
 from node.selection.prediction_cache import Prediction, PredictionCache
@@ -23,10 +23,12 @@ from node.stages.voter import StageVote, TableVersion
 from node.storage.adoption_store import AdoptionStore
 from protocol.identity import ModelId
 from protocol.measurements import Objective, TaskKind
-from selector.adoption import MAX_LOSS, Adoption, Candidates, ExplorationAllowance
+from selector.adoption import MARGIN, MAX_CANDIDATES, MAX_LOSS, Adoption, Candidates, ExplorationAllowance
 from selector.heuristic import CostEstimate, predicted_cost, preference
 from selector.task import Method, TaskContext, portfolio
 from selector.task_buckets import simplest_first, task_bucket
+from selector.voting import scores
+from selector.workloads import likest_workload
 
 DEFAULT_SHARE: Final = 0.1
 """Share of the served time that trying methods may cost."""
@@ -57,6 +59,8 @@ class LearnedChoice:
     accepted: frozenset[str] = frozenset()
     offered: frozenset[str] = frozenset()
     """Methods that all stages offer."""
+    voted: Mapping[str, float] = field(default_factory=dict)
+    """What all votes together say of their logarithms of cost."""
 
     @property
     def learned_from(self) -> TableVersion | None:
@@ -72,10 +76,12 @@ class LearnedChoice:
         """Return the predicted cost of the whole job; see Choice."""
         return self.compute.cost(method) if method in self.compute.log_s else None
 
-    def ballot(self, votes: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    def ballot(self, votes: Votes, weigh: WeighVotes) -> Mapping[str, float]:
         """Return our scores of the accepted methods; see Choice."""
         own = self.log_costs
         offered = self.offered = frozenset(own).intersection(*votes)
+        ballots = (*votes, own)
+        self.voted = scores(list(own), [[each.get(name) for name in own] for each in ballots], weigh(ballots))
         if self.explored not in offered:
             self.explored = None
         if self.explored is not None:
@@ -124,7 +130,7 @@ class LearnedChooser:
         bucket, usual = task_bucket(context), _default(context, admitted)
         tried = self.adoption.trials(bucket)
         is_agreed_on = not tried and context.task_kind == TaskKind.GENERATE  # cells are of no other kind
-        better = {} if not is_agreed_on else _agreed_better(prediction, usual, admitted, context.hardware)
+        better = {} if not is_agreed_on else _agreed_better(prediction, usual, admitted, context)
         default = min(better, key=better.__getitem__, default=usual)
         choice = LearnedChoice(
             request=request,
@@ -174,6 +180,21 @@ class LearnedChooser:
             switches_in_effect(choice.request.context, admitted),
         )
 
+    def _worth_a_trial(self, choice: LearnedChoice) -> Candidates:
+        """Return the methods worth a trial: first the best by all votes, then the best by our own prediction.
+
+        Of the votes alone a single one could rule out any method; by ours alone the swarm would have no say in what is
+        used here. A method that we expect to cost more than twice as much is not tried for others' votes.
+        """
+        costs = {name: cost for name, cost in choice.log_costs.items() if name in choice.offered}
+        own = self._candidates(choice, costs)
+        if choice.in_use not in costs:
+            return own
+        most = costs[choice.in_use] + MAX_LOSS
+        voted = self._candidates(choice, {name: cost for name, cost in choice.voted.items() if costs[name] <= most})
+        names = dict.fromkeys((*voted.names[:1], *own.names[:1], *voted.names, *own.names))
+        return Candidates(own.confidence, tuple(names)[:MAX_CANDIDATES])
+
     def served(self, choice: Choice, outcome: JobOutcome) -> Selection | None:
         """Record the outcome of a job, request trials, and return how the choice looked; see Chooser."""
         if not isinstance(choice, LearnedChoice):
@@ -203,8 +224,7 @@ class LearnedChooser:
     def _selection(self, choice: LearnedChoice, expected: Mapping[str, float], method: str) -> Selection:
         context = choice.request.context
         offset = self._offset(choice, method)
-        # Our own prediction says what is worth a trial here: a stage's vote could rule out any method.
-        candidates = self._candidates(choice, {name: choice.log_costs[name] for name in choice.offered})
+        candidates = self._worth_a_trial(choice)
         plain = choice.order[0].baseline
         baseline = expected.get(plain.name, predicted_cost(context, plain))
         predictions = {
@@ -295,20 +315,22 @@ def _default(context: TaskContext, admitted: Sequence[Method]) -> str:
     return preference(context, [each for each in admitted if each.drafter != "draft"] or admitted)[0].name
 
 
-def _agreed_better(prediction: Prediction, usual: str, admitted: Sequence[Method], hardware: str) -> dict[str, float]:
+def _agreed_better(
+    prediction: Prediction, usual: str, admitted: Sequence[Method], context: TaskContext
+) -> dict[str, float]:
     """Return the methods that the swarm agreed to be better than the heuristic's choice: they are used without a trial.
 
-    They are expected to beat it by more than the prediction's deviation. As free observations are in the prediction,
-    firm cells of every hardware class of the route must have them ahead, too. By name, with the expected logarithm of
-    cost.
+    Firm cells of every hardware class of the route must have them ahead under the workload that is most like the task;
+    and the prediction, which knows how the task differs from it, must not say otherwise. By name, with the expected
+    logarithm of cost.
     """
     if prediction.agreed is None:
         return {}
-    classes, default = hardware.split("+"), prediction.table[usual]
+    classes, default, workload = context.hardware.split("+"), prediction.table[usual], likest_workload(context)
     found = {method.name: prediction.table[method.name] for method in admitted if method.drafter != "draft"}
     return {
         name: each.log_cost
         for name, each in found.items()
-        if default.log_cost - each.log_cost > each.deviation
-        and all(prediction.agreed.is_ahead(name, usual, each_class) for each_class in classes)
+        if default.log_cost - each.log_cost > MARGIN
+        and all(prediction.agreed.is_ahead(name, usual, each_class, workload) for each_class in classes)
     }

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import pytest
 import trio
 from threadpoolctl import threadpool_limits
 from trio.testing import MockClock
@@ -45,6 +46,7 @@ PAUSE_S = 20.0
 """Between two jobs: long enough for a trial."""
 EXACT = [each for each in portfolio("safetensors") if each.exact]
 COMMON = tuple(random.Random(3).choices(range(1000), k=320))
+FAST = method(engine="fused").name
 LIE = method(engine="onnxruntime", prefix_cache="on", speculation="ngram-8").name
 
 
@@ -191,6 +193,43 @@ async def test_false_history_and_votes_adopt_no_slow_method(virtual_clock: MockC
     tried = [each.method for each in node.observations if each.kind.value == "probe" and each.method.name == LIE]
     assert tried  # it was given a trial, and lost
     assert node.chooser.allowance.trials < 20
+
+
+class KnowingVoter:
+    """Knows which engine is fast here."""
+
+    async def vote(self, model: ModelId, context: TaskContext, methods: Sequence[Method]) -> StageVote:
+        del model, context
+        await trio.lowlevel.checkpoint()
+        return StageVote({each.name: -1.0 if each.name == FAST else 0.0 for each in methods})
+
+
+@pytest.mark.parametrize("voter", [None, KnowingVoter()], ids=["votes alike", "knows better"])
+async def test_vote_of_a_stage_that_knows_better_brings_a_method_into_use(
+    voter: Voter | None, virtual_clock: MockClock
+) -> None:
+    async def mistaken(context: TaskContext) -> Mapping[str, tuple[float, float]]:
+        """Predict as the coordinator does, which is sure that this engine is slow."""
+        del context
+        await trio.lowlevel.checkpoint()
+        return {name: (0.5 if name == FAST else 0.0, 0.05) for name in PORTFOLIO}
+
+    node = LearningNode(voter=voter)
+    node.predictions.set_predictor(mistaken, 100)
+    slowness = {Variant(engine, "fp32"): 1.6 for engine in ("eager", "onnxruntime")}
+    async with open_swarm() as swarm:
+        await swarm.join((0, 9), step_s=STEP_S, row_s=ROW_S, slowness=slowness, voter=node.voter)
+        peer = await swarm.join(chooser=node.chooser, recorder=node.recorder)
+        await swarm.settle()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.predictions.run)
+            runner = AdoptionTrials(BenchmarkRunner(peer.coordinator, node.recorder))
+            nursery.start_soon(node.chooser.trials.run, runner, lambda: peer.coordinator.statistics.running > 0)
+            for _ in range(2):
+                result = await peer.run(requests(1)["plain"])
+                await trio.sleep(PAUSE_S)
+            assert (result.method.name == FAST) == (voter is not None)
+            nursery.cancel_scope.cancel()
 
 
 async def test_explores_nothing_without_allowance(virtual_clock: MockClock) -> None:

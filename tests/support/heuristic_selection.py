@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from node.coordinator.method_choice import Choice, SelectionRequest
+from node.coordinator.method_choice import Choice, SelectionRequest, Votes, WeighVotes
 from node.coordinator.submission import JobOutcome
 from node.models.library import KnownModel
 from node.stages.voter import StageVote, TableVersion
@@ -41,9 +41,9 @@ class HeuristicChoice:
         """Predict nothing; see Choice."""
         del method
 
-    def ballot(self, votes: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    def ballot(self, votes: Votes, weigh: WeighVotes) -> Mapping[str, float]:
         """Return the heuristic's predictions; see Choice."""
-        del votes
+        del votes, weigh
         return {method.name: predicted_cost(self.context, method) for method in self.order}
 
 

@@ -9,7 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from node.coordinator.coordinator import OWNER_LIMIT_S
-from node.coordinator.method_choice import Choice, SelectionRequest
+from node.coordinator.method_choice import Choice, SelectionRequest, Votes, WeighVotes
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult
 from node.engine.interface import REFERENCE, Variant
 from node.links.base_link import LinkBroken
@@ -212,7 +212,7 @@ class Partial(HeuristicVoter):
 class NoOpinion(HeuristicChooser):
     async def choose(self, question: SelectionRequest) -> Choice:
         class Equal(HeuristicChoice):
-            def ballot(self, votes: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+            def ballot(self, votes: Votes, weigh: WeighVotes) -> Mapping[str, float]:
                 return {method.name: 0.0 for method in self.order}
 
         return Equal(question.context, question.admitted)
@@ -269,7 +269,7 @@ async def test_stage_refuses_a_method_that_the_votes_did_not_agree_on(
 
 async def test_stages_follow_the_methods_that_the_coordinator_accepts(virtual_clock: MockClock) -> None:
     class Wary(HeuristicChoice):
-        def ballot(self, votes: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+        def ballot(self, votes: Votes, weigh: WeighVotes) -> Mapping[str, float]:
             admitted = {method.name for method in self.order}
             guessed = {method.name for method in self.order if method.drafter == "draft"}
             # Nobody here has a draft model, which only the first stage needs.

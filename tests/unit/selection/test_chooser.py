@@ -3,13 +3,14 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from node.coordinator.method_choice import SelectionRequest
-from node.coordinator.submission import JobOutcome
+from node.coordinator.method_choice import SelectionRequest, Votes
+from node.coordinator.submission import JobOutcome, Selection
 from node.coordinator.trial import Spending
 from node.selection.chooser import LearnedChoice, LearnedChooser
 from node.selection.prediction_cache import PredictionCache
@@ -32,9 +33,15 @@ FUSED, CHUNKED = method(engine="fused"), method(engine="fused", prefill_chunk="6
 REPEATED, NARROW = method(engine="fused", speculation="ngram-8"), method(engine="fused", activations="int8")
 CHUNKED_CACHED = method(engine="fused", prefill_chunk="128", prefix_cache="on")
 CACHED = method(engine="fused", prefix_cache="on", speculation="ngram-8")
+PLAIN_CACHED = method(engine="eager", prefix_cache="on")
 CONTEXT = TaskContext(
     architecture="fake", block_count=9, hidden_size=32, hardware="test", prompt_tokens=16, max_tokens=16, stage_count=2
 )
+
+
+def equally(votes: Votes) -> None:
+    """Return the weights of votes of peers without reputation; see WeighVotes."""
+    del votes
 
 
 class RecordingRunner:
@@ -58,7 +65,7 @@ async def test_only_the_simplest_of_equivalent_methods_gets_a_trial(
     chooser = LearnedChooser(PredictionCache(), random.Random(1))
     admitted = [BASELINE, FUSED, CHUNKED, REPEATED, CACHED, NARROW]
     choice = await chooser.choose(SelectionRequest(model=ModelId("ab" * 32), context=context, admitted=admitted))
-    assert list(choice.ballot([])) == [FUSED.name]
+    assert list(choice.ballot([], equally)) == [FUSED.name]
     chooser.served(
         choice, JobOutcome(job_id=JobId("cd" * 16), method=FUSED.name, completion_tokens=16, total_s=1.0, replays=0)
     )
@@ -88,10 +95,11 @@ MODEL = ModelId("ab" * 32)
         ({TOUTED: (-0.6, True), USUAL: (-0.9, True)}, USUAL),  # the swarm agreed on the contrary
         ({USUAL: (-0.5, True)}, USUAL),  # the swarm says nothing of it
         ({TOUTED: (-1.0, False), USUAL: (-0.5, True)}, USUAL),  # two peers at most say so
+        ({TOUTED: (-0.6, True), USUAL: (-0.5, True)}, USUAL),  # readings of one value differ as much
         ({TOUTED: (-1.0, True)}, USUAL),  # who knows what the usual one costs?
         ({}, USUAL),
     ],
-    ids=["agreed", "contrary", "no cell", "hint", "usual without a cell", "no table"],
+    ids=["agreed", "contrary", "no cell", "hint", "all but equal", "usual without a cell", "no table"],
 )
 async def test_method_is_used_without_a_trial_only_if_firm_cells_have_it_ahead(
     cells: Mapping[str, tuple[float, bool]], used: str, nursery: trio.Nursery, virtual_clock: MockClock
@@ -116,16 +124,16 @@ async def test_method_is_used_without_a_trial_only_if_firm_cells_have_it_ahead(
     )
     choice = await chooser.choose(request)
     assert choice.learned_from is not None
-    assert list(choice.ballot([])) == [used]
+    assert list(choice.ballot([], equally)) == [used]
 
     elsewhere = replace(
         request, context=replace(CONTEXT, hardware="test+new")
     )  # nobody has measured the second stage's
-    assert list((await chooser.choose(elsewhere)).ballot([])) == [used]
+    assert list((await chooser.choose(elsewhere)).ballot([], equally)) == [used]
     slower_there = {Cell("other", next(iter(WORKLOADS)), TOUTED): AgreedCell(500_000, 5, firm=True)}
     predictions.set_predictor(misled, 10, {MODEL: replace(table, cells={**table.cells, **slower_there})})
     contradicted = replace(request, context=replace(CONTEXT, hardware="test+other"))
-    assert list((await chooser.choose(contradicted)).ballot([])) == [USUAL]
+    assert list((await chooser.choose(contradicted)).ballot([], equally)) == [USUAL]
 
 
 def compute_request(*admitted: Method, is_free: bool) -> SelectionRequest:
@@ -168,7 +176,7 @@ async def test_prediction_is_of_computing_where_that_is_what_the_job_wants_less_
     predicted = []
     for _ in range(40):
         choice = await chooser.choose(request)
-        [used] = choice.ballot([])
+        [used] = choice.ballot([], equally)
         outcome = JobOutcome(
             job_id=JobId("cd" * 16),
             method=used,
@@ -186,28 +194,90 @@ async def test_prediction_is_of_computing_where_that_is_what_the_job_wants_less_
     assert chooser.describe(choice, used).predicted_s == pytest.approx(compute_s)
 
 
-@pytest.mark.parametrize("lie", [-1e9, 1e9])
-async def test_vote_of_a_stage_changes_neither_confidence_nor_what_is_tried(
-    lie: float, virtual_clock: MockClock
+@pytest.mark.parametrize(
+    ("task", "found"),
+    [
+        ({"prompt_tokens": 30, "max_tokens": 60}, 0),
+        ({"prompt_tokens": 2000, "max_tokens": 16}, 1),
+        ({"prompt_tokens": 200, "max_tokens": 100, "repetitiveness": 0.8}, 2),
+        ({"prompt_tokens": 400, "max_tokens": 20, "concurrency": 8, "shared_prefix_share": 0.9}, 3),
+    ],
+)
+async def test_table_speaks_of_tasks_that_are_like_its_workload(
+    task: Mapping[str, Any], found: int, nursery: trio.Nursery, virtual_clock: MockClock
 ) -> None:
-    def described(choice: LearnedChoice, vote: Mapping[str, float]) -> tuple[float | None, Sequence[str]]:
-        choice.ballot([vote])
-        found = chooser.describe(choice, FUSED.name)
-        return found.confidence, found.probes
+    async def expects_a_little(context: TaskContext) -> Mapping[str, tuple[float, float]]:
+        del context
+        await trio.lowlevel.checkpoint()
+        return {name: (-0.1 if name == TOUTED else 0.0, 0.4) for name in PORTFOLIO}
 
+    for number, workload in enumerate(WORKLOADS):
+        cells = {
+            Cell("test", workload, TOUTED): AgreedCell(-1_000_000, 5, firm=True),
+            Cell("test", workload, USUAL): AgreedCell(-500_000, 5, firm=True),
+        }
+        table = AgreedTable(model=MODEL, epoch=1, digest=Digest(bytes(32)), cells=cells)
+        predictions = PredictionCache()
+        predictions.set_predictor(expects_a_little, 10, {MODEL: table})
+        nursery.start_soon(predictions.run)
+        chooser = LearnedChooser(predictions, random.Random(1), share=0.0)
+        admitted = [BASELINE, parse_method(TOUTED), parse_method(USUAL)]
+        request = SelectionRequest(model=MODEL, context=replace(CONTEXT, **task), admitted=admitted)
+        [used] = (await chooser.choose(request)).ballot([], equally)
+        assert (used == TOUTED) == (number == found), workload
+
+
+MANY_METHODS = SelectionRequest(
+    model=ModelId("ab" * 32),
+    context=replace(CONTEXT, transfer_s=0.4, shared_prefix_share=0.5),
+    admitted=[BASELINE, FUSED, REPEATED, CACHED, NARROW, PLAIN_CACHED],
+)
+
+
+@pytest.mark.parametrize("liked", [REPEATED, NARROW, PLAIN_CACHED])
+@pytest.mark.parametrize("vote", [-0.5, -1e9])
+async def test_votes_name_one_method_that_is_tried_and_our_prediction_another(
+    liked: Method, vote: float, virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.selection.chooser.MAX_LOSS", 0.5)
     chooser = LearnedChooser(PredictionCache(), random.Random(1))
-    admitted = [BASELINE, FUSED, REPEATED]
-    choice = await chooser.choose(SelectionRequest(model=ModelId("ab" * 32), context=CONTEXT, admitted=admitted))
+    choice = await chooser.choose(MANY_METHODS)
     assert isinstance(choice, LearnedChoice)
-    honest = described(choice, choice.log_costs)
-    assert honest[1], "there is something to try"
-    assert described(choice, {**choice.log_costs, FUSED.name: lie}) == honest
+    own = choice.log_costs
+    alone = described(chooser, choice, own)
+    assert alone.probes, "there is something to try"
+    of_peers = {**own, liked.name: own[choice.in_use] + vote, alone.probes[0]: own[choice.in_use] + 9.0}
+    found = described(chooser, choice, of_peers, of_peers)
+    if liked == PLAIN_CACHED:
+        assert liked.name not in found.probes, "we expect it to cost far more"
+    else:
+        assert found.probes[0] == liked.name
+    assert alone.probes[0] in found.probes, "votes rule out nothing"
+    assert found.confidence == alone.confidence
+
+
+async def test_votes_that_weigh_nothing_name_nothing(virtual_clock: MockClock) -> None:
+    chooser = LearnedChooser(PredictionCache(), random.Random(1))
+    choice = await chooser.choose(MANY_METHODS)
+    assert isinstance(choice, LearnedChoice)
+    own = choice.log_costs
+    alone = described(chooser, choice, own)
+    of_peer = {**own, REPEATED.name: own[choice.in_use] - 5.0}
+    assert described(chooser, choice, of_peer).probes != alone.probes
+    choice.ballot([of_peer], lambda votes: [*(0 for _ in votes[1:]), 10])
+    assert chooser.describe(choice, FUSED.name).probes == alone.probes
+
+
+def described(chooser: LearnedChooser, choice: LearnedChoice, *votes: Mapping[str, float]) -> Selection:
+    """Return how a choice looks once the stages have voted."""
+    choice.ballot(votes, equally)
+    return chooser.describe(choice, choice.in_use)
 
 
 async def test_jobs_with_a_named_method_calibrate_predictions(virtual_clock: MockClock) -> None:
     chooser = LearnedChooser(PredictionCache(), random.Random(1))
     choice = await chooser.choose(compute_request(BASELINE, is_free=False))
-    choice.ballot([])
+    choice.ballot([], equally)
     outcome = JobOutcome(
         job_id=JobId("cd" * 16), method=BASELINE.name, completion_tokens=16, total_s=4.0, replays=0, compute_s=3.0
     )
@@ -274,7 +344,7 @@ async def test_choice_is_a_probe_of_the_predicted_best_where_the_trained_model_i
     admitted = [BASELINE, parse_method(USUAL), FUSED, parse_method(GUESSING)]
     request = SelectionRequest(model=MODEL, context=CONTEXT, admitted=admitted)
     choice = await chooser.choose(request)
-    assert list(choice.ballot([])) == [USUAL]
+    assert list(choice.ballot([], equally)) == [USUAL]
     outcome = JobOutcome(job_id=JobId("cd" * 16), method=USUAL, completion_tokens=16, total_s=1.0, replays=0)
     selection = chooser.served(choice, outcome)
     assert selection is not None

@@ -271,16 +271,17 @@ def test_new_hardware_goes_by_what_all_other_hardware_has_ahead() -> None:
         agreed = AgreedCell(round(other_s_ratio * 1e6), 3, firm=True)
         return replace(found, cells={**found.cells, elsewhere: agreed})
 
-    assert of(-0.1).is_ahead(FUSED, BASELINE.name, "new")
-    assert not of(0.1).is_ahead(FUSED, BASELINE.name, "new")
-    assert of(0.1).is_ahead(FUSED, BASELINE.name, HARDWARE), "what is measured of a class decides for it"
-    assert not of(-0.1).is_ahead(ONNX, BASELINE.name, "new"), "nobody has measured it"
-    assert not table().is_ahead(FUSED, BASELINE.name, "new")
+    assert of(-0.3).is_ahead(FUSED, BASELINE.name, "new", WORKLOAD)
+    assert not of(-0.1).is_ahead(FUSED, BASELINE.name, "new", WORKLOAD), "readings of one value differ as much"
+    assert not of(0.1).is_ahead(FUSED, BASELINE.name, "new", WORKLOAD)
+    assert of(0.1).is_ahead(FUSED, BASELINE.name, HARDWARE, WORKLOAD), "what is measured of a class decides for it"
+    assert not of(-0.3).is_ahead(ONNX, BASELINE.name, "new", WORKLOAD), "nobody has measured it"
+    assert not table().is_ahead(FUSED, BASELINE.name, "new", WORKLOAD)
 
 
 def test_hardware_with_hints_alone_does_not_go_by_other_hardware() -> None:
     found, hint = table((FUSED, -0.5, 3, True)), Cell("other", WORKLOAD, FUSED)
     agreed = replace(found, cells={**found.cells, hint: AgreedCell(round(0.3e6), 1, firm=False)})
     firm = agreed.firm_part({HARDWARE})
-    assert firm.is_ahead(FUSED, BASELINE.name, "new")
-    assert not firm.is_ahead(FUSED, BASELINE.name, "other"), "its own readings say otherwise"
+    assert firm.is_ahead(FUSED, BASELINE.name, "new", WORKLOAD)
+    assert not firm.is_ahead(FUSED, BASELINE.name, "other", WORKLOAD), "its own readings say otherwise"
