@@ -102,9 +102,9 @@ class TaskOptions(TypedDict, total=False):
 
 
 def chat_body(messages: str | Sequence[Message], options: ChatOptions) -> dict[str, Any]:
-    """Return the body of a chat; a text is one turn of the user."""
+    """Return the body of a chat; a text is one turn of the user. Raises as `_job_body`."""
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(turn) for turn in messages]
-    body = _job_body(dict(options)) | {"messages": turns}
+    body = _job_body(dict(options), ChatOptions) | {"messages": turns}
     if "logprobs" in body:
         body |= {"logprobs": True, "top_logprobs": body["logprobs"]}
     if "tools" in body:
@@ -121,8 +121,8 @@ def chat_body(messages: str | Sequence[Message], options: ChatOptions) -> dict[s
 
 
 def completion_body(prompt: str | Sequence[int], options: ScoreOptions) -> dict[str, Any]:
-    """Return the body of a completion."""
-    body = _job_body(dict(options)) | {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
+    """Return the body of a completion. Raises as `_job_body`."""
+    body = _job_body(dict(options), JobOptions) | {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
     return body | _extra(options)
 
 
@@ -138,8 +138,13 @@ def _extra(options: ScoreOptions) -> dict[str, Any]:
     return extra
 
 
-def _job_body(options: dict[str, Any]) -> dict[str, Any]:
-    """Return what both kinds of job share. They are streamed: keep-alives tell a slow node from a dead one."""
+def _job_body(options: dict[str, Any], kind: type[ScoreOptions]) -> dict[str, Any]:
+    """Return what both kinds of job share. They are streamed: keep-alives tell a slow node from a dead one.
+
+    Raises TypeError for a name that is no option of its kind: an `n` that was sent would mix the texts of two answers.
+    """
+    if unknown := sorted(options.keys() - kind.__annotations__.keys()):
+        raise TypeError(f"no such option: {', '.join(unknown)}; further fields of the request go into extra={{…}}")
     extensions = {name: options.pop(name) for name in _EXTENSIONS if name in options}
     options.pop("extra", None)
     schema = options.pop("schema", None)

@@ -97,6 +97,16 @@ async def test_fields_of_the_client_are_not_set_by_extra(node: FakeNode, extra: 
     assert node.submitter.requests == []
 
 
+@pytest.mark.parametrize("unknown", [{"n": 2}, {"max_token": 3}])
+async def test_option_that_does_not_exist_is_not_sent(node: FakeNode, unknown: dict[str, Any]) -> None:
+    async with serve_node(node) as url:
+        with pytest.raises(TypeError, match=f"no such option: {min(unknown)}"):
+            await ask(url, lambda swarm: swarm.chat("Hi", model="tiny", **unknown))
+        with pytest.raises(TypeError, match=f"no such option: {min(unknown)}"):
+            await ask(url, lambda swarm: swarm.complete("Hi", model="tiny", **unknown))
+    assert node.submitter.requests == []
+
+
 async def test_tool_calls_go_back_into_the_conversation(node: FakeNode) -> None:
     node.submitter.chat_format, node.submitter.words = ChatFormat(tools=ToolFormat.HERMES), (CALL,)
     async with serve_node(node) as url:
