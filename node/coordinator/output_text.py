@@ -50,12 +50,14 @@ class OutputText:
         is_text = finish is not FinishReason.STOP
         try:
             piece = await self._decoder.feed(sampled.token) if is_text else ""
+            if finish:
+                piece += self._decoder.finish()
             if self._count > self._request.min_tokens:
                 piece = self._finder.feed(piece)
             if self._finder.found:
                 finish = FinishReason.STOP
             elif finish:
-                piece += self._finder.feed(await self._decoder.finish()) + self._finder.finish()
+                piece += self._finder.finish()
             is_listed = is_text or self._request.prompt_logprobs
             logprobs = await self._described(sampled.logprobs) if sampled.logprobs and is_listed else ()
         except ModelError as error:

@@ -2,17 +2,26 @@
 
 import codecs
 from collections.abc import Sequence
+from typing import Final
 
 from node.models.tokenizer_service import ModelTokenizer
 from node.models.vocabulary import TokenKind
+
+_REPLACEMENT: Final = "\ufffd"
+"""What stands for a byte that is not part of a character."""
+
+_LONGEST_CHARACTER: Final = 4
+"""Bytes of it in UTF-8."""
 
 
 class StreamDecoder:
     """Turns tokens into text as they come. All of it together equals `Tokenizer.decode` of all tokens.
 
-    A character is returned when it is complete; each token is decoded a constant number of times. Tokens of a
-    byte-level vocabulary are looked up; for others the tokenizer gets all the context it needs, so that its process may
-    be replaced in between.
+    But for tokens that are bytes each (`<0xE2>`): a character is text once it is complete, and remains so where bytes
+    follow that are not valid UTF-8, for which the library replaces all bytes of the run.
+
+    Each token is decoded a constant number of times. Tokens of a byte-level vocabulary are looked up; for others the
+    tokenizer gets all the context it needs, so that its process may be replaced in between.
     """
 
     def __init__(self, tokenizer: ModelTokenizer, *, shows_marks: bool = False) -> None:
@@ -22,40 +31,64 @@ class StreamDecoder:
         self._vocabulary = tokenizer.vocabulary
         # The library replaces invalid UTF-8 as this decoder does: one mark for each longest valid beginning.
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        # What comes is decoded behind the anchor, whose text is cut off: a text begins differently than it continues.
         self._anchor: list[int] = []
         self._anchor_text = ""
-        self._held: list[int] = []
+        self._bytes: list[int] = []
+        """Of a character that is not complete, or from the first invalid one of a run to its end."""
 
     async def feed(self, token: int) -> str:
         """Return the text that is certain with this token; may be empty. Raises ModelError."""
         if token in self._marks:
-            rest = await self.finish()
+            rest = self.finish()
             self._utf8.reset()
             return rest + self._marks[token]
         if self._vocabulary.is_byte_level:
             return self._utf8.decode(self._vocabulary.bytes_of(token))
-        kind = self._vocabulary.kind_of(token)
-        if kind is TokenKind.NO_TEXT:
-            return ""
-        self._held.append(token)
-        # Bytes are turned into characters, or into marks, all together when their run ends.
-        return "" if kind is TokenKind.BYTE else await self._release()
+        match self._vocabulary.kind_of(token):
+            case TokenKind.NO_TEXT:
+                return ""
+            case TokenKind.BYTE:
+                return await self._feed_byte(token)
+            case _:
+                return self._end_bytes() + await self._feed_text(token)
 
-    async def finish(self) -> str:
-        """Return the rest, when no more tokens come. Raises ModelError."""
-        return self._utf8.decode(b"", final=True) + await self._release()
+    def finish(self) -> str:
+        """Return the rest, when no more tokens come."""
+        return self._utf8.decode(b"", final=True) + self._end_bytes()
 
-    async def _release(self) -> str:
-        """Return the text of the held tokens after the one before them: a text begins differently than it continues."""
-        if not self._held:
-            return ""
-        last = self._held[-1:]
-        whole, last_text = await self._tokenizer.decode(self._anchor + self._held, last)
-        text = whole[len(self._anchor_text) :]
-        self._held = []
-        if last_text or not self._anchor:
-            self._anchor, self._anchor_text = last, last_text
+    async def _feed_text(self, token: int) -> str:
+        text, alone = await self._decode([token])
+        if alone or not self._anchor:
+            self._anchor, self._anchor_text = [token], alone
+        elif self._anchor_text == _REPLACEMENT:  # bytes behind it would be replaced, too
+            self._anchor, self._anchor_text = [*self._anchor, token], self._anchor_text + text
         return text
+
+    async def _feed_byte(self, token: int) -> str:
+        """Return the character that is complete with this byte, if one is."""
+        self._bytes.append(token)
+        if len(self._bytes) > _LONGEST_CHARACTER:
+            return ""
+        text, alone = await self._decode(self._bytes)
+        if alone == _REPLACEMENT * len(self._bytes):
+            return ""
+        if alone or not self._anchor:
+            self._anchor, self._anchor_text = self._bytes, alone
+        self._bytes = []
+        return text
+
+    def _end_bytes(self) -> str:
+        """Return what stands for bytes that did not become a character."""
+        held, self._bytes = self._bytes, []
+        if held and not self._anchor:
+            self._anchor, self._anchor_text = held[-1:], _REPLACEMENT
+        return _REPLACEMENT * len(held)
+
+    async def _decode(self, tokens: list[int]) -> tuple[str, str]:
+        """Return the text of tokens where they are, and alone."""
+        whole, alone = await self._tokenizer.decode(self._anchor + tokens, tokens)
+        return whole[len(self._anchor_text) :], alone
 
 
 class StopFinder:

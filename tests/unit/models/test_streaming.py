@@ -1,5 +1,5 @@
-from collections.abc import Callable, Coroutine, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Coroutine
+from itertools import groupby, pairwise
 from typing import Any
 
 import pytest
@@ -8,23 +8,10 @@ from hypothesis import strategies as st
 
 from node.models.streaming import StopFinder, StreamDecoder
 from node.models.tokenizer_worker import Tokenizer
-from tests.unit.models.vocabularies import byte_fallback, byte_level, metaspace
+from node.models.vocabulary import TokenKind
+from tests.unit.models.vocabularies import InThisProcess, byte_fallback, byte_level, metaspace
 
 VOCABULARIES: list[Callable[[], str]] = [byte_level, byte_fallback, metaspace]
-
-
-class InThisProcess:
-    """A tokenizer that answers at once."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.vocabulary = tokenizer.vocabulary()
-        self._tokenizer = tokenizer
-        self.decoded: list[int] = []
-        """Tokens of each call."""
-
-    async def decode(self, *sequences: Sequence[int]) -> list[str]:
-        self.decoded.append(sum(map(len, sequences)))
-        return [self._tokenizer.decode(tokens) for tokens in sequences]
 
 
 def now(work: Coroutine[Any, Any, str]) -> str:
@@ -39,7 +26,35 @@ def now(work: Coroutine[Any, Any, str]) -> str:
 def streamed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
     here: Any = InThisProcess(tokenizer)
     decoder = StreamDecoder(here)
-    return [*(now(decoder.feed(token)) for token in tokens), now(decoder.finish())]
+    return [*(now(decoder.feed(token)) for token in tokens), decoder.finish()]
+
+
+def with_invalid_bytes_replaced(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
+    """Return tokens of which no run of bytes is invalid UTF-8: behind its last character each byte is U+FFFD.
+
+    The tokenizers library replaces all bytes of a run that is not valid, also the characters at its beginning, which
+    are out by then.
+    """
+    vocabulary = tokenizer.vocabulary()
+    if vocabulary.is_byte_level or "\ufffd" not in tokenizer.decode(tokens):
+        return tokens
+    bytes_first = vocabulary.kinds.index(TokenKind.BYTE)
+    replaced: list[int] = []
+    for kind, group in groupby(filter(vocabulary.has_text, tokens), vocabulary.kind_of):
+        run = list(group)
+        valid = len(run)
+        while kind is TokenKind.BYTE and not is_utf8(bytes(token - bytes_first for token in run[:valid])):
+            valid -= 1
+        replaced += run[:valid] + [bytes_first + byte for byte in "\ufffd".encode()] * (len(run) - valid)
+    return replaced
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
@@ -50,7 +65,7 @@ def test_streamed_text_is_the_text_of_the_whole(vocabulary: Callable[[], str], d
     # Any tokens at all: a model may stop in the middle of a character, or never make sense.
     tokens = data.draw(st.lists(st.integers(0, size + 3), max_size=40))
     pieces = streamed(tokenizer, tokens)
-    assert "".join(pieces) == tokenizer.decode(tokens)
+    assert "".join(pieces) == tokenizer.decode(with_invalid_bytes_replaced(tokenizer, tokens))
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
@@ -61,7 +76,7 @@ def test_special_tokens_that_mark_something_are_text_on_request(vocabulary: Call
     words = tokenizer.encode("a fox", add_special_tokens=False)
     for shows, expected in ((True, "a fox[TOOL_CALLS]a fox"), (False, "a foxa fox")):
         decoder = StreamDecoder(here, shows_marks=shows)
-        text = "".join([*(now(decoder.feed(token)) for token in [*words, 0, *words]), now(decoder.finish())])
+        text = "".join([*(now(decoder.feed(token)) for token in [*words, 0, *words]), decoder.finish()])
         assert text.replace(" a", "a") == expected
 
 
@@ -82,6 +97,20 @@ def test_bytes_of_one_character_come_out_together() -> None:
         pieces = [piece for piece in streamed(tokenizer, tokenizer.encode("a🦀b")) if piece]
         assert "".join(pieces) == "a🦀b"
         assert any("🦀" in piece for piece in pieces)
+
+
+def test_character_of_bytes_comes_out_with_its_last_byte() -> None:
+    tokenizer = Tokenizer(byte_fallback())
+    tokens = tokenizer.encode("a。🦀🦀", add_special_tokens=False)
+    assert len(tokens) == 1 + 3 + 4 + 4
+    assert streamed(tokenizer, tokens) == ["a", "", "", "。", "", "", "", "🦀", "", "", "", "🦀", ""]
+
+
+def test_invalid_bytes_leave_the_characters_before_them() -> None:
+    tokenizer = Tokenizer(byte_fallback())
+    letter, *crab = tokenizer.encode("a🦀", add_special_tokens=False)
+    assert "".join(streamed(tokenizer, [letter, *crab, *crab[:2]])) == "a🦀\ufffd\ufffd"
+    assert "".join(streamed(tokenizer, [*crab, *crab[1:], letter])) == "🦀\ufffd\ufffd\ufffd a"
 
 
 def test_special_tokens_have_no_text_and_break_no_character() -> None:

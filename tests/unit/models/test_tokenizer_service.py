@@ -212,7 +212,7 @@ async def test_tokenizer_process_equals_in_process_tokenizer(vocabulary: Callabl
         assert tokenizer.stop_tokens == here.stop_tokens
         decoder = StreamDecoder(tokenizer)
         pieces = [await decoder.feed(token) for token in (*tokens, 10**6)]
-        assert "".join([*pieces, await decoder.finish()]) == here.decode(tokens)
+        assert "".join([*pieces, decoder.finish()]) == here.decode(tokens)
 
 
 async def test_streams_survive_a_hanging_template(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ async def test_streams_survive_a_hanging_template(tmp_path: Path) -> None:
         async def stream() -> None:
             decoder = StreamDecoder(tokenizer)
             pieces = [await decoder.feed(token) for token in tokens]
-            texts.append("".join([*pieces, await decoder.finish()]))
+            texts.append("".join([*pieces, decoder.finish()]))
 
         async def hang() -> None:
             nonlocal refused
@@ -348,7 +348,7 @@ async def test_a_model_without_tokenizer_takes_token_ids_only(tmp_path: Path) ->
         tokenizer = await tokenizers.open(write_package(tmp_path, None, eos=7))
         assert tokenizer.stop_tokens == (7,)
         decoder = StreamDecoder(tokenizer)
-        assert await decoder.feed(5) + await decoder.finish() == ""
+        assert await decoder.feed(5) + decoder.finish() == ""
         for refused in (partial(tokenizer.encode, "fox"), partial(tokenizer.render_chat, TURNS)):
             with pytest.raises(ModelError, match="the model has no tokenizer: give it token ids"):
                 await refused()
@@ -410,7 +410,7 @@ async def test_streaming_a_byte_level_vocabulary_needs_no_process(tmp_path: Path
             scope.cancel()  # asking the process would end here
             decoder = StreamDecoder(tokenizer)
             pieces = [await decoder.feed(token) for token in tokens]
-        assert "".join([*pieces, await decoder.finish()]) == text
+        assert "".join([*pieces, decoder.finish()]) == text
 
 
 def test_the_daemon_does_not_even_import_what_interprets_models() -> None:

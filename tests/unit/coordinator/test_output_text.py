@@ -1,0 +1,55 @@
+"""The text of a job's tokens, with real tokenizers."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from node.coordinator.output_text import OutputText
+from node.coordinator.route_output import SampledToken
+from node.coordinator.submission import JobRequest
+from node.models.tokenizer_worker import Tokenizer
+from protocol.messages import FinishReason
+from tests.unit.models.vocabularies import InThisProcess, byte_fallback, byte_level
+
+FALLBACK = Tokenizer(byte_fallback())
+
+
+def model_of(tokenizer: Tokenizer) -> Any:
+    return SimpleNamespace(tokenizer=InThisProcess(tokenizer))
+
+
+async def written(
+    request: JobRequest, tokens: list[int], tokenizer: Tokenizer = FALLBACK
+) -> tuple[OutputText, FinishReason | None, int]:
+    """Return a job's text, why it ended, and how many of the tokens came: the last one is the limit."""
+    output = OutputText(request, model_of(tokenizer))
+    finish: FinishReason | None = None
+    for count, token in enumerate(tokens, 1):
+        limit = FinishReason.LENGTH if count == len(tokens) else None
+        _, finish = await output.add(SampledToken(token, None), limit)
+        if finish is not None:
+            return output, finish, count
+    raise AssertionError("a text ends")
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected", "count"),
+    [("The fox 😀", "😀", "The fox ", 7), ("The。😀😀😀😀", "。", "The", 4), ("The 😀。😀😀", "😀。", "The ", 9)],
+)
+async def test_stop_string_of_byte_tokens_ends_the_text_at_its_last_byte(
+    text: str, stop: str, expected: str, count: int
+) -> None:
+    tokens = FALLBACK.encode(text, add_special_tokens=False)
+    output, finish, came = await written(JobRequest(model="m", stop=(stop,)), tokens)
+    assert (output.text, output.stop_string, finish, came) == (expected, stop, FinishReason.STOP, count)
+
+
+@pytest.mark.parametrize("tokenizer", [FALLBACK, Tokenizer(byte_level())])
+async def test_stop_string_in_what_is_left_at_the_end_is_the_reason(tokenizer: Tokenizer) -> None:
+    cut = tokenizer.encode("fox🦀", add_special_tokens=False)[:-1]
+    mark = tokenizer.decode(cut).removeprefix("fox")
+    output, finish, _ = await written(JobRequest(model="m", stop=(mark,)), cut, tokenizer)
+    assert (output.text, output.stop_string, finish) == ("fox", mark, FinishReason.STOP)
+    output, finish, _ = await written(JobRequest(model="m", stop=(mark,), min_tokens=len(cut)), cut, tokenizer)
+    assert (output.text, output.stop_string, finish) == ("fox" + mark, None, FinishReason.LENGTH)
