@@ -334,7 +334,7 @@ class Coordinator:
             echo=await prompt_text(job.request, job.model) if job.request.echo else "",
             chat_format=job.chat_format,
         )
-        output = OutputText(job.request, job.model)
+        output = OutputText(job.request, job.model, job.prompt)
         if job.kind is TaskKind.SCORE:
             async with aclosing(output.scored(job.prompt[0], await route.score())) as pieces:
                 async for scored in pieces:

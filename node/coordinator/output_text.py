@@ -20,10 +20,14 @@ SCORES_AT_ONCE: Final = 512
 class OutputText:
     """Takes the tokens of one job in order."""
 
-    def __init__(self, request: JobRequest, model: KnownModel) -> None:
+    def __init__(self, request: JobRequest, model: KnownModel, prompt: Sequence[int]) -> None:
+        """`prompt`: the tokens of the job's prompt, whose text goes on, unless a new turn of a conversation begins."""
         self._request = request
         self._tokenizer = model.tokenizer
-        self._decoder = StreamDecoder(model.tokenizer, shows_marks=request.messages is not None)
+        is_continued = request.messages is None or request.continue_final_message
+        self._decoder = StreamDecoder(
+            model.tokenizer, prompt=prompt if is_continued else (), shows_marks=request.messages is not None
+        )
         self._finder = StopFinder(request.stop)
         self._count = 0
         self._pieces: list[str] = []

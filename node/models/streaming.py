@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Sequence
+from itertools import islice
 from typing import Final
 
 from node.models.tokenizer_service import ModelTokenizer
@@ -13,9 +14,15 @@ _REPLACEMENT: Final = "\ufffd"
 _LONGEST_CHARACTER: Final = 4
 """Bytes of it in UTF-8."""
 
+_TAIL_TOKENS: Final = 2 * _LONGEST_CHARACTER
+"""Tokens with text at the end of a prompt that are looked at."""
+
+_MOST_SEARCHED: Final = 1024
+"""Tokens at the end of a prompt among which those with text are looked for."""
+
 
 class StreamDecoder:
-    """Turns tokens into text as they come. All of it together equals `Tokenizer.decode` of all tokens.
+    """Turns tokens into text as they come. All of it together is what they add to `Tokenizer.decode` of the prompt.
 
     But for tokens that are bytes each (`<0xE2>`): a character is text once it is complete, and remains so where bytes
     follow that are not valid UTF-8, for which the library replaces all bytes of the run.
@@ -24,8 +31,11 @@ class StreamDecoder:
     tokenizer gets all the context it needs, so that its process may be replaced in between.
     """
 
-    def __init__(self, tokenizer: ModelTokenizer, *, shows_marks: bool = False) -> None:
-        """`shows_marks`: special tokens that mark reasoning and tool calls are text, too."""
+    def __init__(self, tokenizer: ModelTokenizer, *, prompt: Sequence[int] = (), shows_marks: bool = False) -> None:
+        """`prompt`: whose text goes on; without it a text begins, from which many tokenizers take the first space.
+
+        `shows_marks`: special tokens that mark reasoning and tool calls are text, too.
+        """
         self._marks = tokenizer.marks if shows_marks else {}
         self._tokenizer = tokenizer
         self._vocabulary = tokenizer.vocabulary
@@ -36,11 +46,43 @@ class StreamDecoder:
         self._anchor_text = ""
         self._bytes: list[int] = []
         """Of a character that is not complete, or from the first invalid one of a run to its end."""
+        self._prompt = prompt[-_MOST_SEARCHED:]
+        self._prompt_end = ""
+        """What the prompt's text has for bytes at its end that are not a character, until more text comes."""
 
     async def feed(self, token: int) -> str:
         """Return the text that is certain with this token; may be empty. Raises ModelError."""
+        if self._prompt:
+            await self._read_prompt()
+        return self._without_prompt(await self._feed(token))
+
+    def finish(self) -> str:
+        """Return the rest, when no more tokens come."""
+        return self._without_prompt(self._end())
+
+    async def _read_prompt(self) -> None:
+        """Take up the end of the prompt: its last token that is not a byte, and the bytes behind it."""
+        prompt, self._prompt = self._prompt, ()
+        tail = list(islice(filter(self._vocabulary.has_text, reversed(prompt)), _TAIL_TOKENS))[::-1]
+        if not self._vocabulary.is_byte_level:
+            kinds = list(map(self._vocabulary.kind_of, tail))
+            if TokenKind.TEXT in kinds:
+                tail = tail[-1 - kinds[::-1].index(TokenKind.TEXT) :]
+            elif tail:
+                spelt = await self._tokenizer.token_bytes(tail)
+                tail = tail[next((index for index, byte in enumerate(spelt) if not _continues(byte)), 0) :]
+        for token in tail:
+            await self._feed(token)
+        self._prompt_end = _REPLACEMENT * max(len(self._bytes), bool(self._utf8.getstate()[0]))
+
+    def _without_prompt(self, text: str) -> str:
+        if text and self._prompt_end:
+            text, self._prompt_end = text.removeprefix(self._prompt_end), ""
+        return text
+
+    async def _feed(self, token: int) -> str:
         if token in self._marks:
-            rest = self.finish()
+            rest = self._end()
             self._utf8.reset()
             return rest + self._marks[token]
         if self._vocabulary.is_byte_level:
@@ -53,8 +95,7 @@ class StreamDecoder:
             case _:
                 return self._end_bytes() + await self._feed_text(token)
 
-    def finish(self) -> str:
-        """Return the rest, when no more tokens come."""
+    def _end(self) -> str:
         return self._utf8.decode(b"", final=True) + self._end_bytes()
 
     async def _feed_text(self, token: int) -> str:
@@ -82,13 +123,18 @@ class StreamDecoder:
         """Return what stands for bytes that did not become a character."""
         held, self._bytes = self._bytes, []
         if held and not self._anchor:
-            self._anchor, self._anchor_text = held[-1:], _REPLACEMENT
+            self._anchor, self._anchor_text = held[:1], _REPLACEMENT
         return _REPLACEMENT * len(held)
 
     async def _decode(self, tokens: list[int]) -> tuple[str, str]:
         """Return the text of tokens where they are, and alone."""
         whole, alone = await self._tokenizer.decode(self._anchor + tokens, tokens)
         return whole[len(self._anchor_text) :], alone
+
+
+def _continues(byte: bytes) -> bool:
+    """Return whether a byte is not the first one of a character."""
+    return byte[0] & 0xC0 == 0x80
 
 
 class StopFinder:

@@ -161,6 +161,43 @@ async def test_tokenizer_failure_during_a_job_is_a_one_line_error(
         await all_free(swarm)
 
 
+async def test_each_text_goes_on_behind_its_prompt_though_a_stage_is_lost(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def decode(*sequences: Sequence[int]) -> list[str]:  # no space where a text begins, as of SentencePiece
+        await trio.lowlevel.checkpoint()
+        return [" ".join(map(str, tokens)) for tokens in sequences]
+
+    async with open_swarm() as swarm:
+        for span in (*THIRDS, *THIRDS):
+            await swarm.join(span)
+        peer = await swarm.join()
+        await swarm.settle()
+        monkeypatch.setattr(peer.tokenizer, "vocabulary", Vocabulary.build(bytes([TokenKind.TEXT]) * VOCABULARY, None))
+        monkeypatch.setattr(peer.tokenizer, "decode", decode)
+        replays: list[int] = []
+
+        async def submit(seed: int, request: JobRequest) -> None:
+            request = replace(request, max_tokens=20, temperature=1, seed=seed)
+            async with peer.coordinator.submit(request) as events:
+                async for event in events:
+                    if isinstance(event, TextDelta) and not lost.is_set():
+                        lost.set()
+                        swarm.hub.kill(swarm.serving(THIRDS[1]).id)
+            assert isinstance(event, JobResult)
+            tokens = right_tokens(20, Sampling(temperature=1, seed=seed, max_tokens=20))
+            assert event.text == "".join(f" {token}" for token in tokens)
+            replays.append(event.replays)
+
+        lost = trio.Event()
+        async with trio.open_nursery() as nursery:
+            for seed in range(2):
+                nursery.start_soon(submit, seed, JobRequest(model="fake", prompt=PROMPT))
+                nursery.start_soon(submit, seed, JobRequest(model="fake", prompt_tokens=tuple(TOKENS)))
+        assert len(replays) == 4
+        assert any(replays)
+
+
 async def test_cancelled_job_frees_all_sessions(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -23,9 +23,9 @@ def now(work: Coroutine[Any, Any, str]) -> str:
     raise AssertionError("it waited")
 
 
-def streamed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+def streamed(tokenizer: Tokenizer, tokens: list[int], prompt: Sequence[int] = ()) -> list[str]:
     here: Any = InThisProcess(tokenizer)
-    decoder = StreamDecoder(here)
+    decoder = StreamDecoder(here, prompt=prompt)
     return [*(now(decoder.feed(token)) for token in tokens), decoder.finish()]
 
 
@@ -66,6 +66,54 @@ def test_streamed_text_is_the_text_of_the_whole(vocabulary: Callable[[], str], d
     tokens = data.draw(st.lists(st.integers(0, size + 3), max_size=40))
     pieces = streamed(tokenizer, tokens)
     assert "".join(pieces) == tokenizer.decode(with_invalid_bytes_replaced(tokenizer, tokens))
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@given(data=st.data())
+def test_streamed_text_is_what_the_tokens_add_to_the_prompt(vocabulary: Callable[[], str], data: st.DataObject) -> None:
+    tokenizer = Tokenizer(vocabulary())
+    size = max(len(tokenizer.vocabulary().kinds), len(tokenizer.vocabulary().ends))
+    any_tokens = st.lists(st.integers(0, size + 3), max_size=20)
+    texts = st.text(max_size=20).map(lambda text: tokenizer.encode(text, add_special_tokens=False))
+    prompt, tokens = data.draw(any_tokens | texts), data.draw(any_tokens | texts)
+    said = tokenizer.decode(prompt)
+    whole = tokenizer.decode(with_invalid_bytes_replaced(tokenizer, [*prompt, *tokens]))
+    text = "".join(streamed(tokenizer, tokens, prompt))
+    # Else the prompt ends in a character, whose replacement its text has, or with bytes that are none.
+    if "\ufffd" not in said or (tokenizer.vocabulary().is_byte_level and whole.startswith(said)):
+        assert said + text == whole
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_character_that_the_prompt_begins_is_complete_in_the_text(vocabulary: Callable[[], str]) -> None:
+    tokenizer = Tokenizer(vocabulary())
+    tokens = tokenizer.encode("日本語 🎉 fox 🦀🦀 fox", add_special_tokens=False)
+    whole = tokenizer.decode(tokens)
+    for count in range(len(tokens)):
+        said = tokenizer.decode(tokens[:count])
+        text = "".join(streamed(tokenizer, tokens[count:], tokens[:count]))
+        assert whole.endswith(text)
+        characters = whole.removesuffix(text)
+        assert said == characters or "\ufffd" in said
+        others = tokenizer.encode("fox", add_special_tokens=False)
+        assert "\ufffd" not in "".join(streamed(tokenizer, others, tokens[:count])), "the prompt's text has it"
+
+
+def test_prompt_is_read_from_its_end_however_long_it_is() -> None:
+    tokenizer = Tokenizer(byte_fallback())
+    word, crab = tokenizer.encode(" fox", add_special_tokens=False)[-1:], tokenizer.encode("🦀")[-4:]
+    for prompt, expected in (
+        (word * 5000, " fox🦀"),
+        (word + [1] * 900, " fox🦀"),
+        (crab * 5000, " fox🦀"),
+        ([*crab * 5000, *crab[:3]], " fox🦀"),
+        ([1, 2], "fox🦀"),
+    ):
+        here: Any = InThisProcess(tokenizer)
+        decoder = StreamDecoder(here, prompt=prompt)
+        text = "".join(now(decoder.feed(token)) for token in [*word, *crab])
+        assert text == expected
+        assert sum(here.decoded) < 100
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
@@ -111,6 +159,13 @@ def test_invalid_bytes_leave_the_characters_before_them() -> None:
     letter, *crab = tokenizer.encode("a🦀", add_special_tokens=False)
     assert "".join(streamed(tokenizer, [letter, *crab, *crab[:2]])) == "a🦀\ufffd\ufffd"
     assert "".join(streamed(tokenizer, [*crab, *crab[1:], letter])) == "🦀\ufffd\ufffd\ufffd a"
+
+
+def test_space_behind_invalid_bytes_is_not_one_at_the_beginning() -> None:
+    tokenizer = Tokenizer(byte_fallback())
+    invalid, space = (tokenizer.vocabulary().kinds.index(TokenKind.BYTE) + byte for byte in (0x88, 0x20))
+    word = tokenizer.encode("fox", add_special_tokens=False)
+    assert "".join(streamed(tokenizer, [invalid, space, *word])) == "\ufffd\ufffd fox"
 
 
 def test_special_tokens_have_no_text_and_break_no_character() -> None:

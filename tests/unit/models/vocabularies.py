@@ -81,3 +81,6 @@ class InThisProcess:
     async def decode(self, *sequences: Sequence[int]) -> list[str]:
         self.decoded.append(sum(map(len, sequences)))
         return [self._tokenizer.decode(tokens) for tokens in sequences]
+
+    async def token_bytes(self, tokens: Sequence[int]) -> list[bytes]:
+        return [self._tokenizer.token_bytes(token) for token in tokens]
