@@ -88,7 +88,7 @@ class Placement:
     """Blocks of a model that a peer has placed on itself, from when it begins to load them.
 
     `rate`: tokens per second through all of these blocks. `movable`: the peer chose them by itself, and will replace
-    them by others where the swarm lacks those more.
+    them by others where the swarm lacks those more; not for a while after it failed to.
     """
 
     model: ModelId

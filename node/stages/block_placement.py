@@ -2,7 +2,8 @@
 
 Placement is deterministic: every node computes the same plan of moves for all of them, at the same time and from the
 announcements until a moment before (`selector.placement`), and carries out its own part. It announces where it will be,
-waits for the announcements of others, and moves unless these have made the move needless.
+waits for the announcements of others, and moves unless these have made the move needless. A move needs memory for both
+spans at once, so it may well fail; a node announces then that it stays for a while, and another one is planned with.
 """
 
 import random
@@ -12,7 +13,6 @@ from dataclasses import replace
 
 import structlog
 import trio
-from cachetools import TTLCache
 
 from node.swarm.directory import AnnouncedPlacements
 from node.swarm.membership import Membership
@@ -27,7 +27,7 @@ REVISED_RATIO = 2.0
 """A rate is announced anew only where it is off by this factor: moving for every change of load would never end."""
 
 FAILED_MOVE_S = 600.0
-"""A move that failed is not tried again for this long."""
+"""After a failed move a node stays for this long, and says so: others plan without it, and one of them may move."""
 
 DROP_ROUND_S = 1.0
 """How often to check whether others serve the blocks that are to be dropped."""
@@ -101,7 +101,7 @@ class BlockPlacer:
         self._jitter = jitter
         self._offload = offload
         self._planned_for: tuple[Server, ...] = ()
-        self._failed_moves: TTLCache[BlockRange, None] = TTLCache(256, FAILED_MOVE_S, timer=trio.current_time)
+        self._stays_until_s = 0.0
 
     def choose(self) -> BlockRange:
         """Return the least covered blocks, as many as this node holds, between places where the model may be cut.
@@ -116,12 +116,15 @@ class BlockPlacer:
         """Announce that these blocks will be served, or none any more, at the rate announced before or another."""
         placement = None
         if blocks is not None:
-            placement = Placement(model=self._model, blocks=blocks, rate=rate or self._rate(blocks), movable=True)
+            movable = trio.current_time() >= self._stays_until_s
+            placement = Placement(model=self._model, blocks=blocks, rate=rate or self._rate(blocks), movable=movable)
         self._placements.publish(self._model, placement)
 
-    def on_move_failed(self, blocks: BlockRange) -> None:
-        """Do not try a move again for a while."""
-        self._failed_moves[blocks] = None
+    def on_move_failed(self, now: BlockRange) -> None:
+        """Stay with the present blocks for a while, and plan anew then, also where nothing else has changed."""
+        self._stays_until_s = trio.current_time() + FAILED_MOVE_S
+        self._planned_for = ()
+        self.publish(now)
 
     async def next_move(self, now: BlockRange, step_s: Callable[[], float]) -> BlockRange:
         """Wait until other blocks should be served, and return them; they have been announced by then.
@@ -130,6 +133,7 @@ class BlockPlacer:
         """
         while True:
             await trio.sleep(ROUND_S - self._placements.now_ms() / 1000 % ROUND_S)
+            self.publish(now)  # as movable again, once it is
             target = await self._planned_target(now)
             if target is None:
                 took_s = step_s()
@@ -156,7 +160,9 @@ class BlockPlacer:
             await trio.sleep(DROP_ROUND_S)
 
     async def _planned_target(self, now: BlockRange) -> BlockRange | None:
-        """Return where the plan of this round puts us, if it moves us and that did not fail lately."""
+        """Return where the plan of this round puts us, if it moves us; None while we stay after a failed move."""
+        if trio.current_time() < self._stays_until_s:
+            return None
         round_s = ROUND_S * round(self._placements.now_ms() / 1000 / ROUND_S)
         known = self._membership.directory.servers(self._model, int(1000 * (round_s - CUT_S)))
         if known == self._planned_for:
@@ -171,8 +177,7 @@ class BlockPlacer:
         fitting = self._fitting(units)
         if fitting is None or fitting == own:
             return None
-        target = self._cuts.blocks_of(fitting)
-        return None if target in self._failed_moves else target
+        return self._cuts.blocks_of(fitting)
 
     def _fitting(self, units: BlockRange) -> BlockRange | None:
         """Return what fits of planned units: as many as now, but for the embedding or the head if they come with them.

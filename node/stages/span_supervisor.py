@@ -315,8 +315,7 @@ class SpanSupervisor:
                 target = await placer.next_move(blocks, running.step_s)
                 new = await self._try_to_run(manifest, target, shares, nursery)
                 if new is None:
-                    placer.on_move_failed(target)
-                    placer.publish(blocks)
+                    placer.on_move_failed(blocks)
                     continue
                 await placer.wait_dispensable(blocks, target)
                 for part in running.parts:

@@ -1,5 +1,6 @@
 """Nodes that choose their blocks by themselves: they go where they are needed, and nobody notices."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from node.engine.device import Device
 from node.engine.interface import REFERENCE, Variant
 from node.links.outbound_link import SessionRefused
 from node.models.errors import ModelError
+from node.stages.block_placement import FAILED_MOVE_S
 from node.stages.stage_server import WITHDRAWAL_S
 from protocol.identity import BlockRange
 from tests.support.job_peers import FakeLibrary, Peer, Swarm, an_opening, open_swarm
@@ -191,23 +193,44 @@ class FailsToMove(FakeLibrary):
         return await super().weights(manifest, blocks, **options)
 
 
-async def test_failed_move_keeps_old_blocks(virtual_clock: MockClock) -> None:
+async def thirds_and_a_spare_with_a_hole(swarm: Swarm, libraries: Sequence[FakeLibrary]) -> list[Peer]:
+    """Four peers of which two have the first third; the one with the last third has just died."""
+    peers = []
+    for library in libraries:
+        peers.append(await swarm.join_where_needed(3, library))
+        await trio.sleep(5)
+    assert [spans_of(peer) for peer in peers] == [["0-3"], ["3-6"], ["6-9"], ["0-3"]]
+    await trio.sleep(60)
+    swarm.hub.kill(peers[2].id)
+    return peers
+
+
+async def test_failed_move_keeps_old_blocks_and_is_tried_again_after_a_while(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         libraries = [FailsToMove() for _ in range(4)]
-        peers = []
-        for library in libraries:
-            peers.append(await swarm.join_where_needed(3, library))
-            await trio.sleep(5)
-        before = [spans_of(peer) for peer in peers]
-        assert before == [["0-3"], ["3-6"], ["6-9"], ["0-3"]]
-        await trio.sleep(60)
-        swarm.hub.kill(peers[2].id)
+        peers = await thirds_and_a_spare_with_a_hole(swarm, libraries)
+
+        def asked_for() -> list[list[str]]:
+            return [[str(blocks) for blocks in library.asked] for library in libraries]
+
         await trio.sleep(200)
-        assert [spans_of(peer) for peer in peers] == before
-        tried = [[str(blocks) for blocks in library.asked] for library in libraries]
-        assert sorted(tried) == [["0-3"], ["0-3", "6-9"], ["3-6"], ["6-9"]], "and it is not tried again at once"
-        said = [[str(each.blocks) for each in peer.placements.current().placements] for peer in peers]
-        assert said == before, "others know where it stays"
+        assert [spans_of(peer) for peer in peers] == [["0-3"], ["3-6"], ["6-9"], ["0-3"]]
+        assert asked_for() == [["0-3", "6-9"], ["3-6"], ["6-9"], ["0-3", "6-9"]], "each that can move tries it once"
+        said = [peer.placements.current().placements for peer in peers]
+        assert [str(each.blocks) for (each,) in said] == ["0-3", "3-6", "6-9", "0-3"], "others know where it stays"
+        assert [each.movable for (each,) in said] == [False, True, True, False], "and that it does"
+        await trio.sleep(FAILED_MOVE_S)
+        assert asked_for() == [["0-3", "6-9", "6-9"], ["3-6"], ["6-9"], ["0-3", "6-9", "6-9"]]
+
+
+@pytest.mark.parametrize("failing", [0, 3])
+async def test_hole_that_one_node_fails_to_fill_is_filled_by_another(virtual_clock: MockClock, failing: int) -> None:
+    async with open_swarm() as swarm:
+        libraries = [FailsToMove() if number == failing else FakeLibrary() for number in range(4)]
+        peers = await thirds_and_a_spare_with_a_hole(swarm, libraries)
+        await trio.sleep(120)
+        assert spans_of(peers[failing]) == ["0-3"]
+        assert spans_of(peers[3 - failing]) == ["6-9"]
 
 
 class LargeHead(FakeLibrary):
