@@ -11,7 +11,7 @@ evicted first.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
@@ -26,6 +26,13 @@ from selector.reachability import Location, can_open
 
 LIFE_IN_INTERVALS = 4
 """A peer expires after this many missed heartbeats: two may get lost. That is 10 s in a swarm of up to ten peers."""
+
+LOADING_S = 1800.0
+"""Blocks that a peer has announced for so long without serving them do not count in plans until it does: 20 GB have
+come by then at 100 Mbit/s. A peer that takes longer loses nothing but, perhaps, the need for its blocks."""
+
+MAX_BLOCKS_PER_S = 1e5
+"""An announced rate counts up to so many blocks a second, more than a GPU passes of a small model."""
 
 ANNOUNCEMENTS_PER_PEER = 4
 """Latest placement announcements stored of a peer: plans depend on those before a cut-off."""
@@ -60,6 +67,10 @@ class PeerEntry:
     spans: tuple[ServedSpan, ...]
     announcements: tuple[AnnouncedPlacements, ...]
     """The latest ones that differ, oldest first."""
+    unserved_since_ms: Mapping[ModelId, int]
+    """Since when it has announced blocks of a model that it does not serve, whichever they are, by its own clock."""
+    overdue: frozenset[ModelId]
+    """The models of which that has been so for longer than `LOADING_S`."""
     last_heard_s: float
     interval_s: float
     """The announced time until its next heartbeat."""
@@ -127,6 +138,8 @@ class Directory:
         if heartbeat.sequence <= newest:
             return False
         ranges = address_ranges(heartbeat.multiaddrs)
+        unserved_since_ms = _unserved_since_ms(known, heartbeat)
+        oldest_ms = 1000 * (heartbeat.issued_at_s - LOADING_S)
         entry = PeerEntry(
             peer=heartbeat.peer,
             sequence=heartbeat.sequence,
@@ -134,6 +147,8 @@ class Directory:
             multiaddrs=heartbeat.multiaddrs,
             spans=heartbeat.spans,
             announcements=_announcements(known.announcements if known else (), heartbeat),
+            unserved_since_ms=unserved_since_ms,
+            overdue=frozenset(model for model, since_ms in unserved_since_ms.items() if since_ms < oldest_ms),
             last_heard_s=now_s,
             interval_s=heartbeat.interval_ms / 1000,
             envelope=envelope,
@@ -286,15 +301,27 @@ class Directory:
 
         Deterministic: peers with the same heartbeats return the same, whenever they are asked. Excludes peers that
         announce no placements; their spans show what they serve. Whether this node can reach them does not count, as
-        every node must plan with the same servers.
+        every node must plan with the same servers. Where a peer has not served what it announces for `LOADING_S`, what
+        it serves counts.
         """
         found = []
         for entry in self.reached():
             until = tuple(takewhile(lambda announced: announced.since_ms <= until_ms, entry.announcements))
+            placements = [placed for placed in (until[-1].placements if until else ()) if placed.model == model]
+            if placements and model in entry.overdue:
+                rate = min(placed.rate for placed in placements)
+                placements = [
+                    Placement(model=model, blocks=span.blocks, rate=rate, movable=False)
+                    for span in entry.spans
+                    if span.model == model
+                ]
             found += [
-                Server(Stage(entry.peer, placed.blocks), placed.rate, placed.movable)
-                for placed in (until[-1].placements if until else ())
-                if placed.model == model
+                Server(
+                    Stage(entry.peer, placed.blocks),
+                    min(placed.rate, MAX_BLOCKS_PER_S / len(placed.blocks)),
+                    placed.movable,
+                )
+                for placed in placements
             ]
         return tuple(sorted(found))
 
@@ -376,3 +403,27 @@ def _announcements(before: tuple[AnnouncedPlacements, ...], heartbeat: Heartbeat
     if before and announced.since_ms <= before[-1].since_ms:
         return before
     return (*before, announced)[-ANNOUNCEMENTS_PER_PEER:]
+
+
+def _unserved_since_ms(known: PeerEntry | None, heartbeat: Heartbeat) -> Mapping[ModelId, int]:
+    """Return since when a peer has announced blocks of each model without serving them.
+
+    Of a peer that was unknown this is the announcement, else the first heartbeat that does not show them as served: an
+    engine that died has the full time to come back.
+    """
+    since_ms = heartbeat.placed_at_ms if known is None else 1000 * heartbeat.issued_at_s
+    before = {} if known is None else known.unserved_since_ms
+    return {
+        placed.model: before.get(placed.model, since_ms)
+        for placed in heartbeat.placements
+        if not _is_served(placed, heartbeat.spans)
+    }
+
+
+def _is_served(placed: Placement, spans: Iterable[ServedSpan]) -> bool:
+    """Return whether spans together have all blocks of a placement: several devices serve a part of it each."""
+    reached = placed.blocks.start
+    for blocks in sorted(span.blocks for span in spans if span.model == placed.model):
+        if blocks.start <= reached:
+            reached = max(reached, blocks.end)
+    return reached >= placed.blocks.end

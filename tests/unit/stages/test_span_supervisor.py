@@ -16,6 +16,7 @@ from node.links.outbound_link import SessionRefused
 from node.models.errors import ModelError
 from node.stages.block_placement import FAILED_MOVE_S
 from node.stages.stage_server import WITHDRAWAL_S
+from node.swarm.directory import LOADING_S
 from protocol.identity import BlockRange
 from tests.support.job_peers import FakeLibrary, Peer, Swarm, an_opening, open_swarm
 from tests.unit.coordinator.test_jobs import PROMPT, right_tokens
@@ -231,6 +232,30 @@ async def test_hole_that_one_node_fails_to_fill_is_filled_by_another(virtual_clo
         await trio.sleep(120)
         assert spans_of(peers[failing]) == ["0-3"]
         assert spans_of(peers[3 - failing]) == ["6-9"]
+
+
+class HangsInMove(FakeLibrary):
+    """Gives the blocks asked for first, and others never."""
+
+    asked = False
+
+    async def weights(self, manifest: object, blocks: BlockRange, **options: object) -> Any:
+        if self.asked:
+            await trio.sleep_forever()
+        self.asked = True
+        return await super().weights(manifest, blocks, **options)
+
+
+async def test_hole_that_one_node_announced_and_never_filled_is_filled_by_another(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        libraries = [HangsInMove(), *(FakeLibrary() for _ in range(3))]
+        peers = await thirds_and_a_spare_with_a_hole(swarm, libraries)
+        await trio.sleep(LOADING_S - 60)
+        announced = peers[0].placements.current().placements
+        assert [str(each.blocks) for each in announced] == ["6-9"]
+        assert spans_of(peers[3]) == ["0-3"], "large blocks take their time"
+        await trio.sleep(150)
+        assert [spans_of(peer) for peer in peers if peer is not peers[2]] == [["0-3"], ["3-6"], ["6-9"]]
 
 
 class LargeHead(FakeLibrary):

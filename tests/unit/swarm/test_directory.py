@@ -1,5 +1,6 @@
 """The directory of live peers: leaving, expiring, coming back; and bounds on peers that were never reached."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from node.stages.block_placement import PlacementAnnouncements
 from node.swarm.directory import (
     LIFE_IN_INTERVALS,
+    LOADING_S,
     MAX_PER_RANGE,
     MAX_UNREACHED,
     MAX_UNREACHED_PER_RANGE,
@@ -16,6 +18,7 @@ from node.swarm.directory import (
 from protocol.announcements import Heartbeat, Placement, Reachability, ServedSpan, Verdict
 from protocol.identity import BlockRange, ModelId, PeerId, peer_id_from_public_key
 from protocol.messages import Load
+from selector.placement import plan_moves
 
 PEER = peer_id_from_public_key(bytes(32))
 US = peer_id_from_public_key(bytes([1] * 32))
@@ -139,6 +142,63 @@ def test_placements_are_the_same_wherever_the_observer_is() -> None:
         for each in said:
             directory.update(each, 0.0, dialled=True)
     assert {len(directory.servers(MODEL, 2)) for directory in observers} == {3}
+
+
+def announcing(sequence: int, *spans: BlockRange, after_s: float = 0, placed_after_s: float = 0) -> Heartbeat:
+    """Return a heartbeat of a peer that announces blocks 0 to 9 some time after the first, and serves others."""
+    said = heartbeat(sequence)
+    return replace(
+        said,
+        issued_at_s=said.issued_at_s + int(after_s),
+        spans=tuple(ServedSpan(model=MODEL, blocks=blocks, load=Load()) for blocks in spans),
+        placements=(Placement(model=MODEL, blocks=BlockRange(0, 9), rate=1.0 + sequence, movable=True),),
+        placed_at_ms=1000 * (said.issued_at_s + int(placed_after_s)),
+    )
+
+
+def planned(directory: Directory) -> list[tuple[str, bool]]:
+    """Return the blocks that plans count, and whether they can be moved."""
+    return [(str(each.stage.blocks), each.movable) for each in directory.servers(MODEL, 1_900_000_000_000)]
+
+
+def test_announced_blocks_that_are_not_served_in_time_do_not_count_until_they_are() -> None:
+    directory = Directory(own_peer=US)
+    directory.update(announcing(1), 0.0, dialled=True)
+    directory.update(announcing(2, after_s=LOADING_S, placed_after_s=LOADING_S), 0.0)
+    assert planned(directory) == [("0-9", True)]
+    directory.update(announcing(3, after_s=LOADING_S + 1, placed_after_s=LOADING_S + 1), 0.0)
+    assert planned(directory) == [], "also where it announces them anew"
+    directory.update(announcing(4, BlockRange(0, 4), after_s=LOADING_S + 2), 0.0)
+    assert planned(directory) == [("0-4", False)], "what it serves counts"
+    directory.update(announcing(5, BlockRange(4, 9), BlockRange(0, 4), after_s=LOADING_S + 3), 0.0)
+    assert planned(directory) == [("0-9", True)]
+    directory.update(announcing(6, after_s=2 * LOADING_S), 0.0)
+    assert planned(directory) == [("0-9", True)], "an engine that died has its time to come back"
+
+
+def test_newcomer_does_not_count_blocks_that_were_announced_long_ago_and_are_not_served() -> None:
+    directory = Directory(own_peer=US)
+    directory.update(announcing(9, after_s=LOADING_S + 1), 0.0, dialled=True)
+    assert planned(directory) == []
+
+
+def test_absurd_announced_rate_does_not_hide_unserved_blocks_from_the_plan() -> None:
+    directory = Directory(own_peer=US)
+    for number, (start, rate) in enumerate([(0, 1e9), (10, 0.3), (10, 0.3)]):
+        said = heartbeat(1, peer=other_peer(number))
+        blocks = BlockRange(start, start + 10)
+        directory.update(
+            replace(
+                said,
+                spans=(ServedSpan(model=MODEL, blocks=blocks, load=Load()),),
+                placements=(Placement(model=MODEL, blocks=blocks, rate=rate, movable=number > 0),),
+                placed_at_ms=1,
+            ),
+            0.0,
+            dialled=True,
+        )
+    moves = plan_moves(30, directory.servers(MODEL, 2), random.Random(0))
+    assert list(moves.values()) == [BlockRange(20, 30)]
 
 
 def test_number_of_unreached_peers_from_one_relay_is_bounded() -> None:
