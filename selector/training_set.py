@@ -1,8 +1,9 @@
 """Training set: the history as weighted samples, as one peer sees them.
 
 Absolute times do not travel between machines. The target is therefore the residual of a measurement over the heuristic,
-less what all measurements of one observer, of a kind of task on the same route within the same hour, have in common: a
-busy evening, a slow machine, or that scores take longer than the heuristic says, tells nothing about methods.
+less what all measurements of one observer, of a kind of task and an objective on the same route within the same hour,
+have in common: a busy evening, a slow machine, or that scores take longer than the heuristic says, tells nothing about
+methods. Costs for latency are times, others are of computing alone: waiting would be credited to methods.
 """
 
 from collections import defaultdict
@@ -25,7 +26,7 @@ MAX_RESIDUAL: Final = 2.5
 """Natural logarithm: residuals are clipped at a factor of twelve either way."""
 
 
-_RATIOS: Final = ("", "", "", 0)
+_RATIOS: Final = ("", "", "", "", 0)
 """The level of all ratios: the baseline's residual is 0, whatever others say of other methods."""
 
 
@@ -82,8 +83,8 @@ class _Row:
     method: str
     residual: float
     weight: float
-    level: tuple[str, str, str, int]
-    """Rows of one observer, route, kind of task and hour share a level: what another peer says does not move ours."""
+    level: tuple[str, str, str, str, int]
+    """Rows of one observer, route, kind of task, objective and hour share a level: others' reports do not move ours."""
     is_first: bool
     """Whether it is the first row of its sample: rows of one sample are compared with one another."""
 
@@ -96,7 +97,7 @@ def _rows_of(sample: Sample, weight: float) -> list[_Row]:
         return []
     context = canonicalise(sample.context)
     if sample.log_ratio is None:
-        level = (sample.observer, sample.route, context.task_kind, sample.hour)
+        level = (sample.observer, sample.route, context.task_kind, context.objective, sample.hour)
         residual = sample.log_cost - predicted_cost(context, method)
         return [_Row(context, method.name, residual, weight, level, is_first=True)]
     baseline = method.baseline

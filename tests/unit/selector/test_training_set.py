@@ -98,6 +98,27 @@ def test_common_level_of_route_and_hour_is_removed() -> None:
     assert expected_ratio(busy + calm, FUSED.name) == pytest.approx(rule[FUSED.name] - rule[BASELINE.name], abs=0.1)
 
 
+def test_waiting_of_latency_jobs_is_not_credited_to_the_methods_of_throughput_jobs() -> None:
+    """The cost of a job for latency is its time, for other objectives computing alone."""
+
+    def served(objective: str, name: str, count: int) -> list[Sample]:
+        context, waiting = replace(CONTEXT, objective=objective), math.log(2) if objective == "latency" else 0.0
+        cost = predicted_cost(canonicalise(context), {FUSED.name: FUSED, BASELINE.name: BASELINE}[name])
+        return [sample(name, None, cost=cost, level=waiting, context=context)] * count
+
+    assert build_training_set(
+        [*served("latency", FUSED.name, 9), *served("throughput", BASELINE.name, 9)], VIEWPOINT
+    ) is (None), "nothing of these can be compared"
+    mixed = [
+        served(objective, name, 40 if (objective == "latency") == (name == FUSED.name) else 10)
+        for objective in ("latency", "throughput", "cost")
+        for name in (FUSED.name, BASELINE.name)
+    ]
+    training = build_training_set([each for some in mixed for each in some], VIEWPOINT)
+    assert training is not None
+    assert training.dataset.cost == pytest.approx(0.0, abs=1e-6)
+
+
 def test_own_samples_outweigh_a_flood_from_another_peer() -> None:
     own = measured({FUSED.name: -1.0}, 30)
     lies = measured({FUSED.name: 2.0}, 3000, observer="liar", countersigned=False)
