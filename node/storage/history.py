@@ -3,6 +3,7 @@
 import hashlib
 import sqlite3
 from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, NamedTuple
@@ -129,22 +130,30 @@ def _add(
 
 
 def _trim(connection: sqlite3.Connection, touched: set[Share], bounds: HistoryBounds) -> list[ObservationId]:
-    """Delete the largest ids of shares and buckets above their bound; return them."""
+    """Delete the largest observations of shares and buckets above their bound; return their ids."""
     gone: list[ObservationId] = []
-    for bucket, observer in sorted(touched):
-        count = "SELECT count FROM shares WHERE bucket = ? AND observer = ?"
-        ids = "SELECT id FROM observations WHERE bucket = ? AND observer = ? ORDER BY id DESC LIMIT ?"
-        (held,) = connection.execute(count, (bucket, observer)).fetchone()
-        if held > bounds.per_share:
-            gone += [row[0] for row in connection.execute(ids, (bucket, observer, held - bounds.per_share))]
-    _delete(connection, gone)
+    for share in sorted(touched):
+        gone += _trim_to(connection, "shares", "bucket = ? AND observer = ?", share, bounds.share_bytes)
     for bucket in sorted({share.bucket for share in touched}):
-        ids = "SELECT id FROM observations WHERE bucket = ? ORDER BY id DESC LIMIT ?"
-        (held,) = connection.execute("SELECT count FROM buckets WHERE bucket = ?", (bucket,)).fetchone()
-        if held > bounds.per_bucket:
-            surplus = [row[0] for row in connection.execute(ids, (bucket, held - bounds.per_bucket))]
-            _delete(connection, surplus)
-            gone += surplus
+        gone += _trim_to(connection, "buckets", "bucket = ?", (bucket,), bounds.bucket_bytes)
+    return gone
+
+
+def _trim_to(
+    connection: sqlite3.Connection, table: str, where: str, key: tuple[object, ...], bound: int
+) -> list[ObservationId]:
+    (held,) = connection.execute(f"SELECT bytes FROM {table} WHERE {where}", key).fetchone()  # noqa: S608
+    query = f"""
+        SELECT id, length(envelope) FROM observations WHERE {where} ORDER BY length(envelope) DESC, id DESC
+    """  # noqa: S608  # no value in it is a peer's
+    gone: list[ObservationId] = []
+    if held > bound:
+        with closing(connection.execute(query, key)) as largest:
+            while held > bound:
+                content_id, size = next(largest)
+                gone.append(content_id)
+                held -= size
+        _delete(connection, gone)
     return gone
 
 
@@ -185,8 +194,8 @@ def _page(connection: sqlite3.Connection, after: tuple[int, bytes]) -> list[Stor
 
 
 def _shares(connection: sqlite3.Connection) -> dict[Share, int]:
-    rows = connection.execute("SELECT bucket, observer, count FROM shares")
-    return {Share(bucket, observer): count for bucket, observer, count in rows}
+    rows = connection.execute("SELECT bucket, observer, bytes FROM shares")
+    return {Share(bucket, observer): size for bucket, observer, size in rows}
 
 
 def _drop(connection: sqlite3.Connection, share: Share) -> int:

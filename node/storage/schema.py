@@ -103,4 +103,37 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         ) WITHOUT ROWID
         """,
     ),
+    (
+        # How many bytes the envelopes of a bucket and of a share have.
+        "ALTER TABLE buckets ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE shares ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0",
+        "CREATE INDEX observations_by_size ON observations (bucket, length(envelope), id, observer)",
+        """
+        UPDATE shares SET bytes = found.bytes FROM (
+            SELECT bucket, observer, sum(length(envelope)) AS bytes FROM observations GROUP BY bucket, observer
+        ) AS found WHERE shares.bucket = found.bucket AND shares.observer = found.observer
+        """,
+        "UPDATE buckets SET bytes = (SELECT ifnull(sum(bytes), 0) FROM shares WHERE shares.bucket = buckets.bucket)",
+        "DROP TRIGGER observation_added",
+        "DROP TRIGGER observation_dropped",
+        """
+        CREATE TRIGGER observation_added AFTER INSERT ON observations BEGIN
+            INSERT INTO buckets (bucket, count, revision, bytes) VALUES (new.bucket, 1, 1, length(new.envelope))
+                ON CONFLICT (bucket) DO UPDATE
+                SET count = count + 1, revision = revision + 1, bytes = bytes + excluded.bytes;
+            INSERT INTO shares (bucket, observer, count, bytes)
+                VALUES (new.bucket, new.observer, 1, length(new.envelope))
+                ON CONFLICT (bucket, observer) DO UPDATE SET count = count + 1, bytes = bytes + excluded.bytes;
+        END
+        """,
+        """
+        CREATE TRIGGER observation_dropped AFTER DELETE ON observations BEGIN
+            UPDATE buckets SET count = count - 1, revision = revision + 1, bytes = bytes - length(old.envelope)
+                WHERE bucket = old.bucket;
+            UPDATE shares SET count = count - 1, bytes = bytes - length(old.envelope)
+                WHERE bucket = old.bucket AND observer = old.observer;
+            DELETE FROM shares WHERE bucket = old.bucket AND observer = old.observer AND count = 0;
+        END
+        """,
+    ),
 )

@@ -11,7 +11,7 @@ FIRST, OPEN = 3, 8
 histories = st.dictionaries(
     st.builds(Share, st.integers(0, 10), st.sampled_from("abcde")), st.integers(1, 40), max_size=40
 )
-bounds = st.builds(HistoryBounds, per_observer=st.integers(0, 120), in_all=st.integers(0, 300))
+bounds = st.builds(HistoryBounds, observer_bytes=st.integers(0, 120), all_bytes=st.integers(0, 300))
 
 
 def kept(counts: dict[Share, int], limits: HistoryBounds) -> dict[Share, int]:
@@ -33,9 +33,9 @@ def test_the_order_in_which_things_were_heard_does_not_matter(
 def test_what_is_kept_keeps_to_the_bounds(counts: dict[Share, int], limits: HistoryBounds) -> None:
     rest = {share: count for share, count in kept(counts, limits).items() if share.bucket < OPEN}
     assert all(share.bucket >= FIRST for share in rest)
-    assert sum(rest.values()) <= limits.in_all
+    assert sum(rest.values()) <= limits.all_bytes
     for observer in "abcde":
-        assert sum(count for share, count in rest.items() if share.observer == observer) <= limits.per_observer
+        assert sum(count for share, count in rest.items() if share.observer == observer) <= limits.observer_bytes
 
 
 @given(histories, bounds)

@@ -5,7 +5,7 @@ from selector.retention import HistoryBounds, Share, shares_to_drop
 
 def dropped(counts: dict[tuple[int, str], int], *, per_observer: int, in_all: int) -> set[tuple[int, str]]:
     shares = {Share(*share): count for share, count in counts.items()}
-    bounds = HistoryBounds(per_observer=per_observer, in_all=in_all)
+    bounds = HistoryBounds(observer_bytes=per_observer, all_bytes=in_all)
     return {
         (share.bucket, share.observer)
         for share in shares_to_drop(shares, first_bucket=10, open_bucket=20, bounds=bounds)

@@ -10,7 +10,9 @@ import pytest
 from node.storage import schema
 from node.storage.database import Database, StorageDamaged, StorageError, StorageFull, open_database
 from node.storage.history import HistoryStore
-from tests.support.observations import signed
+from protocol.observations import BUCKET_S
+from selector.retention import HistoryBounds
+from tests.support.observations import NOW_S, signed
 
 RECORDS = [signed(n) for n in range(60)]
 
@@ -165,6 +167,20 @@ async def test_migrations_keep_the_rows_of_an_older_database(path: Path, monkeyp
             rows = await database.read(lambda connection: connection.execute("SELECT value FROM later").fetchall())
             assert rows == [(len(RECORDS),)]
             assert (await HistoryStore(database).digest()).count == len(RECORDS)
+
+
+async def test_bytes_of_an_older_database_count_towards_the_bounds(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("node.storage.database.MIGRATIONS", schema.MIGRATIONS[:3])
+        async with open_database(path) as database:
+            row = "INSERT INTO observations (id, bucket, observer, envelope) VALUES (?, ?, ?, ?)"
+            rows = [(each.id, each.bucket, each.observation.observer, each.envelope) for each in RECORDS]
+            await database.write(lambda connection: connection.executemany(row, rows).rowcount)
+    later_s = NOW_S + 10 * BUCKET_S
+    held = sum(len(each.envelope) for each in RECORDS)
+    async with open_database(path) as database:
+        assert await HistoryStore(database, HistoryBounds(all_bytes=held)).retain(later_s) == 0
+        assert await HistoryStore(database, HistoryBounds(all_bytes=held - 1)).retain(later_s) > 0
 
 
 async def test_failed_migration_is_rolled_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ import hashlib
 import random
 import sqlite3
 import threading
+from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -247,7 +249,7 @@ async def test_retention_drops_whole_closed_shares_and_peers_agree(tmp_path: Pat
     records += [signed(n, observer=2, issued_at_s=NOW_S - 4 * hour) for n in range(20, 23)]
     records += [signed(n, observer=1, issued_at_s=NOW_S) for n in range(30, 50)]
     records += [signed(n, observer=2, issued_at_s=NOW_S - MAX_OBSERVATION_AGE_S - hour) for n in range(60, 62)]
-    bounds = HistoryBounds(per_observer=8, in_all=100)
+    bounds = HistoryBounds(observer_bytes=8 * len(records[0].envelope) + 100, all_bytes=1 << 20)
     async with open_database(tmp_path / "one") as one, open_database(tmp_path / "other") as other:
         first, second = HistoryStore(one, bounds), HistoryStore(other, bounds)
         await first.add_many(records)
@@ -260,26 +262,53 @@ async def test_retention_drops_whole_closed_shares_and_peers_agree(tmp_path: Pat
         assert (await first.bucket_digests()).keys() == {bucket_of(NOW_S - h * hour) for h in (0, 3, 4)}
 
 
-async def test_flood_of_one_observer_is_bounded_deterministically(tmp_path: Path) -> None:
-    flood = [signed(n, observer=1) for n in range(30)]
-    honest = [signed(n, observer=2) for n in range(100, 104)]
-    smallest = sorted(each.id for each in flood)[:8]
-    bounds = HistoryBounds(per_share=8)
-    async with open_database(tmp_path / "one") as one, open_database(tmp_path / "other") as other:
-        first, second = HistoryStore(one, bounds), HistoryStore(other, bounds)
-        new = await first.add_many(flood + honest)
-        assert {each.id for each in new} == {*smallest, *(each.id for each in honest)}
-        for each in honest + flood[::-1]:
-            await second.add_many([each])
-        assert await first.bucket_digests() == await second.bucket_digests()
-        assert await first.count_by_observer() == {peer(1): 8, peer(2): 4}
-        assert await first.add_many(flood) == ()
+def smallest(records: Iterable[SignedObservation], bound: int) -> list[SignedObservation]:
+    """Return the smallest of the records, as many as the bound has room for."""
+    ordered = sorted(records, key=lambda each: (len(each.envelope), each.id))
+    sums = accumulate(len(each.envelope) for each in ordered)
+    return [each for each, held in zip(ordered, sums, strict=True) if held <= bound]
 
 
-async def test_floods_together_are_bounded(tmp_path: Path) -> None:
-    floods = [signed(n, observer=n) for n in range(30)]
+async def test_flood_of_one_observer_is_bounded_in_bytes_whatever_the_order_of_arrival(tmp_path: Path) -> None:
+    flood = [signed(n, observer=1, stages=range(n % 7)) for n in range(42)]
+    honest = [signed(n, observer=2, stages=(2, 3, 4)) for n in range(100, 104)]
+    bounds = HistoryBounds(share_bytes=20_000)
+    kept = {each.id for each in smallest(flood, bounds.share_bytes)}
+    digests = []
+    for seed in range(5):
+        async with open_database(tmp_path / f"{seed}") as database:
+            store = HistoryStore(database, bounds)
+            if seed == 0:
+                new = await store.add_many(flood + honest)
+                assert {each.id for each in new} == kept | {each.id for each in honest}
+            arriving = honest + flood * 2
+            random.Random(seed).shuffle(arriving)
+            for first in range(0, len(arriving), 1 + seed):
+                await store.add_many(arriving[first : first + 1 + seed])
+            digests.append(await store.bucket_digests())
+            assert await store.count_by_observer() == {peer(1): len(kept), peer(2): 4}
+            assert await store.add_many(flood) == ()
+    assert all(digest == digests[0] for digest in digests)
+
+
+async def test_floods_together_are_bounded_in_bytes(tmp_path: Path) -> None:
+    floods = [signed(n, observer=n, stages=range(n % 7)) for n in range(30)]
     async with open_database(file(tmp_path)) as database:
-        store = HistoryStore(database, HistoryBounds(per_bucket=8))
+        store = HistoryStore(database, HistoryBounds(bucket_bytes=20_000))
         for each in floods:
             await store.add_many([each])
-        assert list(await store.ids_in(bucket_of(NOW_S))) == sorted(each.id for each in floods)[:8]
+        kept = smallest(floods, 20_000)
+        assert 0 < len(kept) < 30
+        assert list(await store.ids_in(bucket_of(NOW_S))) == sorted(each.id for each in kept)
+
+
+async def test_few_large_observations_are_evicted_like_many_small_ones(tmp_path: Path) -> None:
+    old, new = NOW_S - 5 * BUCKET_S, NOW_S - 4 * BUCKET_S
+    records = [signed(n, observer=1, stages=range(16), issued_at_s=old) for n in range(4)]
+    records += [signed(n, observer=1, stages=range(16), issued_at_s=new) for n in range(10, 14)]
+    records += [signed(n, observer=2, issued_at_s=old) for n in range(20, 26)]
+    async with open_database(file(tmp_path)) as database:
+        store = HistoryStore(database, HistoryBounds(observer_bytes=20_000))
+        await store.add_many(records)
+        assert await store.retain(NOW_S) == 4
+        assert await store.count_by_observer() == {peer(1): 4, peer(2): 6}
