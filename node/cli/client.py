@@ -262,6 +262,8 @@ async def _raise_for_error(response: httpx.Response, url: str) -> None:
     if response.is_success:
         return
     if response.status_code == 401:
+        if "Authorization" in response.request.headers:
+            raise RefusedError(f"the node at {url} does not accept the API key in {ENVIRONMENT_PREFIX}API_KEY", None)
         raise RefusedError(f"the node at {url} requires an API key: set {ENVIRONMENT_PREFIX}API_KEY", None)
     body = json.loads(await response.aread())
     error, retry_after = body["error"], response.headers.get("Retry-After")

@@ -69,7 +69,7 @@ def export(data_dir: Path, output: Path | None, as_json: bool) -> None:
         with _as_command_errors():
             _export(path, sys.stdout, lambda done, total: None)
         return
-    with _as_command_errors(), _atomic_write(output) as lines, progress_bars() as progress:
+    with _as_command_errors(output), _atomic_write(output) as lines, progress_bars() as progress:
         count = _export(path, lines, partial(progress, f"exporting to {output}"))
     if as_json:
         print_json({"exported": count, "file": str(output.absolute())})
@@ -88,7 +88,7 @@ def import_(file: Path, data_dir: Path, as_json: bool) -> int:
     """
     from node.storage.database import DATABASE_FILE
 
-    with _as_command_errors(), progress_bars() as progress:
+    with _as_command_errors(file), progress_bars() as progress:
         result = _import(data_dir / DATABASE_FILE, file, partial(progress, f"importing {file}"))
     for number, reason in list(result.rejected.items())[:MAX_SHOWN]:
         print_error(f"{file}, line {number}: {reason}")
@@ -260,7 +260,8 @@ def _atomic_write(output: Path) -> Iterator[IO[str]]:
 
 
 @contextmanager
-def _as_command_errors() -> Iterator[None]:
+def _as_command_errors(path: Path | None = None) -> Iterator[None]:
+    """Turn errors into CommandError. `path`: the file that is read or written: a failed write does not name it."""
     from node.storage.database import StorageError
     from node.storage.dataset import DatasetError
     from protocol.errors import RemoteProtocolError
@@ -271,10 +272,11 @@ def _as_command_errors() -> Iterator[None]:
         raise CommandError(str(error)) from None
     except RemoteProtocolError as error:
         raise CommandError(f"invalid record in the history ({error}): run `metaswarm history verify`") from None
-    except BrokenPipeError:
-        raise
     except OSError as error:
-        raise CommandError(f"cannot use {error.filename}: {error.strerror}") from None
+        where = error.filename or path
+        if where is None:  # of stdout, which the command line reports
+            raise
+        raise CommandError(f"cannot use {where}: {error.strerror}") from None
 
 
 def _observations(count: int) -> str:

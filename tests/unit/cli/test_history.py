@@ -1,5 +1,6 @@
 import base64
 import json
+import os
 import sqlite3
 import time
 from pathlib import Path
@@ -183,3 +184,10 @@ def test_failed_export_leaves_no_file(data_dir: Path, capsys: pytest.CaptureFixt
     connection.close()
     assert history("export", data_dir, "--output", data_dir / "history.jsonl") == 1
     assert not list(data_dir.glob("*history.jsonl*"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_export_to_full_disk_names_the_file(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data_dir / f".history.jsonl.{os.getpid()}").symlink_to("/dev/full")
+    assert history("export", data_dir, "--output", data_dir / "history.jsonl") == 1
+    assert f"cannot use {data_dir / 'history.jsonl'}: No space left" in capsys.readouterr().err

@@ -206,7 +206,10 @@ def test_api_key_from_environment(
 ) -> None:
     api = ["--api", serve(node, "sesame")]
     assert run(["submit", "Hi", *api]) == 1
-    assert "METASWARM_API_KEY" in capsys.readouterr().err
+    assert "requires an API key: set METASWARM_API_KEY" in capsys.readouterr().err
+    monkeypatch.setenv("METASWARM_API_KEY", "wrong")
+    assert run(["submit", "Hi", *api]) == 1
+    assert "does not accept the API key in METASWARM_API_KEY" in capsys.readouterr().err
     monkeypatch.setenv("METASWARM_API_KEY", "sesame")
     assert run(["submit", "Hi", *api]) == 0
 
