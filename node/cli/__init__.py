@@ -12,7 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from node.cli.output import EXIT_USAGE, CommandError, is_utf8, print_error
-from node.util.suggestions import suggestion
+from node.util.suggestions import did_you_mean, suggestion
 
 VERBS: Final[Mapping[str, tuple[str, str]]] = {
     "demo": ("node.cli.demo:demo", "Run a small swarm on this machine and ask it a question."),
@@ -42,6 +42,11 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "version": "--version", "export": "history export", "plot": "evaluate --plot",
 }  # fmt: skip
 """What other tools' verbs are called here."""
+
+OPTIONS_ELSEWHERE: Final[Mapping[str, Sequence[str]]] = {
+    "--host": ("--api",), "--port": ("--api", "--listen"), "--model": ("--serve",)
+}  # fmt: skip
+"""The options for what other tools' options say."""
 
 _CONFIGURED: Final = frozenset({"node", "doctor", "config"})
 """Verbs that refuse unknown METASWARM_… variables; others print a warning."""
@@ -150,8 +155,13 @@ def _run(arguments: Sequence[str]) -> int:
 def _message(error: click.ClickException) -> str:
     """Return the message of a usage error, with what was most likely meant."""
     if isinstance(error, click.NoSuchOption):
-        hint = f"; did you mean {error.possibilities[0]!r}?" if error.possibilities else ""
-        return f"no such option {error.option_name!r}{hint}"
+        parameters = error.ctx.command.get_params(error.ctx) if error.ctx else []
+        known = [name for each in parameters if isinstance(each, click.Option) for name in each.opts]
+        if here := [repr(name) for name in OPTIONS_ELSEWHERE.get(error.option_name, ()) if name in known]:
+            return f"no such option {error.option_name!r}; did you mean {' or '.join(here)}?"
+        # Without dashes, which all names have in common.
+        found = did_you_mean(error.option_name.lstrip("-"), [name.lstrip("-") for name in known], "--")
+        return f"no such option {error.option_name!r}{found}"
     if isinstance(error, click.exceptions.NoSuchCommand):
         hint = f"; did you mean {error.possibilities[0]!r}?" if error.possibilities else ""
         return f"no such verb {error.command_name!r}{hint}"

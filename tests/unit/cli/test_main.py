@@ -158,6 +158,9 @@ def test_wrong_log_level_in_environment_is_usage_error(
         (["bogus"], "no such verb 'bogus'; see `metaswarm --help`"),
         (["model", "lst"], "no such verb 'lst'; did you mean 'list'?; see `metaswarm model --help`"),
         (["submit", "Hi", "--modle", "x"], "no such option '--modle'; did you mean '--model'?"),
+        (["node", "--port", "9"], "no such option '--port'; did you mean '--api' or '--listen'?; see"),
+        (["submit", "Hi", "--host", "x"], "no such option '--host'; did you mean '--api'?; see"),
+        (["node", "--workers", "2"], "no such option '--workers'; see"),
         (["submit", "Hi", "--quality", "exat"], "'exat' is not one of 'exact', 'near', 'any'"),
     ],
 )
