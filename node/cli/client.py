@@ -49,7 +49,7 @@ def _parse_url(text: str) -> str:
         raise click.UsageError(f"--api: expected a URL such as http://{DEFAULT_API}, not {text!r}")
     if is_unspecified(host):
         url = url.replace(parts.netloc, f"{'[::1]' if ':' in host else '127.0.0.1'}{f':{port}' if port else ''}", 1)
-    return url.rstrip("/")
+    return url.rstrip("/").removesuffix("/v1")  # which clients of the OpenAI API have in their base URL
 
 
 class BatchResponse(TypedDict):

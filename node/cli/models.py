@@ -66,8 +66,8 @@ def import_(
 
     SOURCE is a name of the catalogue (see `metaswarm model list`), a folder with a Hugging Face checkpoint, a GGUF
     file (of several parts any one), or a hub repository OWNER/NAME[:QUANTISATION][@REVISION], such as
-    OWNER/NAME:Q4_K_M. Weights are kept as they are, quantisation included. Of a repository only what is needed is read,
-    and an interrupted import goes on when it is repeated.
+    OWNER/NAME:Q4_K_M, also as the address of its page. Weights are kept as they are, quantisation included. Of a
+    repository only what is needed is read, and an interrupted import goes on when it is repeated.
 
     With --blocks, nothing else is kept. A model's id is over all of its files, so they are read once all the same,
     unless the manifest is known: from --manifest, or from an earlier import of the same revision.

@@ -35,6 +35,8 @@ _ID = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})"
     r"(?:@(?P<revision>[\w./-]{1,200}))?(?::(?P<quantisation>[\w./-]{1,200}))?(?:@(?P<late_revision>[\w./-]{1,200}))?"
 )
+_PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>[^/]+/.+?)(?:/tree/main)?/?")
+"""The address of a repository's page, as browsers and other tools have it."""
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})", re.IGNORECASE)
 _QUANTISATION = re.compile(
     r"(?:^|[-._/])((?:UD-)?(?:I?Q\d+(?:_[A-Z0-9]+)*|TQ\d_\d|MXFP\d+(?:_[A-Z0-9]+)*|NVFP\d+|B?F16|FP16|F32|FP32|F64))"
@@ -61,7 +63,8 @@ class HubId:
 
 def parse_hub_id(text: str) -> HubId | None:
     """Return what a text means as a hub repository; None when it is something else."""
-    match = _ID.fullmatch(text)
+    page = _PAGE.fullmatch(text)
+    match = _ID.fullmatch(page["id"] if page else text)
     if match is None or (match["revision"] and match["late_revision"]):
         return None
     return HubId(match["repository"], match["quantisation"], match["revision"] or match["late_revision"])

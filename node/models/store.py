@@ -227,7 +227,10 @@ class ModelStore:
             which = ", ".join(sorted(model[:16] for model in matches))
             raise AmbiguousModelError(f"{text!r} matches several models ({which}): give more digits of the id")
         known_names = sorted({*names, *CATALOGUE})
-        expected = f"expected an id's prefix of at least 8 hexadecimal digits, or one of {', '.join(known_names)}"
+        expected = (
+            f"expected an id's prefix of at least 8 hexadecimal digits, or one of {', '.join(known_names)}; "
+            "`metaswarm model import OWNER/NAME` imports others"
+        )
         raise UnknownModelError(f"there is no model {text[:80]!r}{did_you_mean(text, known_names) or f': {expected}'}")
 
     def names(self) -> Mapping[str, ModelId]:

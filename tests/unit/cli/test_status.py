@@ -146,7 +146,8 @@ class TestFindingTheNode:
 
     def test_flag_takes_precedence(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("METASWARM_API", "127.0.0.1:7")
-        assert find_api("http://swarm.example.org/") == "http://swarm.example.org"
+        for text in ("http://swarm.example.org/", "http://swarm.example.org/v1", "http://swarm.example.org/v1/"):
+            assert find_api(text) == "http://swarm.example.org"
         assert find_api(None) == "http://127.0.0.1:7"
 
     def test_accepts_listen_address(self, monkeypatch: pytest.MonkeyPatch) -> None:

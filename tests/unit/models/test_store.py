@@ -66,8 +66,9 @@ def test_misspelt_model_is_told_the_name_that_was_meant(store: ModelStore, packa
 
 
 @pytest.mark.parametrize("text", ["", "nobody", "abcdef1", "0" * 63, "ABCDEF12"])
-def test_unknown_model_error_lists_known_names(store: ModelStore, package: Package, text: str) -> None:
-    with pytest.raises(UnknownModelError, match="smollm2-135m-instruct, tiny"):
+def test_unknown_model_error_lists_known_names_and_names_import(store: ModelStore, package: Package, text: str) -> None:
+    known = "smollm2-135m-instruct, tiny; `metaswarm model import OWNER/NAME` imports others"
+    with pytest.raises(UnknownModelError, match=known):
         store.resolve(text)
 
 
