@@ -103,8 +103,18 @@ async def choose_model(client: "ApiClient", wanted: str | None, timeout_s: float
         raise CommandError(f"several models are complete; choose one with --model: {', '.join(complete)}")
     if unnamed := ", ".join(model["model"][:12] for model in usable if not model["local"]):
         raise CommandError(f"models of unknown origin only; choose one that you trust with --model: {unnamed}")
-    partly = "; incomplete: " + ", ".join(model["name"] or model["model"] for model in models) if models else ""
+    partly = "; incomplete: " + ", ".join(map(_describe_incomplete, models)) if models else ""
     raise CommandError(f"no model is complete in this swarm: serve one with `metaswarm node --serve MODEL`{partly}")
+
+
+def _describe_incomplete(model: "ModelDocument") -> str:
+    """Name a model and the blocks that no peer serves, if they are known."""
+    name = model["name"] or model["model"]
+    return f"{name} (no peer serves blocks {_missing(model)})" if model["uncovered"] else name
+
+
+def _missing(model: "ModelDocument") -> str:
+    return ", ".join(f"{start}-{end}" for start, end in model["uncovered"])
 
 
 def complete_names(models: Sequence["ModelDocument"]) -> list[str]:
@@ -131,9 +141,8 @@ def require_complete(models: Sequence["ModelDocument"], wanted: str) -> str:
         if is_meant(model, wanted) and _is_usable(model):
             return wanted
         if is_meant(model, wanted):
-            missing = ", ".join(f"{start}-{end}" for start, end in model["uncovered"])
             serve = f"`metaswarm node --serve {wanted}` on further machines"
-            raise CommandError(f"no peer serves blocks {missing} of {wanted}: {serve}")
+            raise CommandError(f"no peer serves blocks {_missing(model)} of {wanted}: {serve}")
     if may_be_id(wanted):
         return wanted
     names = complete_names(models)

@@ -150,7 +150,11 @@ def test_dash_reads_stdin(node: FakeNode, api: list[str], monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("complete", "says"),
     [
-        ([], "no model is complete in this swarm: serve one with `metaswarm node --serve MODEL`; incomplete: tiny"),
+        (
+            [],
+            "no model is complete in this swarm: serve one with `metaswarm node --serve MODEL`; "
+            "incomplete: tiny (no peer serves blocks 1-3), ",
+        ),
         ([0, 1], "several models are complete; choose one with --model: tiny, broken"),
     ],
 )
