@@ -124,20 +124,24 @@ class NodeConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for an open API without a key, and for a draft model that would never be used."""
+        faults = []
         if self.draft is not None and all(spec.blocks is not None and spec.blocks.start for spec in self.serve):
-            raise ConfigError(
+            faults.append(
                 f"the draft model {self.draft} would never be used: it runs beside a model's first blocks; "
                 "add --serve MODEL:0-N, or leave out --draft"
             )
-        if self.api_key is None and not self.api_keys and "*" in self.cors_origins:
-            raise ConfigError(
-                "--cors-origin * opens the API to every web page: set an API key, too, or name the origins"
-            )
-        if self.api_key is None and not self.api_keys and not is_loopback(self.api_host):
-            raise ConfigError(
-                f"the API at {self.api_host} is not loopback and needs an API key: "
-                f"set {ENVIRONMENT_PREFIX}API_KEY or --api-keys FILE, or use --api {DEFAULT_API}"
-            )
+        if self.api_key is None and not self.api_keys:
+            if "*" in self.cors_origins:
+                faults.append(
+                    "--cors-origin * opens the API to every web page: set an API key, too, or name the origins"
+                )
+            if not is_loopback(self.api_host):
+                faults.append(
+                    f"the API at {self.api_host} is not loopback and needs an API key: "
+                    f"set {ENVIRONMENT_PREFIX}API_KEY or --api-keys FILE, or use --api {DEFAULT_API}"
+                )
+        if faults:
+            raise ConfigError("; ".join(faults))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any, Final
 import click
 from click.core import ParameterSource
 
-from node.cli.options import NODE_OPTIONS, SETTINGS, NodeOption, file_of, read_config, unknown_variables
+from node.cli.options import NODE_OPTIONS, SETTINGS, NodeOption, file_of, make_config, unknown_variables
 from node.cli.output import EXIT_USAGE, json_option, new_table, out, print_error, print_json, printable
 from node.config import DEFAULT_API, ENVIRONMENT_PREFIX, ConfigError, NodeConfig, default_cache_dir, default_data_dir
 
@@ -36,6 +36,9 @@ _DEFAULTS: Final[Mapping[str, object]] = {
     "log_format": _STANDARD.log_format,
 }
 
+_CHECKED_TOGETHER: Final = frozenset({"config", "api", "api_key", "api_keys", "cors_origin", "serve", "draft"})
+"""Options that NodeConfig checks against each other: without the value of one its faults may not be."""
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
@@ -59,26 +62,31 @@ class _Lenient(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read every option, and note the faults."""
-        arguments = list(args)
         parser = self.make_parser(ctx)
         given, rest, order = parser.parse_args(args=args)
         if rest:
             ctx.fail(f"unexpected argument {rest[0]!r}")
-        found = Configuration([], [])
+        found, faulty = Configuration([], []), set[str | None]()
         for parameter in click.core.iter_params_for_processing(order, self.get_params(ctx)):
             try:
                 parameter.handle_parse_result(ctx, given, rest)
             except click.UsageError as error:
                 found.faults.append(error.format_message().rstrip("."))
+                if isinstance(error, click.BadParameter):  # not for a file that has unknown options besides
+                    faulty.add(parameter.name)
         found.settings += [_setting(ctx, option, given) for option in NODE_OPTIONS]
         found.faults += unknown_variables()
-        if not found.faults:
+        if not faulty & _CHECKED_TOGETHER:
             try:
-                read_config(*(argument for argument in arguments if argument != "--json"))
+                make_config({name: value for name, value in ctx.params.items() if _is_given(ctx, name)})
             except ConfigError as error:
                 found.faults.append(str(error))
         ctx.params = {"configuration": found, "as_json": ctx.params.get("as_json", False)}
         return []
+
+
+def _is_given(context: click.Context, name: str) -> bool:
+    return name != "as_json" and context.get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
 def _setting(context: click.Context, option: NodeOption, given: Mapping[str, Any]) -> Setting:

@@ -84,8 +84,11 @@ def _use_file(context: click.Context, option: click.Parameter, path: Path | None
         name: _value_in_file(known[name], value, path.parent) for name, value in table.items() if name in known
     }
     if unknown:
-        faults = [f"{file.place_of(name)}: unknown option {name!r}{did_you_mean(name, known)}" for name in unknown]
-        raise click.UsageError(f"{'; '.join(faults)}; the options are {', '.join(known)}", context)
+        meant = {name: did_you_mean(name, known) for name in unknown}
+        faults = [f"{file.place_of(name)}: unknown option {name!r}{hint}" for name, hint in meant.items()]
+        if not all(meant.values()):
+            faults.append(f"the options are {', '.join(known)}")
+        raise click.UsageError("; ".join(faults), context)
 
 
 def _value_in_file(option: click.Option, value: Any, folder: Path) -> Any:

@@ -73,6 +73,20 @@ def test_check_finds_what_only_shows_in_combination(capsys: pytest.CaptureFixtur
     assert "needs an API key" in found["faults"][0]
 
 
+def test_check_finds_combinations_beside_faults_of_other_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "node.toml"
+    path.write_text('api = "0.0.0.0:8642"\nlog_level = "verbose"\n')
+    assert run(["config", "check", "--config", str(path)]) == 2
+    level, key = capsys.readouterr().err.splitlines()
+    assert "'verbose'" in level
+    assert "needs an API key" in key
+    path.write_text('api = "0.0.0.0:8642"\napi_key = "two words"\n')
+    assert run(["config", "check", "--config", str(path)]) == 2
+    assert "needs an API key" not in capsys.readouterr().err, "there is a key, though not a valid one"
+
+
 def test_valid_configuration(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["config", "check", "--config", str(file)]) == 0
     assert "the configuration is valid" in capsys.readouterr().out

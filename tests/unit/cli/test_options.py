@@ -179,7 +179,11 @@ def test_relative_path_in_file_starts_at_its_folder(tmp_path: Path) -> None:
 def test_names_unknown_option_in_file(tmp_path: Path) -> None:
     file = tmp_path / "node.toml"
     file.write_text('liston = "/ip4/127.0.0.1/tcp/1"')
-    assert f"{file}, line 1: unknown option 'liston'; did you mean 'listen'?" in fault(config=str(file))
+    said = fault(config=str(file))
+    assert f"{file}, line 1: unknown option 'liston'; did you mean 'listen'?" in said
+    assert "the options are" not in said
+    file.write_text("workers = 2")
+    assert "unknown option 'workers'; the options are data_dir, " in fault(config=str(file))
 
 
 def test_names_line_of_malformed_file(tmp_path: Path) -> None:
