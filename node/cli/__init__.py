@@ -165,7 +165,13 @@ def _message(error: click.ClickException) -> str:
     if isinstance(error, click.exceptions.NoSuchCommand):
         hint = f"; did you mean {error.possibilities[0]!r}?" if error.possibilities else ""
         return f"no such verb {error.command_name!r}{hint}"
-    return error.format_message()
+    message = error.format_message()
+    if isinstance(error, click.UsageError) and error.ctx and message.startswith("Got unexpected extra argument"):
+        parameters = error.ctx.command.get_params(error.ctx)
+        takes_none = not any(isinstance(each, click.Argument) for each in parameters)
+        if takes_none and any("--output" in each.opts for each in parameters):
+            message += ": a file to write is given as --output FILE"
+    return message
 
 
 def _report(error: BaseException) -> int | None:

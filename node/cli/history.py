@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from protocol.observations import SignedObservation
 
 MAX_SHOWN: Final = 20
-"""Faults that are listed; the rest are counted."""
+"""Faults that are listed; the rest are counted. A file with none but other lines before is refused as a whole."""
 
 BATCH: Final = 500
 
@@ -207,7 +207,13 @@ def _verify(path: Path, repair: bool, progress: Progress) -> tuple["HistoryVerif
 
 def _verified(file: Path, result: _Import, progress: Progress) -> Iterator["SignedObservation"]:
     """Yield the valid observations of a dataset; count all, and note the faults of the others."""
-    from node.storage.dataset import DatasetError, from_line
+    from node.storage.dataset import DatasetError, NotAnObservationError, from_line
+
+    others = 0
+
+    def refuse_other_files() -> None:
+        if others and others == result.read:
+            raise DatasetError(f"{file} has no observation: FILE is JSON lines from `metaswarm history export`")
 
     size = file.stat().st_size
     for number, line in enumerate(_lines(file, progress, size), 1):
@@ -218,6 +224,11 @@ def _verified(file: Path, result: _Import, progress: Progress) -> Iterator["Sign
             yield from_line(line, time.time())
         except DatasetError as error:
             result.rejected[number] = str(error)
+            others += isinstance(error, NotAnObservationError)
+        if result.read == MAX_SHOWN:
+            refuse_other_files()
+    if result.read < MAX_SHOWN:
+        refuse_other_files()
     progress(size, size)
 
 

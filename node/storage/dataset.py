@@ -21,6 +21,10 @@ class DatasetError(Exception):
     """A line of a dataset is invalid. The message is one line."""
 
 
+class NotAnObservationError(DatasetError):
+    """A line has no record at all: it may be of a file that is not a dataset."""
+
+
 def to_row(signed: SignedObservation) -> dict[str, Any]:
     """Return an observation as plain values for JSON; durations are seconds, `issued_at_s` is Unix time."""
     observation = signed.observation
@@ -59,16 +63,16 @@ def from_line(line: bytes, now_s: float | None) -> SignedObservation:
     `now_s`: Unix time by our clock; None for an observation of any age.
     """
     if len(line) > MAX_LINE_BYTES:
-        raise DatasetError(f"the line has {len(line)} bytes: at most {MAX_LINE_BYTES} are accepted")
+        raise NotAnObservationError(f"the line has {len(line)} bytes: at most {MAX_LINE_BYTES} are accepted")
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DatasetError(f"not valid JSON: {error}") from None
+        raise NotAnObservationError(f"not valid JSON: {error}") from None
     if not isinstance(row, dict):
-        raise DatasetError("not a JSON object")
+        raise NotAnObservationError("not a JSON object")
     record = row.get("record")
     if not isinstance(record, str):
-        raise DatasetError("the field 'record' with the signed record is missing")
+        raise NotAnObservationError("the field 'record' with the signed record is missing")
     try:
         envelope = base64.b64decode(record, validate=True)
         signed = verify_observation(envelope) if now_s is None else verify_fresh_observation(envelope, now_s)

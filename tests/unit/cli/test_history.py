@@ -191,3 +191,20 @@ def test_export_to_full_disk_names_the_file(data_dir: Path, capsys: pytest.Captu
     (data_dir / f".history.jsonl.{os.getpid()}").symlink_to("/dev/full")
     assert history("export", data_dir, "--output", data_dir / "history.jsonl") == 1
     assert f"cannot use {data_dir / 'history.jsonl'}: No space left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lines", [3, 500])
+def test_import_of_another_file_is_one_error(tmp_path: Path, lines: int, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "passwd"
+    file.write_text("root:x:0:0:root:/root:/bin/bash\n" * lines)
+    assert history("import", tmp_path / "new", file) == 1
+    answer = capsys.readouterr()
+    assert answer.out == ""
+    assert answer.err.splitlines()[1:] == [  # after the progress
+        f"metaswarm: {file} has no observation: FILE is JSON lines from `metaswarm history export`"
+    ]
+
+
+def test_export_to_an_argument_names_the_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["history", "export", "history.jsonl"]) == 2
+    assert "a file to write is given as --output FILE" in capsys.readouterr().err
