@@ -50,9 +50,9 @@ from node.coordinator.submission import (
 from node.coordinator.trial import MethodTrial, Run, Trial, TrialSpec
 from node.telemetry.observer import Telemetry
 from protocol.identity import BlockRange, JobId, ModelId, peer_id_from_public_key
-from protocol.measurements import MethodInForce, Objective, StageObservation
+from protocol.measurements import MethodInForce, Objective, QualityBound, StageObservation
 from protocol.messages import FinishReason, SessionStatistics
-from selector.task import BASELINE, MethodError, method, parse_method, portfolio
+from selector.task import BASELINE, Method, MethodError, method, parse_method, portfolio
 
 JOB = JobId("0123456789abcdef" * 2)
 MODEL = ModelId("ab" * 32)
@@ -254,14 +254,18 @@ class FakeNode:
             raise JobError(JobErrorCode.INVALID, str(error)) from None
         plain = [run(1.0) for _ in range(spec.rounds)]
         faster = [run(0.5 + 0.05 * (number % 2)) for number in range(spec.rounds)]
-        tried = [
-            MethodTrial(method=each, error="not ready")
-            if each.engine == "eager"
-            else MethodTrial(method=each, runs=faster)
-            for each in methods
-            if each != BASELINE
-        ]
-        return Trial(baseline=MethodTrial(method=BASELINE, runs=plain), methods=tried, observations=spec.rounds)
+        def tried(each: Method) -> MethodTrial:
+            if not each.exact and spec.quality is QualityBound.EXACT:
+                return MethodTrial(method=each, error=f"{each.name} is not exact: use --quality near or any")
+            if each.engine == "eager":
+                return MethodTrial(method=each, error="not ready")
+            return MethodTrial(method=each, runs=faster)
+
+        return Trial(
+            baseline=MethodTrial(method=BASELINE, runs=plain),
+            methods=[tried(each) for each in methods if each != BASELINE],
+            observations=spec.rounds,
+        )
 
     async def status(self) -> NodeStatus:
         while self.is_silent:

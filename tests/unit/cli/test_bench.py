@@ -8,6 +8,7 @@ from node.cli import run
 from node.cli.bench import WORKLOADS, grid
 from node.cli.client import ApiClient
 from node.cli.output import CommandError
+from selector.task import portfolio
 from tests.unit.api.fakes import FakeNode
 from tests.unit.cli.conftest import ServeNode
 
@@ -24,6 +25,17 @@ def test_grid_is_product_of_axes(serve: ServeNode, capsys: pytest.CaptureFixture
     for fact in ("1 job, 16 in, 32 out", "engine=fused", "1.91", "not ready", "baseline"):
         assert fact in shown
     assert grid({}) == list(WORKLOADS)
+
+
+def test_methods_beyond_the_bound_are_one_line(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    lossy = [each for each in portfolio("safetensors") if not each.exact]
+    command = ["bench", "--api", serve(FakeNode()), "--concurrency", "1", "--concurrency", "4"]
+    assert run(command) == 0
+    shown = capsys.readouterr().out
+    assert "not exact" not in shown
+    assert shown.splitlines()[-1] == f"{len(lossy)} others need --quality near or any"
+    assert run([*command, "--method", lossy[0].name]) == 0
+    assert "not exact" in capsys.readouterr().out, "it was asked for"
 
 
 def test_resumes_interrupted_bench(serve: ServeNode, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
