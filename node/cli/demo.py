@@ -174,6 +174,8 @@ def make_report(completion: "Completion", peers: Sequence["LocalPeer"], start_s:
 
 
 def _print_report(report: dict[str, Any]) -> None:
+    from selector.task import baseline_of
+
     timing, usage, method = report["timing"], report["usage"], report["method"]
     table = new_table("stage", "peer", "blocks", "address", ">compute")
     for number, stage in enumerate(report["stages"], 1):
@@ -192,7 +194,10 @@ def _print_report(report: dict[str, Any]) -> None:
         "start-up": f"{format_duration(report['start_s'])} until every block was served",
     }
     speedup = report["speedup"]
-    if speedup["predicted"] is not None:
+    if method["name"] == baseline_of(method["name"]).name:
+        reason = "as the swarm has measured too little so far; see `metaswarm explain` (while it runs: --keep)"
+        facts["speed-up"] = f"none: this is the baseline, {reason}"
+    elif speedup["predicted"] is not None:
         predicted = f"{speedup['predicted']:.2f}x predicted over the baseline"
         facts["speed-up"] = f"{predicted}, {speedup['actual']:.2f}x measured"
     for name, value in facts.items():
@@ -206,6 +211,7 @@ def _print_commands(peers: Sequence["LocalPeer"]) -> None:
         "The peers run until Ctrl-C. Use them from another terminal:",
         f"  metaswarm chat --api {ready.api_url}",
         f"  metaswarm status --watch --api {ready.api_url}",
+        f"  metaswarm explain --api {ready.api_url}",
         f"  metaswarm node --listen /ip4/127.0.0.1/tcp/0 --bootstrap {ready.multiaddrs[0]}",
         f"or with any client of the OpenAI API at {ready.api_url}/v1",
     ]

@@ -8,7 +8,9 @@ import pytest
 
 from node import demo
 from node.cli import run
+from node.cli.demo import _print_report
 from node.models import catalogue, importer
+from selector.task import BASELINE
 from tests.unit.api.fakes import PEERS
 
 PREPARE = """if True:
@@ -53,6 +55,13 @@ def test_json_has_job_and_stages(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert report["start_s"] > 0
     assert report["speedup"] == {"predicted": None, "actual": 1.0}  # both are the fake's one answer
+    for name, predicted, said in (
+        (BASELINE.name, 1.0, "none: this is the baseline, as the swarm has measured too little so far"),
+        ("engine=fused", 1.5, "1.50x predicted over the baseline, 1.00x measured"),
+    ):
+        report["method"]["name"], report["speedup"]["predicted"] = name, predicted
+        _print_report(report)
+        assert f"speed-up  {said}" in capsys.readouterr().out
 
 
 def test_prints_log_of_dead_peer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
