@@ -19,6 +19,7 @@ from node.cli.output import (
     model_option,
     new_table,
     out,
+    plural,
     print_json,
     printable,
     progress_bars,
@@ -222,7 +223,7 @@ def describe(workload: Mapping[str, Any]) -> str:
 
 def table(cell: Mapping[str, Any]) -> "Table":
     """Render the results of a cell."""
-    title = f"{describe(cell['cell']['workload'])} ({cell['result']['observations']} observations)"
+    title = f"{describe(cell['cell']['workload'])} ({plural(cell['result']['observations'], 'observation')})"
     shown = new_table("method", ">speed-up", ">95 %", ">TTFT s", ">TPOT ms", ">tokens/s", title=title)
     for result in ranked(cell):
         if result.speedup is None:

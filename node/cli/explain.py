@@ -13,6 +13,7 @@ from node.cli.output import (
     model_option,
     new_table,
     out,
+    plural,
     print_json,
     printable,
 )
@@ -68,7 +69,7 @@ def render_explanation(answer: "Explanation") -> "RenderableType":
     from rich.console import Group
     from rich.text import Text
 
-    table = new_table("method", ">speed-up", ">range", ">expected", ">tried", ">votes", "")
+    table = new_table("method", ">speed-up", ">90 % range", ">expected", ">tried", ">votes", "")
     for method in answer["methods"][:MAX_METHOD_COLUMNS]:
         mark = "chosen" if method["name"] == answer["agreed"] else "accepted" if method["accepted"] else ""
         cells = (
@@ -83,7 +84,7 @@ def render_explanation(answer: "Explanation") -> "RenderableType":
         table.add_row(*(Text(printable(cell), overflow="fold") for cell in cells))
     selection, past = answer["selection"], answer["past"]
     basis = (
-        f"a model of {selection['experiences']} observations"
+        f"a model of {plural(selection['experiences'], 'observation')}"
         if selection["basis"] == "model"
         else "the heuristic: too few observations that compare methods yet; `metaswarm bench` makes some"
     )
@@ -93,11 +94,12 @@ def render_explanation(answer: "Explanation") -> "RenderableType":
         "sure": _certainty(answer),
         "based on": basis + (", and the table that the swarm agreed on" if answer["table_digest"] else ""),
         "votes": "natural logarithm of the predicted seconds, one of each stage; the lowest wins",
-        "tried": f"{selection['trials']} trials in {format_duration(selection['trial_s'])}, "
-        f"{selection['explored_jobs']} of {selection['jobs']} jobs for {format_duration(selection['regret_s'])}",
+        "tried": f"{plural(selection['trials'], 'trial')} in {format_duration(selection['trial_s'])}, "
+        f"{selection['explored_jobs']} of {plural(selection['jobs'], 'job')} for "
+        f"{format_duration(selection['regret_s'])}",
         "past": "no jobs yet"
         if error is None
-        else f"{past['jobs']} jobs, predictions off by {error:.0%}, "
+        else f"{plural(past['jobs'], 'job')}, predictions off by {error:.0%}, "
         f"expected regret {format_duration(past['mean_regret_s'])} a job",
     }
     return Group(table, Text("\n".join(f"{name:<8} {value}" for name, value in facts.items())))

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Final
 
 import click
 
-from node.cli.output import CommandError, format_duration, json_option, print_error, print_json, progress_bars
+from node.cli.output import CommandError, format_duration, json_option, plural, print_error, print_json, progress_bars
 from node.config import chosen_data_dir
 from node.util.paths import expand
 
@@ -74,7 +74,7 @@ def export(data_dir: Path, output: Path | None, as_json: bool) -> None:
     if as_json:
         print_json({"exported": count, "file": str(output.absolute())})
     else:
-        click.echo(f"exported {_observations(count)} to {output}")
+        click.echo(f"exported {plural(count, 'observation')} to {output}")
 
 
 @history_group.command("import")
@@ -99,7 +99,7 @@ def import_(file: Path, data_dir: Path, as_json: bool) -> int:
         print_json({"read": result.read, "new": result.new, "known": result.known, "rejected": rejected})
     else:
         click.echo(
-            f"read {_observations(result.read)}: {result.new} new, {result.known} known already, "
+            f"read {plural(result.read, 'observation')}: {result.new} new, {result.known} known already, "
             f"{len(result.rejected)} rejected"
         )
     return 1 if result.rejected else 0
@@ -124,7 +124,8 @@ def verify(data_dir: Path, repair: bool, as_json: bool) -> int:
     else:
         took = format_duration(time.monotonic() - began_s)
         click.echo(
-            f"verified {_observations(found.count)} in {took}: {found.countersigned} countersigned by every stage, "
+            f"verified {plural(found.count, 'observation')} in {took}: "
+            f"{found.countersigned} countersigned by every stage, "
             f"{len(faults)} invalid{' and deleted' if faults and repair else ''}; digest {digest.hex()}"
         )
     return 1 if faults and not repair else 0
@@ -288,7 +289,3 @@ def _as_command_errors(path: Path | None = None) -> Iterator[None]:
         if where is None:  # of stdout, which the command line reports
             raise
         raise CommandError(f"cannot use {where}: {error.strerror}") from None
-
-
-def _observations(count: int) -> str:
-    return "1 observation" if count == 1 else f"{count} observations"

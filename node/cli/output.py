@@ -161,6 +161,11 @@ def progress_bars(*, transient: bool = False) -> Iterator[ProgressCallback]:
         progress.stop()
 
 
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def format_bytes(count: float) -> str:
     """Format a size in binary units: `1.5 GiB`."""
     if count < 1024:

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from node.cli.output import format_bytes, format_duration, new_table, printable
+from node.cli.output import format_bytes, format_duration, new_table, plural, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,7 +41,7 @@ def render_status(status: "NodeStatus") -> "RenderableType":
         "api": status["api_url"],
         "addresses": "\n          ".join(status["multiaddrs"]),
         "reach": _describe_reachability(status["reachability"]),
-        "connected": f"{status['connected_peers']} peers",
+        "connected": plural(status["connected_peers"], "peer"),
         "peers": _describe_peers(status["peers"]),
         "jobs": _describe_jobs(jobs),
         "history": _describe_history(status["history"]),
@@ -126,7 +126,7 @@ def _describe_history(history: "HistoryStatus | None") -> str:
         return "the database cannot be read"
     equal_s = history["last_equal_s"]
     agrees = "not yet in sync" if equal_s is None else f"in sync with a neighbour {format_duration(equal_s)} ago"
-    return f"{history['count']} observations, digest {history['digest'][:12]}, {agrees}"
+    return f"{plural(history['count'], 'observation')}, digest {history['digest'][:12]}, {agrees}"
 
 
 def _describe_chain(chain: "ChainStatus") -> str:
@@ -141,10 +141,12 @@ def _describe_chain(chain: "ChainStatus") -> str:
 
 
 def _describe_selection(selection: "SelectionStatus") -> str:
-    basis = f"by a model of {selection['experiences']} observations" if selection["experiences"] else "by rule"
+    basis = (
+        f"by a model of {plural(selection['experiences'], 'observation')}" if selection["experiences"] else "by rule"
+    )
     return (
-        f"chosen {basis}; {selection['trials']} trials took {format_duration(selection['trial_s'])}, "
-        f"{selection['explored_jobs']} of {selection['jobs']} jobs explored"
+        f"chosen {basis}; {plural(selection['trials'], 'trial')} took {format_duration(selection['trial_s'])}, "
+        f"{selection['explored_jobs']} of {plural(selection['jobs'], 'job')} explored"
     )
 
 
@@ -191,14 +193,14 @@ def _describe_problems(peer: "PeerStatus") -> str:
         parts.append(f"banned for {format_duration(ban['left_s'])}: {ban['reason']}")
     if sessions := peer["sessions"]:
         for what in ("refused", "failed"):
-            parts += [f"{count} sessions {what}: {reason}" for reason, count in sessions[what].items()]
+            parts += [f"{plural(count, 'session')} {what}: {reason}" for reason, count in sessions[what].items()]
         if sessions["faults"]:
-            parts.append(f"{sessions['faults']} faults")
+            parts.append(plural(sessions["faults"], "fault"))
         if sessions["held_sessions"]:
-            held = f"{sessions['held_positions']} positions and {format_bytes(sessions['held_bytes'])}"
-            parts.append(f"holds {held} in {sessions['held_sessions']} sessions")
+            held = f"{plural(sessions['held_positions'], 'position')} and {format_bytes(sessions['held_bytes'])}"
+            parts.append(f"holds {held} in {plural(sessions['held_sessions'], 'session')}")
     if jobs := peer["jobs"]:
-        parts += [f"{jobs[what]} jobs {what}" for what in ("failed", "lagged") if jobs[what]]
+        parts += [f"{plural(jobs[what], 'job')} {what}" for what in ("failed", "lagged") if jobs[what]]
         if jobs["avoided_s"]:
             parts.append(f"avoided for {format_duration(jobs['avoided_s'])}")
     return "; ".join(parts)

@@ -11,7 +11,7 @@ import trio
 
 from node.cli.client import RefusedError
 from node.cli.explain import short_method
-from node.cli.output import CommandError, format_duration, new_table, out, printable
+from node.cli.output import CommandError, format_duration, new_table, out, plural, printable
 from node.cli.status_tables import WATCH_INTERVAL_S, coverage_bar, describe_state, short_address, texts
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Overview:
             f"{status['api_url']}\n"
             f"{sum(speeds.values()):.1f} tokens/s   jobs {counts['running']} running, {counts['done']} done, "
             f"{counts['failed']} failed   load {_percent(busy)}   "
-            f"{status['connected_peers']} peer{'' if status['connected_peers'] == 1 else 's'} connected   q quits"
+            f"{plural(status['connected_peers'], 'peer')} connected   q quits"
         )
         is_narrow = out().width < WIDE
         tables = [_peers_table(status, peers, busy, is_narrow=is_narrow), _models_table(models)]

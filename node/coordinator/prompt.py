@@ -60,11 +60,10 @@ async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
         raise JobError(JobErrorCode.INVALID, str(error)) from None
     if not tokens:
         raise JobError(JobErrorCode.INVALID, "the prompt is empty: give at least one token")
-    if not 0 <= min(tokens) <= max(tokens) < model.vocabulary_size:
-        raise JobError(
-            JobErrorCode.INVALID,
-            f"the prompt has token ids {min(tokens)} to {max(tokens)}: this model has 0 to {model.vocabulary_size - 1}",
-        )
+    unknown = next((token for token in tokens if not 0 <= token < model.vocabulary_size), None)
+    if unknown is not None:
+        message = f"the prompt has the token id {unknown}: this model has 0 to {model.vocabulary_size - 1}"
+        raise JobError(JobErrorCode.INVALID, message)
     return Prompt(tokens, chat_format)
 
 

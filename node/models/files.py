@@ -61,8 +61,8 @@ def check_space(folder: Path, needed: int, *, reserve: int = 0, evictable: int =
     if free < needed:
         beyond = f" beyond the reserve of {reserve >> 20} MiB" if reserve else ""
         raise ModelError(
-            f"the package needs {needed >> 20} MiB, and {free >> 20} MiB are free{beyond} in {folder}: free some space, "
-            "or set METASWARM_CACHE_DIR to another disk"
+            f"the package needs {needed >> 20} MiB, and {free >> 20} MiB are free{beyond} in {folder}: free some "
+            "space, or set METASWARM_CACHE_DIR to another disk"
         )
 
 

@@ -47,10 +47,14 @@ def shortage(manifest: Manifest, blocks: BlockRange, span_bytes: int, device: st
         return None
     needed = span_bytes_for(manifest, blocks, device)
     fitting = fitting_span(model, blocks, engine_bytes, costs)
-    instead = f"blocks {fitting} would fit" if fitting else "not even one block would fit"
+    units = manifest.cuts.units_of(blocks)
+    if fitting:
+        instead = f"; blocks {fitting} would fit"
+    else:  # of one unit it goes without saying
+        instead = "" if units and len(units) == 1 else "; not even one block would fit"
     return (
         f"it needs {mebibytes(needed)} of memory ({plan}, and replay buffers), {mebibytes(needed - span_bytes)} more "
-        f"than it has: see --memory; {instead}"
+        f"than it has: see --memory{instead}"
     )
 
 

@@ -254,6 +254,7 @@ class FakeNode:
             raise JobError(JobErrorCode.INVALID, str(error)) from None
         plain = [run(1.0) for _ in range(spec.rounds)]
         faster = [run(0.5 + 0.05 * (number % 2)) for number in range(spec.rounds)]
+
         def tried(each: Method) -> MethodTrial:
             if not each.exact and spec.quality is QualityBound.EXACT:
                 return MethodTrial(method=each, error=f"{each.name} is not exact: use --quality near or any")

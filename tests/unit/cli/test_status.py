@@ -59,11 +59,11 @@ def test_prints_refusals_and_failures_of_peers() -> None:
     for fact in (
         "banned for 7.00 s: a bad signature",
         "2 sessions refused: full",
-        "1 sessions failed: engine",
+        "1 session failed: engine",
         "4 faults",
-        "holds 64 positions and 2.0 KiB in 1 sessions",
+        "holds 64 positions and 2.0 KiB in 1 session",
         "2 jobs failed",
-        "1 jobs lagged",
+        "1 job lagged",
         "avoided for 30 s",
     ):
         assert fact in said
@@ -113,7 +113,7 @@ def test_watch_repeats(api: list[str]) -> None:
 
 def test_error_for_url_without_node(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
     url = serve(FakeNode())
-    assert run(["status", "--api", f"{url}/v1"]) == 1
+    assert run(["status", "--api", f"{url}/other"]) == 1
     assert capsys.readouterr().err.startswith("metaswarm: ")
 
 

@@ -152,8 +152,10 @@ def test_dash_reads_stdin(node: FakeNode, api: list[str], monkeypatch: pytest.Mo
     [
         (
             [],
-            "no model is complete in this swarm: serve one with `metaswarm node --serve MODEL`; "
-            "incomplete: tiny (no peer serves blocks 1-3), ",
+            (
+                "no model is complete in this swarm: serve one with `metaswarm node --serve MODEL`; "
+                "incomplete: tiny (no peer serves blocks 1-3), "
+            ),
         ),
         ([0, 1], "several models are complete; choose one with --model: tiny, broken"),
     ],

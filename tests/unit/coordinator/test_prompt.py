@@ -157,3 +157,8 @@ def test_final_message_is_continued_as_transformers_does() -> None:
     for template in (AS_QWEN3, AS_DEEPSEEK_R1, "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}"):
         expected = render_jinja_template([turns], chat_template=template, continue_final_message=True)[0][0]
         assert ChatTemplate(template).render(turns, {}, continue_final_message=True) == expected
+
+
+async def test_token_id_outside_the_vocabulary_is_named() -> None:
+    with pytest.raises(JobError, match="has the token id 60000: this model has 0 to 599$"):
+        await read_prompt(JobRequest(model="tiny", prompt_tokens=(3, 60000)), model_with(WITHOUT))

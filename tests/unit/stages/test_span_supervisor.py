@@ -289,7 +289,9 @@ async def test_node_that_cannot_hold_a_block_says_how_much_memory_is_missing(vir
             shape = await super().manifest(text, **options)
             return replace(shape, blocks=tuple(replace(each, size_bytes=64 << 20) for each in shape.blocks))
 
-    line = r"cannot serve fake, not even its blocks \d-\d: it needs 7\d MiB of memory .* more than it has: see --memory"
+    line = (
+        r"cannot serve fake, not even its blocks \d-\d: it needs 7\d MiB of memory .* more than it has: see --memory$"
+    )
     with pytest.RaisesGroup(pytest.RaisesExc(StartError, match=line), flatten_subgroups=True):
         async with open_swarm() as swarm:
             await swarm.join_where_needed(4, Large())
