@@ -91,7 +91,7 @@ class OpenRoute:
         self._links: dict[int, OutboundLink] = {}
         self._unwatch: list[Callable[[], None]] = []
         self._sources: set[InboundLink] = set()
-        self._reader = OutputReader(request.sampling)
+        self._reader = OutputReader(request.sampling, request.vocabulary_size)
         # The last stage may send this many outputs and no more: the channel is full only if it lies.
         self._outputs_in, self._outputs = trio.open_memory_channel[LastStageOutput](self._reader.most)
         self._lost: SessionLost | None = None

@@ -1,7 +1,7 @@
 """What the last stage of a route sends to the coordinator: tokens, scores of the prompt, or its embedding."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 from protocol.messages import FinishReason, Sampling, Slice
@@ -27,10 +27,15 @@ LastStageOutput: TypeAlias = "SampledToken | PromptScores | array[float]"
 
 
 class OutputReader:
-    """Reads the messages of a last stage. `most`: rows, and outputs of all messages together, at most."""
+    """Reads the messages of a last stage. `most`: rows, and outputs of all messages together, at most.
 
-    def __init__(self, sampling: Sampling) -> None:
+    Token ids outside the vocabulary are refused here: one that became part of the text would fail every replay of it,
+    at honest stages.
+    """
+
+    def __init__(self, sampling: Sampling, vocabulary_size: int) -> None:
         self._sampling = sampling
+        self._vocabulary_size = vocabulary_size
         self._unscored: Sequence[int] | None = None if sampling.prompt_logprobs else ()
         """The tokens of the prompt whose scores are to come next; None before that is known."""
         self.most = sampling.max_tokens + (sampling.prompt_length if sampling.prompt_logprobs else 0)
@@ -49,17 +54,27 @@ class OutputReader:
         count = min(len(self._unscored), tensor.rows)
         scores = self._read_scores(part, tensor.cut(0, count), self._unscored)
         drawn = tensor.cut(count, tensor.rows)
-        logprobs = logprobs_from_tensor(drawn) if self._sampling.logprobs else [None] * drawn.rows
+        logprobs = self._logprobs(drawn) if self._sampling.logprobs else [None] * drawn.rows
         tokens = drawn_tokens(drawn)
+        self._check(tokens)
         finish = [*[None] * (len(tokens) - 1), part.finish_reason] if tokens else []
         return [*scores, *(SampledToken(*each) for each in zip(tokens, finish, logprobs, strict=True))]
 
     def _read_scores(self, part: Slice, tensor: Tensor, unscored: Sequence[int]) -> list[PromptScores]:
         if not tensor.rows:
             return []
-        found = logprobs_from_tensor(tensor)
+        found = self._logprobs(tensor)
         begins = self._sampling.prompt_length - len(unscored)
         if part.position != begins or [each.token for each in found] != list(unscored[: len(found)]):
             raise ValueError("scores of other tokens than the prompt's next ones")
         self._unscored = unscored[len(found) :]
         return [PromptScores(found)]
+
+    def _logprobs(self, tensor: Tensor) -> list[TokenLogprobs]:
+        found = logprobs_from_tensor(tensor)
+        self._check(token for each in found for token, _ in each.likeliest)
+        return found
+
+    def _check(self, tokens: Iterable[int]) -> None:
+        if not all(0 <= token < self._vocabulary_size for token in tokens):
+            raise ValueError(f"a token id is not from 0 to {self._vocabulary_size - 1}")

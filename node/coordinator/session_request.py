@@ -42,6 +42,7 @@ class SessionRequest:
     prefix: bytes
     sampling: Sampling
     hidden_size: int
+    vocabulary_size: int
     background: bool = False
     agreed: Agreement | None = None
     request_id: str = ""
@@ -133,6 +134,7 @@ async def request_sessions(
         prefix=b"".join(job.claim.pages) if uses_prefixes else b"",
         sampling=job.next_sampling(),
         hidden_size=job.model.hidden_size,
+        vocabulary_size=job.model.vocabulary_size,
         background=job.request.background,
         agreed=agreed and agreed.for_task(context.task_kind),
         request_id=job.request_id,

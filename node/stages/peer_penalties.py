@@ -1,5 +1,6 @@
 """Per-peer records: what each peer has requested of the stages here, for `status`, and the backoff for its faults."""
 
+import enum
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,15 @@ FORGIVEN_AFTER_S: Final = 60.0
 """One fault less counts after each such time without any."""
 
 _logger = structlog.get_logger(__name__)
+
+
+class Charged(enum.Enum):
+    """Whose next Opens wait for invalid rows."""
+
+    OPENER = enum.auto()
+    SENDER = enum.auto()
+    NOBODY = enum.auto()
+    """Unless the opener sent them itself."""
 
 
 @dataclass(slots=True, kw_only=True)

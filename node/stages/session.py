@@ -3,7 +3,7 @@
 Rows are checked before they are queued for the engine, where they share a step with those of others: shape and number
 when the step's header arrives, so that nothing is buffered that will not be taken, and values when they are complete.
 Rows that fail cost the session. Its opener is told who sent them, and is charged, as it decides what a stage sends
-where; values that no honest stage sends are charged to their sender.
+where; for values that no honest stage sends their sender is, and for foreign token ids only an opener that sent them.
 """
 
 from array import array
@@ -22,6 +22,7 @@ from node.engine.kv_allocator import HIDDEN_DTYPES
 from node.links.base_link import LinkBroken
 from node.links.inbound_link import InboundLink
 from node.stages.outbox import Outbox, Output, StepLoop, max_rows
+from node.stages.peer_penalties import Charged
 from node.stages.replay_buffer import ReplayBuffer, ReplayMemory, ResumableState
 from node.stages.scheduler import Work
 from node.stages.session_report import SessionPhases
@@ -50,8 +51,10 @@ class SpanPort(StepLoop, Protocol):
     def fail(self, session: "StageSession", reason: FailureReason, message: str, blamed: PeerId | None = None) -> None:
         """Report to the coordinator that the session is lost here, and free it."""
 
-    def reject(self, session: "StageSession", sender: InboundLink, fault: str, *, by_sender: bool = False) -> None:
-        """Fail a session because of invalid rows, and charge its opener or their sender."""
+    def reject(
+        self, session: "StageSession", sender: InboundLink, fault: str, charged: Charged = Charged.OPENER
+    ) -> None:
+        """Fail a session because of invalid rows, and charge a peer with them."""
 
 
 class StageSession:
@@ -214,8 +217,10 @@ class StageSession:
         if fault := self._header_fault(part, dtype, width):
             self._span.reject(self, link, fault)
             return False
-        positions = self.request.positions
-        if self.held_rows + part.rows > positions:
+        if any(draft >= self.info.vocabulary_size for draft in part.drafts):
+            self._span.reject(self, link, f"a draft is not below {self.info.vocabulary_size}", Charged.NOBODY)
+            return False
+        if self.held_rows + part.rows > (positions := self.request.positions):
             fault = f"{part.rows} rows beside {self.held_rows} that wait, where {positions} positions are reserved"
             self._span.reject(self, link, fault)
             if link.peer == self.opened_by.peer:  # else it may be the opener's doing that so many arrive
@@ -236,8 +241,6 @@ class StageSession:
             return f"rows up to position {part.position + part.rows} of {positions}"
         if part.draws > len(part.drafts) + 1:
             return f"{part.draws} tokens to draw after {len(part.drafts)} drafts"
-        if any(draft >= info.vocabulary_size for draft in part.drafts):
-            return f"a draft is not below {info.vocabulary_size}"
         return None
 
     def receive(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
@@ -274,8 +277,7 @@ class StageSession:
             else:
                 check_tensor(tensor)
         except BadRows as fault:
-            # Token ids may come of another model, with which the opener has linked this one up.
-            self._span.reject(self, link, str(fault), by_sender=not self.info.is_first)
+            self._span.reject(self, link, str(fault), Charged.NOBODY if self.info.is_first else Charged.SENDER)
             return False
         return True
 

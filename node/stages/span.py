@@ -28,7 +28,7 @@ from node.stages.draft_model import DraftModel
 from node.stages.engine_loop import EngineLoop
 from node.stages.fair_share import UnmetDemand
 from node.stages.outbox import Output, send_outputs
-from node.stages.peer_penalties import PeerPenalties
+from node.stages.peer_penalties import Charged, PeerPenalties
 from node.stages.replay_buffer import ReplayMemory
 from node.stages.scheduler import PolicyController, Scheduler, Work
 from node.stages.session import StageSession
@@ -159,23 +159,25 @@ class Span(EngineLoop):
             session.opened_by.fail(session.id, reason, message, blamed)
             self.end(session)
 
-    def reject(self, session: StageSession, sender: InboundLink, fault: str, *, by_sender: bool = False) -> None:
-        """Fail a session because of invalid rows.
+    def reject(self, session: StageSession, sender: InboundLink, fault: str, charged: Charged = Charged.OPENER) -> None:
+        """Fail a session because of invalid rows, and tell the opener who sent them.
 
-        The opener is told who sent them. It is charged for them, as it can make an honest stage send rows of the wrong
-        shape, number or position; `by_sender`: the sender is, because nobody else can have made them.
+        The opener is charged for them, as it can make an honest stage send rows of the wrong shape, number or position;
+        the sender for those that nobody else can have made.
         """
         if session.is_ended:
             return
         self.engine.uncache(session.id)  # what the sender sent before may be wrong, too
-        self._records.fault(
-            sender.peer if by_sender else session.opened_by.peer,
-            trio.current_time(),
-            session=str(session.id),
-            request_id=session.request.request_id or "-",
-            sender=sender.peer,
-            reason=fault,
-        )
+        opener = session.opened_by.peer
+        if charged is not Charged.NOBODY or sender.peer == opener:
+            self._records.fault(
+                sender.peer if charged is Charged.SENDER else opener,
+                trio.current_time(),
+                session=str(session.id),
+                request_id=session.request.request_id or "-",
+                sender=sender.peer,
+                reason=fault,
+            )
         self.fail(session, FailureReason.ENGINE, f"cannot take rows of {sender.peer}: {fault}", sender.peer)
 
     def end(self, session: StageSession) -> None:

@@ -271,27 +271,30 @@ class _Session:
         if sampling is None or history is None:
             return []
         following = history.following(position, sampling.scored_rows(position, len(rows)))
-        return [fake_score(row, token, sampling.logprobs) for row, token in zip(rows, following, strict=False)]
+        return [
+            fake_score(row, token, sampling.logprobs, self.info.vocabulary_size)
+            for row, token in zip(rows, following, strict=False)
+        ]
 
     def reported(self, tokens: Sequence[int], scores: Sequence[list[float]] = ()) -> Tensor:
         """Return scores and tokens that were drawn, with what the options want beside them."""
         count = 0 if self._sampling is None else self._sampling.logprobs
         if not count:
             return tensor_from_tokens(tokens)
-        found = [*scores, *(fake_logprobs(token, count) for token in tokens)]
+        found = [*scores, *(fake_logprobs(token, count, self.info.vocabulary_size) for token in tokens)]
         rows = np.array(found, np.float32).reshape(-1, 2 * count)
         return Tensor(DType.FLOAT32, rows.shape, rows.tobytes())
 
 
-def fake_score(row: bytes, token: int, count: int) -> list[float]:
+def fake_score(row: bytes, token: int, count: int, vocabulary_size: int) -> list[float]:
     """Return a token's score, which depends on all rows before it, and those of the tokens that follow it in number."""
     scores = [-_digest("score", row, token + number)[0] / 16 for number in range(count)]
-    return [value for number, score in enumerate(scores) for value in (token + number, score)]
+    return [value for number, score in enumerate(scores) for value in ((token + number) % vocabulary_size, score)]
 
 
-def fake_logprobs(token: int, count: int) -> list[float]:
+def fake_logprobs(token: int, count: int, vocabulary_size: int) -> list[float]:
     """Return a row of log probabilities: a token, the same again as the likeliest, and others that follow it."""
-    pairs = [(token, -0.5), *((token + number, -0.5 * (number + 1)) for number in range(count - 1))]
+    pairs = [(token, -0.5), *(((token + number) % vocabulary_size, -0.5 * (number + 1)) for number in range(count - 1))]
     return [value for pair in pairs for value in pair]
 
 
@@ -324,7 +327,7 @@ def expected_scores(info: SpanInfo, prompt: Sequence[int]) -> list[float]:
     whole = replace(info, blocks=BlockRange(0, info.block_count))
     session = _Session(whole, SessionOptions(variant=REFERENCE), {}, KvReservation(positions=len(prompt), pages=pages))
     rows = session.run(0, [_embed(info, token) for token in prompt])
-    return [fake_score(row, token, 1)[1] for row, token in zip(rows, prompt[1:], strict=False)]
+    return [fake_score(row, token, 1, info.vocabulary_size)[1] for row, token in zip(rows, prompt[1:], strict=False)]
 
 
 def expected_embedding(info: SpanInfo, prompt: Sequence[int], pooling: Pooling) -> list[float]:

@@ -1,6 +1,6 @@
 """A job whose stage is lost and has no other holder: it ends soon, unless somebody known could take the place."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
@@ -13,14 +13,14 @@ from trio.testing import MockClock
 
 from node.coordinator.submission import USUAL_TOKENS, JobError, JobErrorCode, JobRequest, JobResult, TextDelta
 from node.engine.activation_codec import encode_rows
-from node.engine.interface import SliceInput
+from node.engine.interface import SliceInput, StepResult
 from node.testing.fake_engine import FakeEngine, expected_tokens, fake_span_info
 from protocol.announcements import Placement
 from protocol.identity import BlockRange, Stage
 from protocol.messages import FinishReason
-from protocol.tensors import Tensor
+from protocol.tensors import Tensor, tensor_from_tokens
 from selector.task import method
-from tests.support.job_peers import BLOCKS, Peer, Swarm, open_swarm
+from tests.support.job_peers import BLOCKS, VOCABULARY, Peer, Swarm, open_swarm
 from tests.unit.coordinator.test_jobs import PROMPT, THIRDS, right_tokens
 
 REQUEST = JobRequest(model="fake", prompt=PROMPT, max_tokens=40)
@@ -266,3 +266,67 @@ async def test_nothing_is_kept_of_what_a_stage_sent_whose_rows_are_rejected_late
             result = await peer.run(request)
         assert result.replays
         assert result.token_ids == expected_tokens(info, prompt, 5)
+
+
+def faults_at(*peers: Peer) -> list[int]:
+    """Return how many faults peers have put down to others."""
+    return [sum(each.faults for each in peer.stages.peer_statistics().values()) for peer in peers]
+
+
+def answering(
+    engine: FakeEngine, change: Callable[[Tensor], Tensor], after: int
+) -> Callable[..., Awaitable[StepResult]]:
+    """Return the step of an engine that changes its outputs after so many steps."""
+    step, steps = engine.step, 0
+
+    async def changed(slices: Sequence[SliceInput]) -> StepResult:
+        nonlocal steps
+        result = await step(slices)
+        steps += 1
+        outputs = [replace(output, tensor=change(output.tensor)) for output in result.outputs]
+        return replace(result, outputs=tuple(outputs)) if steps > after else result
+
+    return changed
+
+
+@pytest.mark.parametrize("top", [None, 3])
+async def test_token_outside_the_vocabulary_costs_the_last_stage_alone(
+    virtual_clock: MockClock, top: int | None
+) -> None:
+    def spoil(tensor: Tensor) -> Tensor:
+        if top is None:
+            return tensor_from_tokens([5 * VOCABULARY] * tensor.rows)
+        row = np.frombuffer(tensor.data, np.float32).reshape(tensor.shape).copy()
+        row[:, 0] = 5 * VOCABULARY
+        return Tensor(tensor.dtype, tensor.shape, row.tobytes())
+
+    async with open_swarm() as swarm:
+        first, liar = await swarm.join((0, 4)), await swarm.join((4, 9))
+        peer = await swarm.join()
+        await swarm.settle()
+        await peer.run(REQUEST)  # so that it is known to be the faster one
+        honest = await swarm.join((4, 9), step_s=0.2)
+        await swarm.settle()
+        liar.engines[0].step = answering(liar.engines[0], spoil, after=2)  # type: ignore[method-assign]
+        result = await peer.run(replace(REQUEST, max_tokens=6, top_logprobs=top))
+        assert (result.token_ids, result.replays) == (right_tokens(6), 1)
+        assert [stage.peer for stage in result.route] == [first.id, honest.id]
+        assert {name for name, record in peer.coordinator.peer_records().items() if record.failed} == {liar.id}
+        assert faults_at(first, honest) == [0, 0]
+
+
+async def test_draft_outside_the_vocabulary_costs_the_drafting_stage_alone(virtual_clock: MockClock) -> None:
+    """Its tokenizer is the same, so the text would have been right."""
+    info = fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS, vocabulary_size=2 * VOCABULARY)
+    draft = FakeEngine(info, step_s=0.001)
+    draft.step = answering(draft, lambda tensor: tensor_from_tokens([VOCABULARY] * tensor.rows), after=0)  # type: ignore[method-assign]
+    async with open_swarm() as swarm:
+        liar = await swarm.join(THIRDS[0], draft=draft, vocabulary_size=2 * VOCABULARY)
+        honest = [await swarm.join(span) for span in THIRDS]
+        peer = await swarm.join()
+        await swarm.settle()
+        result = await peer.run(replace(REQUEST, method=method(speculation="draft-8").name))
+        assert (result.token_ids, result.replays) == (right_tokens(40), 1)
+        assert [stage.peer for stage in result.route] == [each.id for each in honest]
+        assert {name for name, record in peer.coordinator.peer_records().items() if record.failed} == {liar.id}
+        assert faults_at(*honest) == [0, 0, 0]

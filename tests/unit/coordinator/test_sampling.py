@@ -135,7 +135,7 @@ async def test_reports_log_probabilities_on_every_split_with_drafts_and_after_a_
                 (token, f"{token} ".encode(), -0.5) for token in tokens
             ]
             assert [[(each.token, each.logprob) for each in token.likeliest] for token in logprobs] == [
-                [(token + number, -0.5 * (number + 1)) for number in range(top)] for token in tokens
+                [((token + number) % VOCABULARY, -0.5 * (number + 1)) for number in range(top)] for token in tokens
             ]
 
 

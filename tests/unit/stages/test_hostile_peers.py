@@ -4,6 +4,7 @@ from array import array
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import trio
@@ -206,9 +207,8 @@ async def framed(span: tuple[int, int] = (3, 6)) -> AsyncIterator[Framed]:
         ((3, 6), hidden(), 3, True),
         ((3, 6), hidden(width=HIDDEN + 1), 0, True),
         ((3, 6), hidden(rows=POSITIONS), 0, False),
-        ((0, 9), tensor_from_tokens([VOCABULARY]), 0, True),
     ],
-    ids=["beyond its positions", "a gap", "another width", "twice all its positions", "tokens of another model"],
+    ids=["beyond its positions", "a gap", "another width", "twice all its positions"],
 )
 async def test_opener_is_charged_for_rows_it_makes_others_send(
     virtual_clock: MockClock, span: tuple[int, int], tensor: Tensor, position: int, is_begun: bool
@@ -225,6 +225,21 @@ async def test_opener_is_charged_for_rows_it_makes_others_send(
         assert not each.sender.link.broken
         await trio.sleep(1)
         assert honest in each.opener.victim.stages.spans()[0].sessions
+
+
+@pytest.mark.parametrize(
+    ("span", "tensor", "changes"),
+    [((0, 9), tensor_from_tokens([VOCABULARY]), {}), ((3, 6), hidden(rows=2), {"draws": 2, "drafts": (VOCABULARY,)})],
+    ids=["token", "draft"],
+)
+async def test_nobody_is_charged_for_token_ids_of_a_lying_stage_or_another_model(
+    virtual_clock: MockClock, span: tuple[int, int], tensor: Tensor, changes: dict[str, Any]
+) -> None:
+    async with framed(span) as each:
+        session = await each.opener.begin(upstream=(each.sender.id,))
+        await each.sender.send(a_slice(session, tensor, **changes), tensor)
+        assert (await each.opener.until_lost()).blamed == each.sender.id
+        assert each.faults() == (0, 0)
 
 
 async def test_sender_is_charged_for_rows_no_honest_stage_sends(virtual_clock: MockClock) -> None:
