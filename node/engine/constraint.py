@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Final
 
 import msgpack
@@ -165,6 +166,8 @@ class Constraint:
         self._known = np.empty(0, np.int32)
         self._generation: int | None = None
         """The process that holds the text, if one does."""
+        self.spent_s = 0.0
+        """How long others have waited for its masks."""
 
     def allowed(self, text: Sequence[int]) -> tuple[Mask, bool]:
         """Return which tokens may follow those of a text, and whether it may end there.
@@ -172,12 +175,15 @@ class Constraint:
         Raises BadRequest where the schema admits none or costs too much, and EngineError.
         """
         tokens = np.asarray(text, np.int32)
+        began_s = perf_counter()
         try:
             answer = self._ask(tokens)
         except ProcessDied as died:
             if died.out_of_time:
                 raise BadRequest("the JSON Schema takes too much time: use a simpler one") from None
             answer = self._ask_again(tokens)
+        finally:
+            self.spent_s += perf_counter() - began_s
         return self._process.mask_of(answer["mask"]), answer["ends"]
 
     def _ask_again(self, tokens: npt.NDArray[np.int32]) -> dict[str, Any]:

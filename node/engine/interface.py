@@ -306,11 +306,16 @@ class SliceFault(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Outputs in the order of the inputs, without the slices that failed; seconds spent inside the forward passes."""
+    """Outputs in the order of the inputs, without the slices that failed; seconds spent inside the forward passes.
+
+    `left_out`: sessions whose slices have no output, as there was no time for the constraints of their texts. The same
+    slices are to be in the next step, without their history.
+    """
 
     outputs: tuple[SliceOutput, ...]
     compute_s: float
     faults: tuple[SliceFault, ...] = ()
+    left_out: tuple[SessionId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ It imports no engine, so that a worker loads only the one that it runs.
 import enum
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,10 @@ from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tens
 FREE_MEMORY_SHARE: Final = 0.5
 """What a shard takes of the free memory, by default."""
 
+CONSTRAINTS_S: Final = 0.25
+"""Once the constraints of a step's texts have taken this long, other such texts draw in the next one: all sessions wait
+for a step. What one text may cost beyond is bounded by `constraint_worker`."""
+
 KvT = TypeVar("KvT")
 """Where an engine holds the keys and values of one session."""
 
@@ -66,6 +70,8 @@ class ShardSession(Generic[KvT]):
     """Where draws depend on the tokens so far."""
     constraint: Constraint | None = None
     """Where the text follows a JSON Schema."""
+    left_out: int = 0
+    """Steps since its last output that had no time for its constraint."""
     pool: Pool | None = None
     """Where the prompt's embedding is wanted, and no text."""
 
@@ -92,6 +98,13 @@ class _Batch(Generic[KvT]):
     rows: dict[int, SessionRows[KvT]] = field(default_factory=dict)
     outputs: dict[int, SliceOutput] = field(default_factory=dict)
     faults: dict[int, SliceFault] = field(default_factory=dict)
+    left_out: list[SessionId] = field(default_factory=list)
+    constraints_s: float = 0.0
+    """How long the constraints of its texts have taken."""
+
+    def most_left_out(self, numbers: Iterable[int]) -> int:
+        """Return how often the slice that was left out most often was; of several groups its goes first."""
+        return max(self.sessions[number].left_out for number in numbers)
 
     def fail(self, number: int, error: Exception) -> None:
         message = str(error)
@@ -258,14 +271,15 @@ class Shard(ABC, Generic[KvT]):
         started_s = perf_counter()
         batch: _Batch[KvT] = _Batch(slices)
         try:
-            for (variant, blocks, pass_), numbers in self._grouped(batch).items():
+            groups = sorted(self._grouped(batch).items(), key=lambda group: -batch.most_left_out(group[1]))
+            for (variant, blocks, pass_), numbers in groups:
                 passes: dict[_Pass, Callable[[Variant, BlockRange, Sequence[SessionRows[KvT]]], _Outputs]] = {
                     _Pass.LOGITS: self._compute,
                     _Pass.STATES: self._embed,
                     _Pass.SCORES: self._score,
                 }
                 compute: _Compute[KvT] = partial(passes[pass_], variant, blocks)
-                for part in self._parts(variant, numbers):
+                for part in sorted(self._parts(variant, numbers), key=lambda part: -batch.most_left_out(part)):
                     self._run(batch, compute, part)
         except EngineError:
             for rows in slices:
@@ -274,10 +288,11 @@ class Shard(ABC, Generic[KvT]):
         for fault in batch.faults.values():
             self.close(fault.session)
         faults = tuple(fault for _, fault in sorted(batch.faults.items()))
-        if faults and not batch.outputs:
+        if faults and not (batch.outputs or batch.left_out):
             raise StepFailed(faults)
         outputs = tuple(output for _, output in sorted(batch.outputs.items()))
-        return StepResult(outputs=outputs, compute_s=perf_counter() - started_s, faults=faults)
+        compute_s, left_out = perf_counter() - started_s, tuple(batch.left_out)
+        return StepResult(outputs=outputs, compute_s=compute_s, faults=faults, left_out=left_out)
 
     def _grouped(self, batch: _Batch[KvT]) -> dict[tuple[Variant, BlockRange, _Pass], list[int]]:
         """Return the valid slices, by number, grouped by variant, blocks, and what is wanted of their rows."""
@@ -312,18 +327,9 @@ class Shard(ABC, Generic[KvT]):
                 batch.fail(numbers[0], error)
                 return
         else:
-            for number, output in zip(numbers, computed, strict=True):
-                rows, session = batch.slices[number], batch.sessions[number]
-                try:
-                    tensor = _output(rows, session, output)
-                except BadRequest as error:
-                    batch.fail(number, error)
-                    continue
-                except EngineError as error:  # never BadRows: the input was checked, so the fault is here
-                    batch.fail(number, EngineError(str(error)))
-                    continue
-                session.length = rows.position + rows.tensor.rows
-                batch.outputs[number] = SliceOutput(session=rows.session, tensor=tensor)
+            outputs = zip(numbers, computed, strict=True)
+            for number, output in sorted(outputs, key=lambda each: -batch.sessions[each[0]].left_out):
+                _finish(batch, number, output)
             return
         middle = len(numbers) // 2
         for half in (numbers[:middle], numbers[middle:]):
@@ -356,6 +362,29 @@ def _scored_tokens(rows: SliceInput, session: ShardSession[Any]) -> Sequence[int
     if rows.history is not None:
         history.reset(rows.history)
     return history.following(rows.position, sampling.scored_rows(rows.position, rows.tensor.rows))
+
+
+def _finish(batch: _Batch[Any], number: int, output: Array | Scored) -> None:
+    """Make a slice's output of what was computed, or leave it out where its constraint has no time in this step."""
+    rows, session = batch.slices[number], batch.sessions[number]
+    constraint = session.constraint if rows.draws else None
+    if constraint is not None and batch.constraints_s >= CONSTRAINTS_S:
+        session.left_out += 1
+        batch.left_out.append(rows.session)
+        return
+    session.left_out = 0
+    before_s = constraint.spent_s if constraint is not None else 0.0
+    try:
+        tensor = _output(rows, session, output)
+    except BadRequest as error:
+        batch.fail(number, error)
+    except EngineError as error:  # never BadRows: the input was checked, so the fault is here
+        batch.fail(number, EngineError(str(error)))
+    else:
+        session.length = rows.position + rows.tensor.rows
+        batch.outputs[number] = SliceOutput(session=rows.session, tensor=tensor)
+    if constraint is not None:
+        batch.constraints_s += constraint.spent_s - before_s
 
 
 def _output(rows: SliceInput, session: ShardSession[Any], output: Array | Scored) -> Tensor:

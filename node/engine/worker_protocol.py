@@ -25,10 +25,11 @@ shapes.
 | loaded | the span's info, variants |
 | ready | call: the variant is built, or what was wanted is loaded |
 | failed | error, a line: the span cannot be loaded |
-| result | call, compute_s, tensors, each [dtype, shape], in the order of the slices; faults |
+| result | call, compute_s, tensors, each [dtype, shape], in the order of the slices; faults, left_out |
 | error | call, error, a line: the step's sessions are closed, or what was wanted is not there; faults, by_request |
 
 faults: of each slice that failed, and has no tensor, [session, error, by_rows, by_request]; its session is closed.
+left_out: the session of each slice that has no tensor either, and is to be in the next step.
 """
 
 import pickle
@@ -145,17 +146,19 @@ def encode_result(call: int, result: StepResult) -> list[Buffer]:
     """Return the frame of a step's result."""
     tensors = [output.tensor for output in result.outputs]
     answer: Header = {"did": "result", "call": call, "compute_s": result.compute_s, "faults": result.faults}
+    answer["left_out"] = result.left_out
     return encode_frame(answer | {"tensors": [(tensor.dtype, tensor.shape) for tensor in tensors]}, tensors)
 
 
 def decode_result(header: Header, payload: memoryview, order: Sequence[SessionId]) -> StepResult:
     """Return the result of a step, whose slices belonged to these sessions."""
     faults = decode_faults(header)
-    failed = {fault.session for fault in faults}
-    sessions = [session for session in order if session not in failed]
+    left_out = tuple(map(decode_session, header["left_out"]))
+    without = {*left_out, *(fault.session for fault in faults)}
+    sessions = [session for session in order if session not in without]
     tensors = split_payload(header["tensors"], payload)
     outputs = tuple(SliceOutput(session=s, tensor=tensor) for s, tensor in zip(sessions, tensors, strict=True))
-    return StepResult(outputs=outputs, compute_s=header["compute_s"], faults=faults)
+    return StepResult(outputs=outputs, compute_s=header["compute_s"], faults=faults, left_out=left_out)
 
 
 def encode_error(call: int, error: EngineError) -> list[Buffer]:

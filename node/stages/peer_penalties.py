@@ -28,7 +28,7 @@ FORGIVEN_AFTER_S: Final = 60.0
 _logger = structlog.get_logger(__name__)
 
 
-class Charged(enum.Enum):
+class Charge(enum.Enum):
     """Whose next Opens wait for invalid rows."""
 
     OPENER = enum.auto()

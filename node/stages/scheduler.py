@@ -174,6 +174,12 @@ class Scheduler(Generic[L]):
         self._served.setdefault(work.coordinator, min(self._served.values(), default=0))
         self.changed.set()
 
+    def put_back(self, work: Work[L]) -> None:
+        """Queue rows again that a step has left out, before the others of their session."""
+        self._waiting.setdefault(work.session, deque()).appendleft(work)
+        self._served.setdefault(work.coordinator, min(self._served.values(), default=0))
+        self.changed.set()
+
     def hold(self, session: SessionId) -> None:
         """Take no rows of a session until it is released: its outputs have nowhere to go."""
         self._held.add(session)

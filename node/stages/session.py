@@ -22,7 +22,7 @@ from node.engine.kv_allocator import HIDDEN_DTYPES
 from node.links.base_link import LinkBroken
 from node.links.inbound_link import InboundLink
 from node.stages.outbox import Outbox, Output, StepLoop, max_rows
-from node.stages.peer_penalties import Charged
+from node.stages.peer_penalties import Charge
 from node.stages.replay_buffer import ReplayBuffer, ReplayMemory, ResumableState
 from node.stages.scheduler import Work
 from node.stages.session_report import SessionPhases
@@ -51,9 +51,7 @@ class SpanPort(StepLoop, Protocol):
     def fail(self, session: "StageSession", reason: FailureReason, message: str, blamed: PeerId | None = None) -> None:
         """Report to the coordinator that the session is lost here, and free it."""
 
-    def reject(
-        self, session: "StageSession", sender: InboundLink, fault: str, charged: Charged = Charged.OPENER
-    ) -> None:
+    def reject(self, session: "StageSession", sender: InboundLink, fault: str, charged: Charge = Charge.OPENER) -> None:
         """Fail a session because of invalid rows, and charge a peer with them."""
 
 
@@ -218,7 +216,7 @@ class StageSession:
             self._span.reject(self, link, fault)
             return False
         if any(draft >= self.info.vocabulary_size for draft in part.drafts):
-            self._span.reject(self, link, f"a draft is not below {self.info.vocabulary_size}", Charged.NOBODY)
+            self._span.reject(self, link, f"a draft is not below {self.info.vocabulary_size}", Charge.NOBODY)
             return False
         if self.held_rows + part.rows > (positions := self.request.positions):
             fault = f"{part.rows} rows beside {self.held_rows} that wait, where {positions} positions are reserved"
@@ -277,7 +275,7 @@ class StageSession:
             else:
                 check_tensor(tensor)
         except BadRows as fault:
-            self._span.reject(self, link, str(fault), Charged.NOBODY if self.info.is_first else Charged.SENDER)
+            self._span.reject(self, link, str(fault), Charge.NOBODY if self.info.is_first else Charge.SENDER)
             return False
         return True
 
@@ -335,9 +333,8 @@ class StageSession:
 
     # Rows that are computed
 
-    def slice_input(self, work: Work[InboundLink], now_s: float) -> SliceInput:
-        """Return rows for the engine, with the history that it has not got yet, and count how long they waited."""
-        self.state.counters.queue_s += now_s - work.arrived_s
+    def slice_input(self, work: Work[InboundLink]) -> SliceInput:
+        """Return rows for the engine, with the history that it has not got yet."""
         history: Sequence[int] | None = None
         if work.part.draws or self._scored_rows(work.part):
             history, self._history = self._history, None
@@ -356,6 +353,7 @@ class StageSession:
         self.active_s = now_s = trio.current_time()
         phase = self.phases.prefill if work.is_prefill else self.phases.decode
         phase.add(work.rows, compute_s, queue_s, work.arrived_s, now_s)
+        counters.queue_s += queue_s
         counters.steps += 1
         counters.rows += work.rows
         counters.compute_s += compute_s

@@ -28,7 +28,7 @@ from node.stages.draft_model import DraftModel
 from node.stages.engine_loop import EngineLoop
 from node.stages.fair_share import UnmetDemand
 from node.stages.outbox import Output, send_outputs
-from node.stages.peer_penalties import Charged, PeerPenalties
+from node.stages.peer_penalties import Charge, PeerPenalties
 from node.stages.replay_buffer import ReplayMemory
 from node.stages.scheduler import PolicyController, Scheduler, Work
 from node.stages.session import StageSession
@@ -159,7 +159,7 @@ class Span(EngineLoop):
             session.opened_by.fail(session.id, reason, message, blamed)
             self.end(session)
 
-    def reject(self, session: StageSession, sender: InboundLink, fault: str, charged: Charged = Charged.OPENER) -> None:
+    def reject(self, session: StageSession, sender: InboundLink, fault: str, charged: Charge = Charge.OPENER) -> None:
         """Fail a session because of invalid rows, and tell the opener who sent them.
 
         The opener is charged for them, as it can make an honest stage send rows of the wrong shape, number or position;
@@ -169,9 +169,9 @@ class Span(EngineLoop):
             return
         self.engine.uncache(session.id)  # what the sender sent before may be wrong, too
         opener = session.opened_by.peer
-        if charged is not Charged.NOBODY or sender.peer == opener:
+        if charged is not Charge.NOBODY or sender.peer == opener:
             self._records.fault(
-                sender.peer if charged is Charged.SENDER else opener,
+                sender.peer if charged is Charge.SENDER else opener,
                 trio.current_time(),
                 session=str(session.id),
                 request_id=session.request.request_id or "-",
@@ -304,7 +304,7 @@ class Span(EngineLoop):
         self._in_step = frozenset(work.session for work in batch)
         result: StepResult | None = None
         try:
-            inputs = [session.slice_input(work, now_s) for work, session in zip(batch, sessions, strict=True)]
+            inputs = [session.slice_input(work) for work, session in zip(batch, sessions, strict=True)]
             result = await self.engine.step(inputs)
             faults = result.faults
         except StepFailed as failed:
@@ -317,11 +317,15 @@ class Span(EngineLoop):
             self._in_step = frozenset()
             self._stepped.unpark_all()  # they run once the outputs are sent: there is no checkpoint before
         failed_in = {fault.session: fault for fault in faults}
-        for work in batch:
+        left_out = result.left_out if result is not None else ()
+        for work, session in zip(batch, sessions, strict=True):
             if fault := failed_in.get(work.session):
                 self._fail_slice(work, fault)
+            elif work.session in left_out and not session.is_ended:
+                self.scheduler.put_back(work)
         if result is not None:
-            self._on_computed([work for work in batch if work.session not in failed_in], result, now_s)
+            without = failed_in.keys() | set(left_out)
+            self._on_computed([work for work in batch if work.session not in without], result, now_s)
 
     def _fail_slice(self, work: Work[InboundLink], fault: SliceFault) -> None:
         """Give up the session of a slice that failed in the engine."""

@@ -1,9 +1,10 @@
 """A job whose stage is lost and has no other holder: it ends soon, unless somebody known could take the place."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,9 +274,7 @@ def faults_at(*peers: Peer) -> list[int]:
     return [sum(each.faults for each in peer.stages.peer_statistics().values()) for peer in peers]
 
 
-def answering(
-    engine: FakeEngine, change: Callable[[Tensor], Tensor], after: int
-) -> Callable[..., Awaitable[StepResult]]:
+def answering(engine: FakeEngine, change: Callable[[Tensor], Tensor], after: int) -> Any:
     """Return the step of an engine that changes its outputs after so many steps."""
     step, steps = engine.step, 0
 

@@ -9,6 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, TextDelta, TokenLogprob
+from node.engine.interface import SliceInput, StepResult
 from node.links.outbound_link import OutboundLink
 from node.testing.fake_engine import FakeEngine, expected_tokens, fake_span_info
 from protocol.connection import PROTOCOL_IDS
@@ -257,3 +258,39 @@ async def test_seeds_are_taken_modulo_64_bits(virtual_clock: MockClock) -> None:
         for seed in (-1, -(2**63), 2**63 - 1):
             result = await peer.run(request(temperature=1.0, seed=seed))
             assert result.token_ids == right(20, temperature=1.0, seed=seed)
+
+
+@pytest.mark.parametrize("way", [WAYS[1], WAYS[4]])
+@pytest.mark.parametrize("speculation", ["off", "ngram-8"])
+async def test_text_is_the_same_where_steps_leave_slices_out(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any], speculation: str
+) -> None:
+    step, count = FakeEngine.step, 0
+
+    async def leave_out(engine: FakeEngine, slices: Sequence[SliceInput]) -> StepResult:
+        nonlocal count
+        if not engine.info.is_last:
+            return await step(engine, slices)
+        for rows in slices:  # as real engines, which keep it
+            if rows.history is not None:
+                engine._sessions[rows.session].history.reset(rows.history)  # type: ignore[union-attr]
+        slices = [replace(rows, history=None) for rows in slices]
+        count += 1
+        first, *others = slices if count % 2 else slices[::-1]
+        result = await step(engine, [first])
+        return replace(result, left_out=tuple(rows.session for rows in others))
+
+    monkeypatch.setattr(FakeEngine, "step", leave_out)
+    async with open_swarm() as swarm:
+        peer = await swarm_of(swarm, *THIRDS)
+        results: list[JobResult] = []
+
+        async def run() -> None:
+            name = method(engine="fused", speculation=speculation).name
+            results.append(await peer.run(request(**way, method=name)))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(run)
+        assert [result.token_ids for result in results] == [right(20, **way)] * 4
+        assert not any(result.replays for result in results)

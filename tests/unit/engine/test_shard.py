@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,21 @@ from transformers import AutoModelForCausalLM
 import node.engine.torch_shard
 from node.engine.interface import (
     REFERENCE,
+    BadRequest,
     EngineError,
     EngineFull,
     EngineOptions,
     ShardSource,
+    SliceFault,
     SliceInput,
+    SliceOutput,
     StepResult,
     Variant,
 )
 from node.engine.kv_cache import SlotMapping
 from node.engine.shard import SessionRows
 from node.engine.torch_shard import TorchShard, open_torch_shard
+from node.engine.worker_protocol import PREFIX, decode_header, decode_result, encode_result
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
@@ -270,6 +275,100 @@ def test_failed_forward_pass_costs_only_the_faulty_sessions(
     assert [tokens_from_tensor(output.tensor) for output in again.outputs] == [alone[n] for n in innocent]
     with pytest.raises(EngineError, match="not open"):
         step_all(sorted(guilty)[:1])
+
+
+class SlowConstraint:
+    """Takes a tenth of a second for each mask, without spending it, or fails."""
+
+    def __init__(self, schema: str) -> None:
+        self.schema = schema
+        self.spent_s = 0.0
+
+    def allowed(self, text: Sequence[int]) -> tuple[npt.NDArray[np.bool_], bool]:
+        self.spent_s += 0.1
+        if self.schema == "bad":
+            raise BadRequest("it admits nothing")
+        return np.ones(1000, np.bool_), True
+
+    def close(self) -> None:
+        pass
+
+
+def constrained(shard: TorchShard, monkeypatch: pytest.MonkeyPatch, *sessions: tuple[str, Variant]) -> InProcess:
+    """Open a session of a shard for each schema, which may be empty, and variant."""
+    opened = InProcess(shard)
+    monkeypatch.setattr(shard, "_constraint_process", lambda: SimpleNamespace(open=SlowConstraint))
+    for number, (schema, variant) in enumerate(sessions):
+        sampling = Sampling(max_tokens=9, json_schema=schema, prompt_length=len(PROMPT) if schema else 0)
+        opened.open_now(session(number), 40, replace(opened.options(sampling), variant=variant))
+    return opened
+
+
+def prompts(shard: InProcess, count: int, *, is_new: bool = True) -> StepResult:
+    """Run a step with the prompt of each session. `is_new`: their history was not given yet."""
+    rows = tensor_from_tokens(PROMPT)
+    return shard.step_now(
+        [
+            SliceInput(session=of, position=0, tensor=rows, draws=1, history=PROMPT if is_new else None)
+            for of in map(session, range(count))
+            if of in shard.shard._sessions
+        ]
+    )
+
+
+def test_constraints_of_a_step_have_a_quarter_of_a_second_together(
+    make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = make_tiny_model("llama")
+    computing = TorchShard(tiny.source(WHOLE), WHOLE, replace(OPTIONS, kv_positions=600))
+    shard = constrained(computing, monkeypatch, *[("{}", REFERENCE)] * 8, ("", REFERENCE))
+    served: list[set[int]] = []
+    tokens: set[int] = set()
+    for number in range(3):
+        result = prompts(shard, 9, is_new=not number)
+        served.append({of for of in range(9) if session(of) not in result.left_out})
+        assert [output.session for output in result.outputs] == [session(of) for of in sorted(served[-1])]
+        tokens.update(token for output in result.outputs for token in tokens_from_tensor(output.tensor))
+    # The last one has no schema. Those that had their turn come again once all others had theirs.
+    assert served == [{0, 1, 2, 8}, {3, 4, 5, 8}, {6, 7, 0, 8}]
+    assert tokens == {tiny.tokens[0]}
+
+
+def test_failed_constraints_leave_other_texts_out_and_do_not_end_them(
+    make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computing = TorchShard(make_tiny_model("llama").source(WHOLE), WHOLE, replace(OPTIONS, kv_positions=600))
+    shard = constrained(computing, monkeypatch, *[("bad", REFERENCE)] * 3, ("{}", REFERENCE))
+    result = prompts(shard, 4)
+    assert [fault.session for fault in result.faults] == [session(number) for number in range(3)]
+    assert (result.outputs, result.left_out) == ((), (session(3),))
+    assert len(prompts(shard, 4, is_new=False).outputs) == 1
+
+
+def test_variants_take_turns_for_the_time_of_constraints(
+    make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = Variant("fused", "fp32")
+    computing = TorchShard(make_tiny_model("llama").source(WHOLE), WHOLE, replace(OPTIONS, kv_positions=600))
+    computing.prepare(fused)
+    shard = constrained(computing, monkeypatch, *[("{}", REFERENCE)] * 3, ("{}", fused))
+    assert prompts(shard, 4).left_out == (session(3),)
+    assert prompts(shard, 4, is_new=False).left_out == (session(2),)
+
+
+def test_left_out_slices_survive_the_way_between_processes() -> None:
+    given = StepResult(
+        outputs=(SliceOutput(session=session(2), tensor=tensor_from_tokens([7])),),
+        compute_s=0.5,
+        faults=(SliceFault(session(0), "admits nothing", by_request=True),),
+        left_out=(session(1), session(3)),
+    )
+    frame = b"".join(encode_result(4, given))
+    length, payload_bytes = PREFIX.unpack_from(frame)
+    header = decode_header(frame[PREFIX.size : PREFIX.size + length])
+    found = decode_result(header, memoryview(frame)[-payload_bytes:], [session(number) for number in range(4)])
+    assert (found.faults, found.left_out, found.compute_s) == (given.faults, given.left_out, given.compute_s)
+    assert [(each.session, tokens_from_tensor(each.tensor)) for each in found.outputs] == [(session(2), [7])]
 
 
 def test_non_finite_outputs_fail_their_session_as_engine_fault(make_tiny_model: MakeTinyModel) -> None:
