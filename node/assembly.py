@@ -383,6 +383,7 @@ def build_consensus(
         models=served_models,
         hardware=lambda: None if network.inventory.capabilities() is None else network.own_hardware(),
         meter=meter,
+        clock_agrees=swarm.membership.heartbeats.clock.agrees,
     )
     clock = EpochClock(config.epoch_s)
 

@@ -114,7 +114,8 @@ class ChainNode:
         """Return the statements of the canonical branch after the first one of a locator that is on it."""
         store = self._environment.store
         epoch = await store.epoch_of(self.genesis, locator)
-        return await store.statements(self.genesis, after_epoch=-1 if epoch is None else epoch, limit=limit)
+        found = await store.statements(self.genesis, after_epoch=-1 if epoch is None else epoch, limit=limit)
+        return [each for each in found if each.epoch <= self.replica.chain.latest_epoch]
 
     async def head_without_state(self) -> Digest | None:
         """Return the head if the state after it is unknown and has to be fetched."""
@@ -155,19 +156,20 @@ class ChainNode:
         """Continue where the last process stopped."""
         now_s, own_peer = self.now_s(), self._environment.identity.peer_id
         participant, epoch = self.replica.participant, self.clock.epoch_at(now_s)
-        messages, complete = await self._recovery.load_messages()
+        participant.chain.follow_until(epoch + 1)
+        messages, closed, complete = await self._recovery.load_messages()
+        participant.signed.closed.update(closed)
         await self._recovery.load_branch()
         self._update_agreement()
         if not complete:
             # We may have voted or committed in this epoch already, with a database that was lost.
-            participant.voted_epoch = epoch
-            self._contributor.abstain(epoch)
+            participant.signed.closed.add(epoch - 1, epoch)
         for message in messages:
             if not isinstance(message.body, Reveal):  # a secret until its phase
                 self.replica.hold(message, now_s)
             match message.body:
                 case Signature() as signature if message.peer == own_peer:
-                    participant.voted_epoch = max(participant.voted_epoch, signature.epoch)
+                    participant.signed.voted.add(signature.epoch)
                     participant.chain.add_signature(signature)
                 case Commit() | Reveal():
                     self._contributor.restore(message, now_s)
@@ -182,8 +184,10 @@ class ChainNode:
         now_s = self.now_s()
         async with self.lock:
             proofs = [proof for message in inbox if (proof := self.replica.apply(message, now_s))]
-            if self.clock.epoch_at(now_s) > self._pruned_epoch:
+            if self.clock.epoch_at(now_s) != self._pruned_epoch:
                 self.prune(now_s)
+                if self.replica.is_state_missing():  # the clock was set back, and so was the head
+                    await self._recovery.load_state()
             await self._confirm_commits(now_s)
             due = [*await self._environment.offload(lambda: self._propose_and_vote(now_s)), *proofs]
             reveals = self._contributor.due_reveals(now_s)
@@ -206,8 +210,12 @@ class ChainNode:
             self.needs_sync.set()
 
     def prune(self, now_s: float) -> None:
-        """Drop the messages of past epochs."""
+        """Drop the messages of past epochs, and a chain whose final statements are of the future."""
         self._pruned_epoch = self.clock.epoch_at(now_s)
+        chain = self.replica.chain
+        if chain.root.epoch > self._pruned_epoch + 1 and self._environment.clock_agrees():
+            _logger.warning("chain dropped: a wrong clock signed its final statements", epoch=chain.root.epoch)
+            chain.start_anew()
         self.replica.prune(now_s)
         self._contributor.prune(self._pruned_epoch)
 

@@ -17,7 +17,15 @@ from protocol.consensus_values import Signature, Statement
 from protocol.errors import RemoteProtocolError
 from protocol.forms import Digest
 from protocol.identity import PeerId
-from selector.consensus.chain import GENESIS_EPOCH, RETAINED_ENTRIES, InvalidStatement, members_after
+from selector.consensus.chain import (
+    GENESIS_EPOCH,
+    RETAINED_ENTRIES,
+    SMALL_STALL_EPOCHS,
+    ChainEntry,
+    InvalidStatement,
+    members_after,
+)
+from selector.consensus.epoch_set import EpochRange
 
 PAGE: Final = 64
 """Statements that are read from the store at a time."""
@@ -26,9 +34,13 @@ _logger = structlog.get_logger(__name__)
 
 
 class RecoveredMessages(NamedTuple):
-    """Own messages of the last process. `complete`: there are some, and all of them could be read."""
+    """Own messages of the last process, and the epochs of which they were deleted.
+
+    `complete`: there are some, and all of them could be read.
+    """
 
     messages: list[SignedMessage]
+    closed: tuple[EpochRange, ...]
     complete: bool
 
 
@@ -58,7 +70,8 @@ class ChainRecovery:
                 messages.append(verify_message(envelope))
             except RemoteProtocolError as error:
                 _logger.warning("a saved consensus message is damaged; abstaining this epoch", reason=str(error))
-        return RecoveredMessages(messages, 0 < len(messages) == len(envelopes))
+        closed = await self._store.closed_epochs(self._genesis)
+        return RecoveredMessages(messages, closed, 0 < len(messages) == len(envelopes))
 
     async def save_messages(self, messages: Sequence[SignedMessage], oldest_epoch: int) -> None:
         """Save own messages; delete those before an epoch. Raises StorageError."""
@@ -74,21 +87,33 @@ class ChainRecovery:
                 self._saved.append(_SavedEntry(each.epoch, each.id, len(each.signatures)))
                 for envelope in (*each.signatures, each.envelope):
                     self._apply_evidence(verify_message(envelope))
-            saved = await self._store.state(self._genesis)
-            if saved is not None and (entry := self._replica.chain.entry(saved.statement)) and entry.statement:
-                self._replica.participant.adopt_state(join_state(decode_state(saved.state), entry.statement))
-                self._saved_state = saved.statement
+            await self.load_state()
         except (InvalidStatement, RemoteProtocolError, ValueError) as error:
             _logger.warning("the saved chain is damaged; fetching it from the swarm again", reason=str(error))
             await self._store.save_branch(self._genesis, -1, (), None)
             self._saved.clear()
+
+    async def load_state(self) -> None:
+        """Adopt the saved state after the head, if there is one. Raises StorageError."""
+        head, states = self._replica.chain.head, await self._store.states(self._genesis)
+        for saved in states:
+            if head.statement is None or saved.statement != head.id:
+                continue
+            try:
+                self._replica.participant.adopt_state(join_state(decode_state(saved.state), head.statement))
+            except (RemoteProtocolError, ValueError) as error:
+                _logger.warning("a saved state is damaged; fetching it from the swarm again", reason=str(error))
+            if saved is states[0]:  # else it is saved again, in place of the one in the future
+                self._saved_state = saved.statement
 
     async def save_branch(self, oldest_epoch: int) -> None:
         """Save how the canonical branch has changed. Raises StorageError.
 
         New signatures under a statement are saved if it is not older than `oldest_epoch`.
         """
-        entries = [_SavedEntry(entry.epoch, entry.id, len(entry.signers)) for entry in self._replica.chain.canonical()]
+        chain = self._replica.chain
+        # Our own vote counts before it is held, and is saved once it is.
+        entries = [_SavedEntry(each.epoch, each.id, len(self._signatures(each))) for each in chain.canonical()]
         counts = {each.id: each.signature_count for each in self._saved}
         changed = [
             each
@@ -96,12 +121,14 @@ class ChainRecovery:
             if each.id not in counts or (each.epoch >= oldest_epoch and counts[each.id] != each.signature_count)
         ]
         state = self._unsaved_state()
-        is_shorter = self._saved and entries and self._saved[-1].epoch > entries[-1].epoch
+        # What is of the future by our clock stays until something replaces it, in case the clock is behind.
+        is_shorter = self._saved and chain.head.epoch < self._saved[-1].epoch <= chain.latest_epoch
         if not changed and state is None and not is_shorter:
             return
-        after = min((each.epoch for each in changed), default=entries[-1].epoch + 1) - 1
-        replaced = [self._stored(each) for each in entries if each.epoch > after]
-        await self._store.save_branch(self._genesis, after, replaced, state)
+        unchanged = entries.index(changed[0]) if changed else len(entries)
+        after = entries[unchanged - 1].epoch if unchanged else chain.root.epoch
+        replaced = [self._stored(each) for each in entries[unchanged:]]
+        await self._store.save_branch(self._genesis, after, replaced, state, keeps_former=self._is_after_gap())
         self._saved = entries
         if state is not None:
             self._saved_state = state.statement
@@ -138,6 +165,10 @@ class ChainRecovery:
             case _:
                 raise RemoteProtocolError("a saved message is neither a statement nor a signature")
 
+    def _is_after_gap(self) -> bool:
+        head = self._replica.chain.head
+        return head.parent is not None and head.epoch - head.parent.epoch > SMALL_STALL_EPOCHS
+
     def _unsaved_state(self) -> StoredState | None:
         head, state = self._replica.chain.head, self._replica.participant.state()
         if head.statement is None or state is None or head.id == self._saved_state:
@@ -145,8 +176,10 @@ class ChainRecovery:
         return StoredState(head.id, encode_state(state_parts(state)))
 
     def _stored(self, saved: _SavedEntry) -> StoredStatement:
-        log, entry = self._replica.log, self._replica.chain.entry(saved.id)
-        signers = entry.signers if entry else set()
-        signatures = log.signatures.get(saved.id, {})
-        envelopes = tuple(signatures[peer].envelope for peer in sorted(signatures) if peer in signers)
-        return StoredStatement(saved.epoch, saved.id, log.statements[saved.id].envelope, envelopes)
+        entry, statement = self._replica.chain.entry(saved.id), self._replica.log.statements[saved.id]
+        signatures = tuple(each.envelope for each in self._signatures(entry)) if entry else ()
+        return StoredStatement(saved.epoch, saved.id, statement.envelope, signatures)
+
+    def _signatures(self, entry: ChainEntry) -> list[SignedMessage]:
+        signatures = self._replica.log.signatures.get(entry.id, {})
+        return [signatures[peer] for peer in sorted(entry.signers & signatures.keys())]

@@ -40,11 +40,6 @@ class Contributor:
         self._committed: set[tuple[int, Digest]] = set()
         """The epochs, and the heads in them, after which we have committed."""
         self._unrevealed: dict[Digest, SignedMessage] = {}
-        self._abstains_until = -1
-
-    def abstain(self, epoch: int) -> None:
-        """Neither commit nor reveal up to the end of an epoch, in which we may have done so and do not know how."""
-        self._abstains_until = epoch
 
     def restore(self, message: SignedMessage, now_s: float) -> None:
         """Take up a commit or a reveal of the last process."""
@@ -87,7 +82,7 @@ class Contributor:
         participant, epoch = self._participant, self._clock.epoch_at(now_s)
         key = (epoch, participant.chain.head.id)
         hardware = self._environment.hardware()
-        if epoch <= self._abstains_until:
+        if epoch in participant.signed.closed:
             return None
         if key in self._committed or hardware is None or not participant.is_selected(now_s):
             return None
@@ -119,14 +114,16 @@ class Contributor:
 
     def due_reveals(self, now_s: float) -> list[SignedMessage]:
         """Return the reveals whose phase has begun, with our inclusion list; once. Save them before publishing."""
-        if now_s < self._clock.reveals_begin_s(self._clock.epoch_at(now_s)):
+        epoch = self._clock.epoch_at(now_s)
+        if now_s < self._clock.reveals_begin_s(epoch) or epoch in self._participant.signed.closed:
             return []
-        due, self._unrevealed = list(self._unrevealed.values()), {}
-        due = [message for message in due if message.epoch > self._abstains_until]
+        due = [message for message in self._unrevealed.values() if message.epoch == epoch]
+        self._unrevealed = {key: message for key, message in self._unrevealed.items() if message.epoch != epoch}
         return [final for message in due if (final := self._with_list(message, now_s))]
 
     def prune(self, epoch: int) -> None:
         """Drop past epochs."""
+        self._participant.signed.closed.add(*(each for each, _ in self._committed if each < epoch - 1))
         self._committed = {key for key in self._committed if key[0] >= epoch - 1}
         self._readings = {key: value for key, value in self._readings.items() if key[0] >= epoch}
         self._unrevealed = {key: message for key, message in self._unrevealed.items() if message.epoch >= epoch}

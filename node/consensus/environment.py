@@ -67,6 +67,8 @@ class ConsensusEnvironment:
     meter: Callable[[ModelId], Meter]
     """Measures the methods of a model."""
     wall_clock: Callable[[], float] = time.time
+    clock_agrees: Callable[[], bool | None] = lambda: None
+    """Whether connected peers agree with our clock; None while that is not known."""
     offload: Offload = run_in_thread
     nonce: Callable[[], bytes] = fresh_nonce
     verify: Callable[[bytes], SignedMessage] = verify_message

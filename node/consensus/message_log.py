@@ -169,16 +169,15 @@ class MessageLog:
         return last != place.peer
 
     def prune(self, current_epoch: int, needed: Collection[Digest], knows: Callable[[PeerId], bool]) -> None:
-        """Drop past epochs, and the oldest evidence of statements that are not `needed`.
+        """Drop all but this epoch and its neighbours, and the oldest evidence of statements that are not `needed`.
 
         `knows`: whether a peer is a member or a candidate by now, against whom an old proof stays.
         """
-        oldest = current_epoch - 1
         for peer in [each for each, epoch in self._offences.items() if abs(epoch - current_epoch) > 1]:
             if not knows(peer):
                 self._acquit(peer)
-        self._held = {place: held for place, held in self._held.items() if place.epoch >= oldest}
-        self._unknown = {key: ranks for key, ranks in self._unknown.items() if key[0] >= oldest}
+        self._held = {place: held for place, held in self._held.items() if abs(place.epoch - current_epoch) <= 1}
+        self._unknown = {key: ranks for key, ranks in self._unknown.items() if abs(key[0] - current_epoch) <= 1}
         for evidence in (self.statements, self.signatures):
             for statement in [each for each in evidence if each not in needed][: max(0, len(evidence) - MAX_EVIDENCE)]:
                 del evidence[statement]

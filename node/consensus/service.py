@@ -136,7 +136,7 @@ class ConsensusService:
                 rules,
                 genesis,
                 self._environment.meter(model),
-                participates=partial(self._serves, model),
+                participates=partial(self._participates, model),
                 publish=self._publish,
             )
             self._chains[model] = self._by_genesis[genesis] = chain
@@ -158,8 +158,10 @@ class ConsensusService:
         self._running.pop(model).cancel()
         del self._by_genesis[self._chains.pop(model).genesis]
 
-    def _serves(self, model: ModelId) -> bool:
-        return self._environment.models().get(model, False)
+    def _participates(self, model: ModelId) -> bool:
+        """Return whether we serve a model, and our clock is not known to be wrong: else what we sign is of no use."""
+        environment = self._environment
+        return environment.models().get(model, False) and environment.clock_agrees() is not False
 
     async def _run_chain(self, chain: ChainNode, scope: trio.CancelScope) -> None:
         with scope:

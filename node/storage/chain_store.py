@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 
 from node.storage.database import Database
 from protocol.identity import PeerId
+from selector.consensus.epoch_set import EpochRange, EpochSet
 
 SCANNED: Final = 4096
 """Observations that one search for own uncommitted ones reads."""
@@ -44,12 +45,18 @@ class ChainStore:
         self._database = database
 
     async def save_messages(self, chain: bytes, rows: Sequence[tuple[bytes, int, bytes]], oldest_epoch: int) -> None:
-        """Save own messages (id, epoch, envelope), durable on return; delete those before `oldest_epoch`."""
+        """Save own messages (id, epoch, envelope), durable on return; delete those before `oldest_epoch`.
+
+        Of these the epochs stay known: see `closed_epochs`.
+        """
+        deleted = "SELECT DISTINCT epoch FROM consensus_records WHERE chain = ? AND epoch >= 0 AND epoch < ?"
         delete = "DELETE FROM consensus_records WHERE chain = ? AND epoch >= 0 AND epoch < ?"
         insert = "INSERT OR IGNORE INTO consensus_records (id, chain, epoch, envelope) VALUES (?, ?, ?, ?)"
 
         def save(connection: sqlite3.Connection) -> None:
-            connection.execute(delete, (chain, oldest_epoch))
+            if epochs := [epoch for (epoch,) in connection.execute(deleted, (chain, oldest_epoch))]:
+                _close_epochs(connection, chain, epochs)
+                connection.execute(delete, (chain, oldest_epoch))
             connection.executemany(insert, [(key, chain, epoch, envelope) for key, epoch, envelope in rows])
 
         await self._database.write(save)
@@ -59,12 +66,26 @@ class ChainStore:
         query = "SELECT envelope FROM consensus_records WHERE chain = ? ORDER BY epoch, id"
         return await self._database.read(lambda connection: [row[0] for row in connection.execute(query, (chain,))])
 
+    async def closed_epochs(self, chain: bytes) -> tuple[EpochRange, ...]:
+        """Return the epochs of which own messages were deleted."""
+        return (await self._database.read(partial(_closed_epochs, chain=chain))).ranges
+
     async def save_branch(
-        self, chain: bytes, after_epoch: int, statements: Sequence[StoredStatement], state: StoredState | None
+        self,
+        chain: bytes,
+        after_epoch: int,
+        statements: Sequence[StoredStatement],
+        state: StoredState | None,
+        *,
+        keeps_former: bool = False,
     ) -> None:
-        """Replace the canonical branch after an epoch by these statements, and the state by that given, if any."""
+        """Replace the canonical branch after an epoch by these statements, and the state by that given, if any.
+
+        `keeps_former`: keep the state that was saved last as the former one.
+        """
         delete = "DELETE FROM consensus_statements WHERE chain = ? AND epoch > ?"
         insert = "INSERT INTO consensus_statements (chain, epoch, id, envelope, signatures) VALUES (?, ?, ?, ?, ?)"
+        keep = "INSERT OR REPLACE INTO consensus_former_states SELECT * FROM consensus_states WHERE chain = ?"
         replace = "INSERT OR REPLACE INTO consensus_states (chain, statement, state) VALUES (?, ?, ?)"
         rows = [(chain, each.epoch, each.id, each.envelope, _packed(each.signatures)) for each in statements]
 
@@ -72,6 +93,8 @@ class ChainStore:
             connection.execute(delete, (chain, after_epoch))
             connection.executemany(insert, rows)
             if state is not None:
+                if keeps_former:
+                    connection.execute(keep, (chain,))
                 connection.execute(replace, (chain, state.statement, state.state))
 
         await self._database.write(save)
@@ -100,11 +123,14 @@ class ChainStore:
 
         return await self._database.read(read)
 
-    async def state(self, chain: bytes) -> StoredState | None:
-        """Return the state saved last."""
-        query = "SELECT statement, state FROM consensus_states WHERE chain = ?"
-        row = await self._database.read(lambda connection: connection.execute(query, (chain,)).fetchone())
-        return StoredState(*row) if row else None
+    async def states(self, chain: bytes) -> list[StoredState]:
+        """Return the state saved last, and the former one."""
+        query = """
+            SELECT statement, state FROM consensus_states WHERE chain = ? UNION ALL
+            SELECT statement, state FROM consensus_former_states WHERE chain = ?
+        """
+        rows = await self._database.read(lambda connection: connection.execute(query, (chain, chain)).fetchall())
+        return [StoredState(*row) for row in rows]
 
     async def uncommitted(self, chain: bytes, observer: PeerId, limit: int) -> Uncommitted:
         """Return the first own observations that no commit on a chain has named."""
@@ -114,6 +140,18 @@ class ChainStore:
         """Record that commits have named the own observations up to this number in the history."""
         query = "INSERT OR REPLACE INTO consensus_named (chain, number) VALUES (?, ?)"
         await self._database.write(lambda connection: connection.execute(query, (chain, number)))
+
+
+def _closed_epochs(connection: sqlite3.Connection, chain: bytes) -> EpochSet:
+    return EpochSet(connection.execute("SELECT first, last FROM consensus_closed WHERE chain = ?", (chain,)))
+
+
+def _close_epochs(connection: sqlite3.Connection, chain: bytes, epochs: Iterable[int]) -> None:
+    closed = _closed_epochs(connection, chain)
+    closed.add(*epochs)
+    connection.execute("DELETE FROM consensus_closed WHERE chain = ?", (chain,))
+    insert = "INSERT INTO consensus_closed (chain, first, last) VALUES (?, ?, ?)"
+    connection.executemany(insert, [(chain, *each) for each in closed.ranges])
 
 
 def _uncommitted(connection: sqlite3.Connection, chain: bytes, observer: PeerId, limit: int) -> Uncommitted:

@@ -136,4 +136,23 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         END
         """,
     ),
+    (
+        # Ranges of epochs of which our messages were deleted, so that they are not signed again with a clock set back.
+        """
+        CREATE TABLE consensus_closed (
+            chain BLOB NOT NULL,
+            first INTEGER NOT NULL,
+            last INTEGER NOT NULL,
+            PRIMARY KEY (chain, first)
+        ) WITHOUT ROWID
+        """,
+        # The state before the last gap of the branch: what follows a gap may be the work of a wrong clock.
+        """
+        CREATE TABLE consensus_former_states (
+            chain BLOB PRIMARY KEY,
+            statement BLOB NOT NULL,
+            state BLOB NOT NULL
+        )
+        """,
+    ),
 )

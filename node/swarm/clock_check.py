@@ -69,6 +69,17 @@ class ClockCheck:
         heard = [each for each in self._recent() if abs(passed_s - (each.wall_s - each.at_s)) < TOLERANCE_S]
         return bool(heard) and abs(statistics.median(each.ahead_s for each in heard)) <= MAX_CLOCK_SKEW_S
 
+    def agrees(self) -> bool | None:
+        """Return whether peers agree with our clock; None where that is not known, False if most clocks differ.
+
+        Ours counts, too: one wrong clock among three does not make the others doubt theirs.
+        """
+        if self.is_confirmed():
+            return True
+        heard = self._recent()
+        differing = sum(abs(each.ahead_s) > MAX_CLOCK_SKEW_S for each in heard)
+        return False if 2 * differing > len(heard) + 1 else None
+
 
 def describe_skew(ahead_s: float) -> str:
     """Return what is wrong with this machine's clock, and what to do."""

@@ -1,7 +1,7 @@
 """The tree of statements, their quorums, and the fork choice: which branch is canonical.
 
-The chain holds a growing set of statements and signatures, and its head is a function of that set alone. Peers that
-hold the same set have the same head, in whatever order they received it.
+The chain holds a growing set of statements and signatures, and its head is a function of that set and the epoch alone.
+Peers that hold the same set have the same head, in whatever order they received it.
 """
 
 import math
@@ -106,6 +106,8 @@ class Chain:
         self.genesis = genesis
         self.root = ChainEntry(genesis, GENESIS_EPOCH, (), genesis)
         self.head = self.root
+        self.latest_epoch: float = math.inf
+        """Statements of later epochs are not followed."""
         self._checkpoints = frozenset(checkpoints)
         self._entries: dict[Digest, ChainEntry] = {genesis: self.root}
         self._early: dict[Digest, dict[PeerId, Signature]] = {}
@@ -128,6 +130,20 @@ class Chain:
             statement.id, statement.epoch, ordered, statement.beacon, statement=statement
         )
         self._entries = {statement.id: self.root}
+
+    def start_anew(self) -> None:
+        """Drop everything but the genesis."""
+        self.root = self.head = ChainEntry(self.genesis, GENESIS_EPOCH, (), self.genesis)
+        self._entries = {self.genesis: self.root}
+
+    def follow_until(self, epoch: int) -> None:
+        """Do not follow statements of later epochs, which only a wrong clock can have signed, or ours is behind.
+
+        They stay in the tree, in case it is ours.
+        """
+        if epoch != self.latest_epoch:
+            self.latest_epoch = epoch
+            self._choose_head()
 
     def add(self, statement: Statement) -> ChainEntry:
         """Add a statement whose parent is known; a known one changes nothing. Raises InvalidStatement."""
@@ -172,12 +188,15 @@ class Chain:
     def _choose_head(self) -> None:
         """Apply the fork choice from the root on: follow the only child with a quorum, or that of the highest rank."""
         entry = self.root
-        while children := [child for child in entry.children if child.has_quorum]:
+        while children := self._followed(entry):
             entry = children[0] if len(children) == 1 else max(children, key=lambda child: self._rank(entry, child))
         self.head = entry
         path = list(entry.path())
         if len(path) > 2 * RETAINED_ENTRIES:
             self._prune_to(path[RETAINED_ENTRIES])
+
+    def _followed(self, entry: ChainEntry) -> list[ChainEntry]:
+        return [child for child in entry.children if child.has_quorum and child.epoch <= self.latest_epoch]
 
     def _rank(self, fork: ChainEntry, child: ChainEntry) -> tuple[bool, int, int, int, Digest]:
         """Return the rank of a branch in the fork choice: checkpoint, then signers, then signatures, then the digest.
@@ -192,7 +211,7 @@ class Chain:
             each = waiting.pop()
             pinned |= each.id in self._checkpoints
             signed.update((each.epoch, peer) for peer in each.signers)
-            waiting += [later for later in each.children if later.has_quorum]
+            waiting += self._followed(each)
         members = set(fork.members)
         established = [peer for _, peer in signed if peer in members]
         return pinned, len({*established}), len(established), len(signed), child.id

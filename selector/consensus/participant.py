@@ -12,7 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Final, NamedTuple
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from protocol.consensus_values import (
     MAX_CONTRIBUTIONS,
@@ -29,6 +29,7 @@ from protocol.identity import PeerId
 from selector.consensus import inclusion
 from selector.consensus.chain import FAULT_TOLERANT, Chain, ChainEntry, is_stalled, restart_refused
 from selector.consensus.clock import EpochClock
+from selector.consensus.epoch_set import SignedEpochs
 from selector.consensus.membership import founders
 from selector.consensus.sortition import (
     MeasurementPlan,
@@ -53,14 +54,11 @@ others hold them, too, even if they have seen a few more newcomers."""
 MAX_STATES: Final = 8
 """States remembered, of the latest statements."""
 
-
-class _ReceivedCommit(NamedTuple):
-    commit: Commit
-    received_s: float
+_M = TypeVar("_M", Commit, Reveal)
 
 
-class _ReceivedReveal(NamedTuple):
-    reveal: Reveal
+class _Received(NamedTuple, Generic[_M]):
+    message: _M
     received_s: float
 
 
@@ -74,11 +72,10 @@ class Participant:
         self.plan = plan
         self.equivocators: dict[PeerId, float] = {}
         """Peers with a proof of equivocation, and when we got it."""
-        self.voted_epoch = -1
-        """The last epoch in which we voted; we do not vote again in it or in earlier ones."""
+        self.signed = SignedEpochs()
         self._states: OrderedDict[Digest, State] = OrderedDict({chain.genesis: initial_state(chain.genesis)})
-        self._commits: dict[tuple[int, Digest], dict[PeerId, _ReceivedCommit]] = {}
-        self._reveals: dict[int, dict[Digest, list[_ReceivedReveal]]] = {}
+        self._commits: dict[tuple[int, Digest], dict[PeerId, _Received[Commit]]] = {}
+        self._reveals: dict[int, dict[Digest, list[_Received[Reveal]]]] = {}
         """By epoch and commitment. Two that differ are an equivocation; which of them others count, they name."""
         self._confirmed: dict[int, set[Digest]] = {}
         self._drawn: tuple[Digest, int, Sortition] | None = None
@@ -91,7 +88,7 @@ class Participant:
         if abs(commit.epoch - self.clock.epoch_at(now_s)) <= 1:
             received = self._commits.setdefault((commit.epoch, commit.parent), {})
             if len(received) < MAX_COMMITS:
-                received.setdefault(commit.peer, _ReceivedCommit(commit, now_s))
+                received.setdefault(commit.peer, _Received(commit, now_s))
 
     def on_reveal(self, reveal: Reveal, now_s: float) -> None:
         """Accept a reveal, which counts for the commit that it opens."""
@@ -99,18 +96,18 @@ class Participant:
             reveals = self._reveals.setdefault(reveal.epoch, {})
             if len(reveals) < MAX_COMMITS or reveal.commitment in reveals:
                 held = reveals.setdefault(reveal.commitment, [])
-                if len(held) < MAX_REVEALS and all(each.reveal != reveal for each in held):
-                    held.append(_ReceivedReveal(reveal, now_s))
+                if len(held) < MAX_REVEALS and all(each.message != reveal for each in held):
+                    held.append(_Received(reveal, now_s))
 
     def forget(self, message: Commit | Reveal) -> None:
         """Drop a message that gave way to others, which others may not have either."""
         if isinstance(message, Reveal):
             reveals = self._reveals.get(message.epoch, {})
-            rest = [each for each in reveals.pop(message.commitment, ()) if each.reveal != message]
+            rest = [each for each in reveals.pop(message.commitment, ()) if each.message != message]
             reveals |= {message.commitment: rest} if rest else {}
         else:
             received = self._commits.get((message.epoch, message.parent), {})
-            if message.peer in received and received[message.peer].commit == message:
+            if message.peer in received and received[message.peer].message == message:
                 del received[message.peer]
 
     def on_equivocations(self, peers: Iterable[PeerId], now_s: float) -> None:
@@ -147,8 +144,9 @@ class Participant:
 
     def is_selected(self, now_s: float) -> bool:
         """Return whether our commit is expected: we are selected to measure or to sign, or are not a member yet."""
-        state, sortition = self.state(), self._sortition(self.clock.epoch_at(now_s))
-        if state is None or sortition is None or self.peer in state.banned:
+        epoch = self.clock.epoch_at(now_s)
+        state, sortition = self.state(), self._sortition(epoch)
+        if state is None or sortition is None or self.peer in state.banned or epoch <= self.chain.head.epoch:
             return False
         return self.peer not in self.chain.head.members or self.peer in sortition.expected
 
@@ -168,7 +166,7 @@ class Participant:
         if self._drawn is None or self._drawn[:2] != (self.chain.head.id, message.epoch):
             return False
         own = self._commits.get((message.epoch, self.chain.head.id), {}).get(message.peer)
-        commitment = own.commit.commitment if own else None
+        commitment = own.message.commitment if own else None
         return message.peer in self._drawn[2].expected and message.commitment == commitment
 
     def unconfirmed(self, now_s: float) -> list[Commit]:
@@ -176,7 +174,7 @@ class Participant:
         epoch = self.clock.epoch_at(now_s)
         confirmed = self._confirmed.get(epoch, set())
         received = self._commits.get((epoch, self.chain.head.id), {})
-        return [each.commit for each in received.values() if each.commit.id not in confirmed]
+        return [each.message for each in received.values() if each.message.id not in confirmed]
 
     def unknown_rank(self, peer: PeerId, epoch: int) -> Digest | None:
         """Return the rank of a peer among the newcomers to an epoch; None for a member or candidate."""
@@ -226,7 +224,7 @@ class Participant:
         """
         sortition = self._sortition(reveal.epoch)
         own = self._commits.get((reveal.epoch, self.chain.head.id), {}).get(self.peer)
-        is_current = own is not None and own.commit.commitment == reveal.commitment
+        is_current = own is not None and own.message.commitment == reveal.commitment
         if sortition is not None and is_current and self.peer in sortition.committee:
             held = self._held(reveal.epoch, self.clock.lists_end_s(reveal.epoch))
             listed = held.keys() - self.equivocators.keys()
@@ -237,7 +235,7 @@ class Participant:
     def propose(self, now_s: float) -> Statement | None:
         """Return our proposal, if it is our turn and we have not proposed yet."""
         epoch = self.clock.epoch_at(now_s)
-        if epoch <= self.voted_epoch or (state := self.state()) is None:
+        if epoch <= self.chain.head.epoch or not self.signed.may_vote(epoch) or (state := self.state()) is None:
             return None
         contributions, head = self._proposed(epoch), self.chain.head
         voters: Collection[PeerId] = head.members
@@ -263,7 +261,7 @@ class Participant:
         The caller must persist it before sending it: a second one in this epoch would be an equivocation.
         """
         epoch = self.clock.epoch_at(now_s)
-        if epoch <= self.voted_epoch or (state := self.state()) is None:
+        if not self.signed.may_vote(epoch) or (state := self.state()) is None:
             return None
         for entry in self.chain.candidates(epoch):
             statement = entry.statement
@@ -275,19 +273,22 @@ class Participant:
             # A proposal before its turn may leave out contributions that are about to be revealed.
             turn = entry.committee.index(statement.proposer)
             if now_s >= self.clock.proposes_s(epoch, turn) and self._is_valid(state, statement):
-                self.voted_epoch = epoch
+                self.signed.voted.add(epoch)
                 signature = Signature(self.chain.genesis, epoch, self.peer, statement.id)
                 self.chain.add_signature(signature)
                 return signature
         return None
 
     def prune(self, now_s: float) -> None:
-        """Drop the messages of past epochs."""
-        oldest = self.clock.epoch_at(now_s) - 1
-        self._commits = {key: received for key, received in self._commits.items() if key[0] >= oldest}
-        self._reveals = {epoch: received for epoch, received in self._reveals.items() if epoch >= oldest}
-        self._confirmed = {epoch: ids for epoch, ids in self._confirmed.items() if epoch >= oldest}
+        """Drop the messages of epochs that are not near, now that the epoch changed; follow no later statement."""
+        now = self.clock.epoch_at(now_s)
+        recent = range(now - 1, now + 2)
+        self._commits = {key: received for key, received in self._commits.items() if key[0] in recent}
+        self._reveals = {epoch: received for epoch, received in self._reveals.items() if epoch in recent}
+        self._confirmed = {epoch: ids for epoch, ids in self._confirmed.items() if epoch in recent}
+        self.signed.prune(now - 1)
         self.chain.drop_early_signatures()
+        self.chain.follow_until(now + 1)
 
     def _sortition(self, epoch: int) -> Sortition | None:
         """Return what is drawn for an epoch after the head; None while its state is not known."""
@@ -319,7 +320,7 @@ class Participant:
         if state is None:
             return {}
         found = {
-            peer: Contribution(commit, reveals[commit.commitment][0].reveal)
+            peer: Contribution(commit, reveals[commit.commitment][0].message)
             for peer, commit in self._held(epoch, self.clock.reveals_begin_s(epoch)).items()
             if commit.commitment in reveals and self.equivocators.get(peer, math.inf) > deadline_s
         }
@@ -335,7 +336,7 @@ class Participant:
             return []
         found = {peer: each for peer, each in self._contributions(epoch).items() if peer not in self.equivocators}
         if len(state.members) >= FAULT_TOLERANT:  # else one that is late would stop the epoch
-            reveals = [each.reveal for held in self._reveals.get(epoch, {}).values() for each in held]
+            reveals = [each.message for held in self._reveals.get(epoch, {}).values() for each in held]
             timely = self._held(epoch, self.clock.lists_end_s(epoch)).keys() | self._listed(epoch, reveals)
             found = {peer: each for peer, each in found.items() if peer in timely}
         expected = [found[peer] for peer in sortition.expected if peer in found]
@@ -354,7 +355,7 @@ class Participant:
         if sortition is None:
             return set()
         received = self._commits.get((epoch, self.chain.head.id), {}).values()
-        opened = {each.commit.commitment for each in received if each.commit.peer in sortition.committee}
+        opened = {each.message.commitment for each in received if each.message.peer in sortition.committee}
         lists = [(each.peer, each.inclusion) for each in reveals if each.commitment in opened]
         united = inclusion.unite(lists, sortition.expected).values()
         return inclusion.listed(united, sortition.expected, len(sortition.committee))
@@ -396,7 +397,7 @@ class Participant:
         """
         reveals = self._reveals.get(statement.epoch, {})
         opened = (
-            Contribution(commit, each.reveal) for commit in commits for each in reveals.get(commit.commitment, ())
+            Contribution(commit, each.message) for commit in commits for each in reveals.get(commit.commitment, ())
         )
         held = {each.id: each for each in opened}
         found = [held[each] for each in statement.commits if each in held]
@@ -409,7 +410,7 @@ class Participant:
         if statement is None or parent is None:
             return False
         received = self._commits.get((entry.epoch, parent.id), {}).values()
-        contributions = self._named(statement, [each.commit for each in received])
+        contributions = self._named(statement, [each.message for each in received])
         return contributions is not None and self._follows(parent, self._states[parent.id], statement, contributions)
 
     def _follows(
@@ -446,4 +447,5 @@ class Participant:
         self._states[statement] = state
         self._states.move_to_end(statement)
         while len(self._states) > MAX_STATES:
-            del self._states[next(key for key in self._states if key != self.chain.head.id)]
+            needed = {self.chain.head.id, self.chain.genesis}
+            del self._states[next(key for key in self._states if key not in needed)]

@@ -76,13 +76,15 @@ async def test_node_that_lost_messages_neither_commits_nor_reveals_in_their_epoc
     first = contributor(member())
     made = await first.contribution(COMMITS_END_S)
     assert made is not None
-    restarted = contributor(member())
-    restarted.abstain(1)
+    again = member()
+    again.signed.closed.add(1)
+    restarted = contributor(again)
     for message in (made.commit, made.reveal):
         restarted.restore(message, COMMITS_END_S)
     assert restarted.due_reveals(REVEALS_S) == []
-    restarted = contributor(member())
-    restarted.abstain(1)
+    again = member()
+    again.signed.closed.add(1)
+    restarted = contributor(again)
     assert await restarted.contribution(COMMITS_END_S) is None
 
 

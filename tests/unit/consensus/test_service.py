@@ -130,3 +130,13 @@ async def test_chain_of_a_served_model_takes_the_place_of_one_that_is_gone_or_no
         assert len(before - chains.nodes.keys()) == 1, "nothing else changed places"
         assert service._by_genesis.keys() == {chain.genesis for chain in chains.nodes.values()}
         nursery.cancel_scope.cancel()
+
+
+async def test_node_whose_clock_is_known_to_be_wrong_does_not_participate(autojump_clock: MockClock) -> None:
+    model, agrees = ModelId("ab" * 32), [None, True, False]
+    environment = SimpleNamespace(models=lambda: {model: True}, clock_agrees=lambda: agrees.pop(0), verify=None)
+    network = MemoryNetworkHub(random.Random(0)).network(Identity(bytes(32)).peer_id)
+    service = ConsensusService(
+        network, FollowedChains(), cast("Any", environment), EpochClock(EPOCH_S), cast("Any", None), random.Random(0)
+    )
+    assert [service._participates(model) for _ in range(3)] == [True, True, False]

@@ -35,8 +35,8 @@ async def test_canonical_branch_is_read_in_order_and_its_end_replaced(tmp_path: 
         assert await store.statements(OTHER) == []
         assert await store.epoch_of(CHAIN, [statement(5).id, statement(1).id]) == 1
         assert await store.epoch_of(OTHER, [statement(1).id]) is None
-        assert await store.state(CHAIN) == StoredState(b"s", b"state")
-        assert await store.state(OTHER) is None
+        assert await store.states(CHAIN) == [StoredState(b"s", b"state")]
+        assert await store.states(OTHER) == []
 
 
 async def test_each_own_observation_is_committed_once(tmp_path: Path) -> None:

@@ -100,3 +100,20 @@ async def test_clock_of_a_single_peer_that_is_wrong_is_not_ours(autojump_clock: 
         node.heartbeats.clock.warn()
     assert not [each for each in logs if each["log_level"] == "warning"]
     assert node.heartbeats.clock.is_confirmed()
+
+
+async def test_one_wrong_clock_of_three_is_known_to_be_wrong_and_makes_no_other_doubt_its_own(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    wrong, right = Node(connected=2), Node(connected=2)
+    assert wrong.heartbeats.clock.agrees() is None
+    wrong.ahead_s = 31 * 86_400
+    for peer, ahead_s in zip(PEERS[:2], (0.0, 31 * 86_400), strict=True):
+        wrong.hear(peer)
+        right.hear(peer, ahead_s)
+    assert wrong.heartbeats.clock.agrees() is False
+    assert right.heartbeats.clock.agrees() is None
+    right.hear(PEERS[0])
+    await trio.sleep(1)
+    right.hear(PEERS[1])
+    assert right.heartbeats.clock.agrees() is True
