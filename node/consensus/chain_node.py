@@ -4,6 +4,7 @@ The participant changes only in `turn`, one turn at a time. Our own messages are
 that a node that is killed at any instant never equivocates.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Final
@@ -33,6 +34,8 @@ RECENT_STATEMENTS: Final = 8
 
 TURN_PAUSE_S: Final = 0.02
 """Between two turns, however much is received: what arrives meanwhile is applied together."""
+
+REPORT_INTERVAL_S: Final = 60.0
 
 _logger = structlog.get_logger(__name__)
 
@@ -72,6 +75,7 @@ class ChainNode:
         """The last entries of the canonical branch, the newest first."""
         self._agreement: Agreement | None = None
         self._pruned_epoch = -1
+        self._report_at_s = -math.inf
 
     @property
     def agreement(self) -> Agreement | None:
@@ -179,7 +183,14 @@ class ChainNode:
                     pass
 
     async def turn(self) -> None:
-        """Apply the received messages, and publish what is due."""
+        """Apply the received messages, and publish what is due. If the database fails, the next turn tries again."""
+        try:
+            await self._turn()
+        except StorageError as error:
+            self._report(error)
+            self._pruned_epoch = -1  # what it does once an epoch may not be done
+
+    async def _turn(self) -> None:
         inbox, self._inbox = self._inbox, []
         now_s = self.now_s()
         async with self.lock:
@@ -209,6 +220,12 @@ class ChainNode:
         if self.replica.is_state_missing():
             self.needs_sync.set()
 
+    def _report(self, error: StorageError) -> None:
+        """Log a failure, of which there may be one in every turn, once a minute."""
+        if trio.current_time() >= self._report_at_s:
+            self._report_at_s = trio.current_time() + REPORT_INTERVAL_S
+            _logger.warning("could not read the database for a chain, retrying", reason=str(error))
+
     def prune(self, now_s: float) -> None:
         """Drop the messages of past epochs, and a chain whose final statements are of the future."""
         self._pruned_epoch = self.clock.epoch_at(now_s)
@@ -223,7 +240,12 @@ class ChainNode:
         """Confirm the commits whose observations are all available here: others do not count for us."""
         for commit in self.replica.participant.unconfirmed(now_s):
             names = commit.observations
-            if not names or len(await self._environment.history.get_many(names)) == len(names):
+            try:
+                found = len(await self._environment.history.get_many(names)) if names else 0
+            except StorageError as error:
+                self._report(error)
+                return
+            if found == len(names):
                 self.replica.participant.confirm(commit)
 
     def _propose_and_vote(self, now_s: float) -> list[SignedMessage]:

@@ -81,6 +81,7 @@ class ChainRecovery:
 
     async def load_branch(self) -> None:
         """Load the end of the canonical branch with its signatures; of earlier statements only the members."""
+        self._saved.clear()
         try:
             stored = await self._load_end()
             for each in stored:

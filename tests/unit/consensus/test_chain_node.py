@@ -1,6 +1,7 @@
 """A chain node survives damaged storage, a flood of old messages, and endless questions."""
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import pytest
 import trio
@@ -13,7 +14,7 @@ from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.identity import Identity
 from node.replication.session import Throttle
 from node.storage.chain_store import ChainStore
-from node.storage.database import StorageFull
+from node.storage.database import StorageError, StorageFull
 from node.testing.chain_store import MemoryDatabase, memory_chain_store
 from node.testing.memory_history import MemoryHistory
 from node.util.offload import run_inline
@@ -24,6 +25,7 @@ from protocol.errors import RemoteProtocolError
 from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.states import Role
 from tests.support.agreement import CLOCK, GENESIS, HARDWARE, PLAN
+from tests.support.observations import signed
 from tests.support.statements import founding_statement
 
 EPOCH = 1000
@@ -68,6 +70,11 @@ def chain_node(store: ChainStore, published: list[SignedMessage] | None = None) 
     return ChainNode(environment, rules, GENESIS, Meter(), participates=lambda: False, publish=publish)
 
 
+async def failing_read(*_: object) -> NoReturn:
+    await trio.lowlevel.checkpoint()
+    raise StorageError("unable to open database file")
+
+
 def key(number: int) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(number.to_bytes(32, "big"))
 
@@ -100,6 +107,45 @@ async def test_publishes_proof_of_equivocation_only_once_it_is_saved(*, is_full:
     assert [message.body for message in published] == (
         [] if is_full else [EquivocationProof(GENESIS, *(sign_message(vote, key(1)).envelope for vote in votes))]
     )
+
+
+async def test_node_goes_on_while_observations_cannot_be_read_and_confirms_the_commit_later() -> None:
+    node, now_s = chain_node(memory_chain_store()), CLOCK.starts_s(EPOCH)
+    history = node._environment.history
+    assert isinstance(history, MemoryHistory)
+    observed = signed(1)
+    commit = Commit(GENESIS, EPOCH, GENESIS, peer(1), HARDWARE, bytes(32), (observed.id,))
+    get_many, history.get_many = history.get_many, failing_read  # type: ignore[method-assign]
+    node.receive([sign_message(commit, key(1)), founding(1, EPOCH)])
+    await node.turn()
+    assert node.replica.participant.unconfirmed(now_s) == [commit]
+    [statement] = node.replica.log.statements
+    node.receive([sign_message(Signature(GENESIS, EPOCH, peer(1), statement), key(1))])
+    await node.turn()
+    assert [each.id for each in await node.branch_after((), 64)] == [statement], "the rest of the turn goes on"
+    history.get_many = get_many  # type: ignore[method-assign]
+    await history.add_many([observed])
+    other = chain_node(memory_chain_store())
+    other._environment.history.get_many = failing_read  # type: ignore[method-assign]
+    other.receive([sign_message(commit, key(1))])
+    await other.turn()
+    other._environment.history.get_many = get_many  # type: ignore[method-assign]
+    await other.turn()
+    assert other.replica.participant.unconfirmed(now_s) == []
+
+
+async def test_turn_outlives_a_database_that_cannot_be_read() -> None:
+    store, published = memory_chain_store(), list[SignedMessage]()
+    node = chain_node(store, published)
+    await node.turn()
+    node.replica.is_state_missing = lambda: True  # type: ignore[method-assign]
+    node._pruned_epoch = -1
+    states, store.states = store.states, failing_read  # type: ignore[method-assign]
+    await node.turn()
+    store.states = states  # type: ignore[method-assign]
+    node.receive(sign_message(Signature(GENESIS, EPOCH, peer(1), bytes([each]) * 32), key(1)) for each in range(2))
+    await node.turn()
+    assert len(published) == 1
 
 
 async def test_statement_reaches_its_quorum_after_a_flood_of_others(monkeypatch: pytest.MonkeyPatch) -> None:

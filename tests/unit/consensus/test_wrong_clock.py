@@ -58,7 +58,14 @@ class Node:
             clock_agrees=lambda: self.clock_agrees,
         )
         rules = ConsensusRules(swarm=b"swarm", plan=PLAN, clock=CLOCK)
-        return ChainNode(environment, rules, GENESIS, Meter(), participates=lambda: True, publish=lambda each: self.signed.extend(each))
+        return ChainNode(
+            environment,
+            rules,
+            GENESIS,
+            Meter(),
+            participates=lambda: True,
+            publish=lambda each: self.signed.extend(each),
+        )
 
     async def restart(self, epoch: int) -> None:
         self.now_s = CLOCK.starts_s(epoch) + 1
