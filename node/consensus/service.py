@@ -41,6 +41,9 @@ USED_S: Final = 3600.0
 MODELS_ROUND_S: Final = 1.0
 """Interval at which chains of new models are started."""
 
+RETENTION_INTERVAL_S: Final = 3600.0
+"""Interval at which chains that are not followed any more are looked for on disk."""
+
 VERIFIED_RECORDS: Final = 4096
 """Records remembered as verified, so that a duplicate is not verified again."""
 
@@ -114,10 +117,23 @@ class ConsensusService:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._gossip.run, self._on_gossip)
             nursery.start_soon(self._forwarder.run)
+            nursery.start_soon(self._retention_loop)
             nursery.start_soon(self._pull.watch_connections, self._on_connected)
             while True:
                 self._follow_new_models(nursery)
                 await trio.sleep(min(MODELS_ROUND_S, self._clock.epoch_s / 20))
+
+    async def _retention_loop(self) -> None:
+        """Delete the stored chains that are not followed any more."""
+        environment = self._environment
+        while True:
+            await trio.sleep(RETENTION_INTERVAL_S)
+            now_s, by_age = environment.wall_clock(), environment.clock_agrees() is True
+            try:
+                if deleted := await environment.store.retain([*self._by_genesis], now_s, by_age=by_age):
+                    _logger.info("chains deleted that are not followed", chains=deleted)
+            except StorageError as error:
+                _logger.warning("could not delete chains that are not followed", reason=str(error))
 
     def _follow_new_models(self, nursery: trio.Nursery) -> None:
         models = self._environment.models()
@@ -154,7 +170,7 @@ class ConsensusService:
         return sorted(models, key=rank)[:MAX_CHAINS]
 
     def _stop(self, model: ModelId) -> None:
-        """Follow a chain no longer. What is stored of it stays, so that it goes on from there if it is needed again."""
+        """Follow a chain no longer. What is stored of it stays for a while, to go on from if it is needed again."""
         self._running.pop(model).cancel()
         del self._by_genesis[self._chains.pop(model).genesis]
 

@@ -1,7 +1,7 @@
 """Durable consensus state of every chain: own messages, the canonical branch, and the state after its head."""
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, NamedTuple
@@ -9,6 +9,12 @@ from typing import Final, NamedTuple
 from node.storage.database import Database
 from protocol.identity import PeerId
 from selector.consensus.epoch_set import EpochRange, EpochSet
+
+UNFOLLOWED_S: Final = 30 * 86_400
+"""How long a chain is stored that is not followed."""
+
+MAX_CHAINS: Final = 64
+"""Chains stored, those that were followed last: a peer may serve ever new models."""
 
 SCANNED: Final = 4096
 """Observations that one search for own uncommitted ones reads."""
@@ -132,6 +138,13 @@ class ChainStore:
         rows = await self._database.read(lambda connection: connection.execute(query, (chain, chain)).fetchall())
         return [StoredState(*row) for row in rows]
 
+    async def retain(self, followed: Collection[bytes], now_s: float, *, by_age: bool) -> int:
+        """Note which chains are followed, delete those that long were not, and return how many these were.
+
+        `by_age`: whether the clock can be trusted for that.
+        """
+        return await self._database.write(partial(_retain, followed=tuple(followed), now_s=int(now_s), by_age=by_age))
+
     async def uncommitted(self, chain: bytes, observer: PeerId, limit: int) -> Uncommitted:
         """Return the first own observations that no commit on a chain has named."""
         return await self._database.read(partial(_uncommitted, chain=chain, observer=observer, limit=limit))
@@ -152,6 +165,37 @@ def _close_epochs(connection: sqlite3.Connection, chain: bytes, epochs: Iterable
     connection.execute("DELETE FROM consensus_closed WHERE chain = ?", (chain,))
     insert = "INSERT INTO consensus_closed (chain, first, last) VALUES (?, ?, ?)"
     connection.executemany(insert, [(chain, *each) for each in closed.ranges])
+
+
+def _retain(connection: sqlite3.Connection, followed: Sequence[bytes], now_s: int, *, by_age: bool) -> int:
+    connection.execute(
+        """
+        INSERT OR IGNORE INTO consensus_chains
+            SELECT chain, :now_s FROM consensus_records UNION SELECT chain, :now_s FROM consensus_statements
+            UNION SELECT chain, :now_s FROM consensus_named
+        """,
+        {"now_s": now_s},
+    )
+    update = "UPDATE consensus_chains SET followed_at_s = ? WHERE chain = ?"
+    connection.executemany(update, [(now_s, chain) for chain in followed])
+    if by_age:  # a wrong clock noted times in the future
+        connection.execute("UPDATE consensus_chains SET followed_at_s = min(followed_at_s, ?)", (now_s,))
+    rows = connection.execute("SELECT followed_at_s, chain FROM consensus_chains ORDER BY followed_at_s DESC, chain")
+    stored = [(at_s, chain) for at_s, chain in rows if chain not in followed]
+    room = max(0, MAX_CHAINS - len(followed))
+    is_old = [by_age and at_s < now_s - UNFOLLOWED_S for at_s, _ in stored]
+    dropped = [(chain,) for number, (_, chain) in enumerate(stored) if number >= room or is_old[number]]
+    for delete in (
+        "DELETE FROM consensus_records WHERE chain = ?",
+        "DELETE FROM consensus_statements WHERE chain = ?",
+        "DELETE FROM consensus_states WHERE chain = ?",
+        "DELETE FROM consensus_former_states WHERE chain = ?",
+        "DELETE FROM consensus_named WHERE chain = ?",
+        "DELETE FROM consensus_closed WHERE chain = ?",
+        "DELETE FROM consensus_chains WHERE chain = ?",
+    ):
+        connection.executemany(delete, dropped)
+    return len(dropped)
 
 
 def _uncommitted(connection: sqlite3.Connection, chain: bytes, observer: PeerId, limit: int) -> Uncommitted:

@@ -155,4 +155,13 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         )
         """,
     ),
+    (
+        # When each chain of the tables above was last followed, Unix time.
+        """
+        CREATE TABLE consensus_chains (
+            chain BLOB PRIMARY KEY,
+            followed_at_s INTEGER NOT NULL
+        ) WITHOUT ROWID
+        """,
+    ),
 )

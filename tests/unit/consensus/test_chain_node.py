@@ -115,7 +115,7 @@ async def test_node_goes_on_while_observations_cannot_be_read_and_confirms_the_c
     assert isinstance(history, MemoryHistory)
     observed = signed(1)
     commit = Commit(GENESIS, EPOCH, GENESIS, peer(1), HARDWARE, bytes(32), (observed.id,))
-    get_many, history.get_many = history.get_many, failing_read  # type: ignore[method-assign]
+    get_many, history.get_many = history.get_many, failing_read  # type: ignore[method-assign,assignment]
     node.receive([sign_message(commit, key(1)), founding(1, EPOCH)])
     await node.turn()
     assert node.replica.participant.unconfirmed(now_s) == [commit]
@@ -126,7 +126,7 @@ async def test_node_goes_on_while_observations_cannot_be_read_and_confirms_the_c
     history.get_many = get_many  # type: ignore[method-assign]
     await history.add_many([observed])
     other = chain_node(memory_chain_store())
-    other._environment.history.get_many = failing_read  # type: ignore[method-assign]
+    other._environment.history.get_many = failing_read  # type: ignore[method-assign,assignment]
     other.receive([sign_message(commit, key(1))])
     await other.turn()
     other._environment.history.get_many = get_many  # type: ignore[method-assign]
@@ -140,7 +140,7 @@ async def test_turn_outlives_a_database_that_cannot_be_read() -> None:
     await node.turn()
     node.replica.is_state_missing = lambda: True  # type: ignore[method-assign]
     node._pruned_epoch = -1
-    states, store.states = store.states, failing_read  # type: ignore[method-assign]
+    states, store.states = store.states, failing_read  # type: ignore[method-assign,assignment]
     await node.turn()
     store.states = states  # type: ignore[method-assign]
     node.receive(sign_message(Signature(GENESIS, EPOCH, peer(1), bytes([each]) * 32), key(1)) for each in range(2))

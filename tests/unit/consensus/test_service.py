@@ -4,6 +4,7 @@ import random
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 import trio
 from trio.testing import MockClock
 
@@ -13,6 +14,8 @@ from node.consensus.measurement_runner import measurement_plan
 from node.consensus.service import ConsensusService
 from node.identity import Identity
 from node.replication.session import SessionOutcome
+from node.storage import chain_store
+from node.storage.chain_store import StoredStatement
 from node.testing.chain_store import memory_chain_store
 from node.testing.memory_history import MemoryHistory
 from node.testing.memory_network import MemoryNetworkHub
@@ -140,3 +143,35 @@ async def test_node_whose_clock_is_known_to_be_wrong_does_not_participate(autoju
         network, FollowedChains(), cast("Any", environment), EpochClock(EPOCH_S), cast("Any", None), random.Random(0)
     )
     assert [service._participates(model) for _ in range(3)] == [True, True, False]
+
+
+async def test_chain_of_a_model_that_is_gone_is_deleted(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chain_store, "UNFOLLOWED_S", 1800)
+    gone, there = ModelId("01" * 32), ModelId("02" * 32)
+    models, store, chains = {gone: True, there: True}, memory_chain_store(), FollowedChains()
+    environment = ConsensusEnvironment(
+        identity=Identity(bytes(32)),
+        store=store,
+        history=MemoryHistory(),
+        models=lambda: models,
+        hardware=lambda: None,
+        meter=lambda _: cast("Any", None),
+        offload=run_inline,
+        wall_clock=trio.current_time,
+        clock_agrees=lambda: True,
+    )
+    rules = ConsensusRules(swarm=b"", plan=MeasurementPlan((), ()), clock=EpochClock(EPOCH_S))
+    geneses = [rules.genesis(model) for model in (gone, there)]
+    for genesis in geneses:
+        await store.save_branch(genesis, -1, [StoredStatement(1, genesis, b"", ())], None)
+    network = MemoryNetworkHub(random.Random(0)).network(environment.identity.peer_id)
+    service = ConsensusService(network, chains, environment, rules.clock, lambda _: rules, random.Random(0))
+    service._follow_new_models = lambda nursery: None  # type: ignore[method-assign]
+    service._by_genesis[geneses[1]] = cast("Any", None)
+    async with network.running(), trio.open_nursery() as nursery:
+        nursery.start_soon(service.run)
+        await trio.sleep(2.5 * 3600)
+        nursery.cancel_scope.cancel()
+    assert [len(await store.statements(genesis)) for genesis in geneses] == [0, 1]

@@ -1,9 +1,10 @@
 """Saved chains survive a restart, and a new canonical branch replaces the old one."""
 
+import sqlite3
 from pathlib import Path
 
-from node.storage.chain_store import ChainStore, StoredState, StoredStatement
-from node.storage.database import open_database
+from node.storage.chain_store import MAX_CHAINS, UNFOLLOWED_S, ChainStore, StoredState, StoredStatement
+from node.storage.database import Database, open_database
 from node.storage.history import HistoryStore
 from protocol.identity import PeerId
 from tests.support.observations import peer, signed
@@ -53,3 +54,55 @@ async def test_each_own_observation_is_committed_once(tmp_path: Path) -> None:
         rest = await store.uncommitted(CHAIN, observer, limit=3)
         assert list(rest.ids) == [each.id for each in ours[3:]]
         assert (await store.uncommitted(CHAIN, PeerId("somebody else"), limit=3)).ids == ()
+
+
+async def stored(database: Database, chain: bytes) -> int:
+    """Return how many rows there are of a chain."""
+
+    def count(connection: sqlite3.Connection) -> int:
+        tables = [row[0] for row in connection.execute(TABLES)]
+        queries = [f"SELECT count(*) FROM {table} WHERE chain = ?" for table in tables]
+        return sum(connection.execute(query, (chain,)).fetchone()[0] for query in queries)
+
+    return await database.read(count)
+
+
+TABLES = "SELECT name FROM sqlite_schema WHERE type = 'table' AND name LIKE 'consensus_%'"
+
+
+async def fill(store: ChainStore, chain: bytes) -> None:
+    """Store something of every kind of a chain."""
+    for epoch in (4, 6):
+        await store.save_messages(chain, [(chain + b"%d" % epoch, epoch, b"A")], oldest_epoch=epoch - 1)
+        await store.save_branch(chain, -1, [statement(1)], StoredState(b"s", b"state"), keeps_former=True)
+    await store.mark_committed(chain, 3)
+
+
+async def test_chain_that_is_not_followed_is_deleted_after_a_month_by_a_clock_that_peers_confirm(
+    tmp_path: Path,
+) -> None:
+    async with open_database(tmp_path / "history") as database:
+        store = ChainStore(database)
+        await fill(store, CHAIN)
+        await fill(store, OTHER)
+        assert await store.retain([CHAIN], 0, by_age=True) == 0
+        assert await stored(database, OTHER) == 7, "one row in each table"
+        assert await store.retain([CHAIN], 10 * UNFOLLOWED_S, by_age=False) == 0, "the clock may be wrong"
+        assert await store.retain([CHAIN], UNFOLLOWED_S, by_age=True) == 0
+        assert await store.retain([CHAIN], UNFOLLOWED_S + 1, by_age=True) == 1
+        assert await stored(database, OTHER) == 0
+        assert await stored(database, CHAIN) == 7
+
+
+async def test_peer_that_serves_ever_new_models_does_not_fill_the_disk(tmp_path: Path) -> None:
+    async with open_database(tmp_path / "history") as database:
+        store = ChainStore(database)
+        await fill(store, CHAIN)
+        for number in range(3 * MAX_CHAINS):
+            await store.save_messages(bytes([number]) * 16, [(bytes([number]) * 8, 6, b"A")], oldest_epoch=5)
+            await store.retain([CHAIN], number, by_age=False)
+        assert [bool(await stored(database, bytes([each]) * 16)) for each in range(3 * MAX_CHAINS)] == [
+            *([False] * (2 * MAX_CHAINS + 1)),
+            *([True] * (MAX_CHAINS - 1)),
+        ]
+        assert await stored(database, CHAIN) == 7
