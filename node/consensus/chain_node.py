@@ -163,6 +163,9 @@ class ChainNode:
         participant.chain.follow_until(epoch + 1)
         messages, closed, complete = await self._recovery.load_messages()
         participant.signed.closed.update(closed)
+        withheld = await self._environment.store.withheld(self.genesis)
+        if withheld and not self._meter.withheld():
+            self._meter.restore(withheld)
         await self._recovery.load_branch()
         self._update_agreement()
         if not complete:
@@ -212,13 +215,14 @@ class ChainNode:
             for message in due:
                 self.replica.hold(message, now_s)
             self._update_agreement()
-        if reveals:
-            await self._meter.revealed()
         if due:
             self._publish(due)
             self._wake.set()  # our own message may complete a quorum
         if self.replica.is_state_missing():
             self.needs_sync.set()
+        if reveals:
+            await self._meter.revealed()
+            await self._environment.store.replace_withheld(self.genesis, self._meter.withheld())
 
     def _report(self, error: StorageError) -> None:
         """Log a failure, of which there may be one in every turn, once a minute."""
@@ -267,7 +271,8 @@ class ChainNode:
         contribution = await self._contributor.contribution(now_s) if self._participates() else None
         pair = [contribution.commit, contribution.reveal] if contribution else []
         oldest = self.clock.epoch_at(now_s) - 1
-        await self._recovery.save_messages([*due, *pair], oldest)
+        # Without its observations an agreed cell could not be placed: they are saved with the commit to its readings.
+        await self._recovery.save_messages([*due, *pair], oldest, self._meter.withheld() if contribution else None)
         if contribution:
             await self._environment.store.mark_committed(self.genesis, contribution.number)
             self._contributor.schedule_reveal(contribution)

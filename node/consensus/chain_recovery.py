@@ -73,11 +73,16 @@ class ChainRecovery:
         closed = await self._store.closed_epochs(self._genesis)
         return RecoveredMessages(messages, closed, 0 < len(messages) == len(envelopes))
 
-    async def save_messages(self, messages: Sequence[SignedMessage], oldest_epoch: int) -> None:
-        """Save own messages; delete those before an epoch. Raises StorageError."""
+    async def save_messages(
+        self, messages: Sequence[SignedMessage], oldest_epoch: int, withheld: Sequence[bytes] | None = None
+    ) -> None:
+        """Save own messages, and the observations withheld with a commit; delete those before an epoch.
+
+        Raises StorageError.
+        """
         if messages:
             rows = [(message.id, message.epoch, message.envelope) for message in messages]
-            await self._store.save_messages(self._genesis, rows, oldest_epoch)
+            await self._store.save_messages(self._genesis, rows, oldest_epoch, withheld)
 
     async def load_branch(self) -> None:
         """Load the end of the canonical branch with its signatures; of earlier statements only the members."""

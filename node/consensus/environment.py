@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +26,12 @@ class Meter(Protocol):
 
     async def revealed(self) -> None:
         """Publish the observations behind the readings, which are revealed now."""
+
+    def withheld(self) -> Sequence[bytes]:
+        """Return the envelopes of the observations that are not published yet."""
+
+    def restore(self, envelopes: Sequence[bytes]) -> None:
+        """Withhold the observations of an earlier process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

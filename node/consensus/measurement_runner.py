@@ -2,7 +2,7 @@
 
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import structlog
@@ -14,8 +14,10 @@ from node.coordinator.submission import JobError, JobErrorCode
 from node.coordinator.trial import Spending, TrialSpec
 from node.coordinator.trial_runner import BenchmarkRunner
 from protocol.consensus_values import Cell
+from protocol.errors import RemoteProtocolError
 from protocol.identity import ModelId, PeerId, Stage
 from protocol.measurements import Objective, Observation, ObservationKind, QualityBound
+from protocol.observations import SignedObservation, verify_observation
 from selector.consensus.sortition import MeasurementPlan
 from selector.quality import MeasuredQuality, admits
 from selector.task import PORTFOLIO, UNKNOWN_WEIGHT_TYPE, Method, portfolio
@@ -23,6 +25,9 @@ from selector.workloads import WORKLOADS
 
 ROUNDS: Final = 2
 """Pairs of runs of one cell, of whose ratios the median is the reading. Seven peers measure the same cell."""
+
+MAX_WITHHELD: Final = 256
+"""Observations withheld that could not be published."""
 
 IDLE_ROUND_S: Final = 0.5
 """Interval of the check whether the node is idle."""
@@ -73,7 +78,7 @@ class MeasurementRunner:
         self._own_route = own_route
         self._takes_s: dict[str, float] = {}
         """Processor seconds that a cell of each workload took, or twice what did not suffice for it."""
-        self._unrevealed: list[Observation] = []
+        self._unrevealed: list[SignedObservation] = []
 
     async def measure(self, cell: Cell) -> float | None:
         """Return the natural logarithm of the method's cost over the baseline's; None if it cannot be measured now."""
@@ -132,10 +137,23 @@ class MeasurementRunner:
     async def revealed(self) -> None:
         """Publish the observations, which other peers could copy until the readings were revealed."""
         observations, self._unrevealed = self._unrevealed, []
-        for observation in observations:
-            await self._trials.recorder.publish(observation)
+        failed = [each for each in observations if not await self._trials.recorder.publish_signed(each)]
+        self._unrevealed = [*failed, *self._unrevealed][-MAX_WITHHELD:]
+
+    def withheld(self) -> list[bytes]:
+        """Return the envelopes of the observations that are not published yet."""
+        return [each.envelope for each in self._unrevealed]
+
+    def restore(self, envelopes: Sequence[bytes]) -> None:
+        """Withhold the observations of an earlier process."""
+        try:
+            self._unrevealed += map(verify_observation, envelopes)
+        except RemoteProtocolError as error:
+            _logger.warning("saved observations behind readings are damaged", reason=str(error))
 
     async def _withhold(self, observation: Observation) -> bool:
         await trio.lowlevel.checkpoint()
-        self._unrevealed.append(observation)
-        return True
+        signed = self._trials.recorder.sign(observation)
+        if signed is not None:
+            self._unrevealed.append(signed)
+        return signed is not None

@@ -191,12 +191,25 @@ class Recorder:
 
     async def publish(self, observation: Observation) -> bool:
         """Sign an observation, store it, and publish it to the swarm; return whether that succeeded."""
+        signed = self.sign(observation)
+        return signed is not None and await self.publish_signed(signed)
+
+    async def publish_signed(self, signed: SignedObservation) -> bool:
+        """Store a signed observation, and publish it to the swarm; return whether that succeeded."""
         try:
-            await self._publish(self._sign(observation))
-        except (LocalProtocolError, StorageError) as error:
-            _logger.warning("observation not recorded", job=observation.job, reason=str(error))
+            await self._publish(signed)
+        except StorageError as error:
+            _logger.warning("observation not recorded", job=signed.observation.job, reason=str(error))
             return False
         return True
+
+    def sign(self, observation: Observation) -> SignedObservation | None:
+        """Return the signed observation; None where other peers would refuse it."""
+        try:
+            return self._sign(observation)
+        except LocalProtocolError as error:
+            _logger.warning("observation not recorded", job=observation.job, reason=str(error))
+            return None
 
     def _sign(self, observation: Observation) -> SignedObservation:
         key = self._identity.private_key

@@ -50,10 +50,16 @@ class ChainStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def save_messages(self, chain: bytes, rows: Sequence[tuple[bytes, int, bytes]], oldest_epoch: int) -> None:
+    async def save_messages(
+        self,
+        chain: bytes,
+        rows: Sequence[tuple[bytes, int, bytes]],
+        oldest_epoch: int,
+        withheld: Sequence[bytes] | None = None,
+    ) -> None:
         """Save own messages (id, epoch, envelope), durable on return; delete those before `oldest_epoch`.
 
-        Of these the epochs stay known: see `closed_epochs`.
+        Of these the epochs stay known: see `closed_epochs`. `withheld`: replaces the observations that are withheld.
         """
         deleted = "SELECT DISTINCT epoch FROM consensus_records WHERE chain = ? AND epoch >= 0 AND epoch < ?"
         delete = "DELETE FROM consensus_records WHERE chain = ? AND epoch >= 0 AND epoch < ?"
@@ -64,6 +70,8 @@ class ChainStore:
                 _close_epochs(connection, chain, epochs)
                 connection.execute(delete, (chain, oldest_epoch))
             connection.executemany(insert, [(key, chain, epoch, envelope) for key, epoch, envelope in rows])
+            if withheld is not None:
+                _replace_withheld(connection, chain, withheld)
 
         await self._database.write(save)
 
@@ -71,6 +79,15 @@ class ChainStore:
         """Return the envelopes of own messages, the oldest first."""
         query = "SELECT envelope FROM consensus_records WHERE chain = ? ORDER BY epoch, id"
         return await self._database.read(lambda connection: [row[0] for row in connection.execute(query, (chain,))])
+
+    async def withheld(self, chain: bytes) -> list[bytes]:
+        """Return the envelopes of the own observations that are withheld until their readings are revealed."""
+        query = "SELECT envelope FROM consensus_withheld WHERE chain = ? ORDER BY rowid"
+        return await self._database.read(lambda connection: [row[0] for row in connection.execute(query, (chain,))])
+
+    async def replace_withheld(self, chain: bytes, envelopes: Sequence[bytes]) -> None:
+        """Replace the observations that are withheld."""
+        await self._database.write(lambda connection: _replace_withheld(connection, chain, envelopes))
 
     async def closed_epochs(self, chain: bytes) -> tuple[EpochRange, ...]:
         """Return the epochs of which own messages were deleted."""
@@ -167,6 +184,12 @@ def _close_epochs(connection: sqlite3.Connection, chain: bytes, epochs: Iterable
     connection.executemany(insert, [(chain, *each) for each in closed.ranges])
 
 
+def _replace_withheld(connection: sqlite3.Connection, chain: bytes, envelopes: Sequence[bytes]) -> None:
+    connection.execute("DELETE FROM consensus_withheld WHERE chain = ?", (chain,))
+    insert = "INSERT INTO consensus_withheld (chain, envelope) VALUES (?, ?)"
+    connection.executemany(insert, [(chain, envelope) for envelope in envelopes])
+
+
 def _retain(connection: sqlite3.Connection, followed: Sequence[bytes], now_s: int, *, by_age: bool) -> int:
     connection.execute(
         """
@@ -192,6 +215,7 @@ def _retain(connection: sqlite3.Connection, followed: Sequence[bytes], now_s: in
         "DELETE FROM consensus_former_states WHERE chain = ?",
         "DELETE FROM consensus_named WHERE chain = ?",
         "DELETE FROM consensus_closed WHERE chain = ?",
+        "DELETE FROM consensus_withheld WHERE chain = ?",
         "DELETE FROM consensus_chains WHERE chain = ?",
     ):
         connection.executemany(delete, dropped)

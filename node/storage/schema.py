@@ -164,4 +164,9 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         ) WITHOUT ROWID
         """,
     ),
+    (
+        # Own observations behind readings that are committed to, and not published before the readings are revealed.
+        "CREATE TABLE consensus_withheld (chain BLOB NOT NULL, envelope BLOB NOT NULL)",
+        "CREATE INDEX consensus_withheld_by_chain ON consensus_withheld (chain)",
+    ),
 )

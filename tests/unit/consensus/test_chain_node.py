@@ -1,6 +1,7 @@
 """A chain node survives damaged storage, a flood of old messages, and endless questions."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 import pytest
@@ -41,12 +42,24 @@ class Meter:
     async def revealed(self) -> None:
         await trio.lowlevel.checkpoint()
 
+    def withheld(self) -> list[bytes]:
+        return []
+
+    def restore(self, envelopes: Sequence[bytes]) -> None:
+        raise AssertionError(envelopes)
+
 
 class FullStore(ChainStore):
     """A store on a full disk."""
 
-    async def save_messages(self, chain: bytes, rows: Sequence[tuple[bytes, int, bytes]], oldest_epoch: int) -> None:
-        del chain, rows, oldest_epoch
+    async def save_messages(
+        self,
+        chain: bytes,
+        rows: Sequence[tuple[bytes, int, bytes]],
+        oldest_epoch: int,
+        withheld: Sequence[bytes] | None = None,
+    ) -> None:
+        del chain, rows, oldest_epoch, withheld
         await trio.lowlevel.checkpoint()
         raise StorageFull("no space left")
 
@@ -68,6 +81,44 @@ def chain_node(store: ChainStore, published: list[SignedMessage] | None = None) 
     )
     rules = ConsensusRules(swarm=b"swarm", plan=PLAN, clock=CLOCK)
     return ChainNode(environment, rules, GENESIS, Meter(), participates=lambda: False, publish=publish)
+
+
+class WithholdingMeter(Meter):
+    """A meter with observations that it publishes once their readings are revealed."""
+
+    def __init__(self, *envelopes: bytes) -> None:
+        self.unrevealed, self.published = [*envelopes], list[bytes]()
+
+    async def revealed(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.published, self.unrevealed = self.unrevealed, []
+
+    def withheld(self) -> list[bytes]:
+        return self.unrevealed
+
+    def restore(self, envelopes: Sequence[bytes]) -> None:
+        self.unrevealed += envelopes
+
+
+async def test_observations_behind_readings_are_published_by_the_process_that_reveals_them() -> None:
+    store, observations = memory_chain_store(), [b"one", b"other"]
+
+    def process(meter: Meter, now_s: float) -> ChainNode:
+        node = chain_node(store)
+        environment = replace(node._environment, wall_clock=lambda: now_s)
+        rules = ConsensusRules(swarm=b"swarm", plan=PLAN, clock=CLOCK)
+        return ChainNode(environment, rules, GENESIS, meter, participates=lambda: True, publish=lambda _: None)
+
+    await process(WithholdingMeter(*observations), CLOCK.commits_end_s(EPOCH)).turn()
+    restarted = WithholdingMeter()
+    node = process(restarted, CLOCK.reveals_begin_s(EPOCH))
+    await node.load()
+    assert restarted.withheld() == observations
+    await node.turn()
+    assert restarted.published == observations
+    again = WithholdingMeter()
+    await process(again, CLOCK.reveals_begin_s(EPOCH)).load()
+    assert again.withheld() == []
 
 
 async def failing_read(*_: object) -> NoReturn:

@@ -1,6 +1,7 @@
 """All that measurements for the swarm compute is charged, whatever comes of them."""
 
 import random
+from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
@@ -11,6 +12,7 @@ from node.consensus.measuring_allowance import INITIAL_S, MeasuringAllowance
 from node.coordinator.observation import Recorder
 from node.coordinator.trial_runner import BenchmarkRunner
 from node.identity import Identity
+from node.storage.database import StorageFull
 from node.testing.fake_engine import FAKE_MODEL
 from protocol.consensus_values import Cell
 from protocol.observations import SignedObservation
@@ -40,8 +42,10 @@ async def ignore(observation: SignedObservation) -> None:
     await trio.lowlevel.checkpoint()
 
 
-def runner_at(peer: Peer) -> tuple[MeasurementRunner, Recorded]:
-    recorder, allowance = Recorder(Identity(b"7" * 32), ignore), Recorded()
+def runner_at(
+    peer: Peer, publish: Callable[[SignedObservation], Awaitable[None]] = ignore
+) -> tuple[MeasurementRunner, Recorded]:
+    recorder, allowance = Recorder(Identity(b"7" * 32), publish), Recorded()
     runner = MeasurementRunner(
         BenchmarkRunner(peer.coordinator, recorder),
         FAKE_MODEL,
@@ -52,6 +56,34 @@ def runner_at(peer: Peer) -> tuple[MeasurementRunner, Recorded]:
         own_peer=peer.id,
     )
     return runner, allowance
+
+
+async def test_observations_of_an_earlier_process_are_published_when_their_readings_are_revealed(
+    virtual_clock: MockClock,
+) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9))
+        await swarm.settle()
+        first, _ = runner_at(peer)
+        assert await first.measure(CELL) is not None
+        saved, published = first.withheld(), list[SignedObservation]()
+        assert saved
+
+        async def publish(observation: SignedObservation) -> None:
+            await ignore(observation)
+            if is_full:
+                raise StorageFull("no space left")
+            published.append(observation)
+
+        is_full = True
+        restarted, _ = runner_at(peer, publish)
+        restarted.restore(saved)
+        await restarted.revealed()
+        assert restarted.withheld() == saved, "it is tried again with the next reveal"
+        is_full = False
+        await restarted.revealed()
+        assert [each.envelope for each in published] == saved
+        assert restarted.withheld() == []
 
 
 def computed_s(peer: Peer) -> float:

@@ -76,6 +76,7 @@ async def fill(store: ChainStore, chain: bytes) -> None:
         await store.save_messages(chain, [(chain + b"%d" % epoch, epoch, b"A")], oldest_epoch=epoch - 1)
         await store.save_branch(chain, -1, [statement(1)], StoredState(b"s", b"state"), keeps_former=True)
     await store.mark_committed(chain, 3)
+    await store.replace_withheld(chain, [b"observation"])
 
 
 async def test_chain_that_is_not_followed_is_deleted_after_a_month_by_a_clock_that_peers_confirm(
@@ -86,12 +87,12 @@ async def test_chain_that_is_not_followed_is_deleted_after_a_month_by_a_clock_th
         await fill(store, CHAIN)
         await fill(store, OTHER)
         assert await store.retain([CHAIN], 0, by_age=True) == 0
-        assert await stored(database, OTHER) == 7, "one row in each table"
+        assert await stored(database, OTHER) == 8, "one row in each table"
         assert await store.retain([CHAIN], 10 * UNFOLLOWED_S, by_age=False) == 0, "the clock may be wrong"
         assert await store.retain([CHAIN], UNFOLLOWED_S, by_age=True) == 0
         assert await store.retain([CHAIN], UNFOLLOWED_S + 1, by_age=True) == 1
         assert await stored(database, OTHER) == 0
-        assert await stored(database, CHAIN) == 7
+        assert await stored(database, CHAIN) == 8
 
 
 async def test_peer_that_serves_ever_new_models_does_not_fill_the_disk(tmp_path: Path) -> None:
@@ -105,4 +106,4 @@ async def test_peer_that_serves_ever_new_models_does_not_fill_the_disk(tmp_path:
             *([False] * (2 * MAX_CHAINS + 1)),
             *([True] * (MAX_CHAINS - 1)),
         ]
-        assert await stored(database, CHAIN) == 7
+        assert await stored(database, CHAIN) == 8
