@@ -79,6 +79,7 @@ def _copied(peer: Participant) -> Participant:
     assert head.statement is not None
     made.chain = Chain(GENESIS)
     made.chain.start_from(head.statement, head.members)
+    made.signed = copy.deepcopy(peer.signed)
     made._states = peer._states.copy()
     made._commits = {key: {**found} for key, found in peer._commits.items()}
     made._reveals = {key: {of: [*each] for of, each in found.items()} for key, found in peer._reveals.items()}
