@@ -203,7 +203,9 @@ class ChainNode:
                 if self.replica.is_state_missing():  # the clock was set back, and so was the head
                     await self._recovery.load_state()
             await self._confirm_commits(now_s)
-            due = [*await self._environment.offload(lambda: self._propose_and_vote(now_s)), *proofs]
+            participates = self._participates()  # not known in a thread
+            voted = await self._environment.offload(lambda: self._propose_and_vote(now_s, participates=participates))
+            due = [*voted, *proofs]
             reveals = self._contributor.due_reveals(now_s)
             due += reveals
             try:
@@ -252,11 +254,11 @@ class ChainNode:
             if found == len(names):
                 self.replica.participant.confirm(commit)
 
-    def _propose_and_vote(self, now_s: float) -> list[SignedMessage]:
+    def _propose_and_vote(self, now_s: float, *, participates: bool) -> list[SignedMessage]:
         """Return our proposal and our vote, as far as they are due. May take long."""
         participant = self.replica.participant
         participant.derive_state()
-        if not self._participates():
+        if not participates:
             return []
         due: list[SignedMessage] = []
         if (statement := participant.propose(now_s)) and (proposal := self.replica.sign(statement)):
