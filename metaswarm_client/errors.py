@@ -79,6 +79,7 @@ _BY_STATUS: Final = {
 _STATUS_OF_CODE: Final = {
     "blocks_not_served": 503,
     "peers_full": 503,
+    "method_not_ready": 503,
     "quality_being_measured": 503,
     "node_leaving": 503,
     "model_not_found": 404,

@@ -18,6 +18,7 @@ _JOB_ERROR_STATUS = {
     JobErrorCode.OVER_BUDGET: 400,
     JobErrorCode.UNCOVERED: 503,
     JobErrorCode.FULL: 503,
+    JobErrorCode.NOT_READY: 503,
     JobErrorCode.MEASURING: 503,
     JobErrorCode.FAILED: 502,
     JobErrorCode.LEAVING: 503,
@@ -25,6 +26,7 @@ _JOB_ERROR_STATUS = {
 _RETRY_AFTER_S = {
     JobErrorCode.UNCOVERED: 10.0,
     JobErrorCode.FULL: 2.0,
+    JobErrorCode.NOT_READY: 10.0,
     JobErrorCode.MEASURING: 10.0,
     JobErrorCode.LEAVING: 10.0,
 }

@@ -93,6 +93,7 @@ def no_route(
         code = JobErrorCode.FULL
         message = f"{peers} have no room now ({reasons}): try again later"
     elif RefusalReason.NOT_READY in kinds:
+        code = JobErrorCode.NOT_READY
         message = f"{methods} is not ready on {peers} ({reasons}): try again later"
     elif kinds == {RefusalReason.UNABLE}:
         message = f"{methods} is not available on {peers} ({reasons}): use another method"

@@ -32,6 +32,8 @@ class JobErrorCode(enum.StrEnum):
     """No peer serves some of the model's blocks, which the message names: 503, retry later."""
     FULL = "peers_full"
     """The peers that serve the model are full: 503, retry later."""
+    NOT_READY = "method_not_ready"
+    """The method is being built by the peers that serve the model: 503, retry later."""
     MEASURING = "quality_being_measured"
     """The method's quality with this model is being measured: 503, retry later."""
     FAILED = "job_failed"

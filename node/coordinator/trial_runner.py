@@ -37,9 +37,12 @@ READY_TIMEOUT_S: Final = 900.0
 BUSY_TIMEOUT_S: Final = 120.0
 """How long a run of a background measurement is repeated where it is in the way of jobs, here or at other peers."""
 
+LOST_TIMEOUT_S: Final = 30.0
+"""How long a run is repeated while no peer serves some blocks; then the whole trial ends, to be asked for again."""
+
 RETRY_S: Final = (1.0, 15.0)
-"""First and longest pause before another attempt while a method is not ready or the peers are full: each asks all
-stages anew, which those that serve others would feel."""
+"""First and longest pause before another attempt after a refusal: each asks all stages anew, which those that serve
+others would feel, and is one more failed job."""
 
 GIVE_WAY_S: Final = 0.05
 """Interval at which a background measurement looks whether it is in the way of a user's job."""
@@ -165,7 +168,8 @@ class _TrialRuns:
             try:
                 await self._run_with_retry(short, method)
             except JobError as error:
-                if method == method.baseline or not self.spec.spending.left_s:
+                is_lost = error.code is JobErrorCode.UNCOVERED
+                if method == method.baseline or is_lost or not self.spec.spending.left_s:
                     raise
                 errors[method.name] = error.message
         return errors
@@ -209,13 +213,14 @@ class _TrialRuns:
                 cuts += 1
             except JobError as error:
                 is_in_the_way = self.spec.is_background and error.code is JobErrorCode.FULL
-                limit_s = BUSY_TIMEOUT_S if is_in_the_way else READY_TIMEOUT_S
+                is_lost = error.code is JobErrorCode.UNCOVERED
+                limit_s = BUSY_TIMEOUT_S if is_in_the_way else LOST_TIMEOUT_S if is_lost else READY_TIMEOUT_S
                 if error.retry_after_s is None or trio.current_time() > began_s + limit_s:
                     raise
                 if error.code is not JobErrorCode.FULL:
                     # A stage may be gone: the round is invalid then, and begun anew elsewhere.
                     self.stages = () if is_trial else self.spec.stages
-                refusals += is_in_the_way  # else what is waited for is soon ready
+                refusals += 1
                 await trio.sleep(backoff_s(refusals, RETRY_S, self.rng))
 
     async def _finds_gap(self, until_s: float) -> bool:

@@ -96,7 +96,7 @@ async def test_keys_and_values_in_q8_0_serve_near_jobs_once_measured_and_never_e
     async def is_served() -> bool:
         nonlocal answer
         answer = await daemon.complete(**body, metaswarm={"method": name, "quality": "near"})
-        return answer.get("error", {}).get("code") not in {"quality_being_measured", "blocks_not_served", "peers_full"}
+        return answer.get("error", {}).get("code") not in {"quality_being_measured", "method_not_ready", "peers_full"}
 
     await until(is_served, timeout_s=800)
     assert answer["metaswarm"]["method"]["name"] == name
@@ -152,7 +152,7 @@ async def _complete(daemon: Daemon, model: str, method: str, prompt: list[int], 
         options = {"ignore_eos": True, "method": method}
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "metaswarm": options}
         answer = await daemon.complete(**body)
-        return answer.get("error", {}).get("code") not in {"blocks_not_served", "peers_full"}
+        return answer.get("error", {}).get("code") not in {"blocks_not_served", "method_not_ready", "peers_full"}
 
     await until(is_accepted, timeout_s=200)
     return answer

@@ -351,6 +351,7 @@ REFUSALS = [
     (JobErrorCode.FAILED, 502, "server_error", None),
     (JobErrorCode.UNCOVERED, 503, "server_error", "10"),
     (JobErrorCode.FULL, 503, "server_error", "2"),
+    (JobErrorCode.NOT_READY, 503, "server_error", "10"),
     (JobErrorCode.MEASURING, 503, "server_error", "10"),
     (JobErrorCode.LEAVING, 503, "server_error", "10"),
 ]

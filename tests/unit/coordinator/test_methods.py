@@ -172,6 +172,7 @@ async def test_error_for_a_method_that_is_not_ready_yet(virtual_clock: MockClock
         with pytest.raises(JobError, match="not ready") as caught:
             await peer.run(request(PROMPTS[0], 5, method(engine="fused", speculation="ngram-4")))
         assert caught.value.retry_after_s
+        assert caught.value.code is JobErrorCode.NOT_READY, "its blocks are served"
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,31 @@ async def test_trial_that_never_fits_ends_at_once(virtual_clock: MockClock) -> N
         assert trio.current_time() - began_s < 10
 
 
+@pytest.mark.parametrize("methods", [[BASELINE.name], [FUSED.name, method(engine="fused", speculation="ngram-4").name]])
+async def test_trial_ends_after_a_few_attempts_once_blocks_are_not_served(
+    methods: list[str], virtual_clock: MockClock
+) -> None:
+    async with open_swarm() as swarm:
+        await swarm.join((0, 5))
+        holder = await swarm.join((5, 9))
+        client = await swarm.join()
+        await swarm.settle()
+        trials = BenchmarkRunner(client.coordinator, Recorder(Identity(b"7" * 32), Kept().publish))
+        began_s, statistics = trio.current_time(), client.coordinator.statistics
+
+        def lose_the_last_holder(rounds: Sequence[Mapping[str, Run]]) -> bool:
+            swarm.hub.kill(holder.id)
+            return False
+
+        with pytest.raises(JobError) as caught:
+            await trials.run(
+                spec(kind=ObservationKind.PROBE, methods=methods, rounds=1, is_decided=lose_the_last_holder)
+            )
+        assert caught.value.code is JobErrorCode.UNCOVERED
+        assert statistics.trials_failed <= 8
+        assert trio.current_time() - began_s < 120
+
+
 def test_prompts_share_their_prefix_and_nothing_with_other_runs() -> None:
     text = list(range(1000))
     rng = random.Random(3)
