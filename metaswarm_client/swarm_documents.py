@@ -185,6 +185,7 @@ class Explanation:
     route: tuple[Stage, ...]
     selection: SelectionStatus
     methods: tuple[ExplainedMethod, ...]
+    not_offered: tuple[str, ...]
     agreed: str
     reason: str
     confidence: float | None

@@ -135,6 +135,7 @@ def explain(considered: Considered, chooser: LearnedChooser, model: ModelStatus 
         "route": _describe_route(considered),
         "selection": selection_status(chooser, model),
         "methods": methods,
+        "not_offered": [name for name in choice.log_costs if name not in selection.predictions],
         "agreed": considered.agreed,
         "reason": _reason(considered.agreed, next(iter(selection.predictions)), choice),
         "confidence": selection.confidence,
@@ -172,7 +173,7 @@ def _reason(chosen: str, best: str, choice: LearnedChoice) -> str:
     if chosen == best:
         return "lowest predicted cost" + (", and confirmed by a trial here" if chosen in trials else "")
     if best not in trials:
-        return "in use for tasks like this one; the best by prediction is not used before it won a trial here"
+        return "in use for tasks like this one; a method that is predicted to be better is used once it won a trial here"
     if trials[best].log_ratio > trials[chosen].log_ratio if chosen in trials else False:
         is_fastest = choice.request.context.objective == Objective.LATENCY
         least = "the fastest" if is_fastest else "the one that computes least"

@@ -198,6 +198,7 @@ class Explanation(TypedDict):
     route: list[dict[str, Any]]
     selection: SelectionStatus
     methods: list[ExplainedMethod]
+    not_offered: list[str]
     agreed: str
     reason: str
     confidence: float | None

@@ -1,5 +1,6 @@
 """`metaswarm explain`: which method a task would be served with, why, and how past choices turned out."""
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ def render_explanation(answer: "Explanation") -> "RenderableType":
     from rich.console import Group
     from rich.text import Text
 
-    table = new_table("method", ">speed-up", ">90 % range", ">expected", ">tried", ">votes", "")
+    table = new_table("method", ">speed-up", ">90 % range", ">expected", ">tried", ">votes of the peers", "")
     for method in answer["methods"][:MAX_METHOD_COLUMNS]:
         mark = "chosen" if method["name"] == answer["agreed"] else "accepted" if method["accepted"] else ""
         cells = (
@@ -78,7 +79,7 @@ def render_explanation(answer: "Explanation") -> "RenderableType":
             f"{method['speedup_low']:.2f}-{method['speedup_high']:.2f}",
             format_duration(method["predicted_s"]),
             "" if method["trial_speedup"] is None else f"{method['trial_speedup']:.2f}x",
-            " ".join(f"{cost:.2f}" for cost in method["votes"].values()),
+            " ".join(format_duration(math.exp(cost)) for cost in method["votes"].values()),
             mark,
         )
         table.add_row(*(Text(printable(cell), overflow="fold") for cell in cells))
@@ -93,7 +94,7 @@ def render_explanation(answer: "Explanation") -> "RenderableType":
         "chosen": answer["reason"],
         "sure": _certainty(answer),
         "based on": basis + (", and the table that the swarm agreed on" if answer["table_digest"] else ""),
-        "votes": "natural logarithm of the predicted seconds, one of each stage; the lowest wins",
+        "votes": "what each peer of the route predicts for the job; the lowest mean, by reputation, wins",
         "tried": f"{plural(selection['trials'], 'trial')} in {format_duration(selection['trial_s'])}, "
         f"{selection['explored_jobs']} of {plural(selection['jobs'], 'job')} for "
         f"{format_duration(selection['regret_s'])}",
@@ -102,18 +103,21 @@ def render_explanation(answer: "Explanation") -> "RenderableType":
         else f"{plural(past['jobs'], 'job')}, predictions off by {error:.0%}, "
         f"expected regret {format_duration(past['mean_regret_s'])} a job",
     }
-    return Group(table, Text("\n".join(f"{name:<8} {value}" for name, value in facts.items())))
+    if answer["not_offered"]:
+        names = ", ".join(map(short_method, answer["not_offered"][:MAX_METHOD_COLUMNS]))
+        facts["not now"] = f"{names}: not every peer of the route has built them, or has the draft model for them"
+    return Group(table, Text("\n".join(f"{name:<8} {printable(value)}" for name, value in facts.items())))
 
 
 def _certainty(answer: "Explanation") -> str:
     """Return how sure the choice is, and what is measured where it is not."""
     if answer["confidence"] is None:
         return "unknown: the route does not offer the method in use for tasks like this one"
-    sure = f"{answer['confidence']:.0%} that no method untried here is clearly better than the one in use"
+    sure = f"{answer['confidence']:.0%} that no other method is clearly better than the one in use"
     if not answer["probes"]:
         return sure
     probes = " and ".join(short_method(name) for name in answer["probes"])
-    return f"{sure}: too little, so that such jobs get a trial of {probes}"
+    return f"{sure}; as this is not sure enough, jobs like this one start a trial of {probes}"
 
 
 def short_method(name: str) -> str:

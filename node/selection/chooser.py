@@ -234,6 +234,7 @@ class LearnedChooser:
                 deviation=choice.prediction.table[name].deviation,
             )
             for name, cost in sorted(expected.items(), key=lambda item: item[1])
+            if name in choice.offered or name == method  # others cannot run, and so are never the best
         }
         return Selection(
             basis=choice.prediction.basis,
@@ -272,7 +273,8 @@ class LearnedChooser:
         allowance.served_s += outcome.total_s
         if selection.explored:
             allowance.explored_jobs += 1
-            allowance.regret_s += max(0.0, selection.predicted_s - selection.predictions[choice.in_use].cost_s)
+            in_use = selection.predictions.get(choice.in_use)
+            allowance.regret_s += selection.regret_s if in_use is None else max(0.0, selection.predicted_s - in_use.cost_s)
         if choice.request.context.objective != Objective.LATENCY:  # what was predicted is computing
             outcome = replace(outcome, total_s=outcome.compute_s or outcome.total_s)
         self.decisions.append((outcome, replace(selection, predictions={})))

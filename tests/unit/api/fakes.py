@@ -60,6 +60,7 @@ PEERS = (peer_id_from_public_key(b"1" * 32), peer_id_from_public_key(b"2" * 32))
 
 
 FASTER = method(engine="fused").name
+DRAFTED = method(engine="fused", speculation="draft-8").name
 SELECTION: SelectionStatus = {
     "basis": "model",
     "model_version": 3,
@@ -404,6 +405,7 @@ class FakeNode:
                     "trial_speedup": None,
                 }
             ],
+            "not_offered": [DRAFTED],
             "agreed": FASTER,
             "reason": "lowest predicted cost",
             "confidence": self.confidence,

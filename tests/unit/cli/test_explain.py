@@ -27,7 +27,7 @@ def test_prints_choice_with_predictions(serve: ServeNode, capsys: pytest.Capture
 
 @pytest.mark.parametrize(
     ("confidence", "told"),
-    [(0.9, "90% that no method untried here is clearly better"), (None, "unknown: the route does not offer")],
+    [(0.9, "90% that no other method is clearly better"), (None, "unknown: the route does not offer")],
 )
 def test_prints_how_sure_the_choice_is(
     confidence: float | None, told: str, serve: ServeNode, capsys: pytest.CaptureFixture[str]
@@ -39,6 +39,16 @@ def test_prints_how_sure_the_choice_is(
     assert told in capsys.readouterr().out
     assert run(["explain", "--api", url, "--model", "tiny", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["confidence"] == confidence
+
+
+def test_methods_that_cannot_run_are_told_apart_from_those_that_can(
+    serve: ServeNode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["explain", "--api", serve(FakeNode()), "--model", "tiny"]) == 0
+    table, _, below = capsys.readouterr().out.partition("chosen   ")
+    assert "draft-8" not in table
+    assert "speculation=draft-8: not every peer of the route" in below
+    assert "2.01 s" in table, "votes are durations"
 
 
 def test_json_is_api_document(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:

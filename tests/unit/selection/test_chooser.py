@@ -274,6 +274,18 @@ def described(chooser: LearnedChooser, choice: LearnedChoice, *votes: Mapping[st
     return chooser.describe(choice, choice.in_use)
 
 
+async def test_method_that_a_stage_does_not_offer_is_never_the_best_by_prediction(virtual_clock: MockClock) -> None:
+    chooser = LearnedChooser(PredictionCache(), random.Random(1))
+    choice = await chooser.choose(MANY_METHODS)
+    assert isinstance(choice, LearnedChoice)
+    best, *others = choice.log_costs
+    choice.ballot([{name: choice.log_costs[name] for name in others}], equally)
+    found = chooser.describe(choice, others[-1])
+    assert list(found.predictions) == others
+    assert found.regret_s == pytest.approx(found.predicted_s - found.predictions[others[0]].cost_s)
+    assert best in described(chooser, choice, choice.log_costs).predictions
+
+
 async def test_jobs_with_a_named_method_calibrate_predictions(virtual_clock: MockClock) -> None:
     chooser = LearnedChooser(PredictionCache(), random.Random(1))
     choice = await chooser.choose(compute_request(BASELINE, is_free=False))
