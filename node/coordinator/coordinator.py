@@ -24,7 +24,7 @@ from node.coordinator.observation import Recorder, ServedJob
 from node.coordinator.output_text import OutputText
 from node.coordinator.planner import Planner
 from node.coordinator.prefix_sharing import RecentPrompts
-from node.coordinator.prompt import chat_format_of, prompt_text, read_prompt, sampling_of
+from node.coordinator.prompt import chat_format_of, prompt_text, read_prompt, sampling_of, tokenizer_unavailable
 from node.coordinator.recent_jobs import JobState, RecentJob, RecentJobs
 from node.coordinator.refusals import RouteRejected, no_route
 from node.coordinator.result import result_of, served_of, timing_of, votes_of
@@ -46,7 +46,7 @@ from node.coordinator.submission import (
 )
 from node.coordinator.swarm_view import SwarmView
 from node.links.link_pool import LinkPool
-from node.models.errors import ModelError
+from node.models.errors import ModelError, TokenizerUnavailableError
 from node.models.library import KnownModel
 from node.util.text import one_line
 from protocol.identity import JobId, ModelId, PeerId, Stage
@@ -179,6 +179,8 @@ class Coordinator:
         """Return the model that a user means. Raises JobError."""
         try:
             return await self._open_model(text)
+        except TokenizerUnavailableError as error:
+            raise tokenizer_unavailable(error) from None
         except ModelError as error:
             raise JobError(JobErrorCode.MODEL_NOT_FOUND, str(error)) from None
 

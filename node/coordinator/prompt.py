@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 from node.coordinator.chat import ChatFormat, ChatMessage, ToolFormat
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
-from node.models.errors import ModelError
+from node.models.errors import ModelError, TokenizerBusyError, TokenizerEndedError, TokenizerUnavailableError
 from node.models.library import KnownModel
-from node.models.tokenizer_service import TokenizerBusyError, TokenizerUnavailableError
 from protocol.limits import MAX_POSITIONS, MAX_STOP_TOKENS
 from protocol.messages import Sampling
 
@@ -55,7 +54,7 @@ async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
         if request.truncate:
             tokens = tokens[: model.max_positions - _least_text(request)]
     except TokenizerUnavailableError as error:
-        raise _unavailable(error) from None
+        raise tokenizer_unavailable(error) from None
     except (ValueError, ModelError) as error:
         raise JobError(JobErrorCode.INVALID, str(error)) from None
     if not tokens:
@@ -67,8 +66,10 @@ async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
     return Prompt(tokens, chat_format)
 
 
-def _unavailable(error: TokenizerUnavailableError) -> JobError:
-    code = JobErrorCode.FULL if isinstance(error, TokenizerBusyError) else JobErrorCode.FAILED
+def tokenizer_unavailable(error: TokenizerUnavailableError) -> JobError:
+    """Return the error of a job that met it: one that clients try again."""
+    is_busy, is_ending = isinstance(error, TokenizerBusyError), isinstance(error, TokenizerEndedError)
+    code = JobErrorCode.FULL if is_busy else JobErrorCode.LEAVING if is_ending else JobErrorCode.FAILED
     return JobError(code, str(error), retry_after_s=BUSY_RETRY_S)
 
 
@@ -80,7 +81,7 @@ async def _check_schema(request: JobRequest, model: KnownModel) -> None:
     try:
         fault = await model.tokenizer.schema_fault(request.json_schema)
     except TokenizerUnavailableError as error:
-        raise _unavailable(error) from None
+        raise tokenizer_unavailable(error) from None
     except ModelError as error:
         fault = str(error)
     if fault:

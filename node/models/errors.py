@@ -19,3 +19,18 @@ class ManifestError(ModelError):
 
 class ChatTemplateError(ValueError):
     """The conversation cannot be rendered: the template refuses it or is broken. The message is one line."""
+
+
+class TokenizerUnavailableError(ModelError):
+    """This node cannot run the model's tokenizer now; neither the request nor the model's files are at fault."""
+
+
+class TokenizerBusyError(TokenizerUnavailableError):
+    """Too many requests wait for the same model's tokenizer. They can be retried later."""
+
+
+class TokenizerEndedError(TokenizerUnavailableError):
+    """The node is about to end."""
+
+    def __init__(self) -> None:
+        super().__init__("this node is shutting down: try again, or ask another peer")

@@ -19,7 +19,13 @@ import msgpack
 import structlog
 import trio
 
-from node.models.errors import ChatTemplateError, ModelError
+from node.models.errors import (
+    ChatTemplateError,
+    ModelError,
+    TokenizerBusyError,
+    TokenizerEndedError,
+    TokenizerUnavailableError,
+)
 from node.models.manifest import TOKENIZER_FILE
 from node.models.store import Package
 from node.models.tokenizer_process import COMMAND, RequestFailed, TokenizerProcess
@@ -43,14 +49,6 @@ NO_TOKENIZER: Final = "the model has no tokenizer: give it token ids (the API ta
 _ATTEMPTS = 2
 
 _logger = structlog.get_logger(__name__)
-
-
-class TokenizerUnavailableError(ModelError):
-    """This node cannot run the model's tokenizer now; neither the request nor the model's files are at fault."""
-
-
-class TokenizerBusyError(TokenizerUnavailableError):
-    """Too many requests wait for the same model's tokenizer. They can be retried later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +81,7 @@ class _Call:
     request: dict[str, Any] = field(compare=False)
     over: trio.Event = field(compare=False, default_factory=trio.Event)
     abandoned: bool = field(compare=False, default=False)
-    outcome: dict[str, Any] | Exception = field(
-        compare=False, default_factory=lambda: TokenizerUnavailableError("the node is about to end")
-    )
+    outcome: dict[str, Any] | Exception = field(compare=False, default_factory=TokenizerEndedError)
 
 
 class TokenizerService:
@@ -160,9 +156,9 @@ class TokenizerService:
         await self._running.wait()
 
     def start_soon(self, worker: "_Worker") -> None:
-        """Start serving a worker's requests. Raises TokenizerUnavailableError when the node ends."""
+        """Start serving a worker's requests. Raises TokenizerEndedError when the node ends."""
         if self._nursery is None:
-            raise TokenizerUnavailableError("the node is about to end")
+            raise TokenizerEndedError
         self._nursery.start_soon(worker.serve)
 
     def watch(self, child: Child) -> None:

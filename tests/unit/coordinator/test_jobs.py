@@ -14,7 +14,7 @@ from node.coordinator.route_search import MAX_SHORTENINGS
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, JobStarted, TextDelta
 from node.engine.interface import SliceFault, SliceInput, StepResult
 from node.links.outbound_link import SessionRefused
-from node.models.errors import ModelError
+from node.models.errors import ModelError, TokenizerBusyError, TokenizerEndedError
 from node.models.tokenizer_service import no_tokenizer
 from node.models.vocabulary import TokenKind, Vocabulary
 from node.stages import session_admission
@@ -50,6 +50,26 @@ async def all_free(swarm: Swarm) -> None:
         while any(peer.held() != (0, 0) for peer in swarm.peers):
             await trio.sleep(0.01)
     assert all(len(peer.stages.link_pool.receivers) == 0 for peer in swarm.peers)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (TokenizerEndedError(), JobErrorCode.LEAVING),
+        (TokenizerBusyError("256 requests wait"), JobErrorCode.FULL),
+        (ModelError("no peer knows it"), JobErrorCode.MODEL_NOT_FOUND),
+    ],
+)
+async def test_model_whose_tokenizer_is_unavailable_is_not_unknown(
+    error: ModelError, code: JobErrorCode, virtual_clock: MockClock
+) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9))
+        peer.coordinator._open_model = AsyncMock(side_effect=error)
+        with pytest.raises(JobError) as caught:
+            await peer.run(JobRequest(model="fake", prompt=PROMPT))
+        assert caught.value.code is code
+        assert (caught.value.retry_after_s is None) == (code is JobErrorCode.MODEL_NOT_FOUND)
 
 
 async def test_three_stages_generate_the_same_text_as_one(virtual_clock: MockClock) -> None:

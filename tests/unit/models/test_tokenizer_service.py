@@ -17,10 +17,10 @@ import trio
 import trio.testing
 
 from node.models import tokenizer_service
-from node.models.errors import ChatTemplateError, ModelError
+from node.models.errors import ChatTemplateError, ModelError, TokenizerBusyError, TokenizerUnavailableError
 from node.models.streaming import StreamDecoder
 from node.models.tokenizer_process import COMMAND
-from node.models.tokenizer_service import Limits, TokenizerBusyError, TokenizerService, TokenizerUnavailableError
+from node.models.tokenizer_service import Limits, TokenizerService
 from tests.support import hostile_directory
 from tests.support.tokenizers import load_tokenizer
 from tests.unit.models.packages import write_package
