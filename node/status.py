@@ -130,7 +130,13 @@ class StatusView:
                 "failed": jobs.failed,
                 "cancelled": jobs.cancelled,
                 "rejected": jobs.rejected,
-                "trials": {"running": jobs.trials_running, "done": jobs.trials_done, "failed": jobs.trials_failed},
+                "trials": {
+                    "running": jobs.trials_running,
+                    "done": jobs.trials_done,
+                    "failed": jobs.trials_failed,
+                    "cancelled": jobs.trials_cancelled,
+                    "rejected": jobs.trials_rejected,
+                },
             },
             "history": await self._history_status(),
             "consensus": [

@@ -60,6 +60,8 @@ class TrialCounts(TypedDict):
     running: int
     done: int
     failed: int
+    cancelled: int
+    rejected: int
 
 
 class JobCounts(TypedDict):

@@ -100,7 +100,10 @@ def _describe_jobs(jobs: "JobCounts") -> str:
     counts = [(jobs["running"], "running"), (jobs["done"], "done"), (jobs["failed"], "failed")]
     counts += [(jobs["cancelled"], "cancelled"), (jobs["rejected"], "rejected as client errors")]
     text = ", ".join(f"{count} {kind}" for count, kind in counts)
-    return f"{text}; trials: {trials['running']} running, {trials['done']} done, {trials['failed']} failed"
+    return (
+        f"{text}; runs of trials: {trials['running']} running, {trials['done']} done, {trials['cancelled']} interrupted, "
+        f"{trials['rejected']} rejected, {trials['failed']} failed"
+    )
 
 
 def _describe_peers(peers: "PeerCounts") -> str:
@@ -145,7 +148,8 @@ def _describe_selection(selection: "SelectionStatus") -> str:
         f"by a model of {plural(selection['experiences'], 'observation')}" if selection["experiences"] else "by rule"
     )
     return (
-        f"chosen {basis}; {plural(selection['trials'], 'trial')} took {format_duration(selection['trial_s'])}, "
+        f"chosen {basis}; {plural(selection['trials'], 'trial')} finished, "
+        f"all took {format_duration(selection['trial_s'])}, "
         f"{selection['explored_jobs']} of {plural(selection['jobs'], 'job')} explored"
     )
 

@@ -75,6 +75,8 @@ class CoordinatorStatistics:
     trials_running: int = 0
     trials_done: int = 0
     trials_failed: int = 0
+    trials_cancelled: int = 0
+    trials_rejected: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,7 +238,7 @@ class Coordinator:
             outcome, reason = "failed", one_line(error)
             raise
         finally:
-            counted = outcome if not is_trial else "trials_done" if outcome == "done" else "trials_failed"
+            counted = f"trials_{outcome}" if is_trial else outcome
             self._count(running=-1, trials_running=-is_trial, **{counted: 1})
             if entry is not None:
                 state = JobState.FAILED if outcome == "rejected" else JobState(outcome)

@@ -330,7 +330,7 @@ class FakeNode:
                 "failed": 3,
                 "cancelled": 4,
                 "rejected": 5,
-                "trials": {"running": 0, "done": 6, "failed": 7},
+                "trials": {"running": 0, "done": 6, "failed": 7, "cancelled": 8, "rejected": 9},
             },
             "history": {"count": 7, "digest": "5a" * 32, "new_by_gossip": 4, "new_by_sync": 2, "last_equal_s": 3.0},
             "consensus": [

@@ -34,7 +34,7 @@ def test_prints_status(api: list[str], capsys: pytest.CaptureFixture[str]) -> No
         "2 done",
         "3 failed",
         "5 rejected as client errors",
-        "trials: 0 running, 6 done, 7 failed",
+        "runs of trials: 0 running, 6 done, 8 interrupted, 9 rejected, 7 failed",
         "1 of 3 known reached, 1 banned",
         "9 opened, 2 refused, 1 failed, 1 held with 2.0 KiB",
         "4242",
