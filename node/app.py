@@ -63,7 +63,9 @@ class Node:
         parts.client.coordinator.observer = self._telemetry
         parts.serving.stages.observer = self._telemetry
         self._ready: NodeReady | None = None
-        self._view = StatusView(parts, [str(spec) for spec in config.serve], self._telemetry, self._join_commands)
+        self._view = StatusView(
+            parts, [str(spec) for spec in config.serve], self._telemetry, self._join_commands, config.data_dir
+        )
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[NodeReady]:

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Final, TypedDict, cast
 
 import trio
@@ -43,11 +44,13 @@ from node.config import ServeSpec
 from node.consensus.chain_node import ChainNode
 from node.coordinator.observation import weight_type
 from node.coordinator.submission import JobRequest
+from node.models.files import disk_fault
 from node.stages.memory_admission import span_bytes_for
 from node.stages.span import Span
 from node.storage.database import StorageError
 from node.telemetry.observer import Telemetry
 from node.util.samples import Samples
+from node.util.text import one_line
 from protocol.announcements import ServedSpan
 from protocol.capabilities import hardware_class
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, Stage
@@ -82,6 +85,7 @@ class StatusView:
         serve: Sequence[str],
         telemetry: Telemetry,
         join: Callable[[ServeSpec | None], JoinDocument],
+        data_dir: Path,
     ) -> None:
         self.api_url = ""
         self.stopping = trio.Event()
@@ -91,6 +95,7 @@ class StatusView:
         self.bench = parts.client.trials.run
         self._parts = parts
         self._serve = list(serve)
+        self._data_dir = data_dir
         self._network = parts.network.network
         self._membership = parts.swarm.membership
         self._stages = parts.serving.stages
@@ -147,6 +152,7 @@ class StatusView:
                 "received_bytes": {str(peer): count for peer, count in transfers.received_bytes.items()},
                 "served_bytes": transfers.served_bytes,
             },
+            "problems": await self.problems(),
             "uncovered": self._gaps(),
             "traffic": {
                 "outbound_links": outbound,
@@ -155,6 +161,14 @@ class StatusView:
                 "received_bytes": self._network.byte_counts.received,
             },
         }
+
+    async def problems(self) -> list[str]:
+        """Return what the node works in spite of."""
+        try:
+            fault = await trio.to_thread.run_sync(disk_fault, self._data_dir)
+        except OSError as error:
+            fault = f"the disk of {self._data_dir} cannot be read: {one_line(error)}"
+        return [] if fault is None else [fault]
 
     def faults(self) -> list[str]:
         """Return why the node is not ready."""

@@ -263,6 +263,7 @@ class NodeStatus(TypedDict):
     consensus: list[ChainStatus]
     selection: SelectionStatus
     transfers: TransfersDocument
+    problems: list[str]
     uncovered: list[GapDocument]
     traffic: TrafficDocument
 
@@ -419,6 +420,9 @@ class NodeView(Protocol):
 
     def faults(self) -> list[str]:
         """Return why the node is not ready: spans that are not served, a swarm that is not joined; empty if it is."""
+
+    async def problems(self) -> list[str]:
+        """Return what the node works in spite of, such as a full disk."""
 
     def peers(self) -> list[PeerStatus]:
         """Return the known peers, without this one."""

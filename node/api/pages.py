@@ -112,9 +112,11 @@ class Pages:
 
     async def ready(self, _: Request) -> JSONResponse:
         """Return whether every span is served and the swarm is joined, or why not."""
+        problems = await self._node.problems()
+        told = {"problems": problems} if problems else {}
         if faults := self._node.faults():
-            return JSONResponse({"status": "not ready", "reasons": faults}, 503, {"Retry-After": "5"})
-        return JSONResponse({"status": "ok"})
+            return JSONResponse({"status": "not ready", "reasons": faults} | told, 503, {"Retry-After": "5"})
+        return JSONResponse({"status": "ok"} | told)
 
     async def status(self, _: Request) -> JSONResponse:
         """Return the status of the node."""

@@ -92,6 +92,7 @@ def _faults(status: "NodeStatus") -> list[tuple[str, str]]:
 
     ahead_s = status["clock_ahead_s"]
     clock = [] if ahead_s is None or abs(ahead_s) <= TOLERANCE_S else [("clock", describe_skew(ahead_s))]
+    clock += [("problem", problem) for problem in status["problems"]]
     return clock + [("missing", _describe_gap(gap, status)) for gap in status["uncovered"]]
 
 

@@ -5,15 +5,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-import psutil
-
 from node.config import LOCK_FILE, MEMORY_SHARE, NodeConfig, ServeSpec
 from node.doctor.report import Consequence, Fault, Finding, RunningNode
 from node.engine.device import CPU, Device, DeviceError, cpu_device, find_devices
 from node.identity import KEY_FILE, IdentityError, load_or_create
 from node.models.cache_checks import check_cache, writing_fault
 from node.models.errors import ModelError
-from node.models.files import MIN_FREE_BYTES
+from node.models.files import disk_fault
 from node.models.layout import GGUF
 from node.models.store import ModelStore, Package, UnknownModelError
 from node.network.addresses import TcpAddress, parse_address
@@ -40,10 +38,7 @@ def check_data_dir(config: NodeConfig, running: RunningNode | None) -> Iterator[
     if running is None and _is_locked(folder / LOCK_FILE):
         message = f"another node uses {folder} and its API does not answer: stop it, or choose another --data-dir"
         yield Finding(Fault.NAME_TAKEN, Consequence.START, message)
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free_bytes = psutil.disk_usage(str(existing)).free
-    if free_bytes < MIN_FREE_BYTES:
-        message = f"the disk of {folder} is full ({free_bytes >> 20} MiB free), no history can be stored: free some"
+    if (message := disk_fault(folder)) is not None:
         yield Finding(Fault.DISK_FULL, Consequence.SERVE, message)
 
 

@@ -52,6 +52,15 @@ def ending(progress: Progress) -> Iterator[Progress]:
         progress("", 0, 0)
 
 
+def disk_fault(folder: Path) -> str | None:
+    """Return what is wrong with the disk of a data directory, which may not exist yet: whether it is full."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free >= MIN_FREE_BYTES:
+        return None
+    return f"the disk of {folder} is full ({free >> 20} MiB free), no history can be stored: free some"
+
+
 def check_space(folder: Path, needed: int, *, reserve: int = 0, evictable: int = 0) -> None:
     """Raise ModelError unless a disk has so many bytes free, and a reserve beyond them. Raises OSError.
 

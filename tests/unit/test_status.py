@@ -3,12 +3,15 @@
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 import trio
 
 from node.api.interface import JoinDocument
+from node.models.files import MIN_FREE_BYTES
 from node.models.manifest import Manifest
 from node.network.interface import Way
 from node.replication.peer_limits import Ban
@@ -69,7 +72,7 @@ async def test_peers_shows_refusals_failures_held_bytes_and_bans() -> None:
         consensus=SimpleNamespace(bans=dict),
     )
     no_command: JoinDocument = {"here": None, "elsewhere": None}
-    view = StatusView(cast("Any", parts), [], Telemetry(lambda model: "tiny"), lambda serve: no_command)
+    view = StatusView(cast("Any", parts), [], Telemetry(lambda model: "tiny"), lambda serve: no_command, Path())
     peers = {each["peer_id"]: each for each in view.peers()}
     assert peers.keys() == {CONNECTED, HEARSAY, GONE}
     assert [peers[peer]["reached"] for peer in (CONNECTED, HEARSAY, GONE)] == [True, False, False]
@@ -103,7 +106,11 @@ async def test_peers_shows_refusals_failures_held_bytes_and_bans() -> None:
 
 
 def view_of_models(
-    directory: Directory, known: Mapping[ModelId, Manifest], between: Links, named: Collection[ModelId] = ()
+    directory: Directory,
+    known: Mapping[ModelId, Manifest],
+    between: Links,
+    named: Collection[ModelId] = (),
+    data_dir: Path = Path(),
 ) -> StatusView:
     """Return a view of a node that has the manifests of the models `known`, and names for those `named`."""
     membership = SimpleNamespace(directory=directory, unreached_stages=lambda model, blocks: ())
@@ -126,7 +133,17 @@ def view_of_models(
         client=client,
     )
     no_command: JoinDocument = {"here": None, "elsewhere": None}
-    return StatusView(cast("Any", parts), [], Telemetry(lambda model: "tiny"), lambda serve: no_command)
+    return StatusView(cast("Any", parts), [], Telemetry(lambda model: "tiny"), lambda serve: no_command, data_dir)
+
+
+async def test_full_disk_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    view = view_of_models(Directory(own_peer=US, connected=list), {}, cast("Any", None), data_dir=tmp_path / "data")
+    free = MIN_FREE_BYTES
+    monkeypatch.setattr("node.models.files.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    assert await view.problems() == []
+    free -= 1
+    [problem] = await view.problems()
+    assert f"the disk of {tmp_path / 'data'} is full (63 MiB free)" in problem
 
 
 def announcing(peer: PeerId, *spans: tuple[ModelId, int, int]) -> Heartbeat:

@@ -247,7 +247,7 @@ OLLAMA_VERSION: Final = record(version=STRING, metaswarm=STRING)
 
 # This program's own
 
-HEALTH: Final = record(status=STRING)
+HEALTH: Final = record({"problems": array(STRING)}, status=STRING)
 _MEASURED: Final = record(
     method=STRING,
     error=nullable(STRING),

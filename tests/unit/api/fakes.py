@@ -213,6 +213,8 @@ class FakeNode:
     """In the method in use; of the explanation."""
     not_ready: tuple[str, ...] = ()
     """Why it is not ready."""
+    has_problems: tuple[str, ...] = ()
+    """What it works in spite of."""
     telemetry: Telemetry = field(default_factory=lambda: Telemetry(lambda model: "tiny"))
     stopping: trio.Event = field(default_factory=trio.Event)
     recent_jobs: RecentJobs = field(default_factory=RecentJobs)
@@ -367,6 +369,7 @@ class FakeNode:
             ],
             "selection": SELECTION,
             "transfers": {"received_bytes": {PEERS[1]: 4096}, "served_bytes": 1024},
+            "problems": list(self.has_problems),
             "uncovered": [
                 {
                     "model": "cd" * 32,
@@ -379,6 +382,10 @@ class FakeNode:
             ],
             "traffic": {"outbound_links": 2, "inbound_links": 1, "sent_bytes": 5000, "received_bytes": 6000},
         }
+
+    async def problems(self) -> list[str]:
+        await trio.lowlevel.checkpoint()
+        return list(self.has_problems)
 
     def faults(self) -> list[str]:
         return ["the node is shutting down"] if self.draining else list(self.not_ready)

@@ -77,6 +77,12 @@ def test_prints_why_nothing_is_served(serve: list[str], words: str, capsys: pyte
     assert words in " ".join(capsys.readouterr().out.split())
 
 
+def test_prints_problems_of_the_node(capsys: pytest.CaptureFixture[str]) -> None:
+    status = FakeNode(has_problems=("the disk of /data is full",)).status_document()
+    out().print(render_status(status))
+    assert "problem   the disk of /data is full" in capsys.readouterr().out
+
+
 def test_prints_that_the_clock_is_off(capsys: pytest.CaptureFixture[str]) -> None:
     status = FakeNode().status_document()
     for ahead_s, words in ((-90.0, "is 90 s behind those of connected peers"), (3.0, None), (None, None)):
