@@ -4,7 +4,7 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, TypedDict, cast
@@ -51,7 +51,7 @@ from node.storage.database import StorageError
 from node.telemetry.observer import Telemetry
 from node.util.samples import Samples
 from node.util.text import one_line
-from protocol.announcements import ServedSpan
+from protocol.announcements import Placement, ServedSpan
 from protocol.capabilities import hardware_class
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, Stage
 from selector.consensus.reputation import WEIGHT_SCALE
@@ -67,6 +67,15 @@ MAX_GAPS: Final = 64
 MODELS_INTERVAL_S: Final = 1.0
 """How long the documents of models are used: with many spans announced they take a while."""
 CHARTED_DECISIONS: Final = 200
+
+
+def _outside(blocks: BlockRange, spans: Iterable[BlockRange]) -> list[BlockRange]:
+    """Return the ranges of some blocks that are in none of the spans."""
+    left = [blocks]
+    for span in spans:
+        ends = [((each.start, min(each.end, span.start)), (max(each.start, span.end), each.end)) for each in left]
+        left = [BlockRange(start, end) for pair in ends for start, end in pair if start < end]
+    return left
 
 
 class _Announced(TypedDict):
@@ -129,6 +138,7 @@ class StatusView:
             ],
             "serve": self._serve,
             "spans": [self._served_span(span) for span in self._stages.spans()],
+            "loading": [self._span_summary(each.model, each.blocks) for each in self._loading()],
             "jobs": {
                 "running": jobs.running - jobs.trials_running,
                 "done": jobs.done,
@@ -181,15 +191,31 @@ class StatusView:
             faults.append("the node is shutting down")
         return faults
 
+    def _loading(self) -> list[Placement]:
+        """Return what this node has announced and does not serve yet."""
+        served = [(span.info.model, span.info.blocks) for span in self._stages.spans()]
+
+        def is_served(placed: Placement) -> bool:
+            parts = (blocks for model, blocks in served if model == placed.model)  # one on each device
+            return not _outside(placed.blocks, parts)
+
+        return [each for each in self._parts.swarm.placements.current().placements if not is_served(each)]
+
     def _gaps(self) -> list[GapDocument]:
-        """Return the blocks that no peer serves of models of which peers serve others, and how to serve them."""
+        """Return the blocks that no peer serves of models of which peers serve others, and how to serve them.
+
+        Without what this node is loading.
+        """
+        loading = self._loading()
         served = self._membership.directory.models()
         gaps: list[GapDocument] = []
         for each in sorted(self.models(), key=lambda model: not model["local"]):
             if (model := ModelId(each["model"])) in served:
                 manifest = self._library.local_manifest(model)
-                for gap in each["uncovered"][: MAX_GAPS - len(gaps)]:
-                    blocks = BlockRange(*gap) if manifest is None else manifest.cuts.around(BlockRange(*gap))
+                own = [placed.blocks for placed in loading if placed.model == model]
+                missing = [left for gap in each["uncovered"] for left in _outside(BlockRange(*gap), own)]
+                for gap in missing[: MAX_GAPS - len(gaps)]:
+                    blocks = gap if manifest is None else manifest.cuts.around(gap)
                     memory_bytes = span_bytes_for(manifest, blocks) if manifest else None
                     serve = f"{each['name']}:{blocks}"
                     gaps.append({**self._span_summary(model, blocks), "memory_bytes": memory_bytes, "serve": serve})

@@ -258,6 +258,7 @@ class NodeStatus(TypedDict):
     bootstrap: list[BootstrapStatus]
     serve: list[str]
     spans: list[SpanDocument]
+    loading: list[SpanSummary]
     jobs: JobCounts
     history: HistoryStatus | None
     consensus: list[ChainStatus]

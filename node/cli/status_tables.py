@@ -51,10 +51,13 @@ def render_status(status: "NodeStatus") -> "RenderableType":
         or "no model files from peers",
         "served": f"{format_bytes(status['transfers']['served_bytes'])} of model files to peers",
     }
+    if status["spans"] and status["loading"]:
+        facts["serves"] = _describe_loading(status)
     facts_and_faults = [*facts.items(), *_faults(status)]
     summary = Text("\n".join(f"{name:<9} {printable(value)}" for name, value in facts_and_faults))
     if not status["spans"]:
-        waiting = f"no blocks yet of {', '.join(status['serve'])}: the log says what is missing"
+        missing = _describe_loading(status) or "the log says what is missing"
+        waiting = f"no blocks yet of {', '.join(status['serve'])}: {missing}"
         return Group(summary, Text(f"serves    {waiting if status['serve'] else SERVES_NOTHING}"))
     headings = (
         "model",
@@ -96,14 +99,19 @@ def _faults(status: "NodeStatus") -> list[tuple[str, str]]:
     return clock + [("missing", _describe_gap(gap, status)) for gap in status["uncovered"]]
 
 
+def _describe_loading(status: "NodeStatus") -> str:
+    spans = [f"{span['start']}-{span['end']} of {span['name'] or span['model'][:12]}" for span in status["loading"]]
+    return f"loading blocks {', '.join(spans)}" if spans else ""
+
+
 def _describe_jobs(jobs: "JobCounts") -> str:
     trials = jobs["trials"]
     counts = [(jobs["running"], "running"), (jobs["done"], "done"), (jobs["failed"], "failed")]
     counts += [(jobs["cancelled"], "cancelled"), (jobs["rejected"], "rejected as client errors")]
     text = ", ".join(f"{count} {kind}" for count, kind in counts)
     return (
-        f"{text}; runs of trials: {trials['running']} running, {trials['done']} done, {trials['cancelled']} interrupted, "
-        f"{trials['rejected']} rejected, {trials['failed']} failed"
+        f"{text}; runs of trials: {trials['running']} running, {trials['done']} done, "
+        f"{trials['cancelled']} interrupted, {trials['rejected']} rejected, {trials['failed']} failed"
     )
 
 

@@ -274,9 +274,8 @@ class LearnedChooser:
         if selection.explored:
             allowance.explored_jobs += 1
             in_use = selection.predictions.get(choice.in_use)
-            allowance.regret_s += (
-                selection.regret_s if in_use is None else max(0.0, selection.predicted_s - in_use.cost_s)
-            )
+            regret_s = selection.regret_s if in_use is None else selection.predicted_s - in_use.cost_s
+            allowance.regret_s += max(0.0, regret_s)
         if choice.request.context.objective != Objective.LATENCY:  # what was predicted is computing
             outcome = replace(outcome, total_s=outcome.compute_s or outcome.total_s)
         self.decisions.append((outcome, replace(selection, predictions={})))

@@ -1,7 +1,7 @@
 """Status documents of peers: refusals, failures, what they hold, and bans."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +17,9 @@ from node.network.interface import Way
 from node.replication.peer_limits import Ban
 from node.stages.peer_penalties import StagePeerStatistics
 from node.status import MAX_GAPS, MAX_OTHER_MODELS, StatusView
-from node.swarm.directory import Directory
+from node.swarm.directory import AnnouncedPlacements, Directory
 from node.telemetry.observer import Telemetry
-from protocol.announcements import Heartbeat, ServedSpan
+from protocol.announcements import Heartbeat, Placement, ServedSpan
 from protocol.identity import BlockRange, ModelId, PeerId, peer_id_from_public_key
 from protocol.messages import Load, RefusalReason
 from selector.reliability import PeerRecord
@@ -111,6 +111,8 @@ def view_of_models(
     between: Links,
     named: Collection[ModelId] = (),
     data_dir: Path = Path(),
+    placed: Sequence[Placement] = (),
+    spans: Sequence[BlockRange] = (),
 ) -> StatusView:
     """Return a view of a node that has the manifests of the models `known`, and names for those `named`."""
     membership = SimpleNamespace(directory=directory, unreached_stages=lambda model, blocks: ())
@@ -120,6 +122,7 @@ def view_of_models(
         local_manifest=known.get,
         named_models=lambda: set(named),
     )
+    served = [SimpleNamespace(info=SimpleNamespace(model=MODEL, blocks=blocks)) for blocks in spans]
     client = SimpleNamespace(
         coordinator=None,
         trials=SimpleNamespace(run=None),
@@ -128,8 +131,11 @@ def view_of_models(
     )
     parts = SimpleNamespace(
         network=SimpleNamespace(network=SimpleNamespace(peer_id=US)),
-        swarm=SimpleNamespace(membership=membership),
-        serving=SimpleNamespace(stages=None, library=library),
+        swarm=SimpleNamespace(
+            membership=membership,
+            placements=SimpleNamespace(current=lambda: AnnouncedPlacements(0, tuple(placed))),
+        ),
+        serving=SimpleNamespace(stages=SimpleNamespace(spans=lambda: served), library=library),
         client=client,
     )
     no_command: JoinDocument = {"here": None, "elsewhere": None}
@@ -151,6 +157,23 @@ def announcing(peer: PeerId, *spans: tuple[ModelId, int, int]) -> Heartbeat:
         heartbeat(peer),
         spans=tuple(ServedSpan(model=model, blocks=BlockRange(start, end), load=LOAD) for model, start, end in spans),
     )
+
+
+async def test_blocks_that_are_being_loaded_are_not_asked_for() -> None:
+    directory = Directory(own_peer=US, connected=lambda: [CONNECTED])
+    directory.update(announcing(CONNECTED, (MODEL, 0, 2), (MODEL, 6, 8)), 0.0)
+    placed = [Placement(model=MODEL, blocks=BlockRange(3, 5), rate=1, movable=False)]
+
+    def gaps(view: StatusView) -> list[tuple[int, int]]:
+        return [(gap["start"], gap["end"]) for gap in view._gaps()]
+
+    view = view_of_models(directory, {}, cast("Any", None), placed=placed)
+    assert [each.blocks for each in view._loading()] == [BlockRange(3, 5)]
+    assert gaps(view) == [(2, 3), (5, 6)]
+    half = view_of_models(directory, {}, cast("Any", None), placed=placed, spans=[BlockRange(3, 4)])
+    assert half._loading(), "its second device is not ready"
+    on_two = [BlockRange(3, 4), BlockRange(4, 5)]
+    assert not view_of_models(directory, {}, cast("Any", None), placed=placed, spans=on_two)._loading()
 
 
 async def test_no_route_is_looked_for_of_models_that_are_not_known_here() -> None:

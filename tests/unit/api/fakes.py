@@ -326,6 +326,7 @@ class FakeNode:
                     "compute_s": 0.75,
                 }
             ],
+            "loading": [],
             "jobs": {
                 "running": 1,
                 "done": 2,

@@ -77,6 +77,18 @@ def test_prints_why_nothing_is_served(serve: list[str], words: str, capsys: pyte
     assert words in " ".join(capsys.readouterr().out.split())
 
 
+def test_prints_what_is_being_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    status = FakeNode().status_document()
+    status["loading"] = [{"model": MODEL, "name": "tiny", "start": 4, "end": 8}]
+    out().print(render_status(status))
+    assert "loading blocks 4-8 of tiny" in " ".join(capsys.readouterr().out.split())
+    status["spans"], status["serve"] = [], ["tiny"]
+    out().print(render_status(status))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "no blocks yet of tiny: loading blocks 4-8 of tiny" in printed
+    assert "the log" not in printed
+
+
 def test_prints_problems_of_the_node(capsys: pytest.CaptureFixture[str]) -> None:
     status = FakeNode(has_problems=("the disk of /data is full",)).status_document()
     out().print(render_status(status))
