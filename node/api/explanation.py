@@ -173,9 +173,7 @@ def _reason(chosen: str, best: str, choice: LearnedChoice) -> str:
     if chosen == best:
         return "lowest predicted cost" + (", and confirmed by a trial here" if chosen in trials else "")
     if best not in trials:
-        return (
-            "in use for tasks like this one; what is predicted to be better is used once it won a trial here"
-        )
+        return "in use for tasks like this one; what is predicted to be better is used once it won a trial here"
     if trials[best].log_ratio > trials[chosen].log_ratio if chosen in trials else False:
         is_fastest = choice.request.context.objective == Objective.LATENCY
         least = "the fastest" if is_fastest else "the one that computes least"

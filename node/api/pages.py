@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from node.api.anthropic.requests import parse_count_request
@@ -14,8 +14,9 @@ from node.api.errors import ApiError
 from node.api.explanation import parse_task
 from node.api.interface import ModelDocument, NodeView
 from node.api.model_lookup import find_model
+from node.api.ollama.changes import pulled, refusing_routes
 from node.api.ollama.models import describe_model, describe_running, describe_tags, describe_version, shown_model
-from node.api.ollama.requests import shown_name
+from node.api.ollama.requests import parse_pull, shown_name
 from node.api.request_body import parse_counted, parse_uncounted
 from node.config import ServeSpec
 from node.coordinator.submission import JobError
@@ -52,6 +53,8 @@ class Pages:
         return [
             *(Route(path, page, methods=["GET"]) for path, page in pages.items()),
             Route("/api/show", self.show, methods=["POST"]),
+            Route("/api/pull", self.pull, methods=["POST"]),
+            *refusing_routes(),
             Route("/v1/messages/count_tokens", self.count_tokens, methods=["POST"]),
             Route("/swarm/explain", self.explain, methods=["POST"]),
         ]
@@ -96,6 +99,11 @@ class Pages:
         with suppress(JobError):  # what is known of it without its tokenizer is an answer, too
             capabilities = await self._node.submitter.capabilities_of(model["model"])
         return JSONResponse(describe_model(model, capabilities, self._created_s))
+
+    async def pull(self, request: Request) -> Response:
+        """Say whether a model is there, as Ollama does once it has fetched it."""
+        name, streams = await parse_uncounted(request.scope, request.receive, lambda body, _: parse_pull(body))
+        return pulled(find_model(name, self._node.models()), name, streams=streams)
 
     async def count_tokens(self, request: Request) -> JSONResponse:
         """Return how many tokens a conversation has, as the Anthropic API does."""

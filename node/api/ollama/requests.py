@@ -158,6 +158,7 @@ CHAT: Final = ObjectForm(*_COMMON, _MESSAGES, TOOLS, required=[MODEL])
 GENERATE: Final = ObjectForm(*_COMMON, PROMPT, _SYSTEM, _RAW, required=[MODEL], neutral=NEUTRAL)
 _NAME: Final = Field("name", parse_name)
 SHOW: Final = ObjectForm(MODEL, _NAME, ignored=["verbose"])
+PULL: Final = ObjectForm(MODEL, _NAME, STREAM, ignored=["insecure"])
 
 
 def parse_chat(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
@@ -203,7 +204,16 @@ def parse_generate(body: bytes, headers: Headers) -> tuple[Generation, AnswerWri
 
 def shown_name(body: bytes) -> str:
     """Return the model that the body of `POST /api/show` names, in the field `name` of earlier versions, too."""
-    fields = SHOW.read(parse_json(body))
+    return _named(SHOW.read(parse_json(body)))
+
+
+def parse_pull(body: bytes) -> tuple[str, bool]:
+    """Return the model that the body of `POST /api/pull` names, and whether the answer is streamed."""
+    fields = PULL.read(parse_json(body))
+    return _named(fields), _streams(fields)
+
+
+def _named(fields: Fields) -> str:
     name = fields.get(_NAME)
     return _without_tag(name) if name is not None and not fields.has(MODEL.name) else model_name(fields)
 

@@ -242,6 +242,7 @@ OLLAMA_SHOW: Final = record(
     model_info={"type": "object"},
     capabilities=array(STRING),
 )
+OLLAMA_PULL: Final = record(status=const("success"))
 TOKEN_COUNT: Final = record(input_tokens=INTEGER)
 OLLAMA_VERSION: Final = record(version=STRING, metaswarm=STRING)
 

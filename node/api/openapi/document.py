@@ -117,7 +117,8 @@ def _responses(operation: Operation, types: TypeSchemas) -> dict[str, Any]:
         *(_OF_BODIES if operation.body else ()),
         *operation.statuses,
     }
-    responses: dict[str, Any] = {"200": {"description": operation.summary, "content": content}}
+    done = {"200": {"description": operation.summary, "content": content}}
+    responses: dict[str, Any] = {} if operation.is_refused else done
     error = _ERRORS.get(operation.tag, answers.OPENAI_ERROR)
     if operation.is_public:  # its own document says what is wrong
         error = {"anyOf": [error, {"type": "object"}]}

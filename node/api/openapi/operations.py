@@ -19,7 +19,7 @@ from node.api.interface import (
 )
 from node.api.ollama.embeddings import EMBED, EMBEDDINGS
 from node.api.ollama.requests import CHAT as OLLAMA_CHAT
-from node.api.ollama.requests import GENERATE, SHOW
+from node.api.ollama.requests import GENERATE, PULL, SHOW
 from node.api.openai.embeddings import EMBEDDING
 from node.api.openai.requests import CHAT, COMPLETION
 from node.api.openai.responses import RESPONSE
@@ -35,7 +35,8 @@ _JOB_STATUSES: Final = (404, 429, 502, 503)
 class Operation:
     """One route. `answer`: a JSON Schema, or a type of which one is made; None where `media_type` is no JSON.
 
-    `stream`: the media type of a streamed answer. `statuses`: beside 200 and those of every route.
+    `is_refused`: it answers every request with an error that says what to do instead. `stream`: the media type of
+    a streamed answer. `statuses`: beside 200 and those of every route.
     """
 
     summary: str
@@ -46,10 +47,16 @@ class Operation:
     stream: str | None = None
     statuses: tuple[int, ...] = ()
     is_public: bool = False
+    is_refused: bool = False
 
 
 def _generates(tag: str, summary: str, body: ObjectForm, answer: Any, stream: str | None = EVENTS) -> Operation:
     return Operation(summary=summary, tag=tag, body=body, answer=answer, stream=stream, statuses=_JOB_STATUSES)
+
+
+def _refused(what: str, body: ObjectForm | None = None) -> Operation:
+    summary = f"{what}: not done here, and the error says what to do instead"
+    return Operation(summary=summary, tag="Ollama", body=body, statuses=(400,), is_refused=True)
 
 
 OPERATIONS: Final[Mapping[str, Operation]] = {
@@ -78,6 +85,14 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "POST /api/show": Operation(
         summary="Describe a model", tag="Ollama", body=SHOW, answer=answers.OLLAMA_SHOW, statuses=(404,)
     ),
+    "POST /api/pull": Operation(
+        summary="Whether a model is there; nothing is fetched", tag="Ollama", body=PULL, answer=answers.OLLAMA_PULL,
+        stream=JSON_LINES, statuses=(404,),
+    ),
+    "POST /api/create": _refused("Make a model", SHOW),
+    "POST /api/copy": _refused("Name a model", SHOW),
+    "POST /api/push": _refused("Push a model", SHOW),
+    "DELETE /api/delete": _refused("Delete a model"),
     "GET /api/version": Operation(
         summary="The versions of this API and of this program", tag="Ollama", answer=answers.OLLAMA_VERSION
     ),

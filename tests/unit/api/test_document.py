@@ -64,7 +64,7 @@ def test_lists_every_endpoint() -> None:
         assert isinstance(route, Route)
         path = route.path.replace(":path", "")
         served |= {f"{method} {path}" for method in route.methods or () if method != "HEAD"}
-    listed = set(re.findall(r"^\| `((?:GET|POST) [^`]+)`", TEXT, re.MULTILINE))
+    listed = set(re.findall(r"^\| `((?:GET|POST|DELETE) [^`]+)`", TEXT, re.MULTILINE))
     assert listed == served
 
 

@@ -41,6 +41,36 @@ async def test_model_is_described_as_editors_ask_for_it(client: httpx.AsyncClien
     assert (await client.post("/api/show", json={})).status_code == 400
 
 
+async def test_ollama_model_that_is_there_is_pulled(client: httpx.AsyncClient) -> None:
+    """Open WebUI and others pull a model before they use it, and show what the answer's lines say."""
+    for body in ({"model": "tiny"}, {"name": "tiny:latest", "stream": True}):
+        answer = await client.post("/api/pull", json=body)
+        assert answer.headers["content-type"] == "application/x-ndjson"
+        assert json.loads(answer.text.splitlines()[-1]) == {"status": "success"}
+    assert (await client.post("/api/pull", json={"model": "tiny", "stream": False})).json() == {"status": "success"}
+    unknown = await client.post("/api/pull", json={"model": "llama3"})
+    assert (unknown.status_code, "metaswarm model import llama3" in unknown.json()["error"]) == (404, True)
+    incomplete = await client.post("/api/pull", json={"model": "broken"})
+    assert (incomplete.status_code, "blocks 1-3" in incomplete.json()["error"]) == (404, True)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "instead"),
+    [
+        ("POST", "/api/create", "metaswarm model import"),
+        ("POST", "/api/copy", "metaswarm model import"),
+        ("POST", "/api/push", "metaswarm node --serve"),
+        ("DELETE", "/api/delete", "metaswarm model remove"),
+    ],
+)
+async def test_ollama_request_that_changes_models_is_told_what_to_do_instead(
+    client: httpx.AsyncClient, method: str, path: str, instead: str
+) -> None:
+    answer = await client.request(method, path, json={"model": "tiny"})
+    assert answer.status_code == 400
+    assert instead in answer.json()["error"]
+
+
 async def test_openai_model_is_found_by_name_or_id(client: httpx.AsyncClient) -> None:
     for name in ("tiny", MODEL, MODEL[:8]):
         found = (await client.get(f"/v1/models/{name}")).json()
