@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from node.api.anthropic import models as anthropic
 from node.api.anthropic.requests import parse_count_request
 from node.api.errors import ApiError
 from node.api.explanation import parse_task
@@ -71,15 +72,19 @@ class Pages:
             "max_model_len": model["max_positions"],
         }
 
-    async def models(self, _: Request) -> JSONResponse:
-        """List the complete models, as the OpenAI API does."""
+    async def models(self, request: Request) -> JSONResponse:
+        """List the complete models, as the OpenAI API does, and for clients of the Anthropic API as that does."""
+        if anthropic.is_anthropic(request.url.path, request.headers):
+            return JSONResponse(anthropic.describe_models(self._complete_models(), self._created_s))
         return JSONResponse({"object": "list", "data": [self._describe(each) for each in self._complete_models()]})
 
     async def model(self, request: Request) -> JSONResponse:
         """Describe one of them, by its name or id."""
         name = request.path_params["model"]
         if (model := find_model(name, self._complete_models())) is not None:
-            return JSONResponse(self._describe(model))
+            is_anthropic = anthropic.is_anthropic(request.url.path, request.headers)
+            described = anthropic.describe_model(model, self._created_s) if is_anthropic else self._describe(model)
+            return JSONResponse(described)
         raise ApiError(404, f"no complete model {name!r} in the swarm", param="model", code="model_not_found")
 
     async def tags(self, _: Request) -> JSONResponse:

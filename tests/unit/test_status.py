@@ -132,8 +132,7 @@ def view_of_models(
     parts = SimpleNamespace(
         network=SimpleNamespace(network=SimpleNamespace(peer_id=US)),
         swarm=SimpleNamespace(
-            membership=membership,
-            placements=SimpleNamespace(current=lambda: AnnouncedPlacements(0, tuple(placed))),
+            membership=membership, placements=SimpleNamespace(current=lambda: AnnouncedPlacements(0, tuple(placed)))
         ),
         serving=SimpleNamespace(stages=SimpleNamespace(spans=lambda: served), library=library),
         client=client,

@@ -152,6 +152,18 @@ MODELS: Final = record(object=const("list"), data=array(MODEL))
 
 # Anthropic
 
+_ANTHROPIC_MODEL: Final = record(type=const("model"), id=STRING, display_name=STRING, created_at=STRING)
+MODEL_OF_EITHER: Final = {"anyOf": [MODEL, _ANTHROPIC_MODEL]}
+MODELS_OF_EITHER: Final = {
+    "anyOf": [
+        MODELS,
+        record(
+            data=array(_ANTHROPIC_MODEL), has_more=const(False), first_id=nullable(STRING), last_id=nullable(STRING)
+        ),
+    ]
+}
+"""What clients of the Anthropic API get, whom the header `anthropic-version` tells, beside that of OpenAI's."""
+
 _CONTENT: Final = array({
     "anyOf": [
         record(type=const("text"), text=STRING),

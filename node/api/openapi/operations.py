@@ -28,6 +28,7 @@ from node.api.openapi import answers
 EVENTS: Final = "text/event-stream"
 JSON_LINES: Final = "application/x-ndjson"
 
+_EITHER: Final = "; as the Anthropic API does, errors included, where the header anthropic-version is set"
 _JOB_STATUSES: Final = (404, 429, 502, 503)
 
 
@@ -64,9 +65,11 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "POST /v1/completions": _generates("OpenAI", "Continue texts", COMPLETION, answers.TEXT_COMPLETION),
     "POST /v1/responses": _generates("OpenAI", "Continue a conversation", RESPONSE, answers.RESPONSE),
     "POST /v1/embeddings": _generates("OpenAI", "Embed texts", EMBEDDING, answers.EMBEDDINGS, None),
-    "GET /v1/models": Operation(summary="List the complete models", tag="OpenAI", answer=answers.MODELS),
+    "GET /v1/models": Operation(
+        summary=f"List the complete models{_EITHER}", tag="OpenAI", answer=answers.MODELS_OF_EITHER
+    ),
     "GET /v1/models/{model}": Operation(
-        summary="Describe a complete model", tag="OpenAI", answer=answers.MODEL, statuses=(404,)
+        summary=f"Describe a complete model{_EITHER}", tag="OpenAI", answer=answers.MODEL_OF_EITHER, statuses=(404,)
     ),
     "POST /v1/messages": _generates("Anthropic", "Continue a conversation", MESSAGE_REQUEST, answers.MESSAGE),
     "POST /v1/messages/count_tokens": _generates(

@@ -4,8 +4,9 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
+from datetime import UTC
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import anthropic
 import httpx
@@ -446,6 +447,18 @@ async def test_anthropic_counts_tokens(node: FakeNode, url: str, of_anthropic: C
     node.submitter.refuse = JobError(JobErrorCode.MODEL_NOT_FOUND, "No such model.")
     with pytest.raises(anthropic.NotFoundError, match="No such model"):
         await ask(lambda: count(model="tiny", messages=USER))
+
+
+async def test_anthropic_models(node: FakeNode, url: str, of_anthropic: Client) -> None:
+    client = of_anthropic(url)
+    (model,) = await ask(lambda: list(client.models.list()))
+    assert (model.id, model.type, model.display_name, model.created_at.tzinfo) == ("tiny", "model", "tiny", UTC)
+    page = await ask(client.models.list)
+    assert (page.has_more, page.first_id, page.last_id) == (False, "tiny", "tiny")
+    assert await ask(lambda: client.models.retrieve("tiny")) == model
+    with pytest.raises(anthropic.NotFoundError, match="no complete model") as caught:
+        await ask(lambda: client.models.retrieve("other"))
+    assert cast("Any", caught.value.body)["error"]["type"] == "not_found_error"
 
 
 async def test_anthropic_errors(node: FakeNode, url: str, of_anthropic: Client) -> None:
