@@ -4,7 +4,7 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, TypedDict, cast
@@ -38,6 +38,7 @@ from node.api.status_documents import (
     describe_sessions,
     describe_statement,
     kind_of_way,
+    outside,
 )
 from node.assembly import AGENT, NodeParts
 from node.config import ServeSpec
@@ -67,15 +68,6 @@ MAX_GAPS: Final = 64
 MODELS_INTERVAL_S: Final = 1.0
 """How long the documents of models are used: with many spans announced they take a while."""
 CHARTED_DECISIONS: Final = 200
-
-
-def _outside(blocks: BlockRange, spans: Iterable[BlockRange]) -> list[BlockRange]:
-    """Return the ranges of some blocks that are in none of the spans."""
-    left = [blocks]
-    for span in spans:
-        ends = [((each.start, min(each.end, span.start)), (max(each.start, span.end), each.end)) for each in left]
-        left = [BlockRange(start, end) for pair in ends for start, end in pair if start < end]
-    return left
 
 
 class _Announced(TypedDict):
@@ -197,7 +189,7 @@ class StatusView:
 
         def is_served(placed: Placement) -> bool:
             parts = (blocks for model, blocks in served if model == placed.model)  # one on each device
-            return not _outside(placed.blocks, parts)
+            return not outside(placed.blocks, parts)
 
         return [each for each in self._parts.swarm.placements.current().placements if not is_served(each)]
 
@@ -213,7 +205,7 @@ class StatusView:
             if (model := ModelId(each["model"])) in served:
                 manifest = self._library.local_manifest(model)
                 own = [placed.blocks for placed in loading if placed.model == model]
-                missing = [left for gap in each["uncovered"] for left in _outside(BlockRange(*gap), own)]
+                missing = [left for gap in each["uncovered"] for left in outside(BlockRange(*gap), own)]
                 for gap in missing[: MAX_GAPS - len(gaps)]:
                     blocks = gap if manifest is None else manifest.cuts.around(gap)
                     memory_bytes = span_bytes_for(manifest, blocks) if manifest else None

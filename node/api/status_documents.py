@@ -1,5 +1,6 @@
 """Parts of the documents of `/swarm/…`, from what a node knows."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Literal, cast
 
@@ -8,6 +9,7 @@ from node.network.interface import Way
 from node.stages.peer_penalties import StagePeerStatistics
 from protocol.announcements import Reachability
 from protocol.consensus_values import Statement
+from protocol.identity import BlockRange
 from selector.consensus.chain import ChainEntry
 from selector.reliability import PeerRecord
 
@@ -66,3 +68,12 @@ def describe_statement(entry: ChainEntry, statement: Statement) -> StatementDocu
         "expelled": len(statement.expelled),
         "commits": len(statement.commits),
     }
+
+
+def outside(blocks: BlockRange, spans: Iterable[BlockRange]) -> list[BlockRange]:
+    """Return the ranges of some blocks that are in none of the spans."""
+    left = [blocks]
+    for span in spans:
+        ends = [((each.start, min(each.end, span.start)), (max(each.start, span.end), each.end)) for each in left]
+        left = [BlockRange(start, end) for pair in ends for start, end in pair if start < end]
+    return left

@@ -38,8 +38,8 @@ def check_data_dir(config: NodeConfig, running: RunningNode | None) -> Iterator[
     if running is None and _is_locked(folder / LOCK_FILE):
         message = f"another node uses {folder} and its API does not answer: stop it, or choose another --data-dir"
         yield Finding(Fault.NAME_TAKEN, Consequence.START, message)
-    if (message := disk_fault(folder)) is not None:
-        yield Finding(Fault.DISK_FULL, Consequence.SERVE, message)
+    if (full := disk_fault(folder)) is not None:
+        yield Finding(Fault.DISK_FULL, Consequence.SERVE, full)
 
 
 def _is_locked(path: Path) -> bool:

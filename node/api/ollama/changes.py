@@ -46,10 +46,12 @@ def pulled(model: ModelDocument | None, name: str, *, streams: bool) -> Response
 
 def refusing_routes() -> list[Route]:
     """Return the routes that say what to do instead."""
-    return [_refusing(*name.split(), instead) for name, instead in INSTEAD.items()]
+    return [_refusing(name, instead) for name, instead in INSTEAD.items()]
 
 
-def _refusing(method: str, path: str, instead: str) -> Route:
+def _refusing(name: str, instead: str) -> Route:
+    method, path = name.split()
+
     async def refuse(_: Request) -> Response:
         raise ApiError(400, instead)
 
