@@ -8,6 +8,7 @@ from node.cli.output import format_bytes, format_duration, new_table, plural, pr
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
     from node.api.interface import (
         ChainStatus,
@@ -59,6 +60,10 @@ def render_status(status: "NodeStatus") -> "RenderableType":
         missing = _describe_loading(status) or "the log says what is missing"
         waiting = f"no blocks yet of {', '.join(status['serve'])}: {missing}"
         return Group(summary, Text(f"serves    {waiting if status['serve'] else SERVES_NOTHING}"))
+    return Group(summary, Text(), _span_table(status))
+
+
+def _span_table(status: "NodeStatus") -> "Table":
     headings = (
         "model",
         ">blocks",
@@ -87,7 +92,7 @@ def render_status(status: "NodeStatus") -> "RenderableType":
                 span["worker_pid"] or "",
             )
         )
-    return Group(summary, Text(), table)
+    return table
 
 
 def _faults(status: "NodeStatus") -> list[tuple[str, str]]:
@@ -158,7 +163,7 @@ def _describe_selection(selection: "SelectionStatus") -> str:
     )
     return (
         f"chosen {basis}; {plural(selection['trials'], 'trial')} finished, "
-        f"all took {format_duration(selection['trial_s'])}, "
+        f"trials took {format_duration(selection['trial_s'])} in all, "
         f"{selection['explored_jobs']} of {plural(selection['jobs'], 'job')} explored"
     )
 

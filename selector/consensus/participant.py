@@ -158,23 +158,21 @@ class Participant:
     def knows(self, peer: PeerId) -> bool:
         """Return whether a peer is a member, or a candidate."""
         state = self.state()
-        is_candidate = state is not None and any(each.peer == peer for each in state.candidates)
-        return is_candidate or peer in self.chain.head.members
+        return peer in self.chain.head.members or peer in {each.peer for each in (state.candidates if state else ())}
 
     def is_awaited(self, message: Commit | Reveal) -> bool:
         """Return whether an expected peer contributes to this epoch with a message that we hold."""
         if self._drawn is None or self._drawn[:2] != (self.chain.head.id, message.epoch):
             return False
         own = self._commits.get((message.epoch, self.chain.head.id), {}).get(message.peer)
-        commitment = own.message.commitment if own else None
-        return message.peer in self._drawn[2].expected and message.commitment == commitment
+        is_committed = own is not None and message.commitment == own.message.commitment
+        return is_committed and message.peer in self._drawn[2].expected
 
     def unconfirmed(self, now_s: float) -> list[Commit]:
         """Return the commits of this epoch whose observations may not be available here."""
         epoch = self.clock.epoch_at(now_s)
-        confirmed = self._confirmed.get(epoch, set())
-        received = self._commits.get((epoch, self.chain.head.id), {})
-        return [each.message for each in received.values() if each.message.id not in confirmed]
+        commits = (each.message for each in self._commits.get((epoch, self.chain.head.id), {}).values())
+        return [commit for commit in commits if commit.id not in self._confirmed.get(epoch, set())]
 
     def unknown_rank(self, peer: PeerId, epoch: int) -> Digest | None:
         """Return the rank of a peer among the newcomers to an epoch; None for a member or candidate."""

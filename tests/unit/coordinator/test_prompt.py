@@ -160,5 +160,5 @@ def test_final_message_is_continued_as_transformers_does() -> None:
 
 
 async def test_token_id_outside_the_vocabulary_is_named() -> None:
-    with pytest.raises(JobError, match="has the token id 60000: this model has 0 to 599$"):
+    with pytest.raises(JobError, match=r"has the token id 60000: this model has 0 to 599$"):
         await read_prompt(JobRequest(model="tiny", prompt_tokens=(3, 60000)), model_with(WITHOUT))
