@@ -34,8 +34,9 @@ BATCH_ROWS: Final = 512
 """Of one call of llama.cpp; no fewer than there are sequences."""
 
 PASS_ROWS: Final = 60
-"""Of those that it computes at once (n_ubatch). From 64 rows on its flash attention, which calculates row by row, takes
-another way with other rounding: a prompt would have other keys and values in chunks, or beside other sessions."""
+"""Of those that it computes at once (n_ubatch). From 64 rows on its flash attention, which calculates row by row, may
+take another way with other rounding: a prompt would have other keys and values in chunks, or beside other sessions. It
+does so only where keys and values have one type, which is not the case here; but more rows are no faster either."""
 
 GPU_PASS_ROWS: Final = 512
 """On a GPU, where rounding depends on the number of rows anyway, and prefill on how many there are at once."""
