@@ -12,7 +12,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from node.api.access import Access
-from node.api.anthropic.models import is_anthropic
+from node.api.anthropic.models import error_path
 from node.api.anthropic.requests import parse_message_request
 from node.api.bench import BenchEndpoint
 from node.api.embeddings import EmbeddingEndpoint, ParseEmbedding
@@ -90,7 +90,7 @@ def _description(routes: Sequence[Route]) -> Route:
 
 
 async def _on_api_error(request: Request, error: ApiError) -> JSONResponse:
-    return error.response(_path(request))
+    return error.response(error_path(request.url.path, request.headers))
 
 
 async def _on_job_error(request: Request, error: JobError) -> JSONResponse:
@@ -100,13 +100,7 @@ async def _on_job_error(request: Request, error: JobError) -> JSONResponse:
 async def _on_http_exception(request: Request, error: HTTPException) -> JSONResponse:
     message = f"{request.method} {request.url.path}: {error.detail.lower()}"
     headers = dict(error.headers) if error.headers else None
-    return ApiError(error.status_code, message, headers=headers).response(_path(request))
-
-
-def _path(request: Request) -> str:
-    """Return a path of the API that a client speaks, which has the shape of its errors."""
-    path = request.url.path
-    return "/v1/messages" if is_anthropic(path, request.headers) else path
+    return ApiError(error.status_code, message, headers=headers).response(error_path(request.url.path, request.headers))
 
 
 async def _on_defect(request: Request, _: Exception) -> JSONResponse:

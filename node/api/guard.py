@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from node.api.access import BUSY_RETRY_S, Access, KeyRing, KeyUse, RequestUse, with_use
+from node.api.anthropic.models import error_path
 from node.api.errors import ApiError
 from node.api.page_files import is_page
 from node.config import is_loopback
@@ -301,5 +302,5 @@ async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -
         nursery.start_soon(discard)
         with trio.move_on_after(DISCARD_TIMEOUT_S):
             await ended.wait()
-        await error.response(scope["path"])(scope, receive, send)
+        await error.response(error_path(scope["path"], Headers(scope=scope)))(scope, receive, send)
         nursery.cancel_scope.cancel()

@@ -125,8 +125,8 @@ class Pages:
 
     async def ready(self, _: Request) -> JSONResponse:
         """Return whether every span is served and the swarm is joined, or why not."""
-        problems = await self._node.problems()
-        told = {"problems": problems} if problems else {}
+        # Anybody may ask: which disk of which folder is full is for those who may see the status.
+        told = {"problems": ["see `metaswarm status`"]} if await self._node.problems() else {}
         if faults := self._node.faults():
             return JSONResponse({"status": "not ready", "reasons": faults} | told, 503, {"Retry-After": "5"})
         return JSONResponse({"status": "ok"} | told)

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -28,6 +28,9 @@ MAX_METHOD_COLUMNS = 12
 """Methods in the table; --json has all."""
 
 _share_option = partial(click.option, type=click.FloatRange(0, 1), default=0.0)
+
+MAX_VOTE_SHOWN: Final = 30.0
+"""Natural logarithm of seconds: a peer may vote whatever it likes."""
 
 
 @click.command()
@@ -79,7 +82,7 @@ def render_explanation(answer: "Explanation") -> "RenderableType":
             f"{method['speedup_low']:.2f}-{method['speedup_high']:.2f}",
             format_duration(method["predicted_s"]),
             "" if method["trial_speedup"] is None else f"{method['trial_speedup']:.2f}x",
-            " ".join(format_duration(math.exp(cost)) for cost in method["votes"].values()),
+            " ".join(format_duration(math.exp(min(cost, MAX_VOTE_SHOWN))) for cost in method["votes"].values()),
             mark,
         )
         table.add_row(*(Text(printable(cell), overflow="fold") for cell in cells))
@@ -111,13 +114,16 @@ def render_explanation(answer: "Explanation") -> "RenderableType":
 
 def _certainty(answer: "Explanation") -> str:
     """Return how sure the choice is, and what is measured where it is not."""
+    from selector.confidence import MIN_CONFIDENCE
+
     if answer["confidence"] is None:
         return "unknown: the route does not offer the method in use for tasks like this one"
     sure = f"{answer['confidence']:.0%} that no other method is clearly better than the one in use"
     if not answer["probes"]:
         return sure
     probes = " and ".join(short_method(name) for name in answer["probes"])
-    return f"{sure}; as this is not sure enough, jobs like this one start a trial of {probes}"
+    why = "as this is not sure enough" if answer["confidence"] < MIN_CONFIDENCE else "as the votes say otherwise"
+    return f"{sure}; {why}, jobs like this one start a trial of {probes}"
 
 
 def short_method(name: str) -> str:

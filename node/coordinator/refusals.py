@@ -78,7 +78,9 @@ def no_route(
     elif not avoided:
         lacking = f"no peer serves blocks {blocks} of {name}"
         unfit = f"the peers serve spans of {name} that do not meet, and {methods} runs them as a whole only"
-        message = f"{lacking}: start a node with --serve" if blocks else f"{unfit}: use another method"
+        if not blocks:
+            return JobError(JobErrorCode.INVALID, f"{unfit}: use another method")
+        message = f"{lacking}: start a node with --serve"
     elif not job.output.tokens and all(
         0 < refusal.most_positions < _least_positions(job) for refusal in avoided.values()
     ):

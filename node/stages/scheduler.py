@@ -231,12 +231,12 @@ class Scheduler(Generic[L]):
         self._served = {peer: rows for peer, rows in self._served.items() if peer in waiting}
         return chosen
 
-    def on_computed(self, batch: Iterable[Work[L]], took_s: float, now_s: float) -> None:
-        """Record that a step for these rows has ended."""
+    def on_computed(self, batch: Iterable[Work[L]], took_s: float, now_s: float, *, is_whole: bool = True) -> None:
+        """Record that a step for these rows has ended. `is_whole`: whether it had no others, which got no output."""
         drawing = [work for work in batch if work.session in self._decoding]  # not those that have ended meanwhile
         for work in drawing:
             self._groups.decoded(work.session, work.stages, now_s)
-        if drawing and not any(work.is_prefill for work in batch):
+        if is_whole and drawing and not any(work.is_prefill for work in batch):
             self._groups.observe(len(drawing), took_s)
 
     def next_chance_s(self, now_s: float) -> float | None:

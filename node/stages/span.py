@@ -325,7 +325,7 @@ class Span(EngineLoop):
                 self.scheduler.put_back(work)
         if result is not None:
             without = failed_in.keys() | set(left_out)
-            self._on_computed([work for work in batch if work.session not in without], result, now_s)
+            self._on_computed([work for work in batch if work.session not in without], batch, result, now_s)
 
     def _fail_slice(self, work: Work[InboundLink], fault: SliceFault) -> None:
         """Give up the session of a slice that failed in the engine."""
@@ -338,13 +338,19 @@ class Span(EngineLoop):
             reason = FailureReason.REQUEST if fault.by_request else FailureReason.ENGINE
             self.fail(session, reason, fault.message)
 
-    def _on_computed(self, batch: Sequence[Work[InboundLink]], result: StepResult, began_s: float) -> None:
-        """Send the outputs of a step that began at `began_s`, and return credit for its rows."""
-        rows = sum(work.rows for work in batch)
-        if not any(work.is_prefill for work in batch):
+    def _on_computed(
+        self, batch: Sequence[Work[InboundLink]], whole: Sequence[Work[InboundLink]], result: StepResult, began_s: float
+    ) -> None:
+        """Send the outputs of a step that began at `began_s`, and return credit for its rows.
+
+        `whole`: with the rows that have no output, which took a part of its time.
+        """
+        rows = sum(work.rows for work in whole)
+        if not any(work.is_prefill for work in whole):
             self._step_times_s.append(result.compute_s * self._whole_span_ratio(batch))
-        self.scheduler.on_computed(batch, trio.current_time() - began_s, trio.current_time())
-        if not any(work.is_scored for work in batch):  # which take longer than those that the row budget is for
+        now_s, is_whole = trio.current_time(), len(batch) == len(whole)
+        self.scheduler.on_computed(batch, now_s - began_s, now_s, is_whole=is_whole)
+        if not any(work.is_scored for work in whole):  # which take longer than those that the row budget is for
             self.scheduler.policy = self._controller.observe(rows, result.compute_s, trio.current_time())
         outputs: list[Output] = []
         computed: list[tuple[StageSession, Work[InboundLink]]] = []

@@ -11,6 +11,11 @@ from node.api.interface import ModelDocument
 _VERSION: Final = "anthropic-version"
 
 
+def error_path(path: str, headers: Headers) -> str:
+    """Return a path of the API that a client speaks, which has the shape of its errors."""
+    return "/v1/messages" if is_anthropic(path, headers) else path
+
+
 def is_anthropic(path: str, headers: Headers) -> bool:
     """Return whether a request about models comes from a client of the Anthropic API."""
     return _VERSION in headers and (path == "/v1/models" or path.startswith("/v1/models/"))

@@ -249,6 +249,8 @@ async def test_each_key_has_its_rate() -> None:
             assert free.status_code == 200
             assert "x-ratelimit-limit-requests" not in free.headers
         assert (await client.get("/v1/models", headers=bearer("pepper"))).status_code == 401
+        refused = await client.get("/v1/models", headers={"x-api-key": "pepper", "anthropic-version": "2023-06-01"})
+        assert refused.json()["error"]["type"] == "authentication_error", "in the form of the API that is spoken"
 
 
 async def test_each_key_has_its_concurrency() -> None:

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from rich.console import Console
 
 from node.cli import run
-from node.cli.explain import short_method
+from node.cli.explain import render_explanation, short_method
 from node.coordinator.submission import JobError, JobErrorCode
 from protocol.measurements import QualityBound
 from selector.task import BASELINE, method
@@ -49,6 +50,26 @@ def test_methods_that_cannot_run_are_told_apart_from_those_that_can(
     assert "draft-8" not in table
     assert "speculation=draft-8: not every peer of the route" in below
     assert "2.01 s" in table, "votes are durations"
+
+
+def test_votes_may_be_absurd(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["explain", "--api", serve(FakeNode()), "--model", "tiny", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    answer["methods"][0]["votes"] = {"liar": 1e9, "other": -1e9}
+    Console(width=200).print(render_explanation(answer))
+    assert "0.00 s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("confidence", "why"), [(0.5, "as this is not sure enough"), (0.9, "as the votes say otherwise")]
+)
+def test_says_why_a_trial_starts(
+    confidence: float, why: str, serve: ServeNode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["explain", "--api", serve(FakeNode()), "--model", "tiny", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out) | {"confidence": confidence, "probes": [FASTER]}
+    Console(width=200).print(render_explanation(answer))
+    assert f"{why}, jobs like this one" in capsys.readouterr().out
 
 
 def test_json_is_api_document(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:

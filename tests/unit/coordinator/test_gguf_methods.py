@@ -124,8 +124,9 @@ async def test_method_that_runs_whole_spans_has_no_route_through_overlapping_one
         peer = await swarm.join()
         await swarm.settle()
         assert (await peer.run(request(PROMPTS[0]))).token_ids == right(PROMPTS[0], 12)
-        with pytest.raises(JobError, match="spans of fake that do not meet"):
+        with pytest.raises(JobError, match="spans of fake that do not meet") as caught:
             await peer.run(request(PROMPTS[0], chosen=method))
+        assert caught.value.code is JobErrorCode.INVALID, "with this method it comes to nothing at any time"
 
 
 @pytest.mark.parametrize(
