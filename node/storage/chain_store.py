@@ -16,6 +16,9 @@ UNFOLLOWED_S: Final = 30 * 86_400
 MAX_CHAINS: Final = 64
 """Chains stored, those that were followed last: a peer may serve ever new models."""
 
+MAX_FORMER_STATES: Final = 8
+"""States before gaps that are stored of a chain: a clock that is ahead may leave several gaps until it is corrected."""
+
 SCANNED: Final = 4096
 """Observations that one search for own uncommitted ones reads."""
 
@@ -104,11 +107,10 @@ class ChainStore:
     ) -> None:
         """Replace the canonical branch after an epoch by these statements, and the state by that given, if any.
 
-        `keeps_former`: keep the state that was saved last as the former one.
+        `keeps_former`: keep the state that was saved last as a former one, the newest of `MAX_FORMER_STATES`.
         """
         delete = "DELETE FROM consensus_statements WHERE chain = ? AND epoch > ?"
         insert = "INSERT INTO consensus_statements (chain, epoch, id, envelope, signatures) VALUES (?, ?, ?, ?, ?)"
-        keep = "INSERT OR REPLACE INTO consensus_former_states SELECT * FROM consensus_states WHERE chain = ?"
         replace = "INSERT OR REPLACE INTO consensus_states (chain, statement, state) VALUES (?, ?, ?)"
         rows = [(chain, each.epoch, each.id, each.envelope, _packed(each.signatures)) for each in statements]
 
@@ -117,7 +119,7 @@ class ChainStore:
             connection.executemany(insert, rows)
             if state is not None:
                 if keeps_former:
-                    connection.execute(keep, (chain,))
+                    _keep_former(connection, chain)
                 connection.execute(replace, (chain, state.statement, state.state))
 
         await self._database.write(save)
@@ -147,13 +149,16 @@ class ChainStore:
         return await self._database.read(read)
 
     async def states(self, chain: bytes) -> list[StoredState]:
-        """Return the state saved last, and the former one."""
-        query = """
-            SELECT statement, state FROM consensus_states WHERE chain = ? UNION ALL
-            SELECT statement, state FROM consensus_former_states WHERE chain = ?
-        """
-        rows = await self._database.read(lambda connection: connection.execute(query, (chain, chain)).fetchall())
-        return [StoredState(*row) for row in rows]
+        """Return the state saved last, and the former ones, the newest first."""
+        queries = (
+            "SELECT statement, state FROM consensus_states WHERE chain = ?",
+            "SELECT statement, state FROM consensus_former_states WHERE chain = ? ORDER BY rowid DESC",
+        )
+
+        def read(connection: sqlite3.Connection) -> list[StoredState]:
+            return [StoredState(*row) for query in queries for row in connection.execute(query, (chain,))]
+
+        return await self._database.read(read)
 
     async def retain(self, followed: Collection[bytes], now_s: float, *, by_age: bool) -> int:
         """Note which chains are followed, delete those that long were not, and return how many these were.
@@ -182,6 +187,20 @@ def _close_epochs(connection: sqlite3.Connection, chain: bytes, epochs: Iterable
     connection.execute("DELETE FROM consensus_closed WHERE chain = ?", (chain,))
     insert = "INSERT INTO consensus_closed (chain, first, last) VALUES (?, ?, ?)"
     connection.executemany(insert, [(chain, *each) for each in closed.ranges])
+
+
+def _keep_former(connection: sqlite3.Connection, chain: bytes) -> None:
+    insert = """
+        INSERT OR REPLACE INTO consensus_former_states (chain, statement, state)
+        SELECT chain, statement, state FROM consensus_states WHERE chain = ?
+    """
+    delete = """
+        DELETE FROM consensus_former_states WHERE chain = :chain AND rowid NOT IN (
+            SELECT rowid FROM consensus_former_states WHERE chain = :chain ORDER BY rowid DESC LIMIT :most
+        )
+    """
+    connection.execute(insert, (chain,))
+    connection.execute(delete, {"chain": chain, "most": MAX_FORMER_STATES})
 
 
 def _replace_withheld(connection: sqlite3.Connection, chain: bytes, envelopes: Sequence[bytes]) -> None:

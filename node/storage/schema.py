@@ -146,12 +146,14 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
             PRIMARY KEY (chain, first)
         ) WITHOUT ROWID
         """,
-        # The state before the last gap of the branch: what follows a gap may be the work of a wrong clock.
+        # The states before the last gaps of the branch: what follows a gap may be the work of a wrong clock. The newest
+        # have the largest row ids.
         """
         CREATE TABLE consensus_former_states (
-            chain BLOB PRIMARY KEY,
+            chain BLOB NOT NULL,
             statement BLOB NOT NULL,
-            state BLOB NOT NULL
+            state BLOB NOT NULL,
+            PRIMARY KEY (chain, statement)
         )
         """,
     ),

@@ -150,6 +150,20 @@ async def test_chain_goes_on_from_where_it_was_before_the_clock_was_wrong(*, res
     assert node.participant.state() is not None
 
 
+async def test_chain_goes_on_from_before_its_clock_was_wrong_although_the_node_was_off_meanwhile() -> None:
+    node = Node(1)
+    await node.restart(EPOCH - 2)
+    await play([node], EPOCH, EPOCH + 1)
+    before = node.participant.chain.head.id
+    for gap in (0, 10, 20):
+        await node.restart(FAR + gap)
+        await play([node], FAR + gap, FAR + gap + 1)
+    await node.restart(EPOCH + 2)
+    await play([node], EPOCH + 2, EPOCH + 4)
+    assert node.head_epoch == EPOCH + 4
+    assert before in {entry.id for entry in node.participant.chain.canonical()}
+
+
 @pytest.mark.parametrize("restarts", [False, True], ids=["process goes on", "restarted"])
 async def test_node_whose_clock_was_wrong_signs_with_the_members_it_joins(*, restarts: bool) -> None:
     wrong, *healthy = (Node(number) for number in (1, 2, 3))

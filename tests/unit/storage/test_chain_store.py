@@ -3,7 +3,14 @@
 import sqlite3
 from pathlib import Path
 
-from node.storage.chain_store import MAX_CHAINS, UNFOLLOWED_S, ChainStore, StoredState, StoredStatement
+from node.storage.chain_store import (
+    MAX_CHAINS,
+    MAX_FORMER_STATES,
+    UNFOLLOWED_S,
+    ChainStore,
+    StoredState,
+    StoredStatement,
+)
 from node.storage.database import Database, open_database
 from node.storage.history import HistoryStore
 from protocol.identity import PeerId
@@ -38,6 +45,20 @@ async def test_canonical_branch_is_read_in_order_and_its_end_replaced(tmp_path: 
         assert await store.epoch_of(OTHER, [statement(1).id]) is None
         assert await store.states(CHAIN) == [StoredState(b"s", b"state")]
         assert await store.states(OTHER) == []
+
+
+async def test_newest_states_before_gaps_are_kept(tmp_path: Path) -> None:
+    states = [StoredState(bytes([number]), b"state %d" % number) for number in range(MAX_FORMER_STATES + 3)]
+    async with open_database(tmp_path / "history") as database:
+        store = ChainStore(database)
+        await store.save_branch(OTHER, -1, [], states[0])
+        await store.save_branch(OTHER, -1, [], states[1], keeps_former=True)
+        for state in states:
+            await store.save_branch(CHAIN, -1, [], state, keeps_former=True)
+        assert await store.states(CHAIN) == states[: -MAX_FORMER_STATES - 2 : -1]
+        assert await store.states(OTHER) == states[1::-1]
+        await store.save_branch(CHAIN, -1, [], states[-2])
+        assert await store.states(CHAIN) == [states[-2], *states[-2 : -MAX_FORMER_STATES - 2 : -1]]
 
 
 async def test_each_own_observation_is_committed_once(tmp_path: Path) -> None:
