@@ -186,7 +186,10 @@ class ChainNode:
                     pass
 
     async def turn(self) -> None:
-        """Apply the received messages, and publish what is due. If the database fails, the next turn tries again."""
+        """Apply the received messages, and publish what is due.
+
+        If the database fails, the next turn tries again, except for our vote, proposal and commit of this epoch.
+        """
         try:
             await self._turn()
         except StorageError as error:
@@ -211,8 +214,9 @@ class ChainNode:
             try:
                 due += await self._save(due, now_s)
             except StorageError as error:
-                # Unsaved messages are not published; the other peers go on without us.
-                _logger.warning("could not persist consensus messages; abstaining this epoch", reason=str(error))
+                # Unsaved messages are not published; the other peers go on without us. Reveals are tried again.
+                self._contributor.put_back(reveals)
+                _logger.warning("could not persist consensus messages; not publishing them", reason=str(error))
                 return
             for message in due:
                 self.replica.hold(message, now_s)

@@ -1,5 +1,6 @@
 """This node's contributions to one chain: measures the assigned cells, commits to the readings, and reveals them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import structlog
@@ -113,13 +114,22 @@ class Contributor:
         self._unrevealed[contribution.commit.body.commitment] = contribution.reveal
 
     def due_reveals(self, now_s: float) -> list[SignedMessage]:
-        """Return the reveals whose phase has begun, with our inclusion list; once. Save them before publishing."""
+        """Return the reveals whose phase has begun, with our inclusion list; once. Save them before publishing.
+
+        Those that could not be saved: see `put_back`.
+        """
         epoch = self._clock.epoch_at(now_s)
         if now_s < self._clock.reveals_begin_s(epoch) or epoch in self._participant.signed.closed:
             return []
         due = [message for message in self._unrevealed.values() if message.epoch == epoch]
         self._unrevealed = {key: message for key, message in self._unrevealed.items() if message.epoch != epoch}
         return [final for message in due if (final := self._with_list(message, now_s))]
+
+    def put_back(self, reveals: Iterable[SignedMessage]) -> None:
+        """Let reveals be due again that could not be saved; as they are, with their lists."""
+        for message in reveals:
+            assert isinstance(message.body, Reveal)
+            self._unrevealed[message.body.commitment] = message
 
     def prune(self, epoch: int) -> None:
         """Drop past epochs."""

@@ -21,7 +21,7 @@ from node.testing.memory_history import MemoryHistory
 from node.util.offload import run_inline
 from protocol.chains import PROTOCOL_ID, ChainConnection, GetStatements, Remaining
 from protocol.consensus import SignedMessage, sign_message
-from protocol.consensus_values import Cell, Commit, EquivocationProof, Signature
+from protocol.consensus_values import Cell, Commit, EquivocationProof, Reveal, Signature
 from protocol.errors import RemoteProtocolError
 from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.states import Role
@@ -119,6 +119,33 @@ async def test_observations_behind_readings_are_published_by_the_process_that_re
     again = WithholdingMeter()
     await process(again, CLOCK.reveals_begin_s(EPOCH)).load()
     assert again.withheld() == []
+
+
+@pytest.mark.parametrize("failing", ["save_messages", "save_branch"])
+async def test_reveal_that_could_not_be_saved_is_published_by_the_next_turn(failing: str) -> None:
+    store, meter, published = memory_chain_store(), WithholdingMeter(b"observation"), list[SignedMessage]()
+    now_s = CLOCK.commits_end_s(EPOCH)
+    rules = ConsensusRules(swarm=b"swarm", plan=PLAN, clock=CLOCK)
+    environment = replace(chain_node(store)._environment, wall_clock=lambda: now_s)
+    node = ChainNode(environment, rules, GENESIS, meter, participates=lambda: True, publish=published.extend)
+    await node.turn()
+    assert [type(each.body) for each in published] == [Commit]
+    now_s = CLOCK.reveals_begin_s(EPOCH)
+    save = getattr(node._recovery, failing)
+    setattr(node._recovery, failing, failing_write)
+    await node.turn()
+    assert len(published) == 1
+    assert meter.published == []
+    setattr(node._recovery, failing, save)
+    for _ in range(2):
+        await node.turn()
+    assert [type(each.body) for each in published] == [Commit, Reveal]
+    assert meter.published == [b"observation"]
+
+
+async def failing_write(*_: object, **__: object) -> NoReturn:
+    await trio.lowlevel.checkpoint()
+    raise StorageFull("no space left")
 
 
 async def failing_read(*_: object) -> NoReturn:
