@@ -20,12 +20,15 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class HistoryBounds:
-    """Limits on stored observations, in bytes of their envelopes: with up to three open buckets 672 MiB in all.
+    """Limits on stored observations: with up to three open buckets 672 MiB in all.
+
+    In bytes of their envelopes, each rounded up to a step of 2 KiB.
 
     `observer_bytes` and `all_bytes` apply to closed buckets. Against floods, `share_bytes` and `bucket_bytes` apply at
-    any time to one bucket: the smallest observations stay, of equal ones those with the smallest ids, whatever the
-    order of arrival. What is dropped makes no room for what is larger, so peers that dropped it and peers that never
-    had it agree. Honest observers issue far less: one of a route of three stages takes 1.5 kB.
+    any time to one bucket: what counts least stays, of what counts the same the smallest ids, whatever the order of
+    arrival. What is dropped makes no room for what counts as much or more, so peers that dropped it and peers that
+    never had it agree. Honest observers issue far less: one of a route of three stages takes 1.5 kB, and so counts no
+    more than the smallest that anybody can make.
     """
 
     observer_bytes: int = 96 << 20
@@ -39,7 +42,7 @@ def shares_to_drop(
 ) -> frozenset[Share]:
     """Return the shares to evict.
 
-    `sizes`: bytes of each share. `first_bucket`: older shares are evicted in any case. `open_bucket`: the first
+    `sizes`: what each share counts. `first_bucket`: older shares are evicted in any case. `open_bucket`: the first
     open one; shares from there on are neither evicted nor counted.
 
     Every observer keeps its newest shares up to one allowance for all: `observer_bytes`, or less if the sum would

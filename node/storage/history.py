@@ -9,6 +9,7 @@ from functools import partial
 from typing import Final, NamedTuple
 
 from node.storage.database import Database
+from node.storage.schema import counted_size
 from protocol.identity import PeerId
 from protocol.observations import ObservationId, SignedObservation, bucket_of, oldest_bucket
 from protocol.reconciliation import BucketDigest
@@ -130,7 +131,7 @@ def _add(
 
 
 def _trim(connection: sqlite3.Connection, touched: set[Share], bounds: HistoryBounds) -> list[ObservationId]:
-    """Delete the largest observations of shares and buckets above their bound; return their ids."""
+    """Delete the observations that count most of shares and buckets above their bound; return their ids."""
     gone: list[ObservationId] = []
     for share in sorted(touched):
         gone += _trim_to(connection, "shares", "bucket = ? AND observer = ?", share, bounds.share_bytes)
@@ -143,8 +144,11 @@ def _trim_to(
     connection: sqlite3.Connection, table: str, where: str, key: tuple[object, ...], bound: int
 ) -> list[ObservationId]:
     (held,) = connection.execute(f"SELECT bytes FROM {table} WHERE {where}", key).fetchone()  # noqa: S608
+    # In the order of what is summed up: in any other, what was dropped would make room for what comes after it, and
+    # peers would hold what they heard first.
+    size = counted_size("envelope")
     query = f"""
-        SELECT id, length(envelope) FROM observations WHERE {where} ORDER BY length(envelope) DESC, id DESC
+        SELECT id, {size} FROM observations WHERE {where} ORDER BY {size} DESC, id DESC
     """  # noqa: S608  # no value in it is a peer's
     gone: list[ObservationId] = []
     if held > bound:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from node.storage.database import Database, open_database
 from node.storage.history import PAGE, HistoryStore
+from node.storage.schema import SIZE_STEP
 from protocol.limits import MAX_OBSERVATION_AGE_S
 from protocol.observations import BUCKET_S, SignedObservation, bucket_of
 from protocol.reconciliation import BucketDigest, IdCache, SetTree
@@ -262,17 +263,22 @@ async def test_retention_drops_whole_closed_shares_and_peers_agree(tmp_path: Pat
         assert (await first.bucket_digests()).keys() == {bucket_of(NOW_S - h * hour) for h in (0, 3, 4)}
 
 
+def counted(record: SignedObservation) -> int:
+    """Return the size of a record in whole steps."""
+    return -(-len(record.envelope) // SIZE_STEP) * SIZE_STEP
+
+
 def smallest(records: Iterable[SignedObservation], bound: int) -> list[SignedObservation]:
-    """Return the smallest of the records, as many as the bound has room for."""
-    ordered = sorted(records, key=lambda each: (len(each.envelope), each.id))
-    sums = accumulate(len(each.envelope) for each in ordered)
+    """Return the records that count least, as many as the bound has room for."""
+    ordered = sorted(records, key=lambda each: (counted(each), each.id))
+    sums = accumulate(map(counted, ordered))
     return [each for each, held in zip(ordered, sums, strict=True) if held <= bound]
 
 
 async def test_flood_of_one_observer_is_bounded_in_bytes_whatever_the_order_of_arrival(tmp_path: Path) -> None:
-    flood = [signed(n, observer=1, stages=range(n % 7)) for n in range(42)]
+    flood = [signed(n, observer=1, stages=range(n % 9)) for n in range(42)]
     honest = [signed(n, observer=2, stages=(2, 3, 4)) for n in range(100, 104)]
-    bounds = HistoryBounds(share_bytes=20_000)
+    bounds = HistoryBounds(share_bytes=30_000)
     kept = {each.id for each in smallest(flood, bounds.share_bytes)}
     digests = []
     for seed in range(5):
@@ -292,14 +298,30 @@ async def test_flood_of_one_observer_is_bounded_in_bytes_whatever_the_order_of_a
 
 
 async def test_floods_together_are_bounded_in_bytes(tmp_path: Path) -> None:
-    floods = [signed(n, observer=n, stages=range(n % 7)) for n in range(30)]
+    floods = [signed(n, observer=n, stages=range(n % 9)) for n in range(30)]
     async with open_database(file(tmp_path)) as database:
-        store = HistoryStore(database, HistoryBounds(bucket_bytes=20_000))
+        store = HistoryStore(database, HistoryBounds(bucket_bytes=30_000))
         for each in floods:
             await store.add_many([each])
-        kept = smallest(floods, 20_000)
+        kept = smallest(floods, 30_000)
         assert 0 < len(kept) < 30
         assert list(await store.ids_in(bucket_of(NOW_S))) == sorted(each.id for each in kept)
+
+
+async def test_honest_observations_fare_like_a_flood_of_minimal_ones(tmp_path: Path) -> None:
+    flood = [signed(n, observer=n % 4) for n in range(80)]
+    honest = [signed(n, observer=9, stages=range(2, 5)) for n in range(100, 120)]
+    assert max(len(each.envelope) for each in flood) < min(len(each.envelope) for each in honest)
+    bounds, digests = HistoryBounds(bucket_bytes=50 * SIZE_STEP), []
+    for number, arriving in enumerate((flood + honest, honest + flood)):
+        async with open_database(tmp_path / f"{number}") as database:
+            store = HistoryStore(database, bounds)
+            for each in arriving:
+                await store.add_many([each])
+            assert list(await store.ids_in(bucket_of(NOW_S))) == sorted(each.id for each in arriving)[:50]
+            assert (await store.count_by_observer())[peer(9)] > 0
+            digests.append(await store.bucket_digests())
+    assert digests[0] == digests[1]
 
 
 async def test_few_large_observations_are_evicted_like_many_small_ones(tmp_path: Path) -> None:
