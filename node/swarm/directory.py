@@ -31,6 +31,10 @@ LOADING_S = 1800.0
 """Blocks that a peer has announced for so long without serving them do not count in plans until it does: 20 GB have
 come by then at 100 Mbit/s. A peer that takes longer loses nothing but, perhaps, the need for its blocks."""
 
+RESTART_S = 300.0
+"""So long they count at least, from the first heartbeat that we hear of a peer: it may have served them for days, which
+we cannot know, and be starting its engine again."""
+
 MAX_BLOCKS_PER_S = 1e5
 """An announced rate counts up to so many blocks a second, more than a GPU passes of a small model."""
 
@@ -299,10 +303,11 @@ class Directory:
     def servers(self, model: ModelId, until_ms: int) -> tuple[Server, ...]:
         """Return the placements of a model that reached peers announced up to a moment.
 
-        Deterministic: peers with the same heartbeats return the same, whenever they are asked. Excludes peers that
-        announce no placements; their spans show what they serve. Whether this node can reach them does not count, as
-        every node must plan with the same servers. Where a peer has not served what it announces for `LOADING_S`, what
-        it serves counts.
+        Deterministic: peers that heard the same heartbeats return the same, whenever they are asked. Excludes peers
+        that announce no placements; their spans show what they serve. Whether this node can reach them does not count,
+        as every node must plan with the same servers. Where a peer has not served what it announces for `LOADING_S`,
+        what it serves counts. Of when that began, a node that has heard of the peer only lately knows nothing but the
+        announcement, so that until the peer serves its blocks it may count other ones than nodes of longer standing.
         """
         found = []
         for entry in self.reached():
@@ -408,10 +413,12 @@ def _announcements(before: tuple[AnnouncedPlacements, ...], heartbeat: Heartbeat
 def _unserved_since_ms(known: PeerEntry | None, heartbeat: Heartbeat) -> Mapping[ModelId, int]:
     """Return since when a peer has announced blocks of each model without serving them.
 
-    Of a peer that was unknown this is the announcement, else the first heartbeat that does not show them as served: an
-    engine that died has the full time to come back.
+    This is the first heartbeat that does not show them as served: an engine that died has the full time to come back.
+    Of a peer that was unknown it is the announcement, but not so long ago that less than `RESTART_S` are left to it.
     """
-    since_ms = heartbeat.placed_at_ms if known is None else 1000 * heartbeat.issued_at_s
+    since_ms = 1000 * heartbeat.issued_at_s
+    if known is None:
+        since_ms = max(heartbeat.placed_at_ms, since_ms - int(1000 * (LOADING_S - RESTART_S)))
     before = {} if known is None else known.unserved_since_ms
     return {
         placed.model: before.get(placed.model, since_ms)

@@ -13,6 +13,7 @@ from node.swarm.directory import (
     MAX_UNREACHED,
     MAX_UNREACHED_PER_RANGE,
     MAX_UNREACHED_PER_RELAY,
+    RESTART_S,
     Directory,
 )
 from protocol.announcements import Heartbeat, Placement, Reachability, ServedSpan, Verdict
@@ -176,9 +177,24 @@ def test_announced_blocks_that_are_not_served_in_time_do_not_count_until_they_ar
     assert planned(directory) == [("0-9", True)], "an engine that died has its time to come back"
 
 
-def test_newcomer_does_not_count_blocks_that_were_announced_long_ago_and_are_not_served() -> None:
+def test_newcomer_counts_blocks_that_were_announced_long_ago_only_while_their_peer_may_be_restarting() -> None:
+    directory, days_s = Directory(own_peer=US), 3 * 86_400
+    directory.update(announcing(7, after_s=days_s), 0.0, dialled=True)
+    assert planned(directory) == [("0-9", True)], "its engine may have died just now"
+    directory.update(announcing(8, after_s=days_s + RESTART_S), 0.0)
+    assert planned(directory) == [("0-9", True)]
+    directory.update(announcing(9, after_s=days_s + RESTART_S + 1), 0.0)
+    assert planned(directory) == []
+    directory.update(announcing(10, BlockRange(0, 9), after_s=days_s + RESTART_S + 2), 0.0)
+    assert planned(directory) == [("0-9", True)]
+
+
+def test_newcomer_counts_blocks_that_were_announced_lately_for_the_rest_of_their_time() -> None:
     directory = Directory(own_peer=US)
-    directory.update(announcing(9, after_s=LOADING_S + 1), 0.0, dialled=True)
+    directory.update(announcing(1, after_s=60), 0.0, dialled=True)
+    directory.update(announcing(2, after_s=LOADING_S), 0.0)
+    assert planned(directory) == [("0-9", True)]
+    directory.update(announcing(3, after_s=LOADING_S + 1), 0.0)
     assert planned(directory) == []
 
 
