@@ -150,7 +150,7 @@ async def test_learns_best_method_of_each_bucket_within_allowance(virtual_clock:
         for result in found[-4:]:
             assert result.selection is not None
             assert result.selection.basis == "model"
-            assert set(result.selection.predictions) == {each.name for each in EXACT}
+            assert set(result.selection.predictions) == {each.name for each in EXACT if each.drafter != "draft"}
             if not result.selection.explored:
                 assert result.method.name in result.selection.accepted
     decisions = list(node.chooser.decisions)[-10:]
