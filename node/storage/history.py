@@ -9,7 +9,6 @@ from functools import partial
 from typing import Final, NamedTuple
 
 from node.storage.database import Database
-from node.storage.schema import counted_size
 from protocol.identity import PeerId
 from protocol.observations import ObservationId, SignedObservation, bucket_of, oldest_bucket
 from protocol.reconciliation import BucketDigest
@@ -134,25 +133,40 @@ def _trim(connection: sqlite3.Connection, touched: set[Share], bounds: HistoryBo
     """Delete the observations that count most of shares and buckets above their bound; return their ids."""
     gone: list[ObservationId] = []
     for share in sorted(touched):
-        gone += _trim_to(connection, "shares", "bucket = ? AND observer = ?", share, bounds.share_bytes)
+        gone += _trim_to(connection, _SHARE, share, bounds.share_bytes)
     for bucket in sorted({share.bucket for share in touched}):
-        gone += _trim_to(connection, "buckets", "bucket = ?", (bucket,), bounds.bucket_bytes)
+        gone += _trim_to(connection, _BUCKET, (bucket,), bounds.bucket_bytes)
     return gone
 
 
+class _Bounded(NamedTuple):
+    """The queries for what counts towards one bound.
+
+    `by_size` is in the order of what is summed up: in any other, what was dropped would make room for what comes after
+    it, and peers would hold what they heard first.
+    """
+
+    held: str
+    by_size: str
+
+
+_SHARE: Final = _Bounded(
+    "SELECT bytes FROM shares WHERE bucket = ? AND observer = ?",
+    "SELECT id, counted_bytes FROM observations WHERE bucket = ? AND observer = ? ORDER BY counted_bytes DESC, id DESC",
+)
+_BUCKET: Final = _Bounded(
+    "SELECT bytes FROM buckets WHERE bucket = ?",
+    "SELECT id, counted_bytes FROM observations WHERE bucket = ? ORDER BY counted_bytes DESC, id DESC",
+)
+
+
 def _trim_to(
-    connection: sqlite3.Connection, table: str, where: str, key: tuple[object, ...], bound: int
+    connection: sqlite3.Connection, bounded: _Bounded, key: tuple[object, ...], bound: int
 ) -> list[ObservationId]:
-    (held,) = connection.execute(f"SELECT bytes FROM {table} WHERE {where}", key).fetchone()  # noqa: S608
-    # In the order of what is summed up: in any other, what was dropped would make room for what comes after it, and
-    # peers would hold what they heard first.
-    size = counted_size("envelope")
-    query = f"""
-        SELECT id, {size} FROM observations WHERE {where} ORDER BY {size} DESC, id DESC
-    """  # noqa: S608  # no value in it is a peer's
+    (held,) = connection.execute(bounded.held, key).fetchone()
     gone: list[ObservationId] = []
     if held > bound:
-        with closing(connection.execute(query, key)) as largest:
+        with closing(connection.execute(bounded.by_size, key)) as largest:
             while held > bound:
                 content_id, size = next(largest)
                 gone.append(content_id)

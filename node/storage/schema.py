@@ -2,23 +2,6 @@
 
 from typing import Final
 
-SIZE_STEP: Final = 2048
-"""An observation counts towards the bounds in steps of so many bytes.
-
-Those of routes of up to five stages and the smallest possible ones so count the same: a flood of small ones does not
-displace them for their size. Triggers and an index contain it: another value takes a migration.
-"""
-
-
-def counted_size(envelope: str) -> str:
-    """Return the SQL expression for what an observation counts. It must be one and the same at every peer."""
-    return f"(length({envelope}) + {SIZE_STEP - 1}) / {SIZE_STEP} * {SIZE_STEP}"
-
-
-_SIZE: Final = counted_size("envelope")
-_ADDED: Final = counted_size("new.envelope")
-_DROPPED: Final = counted_size("old.envelope")
-
 MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
     (
         # `bucket` is the hour of issue. The index covers queries for the ids of a bucket and their observers.
@@ -121,37 +104,41 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         """,
     ),
     (
-        # What the observations of a bucket and of a share count together.
+        # An observation counts towards the bounds in steps of 2 KiB, at every peer alike. So those of routes of up to
+        # five stages and the smallest possible ones count the same: a flood of small ones does not displace them.
+        """
+        ALTER TABLE observations ADD COLUMN counted_bytes INTEGER AS ((length(envelope) + 2047) / 2048 * 2048)
+        """,
         "ALTER TABLE buckets ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE shares ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0",
-        f"CREATE INDEX observations_by_size ON observations (bucket, {_SIZE}, id, observer)",
-        f"""
+        "CREATE INDEX observations_by_size ON observations (bucket, counted_bytes, id, observer)",
+        """
         UPDATE shares SET bytes = found.bytes FROM (
-            SELECT bucket, observer, sum({_SIZE}) AS bytes FROM observations GROUP BY bucket, observer
+            SELECT bucket, observer, sum(counted_bytes) AS bytes FROM observations GROUP BY bucket, observer
         ) AS found WHERE shares.bucket = found.bucket AND shares.observer = found.observer
-        """,  # noqa: S608
+        """,
         "UPDATE buckets SET bytes = (SELECT ifnull(sum(bytes), 0) FROM shares WHERE shares.bucket = buckets.bucket)",
         "DROP TRIGGER observation_added",
         "DROP TRIGGER observation_dropped",
-        f"""
+        """
         CREATE TRIGGER observation_added AFTER INSERT ON observations BEGIN
-            INSERT INTO buckets (bucket, count, revision, bytes) VALUES (new.bucket, 1, 1, {_ADDED})
+            INSERT INTO buckets (bucket, count, revision, bytes) VALUES (new.bucket, 1, 1, new.counted_bytes)
                 ON CONFLICT (bucket) DO UPDATE
                 SET count = count + 1, revision = revision + 1, bytes = bytes + excluded.bytes;
             INSERT INTO shares (bucket, observer, count, bytes)
-                VALUES (new.bucket, new.observer, 1, {_ADDED})
+                VALUES (new.bucket, new.observer, 1, new.counted_bytes)
                 ON CONFLICT (bucket, observer) DO UPDATE SET count = count + 1, bytes = bytes + excluded.bytes;
         END
-        """,  # noqa: S608
-        f"""
+        """,
+        """
         CREATE TRIGGER observation_dropped AFTER DELETE ON observations BEGIN
-            UPDATE buckets SET count = count - 1, revision = revision + 1, bytes = bytes - {_DROPPED}
+            UPDATE buckets SET count = count - 1, revision = revision + 1, bytes = bytes - old.counted_bytes
                 WHERE bucket = old.bucket;
-            UPDATE shares SET count = count - 1, bytes = bytes - {_DROPPED}
+            UPDATE shares SET count = count - 1, bytes = bytes - old.counted_bytes
                 WHERE bucket = old.bucket AND observer = old.observer;
             DELETE FROM shares WHERE bucket = old.bucket AND observer = old.observer AND count = 0;
         END
-        """,  # noqa: S608
+        """,
     ),
     (
         # Ranges of epochs of which our messages were deleted, so that they are not signed again with a clock set back.

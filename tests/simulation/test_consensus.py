@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -28,6 +28,7 @@ from protocol.identity import ModelId
 from selector.consensus.clock import EpochClock
 from selector.consensus.sortition import MeasurementPlan
 from tests.simulation import virtual_time
+from tests.support.agreement import IdleMeter
 
 MODEL = ModelId("ab" * 32)
 PLAN = MeasurementPlan(("long", "short"), ("fast", "odd", "slow"))
@@ -48,7 +49,7 @@ def lie(cell: Cell) -> float:
 
 
 @dataclass
-class Meter:
+class Meter(IdleMeter):
     """A peer's readings, true or not."""
 
     reading: Callable[[Cell], float]
@@ -59,15 +60,6 @@ class Meter:
         await trio.sleep(self.seconds)
         self.measured.append(cell)
         return self.reading(cell)
-
-    async def revealed(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-    def withheld(self) -> list[bytes]:
-        return []
-
-    def restore(self, envelopes: Sequence[bytes]) -> None:
-        raise AssertionError(envelopes)
 
 
 @dataclass

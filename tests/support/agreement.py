@@ -3,6 +3,8 @@
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 
+import trio
+
 from protocol.consensus_values import Cell, Reading, Signature, Statement, genesis_of
 from protocol.identity import PeerId
 from selector.consensus.chain import Chain, ChainEntry, InvalidStatement
@@ -22,6 +24,28 @@ Measure = Callable[[Cell], int | None]
 def truth(cell: Cell) -> int:
     """Return the reading of an honest peer."""
     return {"fast": -1_000_000, "slow": 700_000, "odd": 0}[cell.method] + 10_000 * len(cell.workload)
+
+
+class IdleMeter:
+    """Measures nothing, and withholds nothing; see Meter."""
+
+    async def measure(self, cell: Cell) -> float | None:
+        """Return no reading; see Meter."""
+        del cell
+        await trio.lowlevel.checkpoint()
+        return None
+
+    async def revealed(self) -> None:
+        """Publish nothing; see Meter."""
+        await trio.lowlevel.checkpoint()
+
+    def withheld(self) -> list[bytes]:
+        """Return nothing; see Meter."""
+        return []
+
+    def restore(self, envelopes: Sequence[bytes]) -> None:
+        """Refuse what was never withheld; see Meter."""
+        raise AssertionError(envelopes)
 
 
 class Peer:

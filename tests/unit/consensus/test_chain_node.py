@@ -21,32 +21,16 @@ from node.testing.memory_history import MemoryHistory
 from node.util.offload import run_inline
 from protocol.chains import PROTOCOL_ID, ChainConnection, GetStatements, Remaining
 from protocol.consensus import SignedMessage, sign_message
-from protocol.consensus_values import Cell, Commit, EquivocationProof, Reveal, Signature
+from protocol.consensus_values import Commit, EquivocationProof, Reveal, Signature
 from protocol.errors import RemoteProtocolError
 from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.states import Role
-from tests.support.agreement import CLOCK, GENESIS, HARDWARE, PLAN
+from tests.support.agreement import CLOCK, GENESIS, HARDWARE, PLAN, IdleMeter
 from tests.support.observations import signed
 from tests.support.statements import founding_statement
 
 EPOCH = 1000
 OWN = Identity(b"7" * 32)
-
-
-class Meter:
-    async def measure(self, cell: Cell) -> float | None:
-        del cell
-        await trio.lowlevel.checkpoint()
-        return None
-
-    async def revealed(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-    def withheld(self) -> list[bytes]:
-        return []
-
-    def restore(self, envelopes: Sequence[bytes]) -> None:
-        raise AssertionError(envelopes)
 
 
 class FullStore(ChainStore):
@@ -75,15 +59,15 @@ def chain_node(store: ChainStore, published: list[SignedMessage] | None = None) 
         history=MemoryHistory(),
         models=dict,
         hardware=lambda: HARDWARE,
-        meter=lambda _: Meter(),
+        meter=lambda _: IdleMeter(),
         wall_clock=lambda: CLOCK.starts_s(EPOCH),
         offload=run_inline,
     )
     rules = ConsensusRules(swarm=b"swarm", plan=PLAN, clock=CLOCK)
-    return ChainNode(environment, rules, GENESIS, Meter(), participates=lambda: False, publish=publish)
+    return ChainNode(environment, rules, GENESIS, IdleMeter(), participates=lambda: False, publish=publish)
 
 
-class WithholdingMeter(Meter):
+class WithholdingMeter(IdleMeter):
     """A meter with observations that it publishes once their readings are revealed."""
 
     def __init__(self, *envelopes: bytes) -> None:
@@ -103,7 +87,7 @@ class WithholdingMeter(Meter):
 async def test_observations_behind_readings_are_published_by_the_process_that_reveals_them() -> None:
     store, observations = memory_chain_store(), [b"one", b"other"]
 
-    def process(meter: Meter, now_s: float) -> ChainNode:
+    def process(meter: IdleMeter, now_s: float) -> ChainNode:
         node = chain_node(store)
         environment = replace(node._environment, wall_clock=lambda: now_s)
         rules = ConsensusRules(swarm=b"swarm", plan=PLAN, clock=CLOCK)
@@ -187,40 +171,40 @@ async def test_publishes_proof_of_equivocation_only_once_it_is_saved(*, is_full:
     )
 
 
-async def test_node_goes_on_while_observations_cannot_be_read_and_confirms_the_commit_later() -> None:
+async def test_node_goes_on_while_observations_cannot_be_read_and_confirms_the_commit_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     node, now_s = chain_node(memory_chain_store()), CLOCK.starts_s(EPOCH)
-    history = node._environment.history
-    assert isinstance(history, MemoryHistory)
     observed = signed(1)
     commit = Commit(GENESIS, EPOCH, GENESIS, peer(1), HARDWARE, bytes(32), (observed.id,))
-    get_many, history.get_many = history.get_many, failing_read  # type: ignore[method-assign,assignment]
-    node.receive([sign_message(commit, key(1)), founding(1, EPOCH)])
-    await node.turn()
-    assert node.replica.participant.unconfirmed(now_s) == [commit]
-    [statement] = node.replica.log.statements
-    node.receive([sign_message(Signature(GENESIS, EPOCH, peer(1), statement), key(1))])
-    await node.turn()
-    assert [each.id for each in await node.branch_after((), 64)] == [statement], "the rest of the turn goes on"
-    history.get_many = get_many  # type: ignore[method-assign]
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryHistory, "get_many", failing_read)
+        node.receive([sign_message(commit, key(1)), founding(1, EPOCH)])
+        await node.turn()
+        assert node.replica.participant.unconfirmed(now_s) == [commit]
+        [statement] = node.replica.log.statements
+        node.receive([sign_message(Signature(GENESIS, EPOCH, peer(1), statement), key(1))])
+        await node.turn()
+        assert [each.id for each in await node.branch_after((), 64)] == [statement], "the rest of the turn goes on"
+        other = chain_node(memory_chain_store())
+        other.receive([sign_message(commit, key(1))])
+        await other.turn()
+    history = other._environment.history
+    assert isinstance(history, MemoryHistory)
     await history.add_many([observed])
-    other = chain_node(memory_chain_store())
-    other._environment.history.get_many = failing_read  # type: ignore[method-assign,assignment]
-    other.receive([sign_message(commit, key(1))])
-    await other.turn()
-    other._environment.history.get_many = get_many  # type: ignore[method-assign]
     await other.turn()
     assert other.replica.participant.unconfirmed(now_s) == []
 
 
-async def test_turn_outlives_a_database_that_cannot_be_read() -> None:
+async def test_turn_outlives_a_database_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     store, published = memory_chain_store(), list[SignedMessage]()
     node = chain_node(store, published)
     await node.turn()
-    node.replica.is_state_missing = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(node.replica, "is_state_missing", lambda: True)
     node._pruned_epoch = -1
-    states, store.states = store.states, failing_read  # type: ignore[method-assign,assignment]
-    await node.turn()
-    store.states = states  # type: ignore[method-assign]
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "states", failing_read)
+        await node.turn()
     node.receive(sign_message(Signature(GENESIS, EPOCH, peer(1), bytes([each]) * 32), key(1)) for each in range(2))
     await node.turn()
     assert len(published) == 1

@@ -168,7 +168,7 @@ async def test_chain_of_a_model_that_is_gone_is_deleted(
         await store.save_branch(genesis, -1, [StoredStatement(1, genesis, b"", ())], None)
     network = MemoryNetworkHub(random.Random(0)).network(environment.identity.peer_id)
     service = ConsensusService(network, chains, environment, rules.clock, lambda _: rules, random.Random(0))
-    service._follow_new_models = lambda nursery: None  # type: ignore[method-assign]
+    monkeypatch.setattr(service, "_follow_new_models", lambda _: None)
     service._by_genesis[geneses[1]] = cast("Any", None)
     async with network.running(), trio.open_nursery() as nursery:
         nursery.start_soon(service.run)

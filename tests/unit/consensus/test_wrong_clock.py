@@ -14,30 +14,14 @@ from node.testing.chain_store import memory_chain_store
 from node.testing.memory_history import MemoryHistory
 from node.util.offload import run_in_thread
 from protocol.consensus import SignedMessage, is_equivocation, verify_message
-from protocol.consensus_values import Cell, Commit, Signature
+from protocol.consensus_values import Commit, Signature
 from selector.consensus import chain as chains
 from selector.consensus.participant import MAX_STATES, Participant
-from tests.support.agreement import CLOCK, GENESIS, HARDWARE, PLAN
+from tests.support.agreement import CLOCK, GENESIS, HARDWARE, PLAN, IdleMeter
 
 EPOCH = 1000
 FAR = EPOCH + 52_560
 PHASES = (0.61, 0.71, 0.81, 0.87, 0.92, 0.97)
-
-
-class Meter:
-    async def measure(self, cell: Cell) -> float | None:
-        del cell
-        await trio.lowlevel.checkpoint()
-        return None
-
-    async def revealed(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-    def withheld(self) -> list[bytes]:
-        return []
-
-    def restore(self, envelopes: Sequence[bytes]) -> None:
-        raise AssertionError(envelopes)
 
 
 def in_event_loop() -> bool:
@@ -63,7 +47,7 @@ class Node:
             history=MemoryHistory(),
             models=dict,
             hardware=lambda: HARDWARE,
-            meter=lambda _: Meter(),
+            meter=lambda _: IdleMeter(),
             wall_clock=lambda: self.now_s,
             offload=run_in_thread,
             clock_agrees=lambda: self.clock_agrees,
@@ -73,7 +57,7 @@ class Node:
             environment,
             rules,
             GENESIS,
-            Meter(),
+            IdleMeter(),
             participates=lambda: True,
             publish=lambda each: self.signed.extend(each),
         )

@@ -290,7 +290,7 @@ def answering(engine: FakeEngine, change: Callable[[Tensor], Tensor], after: int
 
 @pytest.mark.parametrize("top", [None, 3])
 async def test_token_outside_the_vocabulary_costs_the_last_stage_alone(
-    virtual_clock: MockClock, top: int | None
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch, top: int | None
 ) -> None:
     def spoil(tensor: Tensor) -> Tensor:
         if top is None:
@@ -306,7 +306,7 @@ async def test_token_outside_the_vocabulary_costs_the_last_stage_alone(
         await peer.run(REQUEST)  # so that it is known to be the faster one
         honest = await swarm.join((4, 9), step_s=0.2)
         await swarm.settle()
-        liar.engines[0].step = answering(liar.engines[0], spoil, after=2)  # type: ignore[method-assign]
+        monkeypatch.setattr(liar.engines[0], "step", answering(liar.engines[0], spoil, after=2))
         result = await peer.run(replace(REQUEST, max_tokens=6, top_logprobs=top))
         assert (result.token_ids, result.replays) == (right_tokens(6), 1)
         assert [stage.peer for stage in result.route] == [first.id, honest.id]
@@ -314,11 +314,14 @@ async def test_token_outside_the_vocabulary_costs_the_last_stage_alone(
         assert faults_at(first, honest) == [0, 0]
 
 
-async def test_draft_outside_the_vocabulary_costs_the_drafting_stage_alone(virtual_clock: MockClock) -> None:
+async def test_draft_outside_the_vocabulary_costs_the_drafting_stage_alone(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its tokenizer is the same, so the text would have been right."""
     info = fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS, vocabulary_size=2 * VOCABULARY)
     draft = FakeEngine(info, step_s=0.001)
-    draft.step = answering(draft, lambda tensor: tensor_from_tokens([VOCABULARY] * tensor.rows), after=0)  # type: ignore[method-assign]
+    outside = answering(draft, lambda tensor: tensor_from_tokens([VOCABULARY] * tensor.rows), after=0)
+    monkeypatch.setattr(draft, "step", outside)
     async with open_swarm() as swarm:
         liar = await swarm.join(THIRDS[0], draft=draft, vocabulary_size=2 * VOCABULARY)
         honest = [await swarm.join(span) for span in THIRDS]

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from node.storage.database import Database, open_database
 from node.storage.history import PAGE, HistoryStore
-from node.storage.schema import SIZE_STEP
 from protocol.limits import MAX_OBSERVATION_AGE_S
 from protocol.observations import BUCKET_S, SignedObservation, bucket_of
 from protocol.reconciliation import BucketDigest, IdCache, SetTree
@@ -263,8 +262,11 @@ async def test_retention_drops_whole_closed_shares_and_peers_agree(tmp_path: Pat
         assert (await first.bucket_digests()).keys() == {bucket_of(NOW_S - h * hour) for h in (0, 3, 4)}
 
 
+SIZE_STEP = 2048
+
+
 def counted(record: SignedObservation) -> int:
-    """Return the size of a record in whole steps."""
+    """Return the size of a record in whole steps, by which all peers count."""
     return -(-len(record.envelope) // SIZE_STEP) * SIZE_STEP
 
 
