@@ -141,7 +141,7 @@ def _extra(options: ScoreOptions) -> dict[str, Any]:
 def _job_body(options: dict[str, Any], kind: type[ScoreOptions]) -> dict[str, Any]:
     """Return what both kinds of job share. They are streamed: keep-alives tell a slow node from a dead one.
 
-    Raises TypeError for a name that is no option of its kind: an `n` that was sent would mix the texts of two answers.
+    Raises TypeError for unknown options: an `n` that was sent would mix the texts of two answers.
     """
     if unknown := sorted(options.keys() - kind.__annotations__.keys()):
         raise TypeError(f"no such option: {', '.join(unknown)}; further fields of the request go into extra={{…}}")

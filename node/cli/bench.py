@@ -57,9 +57,6 @@ WORKLOADS: Final[Sequence[Workload]] = tuple(
 )
 """The default grid: few and different workloads."""
 
-_NOT_EXACT: Final = " is not exact: use "
-"""What the node says before the option without which a method is not admitted."""
-
 
 @dataclass(frozen=True, slots=True)
 class MethodResult:
@@ -143,9 +140,9 @@ def bench(
     else:
         for cell in measured:
             out().print(table(cell))
-        for bound, others in _not_exact(measured).items():
-            count = f"{len(others)} others need" if len(others) > 1 else "1 other needs"
-            out().print(printable(f"{count} {bound}"), highlight=False)
+        if lossy := {each.method for cell in measured for each in ranked(cell) if _is_beyond_bound(cell, each)}:
+            count = f"{len(lossy)} others need" if len(lossy) > 1 else "1 other needs"
+            out().print(f"{count} --quality near or any", highlight=False)
     if len(measured) < len(results):
         raise CommandError(f"{len(results) - len(measured)} of {len(results)} workloads could not be measured")
 
@@ -226,9 +223,9 @@ def table(cell: Mapping[str, Any]) -> "Table":
     title = f"{describe(cell['cell']['workload'])} ({plural(cell['result']['observations'], 'observation')})"
     shown = new_table("method", ">speed-up", ">95 %", ">TTFT s", ">TPOT ms", ">tokens/s", title=title)
     for result in ranked(cell):
+        if _is_beyond_bound(cell, result):
+            continue
         if result.speedup is None:
-            if _bound_for(cell, result):
-                continue
             shown.add_row(short_method(result.method), "-", printable(result.error or ""))
             continue
         figures, speedup = result.figures, result.speedup
@@ -243,20 +240,12 @@ def table(cell: Mapping[str, Any]) -> "Table":
     return shown
 
 
-def _bound_for(cell: Mapping[str, Any], result: MethodResult) -> str:
-    """Return the option without which a method was not measured that nobody asked for; empty for others."""
-    asked_for = cell["cell"].get("methods")
-    return "" if asked_for else (result.error or "").partition(_NOT_EXACT)[2]
+def _is_beyond_bound(cell: Mapping[str, Any], result: MethodResult) -> bool:
+    """Return whether the bound of a cell leaves out a method, which was not asked for by name."""
+    from selector.task import PORTFOLIO
 
-
-def _not_exact(cells: Iterable[Mapping[str, Any]]) -> Mapping[str, set[str]]:
-    """Return the methods that `table` leaves out, by the option that they need."""
-    found: dict[str, set[str]] = {}
-    for cell in cells:
-        for result in ranked(cell):
-            if bound := _bound_for(cell, result):
-                found.setdefault(bound, set()).add(result.method)
-    return found
+    asked, method = cell["cell"], PORTFOLIO.get(result.method)
+    return not asked["methods"] and asked["quality"] == "exact" and method is not None and not method.exact
 
 
 def draw(cells: Iterable[Mapping[str, Any]], path: Path) -> None:

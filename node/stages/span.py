@@ -163,7 +163,7 @@ class Span(EngineLoop):
         """Fail a session because of invalid rows, and tell the opener who sent them.
 
         The opener is charged for them, as it can make an honest stage send rows of the wrong shape, number or position;
-        the sender for those that nobody else can have made.
+        the sender for those that only it can have made.
         """
         if session.is_ended:
             return

@@ -275,7 +275,7 @@ def test_new_hardware_goes_by_what_all_other_hardware_has_ahead() -> None:
     assert not of(-0.1).is_ahead(FUSED, BASELINE.name, "new", WORKLOAD), "readings of one value differ as much"
     assert not of(0.1).is_ahead(FUSED, BASELINE.name, "new", WORKLOAD)
     assert of(0.1).is_ahead(FUSED, BASELINE.name, HARDWARE, WORKLOAD), "what is measured of a class decides for it"
-    assert not of(-0.3).is_ahead(ONNX, BASELINE.name, "new", WORKLOAD), "nobody has measured it"
+    assert not of(-0.3).is_ahead(ONNX, BASELINE.name, "new", WORKLOAD), "there is no measurement of it"
     assert not table().is_ahead(FUSED, BASELINE.name, "new", WORKLOAD)
 
 
