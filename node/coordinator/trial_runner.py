@@ -201,8 +201,7 @@ class _TrialRuns:
     async def _run_with_retry(self, workload: TrialWorkload, method: Method) -> Run:
         """Run a method once it is ready and the peers have room: peers build a variant when it is asked for."""
         began_s, cuts, refusals = trio.current_time(), 0, 0
-        lost_s: float | None = None
-        """Since when no peer serves some blocks."""
+        lost_s: float | None = None  # since when no peer serves some blocks
         is_trial = self.spec.kind is ObservationKind.PROBE
         while True:
             until_s = trio.current_time() + MAX_WAIT_S if is_trial else began_s + BUSY_TIMEOUT_S
@@ -217,8 +216,8 @@ class _TrialRuns:
                 is_in_the_way = self.spec.is_background and error.code is JobErrorCode.FULL
                 now_s = trio.current_time()
                 lost_s = (lost_s or now_s) if error.code is JobErrorCode.UNCOVERED else None
-                until_s = began_s + (BUSY_TIMEOUT_S if is_in_the_way else READY_TIMEOUT_S)
-                if error.retry_after_s is None or now_s > (until_s if lost_s is None else lost_s + LOST_TIMEOUT_S):
+                ends_s = began_s + (BUSY_TIMEOUT_S if is_in_the_way else READY_TIMEOUT_S)
+                if error.retry_after_s is None or now_s > (ends_s if lost_s is None else lost_s + LOST_TIMEOUT_S):
                     raise
                 if error.code is not JobErrorCode.FULL:
                     # A stage may be gone: the round is invalid then, and begun anew elsewhere.
