@@ -3,8 +3,9 @@
     python -m benchmarks.idle [--json] [--minutes N] [--settle SECONDS] [--peers N] [--serve] [--history N]
 
 N peers without a model, and a node that is watched: without a model, or with --serve with all blocks of the demo model.
---history gives it a history of N observations, from which its training worker learns. Memory: the proportional set size
-(PSS), which counts a page that several processes share in parts. CPU: of all its processes, also those that have ended.
+--history gives it a history of N observations, from which its training worker learns. Without --serve nothing is in the
+cache of models: each file there would be announced once, one every two seconds. Memory: the proportional set size (PSS),
+which counts a page that several processes share in parts. CPU: of all its processes, also those that have ended.
 """
 
 import json
@@ -67,11 +68,12 @@ async def watch(minutes: float, settle_s: float, peers: int, serve: bool, histor
     with TemporaryDirectory(prefix="metaswarm-idle-") as folder:
         async with AsyncExitStack() as stack:
             first: Daemon | None = None
+            common = [] if serve else ["--cache-dir", str(Path(folder) / "cache")]
             for number in range(peers):
-                flags = ["--bootstrap", first.ready.multiaddrs[0]] if first else []
+                flags = common + (["--bootstrap", first.ready.multiaddrs[0]] if first else [])
                 daemon = await stack.enter_async_context(running_daemon(Path(folder) / f"peer-{number}", *flags))
                 first = first or daemon
-            flags = ["--bootstrap", first.ready.multiaddrs[0]] if first else []
+            flags = common + (["--bootstrap", first.ready.multiaddrs[0]] if first else [])
             flags += ["--serve", DEMO_MODEL] if serve else []
             data_dir = Path(folder) / "watched"
             if history:
