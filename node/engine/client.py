@@ -5,6 +5,7 @@ The KV allocator runs on this side: opening, beginning and closing never wait fo
 """
 
 import itertools
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Sequence, Set
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -142,7 +143,9 @@ class WorkerEngine(Engine):
         self._reference = OnDemand()
         self._constraints = OnDemand()
         self._stepped_s: float | None = None
-        """When the last step was asked for; None if the worker has given back since what steps had taken."""
+        """When the last step was asked for; None if the worker has given back since all that steps had taken."""
+        self._trimmed_s = -math.inf
+        """When the worker last gave back what the busiest moment since the time before had not needed."""
 
     async def begin(self, session: SessionId, options: SessionOptions) -> int:
         """Begin a session as Engine describes it, once what it uses is loaded; BadRequest if that cannot be."""
@@ -168,15 +171,23 @@ class WorkerEngine(Engine):
             if self._constraints.can_unload:
                 self._constraints.is_loaded = False
                 self._post(worker_protocol.encode_frame({"do": "unconstrain"}))
-            if self._is_idle:
-                self._stepped_s = None
-                self._post(worker_protocol.encode_frame({"do": "trim", "dropped": self._pages.take_dropped()}))
+            if self._stepped_s is not None:
+                self._trim(self._stepped_s)
 
-    @property
-    def _is_idle(self) -> bool:
-        """Whether memory is held for sessions that ended some time ago."""
-        stepped_s = self._stepped_s
-        return stepped_s is not None and not self._sessions and trio.current_time() - stepped_s >= UNLOAD_AFTER_S
+    def _trim(self, stepped_s: float) -> None:
+        """Have the worker give back memory: all that sessions had taken some time after they ended, else now and then.
+
+        A span that some job or trial always uses would otherwise keep what its busiest minute took.
+        """
+        now_s = trio.current_time()
+        is_idle = not self._sessions and now_s - stepped_s >= UNLOAD_AFTER_S
+        if not is_idle and now_s - self._trimmed_s < UNLOAD_AFTER_S:
+            return
+        self._trimmed_s = now_s
+        if is_idle:
+            self._stepped_s = None
+        header = {"do": "trim", "dropped": self._pages.take_dropped(), "idle": is_idle}
+        self._post(worker_protocol.encode_frame(header))
 
     async def prepare(self, variant: Variant) -> None:
         """Have the worker build a variant. If the caller is cancelled, it is built all the same."""

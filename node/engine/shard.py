@@ -158,12 +158,14 @@ class Shard(ABC, Generic[KvT]):
     def unload_reference(self) -> None:
         """Give the reference's memory back until a session wants it, unless nothing else can serve the span."""
 
-    def trim(self, dropped: Sequence[int]) -> None:
-        """Give memory back that sessions had taken; there are none for the time being.
+    def trim(self, dropped: Sequence[int], *, idle: bool) -> None:
+        """Give memory back that sessions had taken: what they have not needed since the last time, or all of it.
 
-        `dropped`: pages whose content was given up since the last session began.
+        `dropped`: pages whose content was given up since the last session began. `idle`: there are no sessions for the
+        time being.
         """
-        trim_heap()
+        if idle:
+            trim_heap()
 
     @abstractmethod
     def run_alone(self, variant: Variant, rows: Array, *, draws: int) -> npt.NDArray[np.float32]:

@@ -97,7 +97,7 @@ def _do_unanswered(shard: Shard[Any], header: Header) -> None:
             case "unconstrain":
                 shard.end_constraints()
             case "trim":
-                shard.trim(header["dropped"])
+                shard.trim(header["dropped"], idle=header["idle"])
     except EngineLost as error:
         _exit_if_lost(error)
 

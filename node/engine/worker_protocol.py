@@ -14,7 +14,7 @@ shapes.
 | unload | the reference, until it is prepared again; never answered |
 | constrain | call; answered by `ready` when texts can follow a JSON Schema |
 | unconstrain | until it is wanted again; never answered |
-| trim | dropped, the pages given up: give back what sessions had taken, as there are none; never answered |
+| trim | dropped, the pages given up; idle, whether there are no sessions: give back unused memory; never answered |
 | begin | values*: session, options, reservation; never answered: the node has reserved the pages already |
 | rename | session, successor; never answered |
 | close | session; never answered |

@@ -50,6 +50,9 @@ FIRST_POSITIONS: Final = 512
 """KV memory has room for so many at first, and doubles when sessions fill it: llama.cpp writes to all of it at once, so
 that it is resident whether or not a session ever needs it."""
 
+_BUSY_SHRINK: Final = 8
+"""KV memory is given back beside sessions where they have needed no more than this part of it."""
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceRows:
@@ -114,6 +117,8 @@ class SpanContext:
         weakref.finalize(self, _free, library, self._opened, model)
         self._kv = KvMemory(library, options.sequences, model.window)
         library.take_error()
+        self._most_needed = 0
+        """Cells that its busiest moment since the last time needed, when it was asked to give memory back."""
         self._limit = cells_for(options.positions)
         self._first = min(cells_for(options.first_positions or FIRST_POSITIONS), self._limit)
         if (context := self._open(self._first, self._is_watched)) is None:
@@ -214,6 +219,7 @@ class SpanContext:
     def _make_room(self, rows: int) -> None:
         """See to it that so many rows more find cells, and that attention has not too many given up to pass over."""
         needed = cells_for(self._kv.cells.held + rows)
+        self._most_needed = max(self._most_needed, needed)
         if needed > self._positions < self._limit:
             self.resize(min(self._budget.positions_for(self, needed), self._limit))
         elif self._kv.cells.taken + rows > min(self._positions, 2 * needed + FIRST_POSITIONS):
@@ -280,10 +286,14 @@ class SpanContext:
         """Move what the sequences hold into KV memory of another size. Raises as `_compact` does."""
         self._compact(positions, self._is_watched)
 
-    def shrink(self) -> None:
-        """Give back KV memory beyond what it began with that the sequences do not need."""
-        positions = max(self.needed, self._first)
-        if positions <= self._positions // 2:
+    def shrink(self, *, idle: bool) -> None:
+        """Give back KV memory beyond what it began with: what sequences do not need, or have not since the last time.
+
+        While there are sessions (`idle` is false) they wait for what is moved: then most of the memory must be free.
+        """
+        positions = max(self.needed if idle else self._most_needed, self._first)
+        self._most_needed = self.needed
+        if positions <= self._positions // (2 if idle else _BUSY_SHRINK):
             with suppress(PassFailed):  # all is as before
                 self.resize(positions)
 

@@ -140,12 +140,12 @@ class LlamaShard(Shard[Kv]):
     def unload_reference(self) -> None:
         """Nothing to do: the reference is what serves."""
 
-    def trim(self, dropped: Sequence[int]) -> None:
-        """Give memory back that sessions had taken, but for what the prefix cache holds."""
+    def trim(self, dropped: Sequence[int], *, idle: bool) -> None:
+        """Give memory back as Shard describes it, but for what the prefix cache holds."""
         for sequences in tuple(self._kv.values()):
             sequences.forget(dropped)
-            sequences.context.shrink()
-        super().trim(dropped)
+            sequences.context.shrink(idle=idle)
+        super().trim(dropped, idle=idle)
 
     def start_threads(self, variant: Variant) -> None:
         """Start the threads of graphs; llama.cpp starts its own with the first pass."""

@@ -470,7 +470,7 @@ async def test_frames_of_any_size_arrive_whole_and_in_order() -> None:
 class LostShard:
     """Its engine has lost what its sessions held."""
 
-    def trim(self, dropped: Sequence[int]) -> NoReturn:
+    def trim(self, dropped: Sequence[int], *, idle: bool) -> NoReturn:
         raise EngineLost(f"lost {dropped}")
 
 
@@ -479,6 +479,6 @@ def test_worker_whose_engine_is_lost_while_it_is_idle_exits(
 ) -> None:
     exited: list[int] = []
     monkeypatch.setattr(os, "_exit", exited.append)
-    worker._do_unanswered(cast("Shard[Any]", LostShard()), {"do": "trim", "dropped": [7]})
+    worker._do_unanswered(cast("Shard[Any]", LostShard()), {"do": "trim", "dropped": [7], "idle": True})
     assert exited == [1]
     assert capsys.readouterr().err == "lost [7]\n"

@@ -83,13 +83,30 @@ def test_memory_that_ended_sequences_had_needed_is_given_back(model: SpanModel, 
     run(memory, 0, tokens, 0, 100)
     run(memory, 2, tokens, 0, 600)
     assert memory.positions > 2 * first
-    memory.shrink()
+    memory.shrink(idle=True)
     assert memory.positions > 2 * first, "sequences are there"
     memory.truncate(1, 0)
     memory.truncate(2, 0)
-    memory.shrink()
+    memory.shrink(idle=True)
     assert memory.positions <= first
     assert (run(memory, 0, tokens, 100, 600) == wanted).all()
+
+
+def test_memory_that_a_busy_moment_had_needed_is_given_back_beside_a_session(model: SpanModel, wanted: Floats) -> None:
+    memory, tokens = opened(model, first_positions=64), text(600)
+    first = memory.positions
+    run(memory, 0, tokens, 0, 50)
+    for sequence in range(1, 4):
+        run(memory, sequence, tokens, 0, 600)
+    for sequence in range(1, 4):
+        memory.truncate(sequence, 0)
+    taken = memory.positions
+    assert taken >= 8 * first
+    memory.shrink(idle=False)
+    assert memory.positions == taken, "it was needed since the last time"
+    memory.shrink(idle=False)
+    assert memory.positions == first
+    assert (run(memory, 0, tokens, 50, 600) == wanted).all()
 
 
 def test_memory_that_is_full_of_given_up_cells_is_compacted(model: SpanModel, wanted: Floats) -> None:

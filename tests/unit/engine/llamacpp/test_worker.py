@@ -1,5 +1,6 @@
 """The worker of a GGUF span: what it imports, that it serves as any other, and what its death costs."""
 
+import itertools
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -90,6 +91,27 @@ async def test_worker_without_sessions_gives_back_what_they_had_taken(
         with trio.fail_after(30):
             while written_bytes(engine) > before + 20 * MIB:
                 await trio.sleep(0.05)
+
+
+async def test_worker_gives_back_beside_a_session_what_others_had_taken(
+    smol: GgufFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "UNLOAD_ROUND_S", 0.01)
+    monkeypatch.setattr(client, "UNLOAD_AFTER_S", 0.05)
+    blocks = BlockRange(0, 10)
+    async with start_worker(smol.source(blocks), blocks, EngineOptions(threads=1, kv_positions=8192)) as engine:
+        await start(engine, session(1), 200, variant=LLAMACPP)
+        await start(engine, session(2), 4200, variant=LLAMACPP)
+        await step([engine], session(1), 0, [7] * 8, 0)
+        before = written_bytes(engine)
+        await step([engine], session(2), 0, [7] * 4100, 0)
+        assert written_bytes(engine) > before + 50 * MIB
+        await engine.close(session(2))
+        with trio.fail_after(30):
+            for position in itertools.count(8):
+                await step([engine], session(1), position, [7], 0)
+                if written_bytes(engine) < before + 20 * MIB:
+                    break
 
 
 async def test_renamed_session_goes_on(files: GgufFiles) -> None:
