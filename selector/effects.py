@@ -38,9 +38,12 @@ def fit_effects(pairs: Pairs, cost: FloatArray, weight: FloatArray, shrinkage: f
     return Effects(of_context, of_method, support)
 
 
-def mean_regrets(pairs: Pairs, cost: FloatArray, weight: FloatArray) -> FloatArray:
-    """Return each method's mean regret against the best measured in the same context; infinity if never measured."""
+def mean_regrets(pairs: Pairs, cost: FloatArray) -> FloatArray:
+    """Return each method's mean regret against the best measured in the same context; infinity if never measured.
+
+    A context counts once, as it does in the measures, however often it was measured.
+    """
     best = context_minima(cost, pairs.context, len(pairs.contexts))
-    support = np.bincount(pairs.method, weights=weight, minlength=len(pairs.methods))
-    sums = np.bincount(pairs.method, weights=weight * (cost - best[pairs.context]), minlength=len(pairs.methods))
-    return np.where(support > 0, sums / np.maximum(support, 1e-300), np.inf)
+    support = np.bincount(pairs.method, minlength=len(pairs.methods))
+    sums = np.bincount(pairs.method, weights=cost - best[pairs.context], minlength=len(pairs.methods))
+    return np.where(support > 0, sums / np.maximum(support, 1), np.inf)

@@ -43,8 +43,7 @@ class SingleBest(Selector):
     """The method with the lowest mean regret in training, everywhere."""
 
     def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:
-        regrets = mean_regrets(X, y, weights_of(y, sample_weight))
-        self.regret_ = dict(zip(X.methods, np.minimum(regrets, UNKNOWN).tolist(), strict=True))
+        self.regret_ = dict(zip(X.methods, np.minimum(mean_regrets(X, y), UNKNOWN).tolist(), strict=True))
         return self
 
     def predict(self, X: Pairs) -> FloatArray:
@@ -118,13 +117,12 @@ class Isac(Selector):
         count = int(np.clip(len(points) // self.min_cluster_size, 1, self.max_clusters))
         count = min(count, len(np.unique(points, axis=0)))
         self.clusters_ = KMeans(count, n_init=3, random_state=self.random_state).fit(points)
-        weight = weights_of(y, sample_weight)
-        overall = np.minimum(mean_regrets(X, y, weight), UNKNOWN)
+        overall = np.minimum(mean_regrets(X, y), UNKNOWN)
         cluster = self.clusters_.labels_[position]
         self.regret_ = np.empty((count, len(X.methods)))
         for i in range(count):
             rows = cluster == i
-            regret = mean_regrets(X.take(rows), y[rows], weight[rows])
+            regret = mean_regrets(X.take(rows), y[rows])
             self.regret_[i] = np.where(np.isfinite(regret), regret, overall + 1.0)
         return self
 
@@ -180,13 +178,12 @@ class Lookup(Selector):
     """The single best of the same model and hardware; where they are new, of the same hardware, or model, or of all."""
 
     def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:
-        weight = weights_of(y, sample_weight)
-        overall = np.minimum(mean_regrets(X, y, weight), UNKNOWN)
+        overall = np.minimum(mean_regrets(X, y), UNKNOWN)
         self.methods_ = X.methods
         self.regrets_ = {}
         for names in _LOOKUP_NAMES:
             for key, rows in _rows_by_names(X, names):
-                regret = mean_regrets(X.take(rows), y[rows], weight[rows])
+                regret = mean_regrets(X.take(rows), y[rows])
                 self.regrets_[names, key] = np.where(np.isfinite(regret), regret, overall + 1.0)
         return self
 

@@ -130,7 +130,7 @@ def references(training: Dataset, default: str | None) -> tuple[FloatArray, Floa
     as_default = -np.bincount(training.pairs.method, minlength=len(methods)).astype(np.float64)
     if default in methods:
         as_default[methods.index(default)] = -np.inf
-    return mean_regrets(training.pairs, training.cost, np.ones(len(training))), as_default
+    return mean_regrets(training.pairs, training.cost), as_default
 
 
 def checked(scores: FloatArray, fold: Fold) -> FloatArray:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from selector.dataset import Contexts, Dataset, DatasetError, build_dataset
-from selector.evaluation.baselines import SingleBest, VirtualBest
+from selector.evaluation.baselines import BASELINES, SingleBest, VirtualBest
 from selector.evaluation.certainty import certainty_of
 from selector.evaluation.measures import Fold, macro_f1, outcomes, split
 from tests.unit.selector.measurements import made_up, out_of_fold_scores
@@ -60,6 +60,17 @@ def test_single_best_of_the_closed_gap_gets_no_probes() -> None:
     gap = outcomes(dataset, folds, scores, probes=2).measures().closed_gap
     assert gap is not None
     assert gap > 0.1
+
+
+@pytest.mark.parametrize("name", ["single_best", "lookup", "isac"])
+def test_repeated_measurements_do_not_weigh_in_the_single_best(name: str) -> None:
+    """Method a is best but in context 0, where it was measured a hundred times."""
+    rows = [(i, method, cost) for i in range(10) for method, cost in (("a", float(i == 0)), ("b", 0.3 * (i > 0)))]
+    dataset = build_dataset(contexts_of(10), [*rows, *[(0, "a", 1.0)] * 100])
+    folds = [Fold(np.arange(10), np.arange(10, 20)), Fold(np.arange(10, 20), np.arange(10))]
+    scores = out_of_fold_scores(dataset, folds, BASELINES[name])
+    found = outcomes(dataset, folds, scores).measures()
+    assert (found.accuracy, found.closed_gap) == (pytest.approx(0.9), pytest.approx(0.0))
 
 
 def test_context_with_a_single_method_is_no_covered_interval_nor_a_right_choice() -> None:
