@@ -7,10 +7,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from node.evaluation.parallel_fit import FitResult, FitTask, fit_all
+from node.evaluation.parallel_fit import FitResult, FitTask, FittingError, fit_all
 from selector.dataset import Dataset
 from selector.estimator import Selector
-from selector.evaluation.baselines import BASELINES, TextEmbedding, VirtualBest
+from selector.evaluation.baselines import BASELINES, TextEmbedding, VirtualBest, contexts_without_roofline
 from selector.evaluation.certainty import Certainty, certainty_of
 from selector.evaluation.measures import Group, Measures, outcomes, split
 from selector.evaluation.text_embedding import Encoder, KnownTexts, texts_of
@@ -26,6 +26,9 @@ MIN_ROWS_OF_PROCESSES: Final = 2_000
 """Rows below which worker processes do not pay off."""
 
 TEXT_BATCH: Final = 64
+
+RULE: Final = "rule"
+"""The baseline that needs figures of a context."""
 
 ORACLE: Final = "virtual_best"
 """The one selector that is fitted on the test rows."""
@@ -125,20 +128,26 @@ def compare(
         scores = [each.scores for each in of_folds if each.scores is not None]
         if len(scores) < len(folds):
             left_out[name] = next(each.inapplicable for each in of_folds if each.scores is None)
+            if name == METAMODEL:
+                raise FittingError(f"cannot fit {name}: {left_out[name]}")
             continue
         chosen = outcomes(dataset, folds, scores, probes=probes, default=default)
         seconds = sum(each.seconds for each in of_folds)
         deviations = [each.deviation for each in of_folds if each.deviation is not None]
         certainty = certainty_of(dataset, folds, scores, deviations) if deviations else None
         rows.append(Row(name, chosen.measures(), chosen.measures(more_than=max(1, probes)), seconds, certainty))
-    return Comparison(_with_note(dataset), group, probes, len(folds), tuple(rows), left_out)
+    return Comparison(_with_notes(dataset, left_out), group, probes, len(folds), tuple(rows), left_out)
 
 
-def _with_note(dataset: Dataset) -> Dataset:
-    """Return the dataset with a note of how many contexts the measures leave out."""
-    single = int(np.count_nonzero(np.bincount(dataset.pairs.context) == 1))
-    note = f"left out of the measures {single} contexts in which a single method was measured: there is no choice"
-    return replace(dataset, notes=(*dataset.notes, note)) if single else dataset
+def _with_notes(dataset: Dataset, left_out: Mapping[str, str]) -> Dataset:
+    """Return the dataset with notes of the contexts that the measures leave out, or the rule knows too little of."""
+    notes = list(dataset.notes)
+    if single := int(np.count_nonzero(np.bincount(dataset.pairs.context) == 1)):
+        why = "in which a single method was measured: there is no choice"
+        notes.append(f"left out of the measures {single} contexts {why}")
+    if RULE not in left_out and (unknown := len(contexts_without_roofline(dataset.pairs))):
+        notes.append(f"{RULE} is the single best in {unknown} contexts, of which figures for the roofline are missing")
+    return replace(dataset, notes=tuple(notes))
 
 
 def _tasks(makers: Mapping[str, Callable[[], Selector]], folds: int, progress: Progress) -> Iterator[FitTask]:

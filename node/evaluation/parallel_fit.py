@@ -42,7 +42,7 @@ class FitTask:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FitResult:
-    """Scores of the fold's test rows; None if the selector does not apply, for the reason in `inapplicable`.
+    """Scores of the fold's test rows; None if the selector does not apply or failed, for the reason in `inapplicable`.
 
     `deviation`: of these scores; None where the selector does not know it.
     """
@@ -56,7 +56,7 @@ class FitResult:
 
 
 class FittingError(RuntimeError):
-    """A worker process ended before it answered."""
+    """A worker process ended before it answered, or the meta-model could not be fitted."""
 
 
 def fit_all(
@@ -123,13 +123,16 @@ def _process() -> Iterator[Connection]:
 def _fit(dataset: Dataset, folds: tuple[Fold, ...], task: FitTask) -> FitResult:
     began_s = time.perf_counter()
     fold = folds[task.fold]
+    test = dataset.pairs.take(fold.test)
     try:
         selector = task.selector.fit_dataset(dataset.take(fold.train))
+        scores, deviation = checked(selector.predict(test), fold), selector.deviation(test)
     except NotApplicableError as error:
         return FitResult(task.name, task.fold, None, 0.0, inapplicable=str(error))
-    test = dataset.pairs.take(fold.test)
-    scores = checked(selector.predict(test), fold)
-    return FitResult(task.name, task.fold, scores, time.perf_counter() - began_s, selector.deviation(test))
+    except Exception as error:  # noqa: BLE001  # whatever it is, a worker must answer, and others go on
+        reason = f"it failed with {type(error).__name__}: {error}"
+        return FitResult(task.name, task.fold, None, 0.0, inapplicable=" ".join(reason.split()))
+    return FitResult(task.name, task.fold, scores, time.perf_counter() - began_s, deviation)
 
 
 def main() -> None:

@@ -52,23 +52,33 @@ class SingleBest(Selector):
 
 
 class Roofline(Selector):
-    """A hand-written rule: the method with the lowest roofline time that fits into memory, then the single best."""
+    """A hand-written rule: the method with the lowest roofline time that fits into memory, then the single best.
+
+    It is the single best alone in a context of which a figure for the roofline is not known.
+    """
 
     def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:
-        _roofline_scores(X)
+        if len(contexts_without_roofline(X)) == len(np.unique(X.context)):
+            raise NotApplicableError("the rule needs the sizes of models and workloads, and the speed of the hardware")
         self.single_best_ = SingleBest().fit(X, y, sample_weight)
         return self
 
     def predict(self, X: Pairs) -> FloatArray:
         check_is_fitted(self)
-        return _roofline_scores(X) + 1e-3 * np.tanh(self.single_best_.predict(X))
+        single_best = self.single_best_.predict(X)
+        is_unknown = np.isin(X.context, contexts_without_roofline(X))
+        return np.where(is_unknown, single_best, _roofline_scores(X) + 1e-3 * np.tanh(single_best))
+
+
+def contexts_without_roofline(pairs: Pairs) -> IntArray:
+    """Return the contexts in which the roofline time of a method is not known."""
+    unknown: IntArray = np.unique(pairs.context[~np.isfinite(_roofline_scores(pairs))])
+    return unknown
 
 
 def _roofline_scores(pairs: Pairs) -> FloatArray:
     table = physics(pairs)
     total, fill = table[:, PHYSICS.index("total")], table[:, PHYSICS.index("fill")]
-    if np.isnan(total).any():
-        raise NotApplicableError("the rule needs the sizes of models and workloads, and the speed of the hardware")
     scores: FloatArray = total * np.log(2.0) + np.where(np.nan_to_num(fill, nan=-1.0) > 0.0, OVERFULL, 0.0)
     return scores
 

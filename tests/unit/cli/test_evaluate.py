@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from node.cli import run
 from node.evaluation import compare, parallel_fit
 from selector.dataset import FloatArray
-from selector.evaluation.baselines import BASELINES, GradientBoosting, RandomForest
+from selector.evaluation.baselines import BASELINES, GradientBoosting, NearestNeighbours, RandomForest
 from selector.evaluation.text_embedding import HashedNgrams
 from selector.metamodel import MetaModel
 from tests.unit.selector.measurements import made_up, write, write_folder
@@ -75,6 +76,42 @@ def test_dead_process_is_one_line(
     monkeypatch.setattr(parallel_fit, "COMMAND", "raise SystemExit")
     assert run(["evaluate", str(folder)]) == 1
     assert "use --sample with fewer contexts" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_baseline_that_fails_is_left_out_with_its_error(
+    processes: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing = partial(NearestNeighbours, n_neighbors=0)
+    for name in set(BASELINES) - {"virtual_best", "text_embedding"}:
+        monkeypatch.setitem(BASELINES, name, failing if name == "lookup" else BASELINES["random"])
+    monkeypatch.setattr(compare, "MetaModel", lambda *_, **__: BASELINES["single_best"]())
+    monkeypatch.setattr(compare, "MIN_ROWS_OF_PROCESSES", 0)
+    monkeypatch.setattr("node.cli.evaluate.os.cpu_count", lambda: processes)
+    assert run(["evaluate", str(folder), "--json"]) == 0
+    left_out = json.loads(capsys.readouterr().out)["left_out"]
+    assert left_out.keys() == {"lookup"}
+    assert "it failed with InvalidParameterError" in left_out["lookup"]
+    monkeypatch.setattr(compare, "MetaModel", lambda *_, **__: failing())
+    assert run(["evaluate", str(folder), "--json"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "cannot fit metaswarm: it failed with InvalidParameterError" in printed.err.splitlines()[-1]
+
+
+def test_missing_figure_of_the_roofline_leaves_the_rule_with_a_note(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in set(BASELINES) - {"virtual_best", "rule"}:
+        monkeypatch.setitem(BASELINES, name, BASELINES["random"])
+    monkeypatch.setattr(compare, "MetaModel", lambda *_, **__: BASELINES["single_best"]())
+    rows = [[f"c{i}", i % 8, "" if i < 2 else 40, 49, 80, 0.01] for i in range(40)]
+    write(tmp_path / "contexts.csv", ["cid", "l_params", "l_bw", "l_bf", "memgb", "kvgb"], rows)
+    shutil.copy(folder / "observations.csv", tmp_path)
+    assert run(["evaluate", str(tmp_path), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert "rule" in {row["selector"] for row in document["rows"]}
+    assert any("single best in 2 contexts" in note for note in document["notes"])
 
 
 def test_encodes_each_text_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

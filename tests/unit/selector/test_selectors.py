@@ -84,6 +84,30 @@ def test_accepts_missing_features(make: Callable[[], Selector]) -> None:
     assert np.isfinite(predicted).all()
 
 
+def test_accepts_figures_missing_in_some_contexts(make: Callable[[], Selector]) -> None:
+    """None is missing in training, as where it is of hardware left out that the figure is not known."""
+    contexts = DATASET.pairs.contexts
+    features = contexts.features.copy()
+    for i, column in enumerate(["l_params", "l_bw", "kvgb"]):
+        features[-1 - i, contexts.columns.index(column)] = np.nan
+    holed = replace(DATASET, pairs=replace(DATASET.pairs, contexts=replace(contexts, features=features)))
+    fitted = make().fit_dataset(holed.of_contexts(np.arange(len(contexts) - 3)))
+    assert np.isfinite(fitted.predict(holed.pairs)).all()
+    assert np.isfinite(make().fit_dataset(holed).predict(holed.pairs)).all()
+
+
+def test_rule_is_the_single_best_in_contexts_without_its_figures() -> None:
+    contexts = DATASET.pairs.contexts
+    features = contexts.features.copy()
+    features[:30, contexts.columns.index("l_bw")] = np.nan
+    holed = replace(DATASET, pairs=replace(DATASET.pairs, contexts=replace(contexts, features=features)))
+    rule, single_best = (BASELINES[name]().fit_dataset(holed) for name in ("rule", "single_best"))
+    unknown, known = holed.of_contexts(np.arange(30)).pairs, holed.of_contexts(np.arange(30, 60)).pairs
+    np.testing.assert_array_equal(rule.predict(unknown), single_best.predict(unknown))
+    before = BASELINES["rule"]().fit_dataset(DATASET)
+    np.testing.assert_allclose(rule.predict(known), before.predict(known))
+
+
 def test_accepts_three_observations(make: Callable[[], Selector]) -> None:
     few = DATASET.take(np.arange(3))
     assert np.isfinite(make().fit_dataset(few).predict(DATASET.pairs)).all()
