@@ -62,7 +62,7 @@ def _read_contexts(folder: Path) -> tuple[Contexts, list[str]]:
     notes: list[str] = []
     by_id: dict[str, dict[str, str]] = {}
     repeated = 0
-    with _table(folder, "contexts", ("cid",)) as (columns, records):
+    with _table(folder, "contexts", ("cid",), GROUPS) as (columns, records):
         for record in records:
             cid = record["cid"].strip()
             repeated += cid in by_id
@@ -71,11 +71,13 @@ def _read_contexts(folder: Path) -> tuple[Contexts, list[str]]:
         raise DatasetError(f"{folder}: contexts.csv has no rows")
     if repeated:
         notes.append(f"contexts.csv has {repeated} rows with a repeated cid; the first one counts")
-    texts = {column: [record[column] for record in by_id.values()] for column in columns}
+    texts = {column: [record[column].strip() for record in by_id.values()] for column in columns if column}
+    if len(texts) < len(columns):
+        notes.append(f"left out {len(columns) - len(texts)} columns of contexts.csv without a name")
     names = {name: np.array(texts[name], dtype=np.str_) for name in GROUPS if name in texts}
     features: dict[str, FloatArray] = {}
     for column in [name for name in texts if name not in {"cid", *GROUPS}]:
-        found, note = _feature(column, [text.strip() for text in texts[column]])
+        found, note = _feature(column, texts[column])
         features |= found
         notes += [note] if note else []
     table = np.column_stack(list(features.values())) if features else np.zeros((len(by_id), 0))
@@ -110,8 +112,13 @@ def _number(text: str) -> float:
 
 
 @contextmanager
-def _table(folder: Path, stem: str, needed: Sequence[str]) -> Iterator[tuple[Sequence[str], Iterator[dict[str, str]]]]:
-    """Yield the column names and the records of a CSV file; missing fields are empty."""
+def _table(
+    folder: Path, stem: str, needed: Sequence[str], known: Sequence[str] = ()
+) -> Iterator[tuple[Sequence[str], Iterator[dict[str, str]]]]:
+    """Yield the column names and the records of a CSV file; missing fields are empty.
+
+    The names of the columns that are `needed` or `known` may be written in any case.
+    """
     candidates = [folder / f"{stem}.csv.gz", folder / f"{stem}.csv"]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
@@ -121,8 +128,11 @@ def _table(folder: Path, stem: str, needed: Sequence[str]) -> Iterator[tuple[Seq
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as opened:
             text = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
             columns = [name.strip() for name in next(csv.reader(text), [])]
+            columns = [name.lower() if name.lower() in {*needed, *known} else name for name in columns]
             if missing := [name for name in needed if name not in columns]:
                 raise DatasetError(f"{path} lacks the column {', '.join(map(repr, missing))}")
+            if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
+                raise DatasetError(f"{path} has the column {', '.join(map(repr, twice))} more than once")
             yield columns, csv.DictReader(text, columns, restval="")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise DatasetError(f"cannot read {path}: {error}") from None

@@ -58,6 +58,19 @@ def test_spaces_around_an_id_are_no_part_of_it(tmp_path: Path) -> None:
     assert (dataset.pairs.contexts.ids, len(dataset), dataset.notes) == (("1", "2"), 2, ())
 
 
+def test_spaces_around_names_are_no_part_of_them_and_their_columns_take_any_case(tmp_path: Path) -> None:
+    dataset = read_folder(write(tmp_path, contexts="CID, Model ,HARDWARE\nx,m,h \ny,m ,\th\n"))
+    names = dataset.pairs.contexts.names
+    assert (names["model"].tolist(), names["hardware"].tolist()) == (["m", "m"], ["h", "h"])
+    assert dataset.pairs.contexts.columns == ()
+
+
+def test_column_without_a_name_is_no_feature(tmp_path: Path) -> None:
+    dataset = read_folder(write(tmp_path, contexts=",cid,l_isl,\n0,x,7,\n1,y,8,\n"))
+    assert dataset.pairs.contexts.columns == ("l_isl",)
+    assert dataset.notes == ("left out 2 columns of contexts.csv without a name",)
+
+
 def test_invalid_rows_are_left_out_with_a_note(tmp_path: Path) -> None:
     bad = OBSERVATIONS + "z,a,1\nx,,1\ny,a,nan\ny,c\nx,c,fast\n"
     dataset = read_folder(write(tmp_path, observations=bad))
@@ -80,6 +93,9 @@ def test_only_key_columns_are_required(tmp_path: Path) -> None:
         (CONTEXTS, "cid,method,y\nx,a,nan\n", "no measurement is left; left out 1 rows whose cost is not finite"),
         ("cid\n1\n2\n", "cid,method,y\n1.0,a,1\n", "not in contexts.csv, such as '1.0'"),
         (CONTEXTS, "", "lacks the column 'cid'"),
+        ("cid,l_bw,l_bw\nx,1,2\n", OBSERVATIONS, "contexts.csv has the column 'l_bw' more than once"),
+        ("cid,model,Model\nx,1,2\n", OBSERVATIONS, "contexts.csv has the column 'model' more than once"),
+        (CONTEXTS, "cid,method,y,y\nx,a,1,2\n", "observations.csv has the column 'y' more than once"),
     ],
 )
 def test_unreadable_dataset_is_a_one_line_error(tmp_path: Path, contexts: str, observations: str, message: str) -> None:
