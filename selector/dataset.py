@@ -11,15 +11,15 @@ IntArray = npt.NDArray[np.intp]
 StringArray = npt.NDArray[np.str_]
 
 GROUPS = ("model", "hardware", "budget")
-"""Name columns of a context: never features, but groups for leave-one-group-out. `budget` holds the objective."""
+"""Name columns of a context that are never features: of leave-one-group-out. `budget` holds the objective."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Contexts:
     """A table of task contexts.
 
-    `names`: for each column of GROUPS present, one string per context. `columns`: names of the features. `features`:
-    float64, shape (contexts, columns); NaN where unknown.
+    `names`: for each column of GROUPS present, and others of words, one string per context. `columns`: names of the
+    features. `features`: float64, shape (contexts, columns); NaN where unknown.
     """
 
     ids: tuple[str, ...]
@@ -38,11 +38,11 @@ class Contexts:
         )
 
     def siblings(self) -> IntArray:
-        """Return a number for each context, equal for those of one model and hardware that differ only in their budget.
+        """Return a number for each context, equal for those that differ only in their budget.
 
         Where nothing but their ids is known, each is one of its own.
         """
-        names = [self.names[name] for name in ("model", "hardware") if name in self.names]
+        names = [values for name, values in self.names.items() if name != "budget"]
         if not names and not self.columns:
             return np.arange(len(self))
         keys = [(*(of[i] for of in names), self.features[i].tobytes()) for i in range(len(self))]

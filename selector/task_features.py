@@ -195,9 +195,9 @@ def tabulate(contexts: Sequence[TaskContext]) -> Contexts:
     """
     rows = [[of(context) for of in FEATURES.values()] for context in contexts]
     names = {
-        "model": [_brief(_model_name(context)) for context in contexts],
-        "hardware": [_brief(context.hardware) for context in contexts],
-        "task": [_brief(task_bucket(replace(context, objective=Objective.LATENCY.value))) for context in contexts],
+        "model": [brief(_model_name(context)) for context in contexts],
+        "hardware": [brief(context.hardware) for context in contexts],
+        "task": [brief(task_bucket(replace(context, objective=Objective.LATENCY.value))) for context in contexts],
         "budget": [context.objective for context in contexts],
     }
     return Contexts(
@@ -212,6 +212,6 @@ def _model_name(context: TaskContext) -> str:
     return f"{context.architecture}/{context.block_count}x{context.hidden_size}/{context.weight_type}"
 
 
-def _brief(name: str) -> str:
+def brief(name: str) -> str:
     """Return a name of bounded length: that of a route of many stages may be kilobytes long."""
     return name if len(name) <= MAX_NAME else hashlib.sha256(name.encode()).hexdigest()

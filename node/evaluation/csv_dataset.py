@@ -18,6 +18,7 @@ from typing import Final
 import numpy as np
 
 from selector.dataset import GROUPS, Contexts, Dataset, DatasetError, FloatArray, build_dataset
+from selector.task_features import brief
 
 MAX_VALUES: Final = 32
 """Values up to which a non-numeric feature is one-hot encoded."""
@@ -79,6 +80,8 @@ def _read_contexts(folder: Path) -> tuple[Contexts, list[str]]:
     for column in [name for name in texts if name not in {"cid", *GROUPS}]:
         found, note = _feature(column, texts[column])
         features |= found
+        if column not in found:
+            names[column] = np.array([brief(text) for text in texts[column]], dtype=np.str_)
         notes += [note] if note else []
     table = np.column_stack(list(features.values())) if features else np.zeros((len(by_id), 0))
     return Contexts(tuple(by_id), names, tuple(features), table), notes

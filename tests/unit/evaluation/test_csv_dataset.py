@@ -6,6 +6,7 @@ import pytest
 
 from node.evaluation.csv_dataset import read_folder
 from selector.dataset import DatasetError
+from selector.evaluation.measures import split
 from tests.unit.selector.measurements import method_names
 
 CONTEXTS = "cid,model,hardware,budget,l_isl,vendor\nx,m,h,1,7,amd\ny,m,h2,1,,intel\n"
@@ -69,6 +70,17 @@ def test_column_without_a_name_is_no_feature(tmp_path: Path) -> None:
     dataset = read_folder(write(tmp_path, contexts=",cid,l_isl,\n0,x,7,\n1,y,8,\n"))
     assert dataset.pairs.contexts.columns == ("l_isl",)
     assert dataset.notes == ("left out 2 columns of contexts.csv without a name",)
+
+
+def test_workloads_that_are_only_named_are_left_out_one_by_one(tmp_path: Path) -> None:
+    """Four models and machines, forty workloads: more names than there are indicators for, each with two budgets."""
+    rows = [(f"{i}-{budget}", f"m{i % 2}", f"h{i // 2 % 2}", f"work {i}", budget) for i in range(40) for budget in "ab"]
+    contexts = "cid,model,hardware,workload,budget\n" + "".join(",".join(row) + "\n" for row in rows)
+    observations = "cid,method,y\n" + "".join(f"{row[0]},{method},1\n" for row in rows for method in "pq")
+    dataset = read_folder(write(tmp_path, contexts, observations))
+    assert dataset.pairs.contexts.columns == ()
+    assert len(set(dataset.pairs.contexts.siblings().tolist())) == 40
+    assert [len(fold.test) for fold in split(dataset, "random")] == [32] * 5
 
 
 def test_invalid_rows_are_left_out_with_a_note(tmp_path: Path) -> None:
