@@ -49,6 +49,15 @@ class Contexts:
         numbers: dict[tuple[object, ...], int] = {}
         return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.intp)
 
+    def groups(self) -> tuple[str, ...]:
+        """Return the columns by whose values contexts can be left out."""
+        return (*self.names, *(name for name in self.columns if name.partition("=")[0] not in self.names))
+
+    def labels(self, group: str) -> IntArray | None:
+        """Return a number for each context, equal for those with the same value of a column; None if there is none."""
+        values = self.names[group] if group in self.names else self.column(group)
+        return None if values is None else np.unique(values, return_inverse=True)[1].astype(np.intp)
+
     def column(self, name: str) -> FloatArray | None:
         """Return one feature of every context, or None if there is no such column."""
         return self.features[:, self.columns.index(name)] if name in self.columns else None

@@ -230,8 +230,8 @@ def _groups(pairs: Pairs, column: str | None) -> IntArray:
 
     Where all contexts are equal, as on a node with one kind of jobs, each is a group of its own.
     """
-    names = pairs.contexts.names
-    if column is not None and column in names and len(np.unique(names[column][pairs.context])) > 2:
-        return np.unique(names[column], return_inverse=True)[1].astype(np.intp)[pairs.context]
+    labels = None if column is None else pairs.contexts.labels(column)
+    if labels is not None and len(np.unique(labels[pairs.context])) > 2:
+        return labels[pairs.context]
     siblings = pairs.contexts.siblings()[pairs.context]
     return siblings if len(np.unique(siblings)) > 1 else pairs.context

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from node.evaluation.compare import Comparison
     from selector.evaluation.certainty import Certainty
-    from selector.evaluation.measures import Group
 
 MAX_PROCESSES = 8
 """Each takes some 300 MiB."""
@@ -29,10 +28,10 @@ _COLUMNS = {
 @click.argument("dataset_path", metavar="DATASET", type=click.Path(exists=True, path_type=Path))
 @click.option(
     "--group",
-    type=click.Choice(["random", "model", "hardware"]),
     default="random",
     show_default=True,
-    help="Held-out groups: random contexts, or each value of a column in turn.",
+    metavar="random|COLUMN",
+    help="Held-out groups: random contexts, or each value of a column (model, hardware, …) in turn.",
 )
 @click.option(
     "--probes",
@@ -53,7 +52,7 @@ _COLUMNS = {
 @json_option
 def evaluate(
     dataset_path: Path,
-    group: "Group",
+    group: str,
     probes: int,
     default: str | None,
     sample: int | None,
@@ -112,7 +111,9 @@ def evaluate(
 
 def _print_table(comparison: "Comparison") -> None:
     dataset, document = comparison.dataset, comparison.as_dict()
-    by = "by random folds" if comparison.group == "random" else f"whole values of {comparison.group} left out"
+    by = (
+        "by random folds" if comparison.group == "random" else f"whole values of {printable(comparison.group)} left out"
+    )
     probes = f", best of {comparison.probes} probes" if comparison.probes else ""
     title = (
         f"{printable(dataset.name)}: {document['contexts']} contexts, {document['methods']} methods, "

@@ -8,11 +8,11 @@ from typing import Any, Final
 import numpy as np
 
 from node.evaluation.parallel_fit import FitResult, FitTask, FittingError, fit_all
-from selector.dataset import Dataset
+from selector.dataset import GROUPS, Dataset
 from selector.estimator import Selector
 from selector.evaluation.baselines import BASELINES, TextEmbedding, VirtualBest, contexts_without_roofline
 from selector.evaluation.certainty import Certainty, certainty_of
-from selector.evaluation.measures import Group, Measures, outcomes, split
+from selector.evaluation.measures import Measures, outcomes, split
 from selector.evaluation.text_embedding import Encoder, KnownTexts, texts_of
 from selector.metamodel import MetaModel
 
@@ -26,6 +26,9 @@ MIN_ROWS_OF_PROCESSES: Final = 2_000
 """Rows below which worker processes do not pay off."""
 
 TEXT_BATCH: Final = 64
+
+RANDOM: Final = "random"
+"""The group of random folds."""
 
 RULE: Final = "rule"
 """The baseline that needs figures of a context."""
@@ -65,7 +68,7 @@ class Comparison:
     """Results of all selectors on a dataset. `left_out`: selectors that do not apply to it, and why."""
 
     dataset: Dataset
-    group: Group
+    group: str
     probes: int
     folds: int
     rows: tuple[Row, ...]
@@ -90,7 +93,7 @@ class Comparison:
 
 def compare(
     dataset: Dataset,
-    group: Group,
+    group: str,
     *,
     probes: int = 0,
     default: str | None = None,
@@ -101,12 +104,13 @@ def compare(
 ) -> Comparison:
     """Evaluate every selector. `encode`: text encoder of the text-embedding baseline, hashed n-grams if None.
 
-    Raises DatasetError for fewer than two groups, and FittingError.
+    `group`: `random`, or a column of the contexts. Raises DatasetError for fewer than two groups, and FittingError.
     """
     dataset = dataset.compact()
+    group = group.lower() if group.lower() in {RANDOM, *GROUPS} else group
     folds = tuple(split(dataset, group, seed))
     makers: dict[str, Callable[[], Selector]] = {
-        METAMODEL: lambda: MetaModel(None if group == "random" else group, random_state=seed),
+        METAMODEL: lambda: MetaModel(None if group == RANDOM else group, random_state=seed),
         **BASELINES,
         "text_embedding": lambda: TextEmbedding(encode and _encode_texts(dataset, encode, progress)),
     }

@@ -5,15 +5,13 @@ For each test context a selector chooses one of the methods measured there, or, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 from sklearn.metrics import f1_score
 
 from selector.dataset import Dataset, DatasetError, FloatArray, IntArray
 from selector.effects import mean_regrets
-
-Group = Literal["random", "model", "hardware"]
 
 RANDOM_FOLDS: Final = 5
 MAX_FOLDS: Final = 10
@@ -30,20 +28,17 @@ class Fold:
     test: IntArray
 
 
-def split(dataset: Dataset, group: Group, seed: int = 0) -> list[Fold]:
+def split(dataset: Dataset, group: str, seed: int = 0) -> list[Fold]:
     """Return the folds.
 
-    `random`: five, with contexts that differ only in their budget in the same fold. `model` and `hardware`:
-    leave-one-group-out over the values of that column, merged into at most ten folds. Raises DatasetError for fewer
-    than two groups.
+    `random`: five, with contexts that differ only in their budget in the same fold. Otherwise leave-one-group-out over
+    the values of that column, merged into at most ten folds. Raises DatasetError for fewer than two groups.
     """
     contexts = dataset.pairs.contexts
-    if group == "random":
-        labels = contexts.siblings()
-    elif group in contexts.names:
-        labels = np.unique(contexts.names[group], return_inverse=True)[1].astype(np.intp)
-    else:
-        raise DatasetError(f"the contexts have no column {group!r}: use --group random")
+    labels = contexts.siblings() if group == "random" else contexts.labels(group)
+    if labels is None:
+        has = ", ".join(contexts.groups()) or "none"
+        raise DatasetError(f"the contexts have no column {group!r} to leave out: use --group random, or one of {has}")
     of_rows = labels[dataset.pairs.context]
     present = np.unique(of_rows)
     if len(present) < 2:

@@ -114,6 +114,22 @@ def test_missing_figure_of_the_roofline_leaves_the_rule_with_a_note(
     assert any("single best in 2 contexts" in note for note in document["notes"])
 
 
+def test_group_is_a_column_and_names_take_any_case(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in set(BASELINES) - {"virtual_best"}:
+        monkeypatch.setitem(BASELINES, name, BASELINES["random"])
+    groups: list[str | None] = []
+    made = lambda group, **_: (groups.append(group), BASELINES["single_best"]())[1]  # noqa: E731
+    monkeypatch.setattr(compare, "MetaModel", made)
+    for group, resolved, folds in (("HardWare", "hardware", 3), ("budget", "budget", 2), ("l_isl", "l_isl", 10)):
+        assert run(["evaluate", str(folder), "--group", group, "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert (document["group"], document["folds"], groups[-1]) == (resolved, folds, resolved)
+    assert run(["evaluate", str(folder), "--group", "workload"]) == 1
+    assert capsys.readouterr().err.rstrip().endswith("one of model, hardware, budget, l_isl, l_osl, l_bs, l_params")
+
+
 def test_encodes_each_text_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
 

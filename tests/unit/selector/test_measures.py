@@ -99,7 +99,7 @@ def test_equal_costs_leave_no_gap() -> None:
 @pytest.mark.parametrize("group", ["random", "model", "hardware"])
 def test_folds_test_every_row_once_and_split_no_group(group: str) -> None:
     dataset = made_up(contexts=90)
-    folds = split(dataset, group)  # type: ignore[arg-type]
+    folds = split(dataset, group)
     tested = np.concatenate([fold.test for fold in folds])
     assert sorted(tested.tolist()) == list(range(len(dataset)))
     contexts = dataset.pairs.contexts
@@ -134,6 +134,23 @@ def test_error_of_equal_contexts_says_so_and_what_was_left_out() -> None:
     dataset = build_dataset(contexts_of(20), [(i, "a", 0.0) for i in range(20)], notes=["left out 3 rows"])
     with pytest.raises(DatasetError, match=r"differ in nothing but their budget: .*; left out 3 rows"):
         split(dataset, "random")
+
+
+def test_any_column_is_left_out_by_its_values() -> None:
+    contexts = Contexts(
+        tuple(map(str, range(12))),
+        {"workload": np.array([f"w{i % 4}" for i in range(12)])},
+        ("l_isl", "workload=w0"),
+        np.column_stack([np.arange(12) % 3 + np.where(np.arange(12) % 3, 0.0, np.nan), np.arange(12) % 4 == 0]),
+    )
+    dataset = build_dataset(contexts, [(i, method, 0.0) for i in range(12) for method in "ab"])
+    for group, groups in (("workload", 4), ("l_isl", 3)):
+        folds = split(dataset, group)
+        assert len(folds) == groups
+        for fold in folds:
+            assert len(np.unique(dataset.pairs.context[fold.test] % groups)) == 1
+    with pytest.raises(DatasetError, match=r"no column 'engine' to leave out: use --group random, .*workload, l_isl$"):
+        split(dataset, "engine")
 
 
 def test_groups_are_merged_into_ten_folds() -> None:
