@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import math
+import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,12 @@ MISSING: Final = frozenset({"", "-", "?", "n/a", "na", "nan", "none", "null"})
 """Fields that say, in any case, that a number is not known."""
 
 SHOWN_WORDS: Final = 3
+
+MAX_LOG2: Final = 200.0
+"""Largest magnitude of a logarithm to base 2 of anything measured."""
+
+_WITH_UNIT: Final = re.compile(r"[+-]?\d+(?:\.\d*)?\s*([^\W\d_][^\s\d]*|%)")
+"""A number with a unit: `7B`, `120 ms`, `50%`."""
 
 
 def read_folder(folder: Path) -> Dataset:
@@ -80,6 +87,10 @@ def _read_contexts(folder: Path) -> tuple[Contexts, list[str]]:
     for column in [name for name in texts if name not in {"cid", *GROUPS}]:
         found, note = _feature(column, texts[column])
         features |= found
+        if column.startswith("l_") and column in found and np.nanmax(np.abs(found[column]), initial=0.0) > MAX_LOG2:
+            notes.append(
+                f"the column {column!r} has values over {MAX_LOG2:g}, which no log2 has: are they plain numbers?"
+            )
         if column not in found:
             names[column] = np.array([brief(text) for text in texts[column]], dtype=np.str_)
         notes += [note] if note else []
@@ -91,7 +102,7 @@ def _feature(name: str, texts: Sequence[str]) -> tuple[dict[str, FloatArray], st
     """Return a column as numbers, or as an indicator for each word where most are no numbers; and a note, or nothing.
 
     A few words among numbers are missing values: as indicators they would take the column, and all that follows from
-    it, from every context.
+    it, from every context. Numbers that all have the same unit are numbers.
     """
     numbers = np.array([_number(text) for text in texts])
     words = [text for text in texts if text.lower() not in MISSING and math.isnan(_number(text))]
@@ -101,10 +112,16 @@ def _feature(name: str, texts: Sequence[str]) -> tuple[dict[str, FloatArray], st
     if known > len(words):
         shown = ", ".join(map(repr, sorted(set(words))[:SHOWN_WORDS]))
         return {name: numbers}, f"took {len(words)} fields of the numeric column {name!r} for missing values: {shown}"
+    units = {found[1] if (found := _WITH_UNIT.fullmatch(word)) else "" for word in words}
+    if not known and len(units) == 1 and (unit := units.pop()):
+        numbers = np.array([_number(text.removesuffix(unit)) for text in texts])
+        return {name: numbers}, f"took the column {name!r} for numbers of the unit {unit!r}"
     values = sorted(set(texts))
+    numeral = next((f", such as {word!r}" for word in words if word[0] in "+-.0123456789"), "")
     if len(values) > MAX_VALUES:
-        return {}, f"left out the column {name!r}: not numeric, and more than {MAX_VALUES} values"
-    return {f"{name}={value}": np.array([float(text == value) for text in texts]) for value in values}, ""
+        return {}, f"left out the column {name!r}: not numeric, and more than {MAX_VALUES} values{numeral}"
+    indicators = {f"{name}={value}": np.array([float(text == value) for text in texts]) for value in values}
+    return indicators, f"took the column {name!r} for {len(values)} words{numeral}" if numeral else ""
 
 
 def _number(text: str) -> float:

@@ -54,6 +54,30 @@ def test_word_among_numbers_is_a_missing_value_with_a_note(tmp_path: Path) -> No
     assert "'unknown'" in note
 
 
+@pytest.mark.parametrize(("field", "unit"), [("{}B", "B"), ("{} ms/token", "ms/token"), ("{}.0 %", "%")])
+def test_numbers_with_one_unit_are_numbers_with_a_note(tmp_path: Path, field: str, unit: str) -> None:
+    rows = f"x,{field.format(7)}\ny,{field.format(70)}\nz,NA\nw,\n"
+    dataset = read_folder(write(tmp_path, contexts=f"cid,size\n{rows}"))
+    assert dataset.pairs.contexts.columns == ("size",)
+    np.testing.assert_array_equal(dataset.pairs.contexts.features[:, 0], [7, 70, np.nan, np.nan])
+    assert dataset.notes == (f"took the column 'size' for numbers of the unit {unit!r}",)
+
+
+def test_numerals_that_are_words_have_a_note(tmp_path: Path) -> None:
+    dataset = read_folder(write(tmp_path, contexts='cid,size,cache\nx,7B,"1,024"\ny,500M,"2,048"\n'))
+    assert dataset.pairs.contexts.columns == ("size=500M", "size=7B", "cache=1,024", "cache=2,048")
+    assert dataset.notes == (
+        "took the column 'size' for 2 words, such as '7B'",
+        "took the column 'cache' for 2 words, such as '1,024'",
+    )
+
+
+def test_number_that_is_no_logarithm_has_a_note(tmp_path: Path) -> None:
+    dataset = read_folder(write(tmp_path, contexts="cid,l_isl,l_bw,memgb\nx,2048,41,8000\ny,,,\n"))
+    (note,) = dataset.notes
+    assert "'l_isl' has values over 200" in note
+
+
 def test_spaces_around_an_id_are_no_part_of_it(tmp_path: Path) -> None:
     dataset = read_folder(write(tmp_path, contexts="cid\n 1\n2 \n", observations="cid,method,y\n1,a,1\n 2,a,2\n"))
     assert (dataset.pairs.contexts.ids, len(dataset), dataset.notes) == (("1", "2"), 2, ())
