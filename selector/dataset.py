@@ -14,6 +14,12 @@ GROUPS = ("model", "hardware", "budget")
 """Name columns of a context that are never features: of leave-one-group-out. `budget` holds the objective."""
 
 
+MAX_LOG_COST = 1e4
+"""Largest magnitude of a natural logarithm of a cost: it has thousands of digits."""
+
+IS_IT_A_LOGARITHM = "no logarithm of a cost is: is it the natural logarithm?"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Contexts:
     """A table of task contexts.
@@ -135,8 +141,8 @@ def build_dataset(
 ) -> Dataset:
     """Return the dataset of rows (index of a context, method, natural logarithm of the cost).
 
-    Rows without a finite cost are left out; repeated measurements of a pair are averaged. Raises DatasetError if
-    nothing is left.
+    Rows without a finite cost, or with one that no logarithm has, are left out; repeated measurements of a pair are
+    averaged. Raises DatasetError if nothing is left.
     """
     methods = tuple(sorted({method for _, method, _ in rows}))
     index = {method: i for i, method in enumerate(methods)}
@@ -147,7 +153,10 @@ def build_dataset(
     finite = np.isfinite(cost)
     if not finite.all():
         notes.append(f"left out {np.count_nonzero(~finite)} rows whose cost is not finite")
-        context, method, cost = context[finite], method[finite], cost[finite]
+    possible = np.abs(cost) <= MAX_LOG_COST
+    if beyond := np.count_nonzero(finite & ~possible):
+        notes.append(f"left out {beyond} rows whose cost is beyond ±{MAX_LOG_COST:g}, which {IS_IT_A_LOGARITHM}")
+    context, method, cost = context[possible], method[possible], cost[possible]
     if not len(cost):
         raise DatasetError("no measurement is left", notes)
     keys, inverse, counts = np.unique(context * len(methods) + method, return_inverse=True, return_counts=True)

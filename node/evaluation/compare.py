@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from node.evaluation.parallel_fit import FitResult, FitTask, FittingError, fit_all
-from selector.dataset import GROUPS, Dataset
+from selector.dataset import GROUPS, Dataset, context_minima
 from selector.estimator import Selector
 from selector.evaluation.baselines import BASELINES, TextEmbedding, VirtualBest, contexts_without_roofline
 from selector.evaluation.certainty import Certainty, certainty_of
@@ -24,6 +24,9 @@ MAX_ROWS: Final = 20_000
 
 MIN_ROWS_OF_PROCESSES: Final = 2_000
 """Rows below which worker processes do not pay off."""
+
+MAX_SPREAD: Final = 50.0
+"""Difference of the logarithms of two methods' costs in one context over which they are doubtful."""
 
 TEXT_BATCH: Final = 64
 
@@ -144,11 +147,16 @@ def compare(
 
 
 def _with_notes(dataset: Dataset, left_out: Mapping[str, str]) -> Dataset:
-    """Return the dataset with notes of the contexts that the measures leave out, or the rule knows too little of."""
+    """Return the dataset with notes of the contexts that the measures leave out, that are doubtful, or lack figures."""
     notes = list(dataset.notes)
     if single := int(np.count_nonzero(np.bincount(dataset.pairs.context) == 1)):
         why = "in which a single method was measured: there is no choice"
         notes.append(f"left out of the measures {single} contexts {why}")
+    context, count = dataset.pairs.context, len(dataset.pairs.contexts)
+    spread = -context_minima(-dataset.cost, context, count) - context_minima(dataset.cost, context, count)
+    if wide := int(np.count_nonzero(spread > MAX_SPREAD)):
+        why = f"differ by more than {MAX_SPREAD:g}: is y the natural logarithm of the cost?"
+        notes.append(f"in {wide} contexts values of y {why}")
     if RULE not in left_out and (unknown := len(contexts_without_roofline(dataset.pairs))):
         notes.append(f"{RULE} is the single best in {unknown} contexts, of which figures for the roofline are missing")
     return replace(dataset, notes=tuple(notes))

@@ -67,7 +67,7 @@ def _deal(sizes: IntArray, count: int, seed: int) -> IntArray:
 
 @dataclass(frozen=True, slots=True)
 class Measures:
-    """Mean measures of a selector over test contexts; None where undefined.
+    """Mean measures of a selector over test contexts; None where undefined or not finite.
 
     `regret` and `closed_gap` are in natural logarithms of cost; `mean_speedup` is over the default method.
     """
@@ -106,12 +106,18 @@ class Outcomes:
             contexts=count,
             accuracy=float(np.mean(regret <= TIE)),
             accuracy_within_5_percent=float(np.mean(regret <= WITHIN + TIE)),
-            mean_speedup=float(np.mean(np.exp(self.default[of] - self.chosen[of]))),
+            mean_speedup=_mean_speedup(self.default[of] - self.chosen[of]),
             ratio_to_virtual_best=float(np.mean(np.exp(-regret))),
             regret=float(np.mean(regret)),
             closed_gap=1.0 - float(np.mean(regret)) / reference if reference > TIE else None,
             f1=macro_f1(self.best_method[of], self.chosen_method[of]),
         )
+
+
+def _mean_speedup(log_speedup: FloatArray) -> float | None:
+    with np.errstate(over="ignore"):
+        mean = float(np.mean(np.exp(log_speedup)))
+    return mean if np.isfinite(mean) else None
 
 
 def macro_f1(truth: IntArray, predicted: IntArray) -> float:

@@ -130,6 +130,21 @@ def test_group_is_a_column_and_names_take_any_case(
     assert capsys.readouterr().err.rstrip().endswith("one of model, hardware, budget, l_isl, l_osl, l_bs, l_params")
 
 
+def test_costs_that_are_no_logarithms_have_a_note_and_are_valid_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in set(BASELINES) - {"virtual_best"}:
+        monkeypatch.setitem(BASELINES, name, BASELINES["random"])
+    monkeypatch.setattr(compare, "MetaModel", lambda *_, **__: BASELINES["single_best"]())
+    write(tmp_path / "contexts.csv", ["cid", "l_isl"], [[i, i % 7] for i in range(12)])
+    rows = [[i, method, cost] for i in range(12) for method, cost in (("a", 3000 + i), ("b", 10), ("c", 20))]
+    write(tmp_path / "observations.csv", ["cid", "method", "y"], rows)
+    assert run(["evaluate", str(tmp_path), "--default", "a", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert document["rows"][-1]["mean_speedup"] is None
+    assert "in 12 contexts values of y differ by more than 50: is y the natural logarithm" in document["notes"][0]
+
+
 def test_encodes_each_text_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
 

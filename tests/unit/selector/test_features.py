@@ -1,8 +1,10 @@
 """What a method's name says about its arithmetic, on which the roofline estimates rest."""
 
+import numpy as np
 import pytest
 
-from selector.features import arithmetic_of
+from selector.dataset import Contexts, Pairs
+from selector.features import ContextTable, PairTable, arithmetic_of
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,17 @@ def test_reads_bits_of_keys_and_values(name: str) -> None:
 def test_reads_the_devices_beside_the_arithmetic(name: str, devices: float) -> None:
     found = arithmetic_of(name)
     assert (found.devices, found.weight_bits) == (devices, 16)
+
+
+@pytest.mark.filterwarnings("error")
+def test_impossible_figures_are_missing_ones_without_a_warning() -> None:
+    columns = ("l_params", "l_bw", "l_bf", "kvgb", "l_hidden", "l_link", "layers", "l_tp", "tiny")
+    table = np.tile([4.0, 41, 49, 0.1, 12, 36, 32, 0, 0], (5, 1))
+    table[:, -1] = np.arange(5) * 1e-200
+    for row, column, value in ((1, "layers", 0), (2, "layers", -1), (3, "l_params", np.inf), (4, "l_tp", -5000)):
+        table[row, columns.index(column)] = value
+    contexts = Contexts(tuple("abcde"), {}, columns, table)
+    pairs = Pairs(contexts, ("bf16", "fp8|tp2"), np.repeat(np.arange(5), 2), np.tile([0, 1], 5))
+    matrix = PairTable().fit(pairs).transform(pairs, roofline=True)
+    assert not np.isinf(matrix).any()
+    assert np.isfinite(ContextTable.of(contexts).standardised(contexts)).all()

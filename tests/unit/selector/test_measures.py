@@ -180,5 +180,21 @@ def test_dataset_drops_infinite_costs_and_averages_repeats() -> None:
         build_dataset(contexts_of(1), [(0, "a", float("nan"))])
 
 
+def test_costs_that_are_no_logarithms_are_left_out_with_a_question() -> None:
+    rows = [(0, "a", 1e300), (0, "b", 1e4), (1, "a", -2e4), (1, "b", 0.0)]
+    dataset = build_dataset(contexts_of(2), rows)
+    assert dataset.cost.tolist() == [1e4, 0.0]
+    (note,) = dataset.notes
+    assert note.startswith("left out 2 rows")
+    assert "is it the natural logarithm?" in note
+
+
+@pytest.mark.filterwarnings("error")
+def test_speedup_beyond_all_numbers_is_undefined() -> None:
+    dataset = build_dataset(contexts_of(2), [(0, "a", 800.0), (0, "b", 0.0), (1, "a", 800.0), (1, "b", 0.0)])
+    found = outcomes(dataset, [Fold(np.arange(2), np.arange(2, 4))], [np.array([1.0, 0.0])], default="a").measures()
+    assert (found.accuracy, found.mean_speedup, found.regret) == (1.0, None, 0.0)
+
+
 def test_macro_f1_is_the_mean_over_methods() -> None:
     assert macro_f1(np.array([0, 0, 3]), np.array([0, 3, 3])) == pytest.approx(2 / 3)
