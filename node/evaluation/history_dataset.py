@@ -15,11 +15,11 @@ def read_history(path: Path) -> Dataset:
     """Return the dataset in a file of JSON lines from `metaswarm history export`. Raises DatasetError.
 
     One context is a task on a route; the cost of a method there is its ratio to the baseline. Served jobs, which have
-    none, are left out.
+    none, are left out, and so are replayed jobs and routes without all blocks.
     """
     contexts: dict[tuple[TaskContext, str], int] = {}
     rows: list[tuple[int, str, float]] = []
-    invalid = unpaired = 0
+    invalid = partial = unpaired = 0
     try:
         with path.open("rb") as lines:
             for line in filter(bytes.strip, lines):
@@ -28,7 +28,10 @@ def read_history(path: Path) -> Dataset:
                 except LineError:
                     invalid += 1
                     continue
-                if sample is None or sample.log_ratio is None:
+                if sample is None:
+                    partial += 1
+                    continue
+                if sample.log_ratio is None:
                     unpaired += 1
                     continue
                 baseline = baseline_of(sample.method).name
@@ -41,9 +44,11 @@ def read_history(path: Path) -> Dataset:
     notes = []
     if invalid:
         notes.append(f"left out {invalid} lines that are not observations with a valid signature")
+    if partial:
+        notes.append(f"left out {partial} observations of replayed jobs, or of routes without all blocks")
     if unpaired:
         notes.append(f"left out {unpaired} served jobs, which have no ratio to the baseline")
-    if not rows and invalid and not unpaired:
+    if not rows and invalid and not partial and not unpaired:
         raise DatasetError(
             f"{path} has no observation: DATASET is a file of JSON lines from `metaswarm history export`, "
             "or a folder with contexts.csv and observations.csv"
