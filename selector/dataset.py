@@ -115,6 +115,10 @@ class Dataset:
         wanted[contexts] = True
         return self.take(wanted[self.pairs.context])
 
+    def measured_methods(self) -> list[str]:
+        """Return the names of the methods that the rows are of."""
+        return [self.pairs.methods[i] for i in np.unique(self.pairs.method)]
+
     def compact(self) -> "Dataset":
         """Return the same rows over a table without unmeasured contexts."""
         used, position = np.unique(self.pairs.context, return_inverse=True)
@@ -144,21 +148,21 @@ def build_dataset(
     Rows without a finite cost, or with one that no logarithm has, are left out; repeated measurements of a pair are
     averaged. Raises DatasetError if nothing is left.
     """
-    methods = tuple(sorted({method for _, method, _ in rows}))
-    index = {method: i for i, method in enumerate(methods)}
-    context = np.fromiter((row[0] for row in rows), dtype=np.intp, count=len(rows))
-    method = np.fromiter((index[row[1]] for row in rows), dtype=np.intp, count=len(rows))
     cost = np.fromiter((row[2] for row in rows), dtype=np.float64, count=len(rows))
     notes = list(notes)
     finite = np.isfinite(cost)
     if not finite.all():
         notes.append(f"left out {np.count_nonzero(~finite)} rows whose cost is not finite")
     possible = np.abs(cost) <= MAX_LOG_COST
+    rows, cost = [row for row, is_left in zip(rows, possible, strict=True) if is_left], cost[possible]
     if beyond := np.count_nonzero(finite & ~possible):
         notes.append(f"left out {beyond} rows whose cost is beyond ±{MAX_LOG_COST:g}, which {IS_IT_A_LOGARITHM}")
-    context, method, cost = context[possible], method[possible], cost[possible]
-    if not len(cost):
+    if not rows:
         raise DatasetError("no measurement is left", notes)
+    methods = tuple(sorted({method for _, method, _ in rows}))
+    index = {method: i for i, method in enumerate(methods)}
+    context = np.array([row[0] for row in rows], dtype=np.intp)
+    method = np.array([index[row[1]] for row in rows], dtype=np.intp)
     keys, inverse, counts = np.unique(context * len(methods) + method, return_inverse=True, return_counts=True)
     if len(keys) < len(cost):
         notes.append(f"averaged {len(cost) - len(keys)} repeated measurements of the same method in the same context")

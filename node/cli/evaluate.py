@@ -77,9 +77,6 @@ def evaluate(
         if plot:
             check_plot(plot)
         dataset = read_folder(dataset_path) if dataset_path.is_dir() else read_history(dataset_path)
-        if default is not None and default not in dataset.pairs.methods:
-            shown = ", ".join(dataset.pairs.methods[:5])
-            raise CommandError(f"{default!r} was not measured in {dataset_path}; its methods are {shown}, …")
         contexts = len(set(dataset.pairs.context.tolist()))
         if sample is None and len(dataset) > MAX_ROWS:
             sample = max(2, contexts * MAX_ROWS // len(dataset))
@@ -88,6 +85,10 @@ def evaluate(
             )
         if sample is not None:
             dataset = dataset.sample(sample, seed)
+        methods = dataset.measured_methods()
+        if default is not None and default not in methods:
+            where = f"{dataset_path}" if sample is None else f"the sampled contexts of {dataset_path}"
+            raise CommandError(f"{default!r} was not measured in {where}; the methods are {', '.join(methods[:5])}, …")
         with progress_bars() as progress:
             comparison = compare(
                 dataset,

@@ -79,14 +79,13 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the comparison for JSON."""
-        pairs = self.dataset.pairs
         return {
             "dataset": self.dataset.name,
             "group": self.group,
             "probes": self.probes,
             "contexts": self.rows[0].measures.contexts if self.rows else 0,
             "observations": len(self.dataset),
-            "methods": len(set(pairs.method.tolist())),
+            "methods": len(self.dataset.measured_methods()),
             "folds": self.folds,
             "rows": [row.as_dict() for row in self.rows],
             "left_out": dict(self.left_out),

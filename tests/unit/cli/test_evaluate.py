@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from node.cli import run
@@ -143,6 +144,22 @@ def test_costs_that_are_no_logarithms_have_a_note_and_are_valid_json(
     document = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert document["rows"][-1]["mean_speedup"] is None
     assert "in 12 contexts values of y differ by more than 50: is y the natural logarithm" in document["notes"][0]
+
+
+@pytest.mark.parametrize("sample", [[], ["--sample", "2"]])
+def test_default_without_a_measurement_that_counts_is_refused(
+    tmp_path: Path, sample: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of `ghost` no cost is finite; `rare` was measured in one of three contexts, which the sample lacks."""
+    write(tmp_path / "contexts.csv", ["cid", "l_isl"], [[i, i] for i in range(3)])
+    rows = [[i, method, cost] for i in range(3) for method, cost in (("a", 1), ("b", 2), ("ghost", "nan"))]
+    sampled = set(np.random.default_rng(0).choice(np.arange(3), size=2, replace=False).tolist())
+    rows.append([({0, 1, 2} - sampled).pop(), "rare", 1])
+    write(tmp_path / "observations.csv", ["cid", "method", "y"], rows)
+    assert run(["evaluate", str(tmp_path), "--default", "rare" if sample else "ghost", *sample]) == 1
+    printed = capsys.readouterr().err
+    assert "was not measured" in printed
+    assert "ghost, " not in printed
 
 
 def test_encodes_each_text_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
