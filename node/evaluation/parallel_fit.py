@@ -130,7 +130,8 @@ def _fit(dataset: Dataset, folds: tuple[Fold, ...], task: FitTask) -> FitResult:
     except NotApplicableError as error:
         return FitResult(task.name, task.fold, None, 0.0, inapplicable=str(error))
     except Exception as error:  # noqa: BLE001  # whatever it is, a worker must answer, and others go on
-        reason = f"it failed with {type(error).__name__}: {error}"
+        advice = f"; {_IF_MEMORY_RAN_OUT}" if isinstance(error, MemoryError) else ""
+        reason = f"it failed with {type(error).__name__}: {error}{advice}"
         return FitResult(task.name, task.fold, None, 0.0, inapplicable=" ".join(reason.split()))
     return FitResult(task.name, task.fold, scores, time.perf_counter() - began_s, deviation)
 

@@ -3,15 +3,17 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 
 from node.cli import run
 from node.evaluation import compare, parallel_fit
+from node.evaluation.csv_dataset import read_folder
 from selector.dataset import FloatArray
 from selector.evaluation.baselines import BASELINES, GradientBoosting, NearestNeighbours, RandomForest
+from selector.evaluation.measures import split
 from selector.evaluation.text_embedding import HashedNgrams
 from selector.metamodel import MetaModel
 from tests.unit.selector.measurements import made_up, write, write_folder
@@ -98,6 +100,18 @@ def test_baseline_that_fails_is_left_out_with_its_error(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "cannot fit metaswarm: it failed with InvalidParameterError" in printed.err.splitlines()[-1]
+
+
+def test_memory_that_runs_out_says_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(*_: object) -> NoReturn:
+        raise MemoryError("no 9 GiB")
+
+    monkeypatch.setattr(parallel_fit, "checked", run_out)
+    dataset = read_folder(folder)
+    (found,) = parallel_fit.fit_all(
+        dataset, tuple(split(dataset, "random")), [parallel_fit.FitTask("lookup", BASELINES["lookup"](), 0)], 1
+    )
+    assert found.inapplicable.endswith("MemoryError: no 9 GiB; if memory ran out, use --sample with fewer contexts")
 
 
 def test_missing_figure_of_the_roofline_leaves_the_rule_with_a_note(
