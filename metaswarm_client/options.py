@@ -13,7 +13,7 @@ OWN_FIELDS: Final = frozenset({"n", "stream", "stream_options"})
 COMPLETIONS: Final = "/v1/completions"
 CHAT: Final = "/v1/chat/completions"
 
-_EXTENSIONS: Final = ("quality", "method", "objective", "budget")
+_EXTENSIONS: Final = ("quality", "method", "objective", "budget", "trace")
 """Fields of `metaswarm` in the body."""
 
 Message: TypeAlias = Mapping[str, Any]
@@ -40,9 +40,10 @@ class ScoreOptions(TypedDict, total=False):
     """Options of a job that scores a text; what is not given is the node's default. docs/http-api.md has their values.
 
     `model`: default: the client's, else the only one that is complete in the swarm. `method`: `auto` (the swarm votes),
-    `baseline`, or switches. `budget`: a job that is predicted to cost more is refused. `logprobs`: report the log
-    probability of each token, and of so many likeliest ones. `extra`: further fields of the request, as they are, but
-    OWN_FIELDS.
+    `baseline`, or switches. `budget`: a job that is predicted to cost more is refused. `trace`: `job.trace` of the
+    answer tells where the time of each token went. `logprobs`: report the log probability of each token, and of so many
+    likeliest ones. `extra`: further fields of the request, as they are, but OWN_FIELDS; those in its `metaswarm` are
+    added to the options above.
     """
 
     model: str
@@ -50,6 +51,7 @@ class ScoreOptions(TypedDict, total=False):
     method: str
     objective: Objective
     budget: float
+    trace: bool
     logprobs: int
     extra: Mapping[str, Any]
 
@@ -117,13 +119,13 @@ def chat_body(messages: str | Sequence[Message], options: ChatOptions) -> dict[s
         ]
     if body.get("tool_choice", "auto") not in {"auto", "none", "required"}:
         body["tool_choice"] = {"type": "function", "function": {"name": body["tool_choice"]}}
-    return body | _extra(options)
+    return _with_extra(body, options)
 
 
 def completion_body(prompt: str | Sequence[int], options: ScoreOptions) -> dict[str, Any]:
     """Return the body of a completion. Raises as `_job_body`."""
     body = _job_body(dict(options), JobOptions) | {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
-    return body | _extra(options)
+    return _with_extra(body, options)
 
 
 def score_body(text: str | Sequence[int], options: ScoreOptions) -> dict[str, Any]:
@@ -131,11 +133,13 @@ def score_body(text: str | Sequence[int], options: ScoreOptions) -> dict[str, An
     return completion_body(text, {"logprobs": 0, **options}) | {"max_tokens": 0, "echo": True}
 
 
-def _extra(options: ScoreOptions) -> dict[str, Any]:
+def _with_extra(body: dict[str, Any], options: ScoreOptions) -> dict[str, Any]:
     extra = dict(options.get("extra", {}))
     if refused := OWN_FIELDS & extra.keys():
         raise ValueError(f"extra cannot set {', '.join(sorted(refused))}: a request streams one answer")
-    return extra
+    if isinstance(extensions := extra.get("metaswarm"), Mapping):
+        extra["metaswarm"] = body["metaswarm"] | dict(extensions)
+    return body | extra
 
 
 def _job_body(options: dict[str, Any], kind: type[ScoreOptions]) -> dict[str, Any]:

@@ -87,6 +87,15 @@ async def test_options_reach_the_job(node: FakeNode) -> None:
     assert request.json_schema == '{"type":"object"}'
 
 
+@pytest.mark.parametrize("asked", [{"trace": True}, {"extra": {"metaswarm": {"trace": True}}}])
+async def test_trace_is_asked_for_beside_the_other_options(node: FakeNode, asked: dict[str, Any]) -> None:
+    async with serve_node(node) as url:
+        await ask(url, lambda swarm: swarm.chat("Hi", model="tiny", quality="near", budget=5.0, **asked))
+        await ask(url, lambda swarm: swarm.complete("Hi", model="tiny", quality="near", budget=5.0, **asked))
+    for request in node.submitter.requests:
+        assert (request.trace, request.quality, request.budget) == (True, QualityBound.NEAR, 5.0)
+
+
 @pytest.mark.parametrize("extra", [{"n": 2}, {"stream": False}, {"stream_options": {}}])
 async def test_fields_of_the_client_are_not_set_by_extra(node: FakeNode, extra: dict[str, Any]) -> None:
     async with serve_node(node) as url:
