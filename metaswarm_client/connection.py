@@ -14,6 +14,7 @@ from metaswarm_client.errors import (
     ApiError,
     NodeUnreachableError,
     RateLimitError,
+    SwarmError,
     UnavailableError,
     UnexpectedAnswerError,
 )
@@ -38,7 +39,10 @@ def client_settings(url: str | None, api_key: str | None, silence_timeout_s: flo
     host = urlsplit(url).hostname
     if not host or urlsplit(url).scheme not in {"http", "https"}:
         raise ValueError(f"expected the URL of a node's API such as {DEFAULT_URL}, not {url!r}")
-    key = api_key or os.environ.get("METASWARM_API_KEY")
+    # Files that secrets are mounted from end in a newline.
+    key = (api_key or os.environ.get("METASWARM_API_KEY") or "").strip()
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError("api_key or METASWARM_API_KEY: expected visible ASCII characters without spaces")
     return {
         "base_url": url,
         "headers": {"Authorization": f"Bearer {key}"} if key else None,
@@ -83,6 +87,8 @@ def transport_errors(url: str) -> Iterator[None]:
         raise NodeUnreachableError(message) from None
     except httpx.TimeoutException:
         raise NodeUnreachableError(f"the node at {url} does not answer any more") from None
+    except httpx.LocalProtocolError:  # whose text may have the API key
+        raise SwarmError(f"the request to {url} is not valid HTTP") from None
     except httpx.TransportError as error:
         raise NodeUnreachableError(f"the connection to the node at {url} was lost: {error}") from error
 

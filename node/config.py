@@ -61,6 +61,17 @@ class ApiKey:
     """Answers under way at a time."""
 
 
+def parse_api_key(text: str) -> str:
+    """Return an API key without the space around it: files that secrets are mounted from end in a newline.
+
+    Raises ValueError, without the key, for what a header cannot carry.
+    """
+    key = text.strip()
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError("expected visible ASCII characters without spaces")
+    return key
+
+
 def hash_api_key(key: str) -> str:
     """Return the hash of an API key, hexadecimal."""
     return hashlib.sha256(key.encode(errors="replace")).hexdigest()

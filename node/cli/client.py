@@ -18,7 +18,16 @@ import httpx
 
 from node.api.interface import Explanation, ModelDocument, NodeStatus
 from node.cli.output import CommandError
-from node.config import DEFAULT_API, ENVIRONMENT_PREFIX, NodeReady, chosen_data_dir, is_loopback, is_unspecified
+from node.config import (
+    DEFAULT_API,
+    ENVIRONMENT_PREFIX,
+    ConfigError,
+    NodeReady,
+    chosen_data_dir,
+    is_loopback,
+    is_unspecified,
+    parse_api_key,
+)
 
 CONNECT_TIMEOUT_S: Final = 5.0
 REQUEST_TIMEOUT_S: Final = 10.0
@@ -220,10 +229,18 @@ class ApiClient:
             return response.json()
 
 
+def _api_key() -> str | None:
+    name = f"{ENVIRONMENT_PREFIX}API_KEY"
+    try:
+        return parse_api_key(os.environ[name]) if os.environ.get(name) else None
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
 @asynccontextmanager
 async def open_client(url: str) -> AsyncIterator[ApiClient]:
-    """Open a client for the block, with the API key of METASWARM_API_KEY if set."""
-    key = os.environ.get(f"{ENVIRONMENT_PREFIX}API_KEY")
+    """Open a client for the block, with the API key of METASWARM_API_KEY if set. Raises ConfigError."""
+    key = _api_key()
     timeout = httpx.Timeout(REQUEST_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     async with httpx.AsyncClient(
         base_url=url,
@@ -252,6 +269,8 @@ def _faults(url: str) -> Iterator[None]:
         raise NodeLostError(f"no node answers at {url}: start one with `metaswarm node`, or use --api URL") from None
     except httpx.TimeoutException:
         raise NodeLostError(f"the node at {url} is silent: see `metaswarm doctor`") from None
+    except httpx.LocalProtocolError:  # whose text may have the API key
+        raise CommandError(f"the request to {url} is not valid HTTP") from None
     except httpx.TransportError as error:
         raise NodeLostError(f"connection to the node at {url} lost: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError):

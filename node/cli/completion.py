@@ -100,7 +100,7 @@ def _get(context: click.Context, path: str) -> Any:
         given = None
     ready = None if given else NodeReady.read(chosen_data_dir())
     url = given or (ready.api_url if ready else DEFAULT_API)
-    key = _variable("API_KEY")
+    key = (_variable("API_KEY") or "").strip()
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme != "http" or not parts.hostname:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import click
 from click.shell_completion import CompletionItem
 
-from node.config import ApiKey, ServeSpec
+from node.config import ApiKey, ServeSpec, parse_api_key
 from node.network.addresses import parse_address
 from node.util.paths import expand
 from protocol.figures import MAX_PRICE
@@ -107,12 +107,6 @@ def _host_and_port(text: str) -> tuple[str, int]:
     if not colon or not host or "/" in host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
         raise ValueError(f"expected HOST:PORT such as 127.0.0.1:8642 (port 0 takes a free one), not {text!r}")
     return host, int(port)
-
-
-def _api_key(text: str) -> str:
-    if not text.isascii() or not text.isprintable() or " " in text:
-        raise ValueError("expected visible ASCII characters without spaces")
-    return text
 
 
 def _api_keys(text: str) -> list[ApiKey]:
@@ -262,7 +256,7 @@ PRICE: Final = Parsed(_price, is_number=True)
 DEVICE: Final = Parsed(_device)
 DIGEST: Final = Parsed(_digest)
 HOST_AND_PORT: Final = Parsed(_host_and_port)
-API_KEY: Final = Parsed(_api_key)
+API_KEY: Final = Parsed(parse_api_key)
 API_KEYS: Final = Parsed(_api_keys, is_path=True)
 CORS_ORIGIN: Final = Parsed(_cors_origin)
 ANNOUNCED_ADDRESS: Final = Parsed(_announced_address)

@@ -216,8 +216,19 @@ def test_api_key_from_environment(
     monkeypatch.setenv("METASWARM_API_KEY", "wrong")
     assert run(["submit", "Hi", *api]) == 1
     assert "does not accept the API key in METASWARM_API_KEY" in capsys.readouterr().err
-    monkeypatch.setenv("METASWARM_API_KEY", "sesame")
+    monkeypatch.setenv("METASWARM_API_KEY", "sesame\n")  # as in a file that a secret is mounted from
     assert run(["submit", "Hi", *api]) == 0
+
+
+@pytest.mark.parametrize("verb", [["submit", "Hi"], ["status"]])
+@pytest.mark.parametrize("key", ["ses\name", "sésame", "open sesame"])
+def test_api_key_that_no_header_can_carry_is_refused_and_not_shown(
+    verb: list[str], key: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("METASWARM_API_KEY", key)
+    assert run([*verb, "--api", "http://127.0.0.1:1"]) == 2
+    error = "metaswarm: METASWARM_API_KEY: expected visible ASCII characters without spaces\n"
+    assert capsys.readouterr().err == error
 
 
 class TestBootstrap:

@@ -292,13 +292,30 @@ async def test_silent_node_counts_as_dead(node: FakeNode) -> None:
 async def test_key_and_url_from_the_environment(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serve_node(node, api_key="secret") as url:
         monkeypatch.setenv("METASWARM_API", url.removeprefix("http://"))
-        monkeypatch.setenv("METASWARM_API_KEY", "secret")
+        monkeypatch.setenv("METASWARM_API_KEY", "secret\n")  # as in a file that a secret is mounted from
         with Swarm() as swarm:
             assert len(await trio.to_thread.run_sync(swarm.models)) == 2
     with pytest.raises(ValueError, match="expected the URL"):
         Swarm("ftp://127.0.0.1")
     with Swarm("http://127.0.0.1:8642/v1/") as swarm:
         assert swarm.url == "http://127.0.0.1:8642", "as other clients of the OpenAI API want it"
+
+
+@pytest.mark.parametrize("key", ["secret\nkey", "sécret"])
+def test_key_that_no_header_can_carry_is_refused_and_not_shown(key: str) -> None:
+    with pytest.raises(ValueError, match="METASWARM_API_KEY: expected visible ASCII") as refused:
+        Swarm(api_key=key)
+    assert key not in str(refused.value)
+
+
+def test_headers_of_a_request_that_cannot_be_sent_are_not_shown() -> None:
+    def refuse(_request: httpx.Request) -> httpx.Response:
+        raise httpx.LocalProtocolError("Illegal header value b'Bearer secret'")
+
+    transport = httpx.MockTransport(refuse)
+    with Swarm("http://127.0.0.1", transport=transport) as swarm, pytest.raises(SwarmError) as refused:
+        swarm.models()
+    assert str(refused.value) == "the request to http://127.0.0.1 is not valid HTTP"
 
 
 @pytest.mark.parametrize("content", [b"<html>", b'{"models": 3}', b'{"models": [{"name": "tiny"}]}'])
