@@ -8,7 +8,7 @@ from typing import Any, Self, Unpack
 import httpx
 
 from metaswarm_client.answers import Answer, AnswerBuilder, Delta, Score
-from metaswarm_client.connection import TIMEOUTS, Retries, client_settings, json_of, split_lines, transport_errors
+from metaswarm_client.connection import Retries, build_request, client_settings, json_of, split_lines, transport_errors
 from metaswarm_client.decoding import decode
 from metaswarm_client.errors import error_of
 from metaswarm_client.options import (
@@ -182,7 +182,7 @@ class Swarm:
         """Return the response, of status 200, before its body was read."""
         retries = Retries(self._retry_limit_s)
         while True:
-            request = self._http.build_request(method, path, json=body, timeout=TIMEOUTS.get(path, self._http.timeout))
+            request = build_request(self._http, method, path, body)
             with transport_errors(self.url):
                 response = self._http.send(request, stream=True)
                 if response.is_success:

@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -12,6 +12,7 @@ import httpx
 
 from metaswarm_client.errors import (
     ApiError,
+    InvalidRequestError,
     NodeUnreachableError,
     RateLimitError,
     SwarmError,
@@ -50,6 +51,16 @@ def client_settings(url: str | None, api_key: str | None, silence_timeout_s: flo
         "limits": httpx.Limits(max_connections=None),
         "trust_env": not (host in {"localhost", "::1"} or host.startswith("127.")),  # no proxy for loopback
     }
+
+
+def build_request(
+    http: httpx.Client | httpx.AsyncClient, method: str, path: str, body: Mapping[str, Any] | None
+) -> httpx.Request:
+    """Return a request. Raises InvalidRequestError for what JSON cannot say, such as NaN."""
+    try:
+        return http.build_request(method, path, json=body, timeout=TIMEOUTS.get(path, http.timeout))
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(f"the request is not valid JSON: {error}") from None
 
 
 def split_lines(texts: Iterable[str]) -> Iterator[str]:

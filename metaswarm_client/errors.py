@@ -43,7 +43,7 @@ class ApiError(SwarmError):
 
 
 class InvalidRequestError(ApiError):
-    """The request is wrong (400, 413, 415): `param` names the field."""
+    """The request is wrong (400, 413, 415): `param` names the field. Without a status: JSON cannot say it."""
 
 
 class AccessDeniedError(ApiError):

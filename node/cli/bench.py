@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from node.cli.explain import short_method
-from node.cli.job_options import quality_option, task_option
+from node.cli.job_options import FiniteRange, quality_option, task_option
 from node.cli.json_lines import ResultFile
 from node.cli.output import (
     CommandError,
@@ -81,8 +81,8 @@ def _axis(name: str, what: str, kind: "click.ParamType[Any]") -> Callable[[F], F
 @_axis("concurrency", "Concurrent jobs, 1 to 64.", click.IntRange(1, 64))
 @_axis("prompt_tokens", "Tokens of a prompt.", click.IntRange(1))
 @_axis("max_tokens", "Tokens of an answer.", click.IntRange(1))
-@_axis("shared_prefix_share", "Fraction of the prompt shared by all, 0 to 1.", click.FloatRange(0, 1))
-@_axis("repetitiveness", "Fraction of the prompt that repeats a phrase, 0 to 1.", click.FloatRange(0, 1))
+@_axis("shared_prefix_share", "Fraction of the prompt shared by all, 0 to 1.", FiniteRange(0, 1))
+@_axis("repetitiveness", "Fraction of the prompt that repeats a phrase, 0 to 1.", FiniteRange(0, 1))
 @click.option(
     "--method", "methods", multiple=True, metavar="NAME", help="Method to measure; repeatable [default: all]."
 )

@@ -8,7 +8,7 @@ of a stream that was stopped, and store whole answers with status and request id
 import json
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, TypedDict, cast
 from urllib.parse import urlsplit
@@ -190,8 +190,9 @@ class ApiClient:
         body = {"metaswarm": {}, **body, "stream": True, "stream_options": {"include_usage": True}}
         completion = completion or Completion()
         timeout = httpx.Timeout(SILENCE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        request = self._build("POST", path, json=body, timeout=timeout)
         with _faults(self.url):
-            async with self._http.stream("POST", path, json=body, timeout=timeout) as response:
+            async with aclosing(await self._http.send(request, stream=True)) as response:
                 await _raise_for_error(response, self.url)
                 async for line in _lines(response):
                     data = line.removeprefix("data: ")
@@ -212,8 +213,9 @@ class ApiClient:
 
     async def respond(self, path: str, body: dict[str, Any]) -> BatchResponse:
         """Return the whole answer to a request with what is around it, without a timeout."""
+        request = self._build("POST", path, json=body, timeout=UNLIMITED)
         with _faults(self.url):
-            response = await self._http.post(path, json=body, timeout=UNLIMITED)
+            response = await self._http.send(request)
             await _raise_for_error(response, self.url)
             return _described(response, response.json())
 
@@ -223,10 +225,18 @@ class ApiClient:
 
     async def request(self, method: str, path: str, **settings: Any) -> Any:
         """Return the JSON document that a page answers."""
+        request = self._build(method, path, **settings)
         with _faults(self.url):
-            response = await self._http.request(method, path, **settings)
+            response = await self._http.send(request)
             await _raise_for_error(response, self.url)
             return response.json()
+
+    def _build(self, method: str, path: str, **settings: Any) -> httpx.Request:
+        """Return a request. What JSON cannot say is the caller's fault, and nothing about who answers at the URL."""
+        try:
+            return self._http.build_request(method, path, **settings)
+        except ValueError as error:
+            raise CommandError(f"the request is not valid JSON: {error}") from None
 
 
 def _api_key() -> str | None:

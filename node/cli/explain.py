@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from node.cli.job_options import objective_options, quality_option, task_option
+from node.cli.job_options import FiniteRange, objective_options, quality_option, task_option
 from node.cli.output import (
     api_option,
     format_duration,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MAX_METHOD_COLUMNS = 12
 """Methods in the table; --json has all."""
 
-_share_option = partial(click.option, type=click.FloatRange(0, 1), default=0.0)
+_share_option = partial(click.option, type=FiniteRange(0, 1), default=0.0)
 
 MAX_VOTE_SHOWN: Final = 30.0
 """Natural logarithm of seconds: a peer may vote whatever it likes."""

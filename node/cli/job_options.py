@@ -1,5 +1,6 @@
 """The options of a job: flags of `submit`, `run` and `chat`, fields of a line of `submit --file`; and its request."""
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,17 @@ JOB_OPTIONS: Final = (
 
 _OPTIONAL_FIELDS: Final = JOB_OPTIONS[JOB_OPTIONS.index("min_tokens") :]
 """Of those, fields of the same name in the request, sent only if given."""
+
+
+class FiniteRange(click.FloatRange):
+    """A finite number within a range. NaN passes every comparison, and JSON has neither it nor infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number, or raise BadParameter."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
 
 
 def task_option(verb: F) -> F:
@@ -56,7 +68,7 @@ def objective_options(verb: F) -> F:
     )
     budget = click.option(
         "--budget",
-        type=click.FloatRange(0, min_open=True),
+        type=FiniteRange(0, min_open=True),
         metavar="COST",
         help="Highest predicted cost: seconds of computing on each peer times its --price.",
     )
@@ -68,40 +80,35 @@ def _parse_biases(texts: Sequence[str]) -> dict[str, float]:
     for text in texts:
         token, _, bias = text.partition("=")
         try:
-            biases[str(int(token))] = float(bias)
+            name, value = str(int(token)), float(bias)
         except ValueError:
-            raise click.BadParameter(f"{text!r} is not TOKEN=BIAS, for example 1234=-100") from None
+            name, value = token, math.nan
+        if not math.isfinite(value):
+            raise click.BadParameter(f"{text!r} is not TOKEN=BIAS, for example 1234=-100")
+        biases[name] = value
     return biases
 
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _FIXED_OPTIONS: Final[Sequence[_Decorator]] = (
-    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="P"),
+    click.option("--top-p", type=FiniteRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="P"),
     click.option(
         "--top-k", type=click.IntRange(0), metavar="K", help="Sample from the K most likely tokens; 0: from all."
     ),
     click.option(
-        "--min-p",
-        type=click.FloatRange(0, 1),
-        metavar="P",
-        help="Minimum probability relative to the most likely token.",
+        "--min-p", type=FiniteRange(0, 1), metavar="P", help="Minimum probability relative to the most likely token."
     ),
     click.option(
         "--repetition-penalty",
-        type=click.FloatRange(0.01, 100),
+        type=FiniteRange(0.01, 100),
         metavar="F",
         help="Factor on logits of tokens in prompt and text; 1 is off.",
     ),
     click.option(
-        "--frequency-penalty",
-        type=click.FloatRange(-2, 2),
-        metavar="F",
-        help="Penalty for each occurrence in the text.",
+        "--frequency-penalty", type=FiniteRange(-2, 2), metavar="F", help="Penalty for each occurrence in the text."
     ),
-    click.option(
-        "--presence-penalty", type=click.FloatRange(-2, 2), metavar="F", help="Penalty for tokens in the text."
-    ),
+    click.option("--presence-penalty", type=FiniteRange(-2, 2), metavar="F", help="Penalty for tokens in the text."),
     click.option(
         "--logit-bias",
         multiple=True,
@@ -149,7 +156,7 @@ def job_options(*, temperature: float, max_tokens: int | None) -> Callable[[F], 
         ),
         click.option(
             "--temperature",
-            type=click.FloatRange(0, 2),
+            type=FiniteRange(0, 2),
             default=temperature,
             show_default=True,
             metavar="T",

@@ -48,7 +48,7 @@ def read_jobs(path: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            job = json.loads(line)
+            job = json.loads(line, parse_constant=_refuse_constant)
         except ValueError as error:
             raise click.UsageError(f"{path}, line {number}: not valid JSON: {error}") from None
         where = f"{path}, line {number}"
@@ -73,6 +73,10 @@ def read_jobs(path: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not jobs:
         raise click.UsageError(f"{path} contains no prompts")
     return jobs
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _batch_request(job: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -113,7 +113,17 @@ def test_options_reach_job(node: FakeNode, api: list[str]) -> None:
     assert (job.stop_token_ids, job.min_tokens) == ((3, 4), 2)
 
 
-@pytest.mark.parametrize("options", [["--budget", "0"], ["--objective", "speed"], ["--logit-bias", "the=1"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--budget", "0"],
+        ["--budget", "inf"],
+        ["--temperature", "nan"],
+        ["--objective", "speed"],
+        ["--logit-bias", "the=1"],
+        ["--logit-bias", "5=nan"],
+    ],
+)
 def test_refuses_options_that_are_not_valid(
     options: list[str], node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +215,17 @@ def test_silent_node_counts_as_dead(
     output = capsys.readouterr()
     assert output.out == "Hello, wörld\n"
     assert f"the node at {api[1]} is silent" in output.err
+
+
+def test_request_that_json_cannot_say_is_told_from_a_foreign_server(
+    serve: ServeNode, node: FakeNode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "Hi", "temperature": 1e999}\n{"prompt": "Hi", "stop": "\\ud800"}\n')
+    assert run(["submit", "--file", str(file), "--model", "tiny", "--api", serve(node)]) == 1
+    errors = [json.loads(line)["error"]["message"] for line in capsys.readouterr().out.splitlines()]
+    assert [error.partition(":")[0] for error in errors] == ["the request is not valid JSON"] * 2
+    assert node.submitter.requests == []
 
 
 def test_api_key_from_environment(
@@ -469,6 +490,7 @@ class TestFile:
         ("line", "says"),
         [
             ("{", "not valid JSON"),
+            ('{"prompt": "Hi", "temperature": NaN}', "NaN is not a number in JSON"),
             ("[]", '"prompt"'),
             ('{"text": "a"}', '"prompt"'),
             ('{"prompt": "a", "chats": 1}', "chats"),

@@ -318,6 +318,15 @@ def test_headers_of_a_request_that_cannot_be_sent_are_not_shown() -> None:
     assert str(refused.value) == "the request to http://127.0.0.1 is not valid HTTP"
 
 
+async def test_request_that_json_cannot_say_is_invalid() -> None:
+    transport = httpx.MockTransport(lambda _request: httpx.Response(500))
+    with Swarm("http://127.0.0.1", transport=transport) as swarm, pytest.raises(InvalidRequestError, match="not valid"):
+        swarm.chat("Hi", model="tiny", temperature=float("nan"))
+    async with AsyncSwarm("http://127.0.0.1", transport=transport) as awaited:
+        with pytest.raises(InvalidRequestError, match="not valid JSON"):
+            await awaited.explain(model="tiny", budget=float("inf"))
+
+
 @pytest.mark.parametrize("content", [b"<html>", b'{"models": 3}', b'{"models": [{"name": "tiny"}]}'])
 def test_other_servers_are_told_apart(content: bytes) -> None:
     transport = httpx.MockTransport(lambda _request: httpx.Response(200, content=content))
