@@ -69,6 +69,18 @@ class BatchResponse(TypedDict):
     body: dict[str, Any]
 
 
+def _document_type(url: str) -> type[dict[str, Any]]:
+    """Return the type of the objects in a node's answers: a field they lack is another version's, no defect here."""
+
+    class Document(dict[str, Any]):
+        def __missing__(self, name: str) -> Any:
+            raise CommandError(
+                f"the node at {url} runs another version of metaswarm (no {name!r} in its answer): restart it"
+            )
+
+    return Document
+
+
 class NodeLostError(CommandError):
     """No node answers, or the connection to it was lost."""
 
@@ -154,6 +166,7 @@ class ApiClient:
     def __init__(self, url: str, http: httpx.AsyncClient) -> None:
         self.url = url
         self._http = http
+        self._document = _document_type(url)
 
     async def is_there(self) -> bool:
         """Return whether a server answers at the URL."""
@@ -197,7 +210,7 @@ class ApiClient:
                 async for line in _lines(response):
                     data = line.removeprefix("data: ")
                     if data != line and data != "[DONE]":  # other lines are keep-alive comments
-                        text, reasoning = completion.take(json.loads(data))
+                        text, reasoning = completion.take(json.loads(data, object_hook=self._document))
                         if show_reasoning is not None:
                             show_reasoning(reasoning)
                         show(text)
@@ -229,7 +242,7 @@ class ApiClient:
         with _faults(self.url):
             response = await self._http.send(request)
             await _raise_for_error(response, self.url)
-            return response.json()
+            return response.json(object_hook=self._document)
 
     def _build(self, method: str, path: str, **settings: Any) -> httpx.Request:
         """Return a request. What JSON cannot say is the caller's fault, and nothing about who answers at the URL."""

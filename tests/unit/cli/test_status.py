@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,40 @@ def test_prints_status(api: list[str], capsys: pytest.CaptureFixture[str]) -> No
         "--serve broken:1-3",
     ):
         assert fact in output
+
+
+@pytest.mark.parametrize(
+    ("verb", "method", "field"),
+    [("status", "status_document", "jobs"), ("models", "models", "coverage"), ("explain", "explain", "reason")],
+)
+def test_node_of_another_version_is_told_by_the_missing_field(
+    verb: str,
+    method: str,
+    field: str,
+    serve: ServeNode,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    node = FakeNode()
+    real = getattr(node, method)
+
+    def without_field(document: Any) -> Any:
+        documents = document if isinstance(document, list) else [document]
+        for each in documents:
+            del each[field]
+        return document
+
+    async def earlier_explain(*arguments: Any) -> Any:
+        return without_field(await real(*arguments))
+
+    def earlier() -> Any:
+        return without_field(real())
+
+    monkeypatch.setattr(node, method, earlier_explain if method == "explain" else earlier)
+    url = serve(node)
+    assert run([verb, "--api", url]) == 1
+    error = f"metaswarm: the node at {url} runs another version of metaswarm (no {field!r} in its answer): restart it\n"
+    assert capsys.readouterr().err == error
 
 
 def test_prints_peers_and_spans(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
