@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Final
 
 import click
@@ -106,18 +107,27 @@ def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     # Also for processes that libraries start: no imports from the current directory.
     os.environ["PYTHONSAFEPATH"] = "1"
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and not is_utf8(stream):
             stream.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))
 
 
+def _open_standard_streams() -> None:
+    """Open /dev/null for what was closed (`>&-`): Python has None there, and a socket would get its number."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            stream = Path(os.devnull).open("r" if name == "stdin" else "w", encoding="utf-8")  # noqa: SIM115
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run one verb and return the exit code; an error is one line on stderr."""
     code = _run(arguments)
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError as error:
         if code == 0 and not isinstance(error, BrokenPipeError):  # the reader closed the pipe
             _report(error)

@@ -132,6 +132,14 @@ def test_refuses_options_that_are_not_valid(
     assert node.submitter.requests == []
 
 
+@pytest.mark.parametrize("verb", ["submit Hi", "status"])
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_stream_takes_what_is_written(verb: str, closed: str, api: list[str]) -> None:
+    command = f'exec "$0" -c "from node.cli import main; main()" {verb} {" ".join(api)} {closed}'
+    done = subprocess.run(["sh", "-c", command, sys.executable], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_accepts_negative_seed(node: FakeNode, api: list[str]) -> None:
     assert run(["submit", "Hi", "--seed", "-1", *api]) == 0
     assert node.submitter.requests[0].seed == -1
