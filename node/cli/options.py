@@ -45,6 +45,26 @@ class NodeOption(click.Option):
         return self.opts[0]
 
 
+class _ApiOption(NodeOption):
+    """`--api`: where the node listens. In METASWARM_API other verbs have the URL of the node that they ask."""
+
+    def value_from_envvar(self, ctx: click.Context) -> Any:
+        """Return the address; for verbs that run no node None where the variable is a URL."""
+        value = super().value_from_envvar(ctx)
+        return None if ctx.command.name != "node" and _is_url(value) else value
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        """Return the address. Raises UsageError for a URL in the environment."""
+        if _is_url(value) and ctx.get_parameter_source(self.name) is ParameterSource.ENVIRONMENT:
+            fault = f"{ENVIRONMENT_PREFIX}API names the node at {value!r}, which other verbs ask"
+            raise click.UsageError(f"{fault}: unset it, or say with --api HOST:PORT where this node listens", ctx)
+        return super().process_value(ctx, value)
+
+
+def _is_url(value: Any) -> bool:
+    return isinstance(value, str) and "://" in value
+
+
 class ConfigurationFile:
     """The configuration file of a command: its path, and on which line each option stands."""
 
@@ -155,9 +175,11 @@ NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
         *("--relay-rate", types.SIZE, "BYTES"),
         "Bytes per second relayed for others in all, e.g. 4MiB [default: 16MiB].",
     ),
-    _option(
-        *("--api", types.HOST_AND_PORT, "HOST:PORT"),
-        "Address of the HTTP API [default: 127.0.0.1:8642]; port 0 takes a free one.",
+    _ApiOption(
+        ["--api"],
+        type=types.HOST_AND_PORT,
+        metavar="HOST:PORT",
+        help="Address of the HTTP API [default: 127.0.0.1:8642]; port 0 takes a free one.",
     ),
     _option(
         *("--api-key", types.API_KEY, "KEY"),

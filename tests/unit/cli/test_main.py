@@ -10,6 +10,7 @@ import pytest
 from node import cli
 from node.cli import VERBS, run
 from node.cli.client import find_api
+from node.cli.options import read_config
 from node.cli.output import CommandError
 from node.config import ConfigError, NodeReady, StartError
 from node.network.interface import NetworkError
@@ -139,6 +140,29 @@ def test_unknown_variable_is_error_for_node_and_warning_elsewhere(
         assert capsys.readouterr().err == f"metaswarm: {fault}; see `metaswarm {verb} --help`\n"
     assert run(["model", "list", "--json"]) == 0
     assert capsys.readouterr().err == f"metaswarm: warning: {fault}\n"
+
+
+def test_url_of_another_node_is_no_address_to_listen_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("METASWARM_API", "http://192.0.2.7:8642")
+    assert run(["config", "check"]) == 0
+    assert run(["config", "show", "--json"]) == 0
+    assert {"option": "api", "value": "127.0.0.1:8642", "source": "default"} in json.loads(
+        capsys.readouterr().out.splitlines()[-1]
+    )["settings"]
+    assert run(["doctor", "--exploration", "2"]) == 2
+    assert "METASWARM_API" not in capsys.readouterr().err
+    assert run(["node"]) == 2
+    assert capsys.readouterr().err == (
+        "metaswarm: METASWARM_API names the node at 'http://192.0.2.7:8642', which other verbs ask: "
+        "unset it, or say with --api HOST:PORT where this node listens; see `metaswarm node --help`\n"
+    )
+
+
+def test_url_of_another_node_does_not_matter_beside_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METASWARM_API", "http://192.0.2.7:8642")
+    assert read_config("--api", "127.0.0.1:0").api_port == 0
 
 
 @pytest.mark.parametrize("verb", ["node", "doctor"])
