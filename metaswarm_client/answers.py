@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from metaswarm_client.decoding import decode
-from metaswarm_client.errors import UnexpectedAnswerError, error_in_stream
+from metaswarm_client.errors import SwarmError, UnexpectedAnswerError, error_in_stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,10 +229,11 @@ class Score:
 
 @dataclass(slots=True)
 class AnswerBuilder:
-    """Puts an answer together from the lines of its stream."""
+    """Puts an answer together from the lines of its stream. `is_left`: so is the block in which that can be read."""
 
     url: str
     request_id: str | None = None
+    is_left: bool = False
     _deltas: list[Delta] = field(default_factory=list)
     _scored: list[ScoredToken] = field(default_factory=list)
     _model: str = ""
@@ -256,7 +257,7 @@ class AnswerBuilder:
 
     def _take_chunk(self, chunk: dict[str, Any]) -> Delta | None:
         if "error" in chunk:
-            raise error_in_stream(chunk["error"])
+            raise error_in_stream(chunk["error"], self.request_id)
         self._model = chunk["model"]
         if chunk.get("usage"):
             self._usage = _usage(chunk["usage"])
@@ -276,6 +277,14 @@ class AnswerBuilder:
                 self._deltas.append(delta)
                 return delta
         return None
+
+    def check_end(self) -> None:
+        """Raise UnexpectedAnswerError where the stream ends too early, SwarmError where its block was left."""
+        if self._is_whole:
+            return
+        if self.is_left:
+            raise SwarmError(f"the stream of {self.url} was left: iterate inside its `with` block")
+        raise UnexpectedAnswerError(f"the answer of {self.url} ended before it was whole: try again")
 
     def answer(self) -> Answer:
         """Return the answer. Raises UnexpectedAnswerError if it is not whole."""

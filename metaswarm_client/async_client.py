@@ -57,10 +57,12 @@ class AsyncAnswerStream:
         return self
 
     async def __anext__(self) -> Delta:
-        with transport_errors(self._builder.url):
-            async for line in self._lines:
-                if (delta := self._builder.take(line)) is not None:
-                    return delta
+        if not self._builder.is_left:
+            with transport_errors(self._builder.url):
+                async for line in self._lines:
+                    if (delta := self._builder.take(line)) is not None:
+                        return delta
+        self._builder.check_end()
         raise StopAsyncIteration
 
     @property
@@ -181,9 +183,11 @@ class AsyncSwarm:
     async def _stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[AsyncAnswerStream]:
         response = await self._send("POST", path, await self._with_model(body))
         lines = split_lines_async(response.aiter_text())
+        builder = AnswerBuilder(self.url, response.headers.get("X-Request-Id"))
         try:
-            yield AsyncAnswerStream(lines, AnswerBuilder(self.url, response.headers.get("X-Request-Id")))
+            yield AsyncAnswerStream(lines, builder)
         finally:
+            builder.is_left = True
             with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
                 await response.aclose()
                 with suppress(Exception):  # ends httpx's generators, of which trio warns when they are collected

@@ -39,18 +39,19 @@ from metaswarm_client.swarm_documents import (
 class AnswerStream:
     """An answer as it comes: iterate over its deltas; afterwards `answer` is the whole."""
 
-    def __init__(self, response: httpx.Response, url: str) -> None:
-        self._lines = split_lines(response.iter_text())
-        self._builder = AnswerBuilder(url, response.headers.get("X-Request-Id"))
+    def __init__(self, lines: Iterator[str], builder: AnswerBuilder) -> None:
+        self._lines = lines
+        self._builder = builder
 
     def __iter__(self) -> Iterator[Delta]:
         return self
 
     def __next__(self) -> Delta:
         with transport_errors(self._builder.url):
-            for line in self._lines:
+            for line in () if self._builder.is_left else self._lines:
                 if (delta := self._builder.take(line)) is not None:
                     return delta
+        self._builder.check_end()
         raise StopIteration
 
     @property
@@ -170,9 +171,11 @@ class Swarm:
     @contextmanager
     def _stream(self, path: str, body: Mapping[str, Any]) -> Iterator[AnswerStream]:
         response = self._send("POST", path, self._with_model(body))
+        builder = AnswerBuilder(self.url, response.headers.get("X-Request-Id"))
         try:
-            yield AnswerStream(response, self.url)
+            yield AnswerStream(split_lines(response.iter_text()), builder)
         finally:
+            builder.is_left = True
             response.close()
 
     def _with_model(self, body: Mapping[str, Any]) -> dict[str, Any]:

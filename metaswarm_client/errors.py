@@ -107,11 +107,11 @@ def error_of(response: httpx.Response) -> ApiError:
     )
 
 
-def error_in_stream(error: Any) -> ApiError:
+def error_in_stream(error: Any, request_id: str | None = None) -> ApiError:
     """Return the error that ended a stream."""
     code = error.get("code")
     kind = _BY_STATUS.get(_STATUS_OF_CODE.get(code, 502), JobFailedError)
-    return kind(str(error["message"]), code=code, param=error.get("param"))
+    return kind(str(error["message"]), code=code, param=error.get("param"), request_id=request_id)
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:

@@ -16,5 +16,6 @@ def test_error_in_a_stream_is_the_one_of_its_status(code: JobErrorCode) -> None:
     document = json.loads(json.dumps(error.document()))
     request = httpx.Request("POST", "http://127.0.0.1:8642/v1/chat/completions")
     answered = error_of(httpx.Response(error.status, json=document, request=request))
-    streamed = error_in_stream(document["error"])
+    streamed = error_in_stream(document["error"], "r1")
     assert (type(streamed), streamed.code, str(streamed)) == (type(answered), code.value, "why")
+    assert streamed.request_id == "r1"

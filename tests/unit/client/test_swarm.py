@@ -184,6 +184,47 @@ def read_part(swarm: Swarm) -> None:
             stream.answer  # noqa: B018
 
 
+HALF = b'data: {"model": "tiny", "choices": [{"text": "half", "finish_reason": null}]}\n\n'
+BEHIND_BLOCK = "iterate inside its `with` block"
+
+
+async def test_stream_that_ends_early_or_is_left_has_no_normal_end() -> None:
+    transport = httpx.MockTransport(lambda _request: httpx.Response(200, content=HALF))
+    swarm = Swarm("http://127.0.0.1", transport=transport)
+    with swarm, swarm.stream_complete("Hi", model="tiny") as stream:
+        assert next(stream).text == "half"
+        with pytest.raises(UnexpectedAnswerError, match="ended before it was whole"):
+            next(stream)
+    with pytest.raises(SwarmError, match=BEHIND_BLOCK):
+        next(stream)
+    awaited = AsyncSwarm("http://127.0.0.1", transport=transport)
+    async with awaited, awaited.stream_complete("Hi", model="tiny") as deltas:
+        assert (await anext(deltas)).text == "half"
+        with pytest.raises(UnexpectedAnswerError, match="ended before it was whole"):
+            await anext(deltas)
+    with pytest.raises(SwarmError, match=BEHIND_BLOCK):
+        await anext(deltas)
+
+
+def read_and_leave(swarm: Swarm) -> None:
+    with swarm.stream_chat("Hi", model="tiny") as stream:
+        assert len(list(stream)) == 3
+    assert list(stream) == [], "all of it was read"
+
+
+async def test_stream_that_was_read_to_its_end_stays_at_its_end(node: FakeNode) -> None:
+    async with serve_node(node) as url:
+        await ask(url, read_and_leave)
+
+
+async def test_error_that_ends_a_stream_names_its_request(node: FakeNode) -> None:
+    node.submitter.fail = JobError(JobErrorCode.FAILED, "a stage was lost")
+    async with serve_node(node) as url:
+        with pytest.raises(JobFailedError) as failed:
+            await ask(url, lambda swarm: swarm.chat("Hi", model="tiny"))
+    assert failed.value.request_id
+
+
 async def test_leaving_a_stream_early_cancels_the_job(node: FakeNode) -> None:
     node.submitter.hang = True
     async with serve_node(node) as url:
