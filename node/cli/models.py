@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from node.cli.completion import complete_local_models, complete_sources
-from node.cli.option_types import Parsed
+from node.cli.option_types import TEXT, Parsed
 from node.cli.output import (
     CommandError,
     err,
@@ -41,7 +41,7 @@ def model() -> None:
 
 
 @model.command("import")
-@click.argument("source", shell_complete=complete_sources)
+@click.argument("source", type=TEXT, metavar="SOURCE", shell_complete=complete_sources)
 @click.option("--name", help="Local name of the model [default: the name of its source].")
 @click.option(
     "--blocks", type=Parsed(parse_block_range), metavar="START-END", help="Keep only the files that these blocks need."

@@ -11,6 +11,7 @@ from node.cli.chat import Conversation, answer, converse
 from node.cli.completion import complete_models
 from node.cli.job_options import job_options, read_text
 from node.cli.local_node import local_node
+from node.cli.option_types import TEXT
 from node.cli.output import CommandError, api_option, bootstrap_option, json_option, progress_bars
 from node.cli.target import is_there, on_node
 from protocol.identity import ModelId
@@ -24,7 +25,7 @@ LISTED_TIMEOUT_S: Final = 5.0
 
 
 @click.command("run")
-@click.argument("model", shell_complete=complete_models)
+@click.argument("model", type=TEXT, metavar="MODEL", shell_complete=complete_models)
 @click.argument("prompt", required=False)
 @api_option
 @bootstrap_option

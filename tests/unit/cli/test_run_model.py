@@ -150,6 +150,14 @@ def test_setting_that_is_not_valid_is_wrong_usage(
     assert line.endswith("see `metaswarm node --help`")
 
 
+@pytest.mark.parametrize("verb", [["run"], ["model", "import"]])
+def test_empty_name_is_not_the_current_folder(
+    verb: list[str], nobody: None, started: Started, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*verb, ""]) == 2
+    assert "expected a value, not an empty text" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("nobody")
 def test_unknown_model_suggests_a_known_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
