@@ -165,11 +165,11 @@ async def _measure(
 ) -> list[dict[str, Any]]:
     """Return each cell with its result, written to the file at once, or else its error."""
     from node.cli.client import open_client
-    from node.cli.target import choose_model
+    from node.cli.target import choose_model, require_complete
 
     results: list[dict[str, Any]] = []
     async with open_client(url) as client:
-        model = await choose_model(client, model)
+        model = require_complete(await client.models(), await choose_model(client, model))
         file = None if output is None else ResultFile(output, ("cell", "result"), "metaswarm bench")
         kept = [] if file is None else file.read()
         with progress_bars() as show:

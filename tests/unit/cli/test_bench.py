@@ -71,6 +71,13 @@ def test_refuses_foreign_output_file(
     assert not node.benched
 
 
+def test_unknown_model_is_said_once(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    node = FakeNode()
+    assert run(["bench", "--api", serve(node), "--model", "tinny"]) == 1
+    assert capsys.readouterr().err == "metaswarm: no model 'tinny' in the swarm; did you mean 'tiny'?\n"
+    assert not node.benched
+
+
 def test_measurement_error_is_one_line(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "--api", serve(FakeNode()), "--method", "engine=steam"]) == 1
     assert "expected one of eager" in capsys.readouterr().err
