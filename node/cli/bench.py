@@ -171,7 +171,10 @@ async def _measure(
     async with open_client(url) as client:
         model = require_complete(await client.models(), await choose_model(client, model))
         file = None if output is None else ResultFile(output, ("cell", "result"), "metaswarm bench")
-        kept = [] if file is None else file.read()
+        kept = []
+        if file is not None:
+            kept = file.read()
+            file.check_writable()
         with progress_bars() as show:
             for number, cell in enumerate(cells):
                 show("measuring", number, len(cells))

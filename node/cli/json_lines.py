@@ -37,6 +37,13 @@ class ResultFile:
             raise CommandError(self._foreign)
         return results
 
+    def check_writable(self) -> None:
+        """Raise CommandError where no result could be written, before any is computed."""
+        try:
+            self.path.open("ab").close()
+        except OSError as error:
+            raise self._cannot_write(error) from None
+
     def append(self, result: Mapping[str, Any]) -> None:
         """Add a result, which no crash takes away again. Raises CommandError."""
         try:

@@ -226,6 +226,7 @@ class _Saved:
                     f"{path} answers other prompts or options, first in line {line}: "
                     "repeat the command as it was, or choose another --output"
                 )
+        self._file.check_writable()
 
     @property
     def done(self) -> set[int]:

@@ -71,6 +71,16 @@ def test_refuses_foreign_output_file(
     assert not node.benched
 
 
+def test_output_that_cannot_be_written_is_said_before_any_run(
+    serve: ServeNode, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    node = FakeNode()
+    output = tmp_path / "none" / "bench.jsonl"
+    assert run(["bench", "--api", serve(node), "--output", str(output)]) == 1
+    assert capsys.readouterr().err == f"metaswarm: cannot write {output}: No such file or directory\n"
+    assert not node.benched
+
+
 def test_unknown_model_is_said_once(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
     node = FakeNode()
     assert run(["bench", "--api", serve(node), "--model", "tinny"]) == 1

@@ -549,6 +549,14 @@ class TestFile:
         assert output.read_bytes() == written
         assert [job.prompt for job in node.submitter.requests[2:]] == ["b"]
 
+    def test_output_that_cannot_be_written_is_said_before_any_job(
+        self, tmp_path: Path, node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        output = tmp_path / "none" / "answers.jsonl"
+        assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), "--output", str(output), *api]) == 1
+        assert capsys.readouterr().err == f"metaswarm: cannot write {output}: No such file or directory\n"
+        assert node.submitter.requests == []
+
     def test_answer_that_could_not_be_written_is_not_counted(
         self, tmp_path: Path, api: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
