@@ -117,7 +117,7 @@ _FIXED_OPTIONS: Final[Sequence[_Decorator]] = (
         help="Bias on the logit of a token id, -100 to 100; repeatable.",
     ),
     click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), metavar="N", help="Seed of sampling."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="Stop text; up to four."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="Stop text; repeatable, up to 64."),
     click.option(
         "--stop-token-id",
         "stop_token_ids",

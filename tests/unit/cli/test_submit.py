@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from node.api.fields import MAX_STOPS
 from node.api.generation import Outcome
 from node.api.job_document import describe_job
 from node.api.openai.answers import CompletionWriter
@@ -130,6 +131,15 @@ def test_refuses_options_that_are_not_valid(
     assert run(["submit", "Hi", *options, *api]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert node.submitter.requests == []
+
+
+def test_help_names_the_limit_of_stop_texts(node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["submit", "--help"]) == 0
+    assert f"Stop text; repeatable, up to {MAX_STOPS}." in " ".join(capsys.readouterr().out.split())
+    stops = [f"--stop={number}" for number in range(MAX_STOPS)]
+    assert run(["submit", "Hi", *stops, *api]) == 0
+    assert len(node.submitter.requests[0].stop) == MAX_STOPS
+    assert run(["submit", "Hi", *stops, "--stop=more", *api]) == 1
 
 
 @pytest.mark.parametrize("verb", ["submit Hi", "status"])
