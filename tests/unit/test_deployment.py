@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from node.cli import run
+from node.telemetry.metrics import NodeMetrics
 from tests.support.dashboards import queries_of
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -102,3 +103,18 @@ def test_panels_of_the_dashboard_do_not_overlap() -> None:
 def test_dashboard_leaves_out_models_that_only_strangers_announce() -> None:
     (query,) = [each for each in queries_of(DEPLOY / "grafana/metaswarm.json") if "uncovered_blocks" in each]
     assert 'model!="other"' in query
+
+
+def test_table_of_metrics_has_their_labels() -> None:
+    rows = re.findall(r"^\| (`metaswarm_.*?) \| (.*?) \|", (ROOT / "docs/deployment.md").read_text(), re.MULTILINE)
+    documented = {}
+    for names, labels in rows:
+        for name in re.findall(r"`(?:metaswarm|…)_(\w+)`", names):
+            documented[f"metaswarm_{name}".removesuffix("_total")] = (set(re.findall(r"`(\w+)`", labels)), names)
+    for collector in NodeMetrics().registry._collector_to_names:
+        name, labels = getattr(collector, "_name", None), set(getattr(collector, "_labelnames", ()))
+        if name is None:
+            continue  # of the process
+        in_table, names = documented[name]
+        is_alone = "," not in names
+        assert labels == in_table if is_alone or "http" in name else labels <= in_table, name
