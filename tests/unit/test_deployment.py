@@ -118,3 +118,16 @@ def test_table_of_metrics_has_their_labels() -> None:
         in_table, names = documented[name]
         is_alone = "," not in names
         assert labels == in_table if is_alone or "http" in name else labels <= in_table, name
+
+
+def test_backup_has_the_files_that_the_unit_reads_and_may_read_them() -> None:
+    text = (ROOT / "docs/deployment.md").read_text()
+    section = text[text.index("## Backup") : text.index("## Upgrade")]
+    commands = section[section.index("```console") :].split("```")[1].splitlines()[1:]
+    unit = (DEPLOY / "systemd/metaswarm.service").read_text()
+    assert "StateDirectoryMode=0700" in unit
+    assert all(command.startswith("sudo ") for command in commands), "the state directory is the service's own"
+    (secrets,) = re.findall(r"^EnvironmentFile=-(\S+)$", unit, re.MULTILINE)
+    (configuration,) = re.findall(r"^Environment=METASWARM_CONFIG=(\S+)$", unit, re.MULTILINE)
+    saved = " ".join(commands)
+    assert all(file in saved or str(Path(file).parent) in saved for file in (secrets, configuration))
