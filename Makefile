@@ -20,9 +20,20 @@ $(shell rm -f $(STAMP))
 endif
 endif
 
+# fastecdsa, which libp2p requires, has no wheels: said before pip downloads gigabytes and ends in a compiler's errors.
+define CHECK_COMPILER
+$(BIN)/python -c 'import fastecdsa' 2>/dev/null \
+|| printf '#include <gmp.h>\n#include <Python.h>\n' \
+| $(CC) $(CPPFLAGS) $(CFLAGS) -I"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')" -E - \
+  >/dev/null 2>&1 \
+|| { echo "cannot build fastecdsa without a C compiler and the headers of GMP and Python:" \
+"apt-get install gcc libc6-dev libgmp-dev python3.11-dev (see docs/deployment.md)" >&2; exit 1; }
+endef
+
 # torch is installed first and by itself: left to the resolver, its default build drags in gigabytes of CUDA.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(CHECK_COMPILER)
 	$(BIN)/pip install --quiet torch==$(TORCH_VERSION) $(if $(TORCH_INDEX),--force-reinstall --index-url $(TORCH_INDEX))
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	# libp2p brings stubs for a trio of years ago, which the type checker would prefer to trio's own types.

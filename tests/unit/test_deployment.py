@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,37 @@ def test_image_is_built_from_files_that_exist() -> None:
     pinned = re.search(r"TORCH_VERSION := (\S+)", (ROOT / "Makefile").read_text())
     assert pinned
     assert f"TORCH_VERSION={pinned[1]}" in dockerfile
+
+
+def test_recipe_installs_the_pinned_versions_as_the_makefile_does() -> None:
+    recipe = re.findall(r"^sudo \S+/pip install (.*)$", (ROOT / "docs/deployment.md").read_text(), re.MULTILINE)
+    pinned = re.search(r"TORCH_VERSION := (\S+)", (ROOT / "Makefile").read_text())
+    assert pinned
+    assert recipe[0].startswith(f"torch=={pinned[1]} --index-url https://download.pytorch.org/whl/cpu")
+    assert recipe[1:] == ["-c constraints.txt ."]
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/deployment.md", "deploy/docker/Dockerfile", ".ci/run", "Makefile"]
+)
+def test_what_fastecdsa_is_built_with_is_installed_or_named(document: str) -> None:
+    assert {"gcc", "libc6-dev", "libgmp-dev"} <= set(re.findall(r"[\w-]+", (ROOT / document).read_text()))
+
+
+@pytest.mark.parametrize(("compiler", "returncode"), [("false", 2), ("true", 0)])
+def test_make_names_missing_packages_before_pip_runs(compiler: str, returncode: int, tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name, program in (("python", "exit 1"), ("pip", "touch pip-ran")):
+        file = tmp_path / ".venv/bin" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"#!/bin/sh\n{program}\n")
+        file.chmod(0o755)
+    command = ["make", "--no-print-directory", "-C", str(tmp_path), "install", f"CC={compiler}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, (tmp_path / "pip-ran").exists()) == (returncode, returncode == 0)
+    said = done.stderr.splitlines()
+    assert ("apt-get install gcc libc6-dev libgmp-dev" in said[0]) if returncode else said == []
 
 
 def test_panels_of_the_dashboard_do_not_overlap() -> None:
