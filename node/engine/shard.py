@@ -152,7 +152,10 @@ class Shard(ABC, Generic[KvT]):
 
     @abstractmethod
     def start_threads(self, variant: Variant) -> None:
-        """Start the threads that a variant's steps will need, from the thread that runs the steps."""
+        """Start the threads that a variant's steps will need, from the thread that runs the steps.
+
+        Raises EngineError where what runs it cannot be imported.
+        """
 
     @abstractmethod
     def unload_reference(self) -> None:

@@ -166,7 +166,7 @@ class TorchShard(Shard[SlotMapping]):
             trim_heap()
 
     def start_threads(self, variant: Variant) -> None:
-        """Start the threads that a variant's steps will need; see Backend."""
+        """Start the threads that a variant's steps will need; see Backend. Raises EngineError."""
         if variant.engine in BACKENDS and self._runs_here(BACKENDS[variant.engine]):
             self._backend(variant.engine).start_threads()
 

@@ -66,7 +66,8 @@ def main() -> None:
         match header["do"]:
             case "prepare":
                 variant = Variant(*header["variant"])
-                shard.start_threads(variant)
+                if not _is_done(partial(shard.start_threads, variant), header, connection):
+                    continue
                 thread = loader if variant == REFERENCE else builder
                 thread.submit(_answer_when_done, partial(shard.prepare, variant), header, connection)
             case "constrain":
@@ -103,15 +104,21 @@ def _do_unanswered(shard: Shard[Any], header: Header) -> None:
 
 
 def _answer_when_done(work: Callable[[], None], header: Header, connection: socket.socket) -> None:
+    if _is_done(work, header, connection):
+        _send(connection, encode_frame({"did": "ready", "call": header["call"]}))
+
+
+def _is_done(work: Callable[[], None], header: Header, connection: socket.socket) -> bool:
+    """Do a call's work, and return whether that went well; where it fails, answer the call."""
     try:
         work()
     except Exception as error:  # noqa: BLE001  # the span is served without this variant, or this session
         _exit_if_lost(error)
         answer = {"did": "error", "call": header["call"], "error": one_line(error)}
         answer["by_request"] = isinstance(error, BadRequest)
-    else:
-        answer = {"did": "ready", "call": header["call"]}
-    _send(connection, encode_frame(answer))
+        _send(connection, encode_frame(answer))
+        return False
+    return True
 
 
 def _exit_if_lost(cause: BaseException | None) -> None:

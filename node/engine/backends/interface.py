@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Final, Protocol
 
+from node.engine.importing import importing
 from node.util.disk_cache import FolderCache
 
 if TYPE_CHECKING:
@@ -97,8 +98,9 @@ class BackendSpec:
     widens: bool = False
 
     def open(self, context: BackendContext) -> Backend:
-        """Import the backend, and open it on a span."""
-        backend: type[Backend] = import_module(self.module).Backend
+        """Import the backend, and open it on a span. Raises EngineError."""
+        with importing(self.module):
+            backend: type[Backend] = import_module(self.module).Backend
         return backend(context)
 
     def element_bytes(self, packing: str, published_bytes: int) -> float:

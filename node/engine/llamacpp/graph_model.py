@@ -16,6 +16,7 @@ from gguf.constants import GGMLQuantizationType
 from node.engine.graphs.gguf_matrix import GgufMatrix, graph_bytes, is_graph_type, is_quantised, plain_values
 from node.engine.graphs.matrix import Floats, GraphBlock
 from node.engine.graphs.runner import AttentionShape
+from node.engine.importing import importing
 from node.engine.interface import EngineError
 from node.engine.llamacpp.span_file import EMBEDDING, OUTPUT, OUTPUT_NORM, SpanTensors, block_of
 from node.models.gguf_file import GgufError, GgufModel, GgufTensor
@@ -168,7 +169,8 @@ def graph_model(tensors: SpanTensors, blocks: BlockRange) -> GraphModel:
 
 def write_graphs(model: GraphModel, folder: Path) -> None:
     """Write the graphs of a span."""
-    from node.engine.graphs.writer import GraphShape, write_head, write_span  # onnx takes memory while it is there
+    with importing("onnx"):  # which takes memory while it is there
+        from node.engine.graphs.writer import GraphShape, write_head, write_span
 
     shape = GraphShape(
         hidden_size=model.tensors.hidden_size,

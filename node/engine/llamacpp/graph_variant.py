@@ -3,6 +3,7 @@
 from typing import Final
 
 from node.engine.graphs.runner import GraphSpan
+from node.engine.importing import importing
 from node.engine.interface import PAGE_POSITIONS, EngineError, EngineOptions, SpanInfo, Variant
 from node.engine.kv_allocator import page_count
 from node.engine.llamacpp.embedding import Embedding
@@ -69,9 +70,10 @@ class GraphVariant:
         return None
 
     def start_threads(self, options: EngineOptions) -> None:
-        """Start the threads of the steps, from the thread that runs them."""
+        """Start the threads of the steps, from the thread that runs them. Raises EngineError."""
         if self._refusal is None:
-            from node.engine.graphs.sessions import start_graph_threads
+            with importing("onnxruntime"):
+                from node.engine.graphs.sessions import start_graph_threads
 
             start_graph_threads(options.threads or physical_cores())
 
@@ -81,7 +83,8 @@ class GraphVariant:
             return
         if self._model is None or self._refusal is not None:
             raise EngineError(self._refusal or "")
-        from node.engine.graphs.sessions import FORMAT, open_graphs
+        with importing("onnxruntime"):
+            from node.engine.graphs.sessions import FORMAT, open_graphs
 
         model = self._model
         self.start_threads(options)

@@ -90,6 +90,12 @@ async def stopped(engine: WorkerEngine) -> AsyncIterator[int]:
             os.kill(pid, signal.SIGCONT)
 
 
+def break_library(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the workers started from now on find a library that cannot be imported."""
+    (folder / f"{name}.py").write_text("raise ImportError('lib.so: cannot enable executable stack:\\nrefused')")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
 def rows(number: int, position: int, tokens: list[int]) -> SliceInput:
     return SliceInput(session=session(number), position=position, tensor=tensor_from_tokens(tokens), draws=1)
 
@@ -350,6 +356,22 @@ async def test_variants_are_built_beside_the_steps(make_tiny_model: MakeTinyMode
         assert has_one_entry(tmp_path), "the graphs are not kept"
         with pytest.raises(EngineError, match="no variant fused/fp4"):
             await engine.prepare(wanting)
+
+
+async def test_library_that_cannot_be_imported_costs_its_variants_alone(
+    make_tiny_model: MakeTinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = make_tiny_model("llama")
+    break_library("onnxruntime", tmp_path, monkeypatch)
+    async with start_worker(tiny.source(WHOLE), WHOLE, replace(OPTIONS, device="cpu")) as engine:
+        await start(engine, session(1), 40)
+        for _ in range(2):
+            with pytest.raises(EngineError, match=r"^node.engine.backends.onnx cannot be imported: .* refused$") as why:
+                await engine.prepare(Variant("onnxruntime", "fp32"))
+            assert not isinstance(why.value, EngineCrashed)
+        assert tokens_from_tensor(await step([engine], session(1), 0, PROMPT, 1)) == tiny.tokens[:1]
+        await engine.prepare(Variant("fused", "fp32"))
+        assert engine.variants() == {REFERENCE, Variant("fused", "fp32")}
 
 
 async def test_idle_reference_is_unloaded_and_loaded_again(

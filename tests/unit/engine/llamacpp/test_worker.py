@@ -5,24 +5,28 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import trio
+from gguf.constants import GGMLQuantizationType
 
 from node.engine import client
 from node.engine.base import Engine
 from node.engine.client import start_worker
 from node.engine.interface import EngineCrashed, EngineError, EngineOptions, SliceInput, Variant
+from node.engine.llamacpp.graph_variant import GRAPHS
 from node.engine.llamacpp.shard import LLAMACPP
 from node.engine.worker_process import SpareWorker
 from node.models.layout import GGUF, SAFETENSORS
 from protocol.identity import BlockRange
-from protocol.tensors import tensor_from_tokens
+from protocol.tensors import tensor_from_tokens, tokens_from_tensor
 from tests.unit.engine.driving import decode, session, start, step
 from tests.unit.engine.llamacpp.architectures import ARCHITECTURES, write_model
 from tests.unit.engine.llamacpp.packages import GgufFiles, write_package
+from tests.unit.engine.test_worker import break_library
 
 MIB = 1 << 20
 OPTIONS = EngineOptions(threads=1, kv_positions=256)
@@ -67,6 +71,24 @@ async def test_other_variants_are_refused_in_one_line(files: GgufFiles) -> None:
         with pytest.raises(EngineError, match="eager/fp32 is not for GGUF packages"):
             await engines[0].prepare(Variant("eager", "fp32"))
         assert await decode(engines, PROMPT, 2, variant=LLAMACPP)
+
+
+@pytest.mark.parametrize("library", ["onnxruntime", "onnx"])
+async def test_library_that_cannot_be_imported_costs_its_variant_alone(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(ARCHITECTURES["qwen3"], tmp_path / "model.gguf", GGMLQuantizationType.Q8_0)
+    files = write_package(model, tmp_path / "package")
+    blocks = BlockRange(0, 4)
+    break_library(library, tmp_path, monkeypatch)
+    options = replace(OPTIONS, kv_positions=4096, memory_bytes=1 << 30)
+    async with start_worker(files.source(blocks), blocks, options) as engine:
+        await start(engine, session(1), 40, variant=LLAMACPP)
+        with pytest.raises(EngineError, match=rf"^{library} cannot be imported: .* refused$") as why:
+            await engine.prepare(GRAPHS)
+        assert not isinstance(why.value, EngineCrashed)
+        drawn = await step([engine], session(1), 0, PROMPT, 1)
+        assert tokens_from_tensor(drawn) == files.alone().decode(PROMPT, 1)
 
 
 def written_bytes(engine: Engine) -> int:
