@@ -19,7 +19,7 @@ from node.engine.graphs.runner import AttentionShape
 from node.engine.importing import importing
 from node.engine.interface import EngineError
 from node.engine.llamacpp.span_file import EMBEDDING, OUTPUT, OUTPUT_NORM, SpanTensors, block_of
-from node.models.gguf_file import GgufError, GgufModel, GgufTensor
+from node.models.gguf_file import GgufError, GgufModel, GgufTensor, Value
 from protocol.identity import BlockRange
 
 _INTERLEAVED: Final[Mapping[str, bool]] = {"llama": True, "qwen2": False, "qwen3": False}
@@ -190,8 +190,8 @@ def _check_metadata(common: GgufModel) -> None:
     keys = (key.removeprefix(prefix) for key in sorted(common.metadata) if key.startswith(prefix))
     if (unknown := next((key for key in keys if key not in _KNOWN_KEYS), None)) is not None:
         raise EngineError(f"graphs have no {prefix}{unknown}")
-    if common.get("rope.scaling.type", "none") not in {"none", "linear"}:
-        raise EngineError(f"graphs have no RoPE scaling {common.get('rope.scaling.type')}")
+    if _scaling(common) not in ("none", "linear"):
+        raise EngineError(f"graphs have no RoPE scaling {_scaling(common)}")
 
 
 def _head_size(common: GgufModel, usual: int) -> int:
@@ -229,12 +229,17 @@ def _common_type(tensors: SpanTensors) -> GGMLQuantizationType:
     return max(tensors.tensors.values(), key=lambda tensor: tensor.size_bytes).type
 
 
+def _scaling(common: GgufModel) -> Value | None:
+    """Return how positions are scaled: to llama.cpp a factor without a type is a linear one."""
+    return common.get("rope.scaling.type", "linear")
+
+
 def _frequencies(common: GgufModel, factors: GgufTensor | None, head_size: int) -> Floats:
     """Return the rotary frequencies, of which a model may divide each by a factor of its own."""
     base = common.number("rope.freq_base", _DEFAULT_BASE)
     frequencies = base ** -(np.arange(0, head_size, 2) / head_size)
-    if common.get("rope.scaling.type") == "linear":
-        frequencies /= common.number("rope.scaling.factor", 1.0)
+    if _scaling(common) == "linear":
+        frequencies /= common.number("rope.scaling.factor", 1.0) or 1.0
     if factors is not None:
         frequencies /= plain_values(factors)
     return frequencies.astype(np.float32)

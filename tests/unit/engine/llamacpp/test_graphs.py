@@ -1,8 +1,10 @@
 """GGUF packages of the Llama family in onnxruntime: the file's own numbers, and nearly what llama.cpp calculates."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import gguf
 import numpy as np
@@ -63,9 +65,13 @@ def test_elements_are_those_that_llamacpp_widens(kind: GGMLQuantizationType, tmp
     assert difference <= (np.abs(wanted).max() * 2**-24 if kind in OFFSETS_IN_F32 else 0)
 
 
-def quantised(name: str, folder: Path, kind: GGMLQuantizationType) -> tuple[GgufFiles, GgufFiles]:
-    """Return a tiny model with matrices of a type, and one with the same numbers in f32."""
-    plain = read_gguf(write_model(ARCHITECTURES[name], folder / "plain.gguf"))
+def quantised(
+    name: str, folder: Path, kind: GGMLQuantizationType, keys: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[GgufFiles, GgufFiles]:
+    """Return a tiny model with matrices of a type, and one with the same numbers in f32. `keys`: more metadata."""
+    architecture = ARCHITECTURES[name]
+    architecture = replace(architecture, keys={**architecture.keys, **keys})
+    plain = read_gguf(write_model(architecture, folder / "plain.gguf"))
     rounded: list[GgufData] = []
     widened: list[GgufData] = []
     for tensor in plain.tensors.values():
@@ -98,9 +104,19 @@ def test_graphs_calculate_the_model_but_for_the_rounding_of_activations(
     files, widened = quantised(name, tmp_path, kind)
     wanted = widened.alone().logits(PROMPT, outputs=len(PROMPT))
     for cuts in ([], [2]):
-        found = logits_of(files.shards(cuts), PROMPT)
-        assert np.abs(found - wanted).mean() < 0.03 * wanted.std()
-        assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.998
+        assert_near(logits_of(files.shards(cuts), PROMPT), wanted)
+
+
+def assert_near(found: Array, wanted: Array) -> None:
+    assert np.abs(found - wanted).mean() < 0.03 * wanted.std()
+    assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.998
+
+
+@pytest.mark.parametrize(("factor", "kind"), [(4.0, None), (4.0, "linear"), (4.0, "none"), (0.0, None)], ids=str)
+def test_graphs_scale_positions_as_llamacpp_does(factor: float, kind: str | None, tmp_path: Path) -> None:
+    keys = {"rope.scaling.factor": factor, **({} if kind is None else {"rope.scaling.type": kind})}
+    files, widened = quantised("mistral", tmp_path, Q8_0, keys)
+    assert_near(logits_of(files.shards([]), PROMPT), widened.alone().logits(PROMPT, outputs=len(PROMPT)))
 
 
 async def test_smollm_in_graphs_is_as_good_as_in_llamacpp(smol: GgufFiles) -> None:
