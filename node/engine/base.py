@@ -17,7 +17,7 @@ from node.engine.interface import (
     SpanInfo,
     StepResult,
     Variant,
-    VariantNotReady,
+    session_part,
 )
 from node.engine.kv_allocator import KvAllocator, KvReservation
 from protocol.identity import SessionId
@@ -72,8 +72,7 @@ class Engine(ABC):
         await trio.lowlevel.checkpoint()
         self._raise_if_crashed()
         try:
-            if options.variant not in self._variants:
-                raise VariantNotReady(f"the variant {options.variant} is not ready here")
+            session_part(self.info, self._variants, options)
             reservation = self._pages.begin(session, options)
         except EngineError:
             self._close(session, keep=False)

@@ -5,7 +5,7 @@ worker process; `node/testing/fake_engine.py` keeps a hash chain of its inputs, 
 wrong replay, a wrong hit of the prefix cache or a swapped session changes tokens.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -255,6 +255,20 @@ class SpanInfo:
     def is_last(self) -> bool:
         """Whether the span samples tokens."""
         return self.blocks.end == self.block_count
+
+
+def session_part(info: SpanInfo, ready: Container[Variant], options: SessionOptions) -> SpanInfo:
+    """Return the info of the part of a span that a session runs.
+
+    Raises VariantNotReady where its variant is not, or does not run that part alone, EngineError for other blocks.
+    """
+    variant = options.variant
+    if variant not in ready:
+        raise VariantNotReady(f"the variant {variant} is not ready here")
+    part = info.part(options.blocks)
+    if not parts_of(variant.engine).include(part.blocks, info.blocks):
+        raise VariantNotReady(f"the variant {variant} does not run blocks {part.blocks} of its span alone")
+    return part
 
 
 @dataclass(frozen=True, slots=True)

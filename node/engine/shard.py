@@ -31,8 +31,7 @@ from node.engine.interface import (
     StepFailed,
     StepResult,
     Variant,
-    VariantNotReady,
-    parts_of,
+    session_part,
 )
 from node.engine.kv_allocator import KvReservation, check_slice
 from node.engine.pooling import Pool, pool_for
@@ -225,15 +224,11 @@ class Shard(ABC, Generic[KvT]):
         return [numbers]
 
     def begin(self, session: SessionId, options: SessionOptions, reservation: KvReservation) -> None:
-        """Begin a session on its pages; raise EngineError for a variant that is not ready.
+        """Begin a session on its pages; raise EngineError as `session_part` does.
 
         One whose cached pages are gone does not begin, and its first slice fails as that of an unknown session.
         """
-        if options.variant not in self.variants():
-            raise VariantNotReady(f"the variant {options.variant} is not ready here")
-        info = self.info.part(options.blocks)
-        if not parts_of(options.variant.engine).include(info.blocks, self.info.blocks):
-            raise VariantNotReady(f"the variant {options.variant} does not run blocks {info.blocks} of its span alone")
+        info = session_part(self.info, self.variants(), options)
         try:
             kv = self._reserve(options.variant, reservation)
         except EngineError:

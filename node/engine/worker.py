@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from io import BufferedReader
 from typing import Any, NoReturn
@@ -88,7 +89,8 @@ def _do_unanswered(shard: Shard[Any], header: Header) -> None:
     try:
         match header["do"]:
             case "begin":
-                shard.begin(*decode_values(header))
+                with suppress(EngineError):  # its first slice fails as that of an unknown session
+                    shard.begin(*decode_values(header))
             case "rename":
                 shard.rename(decode_session(header["session"]), decode_session(header["successor"]))
             case "close":

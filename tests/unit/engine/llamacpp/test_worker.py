@@ -13,17 +13,26 @@ import pytest
 import trio
 from gguf.constants import GGMLQuantizationType
 
-from node.engine import client
+from node.engine import base, client
 from node.engine.base import Engine
 from node.engine.client import start_worker
-from node.engine.interface import EngineCrashed, EngineError, EngineOptions, SliceInput, Variant
+from node.engine.interface import (
+    EngineCrashed,
+    EngineError,
+    EngineOptions,
+    SessionOptions,
+    SliceInput,
+    StepFailed,
+    Variant,
+    VariantNotReady,
+)
 from node.engine.llamacpp.graph_variant import GRAPHS
 from node.engine.llamacpp.shard import LLAMACPP
 from node.engine.worker_process import SpareWorker
 from node.models.layout import GGUF, SAFETENSORS
 from protocol.identity import BlockRange
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
-from tests.unit.engine.driving import decode, session, start, step
+from tests.unit.engine.driving import GREEDY, decode, session, start, step
 from tests.unit.engine.llamacpp.architectures import ARCHITECTURES, write_model
 from tests.unit.engine.llamacpp.packages import GgufFiles, write_package
 from tests.unit.engine.test_worker import break_library
@@ -149,6 +158,24 @@ async def test_renamed_session_goes_on(files: GgufFiles) -> None:
         await engines[0].close(session(2))
         with pytest.raises(EngineError, match="is not open"):
             await engines[0].step([SliceInput(session(2), 0, tensor_from_tokens([1]), 0)])
+
+
+async def test_session_that_cannot_begin_costs_no_other(files: GgufFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = BlockRange(0, 4)
+    later = SessionOptions(variant=LLAMACPP, blocks=BlockRange(2, 4), sampling=GREEDY)
+    wanted = files.alone().decode(PROMPT, 1)
+    async with start_worker(files.source(blocks), blocks, OPTIONS) as engine:
+        await start(engine, session(1), 40, variant=LLAMACPP)
+        await engine.open(session(2), 40)
+        with pytest.raises(VariantNotReady, match="llamacpp/native does not run blocks 2-4 of its span alone"):
+            await engine.begin(session(2), later)
+        assert engine.statistics().sessions == 1
+        monkeypatch.setattr(base, "session_part", lambda info, _ready, _options: info)  # only the worker notices
+        await engine.open(session(2), 40)
+        await engine.begin(session(2), later)
+        with pytest.raises(StepFailed, match="is not open, or has not begun"):
+            await engine.step([SliceInput(session(2), 0, tensor_from_tokens([1]), 1)])
+        assert tokens_from_tensor(await step([engine], session(1), 0, PROMPT, 1)) == wanted
 
 
 async def test_death_of_a_worker_ends_its_sessions_and_a_new_one_goes_on(files: GgufFiles) -> None:
