@@ -3,7 +3,7 @@
 Each number of a narrow float is one of f32, too, so that this is exact. The matrix is widened piece by piece, into a
 buffer that stays in the cache of a core: a token then costs half the reads of memory that it costs with a matrix in
 f32, which makes up for the conversion. The pieces are divided among threads of our own, once for each product: torch
-would have its threads meet for each piece.
+would have its threads meet for each piece. Other devices widen larger pieces, one after another.
 """
 
 import threading
@@ -15,6 +15,9 @@ import torch
 
 _PIECE_ELEMENTS = 1 << 18
 """A megabyte of f32."""
+
+_GPU_PIECE_ELEMENTS = 1 << 24
+"""Of a matrix on a GPU, that are widened at a time."""
 
 _own = threading.local()
 
@@ -31,6 +34,8 @@ def widening_threads(count: int) -> ThreadPoolExecutor:
 
 def multiply_widened(rows: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return rows f32 (rows, inputs) times matrices (outputs, inputs) of any type, side by side, as f32."""
+    if rows.device.type != "cpu":
+        return torch.cat([multiply_pieces(rows, matrix) for matrix in matrices], dim=1)
     threads = torch.get_num_threads()
     result = rows.new_empty(len(rows), sum(map(len, matrices)))
     pieces = _pieces(matrices, threads)
@@ -43,6 +48,13 @@ def multiply_widened(rows: torch.Tensor, matrices: Sequence[torch.Tensor]) -> to
     for share in waiting:
         share.result()
     return result
+
+
+def multiply_pieces(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Return rows times a matrix (outputs, inputs) of a narrower type, in few pieces, without threads of our own."""
+    pieces = matrix.split(max(1, _GPU_PIECE_ELEMENTS // matrix.shape[1]))
+    products = [torch.nn.functional.linear(rows, piece.to(rows.dtype)) for piece in pieces]
+    return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
 
 _Piece = tuple[int, int, int, int]

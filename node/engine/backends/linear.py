@@ -15,7 +15,7 @@ from functools import cache
 import torch
 
 from node.engine.loading import NARROW_DTYPES
-from node.engine.widened import multiply_widened
+from node.engine.widened import multiply_pieces, multiply_widened
 
 _FEW_ROWS = 16
 """Up to here the product with int8 weights beats unpacking them."""
@@ -28,9 +28,6 @@ _FAST_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 _PIECE_ELEMENTS = 1 << 20
-
-_WIDENED_ELEMENTS = 1 << 24
-"""Of a matrix on a GPU, that are widened at a time."""
 
 _HIGH_DIGIT = 128
 """What the higher of two digits of seven bits counts."""
@@ -175,13 +172,6 @@ def _has_int8_products(device: torch.device) -> bool:
     except (RuntimeError, NotImplementedError):
         return False
     return True
-
-
-def multiply_pieces(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Return rows times a matrix (outputs, inputs) of a narrower type, some outputs of which are widened at a time."""
-    pieces = matrix.split(max(1, _WIDENED_ELEMENTS // matrix.shape[1]))
-    products = [torch.nn.functional.linear(rows, piece.to(rows.dtype)) for piece in pieces]
-    return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
 
 ARITHMETICS: Mapping[str, tuple[str, Product]] = {

@@ -36,7 +36,7 @@ class NarrowWeights:
         """Have a block, counted from the span's first, hold f32 inside of the block of code."""
         narrow = self._blocks[number]
         if narrow and self._buffer is None:
-            self._buffer = torch.empty(self._elements)
+            self._buffer = torch.empty(self._elements, device=narrow[0][2].device)
         start = 0
         try:
             for module, name, weight in narrow:
@@ -70,7 +70,7 @@ def _embed(embedding: nn.Embedding, forward: Callable[..., Any], tokens: torch.T
     weight = parameters["weight"]
     parameters["weight"] = weight[tokens.flatten()].float()
     try:
-        return forward(torch.arange(tokens.numel()).view(tokens.shape))
+        return forward(torch.arange(tokens.numel(), device=tokens.device).view(tokens.shape))
     finally:
         parameters["weight"] = weight
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from node.engine import widened
 from node.engine.backends import batched, linear
 from node.engine.backends import torch as torch_backend
 from node.engine.backends.flash_attention import flash_attention_on, is_attention
 from node.engine.backends.interface import BackendContext, Capture, Rows, Step
-from node.engine.backends.linear import GPU_ARITHMETICS, multiply_pieces, pack
+from node.engine.backends.linear import GPU_ARITHMETICS, pack
 from node.engine.backends.paged_attention import AttentionView, joint_groups, views_on_cpu, views_on_gpu
 from node.engine.interface import (
     PAGE_POSITIONS,
@@ -30,6 +31,7 @@ from node.engine.interface import (
 )
 from node.engine.kv_cache import BlockKvCache, SlotMapping
 from node.engine.torch_shard import TorchShard
+from node.engine.widened import multiply_pieces
 from protocol.identity import BlockRange
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
 from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, session, spans
@@ -169,7 +171,7 @@ def test_arithmetic_of_a_gpu_gives_close_tokens(
     variant: str, make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch_backend, "arithmetics_on", lambda _device: GPU_ARITHMETICS)
-    monkeypatch.setattr(linear, "_WIDENED_ELEMENTS", 100)
+    monkeypatch.setattr(widened, "_GPU_PIECE_ELEMENTS", 100)
     tiny, chosen = make_tiny_model("llama"), Variant(*variant.split("/"))
     shard = TorchShard(tiny.source(WHOLE), WHOLE, NARROW)
     shard.prepare(chosen)
@@ -206,7 +208,7 @@ def test_int8_weights_are_multiplied_more_closely_than_in_bf16(monkeypatch: pyte
 def test_matrix_is_widened_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(3)
     rows, matrix = (torch.randn(shape, generator=generator) for shape in ((5, 64), (48, 64)))
-    monkeypatch.setattr(linear, "_WIDENED_ELEMENTS", 64 * 5)
+    monkeypatch.setattr(widened, "_GPU_PIECE_ELEMENTS", 64 * 5)
     pieces = multiply_pieces(rows, matrix.bfloat16())
     torch.testing.assert_close(pieces, rows @ matrix.bfloat16().float().t(), rtol=1e-5, atol=1e-4)
 

@@ -5,6 +5,7 @@ import pkgutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ import torch
 from node.engine.backends.narrow import NarrowWeights
 from node.engine.backends.transformers import TransformersSpan
 from node.engine.interface import REFERENCE, EngineOptions, Variant
+from node.engine.loading import load_span
 from node.engine.torch_shard import TorchShard
 from node.engine.widened import multiply_widened
 from protocol.identity import BlockRange
-from tests.unit.engine.driving import InProcess, decode, spans
+from tests.unit.engine.driving import DEVICE, InProcess, decode, spans
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel, narrowed
 
 MakeTinyModel = Callable[[str], TinyModel]
@@ -49,15 +51,31 @@ async def test_model_too_large_as_fp32_is_held_as_published(
     family: str, make_tiny_model: MakeTinyModel, tmp_path: Path
 ) -> None:
     tiny = narrowed(make_tiny_model(family), torch.bfloat16, tmp_path)
+    options = replace(OPTIONS, device=DEVICE)
     for count in (1, 3):
         engines = []
         for blocks in spans(BLOCKS, count):
-            widened_bytes = TorchShard(tiny.source(blocks), blocks, OPTIONS).info.weight_bytes
-            engines.append(
-                InProcess(TorchShard(tiny.source(blocks), blocks, EngineOptions(memory_bytes=widened_bytes)))
-            )
+            widened_bytes = TorchShard(tiny.source(blocks), blocks, options).info.weight_bytes
+            limited = EngineOptions(memory_bytes=widened_bytes, device=DEVICE)
+            engines.append(InProcess(TorchShard(tiny.source(blocks), blocks, limited)))
             assert engines[-1].info.weight_bytes < 0.7 * widened_bytes
         assert await decode(engines, PROMPT, COUNT) == tiny.tokens, f"{count} spans"
+
+
+@pytest.mark.parametrize("family", ["gemma3", "opt"])
+def test_weights_held_as_published_are_widened_where_they_lie(
+    family: str, make_tiny_model: MakeTinyModel, tmp_path: Path
+) -> None:
+    """On a device whose tensors have no content, so that nothing can be copied from them to the CPU."""
+    tiny, device = narrowed(make_tiny_model(family), torch.bfloat16, tmp_path), torch.device("meta")
+    span = load_span(tiny.source(WHOLE), WHOLE, None, device)
+    weights = NarrowWeights(span)
+    for number, block in enumerate(span.blocks):
+        with weights.widened(number):
+            assert {(each.device, each.dtype) for each in block.parameters()} == {(device, torch.float32)}
+    embedding, head = span.model.get_input_embeddings(), span.model.get_output_embeddings()
+    assert embedding(torch.zeros(1, 2, dtype=torch.long, device=device)).device == device
+    assert head(torch.zeros(1, 2, head.weight.shape[1], device=device)).device == device
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
