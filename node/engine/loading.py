@@ -140,13 +140,15 @@ def load_span(
     dtype: torch.dtype | None,
     device: torch.device = _CPU,
     limit_bytes: int | None = None,
+    described: "DescribedModel | None" = None,
 ) -> LoadedSpan:
     """Build the blocks of a span with weights mapped from their files, and from there copied to another device.
 
     `dtype`: of the weights in memory; None for the one they were published in, which is also taken where another takes
-    too much of `limit_bytes`. Raises EngineError if the span cannot be served.
+    too much of `limit_bytes`. `described`: the model of `source`, which becomes the span. Raises EngineError if the
+    span cannot be served.
     """
-    described = describe(source.config)
+    described = described or describe(source.config)
     config, model, path = described.config, described.model, described.path
     block_count = config.num_hidden_layers
     if blocks.end > block_count:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from node.engine.backends.batched import FAMILIES, empty_kv_blocks, refusal
+from node.engine.backends.batched import empty_kv_blocks, refusal
 from node.engine.backends.decode_graphs import capture_on
 from node.engine.backends.interface import BACKENDS, Backend, BackendContext, BackendSpec, Capture, Rows, SpanRunner
 from node.engine.device import CPU
@@ -25,7 +25,7 @@ from node.engine.interface import (
 )
 from node.engine.kv_allocator import KvReservation
 from node.engine.kv_cache import KvCache, SlotMapping
-from node.engine.loading import NARROW_DTYPES, LoadedSpan, config_from, load_span
+from node.engine.loading import NARROW_DTYPES, LoadedSpan, describe, load_span
 from node.engine.memory_plan import PLANNED_POSITIONS
 from node.engine.reference import Reference
 from node.engine.shard import FREE_MEMORY_SHARE, SessionRows, Shard
@@ -63,11 +63,11 @@ class TorchShard(Shard[SlotMapping]):
         super().__init__()
         started_s = time.perf_counter()
         self._device = torch.device(options.device)
-        is_packable = config_from(source.config).model_type in FAMILIES
-        dtype, place = (None, torch.device(CPU)) if is_packable else (torch.float32, self._device)
-        span = load_span(source, blocks, dtype, place, options.memory_bytes)
+        described = describe(source.config)
+        self._refusal = refusal(described)
+        dtype, place = (torch.float32, self._device) if self._refusal else (None, torch.device(CPU))
+        span = load_span(source, blocks, dtype, place, options.memory_bytes, described)
         self._span = span
-        self._refusal = refusal(span)
         self._reference = Reference(span if self._refusal else span.with_own_modules(), source, blocks, self._device)
         kv_blocks = self._reference.load() if self._refusal else empty_kv_blocks(span, self._device)
         kv_bytes_per_position = sum(block.bytes_per_position for block in kv_blocks)
@@ -100,7 +100,7 @@ class TorchShard(Shard[SlotMapping]):
         self._context = BackendContext(
             span,
             self._device,
-            _embedding_on(self._device, span) if span.is_first and is_packable else None,
+            _embedding_on(self._device, span) if span.is_first and self._refusal is None else None,
             f"{source.model}-{blocks.start}-{blocks.end}",
             torch.get_num_threads(),
             None if options.cache_dir is None else FolderCache(options.cache_dir),

@@ -20,7 +20,7 @@ from node.engine.backends.interface import BackendContext, Rows, Step
 from node.engine.backends.paged_attention import AttentionView, GatheredAttention, views_on_cpu, views_on_gpu
 from node.engine.interface import PAGE_POSITIONS
 from node.engine.kv_cache import BlockKvCache, KvCache, SlotMapping
-from node.engine.loading import LoadedSpan
+from node.engine.loading import DescribedModel, LoadedSpan
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types whose blocks are: norm, rotary grouped-query attention, norm, gated SiLU."""
@@ -80,14 +80,15 @@ class _Plan:
     views: Mapping[int | None, Sequence[AttentionView]]
 
 
-def refusal(span: LoadedSpan) -> str | None:
-    """Return why a span is not supported here, if it is not."""
-    config = span.model.config
+def refusal(described: DescribedModel) -> str | None:
+    """Return why a model is not supported here, if it is not."""
+    config: Any = described.config
+    base: Any = described.base
     if config.model_type not in FAMILIES:
         return f"{config.model_type} models have no fast path"
     if config.hidden_act != "silu":
         return f"the activation {config.hidden_act} has no fast path"
-    if getattr(span.base.rotary_emb, "rope_type", "default") not in {"default", "linear", "llama3", "yarn"}:
+    if getattr(base.rotary_emb, "rope_type", "default") not in {"default", "linear", "llama3", "yarn"}:
         return "rotary frequencies that change with the length have no fast path"
     return None
 

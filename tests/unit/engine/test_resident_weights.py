@@ -46,7 +46,7 @@ async def test_narrow_weights_give_the_tokens_of_fp32(
             assert await decode(engines, PROMPT, COUNT, variant=variant, chunk=4) == tiny.tokens
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gpt2", "opt", "granite"])
+@pytest.mark.parametrize("family", ["gemma3", "gpt2", "opt", "granite", "llama, gelu", "qwen3, dynamic RoPE"])
 async def test_model_too_large_as_fp32_is_held_as_published(
     family: str, make_tiny_model: MakeTinyModel, tmp_path: Path
 ) -> None:

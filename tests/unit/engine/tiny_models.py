@@ -44,6 +44,7 @@ _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_int
 FAMILIES: Mapping[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **_SHAPE},
     "llama, tied": {"model_type": "llama", **_SHAPE, "tie_word_embeddings": True},
+    "llama, gelu": {"model_type": "llama", **_SHAPE, "hidden_act": "gelu"},
     "qwen2": {"model_type": "qwen2", **_SHAPE},
     "qwen2, sliding from block 2": {
         "model_type": "qwen2",
@@ -53,6 +54,12 @@ FAMILIES: Mapping[str, dict[str, Any]] = {
         "max_window_layers": 2,
     },
     "qwen3": {"model_type": "qwen3", **_SHAPE, "head_dim": 16},
+    "qwen3, dynamic RoPE": {
+        "model_type": "qwen3",
+        **_SHAPE,
+        "head_dim": 16,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+    },
     "mistral": {"model_type": "mistral", **_SHAPE, "sliding_window": 6},
     "gemma3": {
         "model_type": "gemma3_text",
