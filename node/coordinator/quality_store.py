@@ -48,6 +48,9 @@ _SOFTWARE: Final = {
 }
 """What computes the packages of each format, beside us."""
 
+_FORMAT: Final = 2
+"""Of kept figures, counted up where our arithmetic changes: those of other formats are measured again."""
+
 Figures = Mapping[str, MeasuredQuality | None]
 """By KV key; None for what this model cannot be served with."""
 
@@ -173,7 +176,9 @@ class LocalQualityStore:
         try:
             saved = json.loads((self._folder / f"{model.id}.json").read_bytes())
             wanted = set(kv_keys(model.manifest.format))
-            if saved["versions"] != _versions(model.manifest.format) or not wanted <= saved["figures"].keys():
+            if saved["format"] != _FORMAT or saved["versions"] != _versions(model.manifest.format):
+                return None
+            if not wanted <= saved["figures"].keys():
                 return None
             return _figures_in(json.dumps(saved["figures"]).encode())
         except (OSError, ValueError, TypeError, KeyError, QualityError):
@@ -181,6 +186,7 @@ class LocalQualityStore:
 
     def _save(self, model: KnownModel, figures: Figures) -> None:
         document = {
+            "format": _FORMAT,
             "versions": _versions(model.manifest.format),
             "figures": {name: asdict(each) if each else None for name, each in figures.items()},
         }

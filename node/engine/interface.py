@@ -76,8 +76,8 @@ class Variant(NamedTuple):
     """One way to calculate a span, with weights or KV memory of its own: `engine/arithmetic`, with `/kv` if not "auto".
 
     `engine`: "eager" (transformers' own layers), "fused", "onnxruntime" or "llamacpp". `arithmetic`: "fp32", "bf16",
-    "int8" and "int4" (weights; onnxruntime rounds activations, too, in blocks), "w8a8" (activations, too, row by row)
-    or "native" (weights as published). `kv`: "auto", or "q8_0" for keys and values of 8.5 bits.
+    "int8" and "int4" (weights; activations are in bf16, and in onnxruntime of 8 bits, in blocks), "w8a8" (activations,
+    too, row by row) or "native" (weights as published). `kv`: "auto", or "q8_0" for keys and values of 8.5 bits.
     """
 
     engine: str

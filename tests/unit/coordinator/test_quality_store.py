@@ -115,8 +115,8 @@ async def test_quality_bound_admits_measured_methods_within_it(tmp_path: Path) -
     assert len(kv_keys("safetensors")) == len(set(kv_keys("safetensors"))) > 4
 
 
-@pytest.mark.parametrize("library", ["torch", "onnxruntime"])
-async def test_model_is_measured_once_and_not_for_exact_jobs(tmp_path: Path, library: str) -> None:
+@pytest.mark.parametrize("changed", ['"torch": "', '"onnxruntime": "', '"format": '])
+async def test_model_is_measured_once_and_not_for_exact_jobs(tmp_path: Path, changed: str) -> None:
     for _ in range(2):  # the second time after a restart
         store = LocalQualityStore(here(tmp_path), tmp_path, command=measuring(tmp_path, {INT8.kv_key: GOOD}))
         async with running(store):
@@ -126,9 +126,10 @@ async def test_model_is_measured_once_and_not_for_exact_jobs(tmp_path: Path, lib
         assert quality is not None
         assert quality.mean_kl == 0.004
     assert (tmp_path / "calls").read_text() == "x"
-    # What is damaged, or of other versions, is measured again.
+    # What is damaged, of other versions or of another arithmetic, is measured again.
     (kept,) = (tmp_path / "quality").iterdir()
-    kept.write_text(kept.read_text().replace(f'"{library}": "', f'"{library}": "0.'))
+    assert changed in kept.read_text()
+    kept.write_text(kept.read_text().replace(changed, f"{changed}1"))
     store = LocalQualityStore(here(tmp_path), tmp_path, command=measuring(tmp_path, {}))
     async with running(store):
         await until_known(store)
