@@ -3,9 +3,11 @@
 import os
 import shlex
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 
@@ -18,8 +20,18 @@ from node.api.interface import JoinDocument
 from node.api.server import serve as serve_api
 from node.api.server import url_of
 from node.assembly import NodeParts, build_node, is_busy
-from node.config import APPLICATION, READY_FILE, ApiKey, NodeConfig, NodeReady, ServeSpec, StartError, hash_api_key
-from node.engine.device import Device, DeviceError, find_devices
+from node.config import (
+    APPLICATION,
+    READY_FILE,
+    ApiKey,
+    NodeConfig,
+    NodeReady,
+    ServeSpec,
+    StartError,
+    hash_api_key,
+    read_api_keys,
+)
+from node.engine.device import Device
 from node.joining import join_elsewhere, join_here
 from node.models.files import Progress, ignore_progress
 from node.network.interface import NetworkError
@@ -46,17 +58,32 @@ RETENTION_INTERVAL_S = 60.0
 _logger = structlog.get_logger(__name__)
 
 
-def _access(config: NodeConfig) -> Access:
-    """Return who may use the HTTP API."""
+def _keys(config: NodeConfig) -> tuple[ApiKey, ...]:
+    """Return the keys of the HTTP API."""
     own = () if config.api_key is None else (ApiKey(name="default", sha256=hash_api_key(config.api_key)),)
-    return Access(keys=(*own, *config.api_keys), cors_origins=config.cors_origins)
+    return (*own, *config.api_keys)
+
+
+async def _reload_keys(config: NodeConfig, access: Access) -> None:
+    """Take the API keys that are in their file now; where it is faulty, the former ones stay."""
+    if config.api_keys_file is None:
+        _logger.info("SIGHUP ignored", reason="without --api-keys there is nothing to reload")
+        return
+    try:
+        keys = await trio.to_thread.run_sync(read_api_keys, config.api_keys_file)
+    except ValueError as error:
+        _logger.warning("API keys not reloaded, the former ones stay valid", reason=str(error))
+        return
+    access.keys.replace(_keys(replace(config, api_keys=keys)))
+    _logger.info("API keys reloaded", file=str(config.api_keys_file), keys=len(keys))
 
 
 class Node:
     """One peer: its parts, and the tree of their tasks."""
 
-    def __init__(self, config: NodeConfig, parts: NodeParts) -> None:
+    def __init__(self, config: NodeConfig, parts: NodeParts, access: Access) -> None:
         self._config = config
+        self._access = access
         self._parts = parts
         tracer = make_tracer(parts.network.network.peer_id, version(APPLICATION))
         self._telemetry = Telemetry(parts.serving.library.name_of, tracer)
@@ -73,7 +100,7 @@ class Node:
         config, network = self._config, self._parts.network.network
         api_stop, started = self._view.stopping, trio.Event()
         async with self._telemetry.running(), network.running(), trio.open_nursery() as api_nursery:
-            serve = partial(serve_api, make_app(self._view, _access(config)), config.api_host, config.api_port)
+            serve = partial(serve_api, make_app(self._view, self._access), config.api_host, config.api_port)
             port = await api_nursery.start(partial(serve, stop=api_stop))
             self._view.api_url = url_of(config.api_host, port)
             addresses = list(network.multiaddrs)
@@ -162,19 +189,14 @@ async def _retention_loop(history: HistoryStore, is_clock_confirmed: Callable[[]
 
 
 @asynccontextmanager
-async def running_node(
-    config: NodeConfig, progress: Progress = ignore_progress, devices: Sequence[Device] | None = None
+async def _running_node(
+    config: NodeConfig, access: Access, progress: Progress, devices: Sequence[Device]
 ) -> AsyncIterator[tuple[Node, NodeReady]]:
     """Open the data directory's database and run a node on it inside the block, on the devices that were found."""
     async with open_database(config.data_dir / DATABASE_FILE) as database:
         if database.set_aside is not None:
             _logger.warning("corrupt history renamed; the swarm refills it", file=str(database.set_aside))
-        if devices is None:
-            try:
-                devices = await find_devices(config.device)
-            except DeviceError as error:
-                raise StartError(f"cannot compute on {config.device}: {error}; see --device") from None
-        node = Node(config, build_node(config, database, devices, progress))
+        node = Node(config, build_node(config, database, devices, progress), access)
         async with node.running() as ready:
             yield node, ready
 
@@ -182,7 +204,7 @@ async def running_node(
 async def run_node(
     config: NodeConfig, on_ready: Callable[[NodeReady], None] | None = None, progress: Progress = ignore_progress
 ) -> None:
-    """Run a node until SIGTERM or SIGINT: the first drains and leaves, a second leaves at once.
+    """Run a node until SIGTERM or SIGINT: the first drains and leaves, a second leaves at once. SIGHUP reloads keys.
 
     `progress` gets the progress of downloads, from any thread. `on_ready` is called once the API answers and every span
     of `config.serve` is loaded; from then on `node.json` is in the data directory. Raises StartError.
@@ -190,13 +212,15 @@ async def run_node(
     raise_open_file_limit()
     devices = await check_start(config)
     _log_start(config, devices)
+    access = Access(keys=_keys(config), cors_origins=config.cors_origins)
     try:
         with own_data_dir(config):
             async with trio.open_nursery() as nursery:
                 asked = trio.Event()
                 is_ready = trio.Event()
-                await nursery.start(_on_signals, asked, is_ready, nursery.cancel_scope)
-                async with running_node(config, progress, devices) as (node, ready):
+                reload = partial(_reload_keys, config, access)
+                await nursery.start(_on_signals, asked, is_ready, reload, nursery.cancel_scope)
+                async with _running_node(config, access, progress, devices) as (node, ready):
                     ready.write(config.data_dir)
                     _logger.info("node ready", peer=ready.peer_id, api=ready.api_url)
                     try:
@@ -232,17 +256,32 @@ def _log_start(config: NodeConfig, devices: Sequence[Device]) -> None:
 async def _on_signals(
     asked: trio.Event,
     is_ready: trio.Event,
+    reload: Callable[[], Awaitable[None]],
     scope: trio.CancelScope,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Set `asked` at the first signal; cancel everything at the second, or at the first before the node is ready."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    """Set `asked` at the first signal; cancel everything at the second, or at the first before the node is ready.
+
+    SIGHUP reloads, as in other daemons, and is the first signal where a terminal hangs up, which may send several.
+    """
+    ends_with_terminal = _ends_with_terminal()
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started()
-        async for _ in signals:
-            if asked.is_set() or not is_ready.is_set():
+        async for number in signals:
+            is_hangup = number == signal.SIGHUP
+            if is_hangup and not ends_with_terminal:
+                await reload()
+                continue
+            if not is_ready.is_set() or (asked.is_set() and not is_hangup):
                 scope.cancel()
             asked.set()
+
+
+def _ends_with_terminal() -> bool:
+    """Return whether this process was started in a terminal, and not (as by nohup) to outlive it."""
+    is_in_terminal = any(file is not None and file.isatty() for file in (sys.stdin, sys.stdout, sys.stderr))
+    return is_in_terminal and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

@@ -7,6 +7,7 @@ import hashlib
 import ipaddress
 import json
 import os
+import re
 import tomllib
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,7 @@ from typing import Final
 
 import platformdirs
 
-from node.util.paths import expand
+from node.util.paths import expand, read_text
 from protocol.figures import USUAL_PRICE
 from protocol.identity import BlockRange, PeerId, parse_peer_id
 from selector.consensus.clock import EPOCH_S
@@ -77,6 +78,35 @@ def hash_api_key(key: str) -> str:
     return hashlib.sha256(key.encode(errors="replace")).hexdigest()
 
 
+def read_api_keys(path: Path) -> tuple[ApiKey, ...]:
+    """Return the keys of a file: a line each, `NAME SHA256 [requests_per_minute=N] [concurrency=N]`.
+
+    Raises ValueError, which names the file and the line.
+    """
+    keys: list[ApiKey] = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        name, digest, *limits = words if len(words) > 1 else (words[0], "")
+        if not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
+            raise ValueError(f"{path}, line {number}: expected NAME SHA256 [requests_per_minute=N] [concurrency=N]")
+        values: dict[str, int] = {}
+        for limit in limits:
+            option, _, value = limit.partition("=")
+            if option not in {"requests_per_minute", "concurrency"} or not re.fullmatch(r"[1-9][0-9]{0,8}", value):
+                raise ValueError(
+                    f"{path}, line {number}: expected requests_per_minute=N or concurrency=N, not {limit!r}"
+                )
+            values[option] = int(value)
+        keys.append(ApiKey(name=name, sha256=digest.lower(), **values))
+    if not keys:  # the API would be open, which is not what somebody who names such a file means
+        raise ValueError(f"{path} has no API key: add one with `metaswarm keygen --api-key-name NAME {path}`")
+    if len({key.sha256 for key in keys}) < len(keys):
+        raise ValueError(f"{path}: two lines have the same key")
+    return tuple(keys)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeConfig:
     """The configuration of a node. Files that options name have been read; `bootstrap` is plain multiaddrs."""
@@ -98,6 +128,8 @@ class NodeConfig:
     api_key: str | None = field(default=None, repr=False)
     api_keys: tuple[ApiKey, ...] = ()
     """Further keys, each with limits of its own."""
+    api_keys_file: Path | None = field(default=None, compare=False)
+    """The file they were read from, and are read from again on SIGHUP."""
     cors_origins: tuple[str, ...] = ()
     """Origins of web pages that may use the API, besides those of this machine; `*` for any."""
     bootstrap: tuple[str, ...] = ()

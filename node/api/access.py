@@ -5,7 +5,7 @@ Only hashes of keys are held. A key has 256 random bits, so that a plain hash ca
 
 import hmac
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,14 +22,6 @@ BUSY_RETRY_S: Final = 1
 """When a client should retry that has as many answers under way as its key admits."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Access:
-    """Who may use the API: without keys this machine alone. `cors_origins`: further origins of pages; `*` for any."""
-
-    keys: tuple[ApiKey, ...] = ()
-    cors_origins: tuple[str, ...] = ()
-
-
 @dataclass(slots=True)
 class KeyUse:
     """What one key has used."""
@@ -39,6 +31,8 @@ class KeyUse:
     running: int = 0
     readers: int = 0
     """Of events."""
+    is_revoked: bool = False
+    """Whether the key is no longer valid: what it has under way may end."""
 
     def begin(self, answers: int, counted: int = 0, param: str = "n") -> dict[str, str]:
         """Count the answers of a request; return the headers that tell what is left. Raises ApiError.
@@ -127,6 +121,11 @@ class RequestUse:
         """The hash of the key; None without one."""
         return None if self._use is None else self._use.key.sha256
 
+    @property
+    def is_revoked(self) -> bool:
+        """Whether the key was revoked since the request began."""
+        return self._use is not None and self._use.is_revoked
+
     def begin_reading(self) -> None:
         """Count a reader of events. Raises ApiError where the key has too many."""
         if self._use is not None:
@@ -161,20 +160,39 @@ def begin_answers(scope: Scope, answers: int = 1, param: str = "n") -> None:
         use.begin(answers, param)
 
 
-def begin_reading(scope: Scope) -> None:
-    """Count a reader of events against its key: it is no answer, as a page would have none left. Raises ApiError."""
+def begin_reading(scope: Scope) -> Callable[[], bool]:
+    """Count a reader of events against its key: it is no answer, as a page would have none left. Raises ApiError.
+
+    Returns what tells whether it may go on: unlike an answer, it would never end.
+    """
     use = scope.get(_IN_SCOPE)
-    if isinstance(use, RequestUse):
-        use.begin_reading()
+    if not isinstance(use, RequestUse):
+        return lambda: True
+    use.begin_reading()
+    return lambda: not use.is_revoked
 
 
 class KeyRing:
     """The keys of a node, and their use."""
 
-    def __init__(self, keys: Iterable[ApiKey]) -> None:
-        self._uses: dict[str, KeyUse] = {}
+    def __init__(self, keys: Iterable[ApiKey] = ()) -> None:
+        self._uses: Mapping[str, KeyUse] = {}
+        self.replace(keys)
+
+    def __len__(self) -> int:
+        return len(self._uses)
+
+    def replace(self, keys: Iterable[ApiKey]) -> None:
+        """Take these keys in place of the former ones. What is under way with one counts against its new limits."""
+        uses: dict[str, KeyUse] = {}
         for key in keys:
-            self._uses[key.sha256] = KeyUse(key, None)
+            use = uses[key.sha256] = self._uses.get(key.sha256) or KeyUse(key, None)
+            if use.key.requests_per_minute != key.requests_per_minute:
+                use.bucket = None
+            use.key = key
+        for sha256, use in self._uses.items():
+            use.is_revoked = sha256 not in uses
+        self._uses = uses
 
     def find(self, presented: str) -> KeyUse | None:
         """Return the use of a key; None if it is unknown. Takes as long for any."""
@@ -187,3 +205,11 @@ class KeyRing:
             per_minute = found.key.requests_per_minute
             found.bucket = TokenBucket(per_minute / 60, per_minute, trio.current_time())
         return found
+
+
+class Access:
+    """Who may use the API: without keys this machine alone. `cors_origins`: further origins of pages; `*` for any."""
+
+    def __init__(self, *, keys: Iterable[ApiKey] = (), cors_origins: Iterable[str] = ()) -> None:
+        self.keys = KeyRing(keys)
+        self.cors_origins = frozenset(cors_origins)

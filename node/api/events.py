@@ -5,7 +5,7 @@ buffer and does not block the node.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -46,30 +46,37 @@ class EventsEndpoint:
         self._documents: Mapping[str, str] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send events until the client disconnects or the node stops. Raises ApiError before the response starts."""
-        begin_reading(scope)
+        """Send events until the client disconnects, its key is revoked or the node stops.
+
+        Raises ApiError before the response starts.
+        """
+        may_read = begin_reading(scope)
         if self._subscribers >= MAX_SUBSCRIBERS:
             message = f"{MAX_SUBSCRIBERS} clients read the events already: close a page, or ask /swarm/status"
             raise ApiError(503, message, code="too_many_subscribers", headers={"Retry-After": "5"})
         self._subscribers += 1
         try:
-            await until_disconnect(receive, partial(self._answer, send))
+            await until_disconnect(receive, partial(self._answer, send, may_read))
         finally:
             self._subscribers -= 1
 
-    async def _answer(self, send: Send) -> None:
+    async def _answer(self, send: Send, may_read: Callable[[], bool]) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._send_events, send)
-            await self._node.stopping.wait()
+            nursery.start_soon(self._cancel_when_stopping, nursery.cancel_scope)
+            await self._send_events(send, may_read)
             nursery.cancel_scope.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send_events(self, send: Send) -> None:
+    async def _cancel_when_stopping(self, scope: trio.CancelScope) -> None:
+        await self._node.stopping.wait()
+        scope.cancel()
+
+    async def _send_events(self, send: Send, may_read: Callable[[], bool]) -> None:
         sent: dict[str, str] = {}
         revision = 0
         opening = f"retry: {RETRY_MS}\n\n"
-        while True:
+        while may_read():
             jobs, revision = self._node.jobs(revision)
             due = {name: text for name, text in (await self._current()).items() if sent.get(name) != text}
             sent |= due

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from node.api.access import BUSY_RETRY_S, Access, KeyRing, KeyUse, RequestUse, with_use
+from node.api.access import BUSY_RETRY_S, Access, KeyUse, RequestUse, with_use
 from node.api.anthropic.models import error_path
 from node.api.errors import ApiError
 from node.api.page_files import is_page
@@ -62,8 +62,8 @@ class Guard:
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app = app
-        self._keys = KeyRing(access.keys) if access.keys else None
-        self._origins = frozenset(access.cors_origins)
+        self._keys = access.keys
+        self._origins = access.cors_origins
         self._bodies = BodyMemory()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,7 +108,7 @@ class Guard:
         """Return the use of the key that a request has, if keys are needed. Raises ApiError."""
         if _is_public(path):
             return None
-        if self._keys is not None:
+        if self._keys:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             use = self._keys.find(key.strip()) if scheme.lower() == "bearer" else None
             # Clients of the Anthropic API send a header of their own, some of them both.

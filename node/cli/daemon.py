@@ -25,8 +25,9 @@ def node(as_json: bool, **options: Any) -> None:
     Options can also be set in the --config file or the environment (METASWARM_DATA_DIR; commas separate values).
     Precedence: flag > environment > file.
 
-    SIGTERM or Ctrl-C drains sessions and leaves; a second one leaves at once. --json prints the content of node.json
-    as one line when the node is ready.
+    SIGTERM or Ctrl-C drains sessions and leaves; a second one leaves at once. SIGHUP reads --api-keys again; a node
+    that was started in a terminal takes it for the end of that and drains. --json prints the content of node.json as
+    one line when the node is ready.
     """
     refuse_unknown_variables()
     config = make_config(options)

@@ -69,4 +69,5 @@ def _add_api_key(file: Path, name: str, limits: dict[str, int | None], *, as_jso
         print_json({"api_keys": str(file.absolute()), "name": name, "key": key})
     else:
         click.echo(key)
-        click.echo(f"wrote its hash to {file}; start `metaswarm node --api-keys {file}`", err=True)
+        how = f"start `metaswarm node --api-keys {file}`, or send SIGHUP to the one that runs with it"
+        click.echo(f"wrote its hash to {file}; {how}", err=True)

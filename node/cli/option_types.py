@@ -10,9 +10,9 @@ from typing import Any, Final
 import click
 from click.shell_completion import CompletionItem
 
-from node.config import ApiKey, ServeSpec, parse_api_key
+from node.config import ApiKey, ServeSpec, parse_api_key, read_api_keys
 from node.network.addresses import parse_address
-from node.util.paths import expand
+from node.util.paths import expand, read_text
 from protocol.figures import MAX_PRICE
 from protocol.identity import parse_block_range, parse_peer_id
 
@@ -109,31 +109,9 @@ def _host_and_port(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _api_keys(text: str) -> list[ApiKey]:
-    """Return the keys of a file: a line for each, `NAME SHA256 [requests_per_minute=N] [concurrency=N]`."""
-    path = expand(text)
-    keys: list[ApiKey] = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        words = line.partition("#")[0].split()
-        if not words:
-            continue
-        name, digest, *limits = words if len(words) > 1 else (words[0], "")
-        if not _HEX_32_BYTES.fullmatch(digest):
-            raise ValueError(f"{path}, line {number}: expected NAME SHA256 [requests_per_minute=N] [concurrency=N]")
-        values: dict[str, int] = {}
-        for limit in limits:
-            option, _, value = limit.partition("=")
-            if option not in {"requests_per_minute", "concurrency"} or not re.fullmatch(r"[1-9][0-9]{0,8}", value):
-                raise ValueError(
-                    f"{path}, line {number}: expected requests_per_minute=N or concurrency=N, not {limit!r}"
-                )
-            values[option] = int(value)
-        keys.append(ApiKey(name=name, sha256=digest.lower(), **values))
-    if not keys:  # the API would be open, which is not what somebody who names such a file means
-        raise ValueError(f"{path} has no API key: add one with `metaswarm keygen --api-key-name NAME {path}`")
-    if len({key.sha256 for key in keys}) < len(keys):
-        raise ValueError(f"{path}: two lines have the same key")
-    return keys
+def _api_keys(text: str) -> tuple[tuple[ApiKey, ...], Path]:
+    path = _path(text)
+    return read_api_keys(path), path
 
 
 def _cors_origin(text: str) -> str:
@@ -193,16 +171,6 @@ def _bootstrap(text: str) -> list[str]:
         return [_peer_address(text)]
     path = expand(text)
     return parse_bootstrap_yaml(read_text(path), str(path))
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a file that an option names. Raises ValueError."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file") from None
 
 
 def parse_bootstrap_yaml(text: str, name: str) -> list[str]:

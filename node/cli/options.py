@@ -19,7 +19,7 @@ from click.core import ParameterSource
 from node.cli import option_types as types
 from node.cli.completion import complete_models, complete_peers
 from node.config import ENVIRONMENT_PREFIX, NodeConfig, default_cache_dir, default_data_dir
-from node.util.paths import expand
+from node.util.paths import expand, read_text
 from node.util.suggestions import did_you_mean
 from protocol.limits import MAX_SPANS
 
@@ -91,7 +91,7 @@ def _use_file(context: click.Context, option: click.Parameter, path: Path | None
     if path is None:
         return
     try:
-        text = types.read_text(path)
+        text = read_text(path)
         file = context.meta[__name__] = ConfigurationFile(path, text)
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -187,7 +187,7 @@ NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
     ),
     _option(
         *("--api-keys", types.API_KEYS, "FILE"),
-        "Hashed API keys with limits, one a line, from `metaswarm keygen --api-key-name NAME FILE`.",
+        "Hashed API keys with limits, one a line, from `metaswarm keygen --api-key-name NAME FILE`; SIGHUP reloads it.",
     ),
     _option(
         *("--cors-origin", types.CORS_ORIGIN, "ORIGIN"),
@@ -272,7 +272,7 @@ def make_config(values: Mapping[str, Any]) -> NodeConfig:
     if swarm_key := given.pop("swarm_key", None):
         config["swarm_key"], config["swarm_key_file"] = swarm_key
     if api_keys := given.pop("api_keys", None):
-        config["api_keys"] = tuple(api_keys)
+        config["api_keys"], config["api_keys_file"] = api_keys
     return NodeConfig(**config | {_FIELD_OF.get(name, name): value for name, value in given.items()})
 
 

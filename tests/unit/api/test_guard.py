@@ -323,6 +323,34 @@ async def test_each_key_has_few_readers_of_events() -> None:
                     await trio.testing.wait_all_tasks_blocked(0.01)
 
 
+async def test_events_of_a_revoked_key_end() -> None:
+    access = Access(keys=KEYS)
+    async with serve_node(FakeNode(), access=access) as url, httpx.AsyncClient(base_url=url, timeout=5) as client:
+        async with client.stream("GET", "/swarm/events", headers=bearer("saffron")) as events:
+            access.keys.replace(key for key in KEYS if key.name != "narrow")
+            with trio.fail_after(5):
+                await events.aread()
+        assert (await client.get("/swarm/status", headers=bearer("saffron"))).status_code == 401
+
+
+async def test_limits_of_a_key_that_stays_are_replaced() -> None:
+    access = Access(keys=[ApiKey(name="busy", sha256=hash_api_key("sesame"), concurrency=1)])
+    use = access.keys.find("sesame")
+    assert use is not None
+    use.begin(1)
+    with pytest.raises(ApiError):
+        use.begin(1)
+    access.keys.replace([ApiKey(name="busy", sha256=hash_api_key("sesame"), concurrency=2, requests_per_minute=1)])
+    again = access.keys.find("sesame")
+    assert again is not None
+    again.begin(1)
+    with pytest.raises(ApiError, match="at a time"):
+        again.begin(1)
+    use.end(1, 0)
+    with pytest.raises(ApiError, match="requests a minute"):
+        again.begin(1)
+
+
 async def test_request_that_is_not_valid_counts_against_its_key() -> None:
     async with serve_node(FakeNode(), access=Access(keys=KEYS)) as url, httpx.AsyncClient(base_url=url) as client:
         for path in ("/v1/chat/completions", "/v1/embeddings", "/v1/messages/count_tokens", "/swarm/explain"):

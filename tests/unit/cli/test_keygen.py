@@ -37,7 +37,7 @@ def test_api_keys_are_hashed_and_added(tmp_path: Path, capsys: pytest.CaptureFix
         printed.append(capsys.readouterr().out.strip())
     assert file.stat().st_mode & 0o777 == 0o600
     assert not any(key in file.read_text() for key in printed)
-    one, two = API_KEYS.convert(str(file), None, None)
+    (one, two), _ = API_KEYS.convert(str(file), None, None)
     assert one == ApiKey(name="one", sha256=hash_api_key(printed[0]), concurrency=3)
     assert two == ApiKey(name="two", sha256=hash_api_key(printed[1]))
     assert run(["keygen", "--concurrency", "3", str(tmp_path / "other")]) == 2
@@ -50,5 +50,5 @@ def test_api_key_begins_a_line_of_its_own(tmp_path: Path) -> None:
     file = tmp_path / "api.keys"
     file.write_text("# ours")
     assert run(["keygen", "--api-key-name", "one", str(file)]) == 0
-    (key,) = API_KEYS.convert(str(file), None, None)
+    (key,), _ = API_KEYS.convert(str(file), None, None)
     assert key.name == "one"
