@@ -212,7 +212,7 @@ class Coordinator:
         self._count(running=1, trials_running=is_trial)
         outcome = "cancelled"
         code: JobErrorCode | None = None
-        reason = ""
+        reason = loggable = ""
         entry: RecentJob | None = None
         try:
             with self._until_left():
@@ -231,11 +231,13 @@ class Coordinator:
                 outcome = "done" if route.is_finished else "cancelled"
         except JobError as error:
             code, reason = error.code, error.message
+            loggable = "" if error.may_quote else reason
             is_preempted = request.background and code is JobErrorCode.FULL
             outcome = "cancelled" if is_preempted else "rejected" if code in CLIENT_MISTAKES else "failed"
             raise
         except Exception as error:
-            outcome, reason = "failed", one_line(error)
+            outcome, code, reason = "failed", JobErrorCode.FAILED, one_line(error)
+            loggable = f"unexpected {type(error).__name__}"
             raise
         finally:
             counted = f"trials_{outcome}" if is_trial else outcome
@@ -243,7 +245,7 @@ class Coordinator:
             if entry is not None:
                 state = JobState.FAILED if outcome == "rejected" else JobState(outcome)
                 self.recent_jobs.end(entry, state, reason or None)
-            self.observer.on_job_ended(running.report(outcome, trio.current_time(), code, reason))
+            self.observer.on_job_ended(running.report(outcome, trio.current_time(), code, loggable))
 
     async def consider(self, request: JobRequest, overrides: Mapping[str, Any]) -> Considered:
         """Have the stages vote on a job without running it. `overrides`: context fields to replace. Raises JobError."""

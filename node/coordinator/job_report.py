@@ -16,7 +16,8 @@ class JobReport:
 
     `outcome`: `done`, `failed`, `cancelled` or `rejected`, the last by the client's mistake. `is_trial`: it measured a
     method, or ran in the background. `model`: its name; empty where the job was not prepared. `stages`: of its last
-    route. `result`: of a job that is done. `trace_parent`: its span in a trace.
+    route. `reason`: why it failed, unless that may quote its text. `result`: of a job that is done. `trace_parent`: its
+    span in a trace.
     """
 
     request: JobRequest

@@ -65,7 +65,7 @@ class OutputText:
             is_listed = is_text or self._request.prompt_logprobs
             logprobs = await self._described(sampled.logprobs) if sampled.logprobs and is_listed else ()
         except ModelError as error:
-            raise JobError(JobErrorCode.FAILED, str(error)) from None
+            raise JobError(JobErrorCode.FAILED, str(error), may_quote=True) from None
         self._pieces.append(piece)
         return TextDelta(text=piece, token_ids=(sampled.token,), logprobs=logprobs), finish
 
@@ -83,7 +83,7 @@ class OutputText:
                 described = ()
                 await trio.lowlevel.checkpoint()
         except ModelError as error:
-            raise JobError(JobErrorCode.FAILED, str(error)) from None
+            raise JobError(JobErrorCode.FAILED, str(error), may_quote=True) from None
 
     async def _described(self, *tokens: TokenLogprobs) -> tuple[TokenLogprob, ...]:
         await self._spell([token for each in tokens for token in (each.token, *(other for other, _ in each.likeliest))])

@@ -137,7 +137,7 @@ async def prompt_text(request: JobRequest, model: KnownModel) -> str:
     try:
         (text,) = await model.tokenizer.decode(request.prompt_tokens)
     except ModelError as error:
-        raise JobError(JobErrorCode.FAILED, str(error)) from None
+        raise JobError(JobErrorCode.FAILED, str(error), may_quote=True) from None
     return text
 
 

@@ -54,14 +54,21 @@ class JobError(Exception):
     """A job cannot be done. The message is one line for the user: what failed, with which value, what to do."""
 
     def __init__(
-        self, code: JobErrorCode, message: str, *, retry_after_s: float | None = None, param: str | None = None
+        self,
+        code: JobErrorCode,
+        message: str,
+        *,
+        retry_after_s: float | None = None,
+        param: str | None = None,
+        may_quote: bool = False,
     ) -> None:
-        """`param`: the invalid field of the request, if any."""
+        """`param`: the invalid field of the request, if any. `may_quote`: the message may have text of the job."""
         super().__init__(message)
         self.code = code
         self.message = message
         self.retry_after_s = retry_after_s
         self.param = param
+        self.may_quote = may_quote or code in CLIENT_MISTAKES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

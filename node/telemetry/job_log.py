@@ -1,9 +1,15 @@
 """The log's lines of jobs: one for each job at its coordinator, and one for each session on a stage. No text."""
 
+from typing import Final
+
 import structlog
 
 from node.coordinator.job_report import JobReport
 from node.stages.session_report import SessionReport
+from node.util.text import one_line
+
+MAX_REASON: Final = 1000
+"""Characters of it: it may name many peers."""
 
 _logger = structlog.get_logger(__name__)
 
@@ -36,6 +42,8 @@ def log_job(report: JobReport) -> None:
         fields["compute_s"] = _seconds(sum(stage.statistics.compute_s for stage in result.route))
     if report.error is not None:
         fields["error"] = report.error.value
+    if report.reason:
+        fields["reason"] = one_line(report.reason, MAX_REASON)
     log("job ended", **fields)
 
 

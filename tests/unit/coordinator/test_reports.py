@@ -113,7 +113,9 @@ async def test_defect_is_reported_as_a_failure_and_leaves_nothing_behind(
         monkeypatch.setattr(reports, "on_job_ended", broken := Broken())
         with pytest.raises(RuntimeError):
             await peer.run(REQUEST)
-        assert [(report.outcome, report.reason) for report in broken.jobs] == [("failed", "a defect")]
+        (report,) = broken.jobs
+        assert (report.outcome, report.error) == ("failed", JobErrorCode.FAILED)
+        assert report.reason == "unexpected RuntimeError", "the message of an unforeseen error may quote anything"
         await peer.coordinator.wait_idle()
 
 
@@ -132,6 +134,21 @@ async def test_model_that_is_not_known_is_not_in_the_log(
             await peer.run(replace(REQUEST, model="\x1b[31mnonsense"))
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "job ended" in line)
     assert "nonsense" not in line
+
+
+async def test_log_says_why_a_job_failed(virtual_clock: MockClock, capsys: pytest.CaptureFixture[str]) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 5))
+        peer.coordinator.observer = Telemetry(lambda model: "fake")
+        await swarm.settle()
+        with pytest.raises(JobError):
+            await peer.run(REQUEST)
+        with pytest.raises(JobError, match="secret"):
+            await peer.run(replace(REQUEST, method="secret"))
+    failed, rejected = (line for line in capsys.readouterr().out.splitlines() if "job ended" in line)
+    assert "no peer serves blocks 5-9 of fake" in failed
+    assert "invalid_request" in rejected
+    assert "secret" not in rejected, "a message about a client's mistake may quote it"
 
 
 async def test_lines_of_the_log_have_no_text(virtual_clock: MockClock, capsys: pytest.CaptureFixture[str]) -> None:
