@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from protocol.identity import BlockRange, JobId, ModelId, PeerId
+from protocol.messages import FailureReason
 
 
 @dataclass(slots=True)
@@ -48,8 +49,10 @@ class SessionPhases:
 class SessionReport:
     """A session that has begun here and has ended. Times are trio's clock.
 
-    `job`: its id on the wire, which differs from the coordinator's job id. `cached_rows`: that were computed before,
-    for another session or another route.
+    `job`: its id on the wire, which differs from the coordinator's job id. `outcome`: `closed` by its coordinator,
+    `continued` by a session on another route, `disconnected` with its coordinator, or `failed` with the `error`.
+    `is_background`: it measured a method. `cached_rows`: that were computed before, for another session or another
+    route.
     """
 
     job: JobId
@@ -59,6 +62,9 @@ class SessionReport:
     model: ModelId
     blocks: BlockRange
     method: str
+    outcome: str
+    error: FailureReason | None
+    is_background: bool
     opened_s: float
     ended_s: float
     cached_rows: int

@@ -36,6 +36,7 @@ from node.stages.session_report import SessionReport, StageObserver
 from node.util.signal import Signal
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId
 from protocol.messages import FailureReason, Load
+from selector.task import Method
 
 IDLE_LIMIT_S = 300.0
 """A session whose coordinator lives, but that gets no rows for this long, is closed; not while rows of it wait here."""
@@ -157,7 +158,7 @@ class Span(EngineLoop):
             request_id = session.request.request_id
             self._records.failed(session.opened_by.peer, reason, session=session.id, request_id=request_id, why=message)
             session.opened_by.fail(session.id, reason, message, blamed)
-            self.end(session)
+            self.end(session, "failed", reason)
 
     def reject(self, session: StageSession, sender: InboundLink, fault: str, charged: Charge = Charge.OPENER) -> None:
         """Fail a session because of invalid rows, and tell the opener who sent them.
@@ -180,16 +181,20 @@ class Span(EngineLoop):
             )
         self.fail(session, FailureReason.ENGINE, f"cannot take rows of {sender.peer}: {fault}", sender.peer)
 
-    def end(self, session: StageSession) -> None:
-        """Free a session: from now on its rows are unknown here."""
+    def end(self, session: StageSession, outcome: str = "closed", error: FailureReason | None = None) -> None:
+        """Free a session: from now on its rows are unknown here. `outcome`, `error`: see `SessionReport`."""
         if not session.is_ended:
-            if (report := _report_of(session)) is not None:
-                self._observer.on_session_ended(report)
+            self._report(session, outcome, error)
             self._remove(session)
             self._account(session)
             session.state.replay.drop()
             if session.id not in self._in_step:
                 self.start_freeing(session.id)
+
+    def _report(self, session: StageSession, outcome: str, error: FailureReason | None = None) -> None:
+        """Report what was done for a session that ends now, if it ever began."""
+        if session.method is not None:
+            self._observer.on_session_ended(_report_of(session, session.method, outcome, error))
 
     def _remove(self, session: StageSession) -> None:
         """Take a session out of everything here but the engine."""
@@ -202,8 +207,7 @@ class Span(EngineLoop):
     async def carry_on(self, former: StageSession, session: StageSession) -> bool:
         """End a session of a former attempt after the step it is in, and let another take it over if that succeeds."""
         self._continuing[former.id] = former
-        if (report := _report_of(former)) is not None:
-            self._observer.on_session_ended(report)
+        self._report(former, "continued")
         self._remove(former)
         with trio.CancelScope(shield=True):  # for a step at most: else what the former one holds would leak
             while former.id in self._in_step:
@@ -419,10 +423,7 @@ class SpanTable:
         return min(holding, key=lambda span: len(span.info.blocks), default=None)
 
 
-def _report_of(session: StageSession) -> SessionReport | None:
-    """Return what was done for a session that ends now; None if it never began."""
-    if session.method is None:
-        return None
+def _report_of(session: StageSession, method: Method, outcome: str, error: FailureReason | None) -> SessionReport:
     return SessionReport(
         job=session.id.job,
         request_id=session.request.request_id,
@@ -430,7 +431,10 @@ def _report_of(session: StageSession) -> SessionReport | None:
         coordinator=session.opened_by.peer,
         model=session.info.model,
         blocks=session.info.blocks,
-        method=session.method.name,
+        method=method.name,
+        outcome=outcome,
+        error=error,
+        is_background=session.request.background,
         opened_s=session.opened_s,
         ended_s=trio.current_time(),
         cached_rows=session.cached_rows,

@@ -310,7 +310,7 @@ class StageServer:
         for span in self.spans():
             for session in tuple(span.sessions.values()):
                 if session.opened_by is link:
-                    span.end(session)
+                    span.end(session, "disconnected")
 
     def _account(self, session: StageSession) -> None:
         """Count what a session computed that has ended."""

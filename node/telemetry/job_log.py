@@ -48,9 +48,10 @@ def log_job(report: JobReport) -> None:
 
 
 def log_session(model: str, report: SessionReport) -> None:
-    """Log a session of a stage that has ended."""
+    """Log a session of a stage that has ended: a user's at level info, a measurement's at level debug."""
+    log = _logger.debug if report.is_background else _logger.info
     prefill, decode = report.phases.prefill, report.phases.decode
-    _logger.info(
+    log(
         "session ended",
         job=report.job,
         request_id=report.request_id or "-",
@@ -58,6 +59,8 @@ def log_session(model: str, report: SessionReport) -> None:
         model=model,
         blocks=str(report.blocks),
         method=report.method,
+        outcome=report.outcome,
+        **({} if report.error is None else {"error": report.error.value}),
         cached_rows=report.cached_rows,
         prefill_rows=prefill.rows,
         decode_rows=decode.rows,

@@ -122,6 +122,7 @@ class Tracer:
             "metaswarm.request_id": report.request_id,
             "metaswarm.blocks": str(report.blocks),
             "metaswarm.method": report.method,
+            "metaswarm.outcome": report.outcome,
             "metaswarm.cached_rows": report.cached_rows,
             "metaswarm.bytes_in": report.bytes_in,
             "metaswarm.bytes_out": report.bytes_out,

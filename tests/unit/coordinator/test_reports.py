@@ -7,12 +7,13 @@ import trio
 from trio.testing import MockClock
 
 from node.coordinator.job_report import JobReport
-from node.coordinator.submission import JobError, JobErrorCode, JobRequest, RequestOrigin
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest, RequestOrigin, TextDelta
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.stages.session_report import SessionReport
 from node.telemetry.observer import Telemetry
-from protocol.identity import ModelId
+from protocol.identity import BlockRange, ModelId
+from protocol.messages import FailureReason
 from tests.support.job_peers import Peer, Swarm, open_swarm
 
 REQUEST = JobRequest(model="fake", prompt="3 1 4", max_tokens=6, origin=RequestOrigin(request_id="req_1"))
@@ -149,6 +150,46 @@ async def test_log_says_why_a_job_failed(virtual_clock: MockClock, capsys: pytes
     assert "no peer serves blocks 5-9 of fake" in failed
     assert "invalid_request" in rejected
     assert "secret" not in rejected, "a message about a client's mistake may quote it"
+
+
+async def test_sessions_of_measurements_are_logged_for_debugging(
+    virtual_clock: MockClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9))
+        peer.stages.spans()[0]._observer = Telemetry(lambda model: "fake")
+        await swarm.settle()
+        await peer.run(replace(REQUEST, background=True))
+        await peer.run(REQUEST)
+    levels = [
+        level
+        for line in capsys.readouterr().out.splitlines()
+        for level in ("debug", "info")
+        if "session ended" in line and f"[{level}" in line
+    ]
+    assert levels == ["debug", "info"]
+
+
+async def test_reports_how_a_session_ended(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer, reports = await watched_swarm(swarm)
+        await peer.run(REQUEST)
+        async with peer.coordinator.submit(REQUEST) as events:
+            while not isinstance(await anext(events), TextDelta):
+                pass
+            (span,) = swarm.peers[1].stages.spans()
+            (lost,) = span.sessions.values()
+            span.fail(lost, FailureReason.ENGINE, "its worker died")
+            assert [event async for event in events]
+        with trio.move_on_after(60):
+            async with peer.coordinator.submit(REQUEST) as events:
+                while not isinstance(await anext(events), TextDelta):
+                    pass
+                swarm.hub.kill(peer.id)
+                await trio.sleep_forever()
+        for blocks, broken in ((BlockRange(0, 5), ("continued", None)), (BlockRange(5, 9), ("failed", "engine"))):
+            found = [(report.outcome, report.error) for report in reports.sessions if report.blocks == blocks]
+            assert found == [("closed", None), broken, ("closed", None), ("disconnected", None)]
 
 
 async def test_lines_of_the_log_have_no_text(virtual_clock: MockClock, capsys: pytest.CaptureFixture[str]) -> None:
