@@ -257,16 +257,17 @@ class StatusView:
         return {peer: {"left_s": round(ban.left_s, 3), "reason": ban.reason} for peer, ban in bans.items()}
 
     def _peer_counts(self) -> PeerCounts:
-        directory, asked = self._membership.directory, self._stages.peer_statistics().values()
+        directory, totals = self._membership.directory, self._stages.session_totals()
+        asked = self._stages.peer_statistics().values()
         known = [each for each in directory.entries() if each.peer != self._network.peer_id]
         reached = [each for each in directory.reached() if each.peer != self._network.peer_id]
         return {
             "known": len(known),
             "reached": len(reached),
             "banned": len(self._bans()),
-            "sessions_opened": sum(each.opened for each in asked),
-            "sessions_refused": sum(sum(each.refused.values()) for each in asked),
-            "sessions_failed": sum(sum(each.failed.values()) for each in asked),
+            "sessions_opened": totals.opened,
+            "sessions_refused": totals.refused,
+            "sessions_failed": totals.failed,
             "sessions_held": sum(each.sessions for each in asked),
             "held_bytes": sum(each.bytes for each in asked),
         }

@@ -1,6 +1,6 @@
 """`GET /metrics`: what the node has counted, and what it is now, in the text format of Prometheus."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -110,7 +110,7 @@ def _peer_metrics(status: NodeStatus) -> list[Metric]:
 
 def _model_metrics(status: NodeStatus, models: Sequence[ModelDocument]) -> list[Metric]:
     blocks, sessions, positions, reserved = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-    weights, steps, compute_s = Counter[str](), Counter[str](), defaultdict[str, float](float)
+    weights = Counter[str]()
     for span in status["spans"]:
         name = span["name"]
         blocks[name] += span["end"] - span["start"]
@@ -118,8 +118,6 @@ def _model_metrics(status: NodeStatus, models: Sequence[ModelDocument]) -> list[
         positions[name] += span["kv_positions"]
         reserved[name] += span["reserved_positions"]
         weights[name] += span["weight_bytes"]
-        steps[name] += span["steps"]
-        compute_s[name] += span["compute_s"]
     missing = Counter[str]()
     for each in models:  # peers may announce any number of others: no label is theirs to choose
         missing[each["name"] if each["local"] else OTHER] += sum(end - start for start, end in each["uncovered"])
@@ -135,6 +133,4 @@ def _model_metrics(status: NodeStatus, models: Sequence[ModelDocument]) -> list[
                   [(each["name"], each["epoch"]) for each in chains if each["epoch"] is not None]),
         _gauges("consensus_members", "Members of the last agreed statement.", "model",
                   [(each["name"], each["members"]) for each in chains]),
-        _counters("engine_steps", "Steps of the engines here since they started.", "model", steps.items()),
-        _counters("engine_compute_seconds", "Time in these steps.", "model", compute_s.items()),
     ]  # fmt: skip

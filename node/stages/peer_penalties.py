@@ -55,6 +55,15 @@ class StagePeerStatistics:
     bytes: int = 0
 
 
+@dataclass(slots=True)
+class SessionTotals:
+    """What all peers have requested of the stages here since the start, also those that are forgotten."""
+
+    opened: int = 0
+    refused: int = 0
+    failed: int = 0
+
+
 @dataclass(slots=True, kw_only=True)
 class _Record(StagePeerStatistics):
     refused: Counter[RefusalReason] = field(default_factory=Counter)
@@ -77,15 +86,18 @@ class PeerPenalties:
 
     def __init__(self) -> None:
         self._records: OrderedDict[PeerId, _Record] = OrderedDict()
+        self.totals = SessionTotals()
 
     def opened(self, peer: PeerId) -> None:
         """Count a session that was opened."""
         self._of(peer).opened += 1
+        self.totals.opened += 1
 
     def refused(self, peer: PeerId, reason: RefusalReason, *, session: SessionId, request_id: str, why: str) -> None:
         """Count a session that was refused."""
         refused = self._of(peer).refused
         refused[reason] += 1
+        self.totals.refused += 1
         if is_worth_logging(count := refused[reason]):
             fields = {"session": str(session), "request_id": request_id or "-", "reason": why, "count": count}
             _logger.info("session refused", peer=peer, **fields)
@@ -94,6 +106,7 @@ class PeerPenalties:
         """Count a session of a peer that failed, whatever was at fault."""
         failed = self._of(peer).failed
         failed[reason] += 1
+        self.totals.failed += 1
         if is_worth_logging(count := failed[reason]):
             fields = {"session": str(session), "request_id": request_id or "-", "message": why, "count": count}
             _logger.info("session failed", peer=peer, reason=reason, **fields)

@@ -76,6 +76,9 @@ class SessionReport:
 class StageObserver(Protocol):
     """Watches the stages of a node. `node.telemetry` has the real one."""
 
+    def on_step(self, model: ModelId, compute_s: float) -> None:
+        """Take how long a step of an engine took."""
+
     def on_slice(self, model: ModelId, phase: str, queue_s: float, step_s: float) -> None:
         """Take how long rows waited for the engine, and how long the step with them took."""
 
@@ -85,6 +88,9 @@ class StageObserver(Protocol):
 
 class NoStageObserver:
     """Watches nothing. Implements `StageObserver`."""
+
+    def on_step(self, model: ModelId, compute_s: float) -> None:
+        """Do nothing."""
 
     def on_slice(self, model: ModelId, phase: str, queue_s: float, step_s: float) -> None:
         """Do nothing."""

@@ -349,6 +349,7 @@ class Span(EngineLoop):
 
         `whole`: with the rows that have no output, which took a part of its time.
         """
+        self._observer.on_step(self.info.model, result.compute_s)
         rows = sum(work.rows for work in whole)
         if not any(work.is_prefill for work in whole):
             self._step_times_s.append(result.compute_s * self._whole_span_ratio(batch))

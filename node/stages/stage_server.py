@@ -16,7 +16,7 @@ from node.links.link_pool import LinkPool
 from node.network.interface import Network
 from node.stages.background_allowance import USUAL_SHARE, BackgroundAllowance
 from node.stages.draft_model import DraftModel
-from node.stages.peer_penalties import PeerPenalties, StagePeerStatistics
+from node.stages.peer_penalties import PeerPenalties, SessionTotals, StagePeerStatistics
 from node.stages.replay_buffer import REPLAY_BYTES
 from node.stages.scheduler import PolicyController
 from node.stages.session import StageSession
@@ -103,6 +103,10 @@ class StageServer:
                 bytes=so_far.bytes + session.held_bytes,
             )
         return found
+
+    def session_totals(self) -> SessionTotals:
+        """Return what all peers together have requested of the stages here since the start."""
+        return self._records.totals
 
     async def serve(
         self,

@@ -87,6 +87,8 @@ class NodeMetrics:
         self._step = histogram(
             "stage_compute_seconds", "Time of an engine's step, for each slice in it.", _STEP_SECONDS, "model", "phase"
         )
+        self._steps = counter("engine_steps_total", "Steps of the engines of spans here.", "model")
+        self._compute_seconds = counter("engine_compute_seconds_total", "Time in these steps.", "model")
         self._rows = counter("stage_rows_total", "Rows computed for sessions that ended.", "model", "phase")
         self._cached_rows = counter("stage_cached_rows_total", "Rows not computed, as the stage had them.", "model")
         self._sessions = counter("stage_sessions_total", "Sessions that began here and have ended.", "model")
@@ -125,6 +127,12 @@ class NodeMetrics:
             self._regret.inc(max(0.0, selection.regret_s))
             if selection.predicted_s > 0:
                 self._ratio.observe(result.timing.total_s / selection.predicted_s)
+
+    def on_step(self, model: str, compute_s: float) -> None:
+        """Count a step of an engine here: its own figures are those of one worker process, which may end."""
+        model = self.model_label(model)
+        self._steps.labels(model).inc()
+        self._compute_seconds.labels(model).inc(compute_s)
 
     def on_slice(self, model: str, phase: str, queue_s: float, step_s: float) -> None:
         """Count a slice that a stage here has computed."""

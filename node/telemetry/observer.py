@@ -51,6 +51,10 @@ class Telemetry:
         if self._tracer is not None:
             self._tracer.job(report)
 
+    def on_step(self, model: ModelId, compute_s: float) -> None:
+        """Count a step of an engine."""
+        self.metrics.on_step(self._name(model), compute_s)
+
     def on_slice(self, model: ModelId, phase: str, queue_s: float, step_s: float) -> None:
         """Count a slice that a stage has computed."""
         self.metrics.on_slice(self._name(model), phase, queue_s, step_s)

@@ -15,7 +15,7 @@ from node.models.files import MIN_FREE_BYTES
 from node.models.manifest import Manifest
 from node.network.interface import Way
 from node.replication.peer_limits import Ban
-from node.stages.peer_penalties import StagePeerStatistics
+from node.stages.peer_penalties import SessionTotals, StagePeerStatistics
 from node.status import MAX_GAPS, MAX_OTHER_MODELS, StatusView
 from node.swarm.directory import AnnouncedPlacements, Directory
 from node.telemetry.observer import Telemetry
@@ -58,7 +58,10 @@ async def test_peers_shows_refusals_failures_held_bytes_and_bans() -> None:
         way_to=lambda peer: Way() if peer == CONNECTED else None,
     )
     membership = SimpleNamespace(directory=directory, round_trip_s=lambda peer: None)
-    stages = SimpleNamespace(peer_statistics=lambda: {CONNECTED: ASKED, GONE: replace(ASKED, sessions=0, bytes=0)})
+    stages = SimpleNamespace(
+        peer_statistics=lambda: {CONNECTED: ASKED, GONE: replace(ASKED, sessions=0, bytes=0)},
+        session_totals=lambda: SessionTotals(opened=10, refused=6),
+    )
     coordinator = SimpleNamespace(peer_records=lambda: {CONNECTED: SHOWN})
     parts = SimpleNamespace(
         network=SimpleNamespace(network=network),

@@ -26,12 +26,16 @@ class Reports:
     jobs: list[JobReport] = field(default_factory=list)
     sessions: list[SessionReport] = field(default_factory=list)
     slices: int = 0
+    steps_s: list[float] = field(default_factory=list)
 
     def start_trace(self, trace_parent: str) -> str:
         return trace_parent
 
     def on_job_ended(self, report: JobReport) -> None:
         self.jobs.append(report)
+
+    def on_step(self, model: ModelId, compute_s: float) -> None:
+        self.steps_s.append(compute_s)
 
     def on_slice(self, model: ModelId, phase: str, queue_s: float, step_s: float) -> None:
         assert queue_s >= 0 < step_s
@@ -81,6 +85,8 @@ async def test_reports_a_done_job_and_its_sessions(virtual_clock: MockClock) -> 
             assert session.coordinator == peer.id
             assert session.phases.prefill.rows + session.phases.decode.rows >= 3 + 5
             assert session.phases.decode.compute_s > 0
+        assert len(reports.steps_s) == reports.slices, "one job alone: a slice a step"
+        assert min(reports.steps_s) > 0
         assert reports.slices == sum(each.phases.prefill.steps + each.phases.decode.steps for each in reports.sessions)
 
 

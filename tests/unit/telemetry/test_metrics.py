@@ -79,3 +79,12 @@ def test_label_values_are_bounded() -> None:
     values = {label(f"value-{number}") for number in range(2 * MAX_LABEL_VALUES)}
     assert len(values) == MAX_LABEL_VALUES + 1
     assert label("value-0") == "value-0"
+
+
+def test_engine_steps_are_counted_beyond_the_end_of_a_span() -> None:
+    metrics = NodeMetrics()
+    for _ in range(2):  # of two workers, one after the other
+        metrics.on_step("tiny", 0.25)
+    found = text_of(metrics)
+    assert 'metaswarm_engine_steps_total{model="tiny"} 2.0' in found
+    assert 'metaswarm_engine_compute_seconds_total{model="tiny"} 0.5' in found
