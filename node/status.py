@@ -258,9 +258,10 @@ class StatusView:
 
     def _peer_counts(self) -> PeerCounts:
         directory, totals = self._membership.directory, self._stages.session_totals()
-        asked = self._stages.peer_statistics().values()
-        known = [each for each in directory.entries() if each.peer != self._network.peer_id]
-        reached = [each for each in directory.reached() if each.peer != self._network.peer_id]
+        own = self._network.peer_id
+        holding = [each for peer, each in self._stages.peer_statistics().items() if peer != own]
+        known = [each for each in directory.entries() if each.peer != own]
+        reached = [each for each in directory.reached() if each.peer != own]
         return {
             "known": len(known),
             "reached": len(reached),
@@ -268,8 +269,8 @@ class StatusView:
             "sessions_opened": totals.opened,
             "sessions_refused": totals.refused,
             "sessions_failed": totals.failed,
-            "sessions_held": sum(each.sessions for each in asked),
-            "held_bytes": sum(each.bytes for each in asked),
+            "sessions_held": sum(each.sessions for each in holding),
+            "held_bytes": sum(each.bytes for each in holding),
         }
 
     def peers(self) -> list[PeerStatus]:

@@ -210,7 +210,7 @@ class Explanation(TypedDict):
 
 
 class PeerCounts(TypedDict):
-    """Peers, and the sessions that they opened here since the start."""
+    """The other peers, and the sessions that they opened here since the start."""
 
     known: int
     reached: int

@@ -103,8 +103,8 @@ def _peer_metrics(status: NodeStatus) -> list[Metric]:
         _gauges("links", "Job streams between this node and its peers.", "direction", links),
         _counters("network_bytes", "Bytes carried by the connections with peers.", "direction", carried),
         _counters("model_file_bytes", "Bytes of model files exchanged with peers.", "direction", files),
-        _counters("stage_requests", "Requests for a session on a stage here, by result.", "result", requests),
-        _counter("stage_sessions_failed", "Of the opened sessions, those that failed here.", failed),
+        _counters("stage_requests", "Requests of other peers for a session here, by result.", "result", requests),
+        _counter("stage_sessions_failed", "Of the sessions opened for them, those that failed.", failed),
     ]
 
 

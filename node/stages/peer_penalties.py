@@ -57,7 +57,7 @@ class StagePeerStatistics:
 
 @dataclass(slots=True)
 class SessionTotals:
-    """What all peers have requested of the stages here since the start, also those that are forgotten."""
+    """What other peers have requested of the stages here since the start, also those that are forgotten."""
 
     opened: int = 0
     refused: int = 0
@@ -84,20 +84,22 @@ def is_worth_logging(count: int) -> bool:
 class PeerPenalties:
     """Records by peer, of the most recent peers; logs what it counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: PeerId) -> None:
+        """`own`: whose sessions are not in the totals."""
+        self._own = own
         self._records: OrderedDict[PeerId, _Record] = OrderedDict()
         self.totals = SessionTotals()
 
     def opened(self, peer: PeerId) -> None:
         """Count a session that was opened."""
         self._of(peer).opened += 1
-        self.totals.opened += 1
+        self.totals.opened += peer != self._own
 
     def refused(self, peer: PeerId, reason: RefusalReason, *, session: SessionId, request_id: str, why: str) -> None:
         """Count a session that was refused."""
         refused = self._of(peer).refused
         refused[reason] += 1
-        self.totals.refused += 1
+        self.totals.refused += peer != self._own
         if is_worth_logging(count := refused[reason]):
             fields = {"session": str(session), "request_id": request_id or "-", "reason": why, "count": count}
             _logger.info("session refused", peer=peer, **fields)
@@ -106,7 +108,7 @@ class PeerPenalties:
         """Count a session of a peer that failed, whatever was at fault."""
         failed = self._of(peer).failed
         failed[reason] += 1
-        self.totals.failed += 1
+        self.totals.failed += peer != self._own
         if is_worth_logging(count := failed[reason]):
             fields = {"session": str(session), "request_id": request_id or "-", "message": why, "count": count}
             _logger.info("session failed", peer=peer, reason=reason, **fields)

@@ -61,7 +61,7 @@ class StageServer:
         self.observer: StageObserver = NoStageObserver()
         """Of the spans that are served from now on."""
         self._table = SpanTable()
-        self._records = PeerPenalties()
+        self._records = PeerPenalties(self.link_pool.peer_id)
         self._background = background or BackgroundAllowance(USUAL_SHARE)
         self._admission = SessionAdmission(self._table, self.link_pool, self._records, voter, agreed, self._background)
         self._controller = controller
@@ -105,7 +105,7 @@ class StageServer:
         return found
 
     def session_totals(self) -> SessionTotals:
-        """Return what all peers together have requested of the stages here since the start."""
+        """Return what the other peers together have requested of the stages here since the start."""
         return self._records.totals
 
     async def serve(

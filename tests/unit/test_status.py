@@ -59,7 +59,7 @@ async def test_peers_shows_refusals_failures_held_bytes_and_bans() -> None:
     )
     membership = SimpleNamespace(directory=directory, round_trip_s=lambda peer: None)
     stages = SimpleNamespace(
-        peer_statistics=lambda: {CONNECTED: ASKED, GONE: replace(ASKED, sessions=0, bytes=0)},
+        peer_statistics=lambda: {US: ASKED, CONNECTED: ASKED, GONE: replace(ASKED, sessions=0, bytes=0)},
         session_totals=lambda: SessionTotals(opened=10, refused=6),
     )
     coordinator = SimpleNamespace(peer_records=lambda: {CONNECTED: SHOWN})
