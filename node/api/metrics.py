@@ -118,9 +118,6 @@ def _model_metrics(status: NodeStatus, models: Sequence[ModelDocument]) -> list[
         positions[name] += span["kv_positions"]
         reserved[name] += span["reserved_positions"]
         weights[name] += span["weight_bytes"]
-    missing = Counter[str]()
-    for each in models:  # peers may announce any number of others: no label is theirs to choose
-        missing[each["name"] if each["local"] else OTHER] += sum(end - start for start, end in each["uncovered"])
     chains = status["consensus"]
     return [
         _gauges("blocks_served", "Transformer blocks served here.", "model", blocks.items()),
@@ -128,9 +125,24 @@ def _model_metrics(status: NodeStatus, models: Sequence[ModelDocument]) -> list[
         _gauges("kv_cache_positions", "KV memory of the spans here, in tokens.", "model", positions.items()),
         _gauges("kv_cache_reserved_positions", "Of it, reserved by sessions.", "model", reserved.items()),
         _gauges("weight_bytes", "Memory for weights.", "model", weights.items()),
-        _gauges("uncovered_blocks", "Blocks that no reached peer serves.", "model", missing.items()),
+        _gauges("uncovered_blocks", "Blocks that no peer serves, of models in service or to be served here.", "model",
+                  _uncovered(status, models).items()),
         _gauges("consensus_epoch", "Epoch of the last agreed statement.", "model",
                   [(each["name"], each["epoch"]) for each in chains if each["epoch"] is not None]),
         _gauges("consensus_members", "Members of the last agreed statement.", "model",
                   [(each["name"], each["members"]) for each in chains]),
     ]  # fmt: skip
+
+
+def _uncovered(status: NodeStatus, models: Sequence[ModelDocument]) -> Counter[str]:
+    """Return how many blocks of each model no peer serves; a model that merely lies in the cache lacks none."""
+    gaps, missing = Counter[str](), Counter[str]()
+    for gap in status["uncovered"]:
+        gaps[gap["model"]] += gap["end"] - gap["start"]
+    names = {spec.partition(":")[0] for spec in status["serve"]}
+    for each in models:
+        is_to_be_served = any(each["name"] == name or each["model"].startswith(name) for name in names)
+        whole = sum(end - start for start, end in each["uncovered"]) if is_to_be_served else 0
+        # Peers may announce any number of others: no label is theirs to choose.
+        missing[each["name"] if each["local"] else OTHER] += gaps[each["model"]] or whole
+    return missing

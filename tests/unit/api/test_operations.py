@@ -1,5 +1,7 @@
 """What operators ask a node: health, metrics, and by which name a request is found again."""
 
+from unittest.mock import AsyncMock
+
 import httpx
 import pytest
 
@@ -77,6 +79,23 @@ async def test_metrics_show_what_the_node_is_now(node: FakeNode, client: httpx.A
     openmetrics = await client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
     assert openmetrics.text.endswith("# EOF\n")
     assert openmetrics.text.count("# EOF") == 1
+
+
+async def test_model_that_lies_in_the_cache_lacks_no_blocks_unless_it_is_to_be_served(
+    node: FakeNode, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny, broken = node.models()
+    cached = tiny | {"model": "ef" * 32, "name": "cached", "uncovered": [(0, 8)], "complete": False}
+    partly = broken | {"name": "partly", "local": True}
+    monkeypatch.setattr(node, "models", lambda: [tiny, partly, cached])
+    for serve, count in ((["tiny:0-4"], 0), (["tiny:0-4", "cached:0-4"], 8), (["ef" * 4], 8)):
+        status = await FakeNode().status() | {"serve": serve}
+        monkeypatch.setattr(node, "status", AsyncMock(return_value=status))
+        found = samples((await client.get("/metrics")).text)
+        lacking = {
+            name: found[f'metaswarm_uncovered_blocks{{model="{name}"}}'] for name in ("tiny", "partly", "cached")
+        }
+        assert lacking == {"tiny": 0, "partly": 2, "cached": count}
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/messages", "/api/chat"])
