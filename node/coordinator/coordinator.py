@@ -205,7 +205,7 @@ class Coordinator:
         `on_served`: receives the job once it is done, in place of the recorder.
         """
         if self.draining:
-            raise JobError(JobErrorCode.LEAVING, "this node is shutting down: submit the job at another peer")
+            raise _leaving()
         is_trial = on_served is not None or request.background
         trace_parent = self.observer.start_trace(request.origin.trace_parent)
         running = RunningJob(request=request, is_trial=is_trial, trace_parent=trace_parent, began_s=trio.current_time())
@@ -229,12 +229,13 @@ class Coordinator:
             ):
                 yield ours
                 outcome = "done" if route.is_finished else "cancelled"
-        except JobError as error:
+        except JobError as fault:
+            error = self._presented(fault)
             code, reason = error.code, error.message
-            loggable = "" if error.may_quote else reason
-            is_preempted = request.background and code is JobErrorCode.FULL
+            loggable = "" if fault.may_quote else fault.message
+            is_preempted = request.background and fault.code is JobErrorCode.FULL
             outcome = "cancelled" if is_preempted else "rejected" if code in CLIENT_MISTAKES else "failed"
-            raise
+            raise error from None
         except Exception as error:
             outcome, code, reason = "failed", JobErrorCode.FAILED, one_line(error)
             loggable = f"unexpected {type(error).__name__}"
@@ -246,6 +247,10 @@ class Coordinator:
                 state = JobState.FAILED if outcome == "rejected" else JobState(outcome)
                 self.recent_jobs.end(entry, state, reason or None)
             self.observer.on_job_ended(running.report(outcome, trio.current_time(), code, loggable))
+
+    def _presented(self, fault: JobError) -> JobError:
+        """Return what the client is told: to retry, or to start a node, is no advice at a node that leaves."""
+        return _leaving() if self.draining and fault.retry_after_s is not None else fault
 
     async def consider(self, request: JobRequest, overrides: Mapping[str, Any]) -> Considered:
         """Have the stages vote on a job without running it. `overrides`: context fields to replace. Raises JobError."""
@@ -421,3 +426,7 @@ class Coordinator:
             compute_s=sum(stage.statistics.compute_s for stage in result.route),
         )
         return self._chooser.served(done.request.choice, outcome)
+
+
+def _leaving() -> JobError:
+    return JobError(JobErrorCode.LEAVING, "this node is shutting down: submit the job at another peer")

@@ -143,6 +143,29 @@ async def test_model_that_is_not_known_is_not_in_the_log(
     assert "nonsense" not in line
 
 
+async def test_job_that_finds_no_route_while_its_node_drains_is_sent_to_another(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9))
+        peer.coordinator.observer = reports = Reports()
+        await swarm.settle()
+
+        def begin_draining(trace_parent: str) -> str:
+            peer.coordinator.draining = True
+            peer.stages.start_draining()
+            return trace_parent
+
+        monkeypatch.setattr(reports, "start_trace", begin_draining)  # the first that a job does
+        with pytest.raises(JobError) as caught:
+            await peer.run(REQUEST)
+        assert caught.value.code is JobErrorCode.LEAVING
+        assert "another peer" in caught.value.message
+        (report,) = reports.jobs
+        assert (report.outcome, report.error) == ("failed", JobErrorCode.LEAVING)
+        assert "of fake" in report.reason, "the log has what was missing"
+
+
 async def test_log_says_why_a_job_failed(virtual_clock: MockClock, capsys: pytest.CaptureFixture[str]) -> None:
     async with open_swarm() as swarm:
         peer = await swarm.join((0, 5))
