@@ -6,7 +6,7 @@
 import enum
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Final
@@ -40,7 +40,7 @@ OBSERVATION_VERSION: Final = 2
 """Version 1 has no `stage_facts`, and of the model neither the block's sizes nor the KV cache's."""
 
 MIN_TOTAL_S: Final = 1e-6
-"""Lower bound of a job's time, so that the logarithm of its cost exists."""
+"""Lower bound of a job's time, and of its computing, so that the logarithm of its cost exists."""
 
 RELATIVE_TOLERANCE: Final = 0.01
 ABSOLUTE_TOLERANCE_S: Final = 0.001
@@ -227,6 +227,13 @@ class StageObservation:
     countersignature: Nullable[Signature] = None
 
 
+def compute_s_of(route: Iterable[StageObservation]) -> float:
+    """Return the seconds of computing on all stages of a job; 0 where one of them has not stated its own."""
+    stated = [stage.statistics for stage in route]
+    total_s = sum(each.compute_s for each in stated) if all(each.steps for each in stated) else 0.0
+    return max(MIN_TOTAL_S, total_s) if total_s else 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """One measurement of one method in one context.
@@ -315,14 +322,22 @@ def _check_route(observation: Observation) -> None:
 
 
 def _check_stage(stage: StageObservation, observation: Observation) -> None:
-    """Check a stage's statistics against the job, whose steps a stage takes one after another."""
-    statistics, workload = stage.statistics, observation.workload
-    longest_s = 2 * observation.measurements.total_s + CLOSING_S
+    workload = observation.workload
+    tokens = workload.prompt_tokens + workload.completion_tokens
+    check_statistics(stage.statistics, observation.measurements.total_s, tokens)
+
+
+def check_statistics(statistics: SessionStatistics, total_s: float, tokens: int) -> None:
+    """Check a stage's statistics against its job, whose steps it takes one after another. Raises RemoteProtocolError.
+
+    `total_s`: of the job. `tokens`: of its prompt and its text.
+    """
+    longest_s = 2 * total_s + CLOSING_S
     if statistics.compute_s > longest_s:
         raise RemoteProtocolError(f"observation: compute_s is {statistics.compute_s:.6g} in a job of at most half that")
     if statistics.queue_s > longest_s * (statistics.steps + 1):
         raise RemoteProtocolError(f"observation: queue_s {statistics.queue_s:.6g} exceeds the job")
-    most_rows = MAX_ROWS_PER_TOKEN * (workload.prompt_tokens + workload.completion_tokens)
+    most_rows = MAX_ROWS_PER_TOKEN * tokens
     if not statistics.steps <= statistics.rows <= most_rows:
         raise RemoteProtocolError(f"observation: {statistics.rows} rows in {statistics.steps} steps are impossible")
     if statistics.steps == 0 and (statistics.rows or statistics.compute_s):

@@ -26,7 +26,7 @@ from node.coordinator.submission import JobOutcome, JobRequest, Selection
 from node.selection.chooser import LearnedChoice, LearnedChooser
 from node.selection.learner import ModelStatus
 from protocol.limits import MAX_PARALLEL_JOBS, MAX_POSITIONS
-from protocol.measurements import Objective, QualityBound, TaskKind
+from protocol.measurements import MIN_TOTAL_S, Objective, QualityBound, TaskKind
 from protocol.schema import to_map
 from protocol.tensors import Pooling
 from selector.confidence import INTERVAL
@@ -195,10 +195,14 @@ def past_decisions(decisions: Collection[tuple[JobOutcome, Selection]], limit: i
         }
         for outcome, selection in reversed(list(decisions)[-limit:])
     ]
-    errors = [abs(math.log(outcome.total_s / selection.predicted_s)) for outcome, selection in decisions]
+    errors = [abs(_log(outcome.total_s) - _log(selection.predicted_s)) for outcome, selection in decisions]
     return {
         "jobs": len(decisions),
         "typical_error": math.expm1(statistics.median(errors)) if errors else None,
         "mean_regret_s": statistics.fmean(selection.regret_s for _, selection in decisions) if decisions else 0.0,
         "recent": recent,
     }
+
+
+def _log(seconds: float) -> float:
+    return math.log(max(MIN_TOTAL_S, seconds))

@@ -27,7 +27,7 @@ from node.coordinator.prefix_sharing import RecentPrompts
 from node.coordinator.prompt import chat_format_of, prompt_text, read_prompt, sampling_of, tokenizer_unavailable
 from node.coordinator.recent_jobs import JobState, RecentJob, RecentJobs
 from node.coordinator.refusals import RouteRejected, no_route
-from node.coordinator.result import result_of, served_of, timing_of, votes_of
+from node.coordinator.result import result_of, served_of, timing_of, votes_of, without_impossible_statistics
 from node.coordinator.route import OpenRoute
 from node.coordinator.session_request import RouteServices, plan_sessions
 from node.coordinator.submission import (
@@ -50,7 +50,7 @@ from node.models.errors import ModelError, TokenizerUnavailableError
 from node.models.library import KnownModel
 from node.util.text import one_line
 from protocol.identity import JobId, ModelId, PeerId, Stage
-from protocol.measurements import TaskKind
+from protocol.measurements import TaskKind, compute_s_of
 from protocol.messages import FinishReason
 from selector.reliability import PeerRecord
 from selector.routing import NoRouteError
@@ -386,11 +386,13 @@ class Coordinator:
         """Close the route, learn from the job, record it, and return its result."""
         done = await route.finish()
         stages = done.route.stages
-        self._planner.served(stage.peer for stage in stages)
+        result, liars = without_impossible_statistics(result_of(job, done, text, finish))
+        self._planner.served(stage.peer for stage in stages if stage.peer not in liars)
+        for peer in liars:
+            self._planner.failed(peer, dead=False)
         is_background = job.request.background  # then it waits for users' jobs, which says nothing of the stages
         if job.kind is not TaskKind.SCORE and not is_background:  # its rows take longer on the last stage
             self._planner.measured(job.need(), stages, done.route.loads(), timing_of(done))
-        result = result_of(job, done, text, finish)
         is_measured = bool(
             job.kind is not TaskKind.SCORE or job.output.scored or job.output.tokens
         )  # one token has none
@@ -423,7 +425,7 @@ class Coordinator:
             completion_tokens=len(job.output.tokens),
             total_s=result.timing.total_s,
             replays=done.replays,
-            compute_s=sum(stage.statistics.compute_s for stage in result.route),
+            compute_s=compute_s_of(result.route),
         )
         return self._chooser.served(done.request.choice, outcome)
 

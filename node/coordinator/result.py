@@ -3,14 +3,20 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
+import structlog
+
 from node.coordinator.failover import ClosedRoute
 from node.coordinator.job import Job
 from node.coordinator.observation import ServedJob
 from node.coordinator.planner import RouteTiming
 from node.coordinator.route import OpenRoute
 from node.coordinator.submission import Consensus, JobResult, Timing, Usage, Vote
-from protocol.measurements import MethodInForce, StageObservation
-from protocol.messages import FinishReason, Opened
+from protocol.errors import RemoteProtocolError
+from protocol.identity import PeerId
+from protocol.measurements import MethodInForce, StageObservation, check_statistics
+from protocol.messages import FinishReason, Opened, SessionStatistics
+
+_logger = structlog.get_logger(__name__)
 
 MEASURED_ROUNDS = 3
 """Rounds after the first from which on a route's speed is measured;"""
@@ -67,6 +73,26 @@ def result_of(job: Job, done: ClosedRoute, text: str, finish: FinishReason) -> J
         replays=done.replays,
         trace=done.trace,
     )
+
+
+def without_impossible_statistics(result: JobResult) -> tuple[JobResult, set[PeerId]]:
+    """Return a job's result without statistics that no stage of it can have, and the peers that stated them.
+
+    Such a stage counts as one that stated nothing: nobody learns from it.
+    """
+    usage, liars = result.usage, set[PeerId]()
+
+    def checked(stage: StageObservation) -> StageObservation:
+        try:
+            tokens = usage.prompt_tokens + usage.completion_tokens
+            check_statistics(stage.statistics, result.timing.total_s, tokens)
+        except RemoteProtocolError as error:
+            _logger.warning("statistics of a stage ignored", job=result.job_id, peer=stage.peer, reason=str(error))
+            liars.add(stage.peer)
+            return replace(stage, statistics=SessionStatistics(), countersignature=None)
+        return stage
+
+    return replace(result, route=tuple(map(checked, result.route))), liars
 
 
 def votes_of(route: OpenRoute) -> tuple[Vote, ...]:

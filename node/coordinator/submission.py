@@ -287,7 +287,7 @@ class Selection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOutcome:
-    """The cost of a job. `compute_s`: on all stages. `replays`: stages that were lost and replaced."""
+    """The cost of a job. `compute_s`: on all stages, 0 where unknown. `replays`: stages that were lost and replaced."""
 
     job_id: JobId
     method: str

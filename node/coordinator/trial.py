@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from node.coordinator.observation import ServedJob
 from node.coordinator.submission import JobError, JobErrorCode
 from protocol.identity import Stage
-from protocol.measurements import MIN_TOTAL_S, Objective, ObservationKind, QualityBound
+from protocol.measurements import MIN_TOTAL_S, Objective, ObservationKind, QualityBound, compute_s_of
 from selector.task import Method
 from selector.workloads import TrialWorkload
 
@@ -44,8 +44,9 @@ class Spending:
         """Add a run that took so many seconds; `run` has those of its jobs that ended, `is_done` says whether all."""
         facts = (each for job in run.jobs for each in job.context.stage_facts)
         self.threads = max(self.threads, *(each.busy_threads for each in facts), 1)
-        self.spent_s += min(seconds, run.compute_s) if is_done else seconds
-        self.processor_s += self.threads * (run.compute_s if is_done else max(seconds, run.compute_s))
+        is_stated = is_done and all(compute_s_of(job.result.route) for job in run.jobs)
+        self.spent_s += min(seconds, run.compute_s) if is_stated else seconds
+        self.processor_s += self.threads * (run.compute_s if is_stated else max(seconds, run.compute_s))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

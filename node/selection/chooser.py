@@ -277,7 +277,9 @@ class LearnedChooser:
             regret_s = selection.regret_s if in_use is None else selection.predicted_s - in_use.cost_s
             allowance.regret_s += max(0.0, regret_s)
         if choice.request.context.objective != Objective.LATENCY:  # what was predicted is computing
-            outcome = replace(outcome, total_s=outcome.compute_s or outcome.total_s)
+            if not outcome.compute_s:
+                return
+            outcome = replace(outcome, total_s=outcome.compute_s)
         self.decisions.append((outcome, replace(selection, predictions={})))
 
     def _request_trial(self, choice: LearnedChoice, probes: Sequence[str]) -> None:

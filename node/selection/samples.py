@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from node.coordinator.observation import WEIGHTS_SWITCH, software_name
 from protocol.errors import RemoteProtocolError
-from protocol.measurements import MIN_TOTAL_S, Objective, Observation
+from protocol.measurements import Objective, Observation, compute_s_of
 from protocol.observations import bucket_of, decode_verified_observation
 from selector.sample import Sample
 from selector.task import UNKNOWN_WEIGHT_TYPE, TaskContext
@@ -85,13 +85,18 @@ def read_samples(
 
 
 def sample_of(observation: Observation) -> Sample | None:
-    """Return the sample of an observation; None for a replayed job, or a route that does not cover the model."""
+    """Return the sample of an observation; None for a replayed job, or a route that does not cover the model.
+
+    Nor is there one of a job that is measured by its computing, where a stage has not stated its own.
+    """
     workload, model, measured = observation.workload, observation.model, observation.measurements
     route = observation.route
     if measured.replays or route[0].blocks.start != 0 or route[-1].blocks.end != model.block_count:
         return None
     is_latency = workload.objective is Objective.LATENCY or measured.log_ratio_to_baseline is not None
-    compute_s = sum(stage.statistics.compute_s for stage in route)
+    cost_s = measured.total_s if is_latency else compute_s_of(route)
+    if not cost_s:
+        return None
     context = TaskContext.from_parts(
         model,
         workload,
@@ -106,7 +111,7 @@ def sample_of(observation: Observation) -> Sample | None:
         model=model.model,
         context=replace(context, transfer_s=transfer_s(context)),
         method=observation.method.name,
-        log_cost=math.log(measured.total_s if is_latency else max(MIN_TOTAL_S, compute_s)),
+        log_cost=math.log(cost_s),
         log_ratio=measured.log_ratio_to_baseline,
         observer=observation.observer,
         route="/".join([model.model, *(f"{stage.peer}:{stage.blocks}" for stage in route)]),
