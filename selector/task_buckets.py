@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Final
 
+from protocol.figures import USUAL_PRICE
 from protocol.measurements import TaskKind
 from selector.task import Method, TaskContext
 
@@ -54,7 +55,7 @@ def canonicalise(context: TaskContext) -> TaskContext:
     """Return the canonical context of all similar ones, for which predictions are cached.
 
     Sizes are rounded to powers of √2, shares to tenths, times and rates of links to powers of two. The quality bound,
-    which says which methods are admitted, is reset.
+    which says which methods are admitted, is reset, as are the peers' prices, on which no prediction depends.
     """
     return replace(
         context,
@@ -73,6 +74,7 @@ def canonicalise(context: TaskContext) -> TaskContext:
                 facts,
                 round_trip_s=None if facts.round_trip_s is None else _octave(facts.round_trip_s),
                 link_bytes_per_s=facts.link_bytes_per_s and _octave(facts.link_bytes_per_s),
+                price=USUAL_PRICE,
             )
             for facts in context.stage_facts
         ),

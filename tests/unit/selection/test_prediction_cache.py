@@ -10,6 +10,7 @@ from trio.testing import MockClock
 
 from node.selection.learner import MAX_AGE_S, Learner
 from node.selection.prediction_cache import PredictionCache
+from protocol.stage_facts import DeviceKind, StageFacts
 from selector.task import PORTFOLIO, TaskContext
 from selector.task_buckets import Viewpoint
 
@@ -116,3 +117,20 @@ async def test_heuristic_judges_a_context_without_predictions(nursery: trio.Nurs
     nursery.start_soon(predictions.run)
     assert (await predictions.predict(replace(CONTEXT, concurrency=2), METHODS)).basis == "rule"
     assert (await predictions.predict(CONTEXT, METHODS)).basis == "model", "the model is still in use"
+
+
+async def test_changed_price_needs_no_new_prediction(nursery: trio.Nursery, virtual_clock: MockClock) -> None:
+    predictions, asked = PredictionCache(), []
+
+    async def counted(context: TaskContext) -> Mapping[str, tuple[float, float]]:
+        asked.append(context)
+        return await sure(context)
+
+    predictions.set_predictor(counted, 10)
+    nursery.start_soon(predictions.run)
+    facts = StageFacts(blocks=9, device=DeviceKind.CPU, memory_bytes=1 << 34, threads=4)
+    for price in (1.0, 2.0):
+        await predictions.predict(replace(CONTEXT, stage_facts=(replace(facts, price=price),)), METHODS)
+    assert len(asked) == 1
+    await predictions.predict(replace(CONTEXT, stage_facts=(replace(facts, threads=8),)), METHODS)
+    assert len(asked) == 2
