@@ -1,6 +1,8 @@
 """Predicts what jobs take and cost: the meta-model's predictions, calibrated by the jobs that were served."""
 
 import math
+import statistics
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
@@ -14,28 +16,31 @@ from selector.heuristic import predicted_cost
 from selector.task import PORTFOLIO, Method, TaskContext
 
 MAX_CALIBRATIONS: Final = 1000
-CALIBRATION_RATE: Final = 0.2
-"""Smoothing factor of the calibration's moving average."""
+CALIBRATING_JOBS: Final = 9
+"""The last jobs whose median error calibrates predictions."""
 
 
 class Calibration:
-    """Moving average of the log ratio of measured to predicted cost, by model, kind of task, hardware and stages.
+    """Median of the last log ratios of measured to predicted cost, by model, kind of task, hardware and stages.
 
-    Predictions are in the seconds of the heuristic's reference machine. Time and computing are apart.
+    Predictions are in the seconds of the heuristic's reference machine. Time and computing are apart. Stages state
+    their own computing, and peers with the same hardware share a calibration: a few false figures must not move it.
     """
 
     def __init__(self) -> None:
-        self._offsets: FIFOCache[tuple[object, ...], float] = FIFOCache(MAX_CALIBRATIONS)
+        self._errors: FIFOCache[tuple[object, ...], deque[float]] = FIFOCache(MAX_CALIBRATIONS)
 
     def of(self, context: TaskContext) -> float:
-        """Return the offset of predicted logarithms of cost; 0 before the first job."""
-        return self._offsets.get(self._key(context), 0.0)
+        """Return the offset of predicted logarithms of cost; 0 before the first job.
+
+        Of the two in the middle of an even number it is the one that is nearer to what was predicted.
+        """
+        errors = self._errors.get(self._key(context))
+        return min(statistics.median_low(errors), statistics.median_high(errors), key=abs) if errors else 0.0
 
     def update(self, context: TaskContext, error: float) -> None:
         """Add the error of one prediction without offset."""
-        key = self._key(context)
-        known = self._offsets.get(key)
-        self._offsets[key] = error if known is None else known + CALIBRATION_RATE * (error - known)
+        self._errors.setdefault(self._key(context), deque(maxlen=CALIBRATING_JOBS)).append(error)
 
     @staticmethod
     def _key(context: TaskContext) -> tuple[object, ...]:

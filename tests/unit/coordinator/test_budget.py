@@ -119,7 +119,8 @@ async def test_cost_of_a_route_of_several_prices(virtual_clock: MockClock) -> No
         seconds = [stage.statistics.compute_s for stage in result.route]
         assert result.cost is not None
         assert result.cost.actual == pytest.approx(sum(a * b for a, b in zip(prices, seconds, strict=True)))
-        assert result.cost.predicted == pytest.approx(result.cost.actual, rel=0.25)
+        # Both stages' times are of one route, whose total alone is measured: the dear one's share is not known exactly.
+        assert result.cost.predicted == pytest.approx(result.cost.actual, rel=0.3)
 
 
 async def test_a_price_counts_beside_a_stage_without_a_capability_record(virtual_clock: MockClock) -> None:

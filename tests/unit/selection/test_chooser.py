@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.coordinator.method_choice import SelectionRequest, Votes
+from node.coordinator.method_choice import OverBudget, SelectionRequest, Votes
 from node.coordinator.submission import JobOutcome, Selection
 from node.coordinator.trial import Spending
 from node.selection.chooser import LearnedChoice, LearnedChooser
@@ -297,6 +297,31 @@ async def test_jobs_with_a_named_method_calibrate_predictions(virtual_clock: Moc
     choice = await chooser.choose(compute_request(BASELINE, is_free=False))
     assert choice.predicted_cost(BASELINE.name) == pytest.approx(3.0)
     assert not chooser.decisions, "nothing was left open"
+
+
+@pytest.mark.parametrize("lie_s", [1e-6, 1e9])
+@pytest.mark.parametrize("honest", [1, 4, 20])
+async def test_false_computing_of_a_job_does_not_decide_what_a_budget_admits(
+    lie_s: float, honest: int, virtual_clock: MockClock
+) -> None:
+    chooser, request = LearnedChooser(PredictionCache(), random.Random(1)), compute_request(BASELINE, is_free=False)
+
+    async def serve(compute_s: float) -> None:
+        choice = await chooser.choose(request)
+        choice.ballot([], equally)
+        done = JobOutcome(
+            job_id=JobId("cd" * 16), method=BASELINE.name, completion_tokens=16, total_s=4.0, replays=0, compute_s=1.5
+        )
+        chooser.served(choice, replace(done, compute_s=compute_s))
+
+    for compute_s in (*[1.5] * honest, lie_s):
+        await serve(compute_s)
+    await chooser.choose(replace(request, budget=2.0))
+    with pytest.raises(OverBudget):
+        await chooser.choose(replace(request, budget=0.9))
+    for compute_s in (lie_s, 1.5, 1.5):
+        await serve(compute_s)
+    await chooser.choose(replace(request, budget=2.0))
 
 
 GUESSING = method(engine="onnxruntime", prefix_cache="on", speculation="ngram-8").name
