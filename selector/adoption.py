@@ -32,6 +32,11 @@ MAX_ROUNDS: Final = max(ROUNDS_WITH_LOOKS)
 
 _BEYOND_TIE: Final = MARGIN + 1e-6
 
+BELIEVED: Final = math.log(2)
+"""Natural logarithm: so much better for a candidate than their times here may be what stages state of their computing,
+and so much worse for the method in use.
+"""
+
 MAX_LOSS: Final = 0.7
 """Natural logarithm: no job explores a method that is expected to cost more than twice as much."""
 
@@ -85,6 +90,18 @@ def is_better(differences: Sequence[float]) -> bool | None:
     if mean + ROUNDS_WITH_LOOKS[looks[-1]] * error < 0:
         return mean < -MARGIN
     return False if mean - error > -MARGIN or count >= MAX_ROUNDS else None
+
+
+def believed(stated: Sequence[float], measured: Sequence[float], *, is_used: bool) -> list[float]:
+    """Return the ratios of computing that a trial believes, within a factor of two of what this node's clock says.
+
+    `stated`, `measured`: by round, the logarithms of a method's computing over the baseline's, as the stages state it,
+    and of its time. Of these the median counts, as a job beside it may slow a run down. A stage can make a method look
+    good only by making a candidate cheap, or the one in use dear (`is_used`); the other way the time need not show what
+    is true: speculation that computes more saves round trips.
+    """
+    bound = statistics.median(measured) + (BELIEVED if is_used else -BELIEVED)
+    return [min(each, bound) if is_used else max(each, bound) for each in stated]
 
 
 def is_decided(used: str, log_ratios: Mapping[str, Sequence[float]]) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from node.coordinator.observation import ServedJob
 from node.coordinator.submission import JobError, JobErrorCode
 from protocol.identity import Stage
-from protocol.measurements import MIN_TOTAL_S, Objective, ObservationKind, QualityBound, compute_s_of
+from protocol.measurements import MIN_TOTAL_S, Objective, ObservationKind, QualityBound
 from selector.task import Method
 from selector.workloads import TrialWorkload
 
@@ -44,7 +44,7 @@ class Spending:
         """Add a run that took so many seconds; `run` has those of its jobs that ended, `is_done` says whether all."""
         facts = (each for job in run.jobs for each in job.context.stage_facts)
         self.threads = max(self.threads, *(each.busy_threads for each in facts), 1)
-        is_stated = is_done and all(compute_s_of(job.result.route) for job in run.jobs)
+        is_stated = is_done and run.is_stated
         self.spent_s += min(seconds, run.compute_s) if is_stated else seconds
         self.processor_s += self.threads * (run.compute_s if is_stated else max(seconds, run.compute_s))
 
@@ -140,6 +140,11 @@ class Run:
     def compute_s(self) -> float:
         """The computing of all jobs, on all stages."""
         return sum(stage.statistics.compute_s for job in self.jobs for stage in job.result.route)
+
+    @property
+    def is_stated(self) -> bool:
+        """Whether every stage has stated what it computed for every job."""
+        return all(stage.statistics.steps for job in self.jobs for stage in job.result.route)
 
     @property
     def route(self) -> frozenset[Stage]:

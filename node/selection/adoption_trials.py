@@ -1,7 +1,7 @@
 """Adoption trials: a few short jobs of each method, taken alternately on the same route."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from node.coordinator.observation import ServedJob
@@ -9,7 +9,7 @@ from node.coordinator.trial import Run, Spending, TrialSpec
 from node.coordinator.trial_runner import BenchmarkRunner
 from node.selection.trial_scheduler import TrialRequest
 from protocol.measurements import Objective, ObservationKind, QualityBound, TaskKind
-from selector.adoption import ROUNDS_WITH_LOOKS, is_decided
+from selector.adoption import ROUNDS_WITH_LOOKS, believed, is_decided
 from selector.task import baseline_of
 from selector.workloads import TrialWorkload
 
@@ -32,27 +32,35 @@ class AdoptionTrials:
     async def run(self, request: TrialRequest, spending: Spending) -> Mapping[str, Sequence[float]]:
         """Compare methods with the baseline; see TrialRunner.
 
-        The cost of a whole job is extrapolated from the short jobs' TTFT and TPOT.
+        The cost of a whole job is extrapolated from the short jobs' TTFT and TPOT. Computing is what the stages state
+        of themselves, `believed` within limits.
         """
         context = request.context
         # At given prices the cheapest method is the one that computes least.
         is_latency = context.objective == Objective.LATENCY
         objective = Objective.LATENCY if is_latency else Objective.THROUGHPUT
 
-        def log_cost(run: Run) -> float:
-            if objective is not Objective.LATENCY:
-                return math.log(run.cost_s(objective))
-            return math.log(run.ttft_s + run.tpot_s * (context.max_tokens - 1))
+        def whole_s(run: Run) -> float:
+            return run.ttft_s + run.tpot_s * (context.max_tokens - 1)
+
+        def log_ratios(name: str, runs: Sequence[Run], plain: Sequence[Run]) -> list[float]:
+            def ratios(cost_s: Callable[[Run], float]) -> list[float]:
+                return [math.log(cost_s(run) / cost_s(base)) for run, base in zip(runs, plain, strict=True)]
+
+            if is_latency:
+                return ratios(whole_s)
+            stated = ratios(lambda run: run.cost_s(objective))
+            measured = ratios(lambda run: run.cost_s(Objective.LATENCY))
+            return believed(stated, measured, is_used=name == request.in_use)
 
         def other_hardware(job: ServedJob) -> str | None:
             is_other = job.context.hardware != context.hardware
             return "the stages of the jobs are gone, and others have other hardware" if is_other else None
 
         def enough(rounds: Sequence[Mapping[str, Run]]) -> bool:
-            costs = [{name: log_cost(run) for name, run in runs.items()} for runs in rounds]
-            plain = baseline_of(request.in_use).name
-            names = costs[0].keys() - {plain}
-            return is_decided(request.in_use, {name: [each[name] - each[plain] for each in costs] for name in names})
+            runs = {name: [each[name] for each in rounds] for name in rounds[0]}
+            plain = runs.pop(baseline_of(request.in_use).name)
+            return is_decided(request.in_use, {name: log_ratios(name, of, plain) for name, of in runs.items()})
 
         trial = await self._trials.run(
             TrialSpec(
@@ -78,9 +86,8 @@ class AdoptionTrials:
             )
         )
 
-        baseline = [log_cost(run) for run in trial.baseline.runs]
         return {
-            tried.method.name: [log_cost(run) - base for run, base in zip(tried.runs, baseline, strict=True)]
+            tried.method.name: log_ratios(tried.method.name, tried.runs, trial.baseline.runs)
             for tried in trial.methods
             if tried.error is None
         }
