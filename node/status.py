@@ -339,9 +339,11 @@ class StatusView:
 
     def learning(self) -> LearningDocument:
         """Return how the history grew, and how past choices turned out."""
+        chooser = self._parts.selection.chooser
         return {
             "samples": self._samples.all(),
-            "past": past_decisions(self._parts.selection.chooser.decisions, CHARTED_DECISIONS),
+            "past": past_decisions(chooser.decisions, CHARTED_DECISIONS),
+            "late_predictions": chooser.predictions.late,
         }
 
     async def sample_loop(self) -> None:

@@ -389,6 +389,7 @@ class LearningDocument(TypedDict):
 
     samples: list[Sample]
     past: PastDecisions
+    late_predictions: int
 
 
 class JoinDocument(TypedDict):

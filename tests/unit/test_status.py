@@ -1,6 +1,7 @@
 """Status documents of peers: refusals, failures, what they hold, and bans."""
 
 import math
+import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any, cast
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from node.api.interface import JoinDocument
 from node.models.files import MIN_FREE_BYTES
 from node.models.manifest import Manifest
 from node.network.interface import Way
 from node.replication.peer_limits import Ban
+from node.selection.chooser import LearnedChooser
+from node.selection.prediction_cache import PredictionCache
 from node.stages.peer_penalties import SessionTotals, StagePeerStatistics
 from node.status import MAX_GAPS, MAX_OTHER_MODELS, StatusView
 from node.swarm.directory import AnnouncedPlacements, Directory
@@ -24,6 +28,7 @@ from protocol.identity import BlockRange, ModelId, PeerId, peer_id_from_public_k
 from protocol.messages import Load, RefusalReason
 from selector.reliability import PeerRecord
 from selector.routing import Link, Links
+from selector.task import BASELINE, TaskContext, method
 
 US, CONNECTED, HEARSAY, GONE = (peer_id_from_public_key(bytes([number]) * 32) for number in range(4))
 MODEL = ModelId("ab" * 32)
@@ -142,6 +147,26 @@ def view_of_models(
     )
     no_command: JoinDocument = {"here": None, "elsewhere": None}
     return StatusView(cast("Any", parts), [], Telemetry(lambda model: "tiny"), lambda serve: no_command, data_dir)
+
+
+async def test_learning_counts_choices_whose_prediction_came_too_late(
+    nursery: trio.Nursery, virtual_clock: MockClock
+) -> None:
+    async def never(context: TaskContext) -> Mapping[str, tuple[float, float]]:
+        del context
+        await trio.sleep_forever()
+        raise AssertionError
+
+    predictions = PredictionCache()
+    view = view_of_models(Directory(own_peer=US, connected=list), {}, cast("Any", None))
+    cast("Any", view)._parts.selection = SimpleNamespace(chooser=LearnedChooser(predictions, random.Random(1)))
+    context, methods = TaskContext(architecture="fake"), [BASELINE, method(engine="fused")]
+    await predictions.predict(context, methods)
+    assert view.learning()["late_predictions"] == 0, "the heuristic is all that there is"
+    predictions.set_predictor(never, 10)
+    nursery.start_soon(predictions.run)
+    await predictions.predict(context, methods)
+    assert view.learning()["late_predictions"] == 1
 
 
 async def test_full_disk_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

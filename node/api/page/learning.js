@@ -7,7 +7,7 @@ import { count, duration, method, plural, timeOfDay } from "./format.js";
 /** Draw the charts. `selection`: of `/swarm/status`. */
 export const drawLearning = onChange((learning, selection, observations) => {
   const { samples, past } = learning;
-  setText(find("learning-note"), noteOf(selection));
+  setText(find("learning-note"), noteOf(selection) + lateOf(learning));
   find("charts").replaceChildren(history(samples, observations), outcomes(past), regret(past));
 });
 
@@ -17,6 +17,10 @@ function noteOf(selection) {
     : "no meta-model yet: the heuristic decides";
   return `${basis} · ${plural(selection.explored_jobs, "job")} explored · ${plural(selection.trials, "trial")} · ` +
     `${duration(selection.budget_left_s)} left for trying methods`;
+}
+
+function lateOf({ late_predictions: late }) {
+  return late ? ` · ${plural(late, "prediction")} came too late for a choice or vote` : "";
 }
 
 function history(samples, observations) {

@@ -20,6 +20,7 @@ from node.api.interface import (
     LearningDocument,
     ModelDocument,
     NodeStatus,
+    PastDecisions,
     PeerStatus,
     Sample,
     SelectionStatus,
@@ -232,7 +233,8 @@ class FakeNode:
 
     def learning(self) -> LearningDocument:
         sample: Sample = {"at": 1_700_000_000.0, "observations": 7, "peers": 2, "jobs": 2, "regret_s": 0.5}
-        return {"samples": [sample], "past": {"jobs": 0, "typical_error": None, "mean_regret_s": 0.0, "recent": []}}
+        past: PastDecisions = {"jobs": 0, "typical_error": None, "mean_regret_s": 0.0, "recent": []}
+        return {"samples": [sample], "past": past, "late_predictions": 2}
 
     def join(self, serve: ServeSpec | None) -> JoinDocument:
         return {"here": f"metaswarm node --serve {serve or 'tiny'}", "elsewhere": None}
