@@ -198,7 +198,6 @@ def build_network(config: NodeConfig, database: Database, devices: Sequence[Devi
         # Measured once for all nodes of this user: the figures are the machine's.
         inventory=Inventory(
             data_dir=config.cache_dir,
-            models_dir=config.cache_dir,
             traffic=traffic,
             threads=config.threads,
             accelerators=tuple(each.accelerator for each in devices if each.accelerator),

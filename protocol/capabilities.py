@@ -165,7 +165,7 @@ class Capabilities:
     software: Software
     accelerators: Annotated[tuple[Accelerator, ...], Count(MAX_ACCELERATORS)] = ()
     disk_read_bytes_per_s: BytesPerSecond | None = None
-    """Where models are stored, past the operating system's cache."""
+    """Of the disk of models; no longer measured, as nothing depends on it, but accepted from peers of before."""
     links: Links = Links()
     price: Price | None = None
     """Of a second of computing; None: 1."""

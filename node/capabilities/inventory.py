@@ -34,7 +34,7 @@ STARTING_S: Final = 60.0
 OTHERS_TURN_S: Final = 5.0
 """Poll interval while another node measures this machine."""
 
-Benchmark = Callable[[Path, int], Awaitable[Measurements]]
+Benchmark = Callable[[int], Awaitable[Measurements]]
 
 _logger = structlog.get_logger(__name__)
 
@@ -46,7 +46,6 @@ class Inventory:
         self,
         *,
         data_dir: Path,
-        models_dir: Path,
         traffic: TrafficMeter,
         threads: int | None = None,
         accelerators: tuple[Accelerator, ...] = (),
@@ -54,13 +53,12 @@ class Inventory:
         read_facts: Callable[[], Capabilities] = probe,
         benchmark: Benchmark = run_benchmark,
     ) -> None:
-        """Measure with `threads` threads, or one for each physical core, and the disk in `models_dir`.
+        """Measure with `threads` threads, or one for each physical core.
 
         `data_dir`: stores the measurements; the nodes of one machine may share it. `accelerators`: the devices of
         the engines, if not the CPU; others are not announced. `price`: of a second of computing.
         """
         self._data_dir = data_dir
-        self._models_dir = models_dir
         self._traffic = traffic
         self._threads = threads
         self._accelerators = accelerators
@@ -121,7 +119,7 @@ class Inventory:
                     stored = await trio.to_thread.run_sync(load_measurements, self._data_dir, identifier)
                     if stored is not None and (best is None or stored.cpu_share > best.cpu_share):
                         return stored
-                    measured = await self._benchmark(self._models_dir, threads)
+                    measured = await self._benchmark(threads)
                     _logger.info("machine measured", cpu_share=round(measured.cpu_share, 2), gaps=measured.gaps)
                     if best is None or measured.cpu_share > best.cpu_share:
                         await trio.to_thread.run_sync(save_measurements, self._data_dir, identifier, measured)
@@ -136,5 +134,4 @@ def _with_measurements(facts: Capabilities, measured: Measurements) -> Capabilit
         facts,
         processor=dataclasses.replace(facts.processor, throughput=measured.cpu),
         accelerators=tuple(figures.get(each, each) for each in facts.accelerators),
-        disk_read_bytes_per_s=measured.disk_read_bytes_per_s,
     )

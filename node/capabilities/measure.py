@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Self
+from typing import Annotated, ClassVar, Final, Self
 
 import structlog
 
@@ -15,7 +15,6 @@ from node.util.child_process import ChildError, run
 from node.util.interpreter import python
 from protocol.capabilities import MAX_ACCELERATORS, Accelerator, Throughput
 from protocol.errors import RemoteProtocolError
-from protocol.figures import BytesPerSecond
 from protocol.forms import Share
 from protocol.schema import Count, Form, from_map, to_map
 
@@ -43,13 +42,14 @@ def _gap(value: object, _what: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
-    """Results of the benchmark."""
+    """Results of the benchmark. Fields of stored ones that are measured no longer are skipped."""
+
+    extensible: ClassVar[bool] = True
 
     cpu: Throughput
     cpu_share: Share
     """The benchmark's fraction of the processor time that it asked for; if low, the CPU's figures are too low."""
     accelerators: Annotated[tuple[Accelerator, ...], Count(MAX_ACCELERATORS)]
-    disk_read_bytes_per_s: BytesPerSecond | None
     gaps: Annotated[tuple[Annotated[str, Form(_gap)], ...], Count(MAX_GAPS)] = ()
     """Measurements that failed, one line each."""
 
@@ -63,14 +63,14 @@ class Measurements:
 
 
 async def run_benchmark(
-    directory: Path, threads: int, *, command: Sequence[str] = BENCHMARK, time_limit_s: float = TIME_LIMIT_S
+    threads: int, *, command: Sequence[str] = BENCHMARK, time_limit_s: float = TIME_LIMIT_S
 ) -> Measurements:
-    """Measure this machine with `threads` threads, and the disk in `directory`.
+    """Measure this machine with `threads` threads.
 
     Takes five seconds at idle priority in a child process, which is killed after `time_limit_s` and on cancellation.
     Raises MeasurementError.
     """
-    arguments = [*command, "--directory", str(directory), "--threads", str(threads)]
+    arguments = [*command, "--threads", str(threads)]
     try:
         return Measurements.parse(await run(arguments, what="the benchmark", time_limit_s=time_limit_s))
     except ChildError as error:

@@ -14,19 +14,13 @@ from protocol.capabilities import Accelerator, Capabilities, Throughput
 from tests.support.capabilities import EPYC, H100, peer_of
 
 FACTS = replace(
-    EPYC,
-    processor=replace(EPYC.processor, throughput=Throughput()),
-    disk_read_bytes_per_s=None,
-    memory=replace(EPYC.memory, total_bytes=1 << 45),
+    EPYC, processor=replace(EPYC.processor, throughput=Throughput()), memory=replace(EPYC.memory, total_bytes=1 << 45)
 )
 
 
 def measurements(share: float) -> Measurements:
     return Measurements(
-        cpu=Throughput(fp32_flop_per_s=share * 1e9),
-        cpu_share=share,
-        accelerators=(H100, replace(H100, name="another")),
-        disk_read_bytes_per_s=1e9,
+        cpu=Throughput(fp32_flop_per_s=share * 1e9), cpu_share=share, accelerators=(H100, replace(H100, name="another"))
     )
 
 
@@ -34,15 +28,15 @@ class FakeBenchmark:
     """Takes three seconds, and finds the machine as busy as it is told."""
 
     def __init__(self, shares: Sequence[float | str]) -> None:
-        self.asked: list[tuple[Path, int]] = []
+        self.asked: list[int] = []
         self.asked_at_s: list[float] = []
         self.known_before: list[float | None] = []
         self.started = trio.Event()
         self.inventory: Inventory | None = None
         self._shares = iter(shares)
 
-    async def __call__(self, directory: Path, threads: int) -> Measurements:
-        self.asked.append((directory, threads))
+    async def __call__(self, threads: int) -> Measurements:
+        self.asked.append(threads)
         self.asked_at_s.append(trio.current_time())
         if self.inventory is not None:
             self.known_before.append(fp32(self.inventory))
@@ -60,7 +54,6 @@ def inventory(
     benchmark = FakeBenchmark(shares)
     made = Inventory(
         data_dir=tmp_path,
-        models_dir=tmp_path / "models",
         traffic=TrafficMeter(),
         threads=threads,
         accelerators=accelerators,
@@ -91,8 +84,7 @@ async def test_facts_precede_measurements(tmp_path: Path, virtual_clock: MockClo
         assert fp32(found) is None
     assert fp32(found) == pytest.approx(0.9e9)
     assert known(found).accelerators == ()
-    assert known(found).disk_read_bytes_per_s == 1e9
-    assert benchmark.asked == [(tmp_path / "models", FACTS.processor.physical_cores)]
+    assert benchmark.asked == [FACTS.processor.physical_cores]
 
 
 async def test_only_the_accelerator_in_use_is_announced(tmp_path: Path, virtual_clock: MockClock) -> None:
@@ -140,7 +132,7 @@ async def test_changed_thread_count_is_measured_again(tmp_path: Path, virtual_cl
     await first.run()
     second, benchmark = inventory(tmp_path, 0.8, threads=1)
     await second.run()
-    assert benchmark.asked == [(tmp_path / "models", 1)]
+    assert benchmark.asked == [1]
 
 
 async def test_measurement_of_a_busy_machine_is_repeated(tmp_path: Path, virtual_clock: MockClock) -> None:
@@ -209,13 +201,7 @@ async def test_failed_measurement_is_repeated(tmp_path: Path, virtual_clock: Moc
 
 async def test_links_and_free_memory_are_current(tmp_path: Path, virtual_clock: MockClock) -> None:
     traffic = TrafficMeter()
-    found = Inventory(
-        data_dir=tmp_path,
-        models_dir=tmp_path,
-        traffic=traffic,
-        read_facts=lambda: FACTS,
-        benchmark=FakeBenchmark([0.9]),
-    )
+    found = Inventory(data_dir=tmp_path, traffic=traffic, read_facts=lambda: FACTS, benchmark=FakeBenchmark([0.9]))
     await found.run()
     assert known(found).links.neighbours == ()
     traffic.round_trip(peer_of(5), 0.1)
