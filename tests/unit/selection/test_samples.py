@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from node.selection import samples
-from node.selection.samples import read_samples
+from node.selection.samples import read_samples, sample_of
 from node.storage.database import open_database
 from node.storage.history import HistoryStore
-from protocol.measurements import ObservationKind
+from protocol.measurements import Objective, ObservationKind
+from protocol.messages import SessionStatistics
 from protocol.observations import BUCKET_S, SignedObservation, sign_observation
 from tests.support.observations import NOW_S, key, observation, peer, signed
 
@@ -68,3 +69,13 @@ async def test_half_of_what_is_learned_from_may_be_own(tmp_path: Path) -> None:
     others = [signed(number, observer=number, issued_at_s=EARLIER_S) for number in range(40, 60)]
     found = await observers_read(tmp_path, *known, *others)
     assert [observer for observer, _ in found].count(peer(OWN)) == 10
+
+
+def test_job_whose_stage_has_not_stated_its_computing_is_no_sample_of_computing() -> None:
+    made = observation(1)
+    made = replace(made, workload=replace(made.workload, objective=Objective.THROUGHPUT))
+    first, *others = made.route
+    missing = replace(made, route=(replace(first, statistics=SessionStatistics()), *others))
+    assert sample_of(made) is not None
+    assert sample_of(missing) is None
+    assert sample_of(replace(missing, workload=replace(made.workload, objective=Objective.LATENCY))) is not None
