@@ -391,7 +391,8 @@ class Coordinator:
         for peer in liars:
             self._planner.failed(peer, dead=False)
         is_background = job.request.background  # then it waits for users' jobs, which says nothing of the stages
-        if job.kind is not TaskKind.SCORE and not is_background:  # its rows take longer on the last stage
+        # Rows of a job that is scored take longer on the last stage.
+        if done.is_only_route and job.kind is not TaskKind.SCORE and not is_background:
             self._planner.measured(job.need(), stages, done.route.loads(), timing_of(done))
         is_measured = bool(
             job.kind is not TaskKind.SCORE or job.output.scored or job.output.tokens

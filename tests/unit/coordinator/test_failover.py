@@ -332,3 +332,23 @@ async def test_draft_outside_the_vocabulary_costs_the_drafting_stage_alone(
         assert [stage.peer for stage in result.route] == [each.id for each in honest]
         assert {name for name, record in peer.coordinator.peer_records().items() if record.failed} == {liar.id}
         assert faults_at(*honest) == [0, 0, 0]
+
+
+async def test_learns_no_speed_from_a_job_that_lost_a_stage(virtual_clock: MockClock) -> None:
+    """The stages that stay have counted what they computed on both routes, of which one's time is known."""
+    async with open_swarm() as swarm, trio.open_nursery() as nursery:
+        peer = await swarm_without_spares(swarm)
+        await peer.run(REQUEST)
+        known = {each: record.block_s for each, record in peer.coordinator.peer_records().items()}
+        assert all(known.values())
+
+        def lose() -> None:
+            swarm.hub.kill(swarm.peers[1].id)
+            nursery.start_soon(swarm.join, THIRDS[1])
+
+        result, _ = await lose_in_mid_job(peer, lose)
+        assert isinstance(result, JobResult)
+        assert result.replays == 1
+        records = peer.coordinator.peer_records()
+        assert {each: records[each].block_s for each in known} == known
+        assert not records[swarm.peers[-1].id].block_s
