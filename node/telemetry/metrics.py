@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from node.coordinator.job_report import JobReport
 from node.stages.session_report import SessionReport
 from node.telemetry.requests import RequestReport
+from protocol.measurements import Objective, compute_s_of
 
 MAX_LABEL_VALUES: Final = 64
 OTHER: Final = "other"
@@ -79,7 +80,7 @@ class NodeMetrics:
             *("method_choices_total", "Jobs done, by the method that the votes agreed on, and by what predicted it."),
             *("method", "basis", "explored"),
         )
-        self._ratio = histogram("job_cost_ratio", "Measured cost of a job over the predicted one.", _RATIOS)
+        self._ratio = histogram("job_cost_ratio", "Measured over predicted cost of jobs that lost no stage.", _RATIOS)
         self._regret = counter("regret_seconds_total", "Predicted cost over that of the best method, of all jobs.")
         self._queue = histogram(
             "stage_queue_seconds", "Time that rows waited for the engine of a span.", _STEP_SECONDS, "model", "phase"
@@ -125,8 +126,10 @@ class NodeMetrics:
             method = self._method_label(result.method.name)
             self._choices.labels(method, selection.basis, str(selection.explored).lower()).inc()
             self._regret.inc(max(0.0, selection.regret_s))
-            if selection.predicted_s > 0:
-                self._ratio.observe(result.timing.total_s / selection.predicted_s)
+            is_latency = report.request.objective is Objective.LATENCY  # else what is predicted is computing
+            measured_s = result.timing.total_s if is_latency else compute_s_of(result.route)
+            if selection.predicted_s > 0 and measured_s > 0 and not report.replays:
+                self._ratio.observe(measured_s / selection.predicted_s)
 
     def on_step(self, model: str, compute_s: float) -> None:
         """Count a step of an engine here: its own figures are those of one worker process, which may end."""

@@ -1,10 +1,13 @@
 from dataclasses import replace
 
+import pytest
 from prometheus_client import generate_latest
 
 from node.coordinator.job_report import JobReport
-from node.coordinator.submission import JobErrorCode, JobRequest
+from node.coordinator.submission import JobErrorCode, JobRequest, Selection
 from node.telemetry.metrics import MAX_LABEL_VALUES, BoundedLabel, NodeMetrics
+from protocol.measurements import Objective
+from protocol.messages import SessionStatistics
 from protocol.tensors import Pooling
 from tests.unit.api.fakes import JOB, make_result
 
@@ -43,6 +46,44 @@ def test_counts_tokens_and_times_of_a_job() -> None:
         'metaswarm_cached_prompt_tokens_total{model="tiny"} 2.0',
     ):
         assert line in found
+
+
+def chosen(objective: Objective, replays: int = 0) -> JobReport:
+    """Return the report of a job for which a method was chosen, at a predicted cost of 0.25 seconds."""
+    selection = Selection(
+        basis="rule",
+        experiences=0,
+        predictions={},
+        accepted=(),
+        explored=False,
+        confidence=None,
+        probes=(),
+        predicted_s=0.25,
+        predicted_speedup=1.0,
+        regret_s=0.0,
+    )
+    request = replace(REPORT.request, objective=objective)
+    result = replace(make_result("x", (1, 2)), selection=selection)
+    return replace(REPORT, request=request, result=result, replays=replays)
+
+
+@pytest.mark.parametrize(
+    ("objective", "measured_s"), [(Objective.LATENCY, 0.5), (Objective.THROUGHPUT, 0.3), (Objective.COST, 0.3)]
+)
+def test_cost_ratio_is_of_what_the_objective_predicts(objective: Objective, measured_s: float) -> None:
+    metrics = NodeMetrics()
+    metrics.on_job(chosen(objective))
+    metrics.on_job(chosen(objective, replays=1))
+    ratio = metrics.registry.get_sample_value("metaswarm_job_cost_ratio_sum")
+    assert ratio == pytest.approx(measured_s / 0.25), "and the one that lost a stage is left out"
+
+
+def test_cost_ratio_needs_what_every_stage_computed() -> None:
+    metrics, job = NodeMetrics(), chosen(Objective.COST)
+    assert job.result is not None
+    stages = [replace(job.result.route[0], statistics=SessionStatistics()), *job.result.route[1:]]
+    metrics.on_job(replace(job, result=replace(job.result, route=tuple(stages))))
+    assert metrics.registry.get_sample_value("metaswarm_job_cost_ratio_count") == 0
 
 
 def test_embeddings_have_no_first_token() -> None:
