@@ -145,6 +145,14 @@ class ResumableState:
     counters: SessionCounters = field(default_factory=SessionCounters)
     timings: StepTimings | None = None
     """Once the coordinator has asked for them."""
+    reported_bytes: tuple[int, int] = 0, 0
+    """What came in and went out for sessions of it that have ended: counters go on when another continues one."""
+
+    def report_bytes(self) -> tuple[int, int]:
+        """Return what came in and went out since the last report."""
+        (before_in, before_out), counters = self.reported_bytes, self.counters
+        self.reported_bytes = counters.bytes_in, counters.bytes_out
+        return counters.bytes_in - before_in, counters.bytes_out - before_out
 
     @property
     def replay_from(self) -> int:

@@ -425,6 +425,7 @@ class SpanTable:
 
 
 def _report_of(session: StageSession, method: Method, outcome: str, error: FailureReason | None) -> SessionReport:
+    bytes_in, bytes_out = session.state.report_bytes()
     return SessionReport(
         job=session.id.job,
         request_id=session.request.request_id,
@@ -440,6 +441,6 @@ def _report_of(session: StageSession, method: Method, outcome: str, error: Failu
         ended_s=trio.current_time(),
         cached_rows=session.cached_rows,
         phases=session.phases,
-        bytes_in=session.state.counters.bytes_in,
-        bytes_out=session.state.counters.bytes_out,
+        bytes_in=bytes_in,
+        bytes_out=bytes_out,
     )

@@ -90,6 +90,26 @@ async def test_reports_a_done_job_and_its_sessions(virtual_clock: MockClock) -> 
         assert reports.slices == sum(each.phases.prefill.steps + each.phases.decode.steps for each in reports.sessions)
 
 
+async def test_bytes_of_a_continued_session_are_reported_once(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer, reports = await watched_swarm(swarm)
+        await peer.run(replace(REQUEST, max_tokens=40))
+        (whole,) = (report for report in reports.sessions if report.blocks.start == 0)
+        reports.sessions.clear()
+        count = 0
+        async with peer.coordinator.submit(replace(REQUEST, max_tokens=40)) as events:
+            async for event in events:
+                count += isinstance(event, TextDelta)
+                if count == 20 and isinstance(event, TextDelta):
+                    swarm.hub.kill(swarm.peers[1].id)
+                    await swarm.join((5, 9))
+        former, successor = (report for report in reports.sessions if report.blocks.start == 0)
+        assert former.bytes_in + former.bytes_out > 0
+        # All tokens, and all outputs for the new stage, come once more.
+        assert successor.bytes_in == whole.bytes_in
+        assert successor.bytes_out == whole.bytes_out
+
+
 async def test_reports_each_end_once(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer, reports = await watched_swarm(swarm)
