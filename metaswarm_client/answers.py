@@ -11,7 +11,7 @@ from metaswarm_client.errors import SwarmError, UnexpectedAnswerError, error_in_
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One peer's part of a route: blocks `start` to `end`, exclusive. Costs are None where nothing was computed."""
+    """One peer's part of a route: blocks `start` to `end`, exclusive. Costs are None where it stated none."""
 
     peer: str
     start: int
@@ -96,12 +96,13 @@ class Cost:
     """Seconds of computing on each stage times the price of its peer.
 
     `predicted`: for all of `max_tokens`, when the job was admitted, as its budget was compared; None where nothing was.
+    `actual`: None where a stage has not stated what it computed.
     """
 
     objective: str
     budget: float | None
     predicted: float | None
-    actual: float
+    actual: float | None
 
 
 @dataclass(frozen=True, slots=True)

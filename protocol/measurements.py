@@ -216,7 +216,7 @@ class StageObservation:
 
     `hardware`: the class of machine, as the stage reports it; countersigned with the statistics. `round_trip_s`:
     between observer and stage, None where unknown. `countersignature`: None where the stage was lost before it could
-    sign; its statistics then rest on the observer's signature alone.
+    sign; its statistics then rest on the observer's signature alone. Those without a step: it has not stated its own.
     """
 
     peer: PeerId
@@ -225,6 +225,11 @@ class StageObservation:
     statistics: Annotated[SessionStatistics, ARRAY]
     round_trip_s: Nullable[Seconds] = None
     countersignature: Nullable[Signature] = None
+
+    @property
+    def is_stated(self) -> bool:
+        """Whether the stage has stated what it did: one that served has computed a step."""
+        return self.statistics.steps > 0
 
 
 def compute_s_of(route: Iterable[StageObservation]) -> float:

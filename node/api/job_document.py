@@ -14,8 +14,13 @@ def describe_job(result: JobResult) -> dict[str, Any]:
     return {
         "job_id": result.job_id,
         "route": [
-            {"peer": stage.peer, "start": stage.blocks.start, "end": stage.blocks.end}
-            | {"compute_s": stage.statistics.compute_s, "queue_s": stage.statistics.queue_s}
+            {
+                "peer": stage.peer,
+                "start": stage.blocks.start,
+                "end": stage.blocks.end,
+                "compute_s": stage.statistics.compute_s if stage.is_stated else None,
+                "queue_s": stage.statistics.queue_s if stage.is_stated else None,
+            }
             for stage in result.route
         ],
         "method": {"name": method.name, "switches": dict(method.switches), "stage_policy": dict(method.stage_policy)},

@@ -173,6 +173,10 @@ def make_report(completion: "Completion", peers: Sequence["LocalPeer"], start_s:
     return completion.document() | {"stages": stages, "start_s": start_s}
 
 
+def _duration(seconds: float | None) -> str:
+    return "-" if seconds is None else format_duration(seconds)
+
+
 def _print_report(report: dict[str, Any]) -> None:
     from selector.task import baseline_of
 
@@ -181,7 +185,7 @@ def _print_report(report: dict[str, Any]) -> None:
     for number, stage in enumerate(report["stages"], 1):
         host_and_port = ":".join(stage["multiaddr"].split("/")[2:5:2])
         blocks = f"{stage['start']}-{stage['end']}"
-        table.add_row(str(number), stage["peer"], blocks, host_and_port, format_duration(stage["compute_s"]))
+        table.add_row(str(number), stage["peer"], blocks, host_and_port, _duration(stage["compute_s"]))
     click.echo("\n")
     out().print(table)
     votes = len(report["consensus"]["votes"])

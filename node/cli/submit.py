@@ -195,4 +195,5 @@ def _cost_summary(cost: Mapping[str, Any] | None) -> str:
         return ""
     predicted = "" if cost["predicted"] is None else f", predicted up to {cost['predicted']:.3g}"
     within = "" if cost["budget"] is None else f", budget {cost['budget']:.3g}"
-    return f"; cost {cost['actual']:.3g}{predicted}{within}"
+    actual = "unknown" if cost["actual"] is None else f"{cost['actual']:.3g}"
+    return f"; cost {actual}{predicted}{within}"

@@ -391,9 +391,10 @@ class Coordinator:
         for peer in liars:
             self._planner.failed(peer, dead=False)
         is_background = job.request.background  # then it waits for users' jobs, which says nothing of the stages
-        # Rows of a job that is scored take longer on the last stage.
-        if done.is_only_route and job.kind is not TaskKind.SCORE and not is_background:
-            self._planner.measured(job.need(), stages, done.route.loads(), timing_of(done))
+        is_only_route = done.request is done.route.request  # else stages may have stated what they did on others, too
+        is_scored = job.kind is TaskKind.SCORE  # its rows take longer on the last stage
+        if is_only_route and result.is_stated and not (is_scored or is_background):
+            self._planner.measured(job.need(), stages, done.route.loads(), timing_of(done, result))
         is_measured = bool(
             job.kind is not TaskKind.SCORE or job.output.scored or job.output.tokens
         )  # one token has none
@@ -403,14 +404,14 @@ class Coordinator:
             objective=job.request.objective,
             budget=job.request.budget,
             predicted=done.request.choice.predicted_cost(result.method.name),
-            actual=cost_of(result.route, done.route.request.prices),
+            actual=cost_of(result.route, done.route.request.prices) if result.is_stated else None,
         )
         result = replace(result, selection=selection, cost=cost)
         job.output.result = result
         served = served_of(job, done, result)
         if job.on_served is not None:
             job.on_served(served)
-        elif self._recorder is not None and is_measured:
+        elif self._recorder is not None and is_measured and result.is_stated:
             await self._recorder.record(served)
         return result
 

@@ -50,23 +50,18 @@ _logger = structlog.get_logger(__name__)
 class ClosedRoute(NamedTuple):
     """The last route of a job that is done, and what all of its routes add up to.
 
-    `request`: of the first route. `closed`: the final word of each stage. `rounds`: messages with tokens on all routes. `replays`: stages that were
-    lost and replaced. `cached_tokens`: of the prompt, found in prefix caches by the first route. `trace`: where the job
-    asked for one.
+    `request`: of the first one that was begun. `closed`: the final word of each stage, None where it did not come.
+    `rounds`: messages with tokens on all routes. `replays`: stages that were lost and replaced. `cached_tokens`: of the
+    prompt, found in prefix caches by the first route. `trace`: where the job asked for one.
     """
 
     route: OpenRoute
     request: SessionRequest
-    closed: tuple[Closed, ...]
+    closed: tuple[Closed | None, ...]
     rounds: int
     replays: int
     cached_tokens: int
     trace: JobTrace | None = None
-
-    @property
-    def is_only_route(self) -> bool:
-        """Whether no other route was begun before it: else its stages may have counted what they did on those, too."""
-        return self.request is self.route.request
 
 
 class ResilientRoute:

@@ -12,9 +12,9 @@ from node.coordinator.planner import RouteTiming
 from node.coordinator.route import OpenRoute
 from node.coordinator.submission import Consensus, JobResult, Timing, Usage, Vote
 from protocol.errors import RemoteProtocolError
-from protocol.identity import PeerId
+from protocol.identity import PeerId, Stage
 from protocol.measurements import MethodInForce, StageObservation, check_statistics
-from protocol.messages import FinishReason, Opened, SessionStatistics
+from protocol.messages import Closed, FinishReason, Opened, SessionStatistics
 
 _logger = structlog.get_logger(__name__)
 
@@ -52,16 +52,7 @@ def result_of(job: Job, done: ClosedRoute, text: str, finish: FinishReason) -> J
             tpot_s=decode_s / (token_count - 1) if token_count > 1 else 0.0,
             total_s=output.last_token_s - job.began_s,
         ),
-        route=tuple(
-            StageObservation(
-                peer=stage.peer,
-                blocks=stage.blocks,
-                hardware=closed.hardware,
-                statistics=closed.statistics,
-                countersignature=closed.countersignature,
-            )
-            for stage, closed in zip(route.stages, done.closed, strict=True)
-        ),
+        route=tuple(map(_observed, route.stages, done.closed)),
         method=MethodInForce(switches=dict(method.switches), stage_policy=_stage_policy(route.answers)),
         consensus=Consensus(
             votes=votes_of(route),
@@ -72,6 +63,21 @@ def result_of(job: Job, done: ClosedRoute, text: str, finish: FinishReason) -> J
         ),
         replays=done.replays,
         trace=done.trace,
+    )
+
+
+def _observed(stage: Stage, closed: Closed | None) -> StageObservation:
+    """Return what is known of a stage's part in a job: nothing of its cost where its final word did not come."""
+    if closed is None:
+        return StageObservation(
+            peer=stage.peer, blocks=stage.blocks, hardware="unknown", statistics=SessionStatistics()
+        )
+    return StageObservation(
+        peer=stage.peer,
+        blocks=stage.blocks,
+        hardware=closed.hardware,
+        statistics=closed.statistics,
+        countersignature=closed.countersignature,
     )
 
 
@@ -115,7 +121,7 @@ def served_of(job: Job, done: ClosedRoute, result: JobResult) -> ServedJob:
     return ServedJob(result=result, manifest=job.model.manifest, job=done.route.job, context=context)
 
 
-def timing_of(done: ClosedRoute) -> RouteTiming:
+def timing_of(done: ClosedRoute, result: JobResult) -> RouteTiming:
     """Return the times that measure the stages' speed, where there were enough rounds or rows to measure."""
     route = done.route
     total_s = max(1e-9, route.last_token_s - route.began_s)
@@ -126,7 +132,7 @@ def timing_of(done: ClosedRoute) -> RouteTiming:
         round_s=round_s,
         prompt_s=route.first_token_s - route.began_s if is_measured else 0.0,
         prompt_rows=route.begun_rows if is_measured else (),
-        busy=tuple(min(1.0, (c.statistics.compute_s + c.statistics.queue_s) / total_s) for c in done.closed),
+        busy=tuple(min(1.0, (s.statistics.compute_s + s.statistics.queue_s) / total_s) for s in result.route),
     )
 
 

@@ -21,19 +21,7 @@ from node.stages.voter import TableVersion
 from protocol.codec import adapted, minor_of
 from protocol.identity import JobId, PeerId, SessionId, Stage
 from protocol.limits import MAX_STEP_BYTES
-from protocol.messages import (
-    Ballot,
-    Begin,
-    Closed,
-    FailureReason,
-    Load,
-    Open,
-    Opened,
-    RefusalReason,
-    SessionStatistics,
-    Slice,
-    Step,
-)
+from protocol.messages import Ballot, Begin, Closed, FailureReason, Load, Open, Opened, RefusalReason, Slice, Step
 from protocol.reports import ProgressRequest
 from protocol.tensors import DType, Tensor, tensor_from_tokens
 from selector.task import Method
@@ -309,15 +297,14 @@ class OpenRoute:
                 nursery.start_soon(link.probe, timeout_s)
                 nursery.start_soon(ask, stage, link)
 
-    async def close(self) -> tuple[Closed, ...]:
-        """Close every stage, within a bounded time even under cancellation; return each one's statistics."""
+    async def close(self) -> tuple[Closed | None, ...]:
+        """Close every stage, within a bounded time even under cancellation; return what each one answered in it."""
         self._link_pool.receivers.pop(self._sink, None)
         for unwatch in self._unwatch:
             unwatch()
         for source in self._sources:
             source.forget(self._sink)
-        sessions = [SessionId(self.job, stage) for stage in range(len(self.stages))]
-        closed = [Closed(session=session, statistics=SessionStatistics()) for session in sessions]
+        closed: list[Closed | None] = [None] * len(self.stages)
 
         async def close_stage(stage: int) -> None:
             closed[stage] = await self._links[stage].close(SessionId(self.job, stage))

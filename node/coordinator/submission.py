@@ -302,13 +302,13 @@ class Cost:
     """The cost of a job: the seconds of computing on each stage times the price of its peer.
 
     `predicted`: for all of its `max_tokens`, when it was admitted; None where nothing was. `budget`: as requested.
-    `actual`: without the stages that were lost.
+    `actual`: without the stages that were lost; None where a stage has not stated what it computed.
     """
 
     objective: Objective
     budget: float | None
     predicted: float | None
-    actual: float
+    actual: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -382,6 +382,11 @@ class JobResult:
     """Of the prompt, f32, not normalised, where it was asked for."""
     trace: JobTrace | None = None
     """Where the job asked for one."""
+
+    @property
+    def is_stated(self) -> bool:
+        """Whether every stage has stated what the job cost there; if not, nothing is learned from it."""
+        return all(stage.is_stated for stage in self.route)
 
 
 JobEvent = JobStarted | PromptScored | TextDelta | JobResult

@@ -144,7 +144,7 @@ class Run:
     @property
     def is_stated(self) -> bool:
         """Whether every stage has stated what it computed for every job."""
-        return all(stage.statistics.steps for job in self.jobs for stage in job.result.route)
+        return all(job.result.is_stated for job in self.jobs)
 
     @property
     def route(self) -> frozenset[Stage]:
@@ -154,6 +154,6 @@ class Run:
 
     @property
     def is_invalid(self) -> bool:
-        """Whether a stage was lost, or the jobs took several routes, which may differ in speed."""
-        replayed = any(job.result.replays for job in self.jobs)
-        return replayed or len({tuple(stage.peer for stage in job.result.route) for job in self.jobs}) > 1
+        """Whether a stage was lost or did not state its cost, or the jobs took routes that may differ in speed."""
+        is_whole = self.is_stated and not any(job.result.replays for job in self.jobs)
+        return not is_whole or len({tuple(stage.peer for stage in job.result.route) for job in self.jobs}) > 1

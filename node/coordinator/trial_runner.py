@@ -61,7 +61,7 @@ MAX_CUTS: Final = 2
 """How often a run that began in a gap ends for a job that comes; then it goes on beside the jobs, too."""
 
 MAX_INVALID: Final = 3
-"""Rounds that may be invalid, by a changed route or a lost stage, before the trial gives up."""
+"""Rounds that may be invalid, by a changed route or a stage that is lost or silent, before the trial gives up."""
 
 WARM_UP_TOKENS: Final = 2
 
@@ -185,8 +185,6 @@ class _TrialRuns:
                 runs[method.name] = await self._run_with_retry(self.spec.workload, method)
             routes = {run.route for run in runs.values()}
             is_valid = len(routes) == 1 and not any(run.is_invalid for run in runs.values())
-            is_of_times = set(self.spec.objectives) == {Objective.LATENCY}
-            is_valid = is_valid and (is_of_times or all(run.is_stated for run in runs.values()))
             if is_valid and (not rounds or routes <= {run.route for run in rounds[0].values()}):
                 rounds.append(runs)
                 missing = self.spec.rounds - len(rounds)
@@ -196,8 +194,7 @@ class _TrialRuns:
                 continue
             rounds, invalid = [runs] if is_valid else rounds, invalid + 1  # another route: the comparison begins anew
             if invalid > MAX_INVALID:
-                what = "changed" if is_of_times else "changed, or did not state their computing,"
-                message = f"the stages of the route {what} in {invalid} rounds, so that methods cannot be compared"
+                message = f"stages changed or did not state their cost in {invalid} rounds: methods cannot be compared"
                 raise JobError(JobErrorCode.FAILED, f"{message}: try again later")
         return rounds
 

@@ -30,7 +30,6 @@ from protocol.messages import (
     Pong,
     Refused,
     Reroute,
-    SessionStatistics,
     Step,
     TokenHistory,
 )
@@ -187,24 +186,23 @@ class OutboundLink(JobLink):
         if self._connection.session_state(session) is not SessionState.OPEN:
             raise LinkBroken(self.peer, self.broken or "the session was lost before it began")
 
-    async def close(self, session: SessionId) -> Closed:
-        """Close a session that we opened and return what it cost. Raises nothing for a link that is gone.
+    async def close(self, session: SessionId) -> Closed | None:
+        """Close a session that we opened and return what it cost, None where that is not known. Raises nothing.
 
         Close is sent before this waits for anything: the caller may have little time left, and the other side holds
         memory until it receives it.
         """
-        unknown = Closed(session=session, statistics=SessionStatistics())
         try:
             state = self._connection.session_state(session)
             if state in {SessionState.IDLE, SessionState.CLOSING}:
-                return unknown
+                return None
             if state is SessionState.FAILED:
                 self._send_now(Close(session=session))  # confirms the other side's Failed; it has no answer
-                return unknown
+                return None
             answer = await self._request(Close(session=session))
         except LinkBroken:
-            return unknown
-        return answer if isinstance(answer, Closed) else unknown
+            return None
+        return answer if isinstance(answer, Closed) else None
 
     async def _request(self, message: Open | Close) -> Opened | Refused | Closed | Failed:
         session = message.session

@@ -38,8 +38,9 @@ def log_job(report: JobReport) -> None:
     if (result := report.result) is not None:
         fields["finish_reason"] = result.finish_reason.value
         fields["cached_tokens"] = result.usage.cached_tokens
-        fields["queue_s"] = _seconds(sum(stage.statistics.queue_s for stage in result.route))
-        fields["compute_s"] = _seconds(sum(stage.statistics.compute_s for stage in result.route))
+        if result.is_stated:
+            fields["queue_s"] = _seconds(sum(stage.statistics.queue_s for stage in result.route))
+            fields["compute_s"] = _seconds(sum(stage.statistics.compute_s for stage in result.route))
     if report.error is not None:
         fields["error"] = report.error.value
     if report.reason:

@@ -40,7 +40,9 @@ def job_schema(types: TypeSchemas) -> dict[str, Any]:
     texts = {"type": "object", "additionalProperties": STRING}
     return record(
         job_id=STRING,
-        route=array(record(peer=STRING, start=INTEGER, end=INTEGER, compute_s=NUMBER, queue_s=NUMBER)),
+        route=array(
+            record(peer=STRING, start=INTEGER, end=INTEGER, compute_s=nullable(NUMBER), queue_s=nullable(NUMBER))
+        ),
         method=record(name=STRING, switches=texts, stage_policy=texts),
         consensus=types.of(Consensus),
         timing=types.of(Timing),

@@ -120,12 +120,13 @@ function drawStages(cell, job) {
   if (cell.drawn === key) return;
   cell.drawn = key;
   const stages = measured ?? job.route;
+  const isStated = (stage) => typeof stage.compute_s === "number"; // null: the stage did not say what it cost
   const longest = Math.max(1e-9, ...stages.map((stage) => (stage.compute_s ?? 0) + (stage.queue_s ?? 0)));
   const width = (seconds) => `${Math.round((100 * seconds) / longest)}%`;
   cell.replaceChildren(el("div", { class: "stages" }, ...stages.map((stage) => {
-    const times = measured ? `compute ${duration(stage.compute_s)}, queue ${duration(stage.queue_s)}` : "";
+    const times = isStated(stage) ? `compute ${duration(stage.compute_s)}, queue ${duration(stage.queue_s)}` : "";
     const bar = el("div", { class: "bar" });
-    if (measured) {
+    if (isStated(stage)) {
       for (const [kind, seconds] of [["compute", stage.compute_s], ["queue", stage.queue_s]]) {
         const part = el("i", { class: `time-${kind}` });
         part.style.width = width(seconds);
@@ -133,7 +134,7 @@ function drawStages(cell, job) {
       }
     }
     const title = `blocks ${blocks(stage)} on ${stage.peer}${times ? `: ${times}` : ""}`;
-    return el("div", { class: "stage", title }, `${blocks(stage)}${measured ? ` ${duration(stage.compute_s + stage.queue_s)}` : ""}`,
+    return el("div", { class: "stage", title }, `${blocks(stage)}${isStated(stage) ? ` ${duration(stage.compute_s + stage.queue_s)}` : ""}`,
       bar, el("span", { class: "hidden" }, times));
   })));
 }

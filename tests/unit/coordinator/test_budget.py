@@ -42,6 +42,13 @@ class Market:
         return self.results[-1]
 
 
+def actual_cost(result: JobResult) -> float:
+    """Return what a job cost, which all its stages have stated."""
+    assert result.cost is not None
+    assert result.cost.actual is not None
+    return result.cost.actual
+
+
 @asynccontextmanager
 async def market(share: float = 0.0, **shape: Any) -> AsyncIterator[Market]:
     chooser = LearnedChooser(PredictionCache(), random.Random(1), share=share)
@@ -62,10 +69,8 @@ async def test_objective_decides_between_a_fast_and_a_cheap_peer(virtual_clock: 
         quick, frugal = await swarm.run(objective=Objective.LATENCY), await swarm.run(objective=Objective.COST)
         assert [each.peer for each in quick.route] == [swarm.fast.id]
         assert [each.peer for each in frugal.route] == [swarm.slow.id]
-        assert quick.cost is not None
-        assert frugal.cost is not None
         assert quick.timing.total_s < frugal.timing.total_s
-        assert quick.cost.actual > frugal.cost.actual
+        assert actual_cost(quick) > actual_cost(frugal)
         least = await swarm.run(objective=Objective.THROUGHPUT)  # whatever its price, it computes least
         assert [each.peer for each in least.route] == [swarm.fast.id]
 
@@ -73,20 +78,18 @@ async def test_objective_decides_between_a_fast_and_a_cheap_peer(virtual_clock: 
 async def test_budget_binds_and_costs_are_predicted(virtual_clock: MockClock) -> None:
     async with market() as swarm:
         quick, frugal = await swarm.run(objective=Objective.LATENCY), await swarm.run(objective=Objective.COST)
-        assert quick.cost is not None
-        assert frugal.cost is not None
-        rich = await swarm.run(budget=1.5 * quick.cost.actual)
+        rich = await swarm.run(budget=1.5 * actual_cost(quick))
         assert [each.peer for each in rich.route] == [swarm.fast.id]
-        poor = await swarm.run(budget=1.5 * frugal.cost.actual)
+        poor = await swarm.run(budget=1.5 * actual_cost(frugal))
         assert [each.peer for each in poor.route] == [swarm.slow.id]
         assert poor.cost is not None
-        assert poor.cost.budget == 1.5 * frugal.cost.actual
+        assert poor.cost.budget == 1.5 * actual_cost(frugal)
         with pytest.raises(JobError, match="the cheapest is") as refused:
-            await swarm.run(budget=0.1 * frugal.cost.actual)
+            await swarm.run(budget=0.1 * actual_cost(frugal))
         assert refused.value.code is JobErrorCode.OVER_BUDGET
-        costs = [each.cost for each in swarm.results[6:] if each.cost is not None]
-        off = [abs(each.predicted / each.actual - 1) for each in costs if each.predicted is not None]
-        assert len(off) == len(costs)
+        jobs = [(each.cost.predicted, actual_cost(each)) for each in swarm.results[6:] if each.cost is not None]
+        off = [abs(predicted / actual - 1) for predicted, actual in jobs if predicted is not None]
+        assert len(off) == len(jobs)
         assert statistics.median(off) < 0.25
 
 
@@ -133,10 +136,9 @@ async def test_a_price_counts_beside_a_stage_without_a_capability_record(virtual
         job = JobRequest(model="fake", prompt_tokens=(1,) * 40, max_tokens=16, ignore_eos=True)
         result = await client.run(job)
         first, second = (stage.statistics.compute_s for stage in result.route)
-        assert result.cost is not None
-        assert result.cost.actual == pytest.approx(FAST_PRICE * first + second)
+        assert actual_cost(result) == pytest.approx(FAST_PRICE * first + second)
         with pytest.raises(JobError) as refused:
-            await client.run(replace(job, budget=result.cost.actual / 4))
+            await client.run(replace(job, budget=actual_cost(result) / 4))
         assert refused.value.code is JobErrorCode.OVER_BUDGET
 
 
