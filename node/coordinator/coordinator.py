@@ -357,7 +357,7 @@ class Coordinator:
         finish: FinishReason | None = None
         while finish is None:
             sampled = await route.next_token()
-            job.output.add(sampled.token, trio.current_time())
+            job.output.add(sampled.token, sampled.arrived_s)  # the client may be slow to read it
             self._record_progress(job, route, entry)
             self._prompts.release(job.claim)
             finish = sampled.finish_reason
@@ -378,13 +378,14 @@ class Coordinator:
         """Return the result of a job that wants no text, with the embedding if it wants that."""
         is_embedding = job.kind is TaskKind.EMBED
         embedding = await route.embedding() if is_embedding else None
-        job.output.first_token_s = job.output.last_token_s = trio.current_time()
         finish = FinishReason.STOP if is_embedding else FinishReason.LENGTH
         return replace(await self._finish(job, route, "", finish), embedding=embedding)
 
     async def _finish(self, job: Job, route: ResilientRoute, text: str, finish: FinishReason) -> JobResult:
         """Close the route, learn from the job, record it, and return its result."""
         done = await route.finish()
+        if not job.output.tokens:  # then the embedding or the last scores count
+            job.output.first_token_s = job.output.last_token_s = done.route.last_token_s or trio.current_time()
         stages = done.route.stages
         result, liars = without_impossible_statistics(result_of(job, done, text, finish))
         self._planner.served(stage.peer for stage in stages if stage.peer not in liars)

@@ -200,7 +200,7 @@ class ResilientRoute:
         """Wait for the last stage; where a stage is lost or wants to leave, replace it first. Raises JobError."""
         while True:
             route = self._open_route()
-            if leaving := route.leaving - self._asked_to_leave:
+            if (leaving := route.leaving - self._asked_to_leave) and not route.is_complete:
                 await self._replace_leaving(leaving)
                 continue
             try:
@@ -289,6 +289,7 @@ class ResilientRoute:
             self._begin(route, tokens)
             if self._tracer is not None:
                 route.on_tokens = partial(self._tracer.on_tokens, route)
+                route.is_kept_open = True  # for the timings of the last tokens
                 await self._tracer.collect(route)
             await self._monitor.send_prompt(route, tokens)
         except RouteRejected as rejected:

@@ -63,6 +63,8 @@ class OpenRoute:
         """and the progress of all stages."""
         self.on_tokens: Callable[[int, int, float], None] = lambda position, tokens, now_s: None
         """Called with the position and the number of tokens that arrived, and the time."""
+        self.is_kept_open = False
+        """Whether stages keep their sessions until `close`, though the output is complete."""
         self.leaving: set[PeerId] = set()
         """Peers on the route that want to leave."""
         self.rounds = 0
@@ -102,13 +104,16 @@ class OpenRoute:
         return False
 
     def receive(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
-        """Receive what the last stage sends: tokens, scores, or an embedding."""
-        if self._lost or self._stalled:
+        """Receive what the last stage sends: tokens, scores, or an embedding.
+
+        Once that is complete the stages free the session, however slowly the client reads it.
+        """
+        if self._lost or self._stalled or self.is_complete:
             return
         self._sources.add(link)
         self.last_token_s = now_s = trio.current_time()
         try:
-            outputs = self._reader.read(part, tensor)
+            outputs = self._reader.read(part, tensor, now_s)
             drawn = sum(not isinstance(output, PromptScores) for output in outputs)
             if drawn:
                 self.rounds += 1
@@ -121,6 +126,10 @@ class OpenRoute:
                 self.detector.token(part.position + tensor.rows - 1, now_s, is_fed_back=drawn > 0)
         except (ValueError, trio.WouldBlock):
             self.lose(SessionLost(link.peer, link.peer, FailureReason.ENGINE, "sent invalid output"))
+        else:
+            if self._reader.is_complete and not self.is_kept_open:
+                for stage, opened in self._links.items():
+                    opened.send_close(SessionId(self.job, stage))
         link.consumed(part.session, len(tensor.data))
 
     def lose(self, lost: SessionLost) -> None:
@@ -133,6 +142,11 @@ class OpenRoute:
         """Give the job up: `next_output` raises the error after the tokens that have come."""
         self._stalled = error
         self._outputs_in.close()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all output has arrived, though maybe nobody has taken it yet."""
+        return self._reader.is_complete
 
     @property
     def has_output(self) -> bool:

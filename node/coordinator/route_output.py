@@ -9,10 +9,11 @@ from protocol.tensors import Tensor, TokenLogprobs, drawn_tokens, embedding_from
 
 
 class SampledToken(NamedTuple):
-    """A token as it arrived from the last stage."""
+    """A token as it arrived from the last stage, at `arrived_s`, trio's clock."""
 
     token: int
     finish_reason: FinishReason | None
+    arrived_s: float
     logprobs: TokenLogprobs | None = None
 
 
@@ -38,6 +39,8 @@ class OutputReader:
         self._vocabulary_size = vocabulary_size
         self._unscored: Sequence[int] | None = None if sampling.prompt_logprobs else ()
         """The tokens of the prompt whose scores are to come next; None before that is known."""
+        self.is_complete = False
+        """Whether nothing is to come any more."""
         self.most = sampling.max_tokens + (sampling.prompt_length if sampling.prompt_logprobs else 0)
 
     def begin(self, tokens: Sequence[int]) -> None:
@@ -45,10 +48,12 @@ class OutputReader:
         if self._sampling.prompt_logprobs:
             self._unscored = tokens[1 : self._sampling.prompt_length]
 
-    def read(self, part: Slice, tensor: Tensor) -> list[LastStageOutput]:
-        """Return the outputs in a message. Raises ValueError."""
+    def read(self, part: Slice, tensor: Tensor, now_s: float) -> list[LastStageOutput]:
+        """Return the outputs in a message that has just arrived. Raises ValueError."""
         if self._sampling.pooling is not None:
-            return [embedding_from_tensor(tensor)]
+            embedding = embedding_from_tensor(tensor)
+            self.is_complete = True
+            return [embedding]
         if self._unscored is None:
             raise ValueError("scores of a prompt that was not sent yet")
         count = min(len(self._unscored), tensor.rows)
@@ -58,7 +63,9 @@ class OutputReader:
         tokens = drawn_tokens(drawn)
         self._check(tokens)
         finish = [*[None] * (len(tokens) - 1), part.finish_reason] if tokens else []
-        return [*scores, *(SampledToken(*each) for each in zip(tokens, finish, logprobs, strict=True))]
+        self.is_complete = bool(finish[-1]) if finish else not (self._unscored or self._sampling.max_tokens)
+        times = [now_s] * len(tokens)
+        return [*scores, *(SampledToken(*each) for each in zip(tokens, finish, times, logprobs, strict=True))]
 
     def _read_scores(self, part: Slice, tensor: Tensor, unscored: Sequence[int]) -> list[PromptScores]:
         if not tensor.rows:

@@ -155,7 +155,8 @@ class OutboundLink(JobLink):
 
     def __init__(self, stream: Stream, agent: str, buffers: LinkBuffers | None = None) -> None:
         super().__init__(stream, Role.INITIATOR, agent, buffers)
-        self._replies: dict[SessionId, _Reply[Opened | Refused | Closed | Failed]] = {}
+        self._openings: dict[SessionId, _Reply[Opened | Refused | Failed]] = {}
+        self._closings: dict[SessionId, _Reply[Closed | Refused | Failed]] = {}
         self._progress_replies: dict[SessionId, _Reply[Progress]] = {}
         self._timings_replies: dict[SessionId, _Reply[Timings]] = {}
         self._watchers: dict[SessionId, dict[object, Callable[[SessionLost], None]]] = {}
@@ -164,7 +165,19 @@ class OutboundLink(JobLink):
 
     async def open(self, message: Open) -> Opened:
         """Open a session. Raises SessionRefused, or LinkBroken also when no answer arrives in time."""
-        answer = await self._request(message)
+        session = message.session
+        reply = self._openings[session] = _Reply()
+        try:
+            await self.send(message)
+            with trio.fail_after(ANSWER_TIMEOUT_S):
+                await reply.arrived.wait()
+        except trio.TooSlowError:
+            raise LinkBroken(self.peer, f"no answer to Open within {ANSWER_TIMEOUT_S:.0f} s") from None
+        finally:
+            del self._openings[session]
+        answer = reply.value
+        if answer is None:
+            raise LinkBroken(self.peer, self.broken or "connection lost")
         if isinstance(answer, Refused):
             raise SessionRefused(self.peer, answer)
         if not isinstance(answer, Opened):
@@ -186,43 +199,30 @@ class OutboundLink(JobLink):
         if self._connection.session_state(session) is not SessionState.OPEN:
             raise LinkBroken(self.peer, self.broken or "the session was lost before it began")
 
-    async def close(self, session: SessionId) -> Closed | None:
-        """Close a session that we opened and return what it cost, None where that is not known. Raises nothing.
+    def send_close(self, session: SessionId) -> None:
+        """Close a session that we opened; `close` returns the answer. Raises nothing, also for a link that is gone.
 
-        Close is sent before this waits for anything: the caller may have little time left, and the other side holds
-        memory until it receives it.
+        Close is sent at once: the caller may have little time left, and the other side holds memory until it arrives.
         """
-        try:
-            state = self._connection.session_state(session)
-            if state in {SessionState.IDLE, SessionState.CLOSING}:
-                return None
-            if state is SessionState.FAILED:
-                self._send_now(Close(session=session))  # confirms the other side's Failed; it has no answer
-                return None
-            answer = await self._request(Close(session=session))
-        except LinkBroken:
-            return None
-        return answer if isinstance(answer, Closed) else None
+        state = self._connection.session_state(session)
+        if self.broken or state in {SessionState.IDLE, SessionState.CLOSING}:
+            return
+        if state is not SessionState.FAILED:  # else it confirms the other side's Failed, and has no answer
+            self._closings[session] = _Reply()
+        self._send_now(Close(session=session))
 
-    async def _request(self, message: Open | Close) -> Opened | Refused | Closed | Failed:
-        session = message.session
-        reply = self._replies[session] = _Reply()
+    async def close(self, session: SessionId) -> Closed | None:
+        """Close a session, unless `send_close` has, and return what it cost; None where that is not known."""
+        if session not in self._closings:
+            self.send_close(session)
+        if (reply := self._closings.get(session)) is None:
+            return None
         try:
-            if isinstance(message, Close):
-                self._send_now(message)
-            else:
-                await self.send(message)
-            with trio.fail_after(ANSWER_TIMEOUT_S):
+            with trio.move_on_after(ANSWER_TIMEOUT_S):
                 await reply.arrived.wait()
-        except trio.TooSlowError:
-            why = f"no answer to {type(message).__name__} within {ANSWER_TIMEOUT_S:.0f} s"
-            raise LinkBroken(self.peer, why) from None
         finally:
-            if self._replies.get(session) is reply:
-                del self._replies[session]
-        if reply.value is None:
-            raise LinkBroken(self.peer, self.broken or "connection lost")
-        return reply.value
+            self._closings.pop(session, None)
+        return reply.value if isinstance(reply.value, Closed) else None
 
     def has_credit(self, session: SessionId, payload_bytes: int) -> bool:
         """Whether flow control lets so much of a session be sent; always on a broken link, which fails on use."""
@@ -328,8 +328,10 @@ class OutboundLink(JobLink):
                 raise AssertionError(f"the state tables let {message} through to an initiator")
 
     def _deliver(self, message: Opened | Refused | Closed | Failed) -> None:
-        if (reply := self._replies.get(message.session)) is not None:
-            reply.deliver(message)
+        if not isinstance(message, Closed) and (opening := self._openings.get(message.session)) is not None:
+            opening.deliver(message)
+        if not isinstance(message, Opened) and (closing := self._closings.get(message.session)) is not None:
+            closing.deliver(message)
 
     async def _liveness_loop(self) -> None:
         while True:
@@ -364,8 +366,8 @@ class OutboundLink(JobLink):
 
     def _on_broken(self) -> None:
         self._credit.unpark_all()
-        for reply in self._replies.values():
-            reply.arrived.set()
+        for arrived in [reply.arrived for replies in (self._openings, self._closings) for reply in replies.values()]:
+            arrived.set()
         watchers, self._watchers = self._watchers, {}
         lost = SessionLost(self.peer, self.peer, FailureReason.DOWNSTREAM, self.broken or "connection lost")
         for on_lost in [on_lost for of_session in watchers.values() for on_lost in of_session.values()]:

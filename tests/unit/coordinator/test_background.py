@@ -75,12 +75,12 @@ async def test_serial_client_beside_trials_has_one_kind_of_task(virtual_clock: M
 
 async def test_trial_is_given_up_where_the_jobs_of_others_never_end(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
-        peer = await swarm.join((0, 9), step_s=STEP_S)
+        peer = await swarm.join((0, 9), step_s=10 * STEP_S)
         busy = await swarm.join()
         await swarm.settle()
         trials = BenchmarkRunner(peer.coordinator, Recorder(Identity(b"3" * 32), ignore))
         spec = TrialSpec(model="fake", methods=[FUSED.name], workload=TrialWorkload(), kind=ObservationKind.PROBE)
-        async with busy.coordinator.submit(job(1)):
+        async with busy.coordinator.submit(job(1, tokens=500)):
             with trio.fail_after(BUSY_TIMEOUT_S + 60), pytest.raises(JobError) as caught:
                 await trials.run(spec)
         assert caught.value.code is JobErrorCode.FULL

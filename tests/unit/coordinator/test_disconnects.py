@@ -41,7 +41,7 @@ def left_behind(swarm: Swarm) -> list[str]:
             "sessions and positions": peer.held() if peer.held() != (0, 0) else None,
             "receivers": len(link_pool.receivers),
             "watchers": sum(len(link._watchers) for link in links),
-            "replies": sum(len(link._replies) + len(link._progress_replies) for link in links),
+            "replies": sum(len(link._openings) + len(link._closings) + len(link._progress_replies) for link in links),
             "sessions of links": sum(link._connection.session_count for link in links),
             "jobs": peer.coordinator.statistics.running,
         }

@@ -30,7 +30,7 @@ async def written(
     finish: FinishReason | None = None
     for count, token in enumerate(tokens, 1):
         limit = FinishReason.LENGTH if count == len(tokens) else None
-        _, finish = await output.add(SampledToken(token, None), limit)
+        _, finish = await output.add(SampledToken(token, None, 0.0), limit)
         if finish is not None:
             return output, finish, count
     raise AssertionError("a text ends")
@@ -88,7 +88,7 @@ async def test_log_probabilities_of_a_completion_spell_its_text() -> None:
     head, whole = (FALLBACK.encode(text, add_special_tokens=False) for text in ("The quick", WHOLE))
     output = OutputText(JobRequest(model="m", prompt="The quick", top_logprobs=0), model_of(FALLBACK), head)
     deltas = [
-        (await output.add(SampledToken(token, None, TokenLogprobs(token, -0.5, ())), None))[0]
+        (await output.add(SampledToken(token, None, 0.0, TokenLogprobs(token, -0.5, ())), None))[0]
         for token in whole[len(head) :]
     ]
     assert [delta.text for delta in deltas] == [each.text.decode() for delta in deltas for each in delta.logprobs]

@@ -102,11 +102,11 @@ async def test_variant_is_built_before_measuring(virtual_clock: MockClock) -> No
 
 async def test_assigned_trial_waits_until_peers_are_idle(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
-        trials, kept, _ = await trials_of(swarm)
+        trials, kept, _ = await trials_of(swarm, step_s=0.1)
         other = await swarm.join()
         await swarm.settle()
         async with trio.open_nursery() as nursery:
-            request = JobRequest(model="fake", prompt="1", max_tokens=8)
+            request = JobRequest(model="fake", prompt="1", max_tokens=700)
             async with other.coordinator.submit(request) as events:
                 nursery.start_soon(trials.run, spec(kind=ObservationKind.ASSIGNED))
                 await trio.sleep(60)
