@@ -15,7 +15,7 @@ from node.network.interface import NetworkError, Stream
 from protocol.connection import Admission, JobConnection
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import PeerId, SessionId
-from protocol.messages import Hello, Message, Ping, Pong
+from protocol.messages import Hello, Message, Ping, Pong, Step
 from protocol.states import Role, SessionState
 
 WINDOW_BYTES = 64 << 20
@@ -138,10 +138,17 @@ class JobLink(ABC):
             await self._queue.room.park()
 
     def _send_now(self, message: Message) -> None:
-        """Encode a message now, so that the order of calls is the order on the wire."""
+        """Encode a message now, so that the order of calls is that of states; see `JobConnection` for that on the wire.
+
+        A Ping overtakes nothing: its pong confirms that what was sent before has arrived.
+        """
         if self.broken:
             raise LinkBroken(self.peer, self.broken)
-        self._queue.put(self._connection.send(message))
+        pieces = self._connection.send(message)
+        if isinstance(message, Step):
+            self._queue.put(pieces)
+        else:
+            self._queue.put_control(pieces, overtakes=not isinstance(message, Ping))
 
     def forget(self, session: SessionId) -> None:
         """Drop the state of a session, unless it was opened over this very link: then it ends by Close."""

@@ -1,7 +1,7 @@
 """Memory limits of job links: frames that wait to be sent, and frames that have arrived in part."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
 
 import trio
@@ -63,7 +63,10 @@ class LinkBuffers:
 
 
 class SendQueue:
-    """Encoded frames of one link in the order of sending, bounded by its own and by the shared limit."""
+    """Encoded frames of one link in the order of sending, bounded by its own and by the shared limit.
+
+    Control messages overtake the pieces of the last step but its first: a Close need not wait behind megabytes of rows.
+    """
 
     def __init__(self, buffers: LinkBuffers) -> None:
         self.filled = Signal()
@@ -71,6 +74,8 @@ class SendQueue:
         """All bytes that were ever put in."""
         self._buffers = buffers
         self._pieces: deque[Piece] = deque()
+        self._chunks: deque[Piece] = deque()
+        """Those of the last step that may be overtaken: they come behind."""
         self._bytes = 0
         self.room = trio.lowlevel.ParkingLot()
         """Where senders wait until something was sent, or the link is broken."""
@@ -86,25 +91,32 @@ class SendQueue:
             return True
         return not self.is_full and self._buffers.outgoing_bytes + payload_bytes <= OUTBOXES_BYTES
 
-    def put(self, pieces: Iterable[Piece]) -> None:
-        """Append the pieces of a frame, whether or not there is room."""
-        size = 0
-        for piece in pieces:
-            self._pieces.append(piece)
-            size += len(piece)
+    def put(self, pieces: Sequence[Piece]) -> None:
+        """Append the pieces of a step, whether or not there is room."""
+        self._pieces += (*self._chunks, *pieces[:1])
+        self._chunks = deque(pieces[1:])
+        self._accept(pieces)
+
+    def put_control(self, pieces: Sequence[Piece], *, overtakes: bool) -> None:
+        """Append a control message, whether or not there is room. `overtakes`: the last step, all but its beginning."""
+        (self._pieces if overtakes else self._chunks or self._pieces).extend(pieces)
+        self._accept(pieces)
+
+    def _accept(self, pieces: Iterable[Piece]) -> None:
+        size = sum(map(len, pieces))
         self._count(size)
         self.accepted_bytes += size
         self.filled.set()
 
     def take(self) -> Piece | None:
         """Remove and return what is to be sent next: one piece, or the small ones that fit into a packet together."""
-        if not self._pieces:
-            return None
-        pieces = [self._pieces.popleft()]
-        size = len(pieces[0])
-        while self._pieces and size + len(self._pieces[0]) <= PACKET_BYTES:
-            pieces.append(self._pieces.popleft())
+        pieces: list[Piece] = []
+        size = 0
+        while (source := self._pieces or self._chunks) and (not pieces or size + len(source[0]) <= PACKET_BYTES):
+            pieces.append(source.popleft())
             size += len(pieces[-1])
+        if not pieces:
+            return None
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def on_sent(self, count: int) -> None:
@@ -116,6 +128,7 @@ class SendQueue:
         """Drop everything: the link is gone."""
         self._count(-self._bytes)
         self._pieces.clear()
+        self._chunks.clear()
 
     def _count(self, change: int) -> None:
         self._bytes += change

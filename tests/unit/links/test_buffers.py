@@ -51,3 +51,19 @@ def test_send_queue_joins_small_pieces_and_keeps_their_order() -> None:
     assert [len(data) for data in taken] == [2, 1 << 20, 1]
     assert b"".join(taken) == b"ab" + bytes(1 << 20) + b"c"
     assert queue.accepted_bytes == (1 << 20) + 3
+
+
+def test_control_messages_overtake_the_rows_of_a_step_and_no_step() -> None:
+    queue, sent = SendQueue(LinkBuffers()), bytearray()
+    queue.put([b"[1", b"1", b"1]"])
+    queue.put([b"[2", b"2", b"2]"])
+    queue.put_control([b" ping "], overtakes=False)
+    queue.put_control([b" close "], overtakes=True)
+    queue.put_control([b" open "], overtakes=True)
+    while (data := queue.take()) is not None:
+        sent += data
+        queue.on_sent(len(data))
+    assert sent == b"[111][2 close  open 22] ping "
+    assert queue.accepted_bytes == len(sent)
+    queue.put_control([b"close"], overtakes=True)
+    assert queue.take() == b"close", "there is nothing to overtake"
