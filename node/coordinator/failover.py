@@ -228,7 +228,7 @@ class ResilientRoute:
         if self._tracer is not None:
             await self._tracer.collect(route, CLOCK_SAMPLES)
             trace = self._tracer.trace()
-        closed = await route.close()
+        closed = await route.close(is_done=True)
         self._route = None
         self.is_finished = True
         if self._bad_request is not None:  # another stage could do what this one said was impossible

@@ -28,7 +28,10 @@ from selector.task import Method
 from selector.voting import tally
 
 CLOSE_TIMEOUT_S = 1.0
-"""How long the end of a job waits for its stages; a stage that misses it frees the session when the link breaks."""
+"""How long the end of a job waits for its stages, beside what slow links take.
+
+A stage that misses it frees the session when the link breaks, and has not stated what the job cost there.
+"""
 
 
 class RouteLost(Exception):
@@ -311,8 +314,11 @@ class OpenRoute:
                 nursery.start_soon(link.probe, timeout_s)
                 nursery.start_soon(ask, stage, link)
 
-    async def close(self) -> tuple[Closed | None, ...]:
-        """Close every stage, within a bounded time even under cancellation; return what each one answered in it."""
+    async def close(self, *, is_done: bool = False) -> tuple[Closed | None, ...]:
+        """Close every stage, within a bounded time even under cancellation; return what each one answered in it.
+
+        `is_done`: the answers are needed, so that slow links get more time.
+        """
         self._link_pool.receivers.pop(self._sink, None)
         for unwatch in self._unwatch:
             unwatch()
@@ -323,7 +329,8 @@ class OpenRoute:
         async def close_stage(stage: int) -> None:
             closed[stage] = await self._links[stage].close(SessionId(self.job, stage))
 
-        with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
+        slack_s = max((link.answer_slack_s for link in self._links.values()), default=0.0) if is_done else 0.0
+        with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S + slack_s, shield=True):
             async with trio.open_nursery() as nursery:
                 for stage in self._links:
                     nursery.start_soon(close_stage, stage)

@@ -357,12 +357,18 @@ class OutboundLink(JobLink):
         if (ping := self._pings.ping(self._queue.accepted_bytes, trio.current_time())) is not None:
             self._send_now(ping)
 
+    @property
+    def answer_slack_s(self) -> float:
+        """What to add to the time limit of an answer: it comes no sooner than round trips and what was sent allow."""
+        return min(MAX_SLACK_S, self._in_flight_s() + self._pings.slack_s)
+
     def _in_flight_s(self) -> float:
         return self._pings.in_flight_s(self._queue.accepted_bytes)
 
     def _on_hello(self) -> None:
         super()._on_hello()
         self._credit.unpark_all()  # from now on the window is known
+        self._ping()  # and soon the round trip
 
     def _on_broken(self) -> None:
         self._credit.unpark_all()

@@ -12,6 +12,7 @@ from node.coordinator.submission import JobOutcome, JobRequest, JobResult
 from node.coordinator.trial import Run
 from node.identity import Identity
 from node.links.inbound_link import InboundLink
+from node.testing.memory_links import LinkModel
 from protocol.identity import SessionId
 from protocol.messages import Closed
 from protocol.observations import SignedObservation
@@ -109,3 +110,11 @@ async def test_trial_does_not_compare_a_run_whose_cost_is_unknown(virtual_clock:
         assert not (await run()).is_invalid
         swarm.peers[1].stages.close = never  # type: ignore[method-assign]
         assert (await run()).is_invalid
+
+
+async def test_stage_behind_a_slow_link_has_time_to_state_its_cost(virtual_clock: MockClock) -> None:
+    async with open_swarm(link=LinkModel(latency_s=0.55)) as swarm:
+        result = await (await watched(swarm)).peer.run(REQUEST)
+        assert all(stage.statistics.steps for stage in result.route)
+        assert result.cost is not None
+        assert result.cost.actual

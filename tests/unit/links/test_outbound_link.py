@@ -40,13 +40,16 @@ FAILED = Failed(session=SESSION, reason=FailureReason.ENGINE, message="gone")
 async def running(
     nursery: trio.Nursery, wrap: Callable[[LoopbackStream], Stream] = lambda stream: stream
 ) -> tuple[OutboundLink, Stream, JobConnection]:
-    """Run a link whose other side the test plays."""
+    """Run a link whose other side the test plays; it has answered the first ping."""
     near, far = loopback_pair(PeerId(peer(1)), PROTOCOL_ID)
     link = OutboundLink(wrap(near), "test")
     nursery.start_soon(link.run)
     other = JobConnection(Role.RESPONDER, agent="test", window_bytes=WINDOW_BYTES)
     await send(far, other, Hello(agent="test", window_bytes=WINDOW_BYTES))
     await link.ready()
+    while not (pings := [message for message in await receive(far, other) if isinstance(message, Ping)]):
+        pass
+    await send(far, other, Pong(nonce=pings[0].nonce))
     return link, far, other
 
 
