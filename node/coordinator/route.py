@@ -101,6 +101,7 @@ class OpenRoute:
 
     def admit(self, part: Slice, dtype: DType, width: tuple[int, ...], link: InboundLink) -> bool:
         """Return whether a message has the form of the job's output; if not, its sender is lost."""
+        self._sources.add(link)  # also of what is not taken the link has an entry, which `close` removes
         if (dtype, width) == self.request.output_form and part.rows <= self._reader.most:
             return True
         self.lose(SessionLost(link.peer, link.peer, FailureReason.ENGINE, "sent invalid output"))
@@ -113,7 +114,6 @@ class OpenRoute:
         """
         if self._lost or self._stalled or self.is_complete:
             return
-        self._sources.add(link)
         self.last_token_s = now_s = trio.current_time()
         try:
             outputs = self._reader.read(part, tensor, now_s)

@@ -12,14 +12,17 @@ import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock
 
+from node.coordinator.route import OpenRoute
 from node.coordinator.submission import USUAL_TOKENS, JobError, JobErrorCode, JobRequest, JobResult, TextDelta
 from node.engine.activation_codec import encode_rows
 from node.engine.interface import SliceInput, StepResult
+from node.links.inbound_link import InboundLink
+from node.links.outbound_link import SessionLost
 from node.testing.fake_engine import FakeEngine, expected_tokens, fake_span_info
 from protocol.announcements import Placement
 from protocol.identity import BlockRange, Stage
-from protocol.messages import FinishReason
-from protocol.tensors import Tensor, tensor_from_tokens
+from protocol.messages import FailureReason, FinishReason, Slice
+from protocol.tensors import DType, Tensor, tensor_from_tokens
 from selector.task import method
 from tests.support.job_peers import BLOCKS, VOCABULARY, Peer, Swarm, open_swarm
 from tests.unit.coordinator.test_jobs import PROMPT, THIRDS, right_tokens
@@ -267,6 +270,39 @@ async def test_nothing_is_kept_of_what_a_stage_sent_whose_rows_are_rejected_late
             result = await peer.run(request)
         assert result.replays
         assert result.token_ids == expected_tokens(info, prompt, 5)
+
+
+@pytest.mark.parametrize("way", ["late", "invalid"])
+async def test_link_has_no_entry_of_an_output_that_was_not_taken(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """A link's table is bounded: entries that stay would end a link of long standing, with all jobs on it."""
+    links = set[InboundLink]()
+    admit, send_prompt = OpenRoute.admit, OpenRoute.send_prompt
+
+    def record(self: OpenRoute, part: Slice, dtype: DType, width: tuple[int, ...], link: InboundLink) -> bool:
+        links.add(link)
+        return admit(self, part, dtype, width, link)
+
+    async def lose(self: OpenRoute, tokens: Sequence[int], hidden_size: int) -> None:
+        monkeypatch.setattr(OpenRoute, "send_prompt", send_prompt)  # the next route is left alone
+        if way == "invalid":
+            self.request = replace(self.request, sampling=replace(self.request.sampling, logprobs=1))
+        await self.send_prompt(tokens, hidden_size)
+        if way == "late":
+            (stage,) = self.stages
+            self.lose(SessionLost(stage.peer, stage.peer, FailureReason.DOWNSTREAM, "given up", lagged=True))
+        await trio.sleep(0.1)  # its token comes now
+
+    monkeypatch.setattr(OpenRoute, "admit", record)
+    monkeypatch.setattr(OpenRoute, "send_prompt", lose)
+    async with open_swarm() as swarm:
+        await swarm.join((0, BLOCKS))
+        peer = await swarm.join()
+        await swarm.settle()
+        result = await peer.run(replace(REQUEST, max_tokens=5))  # all that the lost route sends comes before it is closed
+        assert result.token_ids == right_tokens(5)
+        assert [link.session_count for link in links] == [0]
 
 
 def faults_at(*peers: Peer) -> list[int]:
