@@ -15,7 +15,7 @@ import trio
 from node.coordinator.swarm_view import SwarmView
 from node.links.outbound_link import SLOWEST_BYTES_PER_S
 from node.stages.outbox import OUTGOING_BYTES
-from node.swarm.directory import Candidate
+from node.swarm.directory import UNREPORTED_LOAD, Candidate
 from protocol.figures import USUAL_PRICE
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from protocol.measurements import Objective
@@ -393,8 +393,7 @@ def _offer(candidate: Candidate, speed: Speed, trust: float, shared: float, row_
         block_s=speed.block_s * shared,
         row_block_s=(speed.block_s / PROMPT_ROWS_PER_STEP if row_block_s is None else row_block_s) * shared,
         trust=trust,
-        # A stage of which only the record was found has reported no load, and so no free positions.
-        free_positions=candidate.load.free_positions or None,
+        free_positions=None if candidate.load == UNREPORTED_LOAD else candidate.load.free_positions,
     )
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from node.network.addresses import address_range, is_private, origin
 from protocol.announcements import Heartbeat, Placement, Reachability, ServedSpan, Verdict
@@ -93,6 +93,10 @@ class PeerEntry:
     reachability: Reachability | None
     """What the peer says of how it can be reached; None where it says nothing."""
     location: Location
+
+
+UNREPORTED_LOAD: Final = Load()
+"""Of a span of which only the record was found. A peer without free positions has sessions."""
 
 
 @dataclass(frozen=True, slots=True)

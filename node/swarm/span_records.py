@@ -10,11 +10,10 @@ import trio
 from node.identity import Identity
 from node.network.interface import Network, NetworkError
 from node.swarm.dht_records import RecordKinds
-from node.swarm.directory import Directory
+from node.swarm.directory import UNREPORTED_LOAD, Directory
 from protocol.announcements import Heartbeat, ServedSpan, SpanRecord, provider_key, span_key
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import BlockRange, ModelId, PeerId
-from protocol.messages import Load
 from protocol.records import seal, verify_dht_record
 
 RECORD_LIFETIME_S = 1800
@@ -141,7 +140,7 @@ class SpanRecords:
                 interval_ms=interval_ms,
                 multiaddrs=self._network.addresses_of(peer),
                 agent="",
-                spans=tuple(ServedSpan(model=model, blocks=blocks, load=Load()) for blocks in record.blocks),
+                spans=tuple(ServedSpan(model=model, blocks=blocks, load=UNREPORTED_LOAD) for blocks in record.blocks),
             ),
             trio.current_time(),
             dialled=True,

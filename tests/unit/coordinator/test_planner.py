@@ -11,7 +11,7 @@ from trio.testing import MockClock
 
 from node.coordinator.planner import Planner, RouteNeed, RouteTiming
 from node.coordinator.swarm_view import Finder, SwarmView
-from node.swarm.directory import Candidate
+from node.swarm.directory import UNREPORTED_LOAD, Candidate
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from protocol.messages import Load
 from selector.cuts import Cuts
@@ -92,7 +92,7 @@ def make_planner(
 
 NEED = RouteNeed(model=ModelId("ab" * 32), demand=DEMAND)
 WITHOUT_B = replace(NEED, without=[B])
-HONEST, LIAR = Load(step_s=0.02), Load(step_s=1e-9, free_positions=10**6)
+HONEST, LIAR = Load(step_s=0.02, free_positions=10**6), Load(step_s=1e-9, free_positions=10**6)
 
 
 async def chosen(planner: Planner, *, may_explore: bool = False) -> PeerId:
@@ -112,6 +112,13 @@ async def test_prefers_measured_peer_to_promised_speed(virtual_clock: MockClock)
     show(planner, "honest", 0.05)
     assert [await chosen(planner, may_explore=True) for _ in range(20)].count(PeerId("liar")) == 2
     assert not any([await chosen(planner) == "liar" for _ in range(20)]), "what nobody waits for tries nothing"
+
+
+async def test_prefers_peers_with_room_and_those_that_reported_no_load_to_full_ones(virtual_clock: MockClock) -> None:
+    for load in (Load(sessions=2, step_s=0.1, free_positions=10**6), UNREPORTED_LOAD):
+        planner = make_planner(Served(full=Load(sessions=1, step_s=0.001), other=load), near, C)
+        show(planner, "full", 0.001)
+        assert await chosen(planner) == "other"
 
 
 async def test_uses_promised_speed_without_alternative(virtual_clock: MockClock) -> None:
