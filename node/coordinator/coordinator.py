@@ -267,7 +267,7 @@ class Coordinator:
                 method, _ = route.agree()
         except RouteRejected as rejected:
             refusals = {refusal.peer: refusal for refusal in rejected.refusals}
-            raise no_route(job, NoRouteError(()), refusals, {}) from None
+            raise no_route(job, None, refusals, {}) from None
         except trio.TooSlowError:
             message = f"the stages did not vote within {VOTE_LIMIT_S:.0f} s: try again later"
             raise JobError(JobErrorCode.FAILED, message) from None

@@ -163,7 +163,7 @@ class ResilientRoute:
             # Peers of an older version are found out one by one, and cost the job no attempt.
             is_last = attempt + 1 - len(self._outdated) >= MAX_ATTEMPTS or bool(self._job.request.stages)
             if not search.may_wait() and is_last and not (is_shorter := self._shorten(search)):
-                raise no_route(self._job, NoRouteError(()), self._avoided, self._outdated)
+                raise no_route(self._job, None, search.refusals, self._outdated)
         if search.is_told:
             waited_s = round(trio.current_time() - search.began_s, 1)
             self._log.info("route found again", waited_s=waited_s)

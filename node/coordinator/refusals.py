@@ -15,8 +15,8 @@ from selector.routing import NoRouteError
 RETRY_AFTER_S = 2.0
 """When a client should retry a job whose blocks are not served or whose peers are full."""
 
-NAMED_PEERS = 3
-"""Peers that an error names at most."""
+NAMED = 3
+"""Peers, and methods, that an error names at most."""
 
 
 _NEVER: Final = frozenset({RefusalReason.UNABLE, RefusalReason.NOT_SERVED, RefusalReason.INVALID})
@@ -49,17 +49,22 @@ class RouteRejected(Exception):
 
 
 def no_route(
-    job: Job, error: NoRouteError, avoided: Mapping[PeerId, StageRefusal], outdated: Mapping[PeerId, StageRefusal]
+    job: Job,
+    error: NoRouteError | None,
+    avoided: Mapping[PeerId, StageRefusal],
+    outdated: Mapping[PeerId, StageRefusal],
 ) -> JobError:
     """Return the error for a job without a route: no peer serves its blocks, or none could take its stages.
 
-    `avoided`: why peers were not used. `outdated`: peers of older versions, which cannot be the last stage.
+    `error`: None where a route was found, and its stages refused or were lost. `avoided`: why peers were not used.
+    `outdated`: peers of older versions, which cannot be the last stage.
     """
-    name, blocks = job.model.name, ", ".join(map(str, error.missing))
+    name, blocks = job.model.name, ", ".join(map(str, error.missing)) if error else ""
     reasons = "; ".join(f"{refusal.peer}: {refusal.message}" for refusal in (avoided or outdated).values())
     affordable = "" if job.request.budget is None else f" within the budget {job.request.budget:.4g}"
-    peers, methods = f"the peers that serve {name}{affordable}", " or ".join(method.name for method in job.admitted)
+    peers, methods = f"the peers that serve {name}{affordable}", _named(job)
     kinds = {refusal.reason for refusal in avoided.values()}
+    unplanned = None if avoided else error
     code = JobErrorCode.UNCOVERED
     if not avoided and outdated:
         options = "top_k, min_p, penalties, logit_bias and min_tokens"
@@ -68,21 +73,22 @@ def no_route(
             f"no peer that serves the last blocks of {name} supports what the job asks for ({reasons}): "
             f"{leave_out}wait for a peer of a later version"
         )
-    elif not avoided and error.apart:
+    elif unplanned and unplanned.apart:
         how = "one of each pair needs a forwarded port (--announce) or a relay; see `metaswarm doctor` there"
-        message = f"{name}: {error}; {how}"
-    elif not avoided and error.unreached:
-        announced = ", ".join(error.unreached[:NAMED_PEERS])
+        message = f"{name}: {unplanned}; {how}"
+    elif unplanned and unplanned.unreached:
+        announced = ", ".join(unplanned.unreached[:NAMED])
         how = "one side needs a forwarded port (--announce) or a relay; see `metaswarm doctor` there"
         message = f"no peer that this node can reach serves blocks {blocks} of {name} (announced by {announced}): {how}"
-    elif not avoided:
-        lacking = f"no peer serves blocks {blocks} of {name}"
-        unfit = f"the peers serve spans of {name} that do not meet, and {methods} runs them as a whole only"
+    elif unplanned:
         if not blocks:
+            unfit = f"the peers serve spans of {name} that do not meet, and {methods} runs them as a whole only"
             return JobError(JobErrorCode.INVALID, f"{unfit}: use another method")
-        message = f"{lacking}: start a node with --serve"
-    elif not job.output.tokens and all(
-        0 < refusal.most_positions < _least_positions(job) for refusal in avoided.values()
+        message = f"no peer serves blocks {blocks} of {name}: start a node with --serve"
+    elif (
+        avoided
+        and not job.output.tokens
+        and all(0 < refusal.most_positions < _least_positions(job) for refusal in avoided.values())
     ):
         most = max(refusal.most_positions for refusal in avoided.values())
         answer = f" and the answer {job.tokens_left}" if _is_measured(job) and job.tokens_left else ""
@@ -104,6 +110,12 @@ def no_route(
         missing = f"blocks {blocks}" if blocks else "some blocks"
         message = f"no peer is left to serve {missing} of {name}{affordable} ({reasons}): try again later"
     return JobError(code, message, retry_after_s=RETRY_AFTER_S)
+
+
+def _named(job: Job) -> str:
+    """Return the names of a few of the methods that a job admits."""
+    named = " or ".join(method.name for method in job.admitted[:NAMED])
+    return f"{named} or one of {left} others" if (left := len(job.admitted) - NAMED) > 0 else named
 
 
 def shorten(job: Job, refusals: Collection[StageRefusal]) -> bool:

@@ -94,6 +94,27 @@ async def test_reconnects_at_once_to_a_stage_whose_link_alone_broke(virtual_cloc
         assert [log["event"] for log in logs if log["log_level"] == "warning" and "job" in log] == []
 
 
+async def test_job_on_given_stages_may_be_retried_once_a_link_broke(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else is to serve it, and its methods are not at fault."""
+    send_prompt = OpenRoute.send_prompt
+    async with open_swarm() as swarm:
+        peer = await swarm_without_spares(swarm)
+        broken = swarm.peers[1]
+
+        async def cut(self: OpenRoute, tokens: Sequence[int], hidden_size: int) -> None:
+            swarm.hub.networks[peer.id].lose_connection(broken.id)
+            await trio.sleep(0.1)
+            await send_prompt(self, tokens, hidden_size)
+
+        monkeypatch.setattr(OpenRoute, "send_prompt", cut)
+        stages = tuple(Stage(each.id, BlockRange(*span)) for each, span in zip(swarm.peers, THIRDS, strict=False))
+        with pytest.raises(JobError, match=f"no peer is left .* {broken.id}") as caught:
+            await peer.run(replace(REQUEST, stages=stages))
+        assert (caught.value.code, caught.value.retry_after_s is None) == (JobErrorCode.UNCOVERED, False)
+
+
 async def test_new_job_waits_for_a_peer_whose_link_broke_while_it_was_opened(virtual_clock: MockClock) -> None:
     """A peer was too busy to answer for a moment: jobs that begin then are served once it is back."""
     async with open_swarm() as swarm, trio.open_nursery() as nursery:
@@ -300,7 +321,9 @@ async def test_link_has_no_entry_of_an_output_that_was_not_taken(
         await swarm.join((0, BLOCKS))
         peer = await swarm.join()
         await swarm.settle()
-        result = await peer.run(replace(REQUEST, max_tokens=5))  # all that the lost route sends comes before it is closed
+        result = await peer.run(
+            replace(REQUEST, max_tokens=5)
+        )  # all that the lost route sends comes before it is closed
         assert result.token_ids == right_tokens(5)
         assert [link.session_count for link in links] == [0]
 

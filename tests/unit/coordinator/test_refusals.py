@@ -13,6 +13,17 @@ from protocol.messages import RefusalReason
 from selector.routing import NoRouteError
 
 
+def job_with(*methods: str) -> Job:
+    """Return a job that may be served with these methods."""
+    job = SimpleNamespace(
+        model=SimpleNamespace(name="tiny"),
+        admitted=[SimpleNamespace(name=name) for name in methods],
+        kind=TaskKind.GENERATE,
+        request=SimpleNamespace(budget=None),
+    )
+    return cast("Job", job)
+
+
 @pytest.mark.parametrize(
     ("unreached", "told"),
     [
@@ -23,11 +34,16 @@ from selector.routing import NoRouteError
 def test_blocks_of_peers_that_cannot_be_reached_are_told_from_those_that_nobody_serves(
     unreached: tuple[str, ...], told: str
 ) -> None:
-    request = SimpleNamespace(budget=None)
-    job = SimpleNamespace(model=SimpleNamespace(name="tiny"), admitted=(), kind=TaskKind.GENERATE, request=request)
     error = NoRouteError([BlockRange(3, 6)])
     error.unreached = unreached
-    assert str(no_route(cast("Job", job), error, {}, {})).startswith(told)
+    assert str(no_route(job_with(), error, {}, {})).startswith(told)
+
+
+def test_error_names_few_of_many_methods() -> None:
+    names = [f"method-{number}" for number in range(12)]
+    error = no_route(job_with(*names), NoRouteError(()), {}, {})
+    assert "method-0 or method-1 or method-2 or one of 9 others runs them as a whole only" in error.message
+    assert "method-2 runs" in no_route(job_with(*names[:3]), NoRouteError(()), {}, {}).message
 
 
 def limited(refusals: list[StageRefusal], stated: int | None = 32_000) -> int:
