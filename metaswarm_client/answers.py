@@ -107,7 +107,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """How the swarm did a job. `replays`: stages that were lost and replaced.
+    """How the swarm did a job. `replays`: stages that were lost and replaced, not those that were reached again.
 
     `trace`: where the time of each step went, as docs/http-api.md describes it, if it was asked for.
     """

@@ -199,7 +199,7 @@ class Measurements:
     `ttft_s`: time to first token; to the result where there is no text. `tpot_s`: time per further token; 0 without
     any. `tokens_per_s`: `counted_tokens` of all jobs that were measured together (of a served job: its own).
     `log_ratio_to_baseline`: natural logarithm of this method's cost divided by the baseline's. `replays`: stages that
-    were lost and replaced.
+    were lost and replaced, at least 1 where the job had to go on over another route.
     """
 
     ttft_s: Seconds

@@ -427,7 +427,7 @@ class Coordinator:
             method=result.method.name,
             completion_tokens=len(job.output.tokens),
             total_s=result.timing.total_s,
-            replays=done.replays,
+            is_replayed=result.is_replayed,
             compute_s=compute_s_of(result.route),
         )
         return self._chooser.served(done.request.choice, outcome)

@@ -121,7 +121,7 @@ class ResilientRoute:
 
     @property
     def replays(self) -> int:
-        """Stages that were lost and replaced so far."""
+        """Stages that were lost and replaced so far; not those that were reached again."""
         return self._replays
 
     @property
@@ -156,6 +156,7 @@ class ResilientRoute:
                 self._avoided.clear()
                 continue
             if await self._try_route(planned, request):
+                self._replays += len(set(self._stages) - set(planned.stages))
                 self._stages = planned.stages
                 break
             self._retire_route()
@@ -206,7 +207,6 @@ class ResilientRoute:
             try:
                 output = await self._monitor.output(route)
             except RouteLost as lost:
-                self._replays += 1
                 self._failures_since_token += 1
                 if self._failures_since_token > MAX_ATTEMPTS:
                     message = f"{self._failures_since_token} routes were lost in a row, the last at {lost}; try again"
@@ -385,7 +385,6 @@ class ResilientRoute:
         except NoRouteError:
             self._log.info("leaving peer not replaced: no other serves its blocks", peers=sorted(leaving))
             return
-        self._replays += 1
         for peer in leaving:
             self._avoided[peer] = StageRefusal(peer, RefusalReason.LEAVING, "is about to leave")
         await self.open()

@@ -71,7 +71,7 @@ def observation_of(served: ServedJob, observer: PeerId, issued_at_s: int) -> Obs
             tpot_s=timing.tpot_s,
             total_s=timing.total_s,
             tokens_per_s=usage.counted_tokens / timing.total_s if timing.total_s else 0.0,
-            replays=result.replays,
+            replays=max(result.replays, int(result.is_replayed)),
         ),
         route=result.route,
         software=software_versions(),

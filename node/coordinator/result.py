@@ -62,6 +62,7 @@ def result_of(job: Job, done: ClosedRoute, text: str, finish: FinishReason) -> J
             table_digest=table.digest.hex() if table else None,
         ),
         replays=done.replays,
+        is_replayed=done.request is not done.route.request,
         trace=done.trace,
     )
 

@@ -287,13 +287,13 @@ class Selection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOutcome:
-    """The cost of a job. `compute_s`: on all stages, 0 where unknown. `replays`: stages that were lost and replaced."""
+    """The cost of a job. `compute_s`: on all stages, 0 where unknown. `is_replayed`: see JobResult."""
 
     job_id: JobId
     method: str
     completion_tokens: int
     total_s: float
-    replays: int
+    is_replayed: bool
     compute_s: float = 0.0
 
 
@@ -360,7 +360,11 @@ class JobTrace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobResult:
-    """The last event of a completed job."""
+    """The last event of a completed job.
+
+    `replays`: stages that were lost and replaced. `is_replayed`: whether it had to go on over another route, be it with
+    the same stages: its times then say nothing of its method.
+    """
 
     job_id: JobId
     model: ModelId
@@ -374,6 +378,7 @@ class JobResult:
     method: MethodInForce
     consensus: Consensus
     replays: int
+    is_replayed: bool = False
     cost: Cost | None = None
     selection: Selection | None = None
     stop_string: str | None = None

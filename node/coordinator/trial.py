@@ -155,5 +155,5 @@ class Run:
     @property
     def is_invalid(self) -> bool:
         """Whether a stage was lost or did not state its cost, or the jobs took routes that may differ in speed."""
-        is_whole = self.is_stated and not any(job.result.replays for job in self.jobs)
+        is_whole = self.is_stated and not any(job.result.is_replayed for job in self.jobs)
         return not is_whole or len({tuple(stage.peer for stage in job.result.route) for job in self.jobs}) > 1

@@ -210,7 +210,7 @@ class LearnedChooser:
             self._selection(choice, expected, outcome.method),
             predicted_cost=choice.compute.cost(outcome.method, tokens),
         )
-        if not outcome.replays:
+        if not outcome.is_replayed:
             self._calibrate(choice, outcome, expected[outcome.method])
             if choice.request.is_free:
                 self._record(choice, outcome, selection)

@@ -5,6 +5,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -62,6 +63,7 @@ async def test_fails_within_seconds_without_candidates_for_a_lost_stage(virtual_
     async with open_swarm() as swarm:
         peer = await swarm_without_spares(swarm)
         victim = swarm.peers[1]
+        peer.coordinator.observer = observer = Mock(start_trace=lambda parent: parent)
         with capture_logs() as logs:
             error, waited_s = await lose_in_mid_job(peer, lambda: getattr(swarm.hub, way)(victim.id))
         assert isinstance(error, JobError)
@@ -70,6 +72,7 @@ async def test_fails_within_seconds_without_candidates_for_a_lost_stage(virtual_
         assert "blocks 3-6" in error.message
         assert victim.id in error.message
         assert waited_s < 9
+        assert observer.on_job_ended.call_args.args[0].replays == 0, "nobody took its place"
         ours = [log for log in logs if log["log_level"] in {"info", "warning"} and "job" in log]
         assert [log["event"] for log in ours] == ["stage lost", "no route left; waiting for a peer"]
         with trio.fail_after(2):
@@ -89,7 +92,8 @@ async def test_reconnects_at_once_to_a_stage_whose_link_alone_broke(virtual_cloc
         with capture_logs() as logs:
             result, _ = await lose_in_mid_job(peer, cut)
         assert isinstance(result, JobResult)
-        assert (result.token_ids, result.replays) == (right_tokens(40), 1)
+        # No stage was replaced, but the times are not those of an undisturbed job.
+        assert (result.token_ids, result.replays, result.is_replayed) == (right_tokens(40), 0, True)
         # Nobody else was searched for, which takes seconds in a real swarm.
         assert [log["event"] for log in logs if log["log_level"] == "warning" and "job" in log] == []
 
@@ -165,7 +169,7 @@ async def test_waits_for_a_peer_that_announced_the_lost_blocks(virtual_clock: Mo
 
         result, waited_s = await lose_in_mid_job(peer, lose)
         assert isinstance(result, JobResult)
-        assert (result.token_ids, result.replays) == (right_tokens(40), 1)
+        assert (result.token_ids, result.replays, result.is_replayed) == (right_tokens(40), 0, True)
         assert 30 < waited_s < 40
         nursery.cancel_scope.cancel()
 

@@ -92,6 +92,12 @@ def test_observation_of_a_served_job_is_accepted_by_peers() -> None:
     assert {"metaswarm", "python", "torch"} <= taken.software.keys()
 
 
+def test_nothing_is_learned_from_a_job_that_reached_its_stages_again() -> None:
+    undisturbed = replace(RESULT, replays=0)
+    assert sample_of(observed(stage(1, 0, 2), result=undisturbed))
+    assert not sample_of(observed(stage(1, 0, 2), result=replace(undisturbed, is_replayed=True)))
+
+
 def test_invalid_countersignature_is_dropped() -> None:
     honest, other = stage(1, 0, 1), stage(2, 1, 2)
     liar = replace(other, statistics=replace(other.statistics, compute_s=0.1))

@@ -67,7 +67,8 @@ async def test_only_the_simplest_of_equivalent_methods_gets_a_trial(
     choice = await chooser.choose(SelectionRequest(model=ModelId("ab" * 32), context=context, admitted=admitted))
     assert list(choice.ballot([], equally)) == [FUSED.name]
     chooser.served(
-        choice, JobOutcome(job_id=JobId("cd" * 16), method=FUSED.name, completion_tokens=16, total_s=1.0, replays=0)
+        choice,
+        JobOutcome(job_id=JobId("cd" * 16), method=FUSED.name, completion_tokens=16, total_s=1.0, is_replayed=False),
     )
     runner = RecordingRunner()
     with trio.move_on_after(60):
@@ -182,7 +183,7 @@ async def test_prediction_is_of_computing_where_that_is_what_the_job_wants_less_
             method=used,
             completion_tokens=CONTEXT.max_tokens,
             total_s=9.0,
-            replays=0,
+            is_replayed=False,
             compute_s=compute_s,
         )
         selection = chooser.served(choice, outcome)
@@ -291,7 +292,12 @@ async def test_jobs_with_a_named_method_calibrate_predictions(virtual_clock: Moc
     choice = await chooser.choose(compute_request(BASELINE, is_free=False))
     choice.ballot([], equally)
     outcome = JobOutcome(
-        job_id=JobId("cd" * 16), method=BASELINE.name, completion_tokens=16, total_s=4.0, replays=0, compute_s=3.0
+        job_id=JobId("cd" * 16),
+        method=BASELINE.name,
+        completion_tokens=16,
+        total_s=4.0,
+        is_replayed=False,
+        compute_s=3.0,
     )
     assert chooser.served(choice, outcome) is not None
     choice = await chooser.choose(compute_request(BASELINE, is_free=False))
@@ -382,7 +388,7 @@ async def test_choice_is_a_probe_of_the_predicted_best_where_the_trained_model_i
     request = SelectionRequest(model=MODEL, context=CONTEXT, admitted=admitted)
     choice = await chooser.choose(request)
     assert list(choice.ballot([], equally)) == [USUAL]
-    outcome = JobOutcome(job_id=JobId("cd" * 16), method=USUAL, completion_tokens=16, total_s=1.0, replays=0)
+    outcome = JobOutcome(job_id=JobId("cd" * 16), method=USUAL, completion_tokens=16, total_s=1.0, is_replayed=False)
     selection = chooser.served(choice, outcome)
     assert selection is not None
     assert selection.basis == "model"
