@@ -8,7 +8,7 @@ than the step's row budget (Sarathi, OSDI '24).
 
 import enum
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Generic, TypeVar
 
@@ -25,6 +25,9 @@ MIN_PREFILL_ROWS: Final = 16
 PREFILL_ROWS: Final = 512
 """Prompt rows of a step at most: more gains nothing, and jobs that arrive meanwhile wait for all of them. A step of
 many would look like a stage that hangs."""
+
+OVERTAKING: Final = 3
+"""Rows of shorter prompts for each row of their coordinator's oldest one: so none waits for long, and none starves."""
 
 STATIC_MAX_WAIT_S: Final = 1.0
 """How long a static batch waits for its own rows before another forms: its sessions may be stuck elsewhere."""
@@ -142,6 +145,9 @@ class Scheduler(Generic[L]):
         self._members: set[SessionId] = set()
         self._member_step_s = 0.0
         self._served: dict[PeerId, int] = {}
+        """Prompt rows that each coordinator got,"""
+        self._overtaking: dict[PeerId, int] = {}
+        """and those that its shorter prompts got beyond their share while its oldest one waited."""
         self._users: set[SessionId] = set()
         """Sessions that somebody waits for."""
         self._groups = DecodeGroups()
@@ -229,6 +235,7 @@ class Scheduler(Generic[L]):
         self._has_stepped = bool(chosen)
         waiting = {queue[0].coordinator for queue in self._waiting.values()}
         self._served = {peer: rows for peer, rows in self._served.items() if peer in waiting}
+        self._overtaking = {peer: rows for peer, rows in self._overtaking.items() if peer in waiting}
         return chosen
 
     def on_computed(self, batch: Iterable[Work[L]], took_s: float, now_s: float, *, is_whole: bool = True) -> None:
@@ -295,7 +302,8 @@ class Scheduler(Generic[L]):
                 rows += work.rows
         budget = max(MIN_PREFILL_ROWS, step_rows - rows)
         taken = 0
-        for work in self._fairly(prompts):
+        oldest = {work.coordinator: work for work in reversed(prompts)}
+        for work in self._fairly(prompts, oldest, budget):
             # Decoding sessions may be at another stage just now: their rows will arrive here soon. A measurement's
             # prompt is cut as for them in any case: a user who comes must not wait long.
             bounded = work.is_background or bool(self._decoding & self._users - {work.session})
@@ -308,15 +316,30 @@ class Scheduler(Generic[L]):
             chosen.append(piece)
             taken += piece.rows
             self._served[work.coordinator] += piece.rows
+            ahead = self._overtaking.get(work.coordinator, 0)
+            ahead += -OVERTAKING * piece.rows if work is oldest[work.coordinator] else piece.rows
+            self._overtaking[work.coordinator] = max(0, ahead)
         return chosen
 
-    def _fairly(self, prompts: list[Work[L]]) -> Iterable[Work[L]]:
-        """Yield prompts, oldest first, of the coordinator served least so far: many jobs give no claim to more."""
-        left = list(prompts)
-        while left:
-            work = min(left, key=lambda each: (self._served.get(each.coordinator, 0), each.arrived_s))
-            left.remove(work)
-            yield work
+    def _fairly(self, prompts: list[Work[L]], oldest: Mapping[PeerId, Work[L]], step_rows: int) -> Iterable[Work[L]]:
+        """Yield prompts of the coordinator served least so far: many jobs give no claim to more.
+
+        Of its own those with the fewest rows left come first, which makes the mean wait the shortest: a short prompt
+        waits for no long one, and of two long ones the first is not delayed. The oldest one comes first once the others
+        have had their share.
+        """
+        queues = {work.coordinator: deque[Work[L]]() for work in prompts}
+        for work in sorted(prompts, key=lambda each: sum(piece.rows for piece in self._waiting[each.session])):
+            queues[work.coordinator].append(work)
+        for peer, work in oldest.items():
+            if self._overtaking.get(peer, 0) >= OVERTAKING * step_rows:
+                queues[peer].remove(work)
+                queues[peer].appendleft(work)
+        while queues:
+            peer = min(queues, key=lambda each: self._served.get(each, 0))
+            yield queues[peer].popleft()
+            if not queues[peer]:
+                del queues[peer]
 
     def _cut(self, work: Work[L], room: int) -> Work[L] | None:
         """Return as many rows of a prompt as there is room for, and leave the others where they are."""

@@ -150,6 +150,39 @@ def test_prefill_is_fair_between_coordinators() -> None:
     assert 99 in order[:4]
 
 
+def test_short_prompt_waits_for_no_long_one_of_its_coordinator() -> None:
+    made = scheduler(Batching.CONTINUOUS)
+    decoding(made, 1)
+    made.add(work(2, 8000, at_s=1))
+    made.next_batch(1)
+    made.add(work(3, 10, at_s=2))
+    batch = made.next_batch(2)
+    assert list(zip(numbers(batch), [each.rows for each in batch], strict=True)) == [(3, 10), (2, 54)]
+
+
+def test_long_prompt_is_not_starved_by_short_ones_of_its_coordinator() -> None:
+    made = scheduler(Batching.CONTINUOUS)
+    decoding(made, 1)
+    made.add(work(2, 640, at_s=1))
+    rows = 0
+    for step in range(4 * 640 // 64 + 4):
+        for number in (1000 + step, 2000 + step):  # more than there is room for
+            made.add(work(number, 48, at_s=2 + step))
+        rows += sum(each.rows for each in made.next_batch(2 + step) if each.session == session(2))
+    assert rows == 640
+
+
+def test_first_of_two_long_prompts_is_not_delayed() -> None:
+    made = scheduler(Batching.CONTINUOUS)
+    decoding(made, 1)
+    made.add(work(2, 320, at_s=1))
+    order = numbers(made.next_batch(1))
+    made.add(work(3, 320, at_s=2))
+    for _ in range(9):
+        order += numbers(made.next_batch(2))
+    assert order == [2] * 5 + [3] * 5
+
+
 def test_static_batch_admits_no_session_until_it_has_ended() -> None:
     made = scheduler(Batching.STATIC, work(1), work(2))
     assert numbers(made.next_batch(0)) == [1, 2]
