@@ -7,6 +7,7 @@ with it; only what the lost stage had computed is computed again.
 
 from array import array
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -100,6 +101,8 @@ class ResilientRoute:
         self._bad_request: SessionLost | None = None
         """What a last stage said that found the request impossible."""
         self._asked_to_leave: set[PeerId] = set()
+        self._leaving: set[PeerId] = set()
+        """Those of them that others are to replace now."""
         self.is_finished = False
         self._searched_s = float("-inf")
         """When a replacement for a lagging stage was last searched for."""
@@ -138,9 +141,9 @@ class ResilientRoute:
         """
         self._retire_route()
         search = RouteSearch(self._job, is_running=self._is_accepted)
-        is_shorter = False
+        is_eased = False  # what is asked of the route: then nothing is waited for
         for attempt in count():
-            if attempt and not is_shorter:
+            if attempt and not is_eased:
                 await trio.sleep(backoff_s(attempt, BACKOFF_S, self._services.jitter))
             # Background jobs and trials, which compare methods on one route, do not explore peers.
             may_explore = not (attempt or self._is_accepted or self._job.request.background or self._job.on_served)
@@ -149,25 +152,28 @@ class ResilientRoute:
             except NoRouteError as error:
                 if self._bad_request is not None:
                     raise self._invalid(self._bad_request) from None
-                if is_shorter := self._shorten(search):
+                if is_eased := bool(self._leaving) or self._shorten(search):
+                    self._leaving.clear()  # they hold the session, and stay as nobody takes over
                     continue
                 if not search.may_wait() or self._is_hopeless(search, error):
                     raise no_route(self._job, error, search.refusals, self._outdated) from None
                 self._avoided.clear()
                 continue
+            if is_eased := search.restore(planned.stages, self._held):
+                continue
             if await self._try_route(planned, request):
                 self._replays += len(set(self._stages) - set(planned.stages))
                 self._stages = planned.stages
+                self._leaving.clear()
                 break
             self._retire_route()
-            is_shorter = False
+            is_eased = False
             # Peers of an older version are found out one by one, and cost the job no attempt.
             is_last = attempt + 1 - len(self._outdated) >= MAX_ATTEMPTS or bool(self._job.request.stages)
-            if not search.may_wait() and is_last and not (is_shorter := self._shorten(search)):
+            if not search.may_wait() and is_last and not (is_eased := self._shorten(search)):
                 raise no_route(self._job, None, search.refusals, self._outdated)
         if search.is_told:
-            waited_s = round(trio.current_time() - search.began_s, 1)
-            self._log.info("route found again", waited_s=waited_s)
+            self._log.info("route found again", waited_s=round(trio.current_time() - search.began_s, 1))
         self._is_accepted = True
         self._job.output.routed_s = self._job.output.routed_s or trio.current_time()
         await self._close_previous()
@@ -201,7 +207,8 @@ class ResilientRoute:
         """Wait for the last stage; where a stage is lost or wants to leave, replace it first. Raises JobError."""
         while True:
             route = self._open_route()
-            if (leaving := route.leaving - self._asked_to_leave) and not route.is_complete:
+            leaving = route.leaving - self._asked_to_leave
+            if leaving and self._job.is_resumable and not route.is_complete:
                 await self._replace_leaving(leaving)
                 continue
             try:
@@ -233,9 +240,10 @@ class ResilientRoute:
         self.is_finished = True
         if self._bad_request is not None:  # another stage could do what this one said was impossible
             self._planner.failed(self._bad_request.reporter, dead=False)
-        rounds = self._rounds + route.rounds
         request = self._request or route.request
-        return ClosedRoute(route, request, closed, rounds, self._replays, self._cached_tokens, trace)
+        return ClosedRoute(
+            route, request, closed, self._rounds + route.rounds, self._replays, self._cached_tokens, trace
+        )
 
     async def close(self) -> None:
         """Close all routes that are still open."""
@@ -257,9 +265,9 @@ class ResilientRoute:
         return replace(
             need,
             not_last=frozenset(self._outdated),
-            without={*self._avoided, *leaving},
+            without={*self._avoided, *self._leaving, *leaving},
             like=like,
-            held=[stage for stage in held if stage.peer not in leaving],
+            held=held,
         )
 
     async def _plan(self, search: RouteSearch, *, may_explore: bool) -> tuple[PlannedRoute, SessionRequest]:
@@ -380,14 +388,14 @@ class ResilientRoute:
     async def _replace_leaving(self, leaving: Collection[PeerId]) -> None:
         """Replace peers that want to leave, where others can serve their blocks."""
         self._asked_to_leave.update(leaving)
+        self._leaving.update(leaving)
         try:
-            await self._planner.route(self._need(leaving, self._open_route()))
+            await self._planner.route(self._need(begun=self._open_route()))
         except NoRouteError:
+            self._leaving.clear()
             self._log.info("leaving peer not replaced: no other serves its blocks", peers=sorted(leaving))
-            return
-        for peer in leaving:
-            self._avoided[peer] = StageRefusal(peer, RefusalReason.LEAVING, "is about to leave")
-        await self.open()
+        else:
+            await self.open()
 
     async def _is_replaceable(self, peers: Collection[PeerId], only_trusted: bool) -> bool:
         """Return whether others could take the places of peers on the route; at intervals search for more peers."""
@@ -398,24 +406,18 @@ class ResilientRoute:
         interval_s, limit_s = SEARCH_S
         if trio.current_time() < self._searched_s + interval_s:
             return False
-        with trio.move_on_after(limit_s):
-            try:
-                await self._planner.route(need, only_trusted=only_trusted)
-            except NoRouteError:
-                pass
-            else:
-                return True
-            finally:
-                self._searched_s = trio.current_time()
-        return False
+        is_found = False
+        with trio.move_on_after(limit_s), suppress(NoRouteError):
+            await self._planner.route(need, only_trusted=only_trusted)
+            is_found = True
+        self._searched_s = trio.current_time()
+        return is_found
 
     def _shorten(self, search: RouteSearch) -> bool:
         """Note why peers were not used; return whether they are to be tried again with a shorter text."""
-        if not search.shorten(self._reconnected | self._avoided):
-            return False
-        leaving = RefusalReason.LEAVING
-        self._avoided = {peer: refusal for peer, refusal in self._avoided.items() if refusal.reason is leaving}
-        return True
+        if is_shorter := search.shorten(self._reconnected | self._avoided):
+            self._avoided.clear()
+        return is_shorter
 
     def _is_hopeless(self, search: RouteSearch, error: NoRouteError) -> bool:
         """Return whether a running job waits for nobody; tell once that it waits."""

@@ -65,11 +65,15 @@ class Job:
     on_served: Callable[[ServedJob], None] | None = None
     trace_parent: str = ""
     output: JobOutput = field(default_factory=JobOutput)
-    _most_tokens: int = field(init=False)
-    """The limit that the user, the model and peers' refusals set, whatever route is looked at."""
+    _asked_tokens: int = field(init=False)
+    """The limit that the user and the model set,"""
+    _share_tokens: int = field(init=False)
+    """that of a share of the memory that is free on the route,"""
+    _held_tokens: int = field(init=False)
+    """and that of what stages hold that refused more: of these the lowest counts."""
 
     def __post_init__(self) -> None:
-        self._most_tokens = self.sampling.max_tokens
+        self._asked_tokens = self._share_tokens = self._held_tokens = self.sampling.max_tokens
 
     @property
     def request_id(self) -> str:
@@ -98,8 +102,19 @@ class Job:
 
     def limit(self, max_tokens: int) -> None:
         """Lower the limit of the text. Memory for all of it is reserved, so that the route decides what is possible."""
-        self._most_tokens = min(self.sampling.max_tokens, max_tokens)
-        self.sampling = replace(self.sampling, max_tokens=self._most_tokens)
+        self._held_tokens = min(self._held_tokens, max_tokens)
+        self._set_limit()
+
+    def restore_limit(self) -> bool:
+        """Undo what `limit` did to a text for which the user set none; return whether it did anything.
+
+        A limit of the user's is not lowered once the text has begun: what it was lowered to before must stay possible.
+        """
+        before = self.sampling.max_tokens
+        if self.request.max_tokens is None:
+            self._held_tokens = self._asked_tokens
+        self._set_limit()
+        return self.sampling.max_tokens > before
 
     def limit_unstated(self, loads: Iterable[Load]) -> None:
         """Limit a text for which the user set no limit to a quarter of the KV memory that is free on a route.
@@ -109,8 +124,12 @@ class Job:
         """
         if self.request.max_tokens is None:
             free = min((load.free_positions for load in loads), default=0)
-            most = min(self._most_tokens, max(USUAL_TOKENS, free // UNSTATED_SHARE))
-            self.sampling = replace(self.sampling, max_tokens=most)
+            self._share_tokens = max(USUAL_TOKENS, free // UNSTATED_SHARE)
+            self._set_limit()
+
+    def _set_limit(self) -> None:
+        most = min(self._asked_tokens, self._share_tokens, self._held_tokens)
+        self.sampling = replace(self.sampling, max_tokens=most)
 
     @property
     def scores_left(self) -> int:

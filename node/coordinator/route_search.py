@@ -1,6 +1,6 @@
 """How long a job looks for a route, and what it learns meanwhile."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -8,7 +8,8 @@ import trio
 
 from node.coordinator.job import Job
 from node.coordinator.refusals import StageRefusal, shorten
-from protocol.identity import PeerId
+from protocol.identity import PeerId, Stage
+from protocol.messages import RefusalReason
 
 RECOVERY_LIMIT_S: Final = 90.0
 """How long a running job waits for a route while known peers could take a lost stage's place.
@@ -44,6 +45,14 @@ class RouteSearch:
     _broken_s: float | None = None
     """When there first was no route because a link broke."""
     _shortenings: int = 0
+
+    def restore(self, stages: Iterable[Stage], held: Collection[Stage]) -> bool:
+        """Undo a shortening of the text for a route on which no peer has refused more; return whether there was one.
+
+        It stays where stages go on that hold no more of it.
+        """
+        refusals = [self.refusals[stage.peer].reason for stage in stages if stage.peer in self.refusals]
+        return self.is_running and not held and RefusalReason.FULL not in refusals and self.job.restore_limit()
 
     def shorten(self, refusals: Mapping[PeerId, StageRefusal]) -> bool:
         """Note why peers were of no use; lower the limit of the job's text if that makes them useful."""

@@ -202,23 +202,95 @@ async def test_text_without_a_limit_goes_on_where_there_is_less_memory(
             assert waited_s < 10
 
 
-async def test_text_without_a_limit_leaves_for_a_peer_with_less_memory(virtual_clock: MockClock) -> None:
+WHOLE_TEXT = 640
+"""Tokens of a text without a limit on a peer with 2,560 positions: a quarter."""
+
+
+async def text_without_a_limit(swarm: Swarm, peer: Peer, on_token: Callable[[int], None]) -> JobResult:
+    """Run a job on the swarm's first peer that may go on anywhere; `on_token` is called with the number of tokens."""
+    asked = replace(REQUEST, max_tokens=None, stages=(Stage(swarm.peers[0].id, BlockRange(0, BLOCKS)),))
+    count = 0
+    async with peer.coordinator.submit(asked) as events:
+        async for event in events:
+            if isinstance(event, TextDelta):
+                count += 1
+                on_token(count)
+            if isinstance(event, JobResult):
+                return event
+    raise AssertionError("a job ends with its result")
+
+
+@pytest.mark.parametrize("spare", ["small", "busy"])
+async def test_text_without_a_limit_is_not_cut_for_a_peer_that_leaves(virtual_clock: MockClock, spare: str) -> None:
+    """The other peer has no room for all of it: it stays where it is, and the peer that leaves serves to the end."""
     async with open_swarm() as swarm:
-        leaving = await swarm.join((0, BLOCKS), kv_positions=1 << 13)
+        leaving = await swarm.join((0, BLOCKS), kv_positions=2560)
+        peer, other = await swarm.join(), await swarm.join()
+        await swarm.settle()
+        spare_peer = await swarm.join((0, BLOCKS), kv_positions=512 if spare == "small" else 2560)
+        await swarm.settle()
+        stages = (Stage(spare_peer.id, BlockRange(0, BLOCKS)),)
+        held = JobRequest(model="fake", prompt=PROMPT, max_tokens=1992, stages=stages)
+
+        def leave(count: int) -> None:
+            if count == 10:
+                leaving.stages.start_draining()
+                leaving.stages.migrate_sessions()
+
+        async with AsyncExitStack() as stack:
+            if spare == "busy":
+                await stack.enter_async_context(other.coordinator.submit(held))
+            result = await text_without_a_limit(swarm, peer, leave)
+        assert (result.token_ids, result.replays) == (right_tokens(WHOLE_TEXT), 0)
+        assert [stage.peer for stage in result.route] == [leaving.id]
+
+
+@pytest.mark.parametrize("spare", ["small", "busy"])
+async def test_text_that_was_shortened_for_one_peer_is_whole_on_another(virtual_clock: MockClock, spare: str) -> None:
+    """The peer with less room is lost, too, or has none at all: then another joins that has it."""
+    async with open_swarm() as swarm, trio.open_nursery() as nursery:
+        large = await swarm.join((0, BLOCKS), kv_positions=2560)
+        peer, other = await swarm.join(), await swarm.join()
+        await swarm.settle()
+        spare_peer = await swarm.join((0, BLOCKS), kv_positions=512 if spare == "small" else 1024)
+        await swarm.settle()
+        stages = (Stage(spare_peer.id, BlockRange(0, BLOCKS)),)
+        held = JobRequest(model="fake", prompt=PROMPT, max_tokens=792, stages=stages)
+
+        async def join_later() -> None:
+            await trio.sleep(3)
+            await swarm.join((0, BLOCKS), kv_positions=2560)
+
+        def lose(count: int) -> None:
+            if count == 10:
+                swarm.hub.kill(large.id)
+            if count == (20 if spare == "small" else 10):
+                nursery.start_soon(join_later)
+            if count == 20 and spare == "small":
+                swarm.hub.kill(spare_peer.id)
+
+        async with AsyncExitStack() as stack:
+            if spare == "busy":
+                await stack.enter_async_context(other.coordinator.submit(held))
+            result = await text_without_a_limit(swarm, peer, lose)
+        assert (result.token_ids, result.replays) == (right_tokens(WHOLE_TEXT), 2 if spare == "small" else 1)
+
+
+async def test_limit_that_was_lowered_before_the_text_began_stays(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
         peer = await swarm.join()
+        first, _ = [await swarm.join((0, BLOCKS), kv_positions=512) for _ in range(2)]
         await swarm.settle()
-        await swarm.join((0, BLOCKS), kv_positions=1024)
-        await swarm.settle()
+        asked = replace(REQUEST, max_tokens=600)
 
-        def leave() -> None:
-            leaving.stages.start_draining()
-            leaving.stages.migrate_sessions()
+        def kill() -> None:
+            serving = first if first.held()[0] else swarm.peers[-1]
+            swarm.hub.kill(serving.id)
 
-        asked = replace(REQUEST, max_tokens=None, stages=(Stage(leaving.id, BlockRange(0, BLOCKS)),))
-        result, _ = await lose_in_mid_job(peer, leave, asked)
+        result, _ = await lose_in_mid_job(peer, kill, asked)
         assert isinstance(result, JobResult)
-        assert (result.token_ids, result.replays) == (right_tokens(896 - 8), 1)
-        assert [stage.peer for stage in result.route] == [swarm.peers[-1].id]
+        assert (result.replays, result.finish_reason) == (1, FinishReason.LENGTH)
+        assert 40 < len(result.token_ids) < 512
 
 
 async def test_running_text_with_a_limit_is_not_cut(virtual_clock: MockClock) -> None:
