@@ -3,9 +3,9 @@
     python -m benchmarks.idle [--json] [--minutes N] [--settle SECONDS] [--peers N] [--serve] [--history N]
 
 N peers without a model, and a node that is watched: without a model, or with --serve with all blocks of the demo model.
---history gives it a history of N observations, from which its training worker learns. Without --serve nothing is in the
-cache of models: each file there would be announced once, one every two seconds. Memory: the proportional set size (PSS),
-which counts a page that several processes share in parts. CPU: of all its processes, also those that have ended.
+--history gives it a history of N observations, from which its training worker learns. Without --serve nothing is in
+the cache of models: each file there would be announced once, one every two seconds. Memory: the proportional set size
+(PSS), which counts a page that several processes share in parts. CPU: of all its processes, also those that have ended.
 """
 
 import json

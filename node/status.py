@@ -257,8 +257,7 @@ class StatusView:
         return {peer: {"left_s": round(ban.left_s, 3), "reason": ban.reason} for peer, ban in bans.items()}
 
     def _peer_counts(self) -> PeerCounts:
-        directory, totals = self._membership.directory, self._stages.session_totals()
-        own = self._network.peer_id
+        directory, totals, own = self._membership.directory, self._stages.session_totals(), self._network.peer_id
         holding = [each for peer, each in self._stages.peer_statistics().items() if peer != own]
         known = [each for each in directory.entries() if each.peer != own]
         reached = [each for each in directory.reached() if each.peer != own]

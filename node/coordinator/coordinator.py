@@ -392,9 +392,9 @@ class Coordinator:
         for peer in liars:
             self._planner.failed(peer, dead=False)
         is_background = job.request.background  # then it waits for users' jobs, which says nothing of the stages
-        is_only_route = done.request is done.route.request  # else stages may have stated what they did on others, too
         is_scored = job.kind is TaskKind.SCORE  # its rows take longer on the last stage
-        if is_only_route and result.is_stated and not (is_scored or is_background):
+        # Of a job that was replayed stages may have stated what they did on other routes, too.
+        if result.is_stated and not (result.is_replayed or is_scored or is_background):
             self._planner.measured(job.need(), stages, done.route.loads(), timing_of(done, result))
         is_measured = bool(
             job.kind is not TaskKind.SCORE or job.output.scored or job.output.tokens

@@ -240,10 +240,8 @@ class ResilientRoute:
         self.is_finished = True
         if self._bad_request is not None:  # another stage could do what this one said was impossible
             self._planner.failed(self._bad_request.reporter, dead=False)
-        request = self._request or route.request
-        return ClosedRoute(
-            route, request, closed, self._rounds + route.rounds, self._replays, self._cached_tokens, trace
-        )
+        request, rounds = self._request or route.request, self._rounds + route.rounds
+        return ClosedRoute(route, request, closed, rounds, self._replays, self._cached_tokens, trace)
 
     async def close(self) -> None:
         """Close all routes that are still open."""

@@ -90,13 +90,7 @@ def no_route(
         and not job.output.tokens
         and all(0 < refusal.most_positions < _least_positions(job) for refusal in avoided.values())
     ):
-        most = max(refusal.most_positions for refusal in avoided.values())
-        answer = f" and the answer {job.tokens_left}" if _is_measured(job) and job.tokens_left else ""
-        message = (
-            f"the prompt has {len(job.prompt)} tokens{answer}, and {peers} hold at most {most} in their KV memory, "
-            "answer included: shorten the prompt, or serve the model with more --memory"
-        )
-        return JobError(JobErrorCode.CONTEXT_LENGTH, message)
+        return _too_long(job, peers, max(refusal.most_positions for refusal in avoided.values()))
     elif RefusalReason.FULL in kinds:
         code = JobErrorCode.FULL
         message = f"{peers} have no room now ({reasons}): try again later"
@@ -110,6 +104,15 @@ def no_route(
         missing = f"blocks {blocks}" if blocks else "some blocks"
         message = f"no peer is left to serve {missing} of {name}{affordable} ({reasons}): try again later"
     return JobError(code, message, retry_after_s=RETRY_AFTER_S)
+
+
+def _too_long(job: Job, peers: str, most: int) -> JobError:
+    answer = f" and the answer {job.tokens_left}" if _is_measured(job) and job.tokens_left else ""
+    message = (
+        f"the prompt has {len(job.prompt)} tokens{answer}, and {peers} hold at most {most} in their KV memory, "
+        "answer included: shorten the prompt, or serve the model with more --memory"
+    )
+    return JobError(JobErrorCode.CONTEXT_LENGTH, message)
 
 
 def _named(job: Job) -> str:

@@ -160,10 +160,10 @@ def load_span(
         }
     except (OSError, ValueError) as error:
         raise EngineError(f"blocks {blocks} cannot be loaded: {one_line(error)}") from error
-    elements = sum(tensor.numel() for tensor in weights.values())
+    elements, held_bytes = sum(each.numel() for each in weights.values()), sum(each.nbytes for each in weights.values())
     if dtype is not None and limit_bytes is not None and elements * dtype.itemsize > limit_bytes * _WIDENED_SHARE:
         dtype = None
-    needed_bytes = sum(tensor.nbytes for tensor in weights.values()) if dtype is None else elements * dtype.itemsize
+    needed_bytes = held_bytes if dtype is None else elements * dtype.itemsize
     if limit_bytes is not None and needed_bytes > limit_bytes:
         raise EngineError(f"{limit_bytes} bytes of memory are not enough: the weights take {needed_bytes}")
     if dtype is None:
@@ -176,8 +176,7 @@ def load_span(
         if isinstance(value, list) and len(value) == block_count and re.search("layer|block|attention", key):
             setattr(config, key, value[blocks.start : blocks.end])
     config.num_hidden_layers = len(blocks)
-    model.eval().to(device)
-    span = model.get_submodule(path)
+    span = model.eval().to(device).get_submodule(path)
     assert isinstance(span, nn.ModuleList)
     return LoadedSpan(
         model=model,

@@ -10,7 +10,7 @@ from node.coordinator.trial_runner import BenchmarkRunner
 from node.selection.trial_scheduler import TrialRequest
 from protocol.measurements import Objective, ObservationKind, QualityBound, TaskKind
 from selector.adoption import ROUNDS_WITH_LOOKS, believed, is_decided
-from selector.task import baseline_of
+from selector.task import TaskContext, baseline_of
 from selector.workloads import TrialWorkload
 
 MIN_ROUNDS: Final = min(ROUNDS_WITH_LOOKS)
@@ -66,14 +66,7 @@ class AdoptionTrials:
             TrialSpec(
                 model=request.model,
                 methods=[method.name for method in request.methods],
-                workload=TrialWorkload(
-                    concurrency=min(MAX_JOBS, context.concurrency),
-                    prompt_tokens=context.prompt_tokens,
-                    max_tokens=min(TOKENS, context.max_tokens),
-                    shared_prefix_share=context.shared_prefix_share,
-                    repetitiveness=min(context.repetitiveness, 1 - context.shared_prefix_share),
-                    task_kind=TaskKind(context.task_kind),
-                ),
+                workload=_workload_of(context),
                 rounds=MIN_ROUNDS,
                 is_decided=enough,
                 spending=spending,
@@ -91,3 +84,15 @@ class AdoptionTrials:
             for tried in trial.methods
             if tried.error is None
         }
+
+
+def _workload_of(context: TaskContext) -> TrialWorkload:
+    """Return short jobs like those of a context."""
+    return TrialWorkload(
+        concurrency=min(MAX_JOBS, context.concurrency),
+        prompt_tokens=context.prompt_tokens,
+        max_tokens=min(TOKENS, context.max_tokens),
+        shared_prefix_share=context.shared_prefix_share,
+        repetitiveness=min(context.repetitiveness, 1 - context.shared_prefix_share),
+        task_kind=TaskKind(context.task_kind),
+    )

@@ -128,7 +128,7 @@ class NodeMetrics:
             self._regret.inc(max(0.0, selection.regret_s))
             is_latency = report.request.objective is Objective.LATENCY  # else what is predicted is computing
             measured_s = result.timing.total_s if is_latency else compute_s_of(result.route)
-            if selection.predicted_s > 0 and measured_s > 0 and not report.replays:
+            if selection.predicted_s > 0 and measured_s > 0 and not result.is_replayed:
                 self._ratio.observe(measured_s / selection.predicted_s)
 
     def on_step(self, model: str, compute_s: float) -> None:

@@ -117,16 +117,14 @@ class SpanContext:
         weakref.finalize(self, _free, library, self._opened, model)
         self._kv = KvMemory(library, options.sequences, model.window)
         library.take_error()
-        self._most_needed = 0
-        """Cells that its busiest moment since the last time needed, when it was asked to give memory back."""
+        self._most_needed = 0  # cells, since it was last asked to give memory back
         self._limit = cells_for(options.positions)
         self._first = min(cells_for(options.first_positions or FIRST_POSITIONS), self._limit)
         if (context := self._open(self._first, self._is_watched)) is None:
             reason = library.take_error() or "too little memory"
             raise EngineError(f"llama.cpp has no KV cache of type {options.kv} for {self._first} positions: {reason}")
         self._use(context)
-        takes_tokens = options.first and options.last
-        self._batch = _BatchArrays(BATCH_ROWS, None if takes_tokens else model.hidden_size)
+        self._batch = _BatchArrays(BATCH_ROWS, None if options.first and options.last else model.hidden_size)
         self._tuner = ThreadTuner(1 if model.is_on_gpu else options.threads)
         self._budget.add(self)
 

@@ -12,6 +12,7 @@ from node.cli import run
 from node.evaluation import compare, parallel_fit
 from node.evaluation.csv_dataset import read_folder
 from selector.dataset import FloatArray
+from selector.estimator import Selector
 from selector.evaluation.baselines import BASELINES, GradientBoosting, NearestNeighbours, RandomForest
 from selector.evaluation.measures import split
 from selector.evaluation.text_embedding import HashedNgrams
@@ -135,7 +136,11 @@ def test_group_is_a_column_and_names_take_any_case(
     for name in set(BASELINES) - {"virtual_best"}:
         monkeypatch.setitem(BASELINES, name, BASELINES["random"])
     groups: list[str | None] = []
-    made = lambda group, **_: (groups.append(group), BASELINES["single_best"]())[1]  # noqa: E731
+
+    def made(group: str | None, **_options: object) -> Selector:
+        groups.append(group)
+        return BASELINES["single_best"]()
+
     monkeypatch.setattr(compare, "MetaModel", made)
     for group, resolved, folds in (("HardWare", "hardware", 3), ("budget", "budget", 2), ("l_isl", "l_isl", 10)):
         assert run(["evaluate", str(folder), "--group", group, "--json"]) == 0

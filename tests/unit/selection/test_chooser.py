@@ -316,7 +316,12 @@ async def test_false_computing_of_a_job_does_not_decide_what_a_budget_admits(
         choice = await chooser.choose(request)
         choice.ballot([], equally)
         done = JobOutcome(
-            job_id=JobId("cd" * 16), method=BASELINE.name, completion_tokens=16, total_s=4.0, replays=0, compute_s=1.5
+            job_id=JobId("cd" * 16),
+            method=BASELINE.name,
+            completion_tokens=16,
+            total_s=4.0,
+            is_replayed=False,
+            compute_s=1.5,
         )
         chooser.served(choice, replace(done, compute_s=compute_s))
 
