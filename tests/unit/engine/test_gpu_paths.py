@@ -140,12 +140,10 @@ async def test_keys_and_values_in_bf16_take_half_the_pages(
     tiny = make_tiny_model("llama")
     shard = TorchShard(tiny.source(WHOLE), WHOLE, NARROW, capture_on=lambda _device: capture)
     shard.prepare(BF16)
-    shard.prepare(FUSED)
     engine = InProcess(shard)
     text = [*range(3, 90)]
-    exact = await decode([engine], text, 8, variant=FUSED)
-    before = await decode([engine], text, 8, variant=BF16)
-    assert sum(one == other for one, other in zip(exact, before, strict=True)) >= 6
+    assert agreed(shard, BF16, tiny) >= 0.7
+    before = await decode([engine], text, 1, variant=BF16)
     options = SessionOptions(sampling=GREEDY, variant=BF16)
     for number in range(512 // PAGE_POSITIONS - 1):
         engine.open_now(session(number), 2 * PAGE_POSITIONS, options)
@@ -163,7 +161,7 @@ async def test_keys_and_values_in_bf16_take_half_the_pages(
     assert found == {options.kv_key: 2 * PAGE_POSITIONS}
     assert await engine.begin(session(2), options) == 2 * PAGE_POSITIONS
     rest = SliceInput(session=session(2), position=64, tensor=tensor_from_tokens(text[64:]), draws=1)
-    assert tokens_from_tensor(engine.step_now([rest]).outputs[0].tensor) == first == before[:1]
+    assert tokens_from_tensor(engine.step_now([rest]).outputs[0].tensor) == first == before
 
 
 @pytest.mark.parametrize("variant", ["fused/fp32", "fused/bf16", "fused/int8", "fused/w8a8"])
