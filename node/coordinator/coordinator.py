@@ -388,7 +388,8 @@ class Coordinator:
             job.output.first_token_s = job.output.last_token_s = done.route.last_token_s or trio.current_time()
         stages = done.route.stages
         result, liars = without_impossible_statistics(result_of(job, done, text, finish))
-        self._planner.served(stage.peer for stage in stages if stage.peer not in liars)
+        stated = {stage.peer for stage, closed in zip(stages, done.closed, strict=True) if closed is not None}
+        self._planner.served(stated - liars)
         for peer in liars:
             self._planner.failed(peer, dead=False)
         is_background = job.request.background  # then it waits for users' jobs, which says nothing of the stages

@@ -159,7 +159,7 @@ class ResilientRoute:
                     raise no_route(self._job, error, search.refusals, self._outdated) from None
                 self._avoided.clear()
                 continue
-            if is_eased := search.restore(planned.stages, self._held):
+            if is_eased := search.restore(planned.stages, self._held.keys() & planned.stages):
                 continue
             if await self._try_route(planned, request):
                 self._replays += len(set(self._stages) - set(planned.stages))

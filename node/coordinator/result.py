@@ -1,6 +1,6 @@
 """The result of a job whose route is closed, and what is recorded of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import structlog
@@ -23,6 +23,9 @@ MEASURED_ROUNDS = 3
 
 MEASURED_ROWS = 8
 """and rows of a prompt."""
+
+MOST_AHEAD = 16
+"""Tokens that may be drawn behind the end of a text, or an eighth of it, where what stages state still counts."""
 
 
 def result_of(job: Job, done: ClosedRoute, text: str, finish: FinishReason) -> JobResult:
@@ -52,7 +55,7 @@ def result_of(job: Job, done: ClosedRoute, text: str, finish: FinishReason) -> J
             tpot_s=decode_s / (token_count - 1) if token_count > 1 else 0.0,
             total_s=output.last_token_s - job.began_s,
         ),
-        route=tuple(map(_observed, route.stages, done.closed)),
+        route=tuple(map(_observed, route.stages, _closed_with(done, token_count))),
         method=MethodInForce(switches=dict(method.switches), stage_policy=_stage_policy(route.answers)),
         consensus=Consensus(
             votes=votes_of(route),
@@ -65,6 +68,15 @@ def result_of(job: Job, done: ClosedRoute, text: str, finish: FinishReason) -> J
         is_replayed=done.request is not done.route.request,
         trace=done.trace,
     )
+
+
+def _closed_with(done: ClosedRoute, tokens: int) -> Sequence[Closed | None]:
+    """Return the final words of the stages of a job with so many tokens, none of them where they speak of far more.
+
+    A stop string is found once the client reads it: if it reads slowly, stages have gone on long behind the text's end.
+    """
+    is_ahead = done.route.unread > max(MOST_AHEAD, tokens // 8)
+    return (None,) * len(done.closed) if is_ahead else done.closed
 
 
 def _observed(stage: Stage, closed: Closed | None) -> StageObservation:

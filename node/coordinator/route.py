@@ -152,9 +152,14 @@ class OpenRoute:
         return self._reader.is_complete
 
     @property
+    def unread(self) -> int:
+        """How many tokens are waiting."""
+        return self._outputs.statistics().current_buffer_used
+
+    @property
     def has_output(self) -> bool:
         """Whether a token is waiting."""
-        return self._outputs.statistics().current_buffer_used > 0
+        return self.unread > 0
 
     def held(self) -> dict[Stage, SessionId]:
         """Return the sessions that stages have opened and, as far as is known, still hold."""

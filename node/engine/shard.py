@@ -166,8 +166,7 @@ class Shard(ABC, Generic[KvT]):
         `dropped`: pages whose content was given up since the last session began. `idle`: there are no sessions for the
         time being.
         """
-        if idle:
-            trim_heap()
+        trim_heap()
 
     @abstractmethod
     def run_alone(self, variant: Variant, rows: Array, *, draws: int) -> npt.NDArray[np.float32]:

@@ -289,7 +289,7 @@ class SpanContext:
 
         While there are sessions (`idle` is false) they wait for what is moved: then most of the memory must be free.
         """
-        positions = max(self.needed if idle else self._most_needed, self._first)
+        positions = max(self.needed, self._first, 0 if idle else self._most_needed)
         self._most_needed = self.needed
         if positions <= self._positions // (2 if idle else _BUSY_SHRINK):
             with suppress(PassFailed):  # all is as before

@@ -262,7 +262,7 @@ async def test_sessions_of_trials_that_end_on_the_stage_are_charged_once(virtual
         async with trio.open_nursery() as nursery:
             nursery.start_soon(fail)
             done = await tester.run(replace(job(1, tokens=80), background=True))
-        assert done.replays
+        assert done.is_replayed
         for peer, allowance, sessions in ((first, allowances[0], 2), (last, allowances[1], 1)):
             computed_s = sum(engine.statistics().compute_s for engine in peer.engines)
             assert sum(allowance.charges) == pytest.approx(computed_s, abs=STEP_S), "but for a step that it died in"

@@ -276,6 +276,35 @@ async def test_text_that_was_shortened_for_one_peer_is_whole_on_another(virtual_
         assert (result.token_ids, result.replays) == (right_tokens(WHOLE_TEXT), 2 if spare == "small" else 1)
 
 
+async def test_text_that_was_shortened_behind_a_peer_that_left_is_whole_on_another(virtual_clock: MockClock) -> None:
+    """What the peer that left once held of it does not bind the routes behind."""
+    async with open_swarm() as swarm, trio.open_nursery() as nursery:
+        first = await swarm.join((0, BLOCKS), kv_positions=2560)
+        peer, _ = [await swarm.join() for _ in range(2)]
+        await swarm.settle()
+        large, small = [await swarm.join((0, BLOCKS), kv_positions=positions) for positions in (2560, 512)]
+        await swarm.settle()
+
+        async def join_later() -> None:
+            await trio.sleep(2)
+            await swarm.join((0, BLOCKS), kv_positions=2560)
+
+        def lose(count: int) -> None:
+            if count == 10:
+                first.stages.start_draining()
+                first.stages.migrate_sessions()
+            if count == 20:
+                swarm.hub.kill(first.id)
+            if count == 60:
+                swarm.hub.kill(large.id)
+            if count == 300:
+                swarm.hub.kill(small.id)
+                nursery.start_soon(join_later)
+
+        result = await text_without_a_limit(swarm, peer, lose)
+        assert (result.token_ids, result.replays) == (right_tokens(WHOLE_TEXT), 3)
+
+
 async def test_limit_that_was_lowered_before_the_text_began_stays(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm.join()

@@ -23,10 +23,10 @@ async def client_of(swarm: Swarm) -> Peer:
     return peer
 
 
-async def read(peer: Peer, pause_s: float) -> JobResult:
+async def read(peer: Peer, pause_s: float, request: JobRequest = REQUEST) -> JobResult:
     """Run a job whose client takes a while over each event."""
     result: JobResult | None = None
-    async with peer.coordinator.submit(REQUEST) as events:
+    async with peer.coordinator.submit(request) as events:
         async for event in events:
             await trio.sleep(pause_s)
             if isinstance(event, JobResult):
@@ -43,6 +43,24 @@ async def test_times_are_those_of_the_swarm_whatever_the_client_reads(virtual_cl
         assert slow.token_ids == right_tokens(40)
         for name in ("ttft_s", "tpot_s", "total_s"):
             assert getattr(slow.timing, name) == pytest.approx(getattr(fast.timing, name), rel=0.1)
+
+
+@pytest.mark.parametrize("pause_s", [0.5, 30])
+async def test_what_stages_computed_while_nobody_read_the_end_of_a_text_is_not_held_against_them(
+    virtual_clock: MockClock, pause_s: float
+) -> None:
+    """A stop string is found when the client reads it; meanwhile the stages draw tokens far behind it."""
+    async with open_swarm() as swarm:
+        peer = await client_of(swarm)
+        asked = replace(REQUEST, max_tokens=1500, stop=(f" {right_tokens(3)[2]} ",))
+        prompt = await read(peer, 0, asked)
+        assert prompt.cost is not None
+        assert prompt.cost.actual is not None
+        slow = await read(peer, pause_s, asked)
+        assert slow.cost is not None
+        assert slow.cost.actual is None
+        records = peer.coordinator.peer_records()
+        assert [record.failed for record in records.values()] == [0] * len(records)
 
 
 @pytest.mark.parametrize("request_", [REQUEST, replace(REQUEST, pooling=Pooling.MEAN, max_tokens=None)])

@@ -132,7 +132,7 @@ async def test_trial_of_computing_that_a_stage_does_not_state_is_given_up(
     async with open_swarm() as swarm:
         liar, client, _ = await liar_and_client(swarm, monkeypatch)
         liar.method, liar.compute_s = FUSED, 1e9
-        with pytest.raises(JobError, match="did not state their computing"):
+        with pytest.raises(JobError, match="did not state their cost"):
             await try_fused(client, BASELINE)
 
 

@@ -188,7 +188,7 @@ async def test_rows_while_drafts_are_pending_cost_only_their_session(
         results = await run_all(peer, [request(prompt, 24, DRAFTED) for prompt in PROMPTS])
         assert repeated
         assert [result.token_ids for result in results] == [right(prompt, 24) for prompt in PROMPTS]
-        assert sum(result.replays for result in results) == 1
+        assert sum(result.is_replayed for result in results) == 1
         await all_free(swarm)
 
 

@@ -63,7 +63,7 @@ def chosen(objective: Objective, replays: int = 0) -> JobReport:
         regret_s=0.0,
     )
     request = replace(REPORT.request, objective=objective)
-    result = replace(make_result("x", (1, 2)), selection=selection)
+    result = replace(make_result("x", (1, 2)), selection=selection, is_replayed=replays > 0)
     return replace(REPORT, request=request, result=result, replays=replays)
 
 

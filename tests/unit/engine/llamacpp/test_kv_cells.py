@@ -109,6 +109,22 @@ def test_memory_that_a_busy_moment_had_needed_is_given_back_beside_a_session(mod
     assert (run(memory, 0, tokens, 50, 600) == wanted).all()
 
 
+def test_memory_is_given_back_only_as_far_as_sessions_that_have_just_begun_leave_it(
+    model: SpanModel, wanted: Floats
+) -> None:
+    """A session holds what it shares with a cached prompt before its first rows come."""
+    memory, tokens = opened(model, first_positions=64, sequences=8, positions=2 * POSITIONS), text(600)
+    run(memory, 0, tokens, 0, 200)
+    for sequence in range(1, 4):
+        run(memory, sequence, tokens, 0, 600)
+    for sequence in range(1, 4):
+        memory.truncate(sequence, 0)
+    memory.shrink(idle=False)
+    memory.copy(0, 4, 0, 192)
+    memory.shrink(idle=False)
+    assert (run(memory, 4, tokens, 192, 600) == wanted).all()
+
+
 def test_memory_that_is_full_of_given_up_cells_is_compacted(model: SpanModel, wanted: Floats) -> None:
     memory, tokens = opened(model, positions=640), text(600)
     run(memory, 1, text(30, seed=1), 0, 30)
