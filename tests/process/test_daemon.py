@@ -111,7 +111,7 @@ async def test_restarts_killed_worker_and_replays_its_job(start_daemon: StartDae
     if "error" in answer:  # on a slow machine the job gives up before the new worker is loaded
         assert answer["error"]["code"] == "blocks_not_served"
     else:
-        assert answer["metaswarm"]["replays"] >= 1
+        assert answer["metaswarm"]["replays"] == 0, "the same peer serves in its own place"
         assert answer["choices"] == undisturbed["choices"]
 
     async def serves_again() -> bool:
