@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -103,6 +104,7 @@ async def test_dead_collector_blocks_neither_loop_nor_end(monkeypatch: pytest.Mo
     listener = await trio.open_tcp_listeners(0, host="127.0.0.1")  # accepts and never answers
     port = listener[0].socket.getsockname()[1]
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     monkeypatch.setattr(tracing, "FLUSH_LIMIT_S", 0.3)
     telemetry = Telemetry(lambda model: "tiny", make_tracer(PEERS[0], "1"))
     began_s = time.monotonic()
@@ -112,6 +114,10 @@ async def test_dead_collector_blocks_neither_loop_nor_end(monkeypatch: pytest.Mo
             await trio.lowlevel.checkpoint()
     assert time.monotonic() - began_s < 5
     await listener[0].aclose()
+    for thread in threading.enumerate():
+        if "Otel" in thread.name:
+            thread.join(30)  # it draws from `random` between attempts, which Hypothesis notices in later tests
+            assert not thread.is_alive()
 
 
 def test_is_not_imported_without_an_endpoint() -> None:
