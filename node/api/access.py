@@ -32,7 +32,7 @@ class KeyUse:
     readers: int = 0
     """Of events."""
     is_revoked: bool = False
-    """Whether the key is no longer valid: what it has under way may end."""
+    """Whether the key was revoked: its requests under way may end."""
 
     def begin(self, answers: int, counted: int = 0, param: str = "n") -> dict[str, str]:
         """Count the answers of a request; return the headers that tell what is left. Raises ApiError.
@@ -161,9 +161,9 @@ def begin_answers(scope: Scope, answers: int = 1, param: str = "n") -> None:
 
 
 def begin_reading(scope: Scope) -> Callable[[], bool]:
-    """Count a reader of events against its key: it is no answer, as a page would have none left. Raises ApiError.
+    """Count a stream of events against its key, apart from answers, of which a page must be able to have all.
 
-    Returns what tells whether it may go on: unlike an answer, it would never end.
+    Returns what tells whether it may go on, as such a stream never ends by itself. Raises ApiError.
     """
     use = scope.get(_IN_SCOPE)
     if not isinstance(use, RequestUse):

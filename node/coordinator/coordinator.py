@@ -249,7 +249,7 @@ class Coordinator:
             self.observer.on_job_ended(running.report(outcome, trio.current_time(), code, loggable))
 
     def _presented(self, fault: JobError) -> JobError:
-        """Return what the client is told: to retry, or to start a node, is no advice at a node that leaves."""
+        """Return the error for the client: at a node that drains it is useless to retry, or to start another node."""
         return _leaving() if self.draining and fault.retry_after_s is not None else fault
 
     async def consider(self, request: JobRequest, overrides: Mapping[str, Any]) -> Considered:

@@ -153,7 +153,7 @@ class ResilientRoute:
                 if self._bad_request is not None:
                     raise self._invalid(self._bad_request) from None
                 if is_eased := bool(self._leaving) or self._shorten(search):
-                    self._leaving.clear()  # they hold the session, and stay as nobody takes over
+                    self._leaving.clear()  # they hold the session, and stay where no other peer takes over
                     continue
                 if not search.may_wait() or self._is_hopeless(search, error):
                     raise no_route(self._job, error, search.refusals, self._outdated) from None

@@ -97,7 +97,7 @@ def _observed(stage: Stage, closed: Closed | None) -> StageObservation:
 def without_impossible_statistics(result: JobResult) -> tuple[JobResult, set[PeerId]]:
     """Return a job's result without statistics that no stage of it can have, and the peers that stated them.
 
-    Such a stage counts as one that stated nothing: nobody learns from it.
+    Such a stage counts as one that stated nothing, so that no prediction is learned from it.
     """
     usage, liars = result.usage, set[PeerId]()
 

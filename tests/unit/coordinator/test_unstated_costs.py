@@ -1,7 +1,8 @@
-"""A stage that does not state what a job cost there: the cost is unknown, not nothing, and nobody learns from it."""
+"""A stage that does not state what a job cost there: the cost is unknown, not nothing, and no peer learns from it."""
 
 from dataclasses import dataclass, field
 
+import pytest
 import trio
 from trio.testing import MockClock
 
@@ -66,10 +67,12 @@ async def never(session: SessionId, link: InboundLink) -> Closed:
     raise AssertionError
 
 
-async def test_cost_is_unknown_where_a_stage_does_not_answer_close(virtual_clock: MockClock) -> None:
+async def test_cost_is_unknown_where_a_stage_does_not_answer_close(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with open_swarm() as swarm:
         seen = await watched(swarm)
-        swarm.peers[1].stages.close = never  # type: ignore[method-assign]
+        monkeypatch.setattr(swarm.peers[1].stages, "close", never)
         result = await seen.peer.run(REQUEST)
         assert result.token_ids == right_tokens(40)
         assert result.cost is not None
@@ -80,23 +83,26 @@ async def test_cost_is_unknown_where_a_stage_does_not_answer_close(virtual_clock
         assert [stage["queue_s"] is None for stage in document["route"]] == [False, True, False]
 
 
-async def test_nothing_is_learned_from_a_job_whose_cost_is_unknown(virtual_clock: MockClock) -> None:
+async def test_nothing_is_learned_from_a_job_whose_cost_is_unknown(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with open_swarm() as swarm:
         seen = await watched(swarm)
-        silent = swarm.peers[1]
-        answers, silent.stages.close = silent.stages.close, never  # type: ignore[method-assign]
+        monkeypatch.setattr(swarm.peers[1].stages, "close", never)
         await seen.peer.run(REQUEST)
         assert not seen.published
         assert seen.chooser.compute_s == [0.0], "which says that it is unknown"
         assert not any(record.block_s for record in seen.peer.coordinator.peer_records().values())
-        silent.stages.close = answers  # type: ignore[method-assign]
+        monkeypatch.undo()
         await seen.peer.run(REQUEST)
         assert len(seen.published) == 1
         assert seen.chooser.compute_s[1] > 0
         assert all(record.block_s for record in seen.peer.coordinator.peer_records().values())
 
 
-async def test_trial_does_not_compare_a_run_whose_cost_is_unknown(virtual_clock: MockClock) -> None:
+async def test_trial_does_not_compare_a_run_whose_cost_is_unknown(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with open_swarm() as swarm:
         peer = (await watched(swarm)).peer
         done: list[ServedJob] = []
@@ -108,7 +114,7 @@ async def test_trial_does_not_compare_a_run_whose_cost_is_unknown(virtual_clock:
             return Run(jobs=[done.pop()])
 
         assert not (await run()).is_invalid
-        swarm.peers[1].stages.close = never  # type: ignore[method-assign]
+        monkeypatch.setattr(swarm.peers[1].stages, "close", never)
         assert (await run()).is_invalid
 
 

@@ -39,6 +39,18 @@ CONTEXT = TaskContext(
 )
 
 
+def outcome_of(name: str, total_s: float, compute_s: float = 0.0) -> JobOutcome:
+    """Return what a job of the context cost with a method."""
+    return JobOutcome(
+        job_id=JobId("cd" * 16),
+        method=name,
+        completion_tokens=CONTEXT.max_tokens,
+        total_s=total_s,
+        is_replayed=False,
+        compute_s=compute_s,
+    )
+
+
 def equally(votes: Votes) -> None:
     """Return the weights of votes of peers without reputation; see WeighVotes."""
     del votes
@@ -66,10 +78,7 @@ async def test_only_the_simplest_of_equivalent_methods_gets_a_trial(
     admitted = [BASELINE, FUSED, CHUNKED, REPEATED, CACHED, NARROW]
     choice = await chooser.choose(SelectionRequest(model=ModelId("ab" * 32), context=context, admitted=admitted))
     assert list(choice.ballot([], equally)) == [FUSED.name]
-    chooser.served(
-        choice,
-        JobOutcome(job_id=JobId("cd" * 16), method=FUSED.name, completion_tokens=16, total_s=1.0, is_replayed=False),
-    )
+    chooser.served(choice, outcome_of(FUSED.name, 1.0))
     runner = RecordingRunner()
     with trio.move_on_after(60):
         await chooser.trials.run(runner, lambda: False)
@@ -178,14 +187,7 @@ async def test_prediction_is_of_computing_where_that_is_what_the_job_wants_less_
     for _ in range(40):
         choice = await chooser.choose(request)
         [used] = choice.ballot([], equally)
-        outcome = JobOutcome(
-            job_id=JobId("cd" * 16),
-            method=used,
-            completion_tokens=CONTEXT.max_tokens,
-            total_s=9.0,
-            is_replayed=False,
-            compute_s=compute_s,
-        )
+        outcome = outcome_of(used, 9.0, compute_s)
         selection = chooser.served(choice, outcome)
         assert selection is not None
         predicted.append(selection.predicted_s)
@@ -291,15 +293,7 @@ async def test_jobs_with_a_named_method_calibrate_predictions(virtual_clock: Moc
     chooser = LearnedChooser(PredictionCache(), random.Random(1))
     choice = await chooser.choose(compute_request(BASELINE, is_free=False))
     choice.ballot([], equally)
-    outcome = JobOutcome(
-        job_id=JobId("cd" * 16),
-        method=BASELINE.name,
-        completion_tokens=16,
-        total_s=4.0,
-        is_replayed=False,
-        compute_s=3.0,
-    )
-    assert chooser.served(choice, outcome) is not None
+    assert chooser.served(choice, outcome_of(BASELINE.name, 4.0, 3.0)) is not None
     choice = await chooser.choose(compute_request(BASELINE, is_free=False))
     assert choice.predicted_cost(BASELINE.name) == pytest.approx(3.0)
     assert not chooser.decisions, "nothing was left open"
@@ -315,15 +309,7 @@ async def test_false_computing_of_a_job_does_not_decide_what_a_budget_admits(
     async def serve(compute_s: float) -> None:
         choice = await chooser.choose(request)
         choice.ballot([], equally)
-        done = JobOutcome(
-            job_id=JobId("cd" * 16),
-            method=BASELINE.name,
-            completion_tokens=16,
-            total_s=4.0,
-            is_replayed=False,
-            compute_s=1.5,
-        )
-        chooser.served(choice, replace(done, compute_s=compute_s))
+        chooser.served(choice, outcome_of(BASELINE.name, 4.0, compute_s))
 
     for compute_s in (*[1.5] * honest, lie_s):
         await serve(compute_s)
@@ -393,8 +379,7 @@ async def test_choice_is_a_probe_of_the_predicted_best_where_the_trained_model_i
     request = SelectionRequest(model=MODEL, context=CONTEXT, admitted=admitted)
     choice = await chooser.choose(request)
     assert list(choice.ballot([], equally)) == [USUAL]
-    outcome = JobOutcome(job_id=JobId("cd" * 16), method=USUAL, completion_tokens=16, total_s=1.0, is_replayed=False)
-    selection = chooser.served(choice, outcome)
+    selection = chooser.served(choice, outcome_of(USUAL, 1.0))
     assert selection is not None
     assert selection.basis == "model"
     assert selection.probes == probes
