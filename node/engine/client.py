@@ -150,12 +150,16 @@ class WorkerEngine(Engine):
     async def begin(self, session: SessionId, options: SessionOptions) -> int:
         """Begin a session as Engine describes it, once what it uses is loaded; BadRequest if that cannot be."""
         try:
-            if options.variant == REFERENCE and not self._reference.is_loaded:
-                await self._prepare(REFERENCE)
-                self._reference.loaded()
-            if _is_constrained(options) and not self._constraints.is_loaded:
-                await self._request({"do": "constrain"})
-                self._constraints.loaded()
+            if options.variant == REFERENCE:
+                self._reference.sessions.add(session)  # before the first wait: else it could be unloaded meanwhile
+                if not self._reference.is_loaded:
+                    await self._prepare(REFERENCE)
+                    self._reference.loaded()
+            if _is_constrained(options):
+                self._constraints.sessions.add(session)
+                if not self._constraints.is_loaded:
+                    await self._request({"do": "constrain"})
+                    self._constraints.loaded()
         except EngineError:
             self._close(session, keep=False)
             raise
@@ -315,10 +319,6 @@ class WorkerEngine(Engine):
         return frame
 
     def _begun(self, session: SessionId, options: SessionOptions, reservation: KvReservation) -> _Frame:
-        if options.variant == REFERENCE:
-            self._reference.sessions.add(session)
-        if _is_constrained(options):
-            self._constraints.sessions.add(session)
         frame = self._post(worker_protocol.encode_begin(session, options, reservation))
         frame.dropped = reservation.dropped
         return frame

@@ -422,7 +422,7 @@ async def test_what_schemas_need_is_started_beside_the_steps_and_ends_when_idle(
     make_tiny_model: MakeTinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(on_demand, "UNLOAD_AFTER_S", 0.0)
-    monkeypatch.setattr(client, "UNLOAD_ROUND_S", 0.01)
+    monkeypatch.setattr(client, "UNLOAD_ROUND_S", 0.0)  # also while a session begins
     tiny, file = make_tiny_model("llama"), tmp_path / "tokenizer.json"
     file.write_text(ascii_tokenizer())
     end = VOCABULARY - 1
