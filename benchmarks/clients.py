@@ -30,9 +30,9 @@ CLIENTS_THAT_LEAVE: Final = 50
 """At a time."""
 
 LEAVE_WITHIN_S: Final = 1.0
-SETTLE_S: Final = 150.0
-"""Peers give back within a minute what sessions had taken; a training worker ends two minutes after its last question.
-"""
+SETTLE_S: Final = 420.0
+"""Peers give back within a minute what sessions had taken, and after five to six what cached prompts had; a training
+worker ends two minutes after its last question."""
 
 ENDED_TIMEOUT_S: Final = 60.0
 

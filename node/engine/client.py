@@ -42,6 +42,9 @@ from protocol.identity import BlockRange, SessionId
 UNLOAD_ROUND_S = 5.0
 """How often it is checked what can be unloaded."""
 
+EXPIRY_ROUND_S = 60.0
+"""How often cached prompts that were not used meanwhile come closer to their eviction."""
+
 
 def start_engine(
     package: Package, blocks: BlockRange, options: EngineOptions | None = None, *, spare: SpareWorker | None = None
@@ -146,6 +149,8 @@ class WorkerEngine(Engine):
         """When the last step was asked for; None if the worker has given back since all that steps had taken."""
         self._trimmed_s = -math.inf
         """When the worker last gave back what the busiest moment since the time before had not needed."""
+        self._expired_s = trio.current_time()
+        """When cached prompts last came closer to their eviction."""
 
     async def begin(self, session: SessionId, options: SessionOptions) -> int:
         """Begin a session as Engine describes it, once what it uses is loaded; BadRequest if that cannot be."""
@@ -175,6 +180,10 @@ class WorkerEngine(Engine):
             if self._constraints.can_unload:
                 self._constraints.is_loaded = False
                 self._post(worker_protocol.encode_frame({"do": "unconstrain"}))
+            if (now_s := trio.current_time()) - self._expired_s >= EXPIRY_ROUND_S:
+                self._expired_s = now_s
+                if self._pages.expire():
+                    self._stepped_s = self._stepped_s or now_s  # there is memory to give back
             if self._stepped_s is not None:
                 self._trim(self._stepped_s)
 

@@ -7,8 +7,9 @@ variant is known.
 
 The whole pages of a prompt enter the prefix cache as soon as they are calculated. A session that finds its prompt
 there copies the pages into its own: a copy takes a hundredth of the time of calculating, and leaves its keys and values
-contiguous. Pages without a session are evicted, least recently used first, when sessions need the memory. Between open
-and begin the pages found are pinned by a reference count.
+contiguous. Pages without a session are evicted, least recently used first, when sessions need the memory, and when no
+session has used them for some minutes, so that an idle node gives the memory back. Between open and begin the pages
+found are pinned by a reference count.
 """
 
 import math
@@ -33,6 +34,9 @@ from protocol.identity import SessionId
 from protocol.tensors import DType
 
 HIDDEN_DTYPES = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.BLOCK_INT8})
+EXPIRY_ROUNDS = 5
+"""A cached page is evicted once `expire` has found it unused so many times in a row."""
+
 _FREE = b"\x01"
 
 _PAGE_UNITS = 1024
@@ -53,6 +57,8 @@ class _Entry:
     origin: "_SessionPages"
     """Of the session that calculated it, open or closed."""
     pins: int = 0
+    idle_rounds: int = 0
+    """How often `expire` has found it without a session since it was last used."""
 
 
 @dataclass(slots=True, eq=False)
@@ -262,6 +268,15 @@ class KvAllocator:
         self._touch(holding.entries[number] for number in sorted(holding.entries))
         self._release(set(holding.pages) - {entry.page for entry in holding.entries.values()})
 
+    def expire(self) -> bool:
+        """Evict the cached pages that have been unused for EXPIRY_ROUNDS calls; return whether there were any."""
+        for entry in self._idle:
+            entry.idle_rounds += 1
+        expired = [entry for entry in self._idle if entry.idle_rounds > EXPIRY_ROUNDS and not entry.pins]
+        for entry in expired:
+            self._evict(entry)
+        return bool(expired)
+
     def _of(self, session: SessionId) -> _SessionPages:
         try:
             return self._sessions[session]
@@ -291,6 +306,7 @@ class KvAllocator:
             if entry.session is None:
                 self._idle.pop(entry, None)
                 self._idle[entry] = None
+                entry.idle_rounds = 0
 
     def _allocate(self, positions: int) -> tuple[int, ...]:
         self._free_sequence()
@@ -304,8 +320,7 @@ class KvAllocator:
                 f"this span"
             )
         for entry in takewhile(lambda _: needed > self._free_units, evictable):
-            self.evicted_positions += PAGE_POSITIONS
-            self._drop(entry)
+            self._evict(entry)
         start = self._free.find(_FREE * count)
         if start >= 0:
             pages = tuple(range(start, start + count))
@@ -326,14 +341,17 @@ class KvAllocator:
             if origin is None:
                 raise EngineFull(f"this span serves {limit} sessions at once, and as many are open")
             for entry in [entry for entry in self._idle if entry.origin is origin]:
-                self.evicted_positions += PAGE_POSITIONS
-                self._drop(entry)
+                self._evict(entry)
 
     def _release(self, pages: Iterable[int]) -> None:
         for page in pages:
             self._dropped.add(page)
             self._free[page] = 1
             self._free_units += self._taken_units.pop(page)
+
+    def _evict(self, entry: _Entry) -> None:
+        self.evicted_positions += PAGE_POSITIONS
+        self._drop(entry)
 
     def _drop(self, entry: _Entry) -> None:
         """Remove a page from the cache, and free it if no session holds it."""

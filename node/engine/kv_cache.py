@@ -11,6 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from node.engine.interface import PAGE_POSITIONS, EngineError
 from node.models.manifest import architecture_name
+from node.util.mapped_pages import drop_elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,13 @@ class KvCache:
             for block in self.blocks:
                 block.keys[here] = block.keys[there]
                 block.values[here] = block.values[there]
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        """Give the memory of pages, in order, back to the operating system, until they are written to again."""
+        for block in self.blocks:
+            for memory in (block.keys, block.values):
+                if memory.device.type == "cpu":
+                    drop_elements(memory.data_ptr(), PAGE_POSITIONS * memory[0].nbytes, pages)
 
 
 class SlotMapping:

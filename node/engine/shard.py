@@ -137,6 +137,9 @@ class Shard(ABC, Generic[KvT]):
         self.tokenizer_file: Path | None = None
         """For texts that follow a JSON Schema."""
         self._constraints: ConstraintProcess | None = None
+        self._unused_pages: set[int] = set()
+        """Pages given up by sessions, and not taken by others; also those given back: memory at the edge of two can be
+        only when neither is in use."""
 
     @abstractmethod
     def variants(self) -> frozenset[Variant]:
@@ -166,6 +169,8 @@ class Shard(ABC, Generic[KvT]):
         `dropped`: pages whose content was given up since the last session began. `idle`: there are no sessions for the
         time being.
         """
+        self._unused_pages.update(dropped)
+        self._give_back(sorted(self._unused_pages))
         trim_heap()
 
     @abstractmethod
@@ -183,6 +188,10 @@ class Shard(ABC, Generic[KvT]):
     @abstractmethod
     def _release(self, kv: KvT) -> None:
         """Give up the pages of a session that is over."""
+
+    @abstractmethod
+    def _give_back(self, pages: Sequence[int]) -> None:
+        """Give the memory of pages that hold nothing back to the operating system, where pages are memory."""
 
     @abstractmethod
     def _compute(self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[KvT]]) -> Sequence[Array]:
@@ -227,6 +236,8 @@ class Shard(ABC, Generic[KvT]):
 
         One whose cached pages are gone does not begin, and its first slice fails as that of an unknown session.
         """
+        self._unused_pages.update(reservation.dropped)
+        self._unused_pages.difference_update(reservation.pages)
         info = session_part(self.info, self.variants(), options)
         try:
             kv = self._reserve(options.variant, reservation)

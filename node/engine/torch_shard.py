@@ -199,6 +199,9 @@ class TorchShard(Shard[SlotMapping]):
     def _release(self, kv: SlotMapping) -> None:
         """Nothing to do: the allocator gives the pages to others, who write over them."""
 
+    def _give_back(self, pages: Sequence[int]) -> None:
+        self._kv.give_back(pages)
+
     def _parts(self, variant: Variant, numbers: Sequence[int]) -> Sequence[Sequence[int]]:
         # The reference computes sessions one by one anyway.
         return [[number] for number in numbers] if variant == REFERENCE else [numbers]

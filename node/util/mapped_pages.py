@@ -3,7 +3,9 @@
 import ctypes
 import mmap
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 
 
@@ -18,6 +20,13 @@ def drop_mapped_pages(path: Path) -> None:
             if name == str(path):
                 start, end = (int(each, 16) for each in addresses.split("-"))
                 drop_pages(start, end - start)
+
+
+def drop_elements(start: int, element_bytes: int, elements: Sequence[int]) -> None:
+    """Give the memory of an array's elements, in order, back: only where neighbours fill whole pages together."""
+    for _, numbered in groupby(enumerate(elements), key=lambda pair: pair[1] - pair[0]):
+        run = [element for _, element in numbered]
+        drop_pages(start + run[0] * element_bytes, len(run) * element_bytes)
 
 
 def drop_pages(start: int, size_bytes: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from node.engine.interface import PAGE_POSITIONS
+from node.util.mapped_pages import drop_elements
 
 if TYPE_CHECKING:  # it imports onnxruntime, which a worker needs only once a job names it
     from node.engine.graphs.sessions import SpanGraphs
@@ -107,6 +108,11 @@ class GraphSpan:
         for source, page in zip(sources, pages, strict=True):
             there, here = (slice(each * PAGE_POSITIONS, (each + 1) * PAGE_POSITIONS) for each in (source, page))
             self._memory[:, :, here] = self._memory[:, :, there]
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        """Give the memory of pages, in order, back to the operating system, until they are written to again."""
+        for memory in self._memory.reshape(-1, *self._memory.shape[2:]):  # keys or values of a block
+            drop_elements(memory.ctypes.data, PAGE_POSITIONS * memory[0].nbytes, pages)
 
     def run(self, slices: Sequence[GraphRows], *, embeds: bool = False) -> list[Floats]:
         """Return for each the hidden states of its rows; behind the model's last block logits after its draws.

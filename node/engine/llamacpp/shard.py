@@ -183,6 +183,10 @@ class LlamaShard(Shard[Kv]):
         if isinstance(kv, _Held):  # the allocator gives pages to others, who write over them
             kv.sequences.close(kv.sequence)
 
+    def _give_back(self, pages: Sequence[int]) -> None:
+        if self._graphs.is_built:  # llama.cpp's memory is not in pages: see SpanContext.shrink
+            self._graphs.span.give_back(pages)
+
     def _compute(self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[Kv]]) -> Sequence[Floats]:
         return self._run_parts(variant, blocks, parts, embeds=False)
 

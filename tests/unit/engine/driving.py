@@ -1,5 +1,6 @@
 """Drives engines the way a job does: a prompt, then token by token, through all spans in order."""
 
+import hashlib
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,8 @@ from typing import Any
 
 from node.engine.base import Engine
 from node.engine.interface import (
+    PAGE_HASH_BYTES,
+    PAGE_POSITIONS,
     REFERENCE,
     EngineError,
     KvCompatibilityKey,
@@ -37,6 +40,12 @@ def spans(block_count: int, count: int) -> list[BlockRange]:
     """Cut blocks into nearly equal spans."""
     edges = [block_count * edge // count for edge in range(count + 1)]
     return [BlockRange(start, end) for start, end in itertools.pairwise(edges)]
+
+
+def pages_of(text: Sequence[int]) -> Prefix:
+    pages = (repr(text[:end]).encode() for end in range(PAGE_POSITIONS, len(text) + 1, PAGE_POSITIONS))
+    hashes = b"".join(hashlib.blake2b(page, digest_size=PAGE_HASH_BYTES).digest() for page in pages)
+    return Prefix(namespace="me", hashes=hashes)
 
 
 class InProcess:
@@ -80,6 +89,9 @@ class InProcess:
     def close_now(self, session: SessionId, *, keep: bool = True) -> None:
         self.pages.close(session, keep=keep)
         self.shard.close(session)
+
+    def trim_now(self) -> None:
+        self.shard.trim(self.pages.take_dropped(), idle=not self.pages)
 
     def variants(self) -> frozenset[Variant]:
         return self.shard.variants()

@@ -18,7 +18,7 @@ from node.engine.interface import (
     SliceInput,
     Variant,
 )
-from node.engine.kv_allocator import KvAllocator
+from node.engine.kv_allocator import EXPIRY_ROUNDS, KvAllocator
 from node.testing.fake_engine import FakeEngine, expected_tokens, fake_span_info
 from protocol.identity import BlockRange
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
@@ -52,6 +52,27 @@ def test_prefix_cache_hits_during_and_after_a_session() -> None:
     assert (pages.reserved_positions, pages.cached_positions) == (0, 96)
     assert pages.open(session(3), 100, prefix("abd")) == {OPTIONS.kv_key: 64}
     assert pages.hit_positions == 64
+
+
+def test_cached_pages_that_no_session_uses_for_a_while_are_evicted() -> None:
+    pages = KvAllocator(INFO)
+    calculate(pages, 1, "ab")
+    pages.close(session(1))
+    calculate(pages, 2, "cd")
+    for _ in range(EXPIRY_ROUNDS):
+        assert not pages.expire()
+    calculate(pages, 3, "a")
+    pages.close(session(3))
+    pages.close(session(2))
+    assert pages.expire()
+    assert pages.cached_positions == 3 * PAGE_POSITIONS, "b alone was unused for so long"
+    assert not any(pages.expire() for _ in range(EXPIRY_ROUNDS - 1))
+    assert pages.open(session(4), 100, prefix("abd")) == {OPTIONS.kv_key: PAGE_POSITIONS}
+    assert pages.expire()
+    assert pages.cached_positions == PAGE_POSITIONS, "a session is about to begin with it"
+    pages.close(session(4))
+    assert pages.expire()
+    assert (pages.cached_positions, pages.evicted_positions) == (0, 4 * PAGE_POSITIONS)
 
 
 def test_prefix_cache_hit_needs_same_namespace_and_kv_key() -> None:

@@ -1,26 +1,18 @@
 """The fast paths give the reference's tokens, however sessions, parts of prompts and decode rows are mixed."""
 
-import hashlib
 import random
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
+from typing import cast
 
 import pytest
 
-from node.engine.interface import (
-    PAGE_HASH_BYTES,
-    PAGE_POSITIONS,
-    REFERENCE,
-    EngineError,
-    EngineOptions,
-    Prefix,
-    SessionOptions,
-    SliceInput,
-    Variant,
-)
+from node.engine.interface import REFERENCE, EngineError, EngineOptions, SessionOptions, SliceInput, Variant
+from node.engine.kv_allocator import EXPIRY_ROUNDS
 from node.engine.torch_shard import TorchShard
 from protocol.identity import BlockRange
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
-from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, session, spans
+from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, pages_of, session, spans
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
 
 MakeTinyModel = Callable[[str], TinyModel]
@@ -47,12 +39,6 @@ async def test_spans_give_the_tokens_of_generate(family: str, variant: Variant, 
         engines = engines_of(tiny, count, variant)
         assert await decode(engines, PROMPT, COUNT, variant=variant) == tiny.tokens, f"{count} spans"
     assert await decode(engines, PROMPT, COUNT, chunk=4, variant=variant) == tiny.tokens
-
-
-def pages_of(text: Sequence[int]) -> Prefix:
-    pages = (repr(text[:end]).encode() for end in range(PAGE_POSITIONS, len(text) + 1, PAGE_POSITIONS))
-    hashes = b"".join(hashlib.blake2b(page, digest_size=PAGE_HASH_BYTES).digest() for page in pages)
-    return Prefix(namespace="me", hashes=hashes)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
@@ -105,6 +91,7 @@ async def test_continuous_batching_gives_the_tokens_of_each_session_alone(
                 running.remove(n)
                 for engine in engines:
                     await engine.close(session(n))
+                    engine.trim_now()
     assert [whole[len(text) :] for whole, text in zip(wholes, texts, strict=True)] == expected
     assert all(engine.pages.reserved_positions == 0 for engine in engines)
 
@@ -120,6 +107,32 @@ async def test_fragmented_pages_give_the_same_tokens(make_tiny_model: MakeTinyMo
         text = [*range(3, 60)]
         alone = await decode(engines_of(tiny, 1, *EXACT), text, 8, variant=variant)
         assert await decode([engine], text, 8, of=session(50), chunk=20, variant=variant) == alone
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives pages back at once")
+async def test_memory_of_sessions_that_are_over_is_given_back_but_for_cached_prompts(
+    make_tiny_model: MakeTinyModel,
+) -> None:
+    engine = engines_of(make_tiny_model("qwen3"), 1, FUSED)[0]
+    text = [number % 97 for number in range(120)]
+    written = [block.keys for block in cast("TorchShard", engine.shard)._kv.blocks]
+    for _ in range(2):
+        tokens = await decode([engine], text, 4, variant=FUSED)
+        assert all(keys[32:88].any(dim=(1, 2)).all() for keys in written)
+        engine.trim_now()
+        assert not any(keys[32:88].any() for keys in written)
+    options = SessionOptions(sampling=GREEDY, variant=FUSED)
+    for number, cached in [(2, 0), (3, 96)]:
+        await engine.open(session(number), 124, pages_of(text))
+        assert await engine.begin(session(number), options) == cached
+        rest = SliceInput(session=session(number), position=cached, tensor=tensor_from_tokens(text[cached:]), draws=1)
+        assert tokens_from_tensor((await engine.step([rest])).outputs[0].tensor) == tokens[:1]
+        await engine.close(session(number))
+        engine.trim_now()
+    for _ in range(EXPIRY_ROUNDS + 1):
+        engine.pages.expire()
+    engine.trim_now()
+    assert not any(keys[32:88].any() for keys in written)
 
 
 async def test_speculative_decoding_does_not_change_the_text(make_tiny_model: MakeTinyModel) -> None:

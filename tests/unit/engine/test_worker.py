@@ -22,6 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from node.engine import client, on_demand, worker, worker_process, worker_protocol
 from node.engine.client import WorkerEngine, start_worker
 from node.engine.interface import (
+    PAGE_POSITIONS,
     REFERENCE,
     BadRequest,
     EngineCrashed,
@@ -47,7 +48,7 @@ from protocol.identity import BlockRange
 from protocol.messages import Sampling
 from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
 from tests.support import hostile_directory
-from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, session, spans, start, step
+from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, pages_of, session, spans, start, step
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, VOCABULARY, TinyModel
 
 MakeTinyModel = Callable[[str], TinyModel]
@@ -406,6 +407,35 @@ async def test_idle_reference_is_unloaded_and_loaded_again(
             assert "prepare" not in posted
             assert await decode([engine], PROMPT, COUNT) == tiny.tokens
             assert "prepare" in posted
+
+
+async def test_idle_node_gives_up_cached_prompts_that_are_not_asked_again(
+    make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "UNLOAD_AFTER_S", 0.0)
+    monkeypatch.setattr(client, "UNLOAD_ROUND_S", 0.01)
+    monkeypatch.setattr(client, "EXPIRY_ROUND_S", 0.05)
+    tiny, text = make_tiny_model("llama"), [number % 97 for number in range(2 * PAGE_POSITIONS)]
+    given_up: list[int] = []
+    encode = worker_protocol.encode_frame
+
+    def note(header: Header, tensors: Sequence[Tensor] = ()) -> list[Buffer]:
+        if header["do"] == "trim":
+            given_up.extend(header["dropped"])
+        return encode(header, tensors)
+
+    monkeypatch.setattr(worker_protocol, "encode_frame", note)
+    async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
+        await engine.open(session(1), len(text) + 1, pages_of(text))
+        await engine.begin(session(1), SessionOptions(variant=REFERENCE, sampling=GREEDY))
+        await engine.step([rows(1, 0, text)])
+        await engine.close(session(1))
+        assert engine.statistics().cached_positions == len(text)
+        with trio.fail_after(TIMEOUT_S):
+            while len(given_up) < 3:
+                await trio.sleep(0.01)
+        assert (sorted(given_up), engine.statistics().cached_positions) == ([0, 1, 2], 0)
+        assert await decode([engine], PROMPT, COUNT) == tiny.tokens
 
 
 def ascii_tokenizer() -> str:

@@ -1,10 +1,11 @@
 """GGUF packages of the Llama family in onnxruntime: the file's own numbers, and nearly what llama.cpp calculates."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import numpy as np
@@ -14,6 +15,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from node.engine.graphs import gguf_matrix
 from node.engine.graphs.gguf_matrix import GgufMatrix
 from node.engine.interface import EngineError, EngineOptions, KvCompatibilityKey, Prefix, SessionOptions, Variant
+from node.engine.kv_allocator import EXPIRY_ROUNDS
 from node.engine.llamacpp.graph_variant import GRAPHS
 from node.engine.llamacpp.library import load_library
 from node.engine.llamacpp.shard import LLAMACPP, LlamaShard
@@ -155,6 +157,15 @@ async def test_sessions_share_steps_pages_and_the_prefix_cache_with_llamacpps(sm
         assert tokens == expected, (number, variant)
         for engine in engines:
             await engine.close(of)
+            engine.trim_now()
+    graphs = [cast("LlamaShard", engine.shard)._graphs.span for engine in engines]
+    assert all(each._memory[:, :, :64].any(axis=(0, 1, 3, 4)).all() for each in graphs), "of the cached prompt"
+    for engine in engines:
+        for _ in range(EXPIRY_ROUNDS + 1):
+            engine.pages.expire()
+        engine.trim_now()
+    if sys.platform == "linux":  # elsewhere pages are not given back at once
+        assert not any(each._memory[:, :, 32:64].any() for each in graphs)
 
 
 async def test_rolled_back_rows_are_calculated_again(smol: GgufFiles) -> None:
