@@ -19,10 +19,11 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from node.engine.interface import AUTO, EngineError, EngineLost
+from node.engine.llamacpp.block_states import BlockStates
 from node.engine.llamacpp.embedding import Embedding
 from node.engine.llamacpp.kv_budget import ROUNDED_TO, KvBudget
-from node.engine.llamacpp.kv_memory import OWN_SEQUENCES, KvMemory, PassFailed, Piece
-from node.engine.llamacpp.library import FLASH_ATTENTION_ON, GGML_KV_TYPES, Batch, EvalCallback, Library
+from node.engine.llamacpp.kv_memory import OWN_SEQUENCES, KvMemory, PassFailed, Piece, State
+from node.engine.llamacpp.library import FLASH_ATTENTION_ON, GGML_KV_TYPES, Batch, Library
 from node.engine.llamacpp.span_model import SpanModel
 from node.engine.llamacpp.thread_tuner import ThreadTuner
 from node.util.mapped_pages import drop_pages
@@ -110,7 +111,7 @@ class SpanContext:
         self.position_bytes = position_bytes
         self._budget = budget or KvBudget(cells_for(options.positions))
         self._pass_rows = GPU_PASS_ROWS if model.is_on_gpu else PASS_ROWS
-        self._states = _BlockStates(library, model.hidden_size)
+        self._states = BlockStates(library, model.hidden_size)
         self._is_watched = not options.last
         """Whether the context asks for each tensor if it is wanted. A last span's does once a part of it has run."""
         self._opened = _Opened(self._states)
@@ -365,40 +366,21 @@ class SpanContext:
             self._make_room(end - start)
             self._kv.duplicate(source, target, start, end)
 
+    def states(self, sequence: int, start: int, end: int) -> Sequence[State]:
+        """Return what some of a sequence's positions hold, for `append`. Raises MemoryError."""
+        return tuple(self._kv.states(sequence, start, end))
 
-class _BlockStates:
-    """Takes the hidden states behind a block, or behind the final norm, as llama.cpp computes them."""
-
-    def __init__(self, library: Library, hidden_size: int) -> None:
-        self._library = library
-        self.name: bytes | None = None
-        self._hidden_size = hidden_size
-        self.taken: list[Floats] = []
-        self.callback = EvalCallback(self._evaluated)
-
-    def expect(self, name: bytes | None) -> None:
-        """Take the tensor of this name from now on; None for the whole graph, and none of them."""
-        self.name = name
-
-    def _evaluated(self, tensor: int, ask: bool, _: object) -> bool:
-        """Take the tensor, and end the graph there: what follows is of other spans."""
-        library = self._library
-        if self.name is None or library.ggml_get_name(tensor) != self.name:
-            return not ask
-        if ask:
-            return True
-        size = library.ggml_nbytes(tensor)
-        states = np.empty((size // (4 * self._hidden_size), self._hidden_size), np.float32)
-        library.ggml_backend_tensor_get(tensor, states.ctypes.data, 0, size)
-        self.taken.append(states)
-        return False
+    def append(self, sequence: int, start: int, end: int, states: Sequence[State]) -> None:
+        """Append positions to a sequence. Raises PassFailed where there is no room."""
+        self._make_room(end - start)
+        self._kv.append(sequence, start, end, states)
 
 
 @dataclass(slots=True)
 class _Opened:
     """The context in use, and the callback that must live as long."""
 
-    states: _BlockStates
+    states: BlockStates
     context: int | None = None
 
 

@@ -40,6 +40,12 @@ class KvBudget:
         """Count a context from now on, for as long as it exists. Another thread may do this meanwhile."""
         self._contexts.append(ref(context))
 
+    @property
+    def is_exceeded(self) -> bool:
+        """Whether the contexts have taken more than there is."""
+        found = (each() for each in tuple(self._contexts))
+        return _bytes_of(each for each in found if each is not None) > self._total_bytes
+
     def positions_for(self, context: KvContext, needed: int) -> int:
         """Return how many positions a context takes that needs so many: twice what it has, if there is memory for it.
 

@@ -1,6 +1,6 @@
 """What the sequences of a span hold in llama.cpp's KV memory: given up, shared, and moved."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Final, NamedTuple
 
 import numpy as np
@@ -17,7 +17,8 @@ _PIECE: Final = 512
 
 _ALL: Final = -1
 
-_State = npt.NDArray[np.uint8]
+State = npt.NDArray[np.uint8]
+"""Keys and values of some positions, as llama.cpp writes them."""
 
 
 class PassFailed(Exception):
@@ -77,10 +78,19 @@ class KvMemory:
 
     def duplicate(self, source: int, target: int, start: int, end: int) -> None:
         """Write positions of a source into cells of a target's own, behind its others. Raises PassFailed."""
+        self.append(target, start, end, self.states(source, start, end))
+
+    def states(self, sequence: int, start: int, end: int) -> Iterator[State]:
+        """Yield what some of a sequence's positions hold, for `append`. Raises MemoryError."""
         for first, last in self._pieces(start, end):
-            if not self._put(target, first, last, self._taken_out(source, first, last)):
-                raise PassFailed("llama.cpp has no room for a copy of cached positions")
-            self.cells.write(target, first, last - first)
+            yield self._taken_out(sequence, first, last)
+
+    def append(self, sequence: int, start: int, end: int, states: Iterable[State]) -> None:
+        """Write positions into cells of a sequence's own, behind its others. Raises PassFailed."""
+        for (first, last), state in zip(self._pieces(start, end), states, strict=True):
+            if not self._put(sequence, first, last, state):
+                raise PassFailed("llama.cpp has no room for cached positions")
+            self.cells.write(sequence, first, last - first)
 
     def save(self, file: IO[bytes]) -> Sequence[Piece]:
         """Write what all sequences hold, to be read from the start. Raises OSError, MemoryError."""
@@ -110,7 +120,7 @@ class KvMemory:
             yield start, last
             start = last
 
-    def _taken_out(self, sequence: int, start: int, end: int) -> _State:
+    def _taken_out(self, sequence: int, start: int, end: int) -> State:
         """Return the state of some of a sequence's positions."""
         library, memory = self._library, self._memory
         library.llama_memory_seq_cp(memory, sequence, self._scratch, start, end)
@@ -121,7 +131,7 @@ class KvMemory:
             library.llama_memory_seq_rm(memory, self._scratch, _ALL, _ALL)
         return state
 
-    def _put(self, sequence: int, start: int, end: int, state: _State) -> bool:
+    def _put(self, sequence: int, start: int, end: int, state: State) -> bool:
         """Write positions into the next cells; return whether there was room."""
         library = self._library
         if not library.llama_state_seq_set_data(self._context, state.ctypes.data, state.nbytes, self._scratch):

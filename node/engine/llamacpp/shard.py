@@ -116,7 +116,7 @@ class LlamaShard(Shard[Kv]):
 
     def _open(self, options: ContextOptions) -> Sequences:
         context = SpanContext(self._model, options, self._budget, self._kv_bytes[options.kv])
-        return Sequences(context, options.sequences)
+        return Sequences(context, options.sequences, self._budget)
 
     def variants(self) -> frozenset[Variant]:
         """Return the variants that are ready."""
@@ -144,6 +144,7 @@ class LlamaShard(Shard[Kv]):
         """Give memory back as Shard describes it, but for what the prefix cache holds."""
         for sequences in tuple(self._kv.values()):
             sequences.forget(dropped)
+            sequences.set_aside()
             sequences.context.shrink(idle=idle)
         super().trim(dropped, idle=idle)
 
