@@ -16,7 +16,7 @@ from typing import NamedTuple
 from node.engine.interface import PAGE_POSITIONS, EngineError
 from node.engine.kv_allocator import KvReservation
 from node.engine.llamacpp.context import FIRST_POSITIONS, SpanContext
-from node.engine.llamacpp.kv_budget import KvBudget
+from node.engine.llamacpp.kv_budget import ROUNDED_TO, KvBudget
 from node.engine.llamacpp.kv_memory import PassFailed, State
 
 
@@ -111,7 +111,7 @@ class Sequences:
             return
         self.free(sequence)
         self._aside.update(aside)
-        if self._budget.is_exceeded:
+        if self._budget.is_exceeded and self.context.positions > self.context.needed + ROUNDED_TO:
             with suppress(PassFailed):  # all is as before
                 self.context.resize(self.context.needed)
 
