@@ -35,6 +35,7 @@ from node.stages.device_shares import (
 from node.stages.memory_admission import engine_bytes_of, shortage, smallest_span, span_bytes_for
 from node.stages.replay_buffer import replay_bytes_of
 from node.stages.span import Span
+from node.stages.span_move import RunningSpan, hand_over
 from node.stages.stage_server import StageServer
 from node.swarm.heartbeats import HEARTBEAT_INTERVAL_S
 from node.swarm.membership import Membership
@@ -102,19 +103,6 @@ class ServingOptions:
     def cpu_bytes(self) -> int:
         """What each span, and the draft model, would have of main memory."""
         return cpu_bytes_of_each(self.memory_bytes, len(set(self.specs)) + (self.draft is not None))
-
-
-@dataclass(frozen=True, slots=True)
-class _RunningSpan:
-    """A span that is served, in parts where it has several devices, until the scope is cancelled."""
-
-    parts: Sequence[Span]
-    scope: trio.CancelScope
-
-    def step_s(self) -> float:
-        """Return the recent duration of a step through all parts, 0 where unknown."""
-        times_s = [part.load().step_s for part in self.parts]
-        return sum(times_s) if all(times_s) else 0.0
 
 
 class SpanSupervisor:
@@ -250,16 +238,25 @@ class SpanSupervisor:
         blocks: BlockRange,
         shares: Shares,
         *,
-        task_status: trio.TaskStatus[_RunningSpan] = trio.TASK_STATUS_IGNORED,
+        task_status: trio.TaskStatus[RunningSpan] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Serve a span, a part on each of its devices, until its scope is cancelled or an engine dies."""
+        """Serve a span, a part on each of its devices, until its scope is cancelled or an engine dies.
+
+        The latter raises EngineCrashed, in a group, unless another span is served beside it, during a move.
+        """
         parts = await self._split(manifest, blocks, shares)
+        running: RunningSpan | None = None
         with trio.CancelScope() as scope:
-            async with trio.open_nursery() as nursery:
-                running: list[Span] = []
-                for part, share in zip(parts, shares, strict=False):
-                    running.append(await nursery.start(self._run_part, manifest, part, share))
-                task_status.started(_RunningSpan(running, scope))
+            try:
+                async with trio.open_nursery() as nursery:
+                    spans: list[Span] = []
+                    for part, share in zip(parts, shares, strict=False):
+                        spans.append(await nursery.start(self._run_part, manifest, part, share))
+                    running = RunningSpan(blocks, spans, scope)
+                    task_status.started(running)
+            except* EngineCrashed as group:
+                if running is None or not running.on_crashed(_reasons(group)):
+                    raise
 
     async def _run_part(
         self,
@@ -294,11 +291,7 @@ class SpanSupervisor:
         return await self._offload(lambda: split_over(manifest, blocks, shares))
 
     async def _serve_where_needed(self, manifest: Manifest, shares: Shares, task_status: trio.TaskStatus[None]) -> None:
-        """Serve the least covered blocks, and others when those are covered less.
-
-        The new ones are served before the old ones go, which happens only once others serve these and their last
-        session has ended.
-        """
+        """Serve the least covered blocks, and others when those are covered less: these before the old ones go."""
         model = manifest.model_id
         placer = self._placer(manifest, shares)
         announced = self._placements.of(model)
@@ -312,20 +305,14 @@ class SpanSupervisor:
                 raise
             task_status.started()
             while True:
-                target = await placer.next_move(blocks, running.step_s)
+                target = await placer.next_move(running.blocks, running.step_s)
                 new = await self._try_to_run(manifest, target, shares, nursery)
-                if new is None:
-                    placer.on_move_failed(blocks)
-                    continue
-                await placer.wait_dispensable(blocks, target)
-                for part in running.parts:
-                    self._stages.withdraw_span(part)
-                self._membership.announce()
-                for part in running.parts:
-                    await self._stages.drain_span(part)
-                running.scope.cancel()
-                _logger.info("moved to other blocks", model=model, dropped=str(blocks), blocks=str(target))
-                running, blocks = new, target
+                if new is not None and await hand_over(
+                    running, new, placer=placer, stages=self._stages, announce=self._membership.announce
+                ):
+                    running = new
+                else:
+                    placer.on_move_failed(running.blocks)
 
     def _placer(self, manifest: Manifest, shares: Shares) -> BlockPlacer:
         """Return the placer of a model; it remembers failed moves when the span is restarted."""
@@ -345,7 +332,7 @@ class SpanSupervisor:
 
     async def _try_to_run(
         self, manifest: Manifest, blocks: BlockRange, shares: Shares, nursery: trio.Nursery
-    ) -> _RunningSpan | None:
+    ) -> RunningSpan | None:
         """Serve a span beside the present one; None where that fails, which harms nothing."""
         running, why = None, None
         for part, share in zip(await self._split(manifest, blocks, shares), shares, strict=False):

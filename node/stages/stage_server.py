@@ -173,6 +173,11 @@ class StageServer:
         """Leave a span, which is about to go, out of announcements."""
         self._table.withdrawn.add(span)
 
+    def restore_span(self, span: Span) -> None:
+        """Announce a withdrawn span and admit sessions to it again, as it does not go after all."""
+        self._table.withdrawn.discard(span)
+        self._table.closed.discard(span)
+
     async def drain_span(self, span: Span) -> None:
         """Wait until a withdrawn span has no session left; after a while it admits no new ones."""
         await trio.sleep(WITHDRAWAL_S)

@@ -295,3 +295,36 @@ async def test_node_that_cannot_hold_a_block_says_how_much_memory_is_missing(vir
     with pytest.RaisesGroup(pytest.RaisesExc(StartError, match=line), flatten_subgroups=True):
         async with open_swarm() as swarm:
             await swarm.join_where_needed(4, Large())
+
+
+async def a_moving_peer(swarm: Swarm) -> tuple[Peer, Peer]:
+    """A peer that still holds the first third while it serves the last, and the one that serves the first beside it."""
+    peers = await thirds_and_a_spare_with_a_hole(swarm, [FakeLibrary() for _ in range(4)])
+    both = [peers[0], peers[3]]
+    with trio.fail_after(120):
+        while not (moving := [peer for peer in both if len(peer.stages.spans()) == 2]):
+            await trio.sleep(0.1)
+    both.remove(moving[0])
+    return moving[0], both[0]
+
+
+@pytest.mark.parametrize(("crashing", "left"), [(0, "6-9"), (1, "0-3")])
+async def test_crash_of_one_of_two_spans_during_a_move_leaves_the_other_with_its_sessions(
+    virtual_clock: MockClock, crashing: int, left: str
+) -> None:
+    async with open_swarm() as swarm:
+        peer, _ = await a_moving_peer(swarm)
+        link = await swarm.peers[1].stages.link_pool.link_to(peer.id)
+        healthy = peer.stages.spans()[1 - crashing]
+        opening = replace(an_opening(peer), blocks=healthy.info.blocks)
+        if crashing == 1:
+            opening = replace(opening, sampling=None, downstream=swarm.peers[1].id)
+        await link.open(opening)
+        peer.engines[crashing].crash()
+        await trio.sleep(1)
+        assert list(healthy.sessions) == [opening.session]
+        assert spans_of(peer) == [left]
+        await trio.sleep(60)
+        assert len(peer.engines) == 2, "nothing was loaded again"
+        [placement] = peer.placements.current().placements
+        assert str(placement.blocks) == left
