@@ -82,7 +82,7 @@ class LinkPool:
                 return link
         finally:
             # Peers may name any number of others to send rows to; no lock of theirs stays here.
-            if not lock.statistics().tasks_waiting:
+            if not lock.locked() and not lock.statistics().tasks_waiting:
                 self._dialling.pop(peer, None)
 
     def _live_link(self, peer: PeerId) -> OutboundLink | None:
