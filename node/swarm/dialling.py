@@ -7,6 +7,7 @@ peer and by range.
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -83,6 +84,15 @@ class Backoff:
         self._failures.pop(key, None)
 
 
+@dataclass(slots=True, eq=False)
+class _Dial:
+    """A dial under way. `answered`: None until it has ended, and where the task that dialled was cancelled."""
+
+    keep: bool
+    answered: bool | None = None
+    ended: trio.Event = field(default_factory=trio.Event)
+
+
 class Dialler:
     """Dials for one node, within bounds."""
 
@@ -91,7 +101,7 @@ class Dialler:
         self._directory = directory
         self._jitter = jitter
         self._backoff = Backoff(jitter)
-        self._dialling: set[PeerId] = set()
+        self._dialling: dict[PeerId, _Dial] = {}
         self._next_search_s = -math.inf
         self._kept: set[PeerId] = set()
         """Peers that were dialled for a reservation."""
@@ -158,12 +168,26 @@ class Dialler:
         return self._backoff.is_ready(entry.peer, now_s) and self._backoff.is_ready(entry.place, now_s)
 
     async def reach(self, entry: PeerEntry, *, keep: bool = False) -> bool:
-        """Dial a peer; record and return whether it answered. `keep` the connection, however many there are."""
+        """Dial a peer; record and return whether it answered. `keep` the connection, however many there are.
+
+        While it is being dialled already, that dial is waited for.
+        """
+        while (dial := self._dialling.get(entry.peer)) is not None:
+            dial.keep |= keep
+            await dial.ended.wait()
+            if dial.answered is not None:
+                return dial.answered
+        dial = self._dialling[entry.peer] = _Dial(keep)
+        try:
+            answered = dial.answered = await self._dial(entry, dial)
+            return answered
+        finally:
+            del self._dialling[entry.peer]
+            dial.ended.set()
+
+    async def _dial(self, entry: PeerEntry, dial: _Dial) -> bool:
         peer, place = entry.peer, entry.place
-        if peer in self._dialling:
-            return False
         was_connected = peer in self._network.connected_peers()
-        self._dialling.add(peer)
         try:
             with trio.fail_after(DIAL_TIMEOUT_S):
                 await self._network.ping(peer)
@@ -174,14 +198,12 @@ class Dialler:
             self._directory.on_dialled(peer, False)
             _logger.debug("peer not reached", peer=peer, addresses=entry.multiaddrs[:4], reason=str(error))
             return False
-        finally:
-            self._dialling.discard(peer)
         self._backoff.succeeded(peer)
         self._backoff.succeeded(place)
         self._directory.on_dialled(peer, True)
-        if keep and not was_connected:
+        if dial.keep and not was_connected:
             self._kept.add(peer)
-        if not (was_connected or keep) and len(self._network.connected_peers()) > KEPT_CONNECTIONS:
+        if not (was_connected or dial.keep) and len(self._network.connected_peers()) > KEPT_CONNECTIONS:
             await self._network.disconnect(peer)
         return True
 

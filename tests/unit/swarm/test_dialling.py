@@ -84,3 +84,33 @@ async def test_node_that_needs_no_relay_looks_for_none(autojump_clock: trio.test
     assert await dialled(Reachability(verdict=Verdict.PUBLIC), 30) == []
     two = (PeerId("held"), PeerId("other"))
     assert await dialled(Reachability(verdict=Verdict.PRIVATE, relays=two), 30) == []
+
+
+async def test_peer_that_is_being_dialled_is_waited_for(autojump_clock: trio.testing.MockClock) -> None:
+    class Slow(Peers):
+        dials = 0
+
+        async def ping(self, peer: PeerId) -> float:
+            self.dials += 1
+            await trio.sleep(3)
+            return await super().ping(peer)
+
+    peers = Slow(Reachability(verdict=Verdict.PUBLIC), connected=[])
+    directory = Directory(own_peer=US, connected=peers.connected_peers)
+    directory.update(relay("server", "9.9.9.1"), 0.0, dialled=False)
+    dialler = Dialler(cast("Network", peers), directory, random.Random(0))
+    answered: list[float] = []
+
+    async def reach(limit_s: float) -> None:
+        with trio.move_on_after(limit_s):
+            assert await dialler.reach(*directory.entries())
+            answered.append(trio.current_time() - began_s)
+
+    for first_limit_s, expected_s, dials in ((10.0, [3.0, 3.0], 1), (1.0, [4.0], 3)):
+        began_s = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reach, first_limit_s)
+            await trio.sleep(0.5)
+            nursery.start_soon(reach, 10.0)
+        assert (answered, peers.dials) == (expected_s, dials), "whose dial is cancelled does not speak for others"
+        answered.clear()
