@@ -150,5 +150,5 @@ async def _end_when_idle(link: OutboundLink) -> None:
     idle_s = 0.0
     while idle_s < REPLACED_IDLE_S and not link.broken:
         await trio.sleep(REPLACED_ROUND_S)
-        idle_s = 0.0 if link.session_count else idle_s + REPLACED_ROUND_S
+        idle_s = 0.0 if link.is_in_use else idle_s + REPLACED_ROUND_S
     link.end("replaced by a direct connection")

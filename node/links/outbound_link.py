@@ -300,6 +300,11 @@ class OutboundLink(JobLink):
 
         return unwatch
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether the link carries sessions, or will once their first rows are sent."""
+        return bool(self._watchers) or self.session_count > 0
+
     def _on_message(self, message: Message, nursery: trio.Nursery) -> None:
         match message:
             case Opened() | Refused() | Closed():

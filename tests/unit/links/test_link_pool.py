@@ -11,8 +11,10 @@ import trio
 from trio.testing import MockClock
 
 from node.identity import Identity
-from node.links.link_pool import LinkPool
+from node.links.link_pool import REPLACED_IDLE_S, LinkPool
+from node.links.outbound_link import SessionLost
 from node.testing.memory_network import MemoryNetworkHub
+from protocol.identity import JobId, PeerId, SessionId
 
 
 @asynccontextmanager
@@ -50,3 +52,19 @@ async def test_peer_is_dialled_once_also_where_a_task_that_waited_for_it_was_can
         assert near.counts() == (1, 0)
         assert far.counts() == (0, 1), "every link more is one until the peer refuses any"
         assert not near._dialling
+
+
+async def test_replaced_relay_link_is_kept_for_a_session_whose_first_rows_take_a_while(
+    virtual_clock: MockClock,
+) -> None:
+    async with two_pools() as (near, far):
+        relayed = await near.link_to(far.peer_id)
+        lost: list[SessionLost] = []
+        unwatch = relayed.watch(SessionId(JobId("00" * 16), 1), lost.append)
+        relayed._stream.relay = PeerId("relay")  # type: ignore[misc]  # the connection beside it is direct
+        assert await near.link_to(far.peer_id) is not relayed
+        await trio.sleep(2 * REPLACED_IDLE_S)
+        assert (lost, relayed.broken) == ([], None)
+        unwatch()
+        await trio.sleep(2 * REPLACED_IDLE_S)
+        assert relayed.broken
