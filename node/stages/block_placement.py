@@ -154,9 +154,13 @@ class BlockPlacer:
             return False
         return still_worthwhile(self._unit_count, self._in_units(self._others()), now[0], then)
 
-    async def wait_dispensable(self, old: BlockRange, new: BlockRange) -> None:
-        """Wait until the old blocks may be dropped, as each of them is served by others or among the new ones."""
-        while not may_drop(self._cuts.block_count, self._serving(), old, new):  # noqa: ASYNC110 - known by heartbeats
+    def is_dispensable(self, old: BlockRange, new: BlockRange) -> bool:
+        """Whether the old blocks may be dropped, as each of them is served by others or among the new ones."""
+        return may_drop(self._cuts.block_count, self._serving(), old, new)
+
+    async def wait_dispensable(self, old: BlockRange, new: BlockRange, *, until: bool = True) -> None:
+        """Wait until the old blocks may be dropped, or, `until` False, may not any more."""
+        while self.is_dispensable(old, new) is not until:  # noqa: ASYNC110 - known by heartbeats
             await trio.sleep(DROP_ROUND_S)
 
     async def _planned_target(self, now: BlockRange) -> BlockRange | None:

@@ -49,16 +49,26 @@ async def hand_over(
 ) -> bool:
     """Serve both spans until the old one may go, or an engine of one of them dies; return whether the new one is left.
 
-    The old one goes once others serve its blocks and its last session has ended.
+    The old one goes once its last session has ended while others serve its blocks; it is back where they no longer do.
     """
     with trio.CancelScope() as move:
         old.move = new.move = move
-        await placer.wait_dispensable(old.blocks, new.blocks)
-        for part in old.parts:
-            stages.withdraw_span(part)
-        announce()
-        for part in old.parts:
-            await stages.drain_span(part)
+        while True:
+            await placer.wait_dispensable(old.blocks, new.blocks)
+            for part in old.parts:
+                stages.withdraw_span(part)
+            announce()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_cancel_once_needed, old, new, placer, nursery.cancel_scope)
+                for part in old.parts:
+                    await stages.drain_span(part)
+                nursery.cancel_scope.cancel()
+            if placer.is_dispensable(old.blocks, new.blocks):
+                break
+            _logger.info("old blocks are needed again", blocks=str(old.blocks))
+            for part in old.parts:
+                stages.restore_span(part)
+            announce()
     old.move = new.move = None
     model = new.parts[0].info.model
     if new.crash is None:
@@ -71,3 +81,8 @@ async def hand_over(
         _logger.warning("stayed with the old blocks", model=model, wanted=str(new.blocks), reason=why)
     announce()
     return new.crash is None
+
+
+async def _cancel_once_needed(old: RunningSpan, new: RunningSpan, placer: BlockPlacer, scope: trio.CancelScope) -> None:
+    await placer.wait_dispensable(old.blocks, new.blocks, until=False)
+    scope.cancel()

@@ -328,3 +328,21 @@ async def test_crash_of_one_of_two_spans_during_a_move_leaves_the_other_with_its
         assert len(peer.engines) == 2, "nothing was loaded again"
         [placement] = peer.placements.current().placements
         assert str(placement.blocks) == left
+
+
+async def test_blocks_that_others_cease_to_serve_while_they_drain_are_kept(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer, other = await a_moving_peer(swarm)
+        await trio.sleep(1)
+        assert spans_of(peer) == ["6-9"], "its old blocks are withdrawn"
+        [span] = other.stages.spans()
+        other.stages.withdraw_span(span)
+        other.membership.announce()
+        await trio.sleep(WITHDRAWAL_S / 2)
+        assert spans_of(peer) == ["0-3", "6-9"]
+        await trio.sleep(60)
+        assert spans_of(peer) == ["0-3", "6-9"]
+        other.stages.restore_span(span)
+        other.membership.announce()
+        await trio.sleep(WITHDRAWAL_S * 2)
+        assert [str(each.info.blocks) for each in peer.stages.spans()] == ["6-9"]
