@@ -81,10 +81,12 @@ class StragglerMonitor:
                 await trio.sleep(limit_s)
                 late = route.opening_late()
                 if late and await self._is_replaceable(late, True):
+                    late &= route.opening_late()  # others have answered during the search
                     for peer in late:
                         why = f"did not open the session within {limit_s:.1f} s"
                         route.give_up_opening(StageRefusal(peer, None, why, lagged=True))
-                    return
+                    if late:
+                        return
                 limit_s *= 2
 
         await _run_watched(watch, route.open)
@@ -162,6 +164,8 @@ class StragglerMonitor:
             if (lag := detector.find(now_s)) is not None and not self._job.request.background:
                 peer, disputed, message = self._blamed(route, lag)
                 if await self._is_replaceable({peer}, lag.waited_s < FORGIVING_FACTOR * lag.limit_s):
+                    if trio.current_time() - now_s > POLL_S and not await self._still_lags(route, detector, peer):
+                        continue
                     self._disputed |= disputed
                     route.lose(_lagging(peer, message))
                     return
@@ -170,6 +174,12 @@ class StragglerMonitor:
                 route.stall(JobError(JobErrorCode.UNCOVERED, f"{why}: try again later", retry_after_s=RETRY_AFTER_S))
                 return
             await trio.sleep(max(POLL_S, POLL_SHARE * (now_s - began_s)))
+
+    async def _still_lags(self, route: OpenRoute, detector: StragglerDetector, peer: PeerId) -> bool:
+        """Ask again, after a search for another peer, whether this one is to be replaced."""
+        await route.ask_progress(PROBE_TIMEOUT_S)
+        lag = detector.find(trio.current_time())
+        return lag is not None and self._blamed(route, lag)[0] == peer
 
     def _blamed(self, route: OpenRoute, lag: Lag) -> tuple[PeerId, set[PeerId], str]:
         """Return the peer to replace, the peer that it is in a dispute with, and the reason.

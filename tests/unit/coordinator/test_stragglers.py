@@ -1,6 +1,7 @@
 """A stage that lives and does nothing is replaced within seconds and remembered; an honest slow one is left alone."""
 
-from collections.abc import AsyncIterator, Iterable
+import itertools
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,16 +12,20 @@ import trio
 from trio.testing import MockClock
 
 from node.coordinator import planner
+from node.coordinator.failover import ResilientRoute
 from node.coordinator.route import OpenRoute
 from node.coordinator.straggler_monitor import StragglerMonitor
 from node.coordinator.submission import JobRequest, JobResult, JobStarted, TextDelta
 from node.engine.interface import SliceInput, StepResult
 from node.links import outbound_link
+from node.links.inbound_link import InboundLink
 from node.stages.outbox import Output, send_outputs
 from node.stages.span import Span
+from node.stages.stage_server import StageServer
 from node.testing.memory_links import LinkModel
 from protocol.connection import PROTOCOL_IDS
 from protocol.identity import BlockRange, JobId, PeerId, SessionId, Stage
+from protocol.messages import Open, Opened, Refused
 from protocol.reports import Progress
 from selector.task import method
 from tests.support.hostile_peer import Hole, join_hole
@@ -314,3 +319,59 @@ async def test_faster_newcomer_gets_the_jobs_once_measured(virtual_clock: MockCl
             served.append((await peer.run(REQUEST)).route[0].peer)
             await trio.sleep(1)
         assert served[-5:] == [faster.id] * 5
+
+
+@pytest.fixture
+def search(monkeypatch: pytest.MonkeyPatch) -> trio.Event:
+    """Have coordinators search for 2 s before they know that a stage can be replaced; set after the first second."""
+    half = trio.Event()
+
+    async def search_slowly(self: ResilientRoute, peers: Collection[PeerId], only_trusted: bool) -> bool:
+        await trio.sleep(1)
+        half.set()
+        await trio.sleep(1)
+        return True
+
+    monkeypatch.setattr(ResilientRoute, "_is_replaceable", search_slowly)
+    return half
+
+
+async def test_stage_that_opens_during_the_search_for_another_is_not_blamed(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch, search: trio.Event
+) -> None:
+    halves = ((0, 3), (3, BLOCKS))
+    async with holed_swarm(*halves, halves[0], blocks=halves[1], opens=False) as (_, peer, hole):
+        server_open = StageServer.open
+
+        async def open_late(self: StageServer, message: Open, link: InboundLink) -> Opened | Refused:
+            if message.blocks.start == 0:
+                await search.wait()
+            return await server_open(self, message, link)
+
+        monkeypatch.setattr(StageServer, "open", open_late)
+        trust_in(peer, hole)
+        assert (await peer.run(REQUEST)).token_ids == right_tokens(20)
+        lagged = [each for each, record in peer.coordinator.peer_records().items() if record.lagged]
+        assert lagged == [hole.id]
+
+
+async def test_stage_that_goes_on_during_the_search_for_another_is_kept(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch, search: trio.Event
+) -> None:
+    async with open_swarm() as swarm:
+        for _ in range(2):
+            engine = (await swarm.join(WHOLE, step_s=0.5)).engines[0]
+            step, steps = engine.step, itertools.count()
+
+            async def paused(slices: list[SliceInput], step: Any = step, steps: Iterator[int] = steps) -> StepResult:
+                if next(steps) == 2:
+                    await search.wait()
+                return await step(slices)  # type: ignore[no-any-return]
+
+            monkeypatch.setattr(engine, "step", paused)
+        peer = await swarm.join()
+        await swarm.settle()
+        chunked = method(engine="fused", prefill_chunk="64").name
+        result = await peer.run(JobRequest(model="fake", prompt="7 " * 400, max_tokens=4, method=chunked))
+        assert search.is_set()
+        assert result.replays == 0
