@@ -199,6 +199,7 @@ def build_network(config: NodeConfig, database: Database, devices: Sequence[Devi
         inventory=Inventory(
             data_dir=config.cache_dir,
             traffic=traffic,
+            connected=network.connected_peers,
             threads=config.threads,
             accelerators=tuple(each.accelerator for each in devices if each.accelerator),
             price=config.price,

@@ -1,7 +1,7 @@
 """This node's own capabilities: probed facts, measured throughput, observed links."""
 
 import dataclasses
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -21,6 +21,7 @@ from node.capabilities.probe import available_memory, fingerprint, probe
 from node.capabilities.traffic import TrafficMeter
 from protocol.capabilities import Accelerator, Capabilities, Throughput
 from protocol.figures import USUAL_PRICE
+from protocol.identity import PeerId
 
 GOOD_SHARE: Final = 0.75
 """A benchmark that got a smaller share of the processor measured the load of the machine, and is repeated."""
@@ -47,6 +48,7 @@ class Inventory:
         *,
         data_dir: Path,
         traffic: TrafficMeter,
+        connected: Callable[[], Collection[PeerId]],
         threads: int | None = None,
         accelerators: tuple[Accelerator, ...] = (),
         price: float = USUAL_PRICE,
@@ -56,10 +58,12 @@ class Inventory:
         """Measure with `threads` threads, or one for each physical core.
 
         `data_dir`: stores the measurements; the nodes of one machine may share it. `accelerators`: the devices of
-        the engines, if not the CPU; others are not announced. `price`: of a second of computing.
+        the engines, if not the CPU; others are not announced. `price`: of a second of computing. `connected`: the
+        peers whose links count.
         """
         self._data_dir = data_dir
         self._traffic = traffic
+        self._connected = connected
         self._threads = threads
         self._accelerators = accelerators
         self._price = price
@@ -76,7 +80,7 @@ class Inventory:
             self._available_bytes = available_memory()
         available_bytes = min(self._available_bytes, self._facts.memory.total_bytes)
         memory = dataclasses.replace(self._facts.memory, available_bytes=available_bytes)
-        return dataclasses.replace(self._facts, memory=memory, links=self._traffic.links())
+        return dataclasses.replace(self._facts, memory=memory, links=self._traffic.links(self._connected()))
 
     async def run(self, started: trio.Event | None = None) -> None:
         """Probe the facts, measure unless this hardware was measured before, and return.

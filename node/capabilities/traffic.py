@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -71,8 +72,12 @@ class TrafficMeter:
         """Record the time from a small request to its small response."""
         self._link(peer).round_trips_s.append(min(max(seconds, MIN_FIGURE), MAX_ROUND_TRIP_S))
 
-    def links(self) -> Links:
-        """Return the estimates for the neighbours with the latest traffic, and the best rates of all."""
+    def links(self, connected: Collection[PeerId]) -> Links:
+        """Return the estimates for the connected peers with the latest traffic, and the best rates to these.
+
+        Those for others are dropped: no link to a former neighbour may be left, and one that comes back may have moved.
+        """
+        self._links = {peer: link for peer, link in self._links.items() if peer in connected}
         neighbours = [
             Neighbour(
                 peer=peer,

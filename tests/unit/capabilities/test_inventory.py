@@ -55,6 +55,7 @@ def inventory(
     made = Inventory(
         data_dir=tmp_path,
         traffic=TrafficMeter(),
+        connected=tuple,
         threads=threads,
         accelerators=accelerators,
         read_facts=lambda: FACTS,
@@ -200,10 +201,18 @@ async def test_failed_measurement_is_repeated(tmp_path: Path, virtual_clock: Moc
 
 
 async def test_links_and_free_memory_are_current(tmp_path: Path, virtual_clock: MockClock) -> None:
-    traffic = TrafficMeter()
-    found = Inventory(data_dir=tmp_path, traffic=traffic, read_facts=lambda: FACTS, benchmark=FakeBenchmark([0.9]))
+    traffic, connected = TrafficMeter(), [peer_of(5)]
+    found = Inventory(
+        data_dir=tmp_path,
+        traffic=traffic,
+        connected=lambda: connected,
+        read_facts=lambda: FACTS,
+        benchmark=FakeBenchmark([0.9]),
+    )
     await found.run()
     assert known(found).links.neighbours == ()
     traffic.round_trip(peer_of(5), 0.1)
     assert [neighbour.peer for neighbour in known(found).links.neighbours] == [peer_of(5)]
+    connected.clear()
+    assert known(found).links.neighbours == ()
     assert 0 < known(found).memory.available_bytes < FACTS.memory.total_bytes

@@ -94,7 +94,7 @@ async def test_hosts_report_throughput_of_real_traffic() -> None:
             await stream.send_all(bytes(16 << 20))
             await stream.aclose()
             await arrived.wait()
-            (there,), (here,) = (meter.links().neighbours for meter in meters)
+            (there,), (here,) = (meter.links((host.peer_id, dialler.peer_id)).neighbours for meter in meters)
             assert (there.peer, here.peer) == (dialler.peer_id, host.peer_id)
             assert there.download_bytes_per_s is not None
             assert here.upload_bytes_per_s is not None

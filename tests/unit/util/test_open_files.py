@@ -79,7 +79,7 @@ async def test_task_restarts_after_file_shortage_but_not_after_other_errors(virt
 async def test_last_reading_is_used_during_file_shortage() -> None:
     wildcard = parse_address("/ip4/0.0.0.0/tcp/4001")
     addresses = expand_wildcard(wildcard)
-    inventory = Inventory(data_dir=Path(os.devnull), traffic=TrafficMeter())
+    inventory = Inventory(data_dir=Path(os.devnull), traffic=TrafficMeter(), connected=tuple)
     inventory._facts = probe.probe()
     before = inventory.capabilities()
     assert before is not None
