@@ -16,7 +16,8 @@ _FREE_SHARE = 0.1
 """Of the disk, which always stays free."""
 _STAGING = ".building-"
 _BUILT_WITHIN_S = 3600.0
-"""An unfinished folder unchanged for so long is abandoned: its process was killed."""
+"""An unfinished folder unchanged for so long is abandoned, unless a process holds it: a clock that is set, or a large
+file in it that is still written, makes it look older."""
 _handles: Final[dict[Path, int]] = {}
 """Of the folders that this process uses, with a shared lock on each until it exits."""
 
@@ -42,10 +43,10 @@ class FolderCache:
             self.directory.mkdir(parents=True, exist_ok=True)
             staged = self.directory / f"{_STAGING}{secrets.token_hex(8)}"
             staged.mkdir()  # for other users as well, as the umask allows
+            _hold(staged)
             try:
                 build(staged)
                 _flush(staged)
-                _hold(staged)
                 with suppress(OSError):
                     staged.rename(wanted)  # fails where the other one is there by now
                     _handles[wanted] = _handles.pop(staged)
@@ -97,7 +98,9 @@ class FolderCache:
             if not path.name.startswith(_STAGING):
                 complete.append(path)
             elif _used_s(path) < time.time() - _BUILT_WITHIN_S:
-                shutil.rmtree(path, ignore_errors=True)
+                with _lock_unused(path) as is_unused:
+                    if is_unused:
+                        shutil.rmtree(path, ignore_errors=True)
         return sorted(complete, key=_used_s, reverse=True)
 
     def _shrink(self, used: Path) -> None:

@@ -151,6 +151,17 @@ def test_disk_cache_evicts_abandoned_builds_but_not_running_ones(tmp_path: Path)
     assert {path.name for path in tmp_path.iterdir()} == {"a", ".building-now"}
 
 
+def test_build_that_takes_long_is_not_abandoned(tmp_path: Path) -> None:
+    """As a clock that is set makes it look, while another span is loaded."""
+
+    def build(folder: Path) -> None:
+        fill(100)(folder)
+        os.utime(folder, times=(1e9, 1e9))
+        FolderCache(tmp_path).folder("other", fill(1))
+
+    assert folder_bytes(FolderCache(tmp_path).folder("a", build)) == 100
+
+
 def test_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     fsync, rename = os.fsync, Path.rename
