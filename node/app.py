@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 import structlog
 import trio
@@ -55,6 +56,9 @@ END_LIMIT_S = 2.0
 RETENTION_INTERVAL_S = 60.0
 """Pause between prunings of the history."""
 
+READY_INTERVAL_S = 10.0
+"""Interval at which `node.json` is compared with the addresses."""
+
 _logger = structlog.get_logger(__name__)
 
 
@@ -89,13 +93,13 @@ class Node:
         self._telemetry = Telemetry(parts.serving.library.name_of, tracer)
         parts.client.coordinator.observer = self._telemetry
         parts.serving.stages.observer = self._telemetry
-        self._ready: NodeReady | None = None
+        self._is_ready = False
         self._view = StatusView(
             parts, [str(spec) for spec in config.serve], self._telemetry, self._join_commands, config.data_dir
         )
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[NodeReady]:
+    async def running(self) -> AsyncIterator[None]:
         """Run the node inside the block, which begins once the API answers and every span is loaded."""
         config, network = self._config, self._parts.network.network
         api_stop, started = self._view.stopping, trio.Event()
@@ -112,20 +116,26 @@ class Node:
                 if not config.serve:
                     _logger.warning("this node serves no blocks; --serve MODEL serves some")
                 started.set()
-                self._ready = NodeReady(
-                    peer_id=network.peer_id, multiaddrs=network.multiaddrs, api_url=self._view.api_url, pid=os.getpid()
-                )
-                yield self._ready
+                self._is_ready = True
+                yield
                 nursery.cancel_scope.cancel()
             api_stop.set()
 
+    def ready(self) -> NodeReady:
+        """Return where the node is now: networks change, and peers and gateways tell of further addresses."""
+        network = self._parts.network.network
+        return NodeReady(
+            peer_id=network.peer_id, multiaddrs=network.multiaddrs, api_url=self._view.api_url, pid=os.getpid()
+        )
+
     def _join_commands(self, serve: ServeSpec | None) -> JoinDocument:
         """Return the commands with which another node joins; none before this one is ready."""
-        if self._ready is None or not self._ready.multiaddrs:
+        ready = self.ready()
+        if not self._is_ready or not ready.multiaddrs:
             return {"here": None, "elsewhere": None}
-        elsewhere = join_elsewhere(self._config, self._ready, serve)
+        elsewhere = join_elsewhere(self._config, ready, serve)
         return {
-            "here": shlex.join(join_here(self._config, self._ready, serve)),
+            "here": shlex.join(join_here(self._config, ready, serve)),
             "elsewhere": None if elsewhere is None else shlex.join(elsewhere),
         }
 
@@ -191,14 +201,40 @@ async def _retention_loop(history: HistoryStore, is_clock_confirmed: Callable[[]
 @asynccontextmanager
 async def _running_node(
     config: NodeConfig, access: Access, progress: Progress, devices: Sequence[Device]
-) -> AsyncIterator[tuple[Node, NodeReady]]:
+) -> AsyncIterator[Node]:
     """Open the data directory's database and run a node on it inside the block, on the devices that were found."""
     async with open_database(config.data_dir / DATABASE_FILE) as database:
         if database.set_aside is not None:
             _logger.warning("corrupt history renamed; the swarm refills it", file=str(database.set_aside))
         node = Node(config, build_node(config, database, devices, progress), access)
-        async with node.running() as ready:
-            yield node, ready
+        async with node.running():
+            yield node
+
+
+@asynccontextmanager
+async def _ready_file(ready: Callable[[], NodeReady], data_dir: Path) -> AsyncIterator[None]:
+    """Keep `node.json` in the data directory inside the block, written anew when addresses change."""
+    written = ready()
+    written.write(data_dir)
+
+    async def update() -> None:
+        nonlocal written
+        while True:
+            await trio.sleep(READY_INTERVAL_S)
+            if (now := ready()) != written:
+                try:
+                    await trio.to_thread.run_sync(now.write, data_dir)
+                    written = now
+                except StartError as error:
+                    _logger.debug("addresses not written, trying again", reason=str(error))
+
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(update)
+            yield
+            nursery.cancel_scope.cancel()
+    finally:
+        (data_dir / READY_FILE).unlink(missing_ok=True)
 
 
 async def run_node(
@@ -220,18 +256,18 @@ async def run_node(
                 is_ready = trio.Event()
                 reload = partial(_reload_keys, config, access)
                 await nursery.start(_on_signals, asked, is_ready, reload, nursery.cancel_scope)
-                async with _running_node(config, access, progress, devices) as (node, ready):
-                    ready.write(config.data_dir)
+                async with (
+                    _running_node(config, access, progress, devices) as node,
+                    _ready_file(node.ready, config.data_dir),
+                ):
+                    ready = node.ready()
                     _logger.info("node ready", peer=ready.peer_id, api=ready.api_url)
-                    try:
-                        is_ready.set()
-                        if on_ready:
-                            on_ready(ready)
-                        await asked.wait()
-                        _logger.info("draining; a second signal exits at once")
-                        await node.drain()
-                    finally:
-                        (config.data_dir / READY_FILE).unlink(missing_ok=True)
+                    is_ready.set()
+                    if on_ready:
+                        on_ready(ready)
+                    await asked.wait()
+                    _logger.info("draining; a second signal exits at once")
+                    await node.drain()
                 nursery.cancel_scope.cancel()
     except (StorageError, BaseExceptionGroup) as fault:
         for error in _leaves(fault):

@@ -21,16 +21,19 @@ from node.api.application import make_app
 from node.app import (
     DRAIN_LIMIT_S,
     END_LIMIT_S,
+    READY_INTERVAL_S,
     RETENTION_INTERVAL_S,
     Node,
     _keys,
     _on_signals,
+    _ready_file,
     _reload_keys,
     _retention_loop,
 )
-from node.config import NodeConfig, hash_api_key, read_api_keys
+from node.config import READY_FILE, NodeConfig, NodeReady, hash_api_key, read_api_keys
 from node.storage.database import open_database
 from node.storage.history import HistoryStore
+from protocol.identity import peer_id_from_public_key
 from protocol.limits import MAX_OBSERVATION_AGE_S
 from tests.support.job_peers import open_swarm
 from tests.support.observations import NOW_S, signed
@@ -89,6 +92,29 @@ async def test_clock_that_no_peer_confirms_does_not_prune_the_history_by_age(
         await trio.sleep(2 * RETENTION_INTERVAL_S)
         assert (await history.digest()).count == 0
         nursery.cancel_scope.cancel()
+
+
+async def test_join_commands_and_ready_file_follow_the_addresses(tmp_path: Path, virtual_clock: MockClock) -> None:
+    peer = peer_id_from_public_key(bytes(32))
+    network = SimpleNamespace(peer_id=peer, multiaddrs=(f"/ip4/192.168.1.5/tcp/4001/p2p/{peer}",))
+    node = object.__new__(Node)
+    vars(node).update(
+        _config=NodeConfig(data_dir=tmp_path, cache_dir=tmp_path),
+        _parts=SimpleNamespace(network=SimpleNamespace(network=network)),
+        _view=SimpleNamespace(api_url="http://127.0.0.1:8642"),
+        _is_ready=True,
+    )
+    async with _ready_file(node.ready, tmp_path):
+        assert NodeReady.read(tmp_path) == node.ready()
+        network.multiaddrs = (f"/ip4/10.7.7.7/tcp/4001/p2p/{peer}",)
+        await trio.sleep(2 * READY_INTERVAL_S)
+        found = NodeReady.read(tmp_path)
+        assert found is not None
+        assert found.multiaddrs == network.multiaddrs
+        commands = node._join_commands(None)
+        assert network.multiaddrs[0] in str(commands["here"])
+        assert network.multiaddrs[0] in str(commands["elsewhere"])
+    assert not (tmp_path / READY_FILE).exists()
 
 
 async def test_sighup_revokes_and_admits_api_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
