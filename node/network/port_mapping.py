@@ -8,6 +8,7 @@ import ipaddress
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -24,6 +25,9 @@ RENEWAL_S: Final = LEASE_S / 2
 RETRY_S: Final = 600.0
 """Until a gateway that was not found is looked for again."""
 
+POLL_S: Final = 10.0
+"""Interval at which addresses and clock are compared: no event says that the network is another, or of a suspend."""
+
 TIME_LIMIT_S: Final = 20.0
 DISCOVERY_MS: Final = 2000
 PORTS_TRIED: Final = 8
@@ -34,29 +38,42 @@ COMMAND: Final = python("-m", "node.network.port_mapping")
 
 
 async def keep_port_mapping(
-    candidates: Callable[[], list[TcpAddress]], on_mapped: Callable[[TcpAddress | None], None]
+    candidates: Callable[[], list[TcpAddress]],
+    on_mapped: Callable[[TcpAddress | None], None],
+    wall_clock: Callable[[], float] = time.time,
 ) -> None:
     """Keep a port of the gateway mapped to one of our addresses, and remove the mapping at the end.
 
     `candidates`: the private addresses that this node listens on; without any, as on a public machine, nothing is done.
     """
     mapped: TcpAddress | None = None
-    ends_s = 0.0
+    own: list[TcpAddress] = []
+    leased_at = asked_at = (0.0, 0.0)
+
+    def elapsed_s(since: tuple[float, float]) -> float:
+        """By the clock that went further: one stands still while the machine is suspended, the other may be set."""
+        return max(trio.current_time() - since[0], wall_clock() - since[1])
+
     try:
         while True:
-            own = candidates()
+            before, own = own, candidates()
+            if mapped is not None and not set(before) <= set(own):
+                mapped = None  # it was a gateway of a network that we may have left
+                on_mapped(None)
             found = await _ask("add", own, mapped.port if mapped else own[0].port) if own else None
             pause_s = RENEWAL_S if found else RETRY_S
+            asked_at = trio.current_time(), wall_clock()
             if found is not None:
-                ends_s = trio.current_time() + LEASE_S
-            elif trio.current_time() < ends_s:
+                leased_at = asked_at
+            elif elapsed_s(leased_at) < LEASE_S:
                 found = mapped  # a renewal that failed ends no lease
             if found != mapped:
                 mapped = found
                 on_mapped(mapped)
                 if mapped is not None:
                     logger.info("the gateway forwards %s to this node", mapped.transport)
-            await trio.sleep(pause_s)
+            while elapsed_s(asked_at) < pause_s and candidates() == own:  # noqa: ASYNC110 - no signal
+                await trio.sleep(POLL_S)
     finally:
         if mapped is not None:
             with trio.move_on_after(TIME_LIMIT_S / 4) as scope:

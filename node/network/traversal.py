@@ -233,6 +233,7 @@ class Traversal:
             self._changed.set()
 
     def _on_mapped(self, address: TcpAddress | None) -> None:
+        self._own.confirmed = [each for each in self._own.confirmed if each != self._own.mapped]
         self._own.mapped = address
         self._addresses_changed()
         self._changed.set()

@@ -1,6 +1,7 @@
 """What a gateway is asked for, and what is made of its answers."""
 
 import json
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from node.network import port_mapping
 from node.network.addresses import TcpAddress, parse_address
 from node.network.own_addresses import OwnAddresses
 from node.network.port_mapping import LEASE_S, change_mapping, keep_port_mapping, main
+from node.network.traversal import Traversal, TraversalOptions
 from node.util.child_process import ChildError
 
 HOST, PORT = "192.168.1.2", 4001
@@ -171,6 +173,57 @@ async def test_mapping_outlives_a_failed_renewal_but_not_its_lease(
     address = f"/ip4/9.9.9.9/tcp/{PORT}"
     assert await mapped_by(monkeypatch, good, None, good) == [address]
     assert await mapped_by(monkeypatch, good) == [address, None]
+
+
+class Home:
+    """A network with a gateway, by the addresses of this node in it; others have none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.own = [parse_address(f"/ip4/{HOST}/tcp/{PORT}")]
+        self.asked_at_s: list[float] = []
+        monkeypatch.setattr(port_mapping, "run", self._answer)
+
+    async def _answer(self, command: Sequence[str], **_: Any) -> str:
+        self.asked_at_s.append(trio.current_time())
+        if HOST not in command[-3]:
+            raise ChildError("no gateway")
+        return json.dumps({"host": "9.9.9.9", "port": PORT})
+
+
+async def test_mapping_ends_with_the_network_it_was_made_in_and_returns_with_it(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    home = Home(monkeypatch)
+    traversal = Traversal(TraversalOptions(), own := OwnAddresses(), private_swarm=False)
+    at_home, mapped = home.own, parse_address(f"/ip4/9.9.9.9/tcp/{PORT}")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keep_port_mapping, lambda: home.own, traversal._on_mapped)
+        await trio.sleep(60)
+        assert own.mapped == mapped
+        own.confirmed = [mapped]
+        home.own = [parse_address(f"/ip4/10.7.7.7/tcp/{PORT}")]
+        await trio.sleep(60)
+        assert own.mapped is None
+        assert own.advertised() == []
+        home.own = at_home
+        await trio.sleep(60)
+        assert own.mapped == mapped
+        nursery.cancel_scope.cancel()
+
+
+async def test_mapping_is_renewed_after_a_suspend(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """In which the gateway's clock went on, and only the wall clock here."""
+    home, wall_s = Home(monkeypatch), 1_780_000_000.0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keep_port_mapping, lambda: home.own, lambda _: None, lambda: wall_s)
+        await trio.sleep(60)
+        assert len(home.asked_at_s) == 1
+        wall_s += LEASE_S
+        await trio.sleep(60)
+        assert len(home.asked_at_s) == 2
+        nursery.cancel_scope.cancel()
 
 
 def test_mapped_address_is_told_once_a_peer_has_reached_us_there() -> None:
