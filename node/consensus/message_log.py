@@ -34,8 +34,12 @@ MAX_UNKNOWN_EQUIVOCATORS: Final = 256
 """Unknown peers against which proofs of equivocation are held that came in one epoch; for those against members and
 candidates there is always room."""
 
-MAX_EVIDENCE: Final = 2048
-"""Statements whose envelopes and signatures are held, the newest ones."""
+MAX_EVIDENCE: Final = 4096
+"""Statements, more than a chain has, beyond which evidence is pruned at once: a peer may send old ones without end."""
+
+MAX_SPARE: Final = 64
+"""Of those that the chain does not have, the newest, whose envelopes and signatures outlive a pruning: signatures may
+come before their statement. Others are given of the branch what is in the database."""
 
 MAX_SIGNATURES: Final = 512
 """Signatures held of a statement, more than a committee has: the committee may not be known yet."""
@@ -125,8 +129,8 @@ class MessageLog:
 
     @property
     def is_overfull(self) -> bool:
-        """Whether there is so much evidence that it must be pruned now: a peer may send old statements without end."""
-        return max(len(self.statements), len(self.signatures)) > 2 * MAX_EVIDENCE
+        """Whether there is so much evidence that it must be pruned now."""
+        return max(len(self.statements), len(self.signatures)) > MAX_EVIDENCE
 
     def _hold(self, message: SignedMessage, unknown_rank: bytes | None, head: Digest | None) -> bool:
         """Hold a message of a recent epoch; return whether there is a place for it."""
@@ -169,7 +173,7 @@ class MessageLog:
         return last != place.peer
 
     def prune(self, current_epoch: int, needed: Collection[Digest], knows: Callable[[PeerId], bool]) -> None:
-        """Drop all but this epoch and its neighbours, and the oldest evidence of statements that are not `needed`.
+        """Drop all but this epoch and its neighbours, and all but the newest evidence of statements not `needed`.
 
         `knows`: whether a peer is a member or a candidate by now, against whom an old proof stays.
         """
@@ -179,7 +183,7 @@ class MessageLog:
         self._held = {place: held for place, held in self._held.items() if abs(place.epoch - current_epoch) <= 1}
         self._unknown = {key: ranks for key, ranks in self._unknown.items() if abs(key[0] - current_epoch) <= 1}
         for evidence in (self.statements, self.signatures):
-            for statement in [each for each in evidence if each not in needed][: max(0, len(evidence) - MAX_EVIDENCE)]:
+            for statement in [each for each in evidence if each not in needed][:-MAX_SPARE]:
                 del evidence[statement]
 
     def recent(self) -> dict[bytes, SignedMessage]:

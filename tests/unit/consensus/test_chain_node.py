@@ -211,7 +211,8 @@ async def test_turn_outlives_a_database_that_cannot_be_read(monkeypatch: pytest.
 
 
 async def test_statement_reaches_its_quorum_after_a_flood_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(message_log, "MAX_EVIDENCE", 16)
+    monkeypatch.setattr(message_log, "MAX_EVIDENCE", 32)
+    monkeypatch.setattr(message_log, "MAX_SPARE", 16)
     node = chain_node(memory_chain_store())
     first = founding(1, 3)
     node.receive([first])

@@ -2,7 +2,7 @@
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.consensus.message_log import MAX_OF_PEER, MAX_UNKNOWN_EQUIVOCATORS, MAX_UNKNOWN_PEERS, MessageLog
+from node.consensus.message_log import MAX_OF_PEER, MAX_SPARE, MAX_UNKNOWN_EQUIVOCATORS, MAX_UNKNOWN_PEERS, MessageLog
 from protocol.consensus import SignedMessage, equivocator_of, sign_message
 from protocol.consensus_values import Commit, EquivocationProof, Reveal, Signature, digest_of
 from protocol.identity import PeerId, peer_id_from_public_key
@@ -144,6 +144,18 @@ def test_member_cannot_fill_its_own_places_to_hide_what_it_sends_to_others() -> 
         log.add(commit_to(reveal(number), head), 7, head=head)
         log.add(reveal(1000, inclusion=bytes([number])), 7, head=head)
     assert len(log.recent()) == held
+
+
+def test_evidence_that_the_chain_does_not_need_any_more_is_pruned() -> None:
+    """However many epochs ago it was pruned last."""
+    log = MessageLog()
+    statements = [digest_of(number) for number in range(3 * MAX_SPARE)]
+    for statement in statements:
+        log.add(sign_message(Signature(CHAIN, 7, peer(1), statement), key(1)), 700)
+    log.prune(700, statements[:5], lambda _: False)
+    assert [*log.signatures] == statements[:5] + statements[-MAX_SPARE:]
+    log.prune(701, statements[-5:], lambda _: False)
+    assert len(log.signatures) <= MAX_SPARE + 5
 
 
 def test_prunes_past_epochs_but_not_needed_evidence() -> None:
