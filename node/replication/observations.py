@@ -25,6 +25,7 @@ from node.replication.replica import Replica
 from node.replication.session import SessionOutcome, Throttle
 from node.storage.database import StorageError
 from node.swarm.dht_records import RecordKinds
+from node.util.lasting_failure import LastingFailure
 from node.util.signal import Signal
 from node.util.token_bucket import Allowance
 from protocol.errors import RemoteProtocolError
@@ -129,6 +130,7 @@ class ObservationReplicator:
         self._interval_s = limits.shortest_interval_s
         self._hurry = Signal()
         self._records_left = RECORDS_READ
+        self._storage_failure = LastingFailure()
         records.register(HistoryDigest.kind, self._validate_record)
 
     def statistics(self) -> ReplicationStatistics:
@@ -161,9 +163,14 @@ class ObservationReplicator:
 
     async def _store_gossiped(self, observations: Sequence[SignedObservation]) -> None:
         try:
-            self._statistics.new_by_gossip += await self._replica.store(observations)
+            new = await self._replica.store(observations)
         except StorageError as error:
-            _logger.warning("gossiped observations not stored", reason=str(error))
+            if self._storage_failure.is_due(str(error)):
+                _logger.warning("gossiped observations not stored", reason=str(error))
+            return
+        self._statistics.new_by_gossip += new
+        if new:
+            self._storage_failure.ended()
 
     # Sessions
 

@@ -9,6 +9,7 @@ import trio
 
 from node.network.interface import Network, NetworkError
 from node.util.backoff import backoff_s
+from node.util.lasting_failure import LastingFailure
 from protocol.identity import PeerId
 
 BACKOFF_S = (0.5, 30.0)
@@ -31,7 +32,9 @@ class BootstrapDialler:
     def __init__(self, network: Network, multiaddrs: Iterable[str], jitter: random.Random) -> None:
         self._network = network
         self._jitter = jitter
-        self._states = {multiaddr: Bootstrap(multiaddr, None, "not dialled yet") for multiaddr in multiaddrs}
+        # A list that all nodes of a swarm share has this one, too.
+        others = (multiaddr for multiaddr in multiaddrs if not multiaddr.endswith(f"/p2p/{network.peer_id}"))
+        self._states = {multiaddr: Bootstrap(multiaddr, None, "not dialled yet") for multiaddr in others}
 
     def states(self) -> tuple[Bootstrap, ...]:
         """Return the state of each address."""
@@ -45,6 +48,7 @@ class BootstrapDialler:
 
     async def _dial_loop(self, multiaddr: str) -> None:
         failures = 0
+        failure = LastingFailure()
         while True:
             known = self._states[multiaddr].peer
             if known is None or known not in self._network.connected_peers():
@@ -53,8 +57,10 @@ class BootstrapDialler:
                 except NetworkError as error:
                     failures += 1
                     self._states[multiaddr] = Bootstrap(multiaddr, known, str(error))
-                    _logger.warning("bootstrap peer not reached", multiaddr=multiaddr, reason=str(error))
+                    if failure.is_due(str(error)):
+                        _logger.warning("bootstrap peer not reached", multiaddr=multiaddr, reason=str(error))
                 else:
                     failures = 0
+                    failure.ended()
                     self._states[multiaddr] = Bootstrap(multiaddr, peer, None)
             await trio.sleep(backoff_s(failures + 1, BACKOFF_S, self._jitter))
