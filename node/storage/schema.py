@@ -175,4 +175,15 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         "CREATE TABLE consensus_withheld (chain BLOB NOT NULL, envelope BLOB NOT NULL)",
         "CREATE INDEX consensus_withheld_by_chain ON consensus_withheld (chain)",
     ),
+    (
+        # The numbers of the last observations are given again once these are deleted: what commits have named must not
+        # be beyond the rest.
+        """
+        CREATE TRIGGER named_observation_dropped AFTER DELETE ON observations BEGIN
+            UPDATE consensus_named SET number = (SELECT ifnull(max(number), 0) FROM observations)
+                WHERE number > (SELECT ifnull(max(number), 0) FROM observations);
+        END
+        """,
+        "UPDATE consensus_named SET number = min(number, (SELECT ifnull(max(number), 0) FROM observations))",
+    ),
 )

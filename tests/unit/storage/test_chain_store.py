@@ -14,7 +14,8 @@ from node.storage.chain_store import (
 from node.storage.database import Database, open_database
 from node.storage.history import HistoryStore
 from protocol.identity import PeerId
-from tests.support.observations import peer, signed
+from protocol.limits import MAX_OBSERVATION_AGE_S
+from tests.support.observations import NOW_S, peer, signed
 
 CHAIN, OTHER = bytes(32), bytes([1]) * 32
 
@@ -75,6 +76,18 @@ async def test_each_own_observation_is_committed_once(tmp_path: Path) -> None:
         rest = await store.uncommitted(CHAIN, observer, limit=3)
         assert list(rest.ids) == [each.id for each in ours[3:]]
         assert (await store.uncommitted(CHAIN, PeerId("somebody else"), limit=3)).ids == ()
+
+
+async def test_own_observations_are_committed_after_all_former_ones_aged_out(tmp_path: Path) -> None:
+    async with open_database(tmp_path / "history") as database:
+        store, history = ChainStore(database), HistoryStore(database)
+        later_s = NOW_S + MAX_OBSERVATION_AGE_S + 86_400
+        await history.add_many([signed(number) for number in range(5)])
+        await store.mark_committed(CHAIN, (await store.uncommitted(CHAIN, peer(0), limit=9)).number)
+        await history.retain(later_s, by_age=True)
+        ours = [signed(number, issued_at_s=later_s) for number in range(5, 8)]
+        await history.add_many(ours)
+        assert set((await store.uncommitted(CHAIN, peer(0), limit=9)).ids) == {each.id for each in ours}
 
 
 async def stored(database: Database, chain: bytes) -> int:
