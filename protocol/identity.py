@@ -7,6 +7,7 @@ they raise ValueError with one line for the user.
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from typing import NamedTuple, NewType
 
 import base58
@@ -20,7 +21,7 @@ ModelId = NewType("ModelId", str)
 """The sha256 of a model's manifest, 64 lower-case hexadecimal digits."""
 
 JobId = NewType("JobId", str)
-"""16 random bytes, 32 lower-case hexadecimal digits, chosen by the coordinator."""
+"""16 bytes, 32 lower-case hexadecimal digits, chosen by the coordinator; see `job_id_of`."""
 
 _MODEL_ID = re.compile(r"[0-9a-f]{64}")
 _BLOCK_RANGE = re.compile(r"([0-9]{1,4})-([0-9]{1,4})")
@@ -29,6 +30,9 @@ _BLOCK_RANGE = re.compile(r"([0-9]{1,4})-([0-9]{1,4})")
 # (0x00, length 0x24) of the protobuf PublicKey{Type: Ed25519 (08 01), Data: 32 bytes (12 20)}.
 _ED25519_PREFIX = bytes.fromhex("002408011220")
 _ED25519_KEY_BYTES = 32
+
+JOB_NONCE_BYTES = 8
+"""How many bytes of a job id are random."""
 
 # Base58 is arithmetic on long integers, and all records name the same few peers: a quarter of an observation's check.
 _b58encode = lru_cache(maxsize=4096)(base58.b58encode)
@@ -46,6 +50,20 @@ class SessionId(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.job}/{self.stage}"
+
+
+def job_id_of(coordinator: PeerId, nonce: bytes) -> JobId:
+    """Return the job id that a coordinator makes with random bytes: a digest in it shows whose it is.
+
+    Every stage learns the job id of its route, and could else open sessions under it before the coordinator does.
+    """
+    digest = sha256(b"metaswarm/job/" + nonce + coordinator.encode()).digest()
+    return JobId((nonce + digest)[:16].hex())
+
+
+def is_job_of(job: JobId, coordinator: PeerId) -> bool:
+    """Return whether a job id was made by this coordinator; those that earlier versions chose are nobody's."""
+    return job == job_id_of(coordinator, bytes.fromhex(job)[:JOB_NONCE_BYTES])
 
 
 @dataclass(frozen=True, slots=True, order=True)

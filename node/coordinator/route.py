@@ -19,7 +19,7 @@ from node.links.outbound_link import OutboundLink, SessionLost, SessionRefused
 from node.stages.replay_buffer import ResumePoint, plan_resume
 from node.stages.voter import TableVersion
 from protocol.codec import adapted, minor_of
-from protocol.identity import JobId, PeerId, SessionId, Stage
+from protocol.identity import JOB_NONCE_BYTES, PeerId, SessionId, Stage, job_id_of
 from protocol.limits import MAX_STEP_BYTES
 from protocol.messages import Ballot, Begin, Closed, FailureReason, Load, Open, Opened, RefusalReason, Slice, Step
 from protocol.reports import ProgressRequest
@@ -78,7 +78,7 @@ class OpenRoute:
         self._continued = dict(held or {})
         self._gone: set[int] = set()
         self._link_pool = link_pool
-        self.job = JobId(secrets.token_hex(16))
+        self.job = job_id_of(link_pool.peer_id, secrets.token_bytes(JOB_NONCE_BYTES))
         """The job id on the wire; a replay has another."""
         self._sink = SessionId(self.job, len(stages))
         self._links: dict[int, OutboundLink] = {}

@@ -21,6 +21,7 @@ from node.engine.interface import BadRows, Prefix, SessionOptions, SliceInput, S
 from node.engine.kv_allocator import HIDDEN_DTYPES
 from node.links.base_link import LinkBroken
 from node.links.inbound_link import InboundLink
+from node.stages.local_id import local_id
 from node.stages.outbox import Outbox, Output, StepLoop, max_rows
 from node.stages.peer_penalties import Charge
 from node.stages.replay_buffer import ReplayBuffer, ReplayMemory, ResumableState
@@ -59,7 +60,8 @@ class StageSession:
     """A session; takes the rows that arrive for it, once it has begun. Implements `RowReceiver` and `OutboxOwner`."""
 
     def __init__(self, request: Open, span: SpanPort, opened_by: InboundLink, description_bytes: int = 0) -> None:
-        self.id = request.session
+        self.id, self.wire_id = local_id(request.session, opened_by.peer), request.session
+        self.following = SessionId(self.wire_id.job, self.wire_id.stage + 1)
         self.request = request
         self.info = span.info.part(request.blocks)
         """Of the part of the span that it runs."""
@@ -189,14 +191,14 @@ class StageSession:
         if self._tracker is not None:
             self._tracker.close()
         for source in self._sources - {self.opened_by}:
-            source.forget(self.id)
+            source.forget(self.wire_id)
 
     def progress(self) -> Progress:
         """Return how far the session has come: what has not left yet is in the outbox."""
         is_last = self.request.sampling is not None
         sent = min([self._reached + (is_last and self.state.counters.steps > 0), *self.outbox.unsent_positions])
         received = max(self._received, self._reached)
-        return Progress(session=self.id, received=received, computed=self._reached, sent=sent)
+        return Progress(session=self.wire_id, received=received, computed=self._reached, sent=sent)
 
     # Rows that arrive
 
@@ -368,12 +370,11 @@ class StageSession:
     def collect_timings(self) -> Timings:
         """Return the timing of the steps since the last call, and record that of further ones."""
         self.state.timings = self.state.timings or StepTimings()
-        return self.state.timings.collect(self.id, trio.current_time())
+        return self.state.timings.collect(self.wire_id, trio.current_time())
 
     def outputs_of(self, part: Slice, output: Tensor) -> list[Output]:
         """Return what a slice's output makes to be sent: rows for the next stage, or tokens for the next round."""
-        job, stage = self.id
-        following = SessionId(job, stage + 1)
+        following = self.following
         if self.request.sampling is None:
             self.state.replay.write(part.position, output)
             known = min(part.rows, max(0, self._forward_from - part.position))
@@ -396,7 +397,7 @@ class StageSession:
         reported = output.cut(0, count)  # with log probabilities, where the coordinator wants them
         if finish is not None or not tokens:
             return self._outputs((sent, reported))
-        fed_back = replace(sent, session=SessionId(job, 0), position=position, rows=len(tokens), draws=1)
+        fed_back = replace(sent, session=SessionId(following.job, 0), position=position, rows=len(tokens), draws=1)
         return self._outputs((sent, reported), (fed_back, tensor_from_tokens(tokens)))
 
     def _scored_rows(self, part: Slice) -> int:
@@ -427,8 +428,7 @@ class StageSession:
         """Return outputs of the replay buffer. Raises ValueError when they are not retained any more."""
         tensor = self.state.replay.read(start, end)
         self.state.counters.bytes_out += len(tensor.data)
-        following = SessionId(self.id.job, self.id.stage + 1)
-        return Step(slices=(Slice(session=following, position=start, rows=tensor.rows, draws=0),), tensor=tensor)
+        return Step(slices=(Slice(session=self.following, position=start, rows=tensor.rows, draws=0),), tensor=tensor)
 
     # For the outbox
 
@@ -436,7 +436,7 @@ class StageSession:
         """Return credit for rows that take no memory any more."""
         self.held_rows -= work.held_rows
         if work.payload_bytes:
-            work.origin.consumed(self.id, work.payload_bytes)
+            work.origin.consumed(self.wire_id, work.payload_bytes)
 
     def on_send_failed(self, error: Exception) -> None:
         """Keep the session without sending until its coordinator has found another route; or give it up."""
@@ -446,4 +446,4 @@ class StageSession:
             self._span.fail(self, FailureReason.DOWNSTREAM, str(error), error.peer)
         elif not self.outbox.is_closed:
             self.outbox.close()
-            self.opened_by.reroute(self.id, FailureReason.DOWNSTREAM, str(error), error.peer)
+            self.opened_by.reroute(self.wire_id, FailureReason.DOWNSTREAM, str(error), error.peer)

@@ -16,9 +16,9 @@ from node.stages.peer_penalties import PeerPenalties
 from node.stages.session import StageSession
 from node.stages.span import Span, SpanTable, pages_of
 from node.stages.voter import Agreement, Voter
-from protocol.identity import ModelId, PeerId, SessionId
+from protocol.identity import ModelId, PeerId, SessionId, is_job_of
 from protocol.limits import MAX_SESSIONS, MAX_STAGES, PREFIX_HASH_BYTES
-from protocol.messages import Load, Open, Opened, RefusalReason, Refused
+from protocol.messages import FailureReason, Load, Open, Opened, RefusalReason, Refused
 from selector.task import Method, MethodError, TaskContext, parse_method
 
 CONNECT_LIMIT_S = 8.0
@@ -143,8 +143,7 @@ class SessionAdmission:
         self, span: Span, message: Open, link: InboundLink, former: StageSession | None, offered: Sequence[Method]
     ) -> Opened:
         session = StageSession(message, span, link, _description_bytes(message))
-        if message.session in self._link_pool.receivers:
-            raise _Refusal(RefusalReason.INVALID, "the session is open already", span)
+        self._claim(message.session, link.peer, span)
         self._link_pool.receivers[message.session] = session
         span.add(session)
         try:
@@ -170,7 +169,7 @@ class SessionAdmission:
             agreed = self._agreed(message.model)
             session.on_opened(dict(vote.scores), agreed and agreed.for_task(context.task_kind), opened_s)
             return Opened(
-                session=session.id,
+                session=session.wire_id,
                 load=span.load(),
                 votes=session.votes,
                 cached={str(key): positions for key, positions in session.state.cached.items()},
@@ -183,9 +182,26 @@ class SessionAdmission:
         finally:
             session.admitted.set()
             if session.is_ended:  # by a coordinator that left meanwhile, perhaps before the memory was reserved
-                span.start_freeing(message.session)
+                span.start_freeing(session.id)
         span.end(session)
         raise refusal
+
+    def _claim(self, session: SessionId, peer: PeerId, span: Span) -> None:
+        """Have all sessions of a job be one coordinator's: the job id's, whoever came first. Raises _Refusal.
+
+        Every stage of a route learns the job id. It could open another's session first, or have this peer send rows of
+        the job to others, who would believe that they come from its coordinator's sessions here.
+        """
+        job, receivers = session.job, self._link_pool.receivers
+        if is_job_of(job, peer):
+            for held_by in tuple(self._table.spans.values()):
+                for other in tuple(held_by.sessions.values()):
+                    if other.wire_id.job == job and other.opened_by.peer != peer:
+                        held_by.fail(other, FailureReason.ENGINE, "the job id is another coordinator's")
+        own = {each.wire_id for each in self._table.sessions() if each.opened_by.peer == peer}
+        is_own = peer == self._link_pool.peer_id  # whose route to here receives under this job id
+        if session in receivers or not (is_own or all(each in own for each in receivers if each.job == job)):
+            raise _Refusal(RefusalReason.INVALID, "the session is open already, or the job is another's", span)
 
     def _check_size(self, span: Span, message: Open, peer: PeerId) -> None:
         """Raise _Refusal where a session needs more KV memory than a peer's session can ever have here.
@@ -220,13 +236,11 @@ class SessionAdmission:
 
     async def _connect(self, session: StageSession) -> None:
         """Open links to the receivers of the session's outputs, before the first row: later would be too late."""
-        (job, stage), request = session.id, session.request
-        following = SessionId(job, stage + 1)
+        following, request, peer = session.following, session.request, session.opened_by.peer
         if request.downstream is not None:
             targets = {following: request.downstream}
         else:
-            targets = {following: session.opened_by.peer, SessionId(job, 0): request.feedback or session.opened_by.peer}
-        peer = session.opened_by.peer
+            targets = {following: peer, SessionId(following.job, 0): request.feedback or peer}
         with trio.move_on_after(CONNECT_LIMIT_S) as scope:
             for receiver, peer in targets.items():
                 link = await self._link_pool.link_to(peer)

@@ -27,6 +27,7 @@ from node.links.link_pool import LinkPool
 from node.stages.draft_model import DraftModel
 from node.stages.engine_loop import EngineLoop
 from node.stages.fair_share import UnmetDemand
+from node.stages.local_id import local_id
 from node.stages.outbox import Output, send_outputs
 from node.stages.peer_penalties import Charge, PeerPenalties
 from node.stages.replay_buffer import ReplayMemory
@@ -155,9 +156,9 @@ class Span(EngineLoop):
     def fail(self, session: StageSession, reason: FailureReason, message: str, blamed: PeerId | None = None) -> None:
         """Report to the coordinator that the session is lost here, and free it."""
         if not session.is_ended:
-            request_id = session.request.request_id
-            self._records.failed(session.opened_by.peer, reason, session=session.id, request_id=request_id, why=message)
-            session.opened_by.fail(session.id, reason, message, blamed)
+            peer, request_id = session.opened_by.peer, session.request.request_id
+            self._records.failed(peer, reason, session=session.wire_id, request_id=request_id, why=message)
+            session.opened_by.fail(session.wire_id, reason, message, blamed)
             self.end(session, "failed", reason)
 
     def reject(self, session: StageSession, sender: InboundLink, fault: str, charged: Charge = Charge.OPENER) -> None:
@@ -174,7 +175,7 @@ class Span(EngineLoop):
             self._records.fault(
                 sender.peer if charged is Charge.SENDER else opener,
                 trio.current_time(),
-                session=str(session.id),
+                session=str(session.wire_id),
                 request_id=session.request.request_id or "-",
                 sender=sender.peer,
                 reason=fault,
@@ -201,7 +202,7 @@ class Span(EngineLoop):
         session.end()
         self.scheduler.remove(session.id)
         self.sessions.pop(session.id, None)
-        self._link_pool.receivers.pop(session.id, None)
+        self._link_pool.receivers.pop(session.wire_id, None)
         self._session_ended.unpark_all()
 
     async def carry_on(self, former: StageSession, session: StageSession) -> bool:
@@ -215,7 +216,7 @@ class Span(EngineLoop):
             try:
                 await self.engine.rename(former.id, session.id)
             except EngineError as error:
-                _logger.info("session not resumed", session=former.id, why=str(error))
+                _logger.info("session not resumed", session=former.wire_id, why=str(error))
                 self._account(former)
                 former.state.replay.drop()
                 await self._free(former.id)
@@ -409,8 +410,9 @@ class SpanTable:
 
     def find(self, session: SessionId | None, link: InboundLink) -> tuple[Span, StageSession] | None:
         """Return a session that was opened over this link, and its span."""
+        here = local_id(session, link.peer) if session is not None else None
         for span in self.spans.values():
-            if session is not None and (found := span.sessions.get(session)) and found.opened_by is link:
+            if here is not None and (found := span.sessions.get(here)) and found.opened_by is link:
                 return span, found
         return None
 
@@ -427,7 +429,7 @@ class SpanTable:
 def _report_of(session: StageSession, method: Method, outcome: str, error: FailureReason | None) -> SessionReport:
     bytes_in, bytes_out = session.state.report_bytes()
     return SessionReport(
-        job=session.id.job,
+        job=session.wire_id.job,
         request_id=session.request.request_id,
         trace_parent=session.request.trace_parent,
         coordinator=session.opened_by.peer,

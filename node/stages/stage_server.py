@@ -196,7 +196,7 @@ class StageServer:
 
     def _ask_to_leave(self, session: StageSession) -> None:
         if session.method is not None and session.opened_by.peer != self.link_pool.peer_id:
-            session.opened_by.reroute(session.id, FailureReason.LEAVING, "this peer is about to leave")
+            session.opened_by.reroute(session.wire_id, FailureReason.LEAVING, "this peer is about to leave")
 
     async def wait_idle(self) -> None:
         """Wait until no session is open here."""

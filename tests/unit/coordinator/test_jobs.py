@@ -600,7 +600,7 @@ async def test_rows_of_an_outsider_do_not_enter_a_session(virtual_clock: MockClo
         stranger = await swarm.join()
         await swarm.settle()
         async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=20)) as events:
-            (session,) = swarm.peers[0].stages.spans()[0].sessions
+            (session,) = (each.wire_id for each in swarm.peers[0].stages.spans()[0].sessions.values())
             link = await stranger.stages.link_pool.link_to(swarm.peers[0].id)
             lost = trio.Event()
             link.watch(session, lambda _: lost.set())

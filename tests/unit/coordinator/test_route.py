@@ -25,7 +25,7 @@ def tensor_of(*row: float) -> Tensor:
 
 async def test_token_after_a_stall_is_dropped() -> None:
     opening = SimpleNamespace(sampling=Sampling(max_tokens=4), vocabulary_size=10)
-    route = OpenRoute([Stage(PEER, BlockRange(0, 9))], cast("Any", None), cast("Any", opening))
+    route = OpenRoute([Stage(PEER, BlockRange(0, 9))], Mock(peer_id=PEER), cast("Any", opening))
     link = cast("Any", Mock(peer=PEER))
     session = SessionId(JobId("00" * 16), 1)
     route.receive(Slice(session=session, position=9, rows=1), tensor_from_tokens([7]), link)
@@ -42,7 +42,7 @@ async def test_token_after_a_stall_is_dropped() -> None:
 async def test_a_stage_that_draws_before_the_prompt_is_sent_for_scoring_is_lost() -> None:
     sampling = Sampling(max_tokens=0, prompt_logprobs=True, prompt_length=5, logprobs=1)
     opening = SimpleNamespace(sampling=sampling, vocabulary_size=10)
-    route = OpenRoute([Stage(PEER, BlockRange(0, 9))], cast("Any", None), cast("Any", opening))
+    route = OpenRoute([Stage(PEER, BlockRange(0, 9))], Mock(peer_id=PEER), cast("Any", opening))
     row = np.array([[7, -0.5]], np.float32)
     part = Slice(session=SessionId(JobId("00" * 16), 1), position=5, rows=1)
     route.receive(part, Tensor(DType.FLOAT32, row.shape, row.tobytes()), cast("Any", Mock(peer=PEER)))
@@ -64,7 +64,7 @@ async def test_a_stage_that_draws_before_the_prompt_is_sent_for_scoring_is_lost(
 )
 async def test_a_stage_that_sends_a_token_outside_the_vocabulary_is_lost(sampling: Sampling, tensor: Tensor) -> None:
     opening = SimpleNamespace(sampling=sampling, vocabulary_size=10)
-    route = OpenRoute([Stage(PEER, BlockRange(0, 9))], cast("Any", None), cast("Any", opening))
+    route = OpenRoute([Stage(PEER, BlockRange(0, 9))], Mock(peer_id=PEER), cast("Any", opening))
     route._reader.begin([0, 1, 2, 3, 4])
     position = 1 if sampling.prompt_logprobs else 5
     part = Slice(session=SessionId(JobId("00" * 16), 1), position=position, rows=tensor.rows)

@@ -22,6 +22,7 @@ from node.selection.adoption_trials import AdoptionTrials
 from node.selection.chooser import LearnedChooser
 from node.selection.prediction_cache import PredictionCache
 from node.selection.trial_scheduler import TrialRequest
+from node.stages.local_id import local_id
 from node.testing.fake_engine import FAKE_MODEL
 from protocol.identity import SessionId
 from protocol.measurements import Objective
@@ -46,7 +47,8 @@ class Liar:
         monkeypatch.setattr(peer.stages, "close", self.close)
 
     async def close(self, session: SessionId, link: InboundLink) -> Closed:
-        found = next(span.sessions[session] for span in self.peer.stages.spans() if session in span.sessions)
+        here = local_id(session, link.peer)
+        found = next(span.sessions[here] for span in self.peer.stages.spans() if here in span.sessions)
         closed = await self._close(session, link)
         if self.compute_s is None or (self.method is not None and self.method != found.method):
             return closed

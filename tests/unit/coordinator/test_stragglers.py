@@ -255,7 +255,7 @@ async def test_a_last_stage_has_time_for_the_output_layer_of_scored_rows(virtual
     expected_s = []
     for sampling in (text.sampling, replace(text.sampling, prompt_logprobs=True, prompt_length=1500, logprobs=1)):
         request: Any = Mock(sampling=sampling)
-        route = OpenRoute([Stage(PeerId("a"), BlockRange(*WHOLE))], Mock(), request)
+        route = OpenRoute([Stage(PeerId("a"), BlockRange(*WHOLE))], Mock(peer_id="b"), request)
         route.starts = [0]
         StragglerMonitor(text, planner, Mock()).begin(route, 0)
         assert route.detector is not None

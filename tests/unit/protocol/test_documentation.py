@@ -16,7 +16,7 @@ from protocol.codec import encode_control
 from protocol.connection import JobConnection
 from protocol.framing import FrameType, encode_frame
 from protocol.half_duplex import HalfDuplexProtocol
-from protocol.identity import BlockRange, JobId, ModelId, SessionId, peer_id_from_public_key
+from protocol.identity import BlockRange, JobId, ModelId, SessionId, job_id_of, peer_id_from_public_key
 from protocol.messages import (
     Ballot,
     Begin,
@@ -162,6 +162,7 @@ def greeting_and_welcome() -> tuple[bytes, bytes]:
 GREETING, WELCOME = greeting_and_welcome()
 
 EXAMPLES = {
+    "job": bytes.fromhex(job_id_of(PEER, bytes(range(8)))),
     "hello": control(Hello(agent="metaswarm/0.1.0", window_bytes=8 << 20)),
     "open": control(
         Open(

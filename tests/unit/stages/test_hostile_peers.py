@@ -13,15 +13,17 @@ from trio.testing import MockClock
 from node.coordinator.route_search import RECOVERY_LIMIT_S
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.engine.interface import PAGE_POSITIONS
+from node.links.inbound_link import InboundLink
 from node.links.outbound_link import SessionRefused
+from node.stages.local_id import local_id
 from node.stages.session import CHECKED_AT_ONCE_BYTES
 from node.stages.span import BEGIN_LIMIT_S, SHORT_IDLE_LIMIT_S
 from node.testing.fake_engine import expected_tokens, fake_span_info
 from node.testing.memory_links import LinkModel
 from protocol.codec import encode_step_header
 from protocol.framing import FrameType, encode_frame
-from protocol.identity import BlockRange, SessionId
-from protocol.messages import FailureReason, RefusalReason, Step
+from protocol.identity import BlockRange, SessionId, job_id_of
+from protocol.messages import FailureReason, Open, Opened, RefusalReason, Refused, Step
 from protocol.tensors import DType, Tensor, tensor_from_tokens
 from selector.task import BASELINE
 from tests.support.job_peers import BLOCKS, Peer, Swarm, open_swarm
@@ -224,7 +226,7 @@ async def test_opener_is_charged_for_rows_it_makes_others_send(
         assert each.faults() == (3, 0)
         assert not each.sender.link.broken
         await trio.sleep(1)
-        assert honest in each.opener.victim.stages.spans()[0].sessions
+        assert local_id(honest, each.sender.id) in each.opener.victim.stages.spans()[0].sessions
 
 
 @pytest.mark.parametrize(
@@ -262,13 +264,52 @@ async def test_rows_go_only_to_session_that_admitted_them(virtual_clock: MockClo
         header, data = encode_step_header(step), step.tensor.data
         first = encode_frame(FrameType.STEP, len(header).to_bytes(4, "big"), header, data[:64])
         await stranger.send_raw(first)
-        assert span.sessions[session].held_rows == 8
+        assert span.sessions[local_id(session, opener.id)].held_rows == 8
         await opener.link.close(session)
         await opener.open_with(replace(opening, positions=4))
         await stranger.send_raw(encode_frame(FrameType.CHUNK, data[64:]))
-        assert span.sessions[session].held_rows == 0
-        assert span.sessions[session].state.counters.bytes_in == 0
+        assert span.sessions[local_id(session, opener.id)].held_rows == 0
+        assert span.sessions[local_id(session, opener.id)].state.counters.bytes_in == 0
         assert not stranger.link.broken
+
+
+async def test_stage_cannot_take_the_sessions_of_others_on_its_route(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knows the job id before they do, whose penalty for this coordinator makes them wait."""
+    async with open_swarm() as swarm:
+        first, second, coordinator = await swarm.join((0, 4)), await swarm.join((4, 9)), await swarm.join()
+        accomplice = await raw_coordinator_at(swarm, second)
+        second.stages._records.fault(coordinator.id, trio.current_time(), reason="rows of its other stage")
+        open_session = first.stages.open
+
+        async def open_others_first(message: Open, link: InboundLink) -> Opened | Refused:
+            following = SessionId(message.session.job, 1)
+            await accomplice.open_with(replace(accomplice.opening(), session=following, upstream=(first.id,)))
+            return await open_session(message, link)
+
+        monkeypatch.setattr(first.stages, "open", open_others_first)
+        result = await coordinator.run(REQUEST)
+        assert (result.token_ids, result.replays) == (right_tokens(12), 0)
+        assert "another coordinator's" in (await accomplice.until_lost()).message
+
+
+@pytest.mark.parametrize("stage", [0, 5])
+async def test_job_id_opens_sessions_for_its_coordinator_only(virtual_clock: MockClock, stage: int) -> None:
+    """Rows that a stage sends for another's session of the job could pass for those of its coordinator's."""
+    async with under_attack((0, 9)) as (swarm, _coordinator, owner):
+        stranger = await raw_coordinator_at(swarm, owner.victim)
+        session = SessionId(job_id_of(owner.id, bytes(8)), 0)
+        stolen = replace(stranger.opening(), session=session._replace(stage=stage))
+        await stranger.open_with(stolen)
+        await owner.open_with(replace(owner.opening(), session=session))
+        await stranger.until_lost()
+        await stranger.link.close(stolen.session)
+        with pytest.raises(SessionRefused, match="the job is another's"):
+            await stranger.open_with(stolen)
+        assert [each.opened_by.peer for each in owner.victim.stages.spans()[0].sessions.values()] == [owner.id]
+        await owner.open_with(replace(owner.opening(), session=session._replace(stage=1)))
+        assert not owner.lost
 
 
 async def test_session_that_does_not_begin_expires(virtual_clock: MockClock) -> None:

@@ -9,6 +9,7 @@ from trio.testing import MockClock
 from node.engine.interface import PAGE_HASH_BYTES, EngineError, SessionOptions
 from node.links.base_link import LinkBroken
 from node.links.outbound_link import SessionRefused
+from node.stages.local_id import local_id
 from node.stages.span import BEGIN_LIMIT_S, IDLE_LIMIT_S, SHORT_IDLE_LIMIT_S
 from protocol.identity import SessionId
 from protocol.messages import Ballot, Begin, FailureReason, Open, RefusalReason
@@ -33,7 +34,7 @@ async def test_session_lost_while_taking_over_another_frees_its_memory(virtual_c
 
         async def leave() -> None:
             await trio.sleep(0.2)
-            assert list(server.stages.spans()[0].sessions) == [successor.session]
+            assert [each.wire_id for each in server.stages.spans()[0].sessions.values()] == [successor.session]
             assert server.held()[1] > 0
             coordinator.link.end("left")
 
@@ -84,7 +85,7 @@ async def test_session_whose_rows_wait_or_are_computed_survives_short_memory(vir
         assert not tenant.lost
         await refuse_memory(other, 60)
         assert [lost.reason for lost in tenant.lost] == [FailureReason.EXPIRED], "the first one has been idle since"
-        assert list(server.stages.spans()[0].sessions) == sessions[1:]
+        assert [each.wire_id for each in server.stages.spans()[0].sessions.values()] == sessions[1:]
 
 
 async def test_later_stage_awaits_first_rows_though_memory_is_short(virtual_clock: MockClock) -> None:
@@ -115,7 +116,7 @@ async def test_session_whose_begin_has_come_has_time_to_load(
         session = await coordinator.begin()
         await trio.sleep(min(takes_s, IDLE_LIMIT_S) + 5)
         if takes_s < IDLE_LIMIT_S:
-            assert server.stages.spans()[0].sessions[session].method is not None
+            assert server.stages.spans()[0].sessions[local_id(session, coordinator.id)].method is not None
         else:
             assert [lost.reason for lost in coordinator.lost] == [FailureReason.EXPIRED]
 
@@ -140,7 +141,7 @@ async def test_what_was_computed_of_rejected_rows_is_not_cached(virtual_clock: M
         await coordinator.send(a_slice(first.session, hidden(float("nan")), 96), hidden(float("nan")))
         lost = await coordinator.until_lost(2)  # the first says that there is no next stage
         assert lost.reason is FailureReason.ENGINE
-        assert first.session in server.stages.spans()[0]._in_step
+        assert local_id(first.session, coordinator.id) in server.stages.spans()[0]._in_step
         assert (await coordinator.open_with(opening())).cached == {}
         await trio.sleep(2)
         assert (await coordinator.open_with(opening())).cached == {}
