@@ -30,6 +30,9 @@ LAG_BACKOFF_S: Final = (30.0, 3600.0)
 DOUBTFUL_LAG: Final = 0.5
 """Weight of a lag of an unmeasured peer, until it serves a job."""
 
+DISPUTED: Final = 0.5
+"""Weight of a failure that one of two peers is at fault for."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerRecord:
@@ -98,6 +101,12 @@ class Reliability:
         record = self._touch(peer)
         record.failed += 1
         record.failures.count(now_s)
+
+    def disputed(self, peer: str, now_s: float) -> None:
+        """Record that a peer blamed another, or was blamed by one: it counts half, and no job avoids it for that."""
+        failures = self._touch(peer).failures
+        failures.fade(now_s)
+        failures.weight += DISPUTED
 
     def lagged(self, peer: str, now_s: float, *, is_sure: bool = True) -> None:
         """Record a lag: the peer is avoided for longer, also when it serves other jobs.

@@ -389,7 +389,7 @@ class Coordinator:
         stages = done.route.stages
         result, liars = without_impossible_statistics(result_of(job, done, text, finish))
         stated = {stage.peer for stage, closed in zip(stages, done.closed, strict=True) if closed is not None}
-        self._planner.served(stated - liars)
+        self._planner.served(stated - liars - set(done.accusers))
         for peer in liars:
             self._planner.failed(peer, dead=False)
         is_background = job.request.background  # then it waits for users' jobs, which says nothing of the stages

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import structlog
 import trio
 
+from node.coordinator.blame import Blame
 from node.coordinator.budget import needs_of
 from node.coordinator.job import Job
 from node.coordinator.planner import PlannedRoute, RouteNeed
@@ -53,7 +54,8 @@ class ClosedRoute(NamedTuple):
 
     `request`: of the first one that was begun. `closed`: the final word of each stage, None where it did not come.
     `rounds`: messages with tokens on all routes. `replays`: stages that were lost and replaced. `cached_tokens`: of the
-    prompt, found in prefix caches by the first route. `trace`: where the job asked for one.
+    prompt, found in prefix caches by the first route. `accusers`: stages that blamed others. `trace`: where the job
+    asked for one.
     """
 
     route: OpenRoute
@@ -62,6 +64,7 @@ class ClosedRoute(NamedTuple):
     rounds: int
     replays: int
     cached_tokens: int
+    accusers: Collection[PeerId] = ()
     trace: JobTrace | None = None
 
 
@@ -73,6 +76,7 @@ class ResilientRoute:
         self._planner = services.planner
         self._services = services
         self._tracer = JobTracer(job.began_s) if job.request.trace else None
+        self._blame = Blame(services.planner, services.link_pool)
         self._monitor = StragglerMonitor(job, services.planner, self._is_replaceable)
         self._log = _logger.bind(job=job.id, request_id=job.request_id)
         self._route: OpenRoute | None = None
@@ -241,7 +245,8 @@ class ResilientRoute:
         if self._bad_request is not None:  # another stage could do what this one said was impossible
             self._planner.failed(self._bad_request.reporter, dead=False)
         request, rounds = self._request or route.request, self._rounds + route.rounds
-        return ClosedRoute(route, request, closed, rounds, self._replays, self._cached_tokens, trace)
+        accusers = frozenset(self._blame.accusers)
+        return ClosedRoute(route, request, closed, rounds, self._replays, self._cached_tokens, accusers, trace)
 
     async def close(self) -> None:
         """Close all routes that are still open."""
@@ -331,15 +336,11 @@ class ResilientRoute:
             self._planner.failed(peer, dead=not refusal.lagged, lagged=refusal.lagged)
 
     def _remove_lost(self, route: OpenRoute, lost: SessionLost) -> None:
-        """Avoid the peer that a stage blames if it is on the route, else the stage itself: outsiders are not blamed.
-
-        Only a peer that we cannot reach ourselves counts as dead: a failed engine restarts, and of two peers that do
-        not reach each other both live. Raises JobError where the request is at fault.
-        """
+        """Avoid the peer that is to blame for a lost stage. Raises JobError where the request is at fault."""
         if self._is_bad_request(route, lost):
             self._ask_another(route, lost)
             return
-        culprit = lost.blamed if lost.blamed in {stage.peer for stage in route.stages} else lost.reporter
+        culprit = self._blame.charge(lost, {stage.peer for stage in route.stages})
         self._log.info("stage lost", peer=culprit, reason=lost.reason, message=lost.message)
         refusal = StageRefusal(culprit, None, lost.message, lagged=lost.lagged)
         is_broken = lost.reason is FailureReason.DOWNSTREAM and not lost.lagged
@@ -347,11 +348,6 @@ class ResilientRoute:
         if not is_broken or culprit in self._reconnected or self._planner.knows_route(self._need({culprit})):
             self._avoided[culprit] = refusal
         self._reconnected[culprit] = refusal
-        link_pool = self._services.link_pool
-        is_ours = lost.reason is FailureReason.EXPIRED or lost.blamed == link_pool.peer_id != culprit
-        if not is_ours:
-            # A stage that blames us may be right: then the job only continues elsewhere.
-            self._planner.failed(culprit, dead=not link_pool.is_linked(culprit), lagged=lost.lagged)
         self._retire_route()
         # Another stage rejected its rows: those before may be wrong, too, and all behind it have computed with them.
         is_wrong = lost.reason is FailureReason.ENGINE and lost.reporter != culprit

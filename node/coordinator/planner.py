@@ -261,6 +261,11 @@ class Planner:
         if dead and peer != self._own_peer:
             self._finder.forget(peer)
 
+    def disputed(self, *peers: PeerId) -> None:
+        """Record two peers one of which blames the other: nobody else knows which of them is at fault."""
+        for peer in peers:
+            self._reliability.disputed(peer, trio.current_time())
+
     def served(self, peers: Iterable[PeerId]) -> None:
         """Record that peers completed a job."""
         for peer in peers:

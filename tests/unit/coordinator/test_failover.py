@@ -19,10 +19,12 @@ from node.engine.activation_codec import encode_rows
 from node.engine.interface import SliceInput, StepResult
 from node.links.inbound_link import InboundLink
 from node.links.outbound_link import SessionLost
+from node.stages.session import StageSession
+from node.stages.span import Span
 from node.testing.fake_engine import FakeEngine, expected_tokens, fake_span_info
 from protocol.announcements import Placement
 from protocol.identity import BlockRange, Stage
-from protocol.messages import FailureReason, FinishReason, Slice
+from protocol.messages import Begin, FailureReason, FinishReason, Slice
 from protocol.tensors import DType, Tensor, tensor_from_tokens
 from selector.task import method
 from tests.support.job_peers import BLOCKS, VOCABULARY, Peer, Swarm, open_swarm
@@ -478,10 +480,10 @@ async def test_token_outside_the_vocabulary_costs_the_last_stage_alone(
         assert faults_at(first, honest) == [0, 0]
 
 
-async def test_draft_outside_the_vocabulary_costs_the_drafting_stage_alone(
+async def test_draft_outside_the_vocabulary_costs_the_drafting_stage_its_place(
     virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its tokenizer is the same, so the text would have been right."""
+    """Its tokenizer is the same, so the text would have been right. The one that rejects it may lie, too."""
     info = fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS, vocabulary_size=2 * VOCABULARY)
     draft = FakeEngine(info, step_s=0.001)
     outside = answering(draft, lambda tensor: tensor_from_tokens([VOCABULARY] * tensor.rows), after=0)
@@ -494,7 +496,9 @@ async def test_draft_outside_the_vocabulary_costs_the_drafting_stage_alone(
         result = await peer.run(replace(REQUEST, method=method(speculation="draft-8").name))
         assert (result.token_ids, result.replays) == (right_tokens(40), 1)
         assert [stage.peer for stage in result.route] == [each.id for each in honest]
-        assert {name for name, record in peer.coordinator.peer_records().items() if record.failed} == {liar.id}
+        trust = {name: record.trust for name, record in peer.coordinator.peer_records().items()}
+        assert {name for name in trust if trust[name] < 1} == {liar.id, honest[1].id}
+        assert min(trust.values()) > 0.6
         assert faults_at(*honest) == [0, 0, 0]
 
 
@@ -516,3 +520,34 @@ async def test_learns_no_speed_from_a_job_that_lost_a_stage(virtual_clock: MockC
         records = peer.coordinator.peer_records()
         assert {each: records[each].block_s for each in known} == known
         assert not records[swarm.peers[-1].id].block_s
+
+
+@pytest.mark.parametrize("keeps_session", [False, True])
+async def test_stage_that_blames_every_other_is_replaced_itself(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch, keeps_session: bool
+) -> None:
+    """And costs those that it blames less of their good name than itself."""
+    async with open_swarm() as swarm:
+        liar = await swarm.join((0, 4), step_s=0.001)
+        other = await swarm.join((0, 4))
+        blamed = [await swarm.join((4, 9)) for _ in range(3)]
+        peer = await swarm.join()
+        await swarm.settle()
+        begin = liar.stages._begin
+
+        async def fail(span: Span, session: StageSession, message: Begin, link: InboundLink) -> None:
+            await begin(span, session, message, link)
+            if keeps_session:
+                link.reroute(session.wire_id, FailureReason.DOWNSTREAM, "cannot reach", session.request.downstream)
+            else:
+                span.fail(session, FailureReason.ENGINE, "cannot take rows", session.request.downstream)
+
+        monkeypatch.setattr(liar.stages, "_begin", fail)
+        for _ in range(4):
+            result = await peer.run(REQUEST)
+            assert result.token_ids == right_tokens(40)
+            assert result.route[0].peer == other.id
+        record = peer.coordinator._planner.record
+        assert not any(record(each.id).failed for each in blamed)
+        assert record(liar.id).trust < min(record(each.id).trust for each in blamed)
+        assert not any(record(each.id).avoided_s for each in blamed)

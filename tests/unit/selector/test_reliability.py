@@ -41,3 +41,12 @@ def test_records_are_bounded() -> None:
     for number in range(MAX_PEERS + 10):
         known.failed(str(number), 0)
     assert len(known.avoided(0.5)) == MAX_PEERS
+
+
+def test_dispute_counts_half_and_backs_off_from_nobody() -> None:
+    known = Reliability()
+    known.disputed("a", 0)
+    assert known.avoided(0.1) == frozenset()
+    assert 0.5 < known.trust("a", 0) < 1
+    known.disputed("a", 0)
+    assert known.trust("a", 0) == 0.5

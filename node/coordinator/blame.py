@@ -1,0 +1,43 @@
+"""Whom a job blames for a stage that is lost: what stages say of each other counts less than what this node sees."""
+
+from collections.abc import Collection
+
+from node.coordinator.planner import Planner
+from node.links.link_pool import LinkPool
+from node.links.outbound_link import SessionLost
+from protocol.identity import PeerId
+from protocol.messages import FailureReason
+
+
+class Blame:
+    """Judges who is at fault on the routes of one job, and has the planner record it."""
+
+    def __init__(self, planner: Planner, link_pool: LinkPool) -> None:
+        self._planner = planner
+        self._link_pool = link_pool
+        self.accusers: set[PeerId] = set()
+        """Stages that blamed another one, in whose place a job of theirs gains them no trust."""
+
+    def charge(self, lost: SessionLost, on_route: Collection[PeerId]) -> PeerId:
+        """Return the peer to replace, and charge it: the one that a stage blames if it is on the route, else the stage.
+
+        Where this node sees nothing wrong with the blamed one, either may lie. Both are charged, by half, and whoever
+        blames a second one is replaced itself: else it could end every job, and ruin the records of all its neighbours.
+        Only a peer that this node cannot reach itself counts as dead: a failed engine restarts, and of two peers that
+        do not reach each other both live.
+        """
+        own, blamed, reporter = self._link_pool.peer_id, lost.blamed, lost.reporter
+        is_dead = not self._link_pool.is_linked(blamed)
+        is_accused = blamed != reporter and blamed in on_route
+        if is_accused and (is_dead or reporter == own):
+            self._planner.failed(blamed, dead=is_dead)
+            return blamed
+        if is_accused and reporter not in self.accusers:
+            self.accusers.add(reporter)
+            self._planner.disputed(blamed, reporter)
+            return blamed
+        # A stage that blames us may be right: then the job only continues elsewhere.
+        if lost.reason is not FailureReason.EXPIRED and (blamed != own or reporter == own):
+            is_dead = not self._link_pool.is_linked(reporter)
+            self._planner.failed(reporter, dead=is_dead, lagged=lost.lagged)
+        return reporter
