@@ -4,13 +4,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import structlog
 import trio
 
 from node.engine.interface import PAGE_POSITIONS, EngineError, EngineFull, SpanInfo, Variant, parts_of, variant_of
 from node.links.base_link import LinkBroken
 from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
+from node.links.outbound_link import OutboundLink
 from node.stages.background_allowance import BackgroundAllowance
+from node.stages.dials_for_others import DialsForOthers
 from node.stages.fair_share import may_take, most_pages
 from node.stages.peer_penalties import PeerPenalties
 from node.stages.session import StageSession
@@ -26,6 +29,8 @@ CONNECT_LIMIT_S = 8.0
 
 DESCRIPTION_BYTES = 32 << 20
 """Memory for the requests of all sessions, those that are being opened included: shared like KV memory."""
+
+_logger = structlog.get_logger(__name__)
 
 
 class _Refusal(Exception):
@@ -45,6 +50,7 @@ class SessionAdmission:
         self,
         table: SpanTable,
         link_pool: LinkPool,
+        dials: DialsForOthers,
         records: PeerPenalties,
         voter: Voter,
         agreed: Callable[[ModelId], Agreement | None],
@@ -53,6 +59,7 @@ class SessionAdmission:
         self._background = background
         self._table = table
         self._link_pool = link_pool
+        self._dials = dials
         self._records = records
         self._voter = voter
         self._agreed = agreed
@@ -154,7 +161,9 @@ class SessionAdmission:
             context = TaskContext.of(message.context, message.stage_facts)
             vote = await self._voter.vote(message.model, context, offered)
         except LinkBroken as broken:
-            refusal = _Refusal(RefusalReason.UNREACHABLE, f"cannot reach {broken.peer}: {broken}", span)
+            # Without the reason, which tells where somebody listens in this node's network.
+            refusal = _Refusal(RefusalReason.UNREACHABLE, f"cannot reach {broken.peer}", span)
+            _logger.debug("receiver of a session not reached", peer=broken.peer, reason=str(broken))
         except EngineFull as error:
             span.unmet_demand.add(link.peer, pages_of(message.positions))
             refusal = _Refusal(RefusalReason.FULL, str(error), span)
@@ -243,12 +252,25 @@ class SessionAdmission:
             targets = {following: peer, SessionId(following.job, 0): request.feedback or peer}
         with trio.move_on_after(CONNECT_LIMIT_S) as scope:
             for receiver, peer in targets.items():
-                link = await self._link_pool.link_to(peer)
+                link = await self._link_for(session.opened_by.peer, peer)
                 if session.is_ended:
                     raise LinkBroken(peer, "the session was lost while it was opened")
                 session.outbox.connect(receiver, link)
         if scope.cancelled_caught:
+            self._dials.failed(peer)
             raise LinkBroken(peer, f"not reached within {CONNECT_LIMIT_S:.0f} s")
+
+    async def _link_for(self, opener: PeerId, peer: PeerId) -> OutboundLink:
+        """Return a link to a receiver of an opener's session. Raises LinkBroken, also where no dial is left for it."""
+        if not (self._link_pool.is_linked(peer) or self._dials.permit(peer, opener)):
+            raise LinkBroken(peer, "not dialled for others now: it was not reached lately, or too many others were")
+        try:
+            link = await self._link_pool.link_to(peer)
+        except LinkBroken:
+            self._dials.failed(peer)
+            raise
+        self._dials.reached(peer)
+        return link
 
 
 def _description_bytes(message: Open) -> int:

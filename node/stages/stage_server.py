@@ -15,6 +15,7 @@ from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
 from node.network.interface import Network
 from node.stages.background_allowance import USUAL_SHARE, BackgroundAllowance
+from node.stages.dials_for_others import DialsForOthers
 from node.stages.draft_model import DraftModel
 from node.stages.peer_penalties import PeerPenalties, SessionTotals, StagePeerStatistics
 from node.stages.replay_buffer import REPLAY_BYTES
@@ -63,7 +64,10 @@ class StageServer:
         self._table = SpanTable()
         self._records = PeerPenalties(self.link_pool.peer_id)
         self._background = background or BackgroundAllowance(USUAL_SHARE)
-        self._admission = SessionAdmission(self._table, self.link_pool, self._records, voter, agreed, self._background)
+        dials = DialsForOthers(network)
+        self._admission = SessionAdmission(
+            self._table, self.link_pool, dials, self._records, voter, agreed, self._background
+        )
         self._controller = controller
         self._private_key = private_key
         self._hardware = hardware

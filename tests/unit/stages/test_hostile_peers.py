@@ -1,6 +1,7 @@
 """Hostile peers: what no honest peer sends costs its own sessions, and no other peer anything."""
 
 from array import array
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -13,8 +14,11 @@ from trio.testing import MockClock
 from node.coordinator.route_search import RECOVERY_LIMIT_S
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.engine.interface import PAGE_POSITIONS
+from node.identity import Identity
+from node.links.base_link import LinkBroken
 from node.links.inbound_link import InboundLink
-from node.links.outbound_link import SessionRefused
+from node.links.outbound_link import OutboundLink, SessionRefused
+from node.stages.dials_for_others import PER_OPENER
 from node.stages.local_id import local_id
 from node.stages.session import CHECKED_AT_ONCE_BYTES
 from node.stages.span import BEGIN_LIMIT_S, SHORT_IDLE_LIMIT_S
@@ -22,7 +26,7 @@ from node.testing.fake_engine import expected_tokens, fake_span_info
 from node.testing.memory_links import LinkModel
 from protocol.codec import encode_step_header
 from protocol.framing import FrameType, encode_frame
-from protocol.identity import BlockRange, SessionId, job_id_of
+from protocol.identity import BlockRange, PeerId, SessionId, job_id_of
 from protocol.messages import FailureReason, Open, Opened, RefusalReason, Refused, Step
 from protocol.tensors import DType, Tensor, tensor_from_tokens
 from selector.task import BASELINE
@@ -310,6 +314,32 @@ async def test_job_id_opens_sessions_for_its_coordinator_only(virtual_clock: Moc
         assert [each.opened_by.peer for each in owner.victim.stages.spans()[0].sessions.values()] == [owner.id]
         await owner.open_with(replace(owner.opening(), session=session._replace(stage=1)))
         assert not owner.lost
+
+
+async def test_opens_do_not_have_a_stage_dial_peers_without_end(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor tell what it found at the addresses that these peers claim."""
+    async with under_attack((0, 3)) as (swarm, _coordinator, stranger):
+        dialled: Counter[PeerId] = Counter()
+        link_pool = stranger.victim.stages.link_pool
+
+        async def link_to(peer: PeerId) -> OutboundLink:
+            dialled[peer] += 1
+            raise LinkBroken(peer, "10.0.0.1:22 does not speak libp2p")
+
+        made_up = [Identity(swarm.rng.randbytes(32)).peer_id for _ in range(100)]
+        with monkeypatch.context() as patch:
+            patch.setattr(link_pool, "link_to", link_to)
+            for peer in (*[made_up[0]] * 50, *made_up):
+                with pytest.raises(SessionRefused) as refused:
+                    await stranger.open_with(replace(stranger.opening(), downstream=peer))
+                assert str(refused.value) == f"cannot reach {peer}"
+        assert dialled[made_up[0]] <= 2
+        assert sum(dialled.values()) <= PER_OPENER.burst + 1
+        honest = await swarm.join((3, 9))
+        await swarm.settle()
+        await stranger.open_with(replace(stranger.opening(), downstream=honest.id))
 
 
 async def test_session_that_does_not_begin_expires(virtual_clock: MockClock) -> None:
