@@ -200,6 +200,8 @@ class Router(GossipSub):
             eclipse_protection_enabled=False,
         )
         self.scorer: Scores = scores
+        self._sent_to: defaultdict[bytes, set[ID]] = defaultdict(set)
+        """The neighbours that requested a recent message."""
 
     def add_peer(self, peer_id: ID, protocol_id: TProtocol | None) -> None:
         """Add a neighbour."""
@@ -221,11 +223,15 @@ class Router(GossipSub):
             await super().handle_ihave(ihave_msg, sender_peer_id)
 
     async def handle_iwant(self, iwant_msg: rpc_pb2.ControlIWant, sender_peer_id: ID) -> None:
-        """Send requested messages, each once: the library sends one as often as its id is repeated."""
-        distinct = {safe_bytes_from_hex(each): each for each in iwant_msg.messageIDs}
-        del iwant_msg.messageIDs[:]
-        iwant_msg.messageIDs.extend(distinct.values())
-        await super().handle_iwant(iwant_msg, sender_peer_id)
+        """Send requested messages, each once to a neighbour: the library sends one as often as it is requested."""
+        unsent: list[bytes] = []
+        for wanted in iwant_msg.messageIDs:
+            message_id = safe_bytes_from_hex(wanted) or b""
+            if message_id in self.mcache.msgs and sender_peer_id not in self._sent_to[message_id]:
+                self._sent_to[message_id].add(sender_peer_id)
+                unsent.append(wanted)
+        if unsent:
+            await super().handle_iwant(rpc_pb2.ControlIWant(messageIDs=unsent), sender_peer_id)
 
     async def handle_prune(self, prune_msg: rpc_pb2.ControlPrune, sender_peer_id: ID) -> None:
         """Leave the mesh of a neighbour, for one of our topics: for others the library keeps a backoff without end."""
@@ -254,8 +260,10 @@ class Router(GossipSub):
             await super().on_peer_subscribed(peer_id, topic)
 
     def mesh_heartbeat(self) -> tuple[defaultdict[ID, list[str]], defaultdict[ID, list[str]]]:
-        """Keep every mesh at its size; peers with a bad score are pruned, and expired backoffs forgotten."""
+        """Keep every mesh at its size; peers with a bad score are pruned, expired backoffs and messages forgotten."""
         now_s = time.time()
+        for message_id in self._sent_to.keys() - self.mcache.msgs.keys():
+            del self._sent_to[message_id]
         for topic, back_off in self.back_off.items():
             # One further ahead than the longest is from before the clock was set back.
             lasting = {peer: until for peer, until in back_off.items() if now_s < until <= now_s + MAX_BACK_OFF_S}

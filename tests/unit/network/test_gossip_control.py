@@ -130,6 +130,11 @@ async def test_message_is_sent_once_however_often_it_is_requested(monkeypatch: p
             (message_id,) = router.mcache.msgs
             monkeypatch.setattr(router, "send_rpc", lambda peer, rpc: sent.append(len(rpc.publish)))
             forms = (message_id, message_id.hex().encode(), message_id.hex().upper().encode())
-            iwant = rpc_pb2.ControlIWant(messageIDs=forms * 300)
-            await router.handle_iwant(iwant, ID(hashlib.sha256(b"neighbour").digest()))
-    assert sent == [1]
+            for neighbour in (b"one", b"one", b"other"):
+                iwant = rpc_pb2.ControlIWant(messageIDs=forms * 300)
+                await router.handle_iwant(iwant, ID(hashlib.sha256(neighbour).digest()))
+            assert sent == [1, 1]
+            while router.mcache.msgs:
+                router.mcache.shift()
+            router.mesh_heartbeat()
+            assert not router._sent_to
