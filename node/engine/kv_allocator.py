@@ -117,7 +117,8 @@ class KvAllocator:
         self._taken_units: dict[int, int] = {}
         """By page that is not free."""
         self._sessions: dict[SessionId, _SessionPages] = {}
-        self._index: dict[_Group, dict[bytes, _Entry]] = {}
+        self._index: dict[str, dict[KvCompatibilityKey, dict[bytes, _Entry]]] = {}
+        """Cached pages by namespace, KV key and hash, without empty ones: peers may name any number of namespaces."""
         # Cached pages without a session, least recently used first.
         self._idle: dict[_Entry, None] = {}
         self._closed: Counter[_SessionPages] = Counter()
@@ -230,10 +231,11 @@ class KvAllocator:
         if holding.prefix is None or holding.kv_key is None:
             return
         group = (holding.prefix.namespace, holding.kv_key)
-        cached = self._index.setdefault(group, {})
+        cached = self._cached(group)
         whole = min(length // holding.page_positions, len(holding.pages))
         for number, name in enumerate(islice(self._names(holding.prefix, holding.kv_key), whole)):
             if name not in cached:
+                cached = self._index.setdefault(group[0], {}).setdefault(group[1], {})
                 cached[name] = holding.entries[number] = _Entry(holding.pages[number], group, name, session, holding)
 
     def uncache(self, session: SessionId) -> None:
@@ -285,10 +287,11 @@ class KvAllocator:
 
     def _find(self, prefix: Prefix | None) -> dict[KvCompatibilityKey, list[_Entry]]:
         """Return the cached pages from the start of a prompt up to the first gap, by KV key."""
+        if prefix is None:
+            return {}
         found = {
             kv_key: [cached[name] for name in takewhile(cached.__contains__, self._names(prefix, kv_key))]
-            for (namespace, kv_key), cached in self._index.items()
-            if prefix is not None and namespace == prefix.namespace
+            for kv_key, cached in self._index.get(prefix.namespace, {}).items()
         }
         return {kv_key: entries for kv_key, entries in found.items() if entries}
 
@@ -298,7 +301,12 @@ class KvAllocator:
         return islice(prefix, every - 1, None, every)
 
     def _is_cached(self, entry: _Entry) -> bool:
-        return self._index.get(entry.group, {}).get(entry.hash) is entry
+        return self._cached(entry.group).get(entry.hash) is entry
+
+    def _cached(self, group: _Group) -> dict[bytes, _Entry]:
+        """Return the cached pages of a group; of one without any a dictionary that is not kept."""
+        namespace, kv_key = group
+        return self._index.get(namespace, {}).get(kv_key, {})
 
     def _touch(self, entries: Iterable[_Entry]) -> None:
         """Mark entries as just used, the first of them last."""
@@ -355,10 +363,13 @@ class KvAllocator:
 
     def _drop(self, entry: _Entry) -> None:
         """Remove a page from the cache, and free it if no session holds it."""
-        cached = self._index[entry.group]
-        del cached[entry.hash]
-        if not cached:
-            del self._index[entry.group]
+        namespace, kv_key = entry.group
+        by_key = self._index[namespace]
+        del by_key[kv_key][entry.hash]
+        if not by_key[kv_key]:
+            del by_key[kv_key]
+        if not by_key:
+            del self._index[namespace]
         if entry.session is None:
             del self._idle[entry]
             self._closed[entry.origin] -= 1

@@ -54,6 +54,20 @@ def test_prefix_cache_hits_during_and_after_a_session() -> None:
     assert pages.hit_positions == 64
 
 
+def test_prompts_of_ever_new_peers_leave_nothing_behind_once_evicted() -> None:
+    """Neither those that never had a whole page nor those that had."""
+    pages = KvAllocator(INFO)
+    for number, whole in enumerate([0, 1] * 50):
+        pages.open(session(number), PAGE_POSITIONS, prefix("a", f"peer {number}"))
+        pages.begin(session(number), OPTIONS)
+        pages.advance(session(number), 1 + whole * (PAGE_POSITIONS - 1))
+        pages.close(session(number))
+    assert len(pages._index) == pages.cached_positions // PAGE_POSITIONS == 8
+    while pages.cached_positions:
+        pages.expire()
+    assert not pages._index
+
+
 def test_cached_pages_that_no_session_uses_for_a_while_are_evicted() -> None:
     pages = KvAllocator(INFO)
     calculate(pages, 1, "ab")
