@@ -146,8 +146,7 @@ class ChainNode:
     # Turns
 
     async def run(self) -> None:
-        """Recover the chain, then take turns until cancelled."""
-        await self.load()
+        """Take turns until cancelled. `load` first: a chain that has forgotten its votes could equivocate."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._measurement_loop)
             while True:

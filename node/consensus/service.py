@@ -181,14 +181,16 @@ class ConsensusService:
 
     async def _run_chain(self, chain: ChainNode, scope: trio.CancelScope) -> None:
         with scope:
+            while True:
+                try:
+                    await chain.load()
+                    break
+                except StorageError as error:
+                    _logger.warning("chain could not be loaded, retrying", reason=str(error))
+                    await trio.sleep(self._clock.epoch_s / 10)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._pull_loop, chain)
-                while True:
-                    try:
-                        await chain.run()
-                    except StorageError as error:
-                        _logger.warning("chain could not be loaded, retrying", reason=str(error))
-                        await trio.sleep(self._clock.epoch_s / 10)
+                await chain.run()
 
     # Gossip
 

@@ -16,6 +16,7 @@ from node.identity import Identity
 from node.replication.session import SessionOutcome
 from node.storage import chain_store
 from node.storage.chain_store import StoredStatement
+from node.storage.database import StorageError
 from node.testing.chain_store import memory_chain_store
 from node.testing.memory_history import MemoryHistory
 from node.testing.memory_network import MemoryNetworkHub
@@ -48,19 +49,44 @@ class OneNeighbour:
         return SessionOutcome(equal=True)
 
 
-async def test_chain_waits_for_a_neighbour_that_is_busy_with_another_chain(autojump_clock: MockClock) -> None:
+def consensus_service() -> Any:
     network = MemoryNetworkHub(random.Random(0)).network(Identity(bytes(32)).peer_id)
     rules = ConsensusRules(swarm=b"", plan=MeasurementPlan((), ()), clock=EpochClock(EPOCH_S))
-    environment = SimpleNamespace(verify=verify_message)
-    service: Any = ConsensusService(
-        network, FollowedChains(), cast("Any", environment), rules.clock, lambda _: rules, random.Random(0)
-    )
+    environment = cast("Any", SimpleNamespace(verify=verify_message))
+    return ConsensusService(network, FollowedChains(), environment, rules.clock, lambda _: rules, random.Random(0))
+
+
+async def test_chain_waits_for_a_neighbour_that_is_busy_with_another_chain(autojump_clock: MockClock) -> None:
+    service = consensus_service()
     service._pull = OneNeighbour()
     with trio.move_on_after(EPOCH_S / 40):
         async with trio.open_nursery() as nursery:
             for _ in range(4):
                 nursery.start_soon(service._pull_loop, SimpleNamespace(needs_sync=Signal()))
     assert len(service._pull.began_s) == 4
+
+
+async def test_chain_fetches_and_takes_part_only_once_it_is_loaded(autojump_clock: MockClock) -> None:
+    service, did, fails = consensus_service(), list[str](), [True, True, False]
+
+    class Chain:
+        needs_sync = Signal()
+
+        async def load(self) -> None:
+            await trio.sleep(1)
+            did.append("load")
+            if fails.pop(0):
+                raise StorageError("unable to open database file")
+
+        async def run(self) -> None:
+            did.append("run")
+            await trio.sleep_forever()
+
+    service._pull = OneNeighbour()
+    with trio.move_on_after(0.4 * EPOCH_S):
+        await service._run_chain(Chain(), trio.CancelScope())
+    assert did == ["load", "load", "load", "run"]
+    assert service._pull.began_s[0] >= 0.2 * EPOCH_S, "a vote of before the restart is not known earlier"
 
 
 async def test_chain_follows_the_package_format_once_it_is_known(autojump_clock: MockClock) -> None:
