@@ -71,6 +71,8 @@ class ChainNode:
         self._publish = publish
         self._inbox: list[SignedMessage] = []
         self._wake = Signal()
+        self._turn_over = trio.Event()
+        """Set at the end of the turn that begins next."""
         self.recent: tuple[ChainEntry, ...] = ()
         """The last entries of the canonical branch, the newest first."""
         self._agreement: Agreement | None = None
@@ -184,16 +186,27 @@ class ChainNode:
                 case _:
                     pass
 
+    async def next_turn(self) -> None:
+        """Wait until `run` has applied all that is received by now.
+
+        The caller may be cancelled at any time, a turn may not: it has taken messages, and signed ours only once.
+        """
+        turn_over = self._turn_over
+        self._wake.set()
+        await turn_over.wait()
+
     async def turn(self) -> None:
         """Apply the received messages, and publish what is due.
 
         If the database fails, the next turn tries again, except for our vote, proposal and commit of this epoch.
         """
+        turn_over, self._turn_over = self._turn_over, trio.Event()
         try:
             await self._turn()
         except StorageError as error:
             self._report(error)
             self._pruned_epoch = -1  # what it does once an epoch may not be done
+        turn_over.set()
 
     async def _turn(self) -> None:
         inbox, self._inbox = self._inbox, []

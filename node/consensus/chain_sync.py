@@ -104,7 +104,7 @@ class ChainInitiator(Session[Message, ChainState]):
             self._forward(records)
         self.outcome.received += count
         if count:
-            await self._chain.turn()
+            await self._chain.next_turn()
         return last.rest
 
     async def _verified(self, envelopes: Sequence[bytes]) -> list[SignedMessage]:

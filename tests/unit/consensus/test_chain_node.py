@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from trio.testing import MockClock
 
 from node.consensus import message_log
 from node.consensus.chain_node import ChainNode
-from node.consensus.chain_sync import MAX_ROUNDS, ChainResponder
+from node.consensus.chain_sync import MAX_ROUNDS, ChainInitiator, ChainResponder
 from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.identity import Identity
 from node.replication.session import Throttle
@@ -19,8 +20,8 @@ from node.storage.database import StorageError, StorageFull
 from node.testing.chain_store import MemoryDatabase, memory_chain_store
 from node.testing.memory_history import MemoryHistory
 from node.util.offload import run_inline
-from protocol.chains import PROTOCOL_ID, ChainConnection, GetStatements, Remaining
-from protocol.consensus import SignedMessage, sign_message
+from protocol.chains import PROTOCOL_ID, ChainConnection, GetStatements, Records, Remaining
+from protocol.consensus import SignedMessage, sign_message, verify_message
 from protocol.consensus_values import Commit, EquivocationProof, Reveal, Signature
 from protocol.errors import RemoteProtocolError
 from protocol.identity import PeerId, peer_id_from_public_key
@@ -125,6 +126,64 @@ async def test_reveal_that_could_not_be_saved_is_published_by_the_next_turn(fail
         await node.turn()
     assert [type(each.body) for each in published] == [Commit, Reveal]
     assert meter.published == [b"observation"]
+
+
+class Answerer:
+    """The stream of a peer that answers once, with one record."""
+
+    peer, protocol, relay = PeerId("answerer"), PROTOCOL_ID, None
+
+    def __init__(self, envelope: bytes) -> None:
+        self._connection = ChainConnection(Role.RESPONDER)
+        self._envelope = envelope
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await trio.lowlevel.checkpoint()
+        self._connection.receive_data(bytes(data))
+
+    async def receive_some(self, max_bytes: int = 65536) -> bytes:
+        del max_bytes
+        await trio.lowlevel.checkpoint()
+        return self._connection.send(Records(envelopes=(self._envelope,), last=True, rest=Remaining.NOTHING))
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def reset(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+async def test_session_that_is_cut_off_while_its_records_are_applied_costs_no_reveal(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, published, now_s = memory_chain_store(), list[SignedMessage](), CLOCK.commits_end_s(EPOCH)
+    rules = ConsensusRules(swarm=b"swarm", plan=PLAN, clock=CLOCK)
+    environment = replace(chain_node(store)._environment, wall_clock=lambda: now_s)
+    node = ChainNode(environment, rules, GENESIS, IdleMeter(), participates=lambda: True, publish=published.extend)
+    save = store.save_messages
+
+    async def save_slowly(*arguments: Any) -> None:
+        await trio.sleep(2)
+        await save(*arguments)
+
+    record = sign_message(Signature(GENESIS, EPOCH, peer(1), bytes(32)), key(1)).envelope
+    session = ChainInitiator(Answerer(record), Throttle(), node, verify_message, lambda _: None)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(node.run)
+        await trio.sleep(1)
+        assert [type(each.body) for each in published] == [Commit]
+        monkeypatch.setattr(store, "save_messages", save_slowly)
+        now_s = CLOCK.reveals_begin_s(EPOCH)
+        with trio.move_on_after(1) as cut_off:
+            await session.run()
+        assert cut_off.cancelled_caught
+        assert len(published) == 1
+        await trio.sleep(10)
+        assert [type(each.body) for each in published] == [Commit, Reveal]
+        monkeypatch.undo()
+        with trio.fail_after(1):
+            await ChainInitiator(Answerer(record), Throttle(), node, verify_message, lambda _: None).run()
+        nursery.cancel_scope.cancel()
 
 
 async def failing_write(*_: object, **__: object) -> NoReturn:
