@@ -114,11 +114,15 @@ class _Frame:
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """A call that waits for its answer. `order`: the session of each slice. `ends`: how far the step takes each."""
+    """A call that waits for its answer. `order`: the session of each slice. `ends`: how far the step takes each.
+
+    `loading`: what is in memory once it is answered, also where nobody waits for it any more.
+    """
 
     begun: dict[SessionId, _Frame] = field(default_factory=dict)
     order: tuple[SessionId, ...] = ()
     ends: dict[SessionId, int] = field(default_factory=dict)
+    loading: OnDemand | None = None
     answered: trio.Event = field(default_factory=trio.Event)
     result: StepResult | None = None
     error: EngineError | None = None
@@ -154,21 +158,24 @@ class WorkerEngine(Engine):
 
     async def begin(self, session: SessionId, options: SessionOptions) -> int:
         """Begin a session as Engine describes it, once what it uses is loaded; BadRequest if that cannot be."""
+        is_on_reference, is_constrained = options.variant == REFERENCE, _is_constrained(options)
+        # Before the first wait: else it could be unloaded meanwhile, and a session that is closed then would stay here.
+        if is_on_reference:
+            self._reference.sessions.add(session)
+        if is_constrained:
+            self._constraints.sessions.add(session)
         try:
-            if options.variant == REFERENCE:
-                self._reference.sessions.add(session)  # before the first wait: else it could be unloaded meanwhile
-                if not self._reference.is_loaded:
-                    await self._prepare(REFERENCE)
-                    self._reference.loaded()
-            if _is_constrained(options):
-                self._constraints.sessions.add(session)
-                if not self._constraints.is_loaded:
-                    await self._request({"do": "constrain"})
-                    self._constraints.loaded()
+            if is_on_reference and not self._reference.is_loaded:
+                await self._request({"do": "prepare", "variant": REFERENCE}, REFERENCE, self._reference)
+            if is_constrained and not self._constraints.is_loaded:
+                await self._request({"do": "constrain"}, loading=self._constraints)
+            return await super().begin(session, options)
         except EngineError:
             self._close(session, keep=False)
             raise
-        return await super().begin(session, options)
+        except trio.Cancelled:
+            self._leave(session)
+            raise
 
     async def unload_loop(self) -> None:
         """Have what nothing has used for a while unloaded; the reference only where something else can serve."""
@@ -206,16 +213,15 @@ class WorkerEngine(Engine):
         """Have the worker build a variant. If the caller is cancelled, it is built all the same."""
         self._raise_if_crashed()
         if variant not in self._variants:
-            await self._prepare(variant)
+            await self._request({"do": "prepare", "variant": variant}, building=variant)
 
-    async def _prepare(self, variant: Variant) -> None:
-        await self._request({"do": "prepare", "variant": variant}, building=variant)
-
-    async def _request(self, header: worker_protocol.Header, building: Variant | None = None) -> None:
-        """Have the worker load or build something beside its steps."""
+    async def _request(
+        self, header: worker_protocol.Header, building: Variant | None = None, loading: OnDemand | None = None
+    ) -> None:
+        """Have the worker load or build something beside its steps, also if the caller is cancelled."""
         self._raise_if_crashed()
         number = next(self._numbers)
-        call = self._calls[number] = _Call()
+        call = self._calls[number] = _Call(loading=loading)
         if building is not None:
             self._building[number] = building
         self._post(worker_protocol.encode_frame({**header, "call": number}))
@@ -303,6 +309,8 @@ class WorkerEngine(Engine):
             self._settle(call, failed=call.begun.keys())
         elif header["did"] == "ready":
             self._variants |= set() if building is None else {building}
+            if call.loading is not None:
+                call.loading.loaded()
         else:
             call.result = worker_protocol.decode_result(header, payload, call.order)
             self._settle(call, failed={fault.session for fault in call.result.faults})

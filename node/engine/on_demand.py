@@ -20,7 +20,7 @@ class OnDemand:
     _used_s: float = 0.0
 
     def loaded(self) -> None:
-        """Record that it is there, for a session that is about to begin."""
+        """Record that it is there, for a session that was about to begin."""
         self.is_loaded, self._used_s = True, trio.current_time()
 
     def leave(self, session: SessionId) -> None:

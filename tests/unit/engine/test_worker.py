@@ -18,6 +18,7 @@ import tokenizers
 import trio
 import trio.testing
 from tokenizers import decoders, models, pre_tokenizers
+from trio.testing import MockClock
 
 from node.engine import client, on_demand, worker, worker_process, worker_protocol
 from node.engine.client import WorkerEngine, start_worker
@@ -42,6 +43,7 @@ from node.engine.shard import Shard
 from node.engine.torch_shard import TorchShard
 from node.engine.worker_process import READ_AHEAD_BYTES, SpareWorker, WorkerExited, WorkerProcess
 from node.engine.worker_protocol import Buffer, Header
+from node.testing.fake_engine import fake_span_info
 from node.util.child_process import Child
 from node.util.interpreter import python
 from protocol.identity import BlockRange
@@ -407,6 +409,40 @@ async def test_idle_reference_is_unloaded_and_loaded_again(
             assert "prepare" not in posted
             assert await decode([engine], PROMPT, COUNT) == tiny.tokens
             assert "prepare" in posted
+
+
+async def test_what_was_loaded_for_a_session_that_ended_meanwhile_is_unloaded(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = fake_span_info(WHOLE, block_count=BLOCKS)
+    options = SessionOptions(variant=REFERENCE, sampling=replace(GREEDY, json_schema="{}"))
+    engine = WorkerEngine(cast("Any", None), info, frozenset({REFERENCE, Variant("fused", "fp32")}))
+    posted: list[Header] = []
+    monkeypatch.setattr(worker_protocol, "encode_frame", lambda header: posted.append(header) or [])
+
+    async def begin_until_cut_off(number: int) -> None:
+        await engine.open(session(number), 10)
+        with trio.move_on_after(1):
+            await engine.begin(session(number), options)
+        await engine.close(session(number))
+
+    def answer(call: int) -> None:
+        engine._answer({"do": "answer", "did": "ready", "call": call}, memoryview(b""))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.unload_loop)
+        await begin_until_cut_off(1)
+        answer(0)
+        nursery.start_soon(begin_until_cut_off, 2)  # it finds the reference loaded, and waits for the constraints
+        await trio.sleep(0.5)
+        await engine.close(session(2))
+        await trio.sleep(1)
+        answer(1)
+        with trio.move_on_after(0):
+            await engine.begin(session(3), options)  # closed already, and cut off
+        await trio.sleep(60)
+        nursery.cancel_scope.cancel()
+    assert [header["do"] for header in posted] == ["prepare", "constrain", "unload", "unconstrain"]
 
 
 async def test_idle_node_gives_up_cached_prompts_that_are_not_asked_again(
