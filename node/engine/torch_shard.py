@@ -151,8 +151,8 @@ class TorchShard(Shard[SlotMapping]):
         runner = self._reference.runner
         if runner is None:
             self._check_memory(REFERENCE, self._reference.needed_bytes)
-            self._taken_bytes[REFERENCE] = self._reference.needed_bytes
             self._reference.load()
+            self._taken_bytes[REFERENCE] = self._reference.needed_bytes
             runner = self._reference.runner
         assert runner is not None
         return runner

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -140,6 +141,25 @@ def mapped_rss_bytes(folder: Path, files: str = "*") -> int:
         elif "-" in field.split(" ")[0]:
             is_theirs = line.split()[-1] in paths
     return total
+
+
+async def test_reference_is_loaded_again_after_it_could_not_be(
+    make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = make_tiny_model("llama")
+    (engine,) = engines_of(tiny, 1)
+    monkeypatch.setattr(engine.shard._reference, "_mapped", None)  # it takes memory of its own, as on a GPU
+    monkeypatch.setattr(engine.shard, "_packed_bytes", engine.shard._reference.needed_bytes)
+
+    def fail(_: TransformersSpan) -> NoReturn:
+        raise RuntimeError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersSpan, "trial_run", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.shard.prepare(REFERENCE)
+    engine.shard.prepare(REFERENCE)
+    assert await decode([engine], PROMPT, COUNT) == tiny.tokens
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what is resident")
