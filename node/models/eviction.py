@@ -4,6 +4,7 @@ Imported models are never evicted: a package begun with a peer's manifest carrie
 fetches a file holds a lock on it, so processes can share the cache.
 """
 
+import errno
 import fcntl
 import os
 import time
@@ -19,6 +20,10 @@ from node.models.manifest import FileEntry
 from node.models.store import FETCHED_MARK, ModelStore, Package
 
 GIBIBYTE: Final = 1 << 30
+
+LOCK_TRIES: Final = 100
+LOCK_PAUSE_S: Final = 0.01
+"""Between tries: whoever looks whether a file is in use locks it for much less."""
 
 
 class _Cached(NamedTuple):
@@ -87,18 +92,31 @@ def evict_for(
 
 @contextmanager
 def in_use(package: Package, files: Iterable[FileEntry]) -> Iterator[None]:
-    """Protect files from eviction inside the block, and mark them as used now."""
+    """Protect files from eviction inside the block, and mark them as used now. Raises ModelError."""
     with ExitStack() as stack:
         with disk_errors(f"cannot open the files of model {package.model_id[:12]}"):
             for file in files:
                 path = package.path_of(file)
                 handle = os.open(path, os.O_RDONLY)
                 stack.callback(os.close, handle)
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                _share(handle, path)
                 with suppress(PermissionError):  # another user's, or a read-only cache
                     # Its modification time stays: by that it is known to be unchanged.
                     os.utime(path, ns=(time.time_ns(), os.fstat(handle).st_mtime_ns))
         yield
+
+
+def _share(handle: int, path: Path) -> None:
+    """Lock an open file against eviction. Raises OSError: where another has it for long, or has deleted it."""
+    for _ in range(LOCK_TRIES):
+        with suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            break
+        time.sleep(LOCK_PAUSE_S)
+    else:
+        raise BlockingIOError(errno.EWOULDBLOCK, "another process has locked it", str(path))
+    if os.fstat(handle).st_nlink == 0:
+        raise FileNotFoundError(errno.ENOENT, "another process has just evicted it", str(path))
 
 
 def _fetched_files(store: ModelStore) -> Iterator[_Cached]:

@@ -1,13 +1,15 @@
 """What the files from peers may take on the disk, and which go first."""
 
 import os
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from node.models.errors import ModelError
 from node.models.eviction import evict_for, in_use
-from node.models.files import part_of
+from node.models.files import is_unused, part_of, try_lock
 from node.models.importer import import_model
 from node.models.store import ModelStore, Package
 from protocol.identity import BlockRange
@@ -66,6 +68,26 @@ def test_use_of_a_file_updates_its_lru_order(store: ModelStore, package: Package
     with in_use(package, [second]):
         pass
     assert list(evict_for(store, package, [last], 2 * last.size_bytes)) == files(package, "block-000")
+
+
+@pytest.mark.parametrize("is_evicted", [False, True], ids=["looked at", "evicted"])
+def test_file_that_another_process_has_locked_for_a_moment_can_be_used_unless_it_is_gone(
+    package: Package, monkeypatch: pytest.MonkeyPatch, *, is_evicted: bool
+) -> None:
+    block = package.manifest.blocks[0]
+    path = package.path_of(block)
+    handle = os.open(path, os.O_RDONLY)
+    assert try_lock(handle)
+
+    def unlock(_: float) -> None:
+        if is_evicted:
+            path.unlink()
+        os.close(handle)
+
+    monkeypatch.setattr(time, "sleep", unlock)
+    expected = pytest.raises(ModelError, match="evicted") if is_evicted else nullcontext()
+    with expected, in_use(package, [block]):
+        assert not is_unused(path)
 
 
 def test_abandoned_part_file_is_evicted(store: ModelStore, package: Package) -> None:
