@@ -21,7 +21,7 @@ from protocol.observations import SignedObservation, verify_observation
 from selector.consensus.sortition import MeasurementPlan
 from selector.quality import MeasuredQuality, admits
 from selector.task import PORTFOLIO, UNKNOWN_WEIGHT_TYPE, Method, portfolio
-from selector.workloads import WORKLOADS
+from selector.workloads import WORKLOADS, TrialWorkload
 
 ROUNDS: Final = 2
 """Pairs of runs of one cell, of whose ratios the median is the reading. Seven peers measure the same cell."""
@@ -84,10 +84,16 @@ class MeasurementRunner:
         """Return the natural logarithm of the method's cost over the baseline's; None if it cannot be measured now."""
         workload = WORKLOADS.get(cell.workload)
         method = PORTFOLIO.get(cell.method)
-        if workload is None or method is None or not self._allowance.is_left:
+        if workload is None or method is None:
             return None
         bound = QualityBound.EXACT if method.exact else QualityBound.ANY
         if not admits(bound, method, self._quality(method)):
+            return None
+        async with self._allowance.lock:  # which all models share, as they do the machine
+            return await self._measure(cell, workload, bound)
+
+    async def _measure(self, cell: Cell, workload: TrialWorkload, bound: QualityBound) -> float | None:
+        if not self._allowance.is_left:
             return None
         limit_s = self._allowance.limit_s
         if limit_s < self._takes_s.get(cell.workload, 0.0):  # what cannot be finished is not begun

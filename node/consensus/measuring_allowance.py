@@ -23,6 +23,8 @@ class MeasuringAllowance:
 
     def __init__(self, share: float, served_s: Callable[[], float]) -> None:
         """`share`: of the computing for users, 0 for no measurements at all. `served_s`: processor seconds of it."""
+        self.lock = trio.Lock()
+        """Held while something is measured, from the question what is left until it is charged."""
         self._share = share
         self._served_s = served_s
         self._spent_s = 0.0

@@ -43,9 +43,9 @@ async def ignore(observation: SignedObservation) -> None:
 
 
 def runner_at(
-    peer: Peer, publish: Callable[[SignedObservation], Awaitable[None]] = ignore
+    peer: Peer, publish: Callable[[SignedObservation], Awaitable[None]] = ignore, allowance: Recorded | None = None
 ) -> tuple[MeasurementRunner, Recorded]:
-    recorder, allowance = Recorder(Identity(b"7" * 32), publish), Recorded()
+    recorder, allowance = Recorder(Identity(b"7" * 32), publish), allowance or Recorded()
     runner = MeasurementRunner(
         BenchmarkRunner(peer.coordinator, recorder),
         FAKE_MODEL,
@@ -121,6 +121,24 @@ async def test_first_cell_of_a_large_model_is_read_though_it_takes_more_than_the
         await trio.sleep(1800)
         assert await runner.measure(CELL) is None
         assert len(allowance.charges) == 1
+
+
+async def test_only_one_of_several_models_is_measured_first_whatever_it_takes(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9), step_s=0.5)
+        await swarm.settle()
+        runner, allowance = runner_at(peer)
+        other, _ = runner_at(peer, allowance=allowance)
+        readings: list[float | None] = []
+
+        async def measure(by: MeasurementRunner) -> None:
+            readings.append(await by.measure(CELL))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(measure, runner)
+            nursery.start_soon(measure, other)
+        assert sorted(each is None for each in readings) == [False, True]
+        assert allowance.charges == [pytest.approx(THREADS * computed_s(peer))], "the other waits, and finds none left"
 
 
 async def test_cell_that_takes_longer_than_there_is_left_is_given_up_once(virtual_clock: MockClock) -> None:
