@@ -18,7 +18,6 @@ from node.api.fields import (
     one_of,
     parse_boolean,
     parse_json,
-    parse_name,
     parse_text,
     refuse,
     whole_number,
@@ -156,9 +155,13 @@ _COMMON: Final = (
 )  # fmt: skip
 CHAT: Final = ObjectForm(*_COMMON, _MESSAGES, TOOLS, required=[MODEL])
 GENERATE: Final = ObjectForm(*_COMMON, PROMPT, _SYSTEM, _RAW, required=[MODEL], neutral=NEUTRAL)
-_NAME: Final = Field("name", parse_name)
-SHOW: Final = ObjectForm(MODEL, _NAME, ignored=["verbose"])
-PULL: Final = ObjectForm(MODEL, _NAME, STREAM, ignored=["insecure"])
+# Programs in Go send every field of these bodies, and the older name beside the new one: "" is absent.
+_MODEL: Final = Field("model", parse_text)
+_NAME: Final = Field("name", parse_text)
+SHOW: Final = ObjectForm(
+    _MODEL, _NAME, ignored=["verbose", "options"], neutral=dict.fromkeys(("system", "template"), ("",))
+)
+PULL: Final = ObjectForm(_MODEL, _NAME, STREAM, ignored=["insecure", "username", "password"])
 
 
 def parse_chat(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
@@ -214,8 +217,7 @@ def parse_pull(body: bytes) -> tuple[str, bool]:
 
 
 def _named(fields: Fields) -> str:
-    name = fields.get(_NAME)
-    return _without_tag(name) if name is not None and not fields.has(MODEL.name) else model_name(fields)
+    return _without_tag(fields.get(_MODEL) or fields.get(_NAME) or refuse(_MODEL.name, "is missing"))
 
 
 def model_name(fields: Fields) -> str:

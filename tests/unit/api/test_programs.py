@@ -11,6 +11,11 @@ from node.coordinator.chat import ChatFormat, ToolFormat
 from tests.unit.api.fakes import MODEL, FakeNode
 
 REQUESTS: list[dict[str, Any]] = json.loads(Path(__file__).with_name("programs.json").read_text(encoding="utf-8"))
+GO_SHOW: dict[str, Any] = {
+    "model": "", "system": "", "template": "", "verbose": False, "options": None, "name": ""
+}  # fmt: skip
+GO_PULL: dict[str, Any] = {"model": "", "username": "", "password": "", "name": ""}
+"""What the `ollama` command and other programs with Ollama's package for Go send for fields that are not set."""
 
 
 @pytest.mark.parametrize("known", REQUESTS, ids=[f"{each['program']}: {each['request']}" for each in REQUESTS])
@@ -33,17 +38,21 @@ async def test_model_is_described_as_editors_ask_for_it(client: httpx.AsyncClien
     version = (await client.get("/api/version")).json()["version"]
     assert tuple(map(int, version.split("."))) >= (0, 6, 4)
     (listed,) = (await client.get("/api/tags")).json()["models"]
-    for body in ({"name": "tiny"}, {"name": "tiny:latest"}, {"model": listed["model"]}, {"model": MODEL[:8]}):
+    names = ({"name": "tiny"}, {"name": "tiny:latest"}, {"model": listed["model"]}, {"model": MODEL[:8]})
+    for body in (*names, *(GO_SHOW | each for each in names)):
         shown = await client.post("/api/show", json=body)
         assert shown.status_code == 200, shown.text
         facts = shown.json()["model_info"]
         assert facts[f"{facts['general.architecture']}.context_length"] == 8192
-    assert (await client.post("/api/show", json={})).status_code == 400
+    for nameless in ({}, GO_SHOW):
+        refused = await client.post("/api/show", json=nameless)
+        assert (refused.status_code, refused.json()) == (400, {"error": "model is missing"})
+    assert (await client.post("/api/show", json=GO_SHOW | {"model": "tiny", "system": "Be brief."})).status_code == 400
 
 
 async def test_ollama_model_that_is_there_is_pulled(client: httpx.AsyncClient) -> None:
     """Open WebUI and others pull a model before they use it, and show what the answer's lines say."""
-    for body in ({"model": "tiny"}, {"name": "tiny:latest", "stream": True}):
+    for body in ({"model": "tiny"}, {"name": "tiny:latest", "stream": True}, GO_PULL | {"name": "tiny:latest"}):
         answer = await client.post("/api/pull", json=body)
         assert answer.headers["content-type"] == "application/x-ndjson"
         assert json.loads(answer.text.splitlines()[-1]) == {"status": "success"}
