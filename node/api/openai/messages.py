@@ -31,6 +31,9 @@ NEUTRAL_IN_MESSAGE: Final[Mapping[str, tuple[Any, ...]]] = {
     "type": ("message", "text"),  # of the Responses API, and what lm-evaluation-harness makes of a turn
 }
 
+IGNORED_IN_MESSAGE: Final = ("cot_id", "cot_summary", "provider_specific_fields", "thinking_blocks")
+"""What Copilot and LiteLLM add to the answers that they send back: LiteLLM's is also in `reasoning_content`."""
+
 # Chat templates know the older name of the role that instructs the model.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
@@ -105,7 +108,7 @@ def parse_arguments(param: str, value: Any) -> dict[str, Any]:
 ID: Final = Field("id", parse_text)
 ARGUMENTS: Final = Field("arguments", parse_arguments)
 _CALLED: Final = Field("function", ObjectForm(NAME, ARGUMENTS, required=[NAME], is_open=True).form)
-_CALL: Final = ObjectForm(ID, _CALLED, required=[_CALLED], ignored=["type", "index"])
+_CALL: Final = ObjectForm(ID, _CALLED, required=[_CALLED], ignored=["type", "index", "provider_specific_fields"])
 
 
 @form(_CALL.schema)
@@ -128,7 +131,7 @@ _REASONING_CONTENT: Final = Field("reasoning_content", parse_text)
 _REASONING: Final = Field("reasoning", parse_text)
 MESSAGE: Final = ObjectForm(
     _ROLE, _CONTENT, TOOL_CALLS, _TOOL_CALL_ID, _AUTHOR, _REASONING_CONTENT, _REASONING,
-    required=[_ROLE], ignored=["cot_id", "cot_summary"], neutral=NEUTRAL_IN_MESSAGE,
+    required=[_ROLE], ignored=IGNORED_IN_MESSAGE, neutral=NEUTRAL_IN_MESSAGE,
 )  # fmt: skip
 
 
