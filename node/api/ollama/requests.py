@@ -1,6 +1,6 @@
 """Request bodies of Ollama's `/api/chat`, `/api/generate` and `/api/show`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -110,7 +110,10 @@ def _parse_think(param: str, value: Any) -> dict[str, Any]:
     return {"enable_thinking": True, "reasoning_effort": value}
 
 
-_ROLE: Final = Field("role", one_of("system", "user", "assistant", "tool"))
+_REASONING_ROLE: Final = "thinking"
+"""Of Continue's turns with the reasoning before an answer."""
+
+_ROLE: Final = Field("role", one_of("system", "user", "assistant", "tool", _REASONING_ROLE))
 _CONTENT: Final = Field("content", parse_text)
 _MESSAGE_THINKING: Final = Field("thinking", parse_text)
 _TOOL_NAME: Final = Field("tool_name", parse_text)
@@ -132,6 +135,21 @@ def _parse_message(param: str, value: Any) -> ChatMessage:
         tool_call_id=fields.get(_TOOL_CALL_ID) or "",
         tool_calls=fields.get(TOOL_CALLS) or (),
     )
+
+
+def _with_reasoning(turns: Iterable[ChatMessage]) -> tuple[ChatMessage, ...]:
+    """Return turns without those of reasoning, which belongs to the turn of the assistant that follows, if one does."""
+    kept: list[ChatMessage] = []
+    reasoning = ""
+    for turn in turns:
+        if turn.role == _REASONING_ROLE:
+            reasoning += turn.content
+            continue
+        if turn.role == "assistant" and not turn.reasoning:
+            turn = replace(turn, reasoning=reasoning)
+        kept.append(turn)
+        reasoning = ""
+    return tuple(kept)
 
 
 @form({})
@@ -167,7 +185,7 @@ PULL: Final = ObjectForm(_MODEL, _NAME, STREAM, ignored=["insecure", "username",
 def parse_chat(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
     """Return the body of `POST /api/chat` as a request. Raises ApiError."""
     fields = CHAT.read(parse_json(body))
-    messages = fields.get(_MESSAGES) or ()
+    messages = _with_reasoning(fields.get(_MESSAGES) or ())
     continues = continues_final_message(_MESSAGES.name, messages)
     choice = choose_tools(fields.get(TOOLS) or (), "auto", schema=fields.get(_FORMAT) or "", param="format")
     job = choice.apply(replace(_parse_job(fields), messages=messages, continue_final_message=continues))

@@ -353,6 +353,25 @@ def test_last_turn_of_the_assistant_is_continued(parse: Any, fields: dict[str, A
     assert caught.value.param in form
 
 
+def test_reasoning_as_a_turn_of_ollama_belongs_to_the_answer_behind_it() -> None:
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "thinking", "content": "A "},
+        {"role": "thinking", "content": "greeting."},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "thinking", "content": "Stopped before it answered."},
+        {"role": "user", "content": "Go on"},
+        {"role": "assistant", "content": "Where"},
+    ]
+    (job,) = parse_ollama_chat(chat(messages=turns), Headers())[0].jobs
+    assert [(turn.role, turn.content, turn.reasoning) for turn in job.messages or ()] == [
+        ("user", "Hi", ""),
+        ("assistant", "Hello.", "A greeting."),
+        ("user", "Go on", ""),
+        ("assistant", "Where", ""),
+    ]
+
+
 def test_turn_of_tool_calls_is_not_continued() -> None:
     turns = [{"role": "assistant", "content": [{"type": "tool_use", "name": "f"}]}]
     with pytest.raises(ApiError, match="ends with tool calls"):
