@@ -51,12 +51,16 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("images", "context"), ([],)),
 }
 """Of `/api/generate`."""
+NEUTRAL_FOR_CHAT: Final[Mapping[str, tuple[Any, ...]]] = {"tool_choice": ("auto",)}
+
+IGNORED_FOR_TEXTS: Final = frozenset({"truncate", "shift"})
+"""What Ollama does where a text outgrows the context. Here it ends, and a prompt that is too long is refused."""
 
 IGNORED_OPTIONS: Final = frozenset({
     "num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "num_keep", "numa", "low_vram", "f16_kv", "use_mmap",
-    "use_mlock", "mirostat_tau", "mirostat_eta",
+    "use_mlock", "useMLock", "num_gqa", "mirostat_tau", "mirostat_eta",
 })  # fmt: skip
-"""How a server holds a model, which is up to the swarm."""
+"""How a server holds a model, which is up to the swarm; one of them also as AnythingLLM spells it."""
 NEUTRAL_OPTIONS: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("typical_p", "tfs_z"), (1,)),
     **dict.fromkeys(("logits_all", "vocab_only", "embedding_only"), (False,)),
@@ -79,11 +83,21 @@ def _parse_num_predict(param: str, value: Any) -> int | None:
     return min(limit, MAX_POSITIONS) if limit > 0 else None
 
 
+_penalty: Final = number_between(1 / MAX_PENALTY, MAX_PENALTY)
+
+
+@form({"anyOf": [{"const": 0}, _penalty.schema]})
+def _parse_repeat_penalty(param: str, value: Any) -> float:
+    """Return the divisor of repeated tokens' logits: 1 for 0, by which LiteLLM means that there is none."""
+    is_off = value == 0 and not isinstance(value, bool)
+    return 1.0 if is_off else _penalty(param, value)
+
+
 _NUM_PREDICT: Final = Field("num_predict", _parse_num_predict)
 _REPEAT_LAST_N: Final = Field("repeat_last_n", count_between(-1, MAX_SEED))
 _TOP_K: Final = Field("top_k", count_between(-1, MAX_SEED))
 _TEMPERATURE: Final = Field("temperature", number_between(0, 100))
-_REPEAT_PENALTY: Final = Field("repeat_penalty", number_between(1 / MAX_PENALTY, MAX_PENALTY))
+_REPEAT_PENALTY: Final = Field("repeat_penalty", _parse_repeat_penalty)
 OPTIONS: Final = ObjectForm(
     SEED, _NUM_PREDICT, _TOP_K, TOP_P, MIN_P, _TEMPERATURE, _REPEAT_PENALTY, _REPEAT_LAST_N, PRESENCE_PENALTY,
     FREQUENCY_PENALTY, STOP, ignored=IGNORED_OPTIONS, neutral=NEUTRAL_OPTIONS,
@@ -171,8 +185,12 @@ _RAW: Final = Field("raw", parse_boolean)
 _COMMON: Final = (
     MODEL, STREAM, _OPTIONS, _NUM_PREDICT, _FORMAT, _THINK, _LOGPROBS, TOP_LOGPROBS, _KEEP_ALIVE,
 )  # fmt: skip
-CHAT: Final = ObjectForm(*_COMMON, _MESSAGES, TOOLS, required=[MODEL])
-GENERATE: Final = ObjectForm(*_COMMON, PROMPT, _SYSTEM, _RAW, required=[MODEL], neutral=NEUTRAL)
+CHAT: Final = ObjectForm(
+    *_COMMON, _MESSAGES, TOOLS, required=[MODEL], ignored=IGNORED_FOR_TEXTS, neutral=NEUTRAL_FOR_CHAT
+)
+GENERATE: Final = ObjectForm(
+    *_COMMON, PROMPT, _SYSTEM, _RAW, required=[MODEL], ignored=IGNORED_FOR_TEXTS, neutral=NEUTRAL
+)
 # Programs in Go send every field of these bodies, and the older name beside the new one: "" is absent.
 _MODEL: Final = Field("model", parse_text)
 _NAME: Final = Field("name", parse_text)

@@ -45,7 +45,7 @@ def rows(heading: str) -> list[list[str]]:
 
 
 def names(text: str) -> list[str]:
-    return re.findall(r"`([a-z_][a-z_0-9]*)`", text)
+    return re.findall(r"`([A-Za-z_][A-Za-z_0-9]*)`", text)
 
 
 def first_column(heading: str) -> set[str]:
@@ -100,7 +100,11 @@ def test_lists_every_neutral_field() -> None:
         (
             "Ollama",
             ollama.CHAT.implemented | ollama.GENERATE.implemented,
-            ollama.NEUTRAL.keys() | ollama.IGNORED_OPTIONS | ollama.NEUTRAL_OPTIONS.keys(),
+            ollama.NEUTRAL.keys()
+            | ollama.NEUTRAL_FOR_CHAT.keys()
+            | ollama.IGNORED_FOR_TEXTS
+            | ollama.IGNORED_OPTIONS
+            | ollama.NEUTRAL_OPTIONS.keys(),
             ollama.OPTIONS.implemented,
         ),
     ],

@@ -353,6 +353,19 @@ def test_last_turn_of_the_assistant_is_continued(parse: Any, fields: dict[str, A
     assert caught.value.param in form
 
 
+def test_what_ollama_ignores_changes_no_job_of_its_api() -> None:
+    def job(**fields: Any) -> JobRequest:
+        request: JobRequest = parse_ollama_chat(chat(**fields), Headers())[0].jobs[0]
+        return request
+
+    options = {"useMLock": True, "use_mlock": True, "num_gqa": 8, "repeat_penalty": 0.0}
+    assert job(options=options, tool_choice="auto", truncate=False, shift=False) == job()
+    for refused in ({"options": {"repeat_penalty": False}}, {"options": {"usemlock": True}}, {"tool_choice": "none"}):
+        with pytest.raises(ApiError) as caught:
+            job(**refused)
+        assert caught.value.status == 400
+
+
 def test_reasoning_as_a_turn_of_ollama_belongs_to_the_answer_behind_it() -> None:
     turns = [
         {"role": "user", "content": "Hi"},
