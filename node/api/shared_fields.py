@@ -33,10 +33,15 @@ from protocol.limits import MAX_LOGPROBS
 MIN_SEED: Final = -(2**63)
 MAX_SEED: Final = 2**63 - 1
 
-REASONING_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh")
+REASONING_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 MAX_INPUTS: Final = 2048
 """Texts of one request for embeddings."""
+CACHE_FIELDS: Final = frozenset({"prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"})
+"""Of the OpenAI API: how long and for whom prompts are cached, which is up to the swarm."""
+CACHE_MARKS: Final = ("cache_control", "prompt_cache_breakpoint")
+"""The same in parts of messages, of the Anthropic and the OpenAI API."""
+
 MODEL: Final = Field("model", parse_name)
 STREAM: Final = Field("stream", parse_boolean)
 MAX_TOKENS: Final = Field("max_tokens", parse_limit)

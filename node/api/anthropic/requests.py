@@ -50,6 +50,7 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "context_management": ({"edits": []}, {"edits": [_KEEP_THINKING]}),
     "mcp_servers": ([],),
 }
+IGNORED_IN_TOOL: Final = ("cache_control", "strict", "eager_input_streaming", "input_examples")
 NEUTRAL_IN_TOOL: Final[Mapping[str, tuple[Any, ...]]] = {"defer_loading": (False,), "allowed_callers": (["direct"],)}
 
 _TEXT: Final = Field("text", parse_text)
@@ -135,7 +136,7 @@ _TOOL_TYPE: Final = Field("type", one_of("custom"))
 _INPUT_SCHEMA: Final = Field("input_schema", parse_object)
 _TOOL: Final = ObjectForm(
     _TOOL_TYPE, NAME, DESCRIPTION, _INPUT_SCHEMA,
-    required=[NAME], ignored=["cache_control", "strict", "eager_input_streaming"], neutral=NEUTRAL_IN_TOOL,
+    required=[NAME], ignored=IGNORED_IN_TOOL, neutral=NEUTRAL_IN_TOOL,
 )  # fmt: skip
 
 
@@ -148,7 +149,7 @@ def _parse_tool(param: str, value: Any) -> Mapping[str, Any]:
     return described_tool(tool.require(NAME), tool.get(DESCRIPTION), tool.get(_INPUT_SCHEMA) or {})
 
 
-_THINKING_TYPE: Final = Field("type", one_of("enabled", "disabled", "adaptive"))
+_THINKING_TYPE: Final = Field("type", one_of("enabled", "disabled", "adaptive", "between_tools"))
 _EFFORT: Final = Field("effort", one_of("low", "medium", "high", "xhigh", "max"))
 _OUTPUT_TYPE: Final = Field("type", one_of("json_schema"))
 _OUTPUT_SCHEMA: Final = Field("schema", parse_schema)

@@ -16,7 +16,7 @@ from node.api.fields import (
     parse_text,
     refuse,
 )
-from node.api.shared_fields import PARALLEL_TOOL_CALLS, text_or_parts, tool_choice
+from node.api.shared_fields import CACHE_MARKS, PARALLEL_TOOL_CALLS, text_or_parts, tool_choice
 from node.api.tool_calls import decode_arguments
 from node.api.tool_choice import ToolChoice, choose_tools
 from node.coordinator.chat import ChatMessage, MessageToolCall
@@ -120,7 +120,7 @@ def _parse_call(param: str, value: Any) -> MessageToolCall:
     )
 
 
-parse_content: Final = text_or_parts("text", ignored=["cache_control"])
+parse_content: Final = text_or_parts("text", ignored=CACHE_MARKS)
 
 _ROLE: Final = Field("role", one_of(*_ROLES))
 _CONTENT: Final = Field("content", parse_content)

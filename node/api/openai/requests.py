@@ -32,6 +32,7 @@ from node.api.output_parser import ParserRules
 from node.api.schemas import ANY_OBJECT, parse_schema
 from node.api.shared_fields import (
     BUDGET,
+    CACHE_FIELDS,
     EXTENSIONS,
     FREQUENCY_PENALTY,
     IGNORE_EOS,
@@ -72,9 +73,7 @@ DEFAULT_TEMPERATURE: Final = 1.0
 DEFAULT_COMPLETION_TOKENS: Final = 16
 """The OpenAI API's own default for `/v1/completions`; a chat goes on until the model ends it."""
 
-IGNORED: Final = frozenset({
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-})  # fmt: skip
+IGNORED: Final = CACHE_FIELDS | {"user", "metadata", "store", "service_tier", "safety_identifier"}
 """Fields that cannot change the answer, whatever their value."""
 
 INSTEAD: Final[Mapping[str, str]] = dict.fromkeys(
@@ -98,7 +97,7 @@ NEUTRAL_FOR_CHAT: Final[Mapping[str, tuple[Any, ...]]] = {
     **NEUTRAL,
     **dict.fromkeys(("functions", "documents"), ([],)),
     **dict.fromkeys(("function_call",), ("none", "auto")),
-    **dict.fromkeys(("audio", "prediction", "web_search_options", "chat_template"), ()),
+    **dict.fromkeys(("audio", "prediction", "web_search_options", "moderation", "chat_template"), ()),
     **dict.fromkeys(("add_special_tokens", "echo"), (False,)),
     "modalities": (["text"],),
     "verbosity": ("medium",),

@@ -37,6 +37,7 @@ from node.api.openai.response_events import ResponseWriter
 from node.api.schemas import ANY_OBJECT, parse_schema
 from node.api.shared_fields import (
     BUDGET,
+    CACHE_FIELDS,
     EFFORT,
     EXTENSIONS,
     IGNORE_EOS,
@@ -59,12 +60,12 @@ from node.coordinator.chat import ChatMessage, MessageToolCall
 from node.coordinator.submission import JobRequest
 from protocol.measurements import Objective, QualityBound
 
-IGNORED: Final = frozenset({
-    "metadata", "store", "user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "stream_options",
-})  # fmt: skip
+IGNORED: Final = CACHE_FIELDS | {
+    "metadata", "store", "user", "service_tier", "safety_identifier", "stream_options"
+}  # fmt: skip
 NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("previous_response_id", "conversation", "prompt", "max_tool_calls", "context_management"), ()),
+    **dict.fromkeys(("moderation", "background_options", "image", "access_programs"), ()),
     "background": (False,),
     "include": ([], ["reasoning.encrypted_content"]),
     "top_logprobs": (0,),
@@ -101,7 +102,10 @@ def _chosen_name(fields: Fields) -> str:
 
 
 _parse_choice: Final = tool_choice(_CHOICE, _chosen_name)
-_TOOL: Final = ObjectForm(IS_FUNCTION, NAME, DESCRIPTION, PARAMETERS, required=[IS_FUNCTION, NAME], ignored=["strict"])
+_TOOL: Final = ObjectForm(
+    IS_FUNCTION, NAME, DESCRIPTION, PARAMETERS, required=[IS_FUNCTION, NAME], ignored=["strict", "output_schema"],
+    neutral={"async": (False,), "defer_loading": (False,), "allowed_callers": (["direct"],)},
+)  # fmt: skip
 
 
 @form(_TOOL.schema)
@@ -189,7 +193,11 @@ _MAX_OUTPUT_TOKENS: Final = Field("max_output_tokens", parse_limit)
 _TOOLS: Final = Field("tools", list_of(_parse_tool, "tools", MAX_TOOLS))
 _TOOL_CHOICE: Final = Field("tool_choice", _parse_choice)
 _TEXT_FORMAT: Final = Field("text", _parse_text_options)
-_REASONING: Final = Field("reasoning", ObjectForm(EFFORT, ignored=["summary", "generate_summary"]).form)
+_REASONING_FORM: Final = ObjectForm(
+    EFFORT, ignored=["summary", "generate_summary"],
+    neutral={"context": ("auto", "current_turn"), "mode": ("standard",)},
+)  # fmt: skip
+_REASONING: Final = Field("reasoning", _REASONING_FORM.form)
 
 RESPONSE: Final = ObjectForm(
     MODEL, _INPUT, _INSTRUCTIONS, _MAX_OUTPUT_TOKENS, TEMPERATURE, TOP_P, STREAM, _TOOLS, _TOOL_CHOICE,
