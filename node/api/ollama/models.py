@@ -10,8 +10,11 @@ from node.api.interface import ModelDocument, SpanDocument
 from node.api.model_lookup import find_model
 from node.coordinator.submission import ModelCapabilities
 
-API_VERSION: Final = "0.12.0"
-"""The version of Ollama whose API is spoken: clients compare it with the least that they work with."""
+API_VERSION: Final = "0.14.0"
+"""The version of Ollama whose API is spoken: clients compare it with the least that they work with.
+
+Codex wants 0.13.4 at least, for the Responses API; the Anthropic API came with 0.14.
+"""
 
 _NEVER: Final = "2999-12-31T23:59:59Z"
 """When the model of a served span is unloaded."""

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any, Final
 
 from starlette.datastructures import Headers
@@ -58,11 +59,13 @@ from node.api.shared_fields import (
 from node.api.tool_choice import ToolChoice, choose_tools
 from node.coordinator.chat import ChatMessage, MessageToolCall
 from node.coordinator.submission import JobRequest
+from protocol.limits import MAX_NAME_BYTES
 from protocol.measurements import Objective, QualityBound
 
 IGNORED: Final = CACHE_FIELDS | {
-    "metadata", "store", "user", "service_tier", "safety_identifier", "stream_options"
+    "metadata", "store", "user", "service_tier", "safety_identifier", "stream_options", "client_metadata",
 }  # fmt: skip
+"""The last one is Codex's."""
 NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("previous_response_id", "conversation", "prompt", "max_tool_calls", "context_management"), ()),
     **dict.fromkeys(("moderation", "background_options", "image", "access_programs"), ()),
@@ -106,12 +109,16 @@ _TOOL: Final = ObjectForm(
     IS_FUNCTION, NAME, DESCRIPTION, PARAMETERS, required=[IS_FUNCTION, NAME], ignored=["strict", "output_schema"],
     neutral={"async": (False,), "defer_loading": (False,), "allowed_callers": (["direct"],)},
 )  # fmt: skip
+_TURN_OFF: Final = 'turn it off in the client (web search in Codex: web_search = "disabled" in its config.toml)'
 
 
 @form(_TOOL.schema)
 def _parse_tool(param: str, value: Any) -> Mapping[str, Any]:
     """Return a tool as chat templates take it."""
     check_depth(param, value)
+    kind = parse_object(param, value).get("type")
+    if isinstance(kind, str) and kind != "function":  # before its other fields, which only that type has
+        refuse(f"{param}.type", f"{kind[:MAX_NAME_BYTES]!a} is not supported: only functions are; {_TURN_OFF}")
     tool = _TOOL.parse(param, value)
     tool.require(IS_FUNCTION)
     return described_tool(tool.require(NAME), tool.get(DESCRIPTION), tool.get(PARAMETERS) or {})
@@ -187,6 +194,14 @@ def _merge_assistant_turns(turns: Iterable[ChatMessage]) -> tuple[ChatMessage, .
     return tuple(merged)
 
 
+def _merge_leading_instructions(turns: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
+    """Return turns with those of the system at their beginning as one: many chat templates take one only."""
+    leading = tuple(takewhile(lambda turn: turn.role == "system", turns))
+    if len(leading) < 2:
+        return turns
+    return (replace(leading[0], content="\n\n".join(turn.content for turn in leading)), *turns[len(leading) :])
+
+
 _INPUT: Final = Field("input", _parse_input)
 _INSTRUCTIONS: Final = Field("instructions", parse_text)
 _MAX_OUTPUT_TOKENS: Final = Field("max_output_tokens", parse_limit)
@@ -221,7 +236,7 @@ def parse_response_request(body: bytes, headers: Headers) -> tuple[Generation, A
     effort = reasoning.get(EFFORT) if reasoning else None
     job = JobRequest(
         model=model,
-        messages=turns,
+        messages=_merge_leading_instructions(turns),
         max_tokens=fields.get(_MAX_OUTPUT_TOKENS),
         temperature=1.0 if temperature is None else temperature,
         top_p=fields.get(TOP_P) or 1.0,

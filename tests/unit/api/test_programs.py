@@ -34,9 +34,12 @@ async def test_requests_of_known_programs_are_answered(
 
 
 async def test_model_is_described_as_editors_ask_for_it(client: httpx.AsyncClient) -> None:
-    """Continue sends `name` alone; Copilot wants Ollama 0.6.4 at least, and asks by what the list calls `model`."""
+    """Continue sends `name` alone; Copilot wants Ollama 0.6.4 at least, and asks by what the list calls `model`.
+
+    Codex wants 0.13.4.
+    """
     version = (await client.get("/api/version")).json()["version"]
-    assert tuple(map(int, version.split("."))) >= (0, 6, 4)
+    assert tuple(map(int, version.split("."))) >= (0, 13, 4)
     (listed,) = (await client.get("/api/tags")).json()["models"]
     names = ({"name": "tiny"}, {"name": "tiny:latest"}, {"model": listed["model"]}, {"model": MODEL[:8]})
     for body in (*names, *(GO_SHOW | each for each in names)):

@@ -424,6 +424,25 @@ def test_items_of_one_turn_make_one_turn() -> None:
         parse_response_request(response(input=[{"type": "item_reference", "id": "x"}]), Headers())
 
 
+def test_instructions_are_one_turn_of_the_system_with_those_behind_them() -> None:
+    items = [
+        {"role": "developer", "content": "Ask before you write."},
+        {"role": "user", "content": "Hi"},
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "Go on"},
+    ]
+    generation, _ = parse_response_request(response(instructions="Be kind.", input=items), Headers())
+    assert [(turn.role, turn.content) for turn in generation.jobs[0].messages or ()] == [
+        ("system", "Be kind.\n\nAsk before you write."), ("user", "Hi"), ("system", "Be brief."), ("user", "Go on")
+    ]  # fmt: skip
+
+
+def test_tool_that_openai_runs_is_refused_with_what_to_do() -> None:
+    with pytest.raises(ApiError, match=r"'web_search' is not supported.*web_search = \"disabled\"") as caught:
+        parse_response_request(response(tools=[{"type": "web_search", "external_web_access": False}]), Headers())
+    assert (caught.value.status, caught.value.param) == (400, "tools[0].type")
+
+
 def test_tool_calls_of_earlier_turns_reach_template() -> None:
     turns = [
         {"role": "user", "content": "a"},
