@@ -90,19 +90,20 @@ def _description(routes: Sequence[Route]) -> Route:
 
 
 async def _on_api_error(request: Request, error: ApiError) -> JSONResponse:
-    return error.response(error_path(request.url.path, request.headers))
+    return error.response(error_path(request.scope["path"], request.headers))
 
 
 async def _on_job_error(request: Request, error: JobError) -> JSONResponse:
-    return ApiError.from_job_error(error).response(request.url.path)
+    return ApiError.from_job_error(error).response(request.scope["path"])
 
 
 async def _on_http_exception(request: Request, error: HTTPException) -> JSONResponse:
-    message = f"{request.method} {request.url.path}: {error.detail.lower()}"
+    path: str = request.scope["path"]
+    message = f"{request.method} {path}: {error.detail.lower()}"
     headers = dict(error.headers) if error.headers else None
-    return ApiError(error.status_code, message, headers=headers).response(error_path(request.url.path, request.headers))
+    return ApiError(error.status_code, message, headers=headers).response(error_path(path, request.headers))
 
 
 async def _on_defect(request: Request, _: Exception) -> JSONResponse:
     # The server logs the exception; clients must not see it.
-    return ApiError(500, "internal error: see the log of the node").response(request.url.path)
+    return ApiError(500, "internal error: see the log of the node").response(request.scope["path"])

@@ -71,6 +71,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope["path"] = plain_path(scope["path"])  # here, so that what is checked is what is routed and reported
         receive, send = _until_ended(receive, send)
         headers = Headers(scope=scope)
         origin = headers.get("origin")
@@ -143,6 +144,11 @@ class Guard:
         if _HEADER_NAMES.fullmatch(names):
             allowed["Access-Control-Allow-Headers"] = names
         return Response(status_code=204, headers=allowed)
+
+
+def plain_path(path: str) -> str:
+    """Return a path as the routes have it: a base URL that ends with a slash puts two at the beginning."""
+    return f"/{'/'.join(part for part in path.split('/') if part)}"
 
 
 def _is_public(path: str) -> bool:

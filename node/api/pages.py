@@ -74,7 +74,7 @@ class Pages:
 
     async def models(self, request: Request) -> JSONResponse:
         """List the complete models, as the OpenAI API does, and for clients of the Anthropic API as that does."""
-        if anthropic.is_anthropic(request.url.path, request.headers):
+        if anthropic.is_anthropic(request.scope["path"], request.headers):
             return JSONResponse(anthropic.describe_models(self._complete_models(), self._created_s))
         return JSONResponse({"object": "list", "data": [self._describe(each) for each in self._complete_models()]})
 
@@ -82,7 +82,7 @@ class Pages:
         """Describe one of them, by its name or id."""
         name = request.path_params["model"]
         if (model := find_model(name, self._complete_models())) is not None:
-            is_anthropic = anthropic.is_anthropic(request.url.path, request.headers)
+            is_anthropic = anthropic.is_anthropic(request.scope["path"], request.headers)
             described = anthropic.describe_model(model, self._created_s) if is_anthropic else self._describe(model)
             return JSONResponse(described)
         raise ApiError(404, f"no complete model {name!r} in the swarm", param="model", code="model_not_found")

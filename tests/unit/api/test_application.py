@@ -37,6 +37,18 @@ async def test_unknown_path_and_method_use_error_shape(
     assert response.json()["error"].keys() == {"message", "type", "param", "code"}
 
 
+async def test_slashes_of_a_base_url_do_not_matter(client: httpx.AsyncClient) -> None:
+    """`http://127.0.0.1:8642/` and `/api/tags` make two in a row; some clients put one at the end."""
+    for path in ("/v1/models", "/api/tags", "/swarm/peers", "/"):
+        plain = await client.get(path)
+        assert plain.status_code == 200
+        for meant in (f"/{path}", f"{path}/", f"/{path}//"):
+            answer = await client.get(f"{str(client.base_url).rstrip('/')}{meant}")
+            assert (answer.status_code, answer.content) == (200, plain.content)
+    answer = await client.post("/v1/completions/", json={"model": "tiny", "prompt": "Hi"})
+    assert answer.json()["choices"][0]["text"] == "Hello, wörld", "redirects are not followed with a body"
+
+
 async def test_internal_error_reveals_nothing(
     node: FakeNode, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,6 +102,9 @@ async def test_refuses_form_post(node: FakeNode, client: httpx.AsyncClient) -> N
     kind = "application/x-www-form-urlencoded"
     response = await client.post("/v1/chat/completions", content=body, headers={"Content-Type": kind})
     assert response.status_code == 200
+    for path in ("/swarm/explain", "//swarm/explain"):
+        url = f"{str(client.base_url).rstrip('/')}{path}"
+        assert (await client.post(url, content=body, headers={"Content-Type": kind})).status_code == 415
 
 
 LOCAL_ORIGINS = ["http://localhost:5173", "http://127.0.0.1:3000", "http://[::1]:8080", "https://localhost"]
