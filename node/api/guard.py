@@ -52,6 +52,10 @@ _FOREIGN_SITES: Final = frozenset({"cross-site", "same-site"})
 _HEADER_NAMES: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}( ?, ?[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}){0,63}")
 _PREFLIGHT_AGE_S: Final = 600
 
+_ORIGIN: Final = re.compile(r"file://|[a-z][a-z0-9+.-]{0,30}://[A-Za-z0-9._:-]{1,200}")
+"""What can be pasted into a shell of what `--cors-origin` takes."""
+_MAX_SHOWN: Final = 256
+
 
 class Guard:
     """ASGI middleware that refuses requests without access.
@@ -123,8 +127,10 @@ class Guard:
                 )
             return use
         host, origin, site = (headers.get(name) for name in ("host", "origin", "sec-fetch-site"))
-        if (host and not _is_local(f"//{host}")) or (origin and not self._is_admitted(origin)):
-            raise ApiError(403, "a node without an API key serves its own machine only", code="foreign_origin")
+        if host and not _is_local(f"//{host}"):
+            raise _foreign(f"{host[:_MAX_SHOWN]!a} is not its name: set an API key (`--api-key`, `--api-keys`)")
+        if origin and not self._is_admitted(origin):
+            raise _foreign(f"{origin[:_MAX_SHOWN]!a} is another origin: {_origin_remedy(origin)}")
         if not origin and site in _FOREIGN_SITES:
             message = "a node without an API key serves no pages of other sites; open this page by its address"
             raise ApiError(403, message, code="foreign_origin")
@@ -149,6 +155,17 @@ class Guard:
 def plain_path(path: str) -> str:
     """Return a path as the routes have it: a base URL that ends with a slash puts two at the beginning."""
     return f"/{'/'.join(part for part in path.split('/') if part)}"
+
+
+def _foreign(why: str) -> ApiError:
+    return ApiError(403, f"a node without an API key serves its own machine only, and {why}", code="foreign_origin")
+
+
+def _origin_remedy(origin: str) -> str:
+    """Return how a node's owner admits an origin. `null` is that of every sandboxed frame, and so of any site."""
+    if _ORIGIN.fullmatch(origin):
+        return f"to admit its pages, start the node with `--cors-origin {origin}`"
+    return "start the node with an API key and `--cors-origin '*'`, or serve the page by HTTP from this machine"
 
 
 def _is_public(path: str) -> bool:

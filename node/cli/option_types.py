@@ -16,7 +16,7 @@ from node.util.paths import expand, read_text
 from protocol.figures import MAX_PRICE
 from protocol.identity import parse_block_range, parse_peer_id
 
-_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+")
+_ORIGIN: Final = re.compile(r"file://|[a-z][a-z0-9+.-]*://[^\s/?#@]+")
 BOOTSTRAP_FILE: Final = "bootstrap_peers.yaml"
 
 _DEVICE = re.compile(r"auto|all|cpu|mps|cuda|cuda:[0-9]{1,2}(,cuda:[0-9]{1,2})*")

@@ -66,6 +66,26 @@ async def test_refuses_foreign_origin_and_host(
 
 
 @pytest.mark.parametrize(
+    ("headers", "remedy"),
+    [
+        ({"Origin": "app://obsidian.md"}, "--cors-origin app://obsidian.md"),
+        ({"Origin": "http://tauri.localhost"}, "--cors-origin http://tauri.localhost"),
+        ({"Origin": "file://"}, "--cors-origin file://"),
+        ({"Origin": "null"}, "API key"),
+        ({"Origin": "https://a.example;reboot"}, "API key"),
+        ({"Host": "host.docker.internal:8642"}, "--api-key"),
+    ],
+)
+async def test_refusal_names_what_is_foreign_and_the_remedy(
+    client: httpx.AsyncClient, headers: dict[str, str], remedy: str
+) -> None:
+    message: str = (await client.get("/v1/models", headers=headers)).json()["error"]["message"]
+    for expected in (*headers.values(), remedy):
+        assert expected in message
+    assert ("--cors-origin http" in message) is headers.get("Origin", "").startswith("http://")
+
+
+@pytest.mark.parametrize(
     "headers", [{"Host": "localhost:9000"}, {"Host": "[::1]:1"}, {"Origin": "http://localhost:3000"}]
 )
 async def test_accepts_every_loopback_host(client: httpx.AsyncClient, headers: dict[str, str]) -> None:

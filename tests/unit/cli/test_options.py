@@ -416,7 +416,7 @@ def test_refuses_what_is_not_an_origin(origin: str) -> None:
     assert "expected an origin" in fault(cors_origin=origin)
 
 
-@pytest.mark.parametrize("origin", ["app://obsidian.md", "chrome-extension://abc", "http://localhost:3000"])
+@pytest.mark.parametrize("origin", ["app://obsidian.md", "chrome-extension://abc", "http://localhost:3000", "file://"])
 def test_takes_origins_of_programs(origin: str) -> None:
     assert load(cors_origin=origin).cors_origins == (origin,)
 
