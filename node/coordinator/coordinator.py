@@ -194,7 +194,9 @@ class Coordinator:
         """Return what can be asked of the model that a user means. Raises JobError."""
         known = await self.model(model)
         chat_format = chat_format_of(known) if known.tokenizer.has_chat_template else None
-        return ModelCapabilities(max_positions=known.max_positions, chat_format=chat_format)
+        return ModelCapabilities(
+            max_positions=known.max_positions, chat_format=chat_format, chat_template=known.tokenizer.chat_template
+        )
 
     @asynccontextmanager
     async def submit(

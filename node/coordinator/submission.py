@@ -73,10 +73,14 @@ class JobError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCapabilities:
-    """What can be asked of a model: texts up to `max_positions` tokens; conversations, unless it has no chat format."""
+    """What can be asked of a model: texts up to `max_positions` tokens; conversations, unless it has no chat format.
+
+    `chat_template`: its text; empty where it has none.
+    """
 
     max_positions: int
     chat_format: ChatFormat | None
+    chat_template: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

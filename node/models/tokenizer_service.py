@@ -145,6 +145,7 @@ class TokenizerService:
             facts["reasons"],
             facts["reasoning_tokens"] and tuple(facts["reasoning_tokens"]),
             dict(facts["marks"]),
+            facts["chat_template"],
         )
 
     def pids(self) -> tuple[int, ...]:
@@ -208,6 +209,8 @@ class ModelTokenizer:
     """The tokens that begin and end it, if `<think>` and `</think>` are one token each."""
     marks: Mapping[int, str] = field(default_factory=dict)
     """Special tokens that mark reasoning and tool calls, which `decode` leaves out."""
+    chat_template: str = ""
+    """Its text; empty where there is none."""
 
     @property
     def has_channels(self) -> bool:

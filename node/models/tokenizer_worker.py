@@ -80,7 +80,8 @@ class Tokenizer:
         self._special = frozenset(token for token, description in added.items() if description.special)
         self.special_tokens = _special_tokens(config or {})
         """Their texts by role: `bos_token`, `eos_token`, …"""
-        self._template_source = chat_template
+        self.template_source = chat_template
+        """The text of the chat template, or None."""
         self._chat_template: ChatTemplate | None = None
         self._has_channels = CHANNEL_MARK in (chat_template or "")
         self.tool_format = _tool_format(chat_template or "")
@@ -102,7 +103,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether conversations can be rendered."""
-        return self._template_source is not None
+        return self.template_source is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return a text's token ids, with the tokens that the model wants around a text (such as BOS) by default."""
@@ -142,11 +143,11 @@ class Tokenizer:
 
         Raises ChatTemplateError, a ValueError, where the model has no chat template or its template refuses.
         """
-        if self._template_source is None:
+        if self.template_source is None:
             raise ChatTemplateError("the model has no chat template: give it a plain prompt")
         if self._chat_template is None:
             # Compiled on demand, as compiling may take for ever: plain prompts do not need it.
-            self._chat_template = ChatTemplate(self._template_source)
+            self._chat_template = ChatTemplate(self.template_source)
         return self._chat_template.render(
             messages, self.special_tokens, tools, options, continue_final_message=continue_final_message
         )
@@ -316,6 +317,7 @@ def _facts(tokenizer: Tokenizer) -> dict[str, Any]:
         "reasons": tokenizer.reasons,
         "reasoning_tokens": tokenizer.reasoning_tokens,
         "marks": sorted(tokenizer.marks.items()),
+        "chat_template": tokenizer.template_source or "",
     }
 
 

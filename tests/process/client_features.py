@@ -281,6 +281,7 @@ def ollama_models(clients: Clients) -> None:
     assert (listed.model, running.model) == (MODEL, MODEL)
     assert (shown.modelinfo or {})["metaswarm.block_count"] == 30
     assert "completion" in (shown.capabilities or ())
+    assert "messages" in (shown.template or "")
     with pytest.raises(ollama.ResponseError, match="mirostat"):
         clients.ollama_chat(options={"mirostat": 2})
     with pytest.raises(ollama.ResponseError) as caught:

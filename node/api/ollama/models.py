@@ -61,7 +61,7 @@ def describe_model(model: ModelDocument, capabilities: ModelCapabilities | None,
     return {
         "modelfile": "",
         "parameters": "",
-        "template": "",
+        "template": capabilities.chat_template if capabilities else "",
         "modified_at": entry["modified_at"],
         "details": entry["details"],
         "model_info": {

@@ -135,6 +135,7 @@ class FakeSubmitter:
     """Seconds before a word, by its number, and before the end."""
     chat_format: ChatFormat | None = None
     """How the model writes tool calls and reasoning."""
+    chat_template: str = ""
     requests: list[JobRequest] = field(default_factory=list)
     entered: trio.Event = field(default_factory=trio.Event)
     left: trio.Event = field(default_factory=trio.Event)
@@ -167,7 +168,7 @@ class FakeSubmitter:
     async def capabilities_of(self, model: str) -> ModelCapabilities:
         if self.refuse:
             raise self.refuse
-        return ModelCapabilities(max_positions=8192, chat_format=self.chat_format)
+        return ModelCapabilities(max_positions=8192, chat_format=self.chat_format, chat_template=self.chat_template)
 
     async def _events(self, request: JobRequest) -> AsyncGenerator[JobEvent, None]:
         started = JobStarted(job_id=JOB, model=MODEL, model_name="tiny", prompt_tokens=5, created_s=1_700_000_000)

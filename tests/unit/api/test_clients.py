@@ -595,9 +595,10 @@ async def test_ollama_models(node: FakeNode, url: str, of_ollama: Client) -> Non
     facts = shown.modelinfo or {}
     assert (facts["metaswarm.block_count"], facts["llama.block_count"], facts["llama.context_length"]) == (8, 8, 8192)
     assert shown.capabilities == ["completion", "embedding"]
-    node.submitter.chat_format = THINKING
+    node.submitter.chat_format, node.submitter.chat_template = THINKING, "{% for tool in tools %}…"
     shown = await ask(lambda: client.show("tiny"))
     assert shown.capabilities == ["completion", "embedding", "tools", "thinking"]
+    assert shown.template == node.submitter.chat_template, "LiteLLM looks for tools there"
     node.submitter.refuse = JobError(JobErrorCode.FAILED, "Nobody has the tokenizer.")
     assert (await ask(lambda: client.show("tiny"))).capabilities == ["completion", "embedding"]
     with pytest.raises(ollama.ResponseError) as caught:

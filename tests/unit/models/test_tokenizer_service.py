@@ -103,6 +103,13 @@ async def test_template_timeout_names_its_limit(tmp_path: Path) -> None:
             await tokenizer.render_chat(TURNS)
 
 
+async def test_text_of_the_template_is_known(tmp_path: Path) -> None:
+    async with service() as tokenizers:
+        for name, template in (("with", TEMPLATE), ("without", None)):
+            tokenizer = await tokenizers.open(write_package(tmp_path / name, byte_level(), template))
+            assert tokenizer.chat_template == (template or "")
+
+
 def changed(change: Callable[[dict[str, Any]], object], definition: str) -> str:
     """Return a tokenizer.json with a change."""
     values = json.loads(definition)
