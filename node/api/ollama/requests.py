@@ -49,6 +49,7 @@ IGNORED: Final = frozenset({"keep_alive"})
 NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("suffix", "template"), ("",)),
     **dict.fromkeys(("images", "context"), ([],)),
+    **dict.fromkeys(("width", "height", "steps"), ()),  # of images
 }
 """Of `/api/generate`."""
 NEUTRAL_FOR_CHAT: Final[Mapping[str, tuple[Any, ...]]] = {"tool_choice": ("auto",)}

@@ -26,9 +26,6 @@ from node.api.openai.embeddings import EMBEDDING
 from node.api.openai.requests import CHAT, COMPLETION
 from node.api.openai.responses import RESPONSE
 
-OF_IMAGES = {"width", "height", "steps"}
-"""What Ollama's package declares for models that make images: refused as unknown."""
-
 DECLARED: list[tuple[ObjectForm, str, Any]] = [
     (CHAT, "", ChatParams),
     (CHAT, "messages *", of_chat.ChatCompletionAssistantMessageParam),
@@ -89,7 +86,7 @@ def test_every_field_that_a_package_declares_is_known(form: ObjectForm, place: s
     known = {name for schema in schemas_at(form, place) for name in schema.get("properties", {})}
     for each in get_args(declared) or (declared,):
         fields = getattr(each, "model_fields", None) or each.__annotations__
-        assert set(fields) - known - OF_IMAGES == set()
+        assert set(fields) - known == set()
 
 
 def values_at(form: ObjectForm, place: str) -> set[Any]:
