@@ -159,13 +159,14 @@ def issue_time(envelope: bytes, kind: str) -> int:
     return _read_header(payload, kind).issued_at_s
 
 
-def select(envelopes: Sequence[bytes]) -> int:
+def select(envelopes: Sequence[bytes], now_s: float = 0) -> int:
     """Return the index of the best of several valid records about the same subject.
 
-    The highest sequence number wins, then the latest issue, then the greatest bytes, so that all peers select the same
-    in any order. Raises RemoteProtocolError for bytes that are not a record; signatures are not verified.
+    One that has not expired wins, then the highest sequence number, then the latest issue, then the greatest bytes, so
+    that all peers select the same in any order. Raises RemoteProtocolError for bytes that are not a record; signatures
+    are not verified.
     """
-    return max(range(len(envelopes)), key=lambda index: _precedence(envelopes[index]))
+    return max(range(len(envelopes)), key=lambda index: _precedence(envelopes[index], now_s))
 
 
 def _signed_bytes(kind: str, payload: bytes) -> bytes:
@@ -198,6 +199,6 @@ def _check_times(header: _Header, kind: str, now_s: float) -> None:
         raise UntimelyError(f"{kind} record expired {now_s - header.expires_at_s:.0f} s ago")
 
 
-def _precedence(envelope: bytes) -> tuple[int, int, bytes]:
+def _precedence(envelope: bytes, now_s: float) -> tuple[bool, int, int, bytes]:
     header = _read_header(_decode_payload(_parse(envelope).payload, "any"), "record")
-    return header.sequence, header.issued_at_s, envelope
+    return header.expires_at_s > now_s, header.sequence, header.issued_at_s, envelope

@@ -137,8 +137,7 @@ class CapabilityAnnouncer:
         if not self._limits.take(source, trio.current_time()):
             return False
         record = verify_record(CapabilityRecord, data, self._wall_clock())
-        known = self._known.get(source)
-        return record.peer == source and (known is None or record.sequence > known.sequence)
+        return record.peer == source and self._is_news(record)
 
     async def _receive_loop(self) -> None:
         async with self._network.subscribe(CAPABILITY_TOPIC) as messages:
@@ -150,9 +149,16 @@ class CapabilityAnnouncer:
 
     def _store(self, record: CapabilityRecord) -> None:
         """Cache a verified record unless a newer one is known; a withdrawal, too, which older records must not undo."""
-        known = self._known.get(record.peer)
-        if known is None or record.sequence > known.sequence:
+        if self._is_news(record):
             self._known[record.peer] = record
+
+    def _is_news(self, record: CapabilityRecord) -> bool:
+        """Return whether a record is newer than the known one.
+
+        What was issued after that expired is newer, whatever its number: the clock of its peer may have been set.
+        """
+        known = self._known.get(record.peer)
+        return known is None or record.sequence > known.sequence or record.issued_at_s >= known.expires_at_s
 
     async def _lookup_loop(self) -> None:
         """Look up the peers whose records are unknown: they were gossiped before we joined."""

@@ -1,6 +1,7 @@
 """The kinds of DHT records: one namespace of the network, with a validator for each kind."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from node.network.interface import Network, RecordValidator
 from protocol.announcements import DHT_NAMESPACE
@@ -14,9 +15,10 @@ class RecordKinds:
     two records under a key is selected in the same way for all kinds.
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, wall_clock: Callable[[], float] = time.time) -> None:
+        self._wall_clock = wall_clock
         self._validators: dict[str, RecordValidator] = {}
-        network.register_record(DHT_NAMESPACE, self._validate, _select)
+        network.register_record(DHT_NAMESPACE, self._validate, self._select)
 
     def register(self, kind: str, validator: RecordValidator) -> None:
         """Accept records of one kind; before the network runs."""
@@ -29,7 +31,6 @@ class RecordKinds:
         validator = self._validators.get(parts[2]) if len(parts) == 4 else None
         return validator is not None and validator(key, value)
 
-
-def _select(key: str, values: Sequence[bytes]) -> int:
-    del key
-    return select(values)
+    def _select(self, key: str, values: Sequence[bytes]) -> int:
+        del key
+        return select(values, self._wall_clock())

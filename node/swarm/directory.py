@@ -60,6 +60,13 @@ class AnnouncedPlacements(NamedTuple):
     placements: tuple[Placement, ...]
 
 
+class _Left(NamedTuple):
+    """The heartbeat by which a peer left."""
+
+    sequence: int
+    expires_at_s: int
+
+
 @dataclass(slots=True)
 class PeerEntry:
     """The last heartbeat of one live peer."""
@@ -123,8 +130,7 @@ class Directory:
         self._range_of = range_of
         self._entries: dict[PeerId, PeerEntry] = {}
         self._draining: dict[PeerId, PeerEntry] = {}
-        self._tombstones: dict[PeerId, int] = {}
-        """Sequence numbers of the heartbeats by which peers left."""
+        self._tombstones: dict[PeerId, _Left] = {}
 
     def update(
         self,
@@ -139,11 +145,14 @@ class Directory:
 
         `dialled`: whether the peer was just dialled with success. `relay`: the peer that relayed it, unless it was
         gossiped. A peer that announced its shutdown is not a candidate any more, and older heartbeats that are still
-        under way do not revive it; while it drains it goes on sending heartbeats.
+        under way do not revive it; while it drains it goes on sending heartbeats. What was issued after that
+        announcement expired is newer, whatever its number: the clock that numbers are taken from may have been set.
         """
-        known = self._entries.get(heartbeat.peer)
-        newest = known.sequence if known else self._tombstones.get(heartbeat.peer, -1)
-        if heartbeat.sequence <= newest:
+        known, left = self._entries.get(heartbeat.peer), self._tombstones.get(heartbeat.peer)
+        if left is not None and heartbeat.issued_at_s >= left.expires_at_s:
+            left = None
+        newest = known or left
+        if newest is not None and heartbeat.sequence <= newest.sequence:
             return False
         ranges = address_ranges(heartbeat.multiaddrs)
         unserved_since_ms = _unserved_since_ms(known, heartbeat)
@@ -175,7 +184,7 @@ class Directory:
         self._tombstones.pop(heartbeat.peer, None)
         if heartbeat.leaving:
             self._draining[heartbeat.peer] = entry
-            self._tombstones[heartbeat.peer] = heartbeat.sequence
+            self._tombstones[heartbeat.peer] = _Left(heartbeat.sequence, heartbeat.expires_at_s)
             if len(self._tombstones) > MAX_PRESENT:
                 del self._tombstones[next(iter(self._tombstones))]
         else:

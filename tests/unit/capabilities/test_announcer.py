@@ -54,7 +54,7 @@ class Peer:
         self.announcer = CapabilityAnnouncer(
             network=self.network,
             identity=self.identity,
-            records=RecordKinds(self.network),
+            records=RecordKinds(self.network, self.wall_clock),
             capabilities=lambda: self.capabilities,
             peers=lambda: self.meets,
             jitter=random.Random(number),
@@ -340,6 +340,28 @@ async def test_older_record_does_not_replace_a_newer_one(swarm: Swarm, virtual_c
         await alice.network.publish(CAPABILITY_TOPIC, replayed)
         await trio.sleep(5)
         assert bob.announcer.known(alice.id) == EPYC
+
+
+async def test_number_of_a_clock_that_was_ahead_counts_until_its_record_has_expired(
+    swarm: Swarm, virtual_clock: MockClock
+) -> None:
+    async with swarm.peer() as bob, swarm.peer(announcing=False) as carol:
+        async with swarm.peer(BETTER, polite=False, announcing=False) as alice:
+            await alice.join(bob)
+            await carol.join(bob)
+            ahead = alice.record(None, sequence=int(1000 * (alice.wall_clock() + 7200)), lifetime_s=RECORD_LIFETIME_S)
+            envelope = seal(ahead, alice.identity.private_key)
+            assert all(each.network.store_record(capability_key(alice.id), envelope) for each in (bob, carol))
+            await alice.network.publish(CAPABILITY_TOPIC, envelope)
+            await trio.sleep(RECORD_LIFETIME_S)
+        again = Peer(swarm.hub, 3, BETTER)
+        async with again.network.running(), trio.open_nursery() as nursery:
+            await again.join(bob)
+            nursery.start_soon(again.announcer.run)
+            await trio.sleep(5)
+            assert bob.announcer.known(again.id) == BETTER
+            assert await carol.announcer.lookup(again.id) == BETTER
+            nursery.cancel_scope.cancel()
 
 
 async def test_record_from_the_future_is_rejected(swarm: Swarm, virtual_clock: MockClock) -> None:

@@ -246,6 +246,13 @@ def test_refuses_to_sign_oversized_records() -> None:
         sign("span", {"x": bytes(MAX_RECORD_BYTES)}, KEY)
 
 
+def test_select_prefers_a_record_that_has_not_expired() -> None:
+    held = seal(replace(SPAN, sequence=SPAN.sequence + 1_000_000), KEY)
+    new = seal(replace(SPAN, issued_at_s=SPAN.expires_at_s, expires_at_s=SPAN.expires_at_s + 1), KEY)
+    assert select([held, new], SPAN.expires_at_s - 1) == 0
+    assert select([held, new], SPAN.expires_at_s) == 1
+
+
 def test_select_prefers_the_newest_record() -> None:
     low, high = seal(SPAN, KEY), seal(replace(SPAN, sequence=8, issued_at_s=NOW_S - 5), KEY)
     assert select([low, high]) == 1

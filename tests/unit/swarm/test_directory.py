@@ -72,6 +72,15 @@ def test_only_newer_heartbeats_revive_a_peer_that_left() -> None:
     assert not directory.draining()
 
 
+def test_number_of_a_clock_that_was_ahead_counts_until_its_heartbeat_has_expired() -> None:
+    directory = Directory(own_peer=US)
+    hours_ahead = heartbeat(2_000_000_000_000, leaving=True)
+    directory.update(hours_ahead, 0.0)
+    assert not directory.update(replace(heartbeat(1), issued_at_s=hours_ahead.expires_at_s - 1), 59.0)
+    assert directory.update(replace(heartbeat(1), issued_at_s=hours_ahead.expires_at_s), 60.0)
+    assert directory.entries()
+
+
 def test_peer_with_overdue_heartbeats_expires_also_while_draining() -> None:
     directory = Directory(own_peer=US)
     other = peer_id_from_public_key(bytes([2] * 32))
