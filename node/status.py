@@ -170,7 +170,7 @@ class StatusView:
             fault = await trio.to_thread.run_sync(disk_fault, self._data_dir)
         except OSError as error:
             fault = f"the disk of {self._data_dir} cannot be read: {one_line(error)}"
-        return [] if fault is None else [fault]
+        return [each for each in (fault, self._membership.heartbeats.twin()) if each is not None]
 
     def faults(self) -> list[str]:
         """Return why the node is not ready."""

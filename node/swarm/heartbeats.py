@@ -1,7 +1,8 @@
 """Heartbeats: publishes our own by gossip, and enters those of other peers in the directory."""
 
+import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from node.swarm.clock_check import ClockCheck
 from node.swarm.directory import LIFE_IN_INTERVALS, MAX_UNREACHED_PER_RELAY, AnnouncedPlacements, Directory
 from node.swarm.presence import PresenceServer, query_presence
 from node.swarm.publisher_limits import PublisherLimits
+from node.swarm.sequence_numbers import SequenceNumbers
 from node.util.signal import Signal
 from node.util.token_bucket import Allowance, TokenBucket
 from protocol.announcements import HEARTBEAT_TOPIC, Heartbeat, ServedSpan
@@ -58,6 +60,9 @@ INTERVAL_SLACK = 4
 LEAST_LONGEST_INTERVAL_S = 10.0
 """Interval that every peer may announce, however small the swarm."""
 
+TWIN_S = 600.0
+"""For so long after the last heartbeat of another node with our key it counts as running."""
+
 _logger = structlog.get_logger(__name__)
 
 
@@ -89,7 +94,7 @@ class Heartbeats:
         identity: Identity,
         directory: Directory,
         services: OwnServices,
-        sequence: Iterator[int],
+        sequence: SequenceNumbers,
         jitter: random.Random,
         wall_clock: Callable[[], float],
     ) -> None:
@@ -101,6 +106,9 @@ class Heartbeats:
         self._sequence = sequence
         self._jitter = jitter
         self._wall_clock = wall_clock
+        self._started_s = wall_clock()
+        self._sent = b""
+        self._twin_heard_s = -math.inf
         self.clock = ClockCheck(network.connected_peers, wall_clock)
         self._new_peers = TokenBucket(NEW_PEERS_PER_S, NEW_PEERS_BURST, trio.current_time())
         self._limits = PublisherLimits(PER_PUBLISHER, OF_UNREACHED)
@@ -157,7 +165,7 @@ class Heartbeats:
             reachability=self._network.reachability,
         )
         try:
-            envelope = seal(heartbeat, self._identity.private_key)
+            envelope = self._sent = seal(heartbeat, self._identity.private_key)
             self._directory.update(heartbeat, trio.current_time(), envelope)
             await self._network.publish(HEARTBEAT_TOPIC, envelope)
         except (NetworkError, LocalProtocolError) as error:
@@ -179,6 +187,7 @@ class Heartbeats:
         Nothing reads the topic itself: that would verify every heartbeat twice.
         """
         if source == self._network.peer_id:
+            self._notice_twin(data)
             return True
         is_connected = source in self._network.connected_peers()
         known = self._directory.get(source)
@@ -195,6 +204,27 @@ class Heartbeats:
             return False
         self.clock.on_heartbeat(source, heartbeat.issued_at_s)
         return self._enter(heartbeat, data)
+
+    def _notice_twin(self, envelope: bytes) -> None:
+        """Notice a node that runs with our key, and go on above its number: peers take the highest one."""
+        own_peer, now_s = self._network.peer_id, trio.current_time()
+        if envelope == self._sent or not self._limits.take(own_peer, now_s, is_trusted=True):
+            return
+        heartbeat = self._verify(envelope)
+        if heartbeat.peer != own_peer or heartbeat.sequence <= self._sequence.last:
+            return  # one of ours that comes back late
+        self._sequence.skip_to(heartbeat.sequence)
+        if heartbeat.issued_at_s <= self._started_s:
+            return  # of our earlier process, whose clock was ahead
+        if self.twin() is None:
+            _logger.error("heartbeat of another node with this node's key received", multiaddrs=heartbeat.multiaddrs)
+        self._twin_heard_s = now_s
+
+    def twin(self) -> str | None:
+        """Return what to do about another node that runs with our key, if one was heard lately."""
+        if trio.current_time() - self._twin_heard_s > TWIN_S:
+            return None
+        return "another node runs with this node's key, as of a copied data directory: stop it, or delete its peer.key"
 
     def _verify(self, envelope: bytes) -> Heartbeat:
         heartbeat = verify_record(Heartbeat, envelope, self._wall_clock())

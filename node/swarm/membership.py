@@ -7,7 +7,6 @@ peer at once.
 An announcement counts once the peer was reached: see `node.swarm.directory`.
 """
 
-import itertools
 import random
 import time
 from collections import deque
@@ -23,6 +22,7 @@ from node.swarm.dht_records import RecordKinds
 from node.swarm.dialling import Dialler
 from node.swarm.directory import Candidate, Directory
 from node.swarm.heartbeats import Heartbeats, OwnServices
+from node.swarm.sequence_numbers import SequenceNumbers
 from node.swarm.span_records import LOOKUP_TIMEOUT_S, SpanRecords
 from protocol.announcements import blob_provider_key, provider_key
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
@@ -57,8 +57,7 @@ class Membership:
         self.directory = Directory(
             own_peer=network.peer_id, connected=network.connected_peers, range_of=lambda peer: _range_of(network, peer)
         )
-        # A restarted node continues above its earlier sequence numbers without having stored them.
-        sequence = itertools.count(int(wall_clock() * 1000) + 1)
+        sequence = SequenceNumbers(wall_clock)
         self.heartbeats = Heartbeats(network, identity, self.directory, services, sequence, jitter, wall_clock)
         self._span_records = SpanRecords(
             network, identity, self.directory, records, services.served_spans, sequence, wall_clock

@@ -121,9 +121,11 @@ def view_of_models(
     data_dir: Path = Path(),
     placed: Sequence[Placement] = (),
     spans: Sequence[BlockRange] = (),
+    twin: str | None = None,
 ) -> StatusView:
     """Return a view of a node that has the manifests of the models `known`, and names for those `named`."""
-    membership = SimpleNamespace(directory=directory, unreached_stages=lambda model, blocks: ())
+    heartbeats = SimpleNamespace(twin=lambda: twin)
+    membership = SimpleNamespace(directory=directory, unreached_stages=lambda model, blocks: (), heartbeats=heartbeats)
     library = SimpleNamespace(
         name_of=lambda model: model[:8],
         local_models=lambda: tuple(known),
@@ -177,6 +179,11 @@ async def test_full_disk_is_a_problem(tmp_path: Path, monkeypatch: pytest.Monkey
     free -= 1
     [problem] = await view.problems()
     assert f"the disk of {tmp_path / 'data'} is full (63 MiB free)" in problem
+
+
+async def test_another_node_with_our_key_is_a_problem(tmp_path: Path) -> None:
+    view = view_of_models(Directory(own_peer=US), {}, cast("Any", None), data_dir=tmp_path, twin="another node")
+    assert "another node" in await view.problems()
 
 
 def announcing(peer: PeerId, *spans: tuple[ModelId, int, int]) -> Heartbeat:

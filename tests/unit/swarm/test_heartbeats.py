@@ -3,10 +3,13 @@
 import random
 
 import pytest
+import structlog.testing
 import trio.testing
 
 from node.identity import Identity
-from node.swarm.heartbeats import OF_UNREACHED, PER_PUBLISHER, Heartbeats
+from node.swarm.directory import Directory
+from node.swarm.heartbeats import OF_UNREACHED, PER_PUBLISHER, TWIN_S, Heartbeats
+from node.swarm.sequence_numbers import SequenceNumbers
 from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetworkHub
 from protocol.announcements import Heartbeat
@@ -33,6 +36,41 @@ async def test_copies_of_a_heartbeat_are_not_forwarded(autojump_clock: trio.test
         False,
         True,
     ]
+
+
+async def test_node_with_our_key_is_reported_and_does_not_outnumber_us(autojump_clock: trio.testing.MockClock) -> None:
+    node = ours()
+
+    def heard(sequence: int, issued_at_s: int) -> str | None:
+        heartbeat = heartbeat_of(US.peer_id, sequence=sequence, issued_at_s=issued_at_s)
+        node.validate(US.peer_id, seal(heartbeat, US.private_key))
+        return node.twin()
+
+    with structlog.testing.capture_logs() as logs:
+        assert heard(100, 0) is None, "of an earlier process"
+        assert heard(99, 1) is None, "an earlier one of ours"
+        for sequence in (200, 201):
+            assert "stop it" in (heard(sequence, 1) or "")
+        await node._publish()
+        entry = node._directory.get(US.peer_id)
+        assert entry is not None
+        assert entry.sequence == 202
+        node.validate(US.peer_id, entry.envelope or b"")
+    assert [each["log_level"] for each in logs if each["log_level"] != "debug"] == ["error"]
+    await trio.sleep(TWIN_S + 1)
+    assert node.twin() is None
+
+
+async def test_number_follows_the_clock_so_that_a_node_with_our_key_is_not_missed_once_it_is_gone(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    directory, sequence = Directory(own_peer=PEERS[0].peer_id), SequenceNumbers(lambda: trio.current_time())
+    next(sequence)
+    await trio.sleep(86_400)
+    twin = SequenceNumbers(lambda: trio.current_time())
+    assert directory.update(heartbeat_of(US.peer_id, sequence=next(twin)), 0.0)
+    await trio.sleep(1)
+    assert directory.update(heartbeat_of(US.peer_id, sequence=next(sequence)), 1.0)
 
 
 async def test_flood_of_a_publisher_is_neither_verified_nor_forwarded(
