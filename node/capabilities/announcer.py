@@ -18,6 +18,7 @@ from node.identity import Identity
 from node.network.interface import Network, NetworkError
 from node.swarm.dht_records import RecordKinds
 from node.swarm.publisher_limits import PublisherLimits
+from node.util.elapsed import Elapsed
 from node.util.token_bucket import Allowance
 from protocol.capabilities import CAPABILITY_KIND, CAPABILITY_TOPIC, Capabilities, CapabilityRecord, capability_key
 from protocol.errors import LocalProtocolError, RemoteProtocolError
@@ -77,9 +78,9 @@ class CapabilityAnnouncer:
         self._wall_clock = wall_clock
         self._sequence = 0
         self._announced: Capabilities | None = None
-        self._announced_at_s = 0.0
+        self._since_announced = Elapsed(wall_clock)
         self._had_neighbours = False
-        self._refresh_at_s = 0.0
+        self._refresh_s = 0.0
         self._not_before_s = 0.0
         self._withdrawn = False
         self._known: LRUCache[PeerId, CapabilityRecord] = LRUCache(MAX_KNOWN)
@@ -193,15 +194,18 @@ class CapabilityAnnouncer:
             await trio.sleep(1)
 
     def _is_due(self, capabilities: Capabilities) -> bool:
-        now_s = trio.current_time()
-        if now_s < self._not_before_s:
+        # A record that was put without any neighbour is stored nowhere else: put it again with the first ones. Those
+        # that it was put to may be gone for long when others come: a machine that wakes up notices that they are late.
+        if not (has_neighbours := bool(self._network.connected_peers())):
+            self._had_neighbours = False
+        if trio.current_time() < self._not_before_s:
             return False
-        if self._announced is None or now_s >= self._refresh_at_s or _differ(self._announced, capabilities):
+        age_s = self._since_announced.seconds()
+        if self._announced is None or age_s >= self._refresh_s or _differ(self._announced, capabilities):
             return True
-        # A record that was put without any neighbour is stored nowhere else: put it again with the first ones.
-        if not self._had_neighbours and self._network.connected_peers():
+        if has_neighbours and not self._had_neighbours:
             return True
-        return now_s - self._announced_at_s >= GRADUAL_INTERVAL_S and _drifted(self._announced, capabilities)
+        return age_s >= GRADUAL_INTERVAL_S and _drifted(self._announced, capabilities)
 
     async def _announce(self, capabilities: Capabilities | None) -> None:
         now_s = trio.current_time()
@@ -227,8 +231,9 @@ class CapabilityAnnouncer:
             self._not_before_s = now_s + pause_s * self._jitter.uniform(0.8, 1.2)
             _logger.info("capabilities not announced", reason=str(error))
         else:
-            self._announced, self._announced_at_s, self._had_neighbours = capabilities, now_s, had_neighbours
-            self._refresh_at_s = now_s + RECORD_REFRESH_S * self._jitter.uniform(0.8, 1.0)
+            self._announced, self._had_neighbours = capabilities, had_neighbours
+            self._since_announced.restart()
+            self._refresh_s = RECORD_REFRESH_S * self._jitter.uniform(0.8, 1.0)
 
 
 def _differ(before: Capabilities, now: Capabilities) -> bool:

@@ -25,6 +25,7 @@ from node.replication.replica import Replica
 from node.replication.session import SessionOutcome, Throttle
 from node.storage.database import StorageError
 from node.swarm.dht_records import RecordKinds
+from node.util.elapsed import Elapsed
 from node.util.lasting_failure import LastingFailure
 from node.util.signal import Signal
 from node.util.token_bucket import Allowance
@@ -226,12 +227,12 @@ class ObservationReplicator:
 
     async def _record_loop(self) -> None:
         """Keep the digest record of our history in the DHT current, at a bounded rate."""
-        put_digest, put_at_s = b"", 0.0
+        put_digest, since_put = b"", Elapsed(self._wall_clock)
         while True:
             try:
                 tree = await self._replica.tree()
                 root = tree.summary("")
-                if root.digest != put_digest or trio.current_time() - put_at_s >= RECORD_REFRESH_S:
+                if root.digest != put_digest or since_put.seconds() >= RECORD_REFRESH_S:
                     wall_s = self._wall_clock()
                     record = HistoryDigest(
                         peer=self._network.peer_id,
@@ -244,7 +245,8 @@ class ObservationReplicator:
                         parts=summarise(tree),
                     )
                     await self._network.put_record(history_key(record.peer), seal(record, self._identity.private_key))
-                    put_digest, put_at_s = root.digest, trio.current_time()
+                    put_digest = root.digest
+                    since_put.restart()
             except (NetworkError, StorageError) as error:
                 _logger.debug("history record not stored", reason=str(error))
             await trio.sleep(RECORD_INTERVAL_S * self._jitter.uniform(0.75, 1.25))

@@ -1,6 +1,5 @@
 """Span and provider records in the DHT, by which a newcomer finds the peers of a model before their heartbeats."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
@@ -11,6 +10,7 @@ from node.identity import Identity
 from node.network.interface import Network, NetworkError
 from node.swarm.dht_records import RecordKinds
 from node.swarm.directory import UNREPORTED_LOAD, Directory
+from node.util.elapsed import Elapsed
 from protocol.announcements import Heartbeat, ServedSpan, SpanRecord, provider_key, span_key
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import BlockRange, ModelId, PeerId
@@ -53,19 +53,22 @@ class SpanRecords:
     async def run(self) -> None:
         """Put our provider and span records on every change, and long before they expire, until cancelled."""
         put: dict[ModelId, tuple[BlockRange, ...]] = {}
-        put_at_s, put_to = -math.inf, 0
+        put_to, since_put = 0, Elapsed(self._wall_clock)
         while True:
             spans: dict[ModelId, tuple[BlockRange, ...]] = {}
             for span in self._served_spans():
                 spans[span.model] = (*spans.get(span.model, ()), span.blocks)
             connected = len(self._network.connected_peers())
-            # A record that was put without any neighbour is stored nowhere else: put it again with the first ones.
-            stale = trio.current_time() - put_at_s >= RECORD_REFRESH_S or (connected and not put_to)
+            # A record that was put without any neighbour is stored nowhere else: put it again with the first ones. A
+            # machine that wakes up notices late that those are gone that it was put to.
+            put_to = min(put_to, connected)
+            stale = since_put.seconds() >= RECORD_REFRESH_S or (connected and not put_to)
             for model in {*spans, *put}:
                 if stale or spans.get(model) != put.get(model):
                     await self._put(model, spans.get(model, ()))
             if stale or spans != put:
-                put, put_at_s, put_to = spans, trio.current_time(), connected
+                put, put_to = spans, connected
+                since_put.restart()
             await trio.sleep(1)
 
     async def _put(self, model: ModelId, spans: tuple[BlockRange, ...]) -> None:

@@ -175,6 +175,28 @@ async def test_record_is_refreshed_before_it_expires(swarm: Swarm, virtual_clock
         assert 100 * 60 / RECORD_REFRESH_S <= len(sequences) <= 2 * 100 * 60 / RECORD_REFRESH_S
 
 
+async def test_record_is_renewed_after_sleep_and_to_the_neighbours_that_come_then(
+    swarm: Swarm, virtual_clock: MockClock
+) -> None:
+    async with swarm.peer() as alice, swarm.peer() as bob, swarm.peer() as carol:
+        await bob.join(alice)
+        await trio.sleep(5)
+        for peer in (alice, bob, carol):
+            peer.clock_ahead_s = 8 * 3600.0  # the monotonic clock stood still
+        assert bob.announcer.known(alice.id) is None
+        await trio.sleep(5)
+        assert bob.announcer.known(alice.id) == EPYC
+        await alice.network.disconnect(bob.id)
+        await trio.sleep(5)
+        before = alice.stored(alice.id)
+        await carol.join(alice)
+        await trio.sleep(5)
+        renewed = carol.stored(alice.id)
+        assert before is not None
+        assert renewed is not None
+        assert renewed.sequence > before.sequence
+
+
 async def test_record_without_refresh_expires(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer() as bob:
         async with swarm.peer(BETTER, polite=False) as alice:
