@@ -4,6 +4,7 @@ The unit of eviction is a share: the observations that one observer issued withi
 closed buckets are evicted, and only whole.
 """
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,17 +39,22 @@ class HistoryBounds:
 
 
 def shares_to_drop(
-    sizes: Mapping[Share, int], *, first_bucket: int, open_bucket: int, bounds: HistoryBounds
+    sizes: Mapping[Share, int],
+    *,
+    first_bucket: int,
+    open_bucket: int,
+    bounds: HistoryBounds,
+    last_bucket: float = math.inf,
 ) -> frozenset[Share]:
     """Return the shares to evict.
 
-    `sizes`: what each share counts. `first_bucket`: older shares are evicted in any case. `open_bucket`: the first
-    open one; shares from there on are neither evicted nor counted.
+    `sizes`: what each share counts. `first_bucket`, `last_bucket`: older and later shares are evicted in any case.
+    `open_bucket`: the first open one; shares from there on are neither evicted nor counted.
 
     Every observer keeps its newest shares up to one allowance for all: `observer_bytes`, or less if the sum would
     exceed `all_bytes`. So the most prolific observers are cut first.
     """
-    dropped = {share for share in sizes if share.bucket < first_bucket}
+    dropped = {share for share in sizes if not first_bucket <= share.bucket <= last_bucket}
     shares: dict[str, list[Share]] = {}
     for share in sorted(sizes, reverse=True):
         if first_bucket <= share.bucket < open_bucket:

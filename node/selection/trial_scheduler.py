@@ -150,9 +150,10 @@ class TrialScheduler:
         except StorageError as error:
             _logger.warning("could not load trial results", reason=str(error))
             return
-        start_s = self._start_of_clock()
+        start_s, now_s = self._start_of_clock(), trio.current_time()
         for bucket, trials in stored.items():
-            records = {name: TrialRecord(ratio, at_s - start_s) for name, (ratio, at_s) in trials.items()}
+            # A clock that was ahead must not keep what lost from being tried again until it is that late.
+            records = {name: TrialRecord(ratio, min(at_s - start_s, now_s)) for name, (ratio, at_s) in trials.items()}
             self._adoption.restore(bucket, records)
 
     async def _save(self, bucket: str) -> None:

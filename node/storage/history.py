@@ -1,6 +1,7 @@
 """The history on disk: a set of signed observations by the hour of issue."""
 
 import hashlib
+import math
 import sqlite3
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import closing
@@ -102,15 +103,18 @@ class HistoryStore:
         """Delete observations beyond the bounds or the age limit; return their number.
 
         Cheap when there is nothing to delete: call it every minute or so. `now_s`: Unix time. Without `by_age` the age
-        does not count: a clock that is weeks ahead would delete everything.
+        does not count: a clock that is weeks ahead would delete everything. With it our own of a clock that was ahead
+        go, too: no peer takes them before that time.
         """
-        first_bucket = oldest_bucket(now_s) if by_age else 0
-        open_bucket = bucket_of(int(now_s)) - GRACE_BUCKETS
-        excess = await self._database.read(
-            lambda connection: shares_to_drop(
-                _shares(connection), first_bucket=first_bucket, open_bucket=open_bucket, bounds=self._bounds
-            )
+        present = bucket_of(int(now_s))
+        drop = partial(
+            shares_to_drop,
+            first_bucket=oldest_bucket(now_s) if by_age else 0,
+            last_bucket=present + 1 if by_age else math.inf,
+            open_bucket=present - GRACE_BUCKETS,
+            bounds=self._bounds,
         )
+        excess = await self._database.read(lambda connection: drop(_shares(connection)))
         # One transaction each, so that other writes need not wait for all of them.
         return sum([await self._database.write(partial(_drop, share=share)) for share in sorted(excess)])
 

@@ -30,7 +30,7 @@ class KnownPeerStore:
         self._database = database
 
     async def put(self, peers: Iterable[KnownPeer]) -> None:
-        """Store peers, over older entries of the same ones."""
+        """Store peers that are connected now, over older entries of the same ones."""
         rows = [(each.peer, json.dumps(each.multiaddrs[:MAX_ADDRESSES]), each.last_seen_s) for each in peers]
         await self._database.write(lambda connection: _put(connection, rows))
 
@@ -40,14 +40,18 @@ class KnownPeerStore:
 
 
 def _put(connection: sqlite3.Connection, rows: Sequence[tuple[str, str, int]]) -> None:
+    # Others that were seen later still were so by a clock that was ahead: they would come first until it is that late.
+    set_back = "UPDATE peers SET last_seen_s = ? WHERE last_seen_s > ?"
     insert = """
         INSERT INTO peers (peer, multiaddrs, last_seen_s) VALUES (?, ?, ?) ON CONFLICT (peer) DO UPDATE
         SET multiaddrs = excluded.multiaddrs, last_seen_s = excluded.last_seen_s
-        WHERE excluded.last_seen_s >= last_seen_s
     """
     prune = """
         DELETE FROM peers WHERE peer IN (SELECT peer FROM peers ORDER BY last_seen_s DESC, peer LIMIT -1 OFFSET ?)
     """
+    if rows:
+        present_s = max(seen_s for _, _, seen_s in rows)
+        connection.execute(set_back, (present_s - 1, present_s))
     connection.executemany(insert, rows)
     connection.execute(prune, (MAX_KNOWN_PEERS,))
 

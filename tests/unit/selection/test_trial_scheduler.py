@@ -1,5 +1,6 @@
 """Trials are charged whatever comes of them, and unavailable methods are not retried at once."""
 
+import time
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -87,6 +88,17 @@ async def test_restart_restores_adopted_methods(virtual_clock: MockClock) -> Non
     await restarted.run(SlowRunner(fails=True))
     assert restarted.in_use() == FUSED.name
     assert restarted.candidates() == (CHUNKED.name,)
+
+
+async def test_trial_by_a_clock_that_was_ahead_lets_others_follow_in_time(virtual_clock: MockClock) -> None:
+    store = MemoryStore()
+    next_year_s = int(time.time()) + 365 * 86_400
+    store.buckets["bucket"] = {name: (0.5 if name != BASELINE.name else 0.0, next_year_s) for name in NAMES}
+    node = Node(store)
+    await node.run(SlowRunner())
+    assert not node.candidates()
+    await trio.sleep(RETRY_S)
+    assert node.candidates() == (CHUNKED.name, FUSED.name)
 
 
 async def test_failed_trials_are_charged_to_the_allowance(virtual_clock: MockClock) -> None:

@@ -262,6 +262,17 @@ async def test_retention_drops_whole_closed_shares_and_peers_agree(tmp_path: Pat
         assert (await first.bucket_digests()).keys() == {bucket_of(NOW_S - h * hour) for h in (0, 3, 4)}
 
 
+async def test_observations_of_a_clock_that_was_ahead_are_dropped_once_it_is_confirmed(tmp_path: Path) -> None:
+    ahead = signed(1, observer=1, issued_at_s=NOW_S + 2 * BUCKET_S)
+    present = [signed(number, observer=1, issued_at_s=NOW_S + 50 * number) for number in range(2, 4)]
+    async with open_database(tmp_path / "db") as database:
+        store = HistoryStore(database)
+        await store.add_many([ahead, *present])
+        assert await store.retain(NOW_S, by_age=False) == 0
+        assert await store.retain(NOW_S) == 1
+        assert (await store.digest()).count == len(present)
+
+
 SIZE_STEP = 2048
 
 

@@ -23,14 +23,24 @@ async def test_known_peers_survive_a_restart_latest_first(tmp_path: Path) -> Non
         assert await store.latest(1) == (met(2, 300, 4002, 4003),)
 
 
-async def test_newer_addresses_replace_older_ones_and_not_the_reverse(tmp_path: Path) -> None:
+async def test_newer_addresses_replace_older_ones(tmp_path: Path) -> None:
     async with open_database(tmp_path / "db") as database:
         store = KnownPeerStore(database)
         await store.put([met(1, 100, 4001)])
         await store.put([met(1, 200, 5001)])
-        await store.put([met(1, 150, 4001)])
         assert await store.latest(64) == (met(1, 200, 5001),)
         await store.put([])
+
+
+async def test_what_was_seen_by_a_clock_that_was_ahead_comes_behind_what_is_seen_now(tmp_path: Path) -> None:
+    async with open_database(tmp_path / "db") as database:
+        store = KnownPeerStore(database)
+        await store.put([met(1, 100), met(2, 100)])
+        await store.put([met(3, 9001, 4001), met(4, 9002)])
+        await store.put([met(3, 200, 5001), met(5, 200)])
+        latest = await store.latest(64)
+        assert {latest[0], latest[1]} == {met(3, 200, 5001), met(5, 200)}
+        assert [each.peer for each in latest[2:]] == [peer(4), *sorted([peer(1), peer(2)])]
 
 
 async def test_known_peers_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
