@@ -19,6 +19,7 @@ from node.swarm.membership import Membership
 from node.util.offload import Offload, run_in_thread
 from protocol.announcements import Placement
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
+from protocol.limits import MAX_CLOCK_SKEW_S
 from selector.cuts import Cuts
 from selector.peer_speed import UNKNOWN_BLOCK_S
 from selector.placement import CUT_S, ROUND_S, SETTLE_S, Server, choose_span, may_drop, plan_moves, still_worthwhile
@@ -48,7 +49,12 @@ class PlacementAnnouncements:
         self._published_at_ms = self.now_ms()
 
     def current(self) -> AnnouncedPlacements:
-        """Return what is announced now."""
+        """Return what is announced now; since now, where that was announced by a clock that was ahead.
+
+        Plans leave out what is announced from a later time on, and others take no heartbeats that are ahead so far.
+        """
+        if self._published_at_ms > (now_ms := self.now_ms()) + 1000 * MAX_CLOCK_SKEW_S:
+            self._published_at_ms = now_ms
         return AnnouncedPlacements(self._published_at_ms, tuple(self._placements.values()))
 
     def now_ms(self) -> int:

@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 from node.network.addresses import address_range, is_private, origin
 from protocol.announcements import Heartbeat, Placement, Reachability, ServedSpan, Verdict
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
-from protocol.limits import MAX_PRESENT
+from protocol.limits import MAX_CLOCK_SKEW_S, MAX_PRESENT
 from protocol.messages import Load
 from selector.placement import Server
 from selector.reachability import Location, can_open
@@ -144,15 +144,13 @@ class Directory:
         """Enter a verified heartbeat, with its envelope to relay; return whether it was newer than the known one.
 
         `dialled`: whether the peer was just dialled with success. `relay`: the peer that relayed it, unless it was
-        gossiped. A peer that announced its shutdown is not a candidate any more, and older heartbeats that are still
-        under way do not revive it; while it drains it goes on sending heartbeats. What was issued after that
-        announcement expired is newer, whatever its number: the clock that numbers are taken from may have been set.
+        gossiped. A peer that announced its shutdown is no candidate, though it sends heartbeats while it drains, and
+        older ones do not revive it. What was issued after the last of these expired is newer, whatever its number.
         """
         known, left = self._entries.get(heartbeat.peer), self._tombstones.get(heartbeat.peer)
-        if left is not None and heartbeat.issued_at_s >= left.expires_at_s:
-            left = None
-        newest = known or left
-        if newest is not None and heartbeat.sequence <= newest.sequence:
+        if known is not None and heartbeat.sequence <= known.sequence:
+            return False
+        if left is not None and heartbeat.sequence <= left.sequence and heartbeat.issued_at_s < left.expires_at_s:
             return False
         ranges = address_ranges(heartbeat.multiaddrs)
         unserved_since_ms = _unserved_since_ms(known, heartbeat)
@@ -418,6 +416,8 @@ def _most_crowded(entries: Sequence[PeerEntry]) -> PeerEntry:
 
 def _announcements(before: tuple[AnnouncedPlacements, ...], heartbeat: Heartbeat) -> tuple[AnnouncedPlacements, ...]:
     announced = AnnouncedPlacements(heartbeat.placed_at_ms, heartbeat.placements)
+    latest_ms = 1000 * (heartbeat.issued_at_s + MAX_CLOCK_SKEW_S)
+    before = tuple(each for each in before if each.since_ms <= latest_ms)  # later ones: the clock has been set since
     if before and announced.since_ms <= before[-1].since_ms:
         return before
     return (*before, announced)[-ANNOUNCEMENTS_PER_PEER:]

@@ -116,6 +116,19 @@ def test_restart_revokes_earlier_placement_announcements() -> None:
         assert bool(directory.servers(MODEL, 1_800_000_060_000)) == (blocks is not None)
 
 
+def test_placements_announced_by_a_clock_that_was_ahead_count_once_it_is_set() -> None:
+    ahead_s = 7200
+    statements = PlacementAnnouncements(lambda: None, lambda: 1_800_000_000.0 + ahead_s)
+    statements.publish(MODEL, Placement(model=MODEL, blocks=BlockRange(0, 3), rate=1.0, movable=False))
+    directory = Directory(own_peer=PEER)  # which hears its own heartbeats at any time
+    for sequence, ahead_s in enumerate((7200, 0, 0)):
+        said = heartbeat(sequence)
+        said = replace(said, issued_at_s=said.issued_at_s + ahead_s, expires_at_s=said.expires_at_s + ahead_s)
+        announced = statements.current()
+        directory.update(replace(said, placements=announced.placements, placed_at_ms=announced.since_ms), 0.0)
+        assert len(directory.servers(MODEL, 1_800_000_000_000)) == (ahead_s == 0)
+
+
 def test_announced_spans_count_once_the_peer_was_reached() -> None:
     connected: list[PeerId] = []
     directory = Directory(own_peer=US, connected=lambda: connected)
