@@ -3,6 +3,7 @@
 Peers refuse what a wrong clock signed, and a wrong clock refuses what they sign: nothing else would tell.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Collection
 from typing import NamedTuple
@@ -19,6 +20,10 @@ RECENT_S = 2 * MAX_HEARTBEAT_INTERVAL_MS / 1000
 TOLERANCE_S = MAX_CLOCK_SKEW_S / 2
 """Half of the skew that peers accept: heartbeats take seconds, and clocks drift on."""
 
+SETTLE_S = 60.0
+"""For so long after the clock has jumped, as when it is set or the machine wakes up, heartbeats do not tell that it is
+wrong: they may have waited since before, in a buffer of ours or of a peer that still believed in the connection."""
+
 _logger = structlog.get_logger(__name__)
 
 
@@ -26,7 +31,6 @@ class _Heard(NamedTuple):
     ahead_s: float
     """How far our clock was ahead."""
     at_s: float
-    wall_s: float
 
 
 class ClockCheck:
@@ -37,15 +41,30 @@ class ClockCheck:
         self._wall_clock = wall_clock
         self._heard: dict[PeerId, _Heard] = {}
         self._is_off = False
+        self._start_s = self._start_of_clock()
+        self._settled_at_s = -math.inf
 
     def on_heartbeat(self, peer: PeerId, issued_at_s: int) -> None:
         """Note a heartbeat that a peer signed; only those of connected peers count."""
-        if peer in self._connected():
-            now_s = self._wall_clock()
-            # The time of issue is in whole seconds.
-            self._heard[peer] = _Heard(now_s - issued_at_s - 0.5, trio.current_time(), now_s)
+        self._notice_jump()
+        ahead_s = self._wall_clock() - issued_at_s - 0.5  # the time of issue is in whole seconds
+        is_credible = abs(ahead_s) <= TOLERANCE_S or trio.current_time() >= self._settled_at_s
+        if peer in self._connected() and is_credible:
+            self._heard[peer] = _Heard(ahead_s, trio.current_time())
+
+    def _start_of_clock(self) -> float:
+        """Return the Unix time at which trio's clock, which stands still in sleep, was 0."""
+        return self._wall_clock() - trio.current_time()
+
+    def _notice_jump(self) -> None:
+        """Forget what was heard by another time than the present one."""
+        before_s, self._start_s = self._start_s, self._start_of_clock()
+        if abs(self._start_s - before_s) > TOLERANCE_S:
+            self._heard.clear()
+            self._settled_at_s = trio.current_time() + SETTLE_S
 
     def _recent(self) -> list[_Heard]:
+        self._notice_jump()
         connected, now_s = set(self._connected()), trio.current_time()
         self._heard = {
             peer: each for peer, each in self._heard.items() if peer in connected and now_s - each.at_s < RECENT_S
@@ -65,8 +84,7 @@ class ClockCheck:
 
     def is_confirmed(self) -> bool:
         """Return whether connected peers agree with our clock, which was not set since they were heard."""
-        passed_s = self._wall_clock() - trio.current_time()
-        heard = [each for each in self._recent() if abs(passed_s - (each.wall_s - each.at_s)) < TOLERANCE_S]
+        heard = self._recent()
         return bool(heard) and abs(statistics.median(each.ahead_s for each in heard)) <= MAX_CLOCK_SKEW_S
 
     def agrees(self) -> bool | None:

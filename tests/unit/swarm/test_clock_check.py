@@ -27,10 +27,10 @@ NOON = 1_800_000_000
 class Node:
     """Our node, connected to peers, with a clock that can be set."""
 
-    def __init__(self, connected: int) -> None:
+    def __init__(self, connected: int, ahead_s: float = 0.0) -> None:
         network = MemoryNetworkHub(random.Random(0), LinkModel()).network(US.peer_id)
         cast("Any", network).connected_peers = lambda: tuple(each.peer_id for each in PEERS[:connected])
-        self.ahead_s = 0.0
+        self.ahead_s = ahead_s
         self.heartbeats: Heartbeats = membership_of(
             network, US, wall_clock=lambda: NOON + trio.current_time() + self.ahead_s
         ).heartbeats
@@ -56,8 +56,7 @@ async def test_clock_is_confirmed_by_heartbeats_of_connected_peers_only(autojump
 
 
 async def test_clock_that_is_a_month_ahead_is_not_confirmed(autojump_clock: trio.testing.MockClock) -> None:
-    node = Node(connected=3)
-    node.ahead_s = 31 * 86_400
+    node = Node(connected=3, ahead_s=31 * 86_400)
     for peer in PEERS[:3]:
         node.hear(peer)
     assert not node.heartbeats.clock.is_confirmed()
@@ -73,11 +72,41 @@ async def test_clock_is_not_confirmed_by_what_was_heard_before_it_was_set(
     assert not node.heartbeats.clock.is_confirmed()
 
 
+async def test_heartbeats_that_waited_during_sleep_do_not_tell_the_time(autojump_clock: trio.testing.MockClock) -> None:
+    node = Node(connected=1)
+    clock = node.heartbeats.clock
+    node.hear(PEERS[0])
+    assert clock.is_confirmed()
+    asleep_s = 8 * 3600.0
+    node.ahead_s = asleep_s  # the monotonic clock stood still
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(2):
+            await trio.sleep(1)
+            node.hear(PEERS[0])
+            clock.warn()
+            assert (clock.ahead_s(), clock.agrees()) == (None, None)
+        node.hear(PEERS[0], asleep_s)
+        clock.warn()
+    assert clock.is_confirmed()
+    assert not [each for each in logs if each["log_level"] == "warning"]
+
+
+async def test_clock_that_is_set_wrong_while_the_node_runs_is_known_to_be_wrong(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    node = Node(connected=3)
+    node.ahead_s = 8 * 3600.0
+    for _ in range(40):
+        await trio.sleep(2.5)
+        for peer in PEERS[:3]:
+            node.hear(peer)
+    assert node.heartbeats.clock.agrees() is False
+
+
 async def test_wrong_clock_is_logged_once_and_shown(autojump_clock: trio.testing.MockClock) -> None:
-    node = Node(connected=4)
+    node = Node(connected=4, ahead_s=-90.0)
     clock = node.heartbeats.clock
     assert clock.ahead_s() is None
-    node.ahead_s = -90.0
     with structlog.testing.capture_logs() as logs:
         for _ in range(5):
             for peer in PEERS[:4]:
@@ -105,9 +134,8 @@ async def test_clock_of_a_single_peer_that_is_wrong_is_not_ours(autojump_clock: 
 async def test_one_wrong_clock_of_three_is_known_to_be_wrong_and_makes_no_other_doubt_its_own(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    wrong, right = Node(connected=2), Node(connected=2)
+    wrong, right = Node(connected=2, ahead_s=31 * 86_400), Node(connected=2)
     assert wrong.heartbeats.clock.agrees() is None
-    wrong.ahead_s = 31 * 86_400
     for peer, ahead_s in zip(PEERS[:2], (0.0, 31 * 86_400), strict=True):
         wrong.hear(peer)
         right.hear(peer, ahead_s)
