@@ -34,8 +34,7 @@ from node.engine.torch_shard import TorchShard
 from node.engine.widened import multiply_pieces
 from protocol.identity import BlockRange
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
-from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, session, spans
-from tests.unit.engine.test_torch_backend import pages_of
+from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, pages_of, session, spans
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel, narrowed
 
 MakeTinyModel = Callable[[str], TinyModel]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import pytest
 import torch
@@ -148,8 +148,9 @@ async def test_reference_is_loaded_again_after_it_could_not_be(
 ) -> None:
     tiny = make_tiny_model("llama")
     (engine,) = engines_of(tiny, 1)
-    monkeypatch.setattr(engine.shard._reference, "_mapped", None)  # it takes memory of its own, as on a GPU
-    monkeypatch.setattr(engine.shard, "_packed_bytes", engine.shard._reference.needed_bytes)
+    shard = cast("TorchShard", engine.shard)
+    monkeypatch.setattr(shard._reference, "_mapped", None)  # it takes memory of its own, as on a GPU
+    monkeypatch.setattr(shard, "_packed_bytes", shard._reference.needed_bytes)
 
     def fail(_: TransformersSpan) -> NoReturn:
         raise RuntimeError("CUDA out of memory")

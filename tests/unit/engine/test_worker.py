@@ -418,7 +418,12 @@ async def test_what_was_loaded_for_a_session_that_ended_meanwhile_is_unloaded(
     options = SessionOptions(variant=REFERENCE, sampling=replace(GREEDY, json_schema="{}"))
     engine = WorkerEngine(cast("Any", None), info, frozenset({REFERENCE, Variant("fused", "fp32")}))
     posted: list[Header] = []
-    monkeypatch.setattr(worker_protocol, "encode_frame", lambda header: posted.append(header) or [])
+
+    def note(header: Header) -> list[Buffer]:
+        posted.append(header)
+        return []
+
+    monkeypatch.setattr(worker_protocol, "encode_frame", note)
 
     async def begin_until_cut_off(number: int) -> None:
         await engine.open(session(number), 10)
