@@ -19,7 +19,7 @@ from selector.routing import Demand
 from selector.task import Method
 
 UNSTATED_SHARE: Final = 4
-"""A text for which the user set no limit may take one part in so many of the KV memory that is free on its route."""
+"""A text that takes a share may take one part in so many of the KV memory that is free on its route."""
 
 
 @dataclass(slots=True)
@@ -65,6 +65,8 @@ class Job:
     on_served: Callable[[ServedJob], None] | None = None
     trace_parent: str = ""
     output: JobOutput = field(default_factory=JobOutput)
+    takes_share: bool = field(init=False)
+    """Whether the text may take but a share of the memory: the user set no limit, or one that there was no room for."""
     _asked_tokens: int = field(init=False)
     """The limit that the user and the model set,"""
     _share_tokens: int = field(init=False)
@@ -73,6 +75,7 @@ class Job:
     """and that of what stages hold that refused more: of these the lowest counts."""
 
     def __post_init__(self) -> None:
+        self.takes_share = self.request.max_tokens is None
         self._asked_tokens = self._share_tokens = self._held_tokens = self.sampling.max_tokens
 
     @property
@@ -116,13 +119,13 @@ class Job:
         self._set_limit()
         return self.sampling.max_tokens > before
 
-    def limit_unstated(self, loads: Iterable[Load]) -> None:
-        """Limit a text for which the user set no limit to a quarter of the KV memory that is free on a route.
+    def limit_to_share(self, loads: Iterable[Load]) -> None:
+        """Limit a text that takes a share to a quarter of the KV memory that is free on a route.
 
         So it may be long where there is memory, and others still find some. Another route's limit is its own. `loads`:
         of the stages, 0 where unknown.
         """
-        if self.request.max_tokens is None:
+        if self.takes_share:
             free = min((load.free_positions for load in loads), default=0)
             self._share_tokens = max(USUAL_TOKENS, free // UNSTATED_SHARE)
             self._set_limit()

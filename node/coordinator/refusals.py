@@ -124,21 +124,35 @@ def _named(job: Job) -> str:
 def shorten(job: Job, refusals: Collection[StageRefusal]) -> bool:
     """Lower the limit of a text for which stages had no KV memory; return whether they may have enough now.
 
-    It becomes what those can hold that are too small for it, or, where the user set none, a usual one. A limit of the
-    user's is lowered only before the text begins, and where no peer may hold it once it has room or is back. What is
-    measured stays as long as it is.
+    It becomes what those can hold that are too small for it, or a usual one where they are full. A limit of the user's
+    is lowered only before the text begins, where no peer may hold it once it is back. There is no room for it: then
+    the text takes a share, as one without a limit does, since such limits are often the most that a client knows of.
+    One that asks for a certain length takes none, and waits for full peers. What is measured stays as long as it is.
     """
     is_stated, before = job.request.max_tokens is not None, job.sampling.max_tokens
-    may_hold_it = any(not each.most_positions and each.reason not in _NEVER for each in refusals)
-    if _is_measured(job) or (is_stated and (job.output.routed_s or may_hold_it)):
+    is_full = any(each.reason is RefusalReason.FULL for each in refusals)
+    may_hold_it = {each.reason for each in refusals if not each.most_positions} - _NEVER
+    is_away = bool(may_hold_it - {RefusalReason.FULL})
+    if _is_measured(job) or (is_stated and (job.output.routed_s or is_away)):
+        return False
+    if not job.takes_share and is_full and _may_take_share(job):
+        job.takes_share = True
+        return True
+    if not job.takes_share and may_hold_it:
         return False
     # Of some the limit was low enough before: they have refused nothing since.
     held = (each.most_positions - len(job.prompt) for each in refusals)
     if most := max((tokens for tokens in held if len(job.output.tokens) < tokens < before), default=0):
         job.limit(most)
-    elif not is_stated and any(each.reason is RefusalReason.FULL and not each.most_positions for each in refusals):
+    elif job.takes_share and RefusalReason.FULL in may_hold_it:
         job.limit(len(job.output.tokens) + USUAL_TOKENS)
     return job.tokens_left > 0 and job.sampling.max_tokens < before
+
+
+def _may_take_share(job: Job) -> bool:
+    """Return whether a text may end before the user's limit: a short one may not, nor one of a certain length."""
+    is_certain = job.request.ignore_eos or job.request.min_tokens > 0
+    return job.sampling.max_tokens > USUAL_TOKENS and not is_certain
 
 
 def _least_positions(job: Job) -> int:

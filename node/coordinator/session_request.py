@@ -85,7 +85,7 @@ async def plan_sessions(
     for need in needs:
         planned = await services.planner.route(need, may_explore=may_explore)
         if begun is None:
-            job.limit_unstated(planned.loads)
+            job.limit_to_share(planned.loads)
         try:
             return planned, await request_sessions(services, job, planned, begun, serving)
         except OverBudget as error:

@@ -313,15 +313,15 @@ async def test_limit_of_a_text_is_that_of_the_route_that_serves_it(
     virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_at: list[int] = []
-    limit_unstated = Job.limit_unstated
+    limit_to_share = Job.limit_to_share
 
     def after_a_small_route(self: Job, loads: Iterable[Load]) -> None:
         """A route whose stages have less memory was considered before."""
-        limit_unstated(self, [replace(load, free_positions=2048) for load in loads])
+        limit_to_share(self, [replace(load, free_positions=2048) for load in loads])
         looked_at.append(self.sampling.max_tokens)
-        limit_unstated(self, loads)
+        limit_to_share(self, loads)
 
-    monkeypatch.setattr(Job, "limit_unstated", after_a_small_route)
+    monkeypatch.setattr(Job, "limit_to_share", after_a_small_route)
     async with open_swarm() as swarm:
         await swarm.join((0, 9), kv_positions=1 << 12)
         peer = await swarm.join()
@@ -348,6 +348,28 @@ async def test_texts_without_a_limit_leave_room_for_others(virtual_clock: MockCl
         assert peer.coordinator.statistics.failed == 0
 
 
+async def test_large_limit_for_which_there_is_no_room_now_takes_a_share(virtual_clock: MockClock) -> None:
+    """Agents state the most that they know of: what one of them leaves serves the others."""
+    job = JobRequest(model="fake", prompt=PROMPT, max_tokens=2500)
+    async with open_swarm() as swarm:
+        await swarm.join((0, 9), kv_positions=4096)
+        peer, other = swarm.peers[0], await swarm.join()
+        await swarm.settle()
+        async with peer.coordinator.submit(job):
+            result = await other.run(job)
+            assert (len(result.token_ids), result.finish_reason) == (1024, FinishReason.LENGTH)
+            assert result.token_ids == right_tokens(1024)
+        assert len((await other.run(job)).token_ids) == 2500
+
+
+async def test_limit_that_no_stage_holds_takes_a_share(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        await swarm.join((0, 9), kv_positions=3072)
+        await swarm.settle()
+        result = await swarm.peers[0].run(JobRequest(model="fake", prompt=PROMPT, max_tokens=32_000))
+        assert (len(result.token_ids), result.finish_reason) == (768, FinishReason.LENGTH)
+
+
 async def test_limit_is_cut_to_what_the_smallest_stage_holds(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         await swarm.join((0, 5))
@@ -369,8 +391,8 @@ async def test_large_limit_takes_a_stage_that_holds_it(virtual_clock: MockClock)
         assert len((await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=600))).token_ids) == 600
 
 
-async def test_large_limit_is_kept_while_the_stage_that_holds_it_is_full(virtual_clock: MockClock) -> None:
-    job = JobRequest(model="fake", prompt=PROMPT, max_tokens=600)
+async def test_certain_length_is_kept_while_the_stage_that_holds_it_is_full(virtual_clock: MockClock) -> None:
+    job = JobRequest(model="fake", prompt=PROMPT, max_tokens=600, ignore_eos=True)
     async with open_swarm() as swarm:
         await swarm.join((0, 9), kv_positions=512)
         large = await swarm.join((0, 9), kv_positions=1024)
@@ -419,7 +441,7 @@ async def test_peer_that_always_has_one_position_less_ends_the_search(
         monkeypatch.setattr(session_admission.SessionAdmission, "_check_size", refuse)
         with pytest.raises(JobError, match="no room now"):
             await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=600))
-        assert asked == [608 - number for number in range(1 + MAX_SHORTENINGS)]
+        assert asked == [608, *(608 - number for number in range(MAX_SHORTENINGS))], "a share is more, first"
 
 
 async def test_prompt_beyond_all_memory_is_refused_for_good(virtual_clock: MockClock) -> None:

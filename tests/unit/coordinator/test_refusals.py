@@ -46,12 +46,14 @@ def test_error_names_few_of_many_methods() -> None:
     assert "method-2 runs" in no_route(job_with(*names[:3]), NoRouteError(()), {}, {}).message
 
 
-def limited(refusals: list[StageRefusal], stated: int | None = 32_000) -> int:
+def limited(refusals: list[StageRefusal], stated: int = 32_000, **options: object) -> int:
     """Return the limit of a text that 100 tokens of a prompt are before, once stages have refused it."""
-    sampling = SimpleNamespace(max_tokens=stated or 30_000)
+    sampling = SimpleNamespace(max_tokens=stated)
+    request = {"max_tokens": stated, "background": False, "ignore_eos": False, "min_tokens": 0}
     job = SimpleNamespace(
-        request=SimpleNamespace(max_tokens=stated, background=False),
+        request=SimpleNamespace(**request | options),
         on_served=None,
+        takes_share=False,
         sampling=sampling,
         prompt=[1] * 100,
         output=SimpleNamespace(tokens=[], routed_s=None),
@@ -71,8 +73,17 @@ def test_limit_is_cut_until_the_smallest_of_several_stages_holds_it() -> None:
     assert limited([refusal("a", RefusalReason.FULL, 2048), refusal("b", RefusalReason.FULL, 1792)]) == 1692
 
 
-def test_limit_of_the_user_is_cut_only_where_no_peer_may_hold_it() -> None:
-    small = refusal("a", RefusalReason.FULL, 2048)
-    assert limited([small, refusal("b", RefusalReason.FULL)]) == 32_000, "it is busy"
+def test_limit_of_the_user_is_cut_only_where_no_peer_has_room_for_it() -> None:
+    small, busy = refusal("a", RefusalReason.FULL, 2048), refusal("b", RefusalReason.FULL)
     assert limited([small, refusal("b", None)]) == 32_000, "its link is broken"
+    assert limited([busy, refusal("b", None)]) == 32_000
     assert limited([small, refusal("b", RefusalReason.UNABLE)]) == 1948
+    assert limited([busy]) == limited([small, busy]) == 512, "it is busy, also for what the small one holds"
+    assert limited([busy], 400) == 400, "as much has a text without a limit, too"
+
+
+@pytest.mark.parametrize("options", [{"ignore_eos": True}, {"min_tokens": 600}])
+def test_text_of_a_certain_length_waits_for_a_peer_that_is_busy(options: dict[str, object]) -> None:
+    small, busy = refusal("a", RefusalReason.FULL, 2048), refusal("b", RefusalReason.FULL)
+    assert limited([small, busy], **options) == 32_000
+    assert limited([small], **options) == 1948
