@@ -10,7 +10,8 @@ from typing import Any, Final, cast
 
 import hypercorn
 import trio
-from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.events import Closed
+from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState, LifespanState
 from hypercorn.utils import wrap_app
@@ -91,7 +92,55 @@ class _Connection(TCPServer):
     async def _read_data(self) -> None:
         protocol = cast("Any", self.protocol.protocol)
         protocol._check_protocol = _stay_with_http_1  # noqa: SLF001 - hypercorn has no option for it
-        await super()._read_data()
+        protocol.can_read = _Pause(protocol, cast("trio.SocketStream", self.stream))
+        try:
+            await super()._read_data()
+        except trio.EndOfChannel:
+            await self.protocol.handle(Closed())
+
+
+class _Pause:
+    """The wait for a request's answer behind which more was sent, or which offers another protocol.
+
+    hypercorn reads nothing meanwhile, and would not see the client leave: its job would run on.
+    """
+
+    def __init__(self, protocol: Any, stream: trio.SocketStream) -> None:
+        self._protocol = protocol
+        self._stream = stream
+        self._over = trio.Event()
+        self._read = b""
+        self._has_left = False
+
+    async def clear(self) -> None:
+        """Begin."""
+        self._over = trio.Event()
+
+    async def set(self) -> None:
+        """End."""
+        self._over.set()
+
+    async def wait(self) -> None:
+        """Wait for the end. Raises EndOfChannel once the client has left."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._read_ahead)
+            await self._over.wait()
+            nursery.cancel_scope.cancel()
+        if self._has_left:
+            raise trio.EndOfChannel
+        if self._read:
+            self._protocol.connection.receive_data(self._read)
+            self._read = b""
+
+    async def _read_ahead(self) -> None:
+        """Read up to a bound; a client that sends more is not seen leaving."""
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while data := await self._stream.receive_some(MAX_RECV - len(self._read)):
+                self._read += data
+                if len(self._read) == MAX_RECV:
+                    return
+        self._has_left = True
+        self._over.set()
 
 
 async def _stay_with_http_1(_request: object) -> None:

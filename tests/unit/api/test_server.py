@@ -115,6 +115,54 @@ async def test_client_that_offers_http_2_is_answered_over_http_1() -> None:
             assert (answer.status_code, answer.http_version) == (200, "HTTP/1.1")
 
 
+_H2C = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+
+
+@pytest.mark.parametrize(
+    ("headers", "more"),
+    [
+        pytest.param(_H2C, (), id="http-2"),
+        pytest.param("", (b"\r\n",), id="line-end"),
+        pytest.param("", (b"GET /health HTTP/1.1\r\nHost: ", b"localhost\r\n\r\n"), id="request"),
+    ],
+)
+async def test_job_ends_when_its_client_leaves_whatever_it_sent_behind_the_request(
+    headers: str, more: tuple[bytes, ...]
+) -> None:
+    node = FakeNode()
+    node.submitter.hang = True
+    headers += "Content-Type: application/json\r\n"
+    with trio.fail_after(5):
+        async with serve_node(node) as url:
+            body = json.dumps(chat_body()).encode()
+            behind = b"".join(more[:1])
+            client = await send_request(url, "/v1/chat/completions", body + behind, len(body), headers=headers)
+            await node.submitter.entered.wait()
+            for data in more[1:]:
+                await client.send_all(data)
+            await client.aclose()
+            await node.submitter.left.wait()
+
+
+async def test_request_behind_another_is_answered_when_that_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it comes in parts, and is the last one that the connection takes."""
+    node = FakeNode()
+    node.submitter.ponders_s = 0.05
+    headers = "Content-Type: application/json\r\n"
+    with trio.fail_after(5):
+        async with serve_node(node) as url:
+            body = json.dumps(chat_body()).encode()
+            more = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+            async with await send_request(
+                url, "/v1/chat/completions", body + more[:9], len(body), headers=headers
+            ) as client:
+                await node.submitter.entered.wait()
+                await client.send_all(more[9:])
+                answers = b"".join([data async for data in client])
+    assert answers.count(b"HTTP/1.1 200") == 2
+    assert b"chat.completion" in answers.partition(b"\r\n\r\n")[2]
+
+
 async def test_client_that_begins_with_http_2_is_refused_and_leaves_nothing() -> None:
     client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
     client.initiate_connection()
