@@ -1,6 +1,6 @@
 """Fields that bodies of several protocols have."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Final
 
 from starlette.datastructures import Headers
@@ -90,9 +90,19 @@ def text_or_parts(*types: str, ignored: Collection[str] | None = None) -> Form[s
             if parse_object(where, each).get("type") not in types:
                 refuse(where, f"must be of type {' or '.join(types)}: no other type is supported")
             texts.append(part.parse(where, each).require(text))
-        return "".join(texts)
+        return join_texts(texts)
 
     return parse
+
+
+def join_texts(texts: Iterable[str]) -> str:
+    """Return the parts of a text as one, each on a line of its own where no white space is between them."""
+    joined: list[str] = []
+    for text in filter(None, texts):
+        if joined and not (joined[-1][-1].isspace() or text[0].isspace()):
+            joined.append("\n")
+        joined.append(text)
+    return "".join(joined)
 
 
 def tool_choice(chosen: ObjectForm, name_of: Callable[[Fields], str]) -> Form[str]:

@@ -36,7 +36,7 @@ from node.api.openai.messages import (
     parse_arguments,
 )
 from node.api.schemas import parse_schema
-from node.api.shared_fields import MAX_SEED, MAX_TOKENS, MODEL, STREAM, TOP_P, text_or_parts
+from node.api.shared_fields import MAX_SEED, MAX_TOKENS, MODEL, STREAM, TOP_P, join_texts, text_or_parts
 from node.api.tool_choice import ToolChoice, choose_tools
 from node.coordinator.chat import ChatMessage, MessageToolCall
 from node.coordinator.submission import JobRequest
@@ -126,9 +126,9 @@ def _parse_message(param: str, value: Any) -> list[ChatMessage]:
     if calls and role != "assistant":
         refuse(f"{param}.content", "may have tool_use blocks in the assistant's turns only")
     texts = [each for each in content if isinstance(each, str)]
-    reasoning = "".join(each[0] for each in content if isinstance(each, tuple))
+    reasoning = join_texts(each[0] for each in content if isinstance(each, tuple))
     if texts or calls or not results:
-        results.append(ChatMessage(role=role, content="".join(texts), tool_calls=calls, reasoning=reasoning))
+        results.append(ChatMessage(role=role, content=join_texts(texts), tool_calls=calls, reasoning=reasoning))
     return results
 
 

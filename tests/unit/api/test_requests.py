@@ -609,6 +609,25 @@ def test_joins_text_parts_and_maps_developer_role() -> None:
     )
 
 
+def test_text_parts_are_lines_where_nothing_is_between_them() -> None:
+    parts = [{"type": "text", "text": text} for text in ("row1", "row2", "", "\nrow3", "row4 ", "end")]
+    turns = [{"role": "user", "content": parts}]
+    jobs = [
+        parse_chat_request(chat(messages=turns)),
+        parse_response_request(response(input=[{"role": "user", "content": parts}]), Headers())[0].jobs[0],
+        message_job(system=parts, messages=turns),
+        message_job(messages=[{"role": "user", "content": [{"type": "tool_result", "content": parts}]}]),
+    ]
+    for job in jobs:
+        assert {turn.content for turn in job.messages or ()} == {"row1\nrow2\nrow3\nrow4 end"}
+
+
+def message_job(**fields: Any) -> JobRequest:
+    """Return the job of a request to `/v1/messages`."""
+    body = {"model": "tiny", "max_tokens": 9, **fields}
+    return parse_message_request(json.dumps(body).encode(), Headers())[0].jobs[0]
+
+
 @pytest.mark.parametrize(
     "turn", [{"content": None}, {}, {"content": None, "tool_calls": [], "refusal": None}, {"content": []}]
 )
