@@ -13,6 +13,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from node.models.errors import ChatTemplateError
+from node.models.turns import mended_turns
 from node.util.text import one_line
 
 MAX_PROMPT_CHARACTERS: Final = 8 << 20
@@ -47,9 +48,27 @@ class ChatTemplate:
         """Return the prompt of a conversation: it ends where the assistant's answer begins.
 
         `special_tokens` maps names such as `bos_token` to their text. `options`: further variables.
-        `continue_final_message`: it ends where the last message does, which the answer continues. Raises
-        ChatTemplateError.
+        `continue_final_message`: it ends where the last message does, which the answer continues. A conversation that
+        the template refuses is rendered as `mended_turns` makes it. Raises ChatTemplateError.
         """
+        turns = messages
+        while True:
+            try:
+                return self._render(turns, special_tokens, tools, options, continue_final_message)
+            except ChatTemplateError as error:
+                mended = mended_turns(turns, str(error))
+                if mended is None:
+                    raise
+                turns = mended
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        special_tokens: Mapping[str, str],
+        tools: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any] | None,
+        continue_final_message: bool,
+    ) -> str:
         turns = [dict(message) for message in messages]
         if continue_final_message:
             turns[-1]["content"] += _END_OF_MESSAGE

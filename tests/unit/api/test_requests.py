@@ -628,6 +628,22 @@ def message_job(**fields: Any) -> JobRequest:
     return parse_message_request(json.dumps(body).encode(), Headers())[0].jobs[0]
 
 
+def test_turns_of_one_role_that_follow_each_other_are_joined_in_messages() -> None:
+    call = {"type": "tool_use", "id": "c1", "name": "f", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "c1", "content": "x"}
+    job = message_job(messages=[
+        {"role": "user", "content": "One."},
+        {"role": "user", "content": [{"type": "text", "text": "Two."}]},
+        {"role": "assistant", "content": "Wait."},
+        {"role": "assistant", "content": [call]},
+        {"role": "user", "content": [result, {"type": "text", "text": "Three."}]},
+        {"role": "user", "content": "Four."},
+    ])  # fmt: skip
+    assert [(turn.role, turn.content, len(turn.tool_calls)) for turn in job.messages or ()] == [
+        ("user", "One.\nTwo.", 0), ("assistant", "Wait.", 1), ("tool", "x", 0), ("user", "Three.\nFour.", 0)
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "turn", [{"content": None}, {}, {"content": None, "tool_calls": [], "refusal": None}, {"content": []}]
 )

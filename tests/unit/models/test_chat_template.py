@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -72,6 +73,40 @@ def test_a_template_may_refuse_a_conversation_in_its_own_words() -> None:
     with pytest.raises(ChatTemplateError, match="these messages: too short"):
         template.render(TURNS[:1], {})
     assert template.render(TURNS, {}) == ""
+
+
+ALTERNATES = """
+{%- set ns = namespace(count=0) %}
+{%- for m in messages if m.role != 'tool' and not m.tool_calls %}
+  {%- if (m.role == 'user') != (ns.count % 2 == 0) %}
+    {{- raise_exception('conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}
+  {%- set ns.count = ns.count + 1 %}{% endfor %}"""
+SHOWN = "{{ messages | tojson }}"
+
+
+def shown(source: str, *turns: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the conversation that a template renders."""
+    return list(json.loads(ChatTemplate(source + SHOWN).render(turns, {})))
+
+
+def calling(*ids: str, **fields: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": "", "tool_calls": [{"id": id_} for id_ in ids], **fields}
+
+
+def result(content: str, **fields: str) -> dict[str, Any]:
+    return {"role": "tool", "content": content, **fields}
+
+
+ASKED, SAID = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+def test_strict_template_gets_alternating_turns() -> None:
+    turns = (ASKED, ASKED, SAID, SAID, ASKED, calling("c1"), result("1"), result("2"), ASKED)
+    assert shown(ALTERNATES, *turns) == [
+        ASKED | {"content": "a\n\na"}, SAID | {"content": "b\n\nb"}, ASKED, calling("c1"), result("1"),
+        result("2\n\na"),
+    ]  # fmt: skip
+    assert shown("", *turns) == list(turns), "as they are, where the template takes them"
 
 
 REFUSED = {
