@@ -81,6 +81,14 @@ ALTERNATES = """
   {%- if (m.role == 'user') != (ns.count % 2 == 0) %}
     {{- raise_exception('conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}
   {%- set ns.count = ns.count + 1 %}{% endfor %}"""
+NINE = """
+{%- for m in messages %}{% for id in m.tool_calls | map(attribute='id') | list or [m.tool_call_id or 'nothing..'] %}
+  {%- if id | length != 9 %}
+    {{- raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}{% endif %}
+{%- endfor %}{% endfor %}"""
+SINGLE = """
+{%- for m in messages if m.tool_calls | length > 1 %}
+  {{- raise_exception('This model only supports single tool-calls at once!') }}{% endfor %}"""
 SHOWN = "{{ messages | tojson }}"
 
 
@@ -107,6 +115,42 @@ def test_strict_template_gets_alternating_turns() -> None:
         result("2\n\na"),
     ]  # fmt: skip
     assert shown("", *turns) == list(turns), "as they are, where the template takes them"
+
+
+def test_strict_template_gets_ids_of_nine_characters() -> None:
+    turns = (
+        calling("call_one", "abcdeFGH9"), result("2", tool_call_id="abcdeFGH9"), result("1", tool_call_id="call_one"),
+        calling("", ""), result("3"), result("4"), calling(""), result("5"), result("of none"),
+    )  # fmt: skip
+    seen = shown(NINE, *turns)
+    ids = [[call["id"] for call in turn.get("tool_calls", ())] or turn["tool_call_id"] for turn in seen]
+    assert ids[0] == [ids[2], "abcdeFGH9"]
+    assert (ids[1], ids[3], ids[6]) == ("abcdeFGH9", [ids[4], ids[5]], [ids[7]])
+    assert len({ids[2], ids[4], ids[5], ids[7], ids[8]}) == 5
+    assert shown(NINE, *turns[:5]) == seen[:5], "the same again when the conversation has gone on"
+
+
+def test_strict_template_gets_one_call_a_turn() -> None:
+    both = calling("c1", "c2", "c3", content="Wait.", reasoning_content="hm")
+    first = calling("c1", content="Wait.", reasoning_content="hm")
+    named = [result("2", tool_call_id="c2"), result("1", tool_call_id="c1")]
+    assert shown(SINGLE, ASKED, both, *named, SAID) == [
+        ASKED, first, named[1], calling("c2"), named[0], calling("c3"), SAID
+    ]  # fmt: skip
+    unnamed = [result(text) for text in "1234"]
+    assert shown(SINGLE, both, *unnamed) == [
+        first, unnamed[0], calling("c2"), unnamed[1], calling("c3"), unnamed[2], unnamed[3]
+    ]  # fmt: skip
+
+
+def test_strict_template_gets_all_that_it_asks_for() -> None:
+    turns = (ASKED, calling("call_one", "call_two"), result("1"), result("2"), ASKED)
+    seen = shown(ALTERNATES + NINE + SINGLE, *turns)
+    assert [turn["role"] for turn in seen] == ["user", "assistant", "tool", "assistant", "tool"]
+    assert seen[2]["tool_call_id"] == seen[1]["tool_calls"][0]["id"] != seen[3]["tool_calls"][0]["id"]
+    assert seen[4]["content"] == "2\n\na"
+    with pytest.raises(ChatTemplateError, match="must alternate"):
+        shown(ALTERNATES, SAID, ASKED)
 
 
 REFUSED = {
