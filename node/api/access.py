@@ -160,6 +160,12 @@ def begin_answers(scope: Scope, answers: int = 1, param: str = "n") -> None:
         use.begin(answers, param)
 
 
+def key_sha256_of(scope: Scope) -> str:
+    """Return the hash of the API key that a request came with; empty without one."""
+    use = scope.get(_IN_SCOPE)
+    return (use.key_sha256 or "") if isinstance(use, RequestUse) else ""
+
+
 def begin_reading(scope: Scope) -> Callable[[], bool]:
     """Count a stream of events against its key, apart from answers, of which a page must be able to have all.
 

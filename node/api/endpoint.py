@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from node.api.access import begin_answers
+from node.api.access import begin_answers, key_sha256_of
 from node.api.beside_loop import compute, encode_in_pieces
 from node.api.errors import ApiError
 from node.api.generation import (
@@ -157,10 +157,13 @@ def _too_many_logprobs(hint: str = "") -> JobError:
 
 
 def origin_of(scope: Scope) -> RequestOrigin:
-    """Return what logs and traces name a job's request by."""
+    """Return what logs and traces name a job's request by, and whose it is."""
     state = scope["state"]
     return RequestOrigin(
-        request_id=state["request_id"], endpoint=scope["path"], trace_parent=state.get("trace_parent", "")
+        request_id=state["request_id"],
+        endpoint=scope["path"],
+        trace_parent=state.get("trace_parent", ""),
+        key_sha256=key_sha256_of(scope),
     )
 
 

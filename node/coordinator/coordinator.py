@@ -312,7 +312,7 @@ class Coordinator:
             chat_format=prompt.chat_format,
             sampling=sampling_of(request, model, prompt),
             admitted=admitted_methods(request, model, self._quality_store),
-            claim=self._prompts.record_prompt(model.id, prompt.tokens),
+            claim=self._prompts.record_prompt(model.id, prompt.tokens, request.origin.key_sha256),
             began_s=began_s,
             overrides=overrides or {},
             on_served=on_served,

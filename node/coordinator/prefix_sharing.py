@@ -55,9 +55,12 @@ class RecentPrompts:
         self._pages: LRUCache[bytes, None] = LRUCache(capacity)
         self._claims: dict[bytes, PrefixClaim] = {}
 
-    def record_prompt(self, model: ModelId, tokens: Sequence[int]) -> PrefixClaim:
-        """Remember a prompt, and claim its new pages until `release`. Another model's keys and values are others."""
-        pages = page_hashes(tokens, self._salt + bytes.fromhex(model))
+    def record_prompt(self, model: ModelId, tokens: Sequence[int], key_sha256: str = "") -> PrefixClaim:
+        """Remember a prompt, and claim its new pages until `release`. Another model's keys and values are others.
+
+        So are another API key's: by what is found in caches, and how fast, it could guess the prompts of this one.
+        """
+        pages = page_hashes(tokens, self._salt + bytes.fromhex(model) + bytes.fromhex(key_sha256))
         known = next((number for number, page in enumerate(pages) if page not in self._pages), len(pages))
         shared_share = known * PAGE_POSITIONS / len(tokens)
         claim = PrefixClaim(

@@ -85,11 +85,15 @@ class ModelCapabilities:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOrigin:
-    """The API request that a job comes from, for logs and traces: its id, its path, and its span as `traceparent`."""
+    """The API request that a job comes from: its id, its path, and its span as `traceparent`, for logs and traces.
+
+    `key_sha256`: of its API key, empty without one: the prompts of different keys share no prefix cache.
+    """
 
     request_id: str = ""
     endpoint: str = ""
     trace_parent: str = ""
+    key_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

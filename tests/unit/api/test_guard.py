@@ -293,6 +293,21 @@ async def test_each_key_has_its_concurrency() -> None:
                 await trio.testing.wait_all_tasks_blocked(0.01)
 
 
+async def test_job_names_the_key_that_asked_for_it() -> None:
+    node = FakeNode()
+    async with serve_node(node, access=Access(keys=KEYS)) as url, httpx.AsyncClient(base_url=url) as client:
+        for key in ("sesame", "cumin"):
+            assert (await client.post("/v1/chat/completions", json=chat_body(), headers=bearer(key))).status_code == 200
+            embedding = {"model": "tiny", "input": "x"}
+            assert (await client.post("/v1/embeddings", json=embedding, headers=bearer(key))).status_code == 200
+    keys = [request.origin.key_sha256 for request in node.submitter.requests]
+    assert keys == [hash_api_key(key) for key in ("sesame", "sesame", "cumin", "cumin")]
+    node = FakeNode()
+    async with serve_node(node) as url, httpx.AsyncClient(base_url=url) as client:
+        assert (await client.post("/v1/chat/completions", json=chat_body())).status_code == 200
+    assert node.submitter.requests[0].origin.key_sha256 == ""
+
+
 async def test_each_answer_counts_against_its_key() -> None:
     node = FakeNode()
     task = {"model": "tiny"}

@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from node.coordinator.coordinator import OWNER_LIMIT_S
 from node.coordinator.method_choice import Choice, SelectionRequest, Votes, WeighVotes
-from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, RequestOrigin
 from node.engine.interface import REFERENCE, Variant
 from node.links.base_link import LinkBroken
 from node.links.outbound_link import OutboundLink
@@ -104,6 +104,22 @@ async def test_shared_prefix_is_computed_once(virtual_clock: MockClock) -> None:
         assert (await peer.run(request(PROMPTS[2], 5, method(prefix_cache="on")))).usage.cached_tokens == 0
         assert (await peer.run(request(PROMPTS[2], 5, BASELINE))).usage.cached_tokens == 0
         assert (await swarm.peers[0].run(request(PROMPTS[2], 5, cached))).usage.cached_tokens == 0
+        await all_free(swarm)
+
+
+async def test_api_keys_share_no_prefixes(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+
+        async def cached(number: int, key_sha256: str) -> int:
+            asked = request(PROMPTS[number], 5, method(prefix_cache="on"))
+            result = await peer.run(replace(asked, origin=RequestOrigin(key_sha256=key_sha256)))
+            return result.usage.cached_tokens
+
+        assert await cached(1, "ab" * 32) == 0
+        assert await cached(2, "cd" * 32) == 0, "it could guess what the other one asked"
+        assert await cached(2, "") == 0
+        assert await cached(2, "ab" * 32) == 96
         await all_free(swarm)
 
 
