@@ -24,6 +24,7 @@ MAX_CALLS: Final = 128
 Tools = Mapping[str, Mapping[str, Any]]
 """The JSON Schema of each tool's arguments, by its name."""
 
+_BETWEEN_CALLS: Final = re.compile(rf"[ \t\r\n;,]*(?:{re.escape(MISTRAL_BEGIN)})?\s*")  # matches anything
 # White space is bounded, as a model may write thousands of it in a row, which patterns would try in every division.
 _MISTRAL_CALL: Final = re.compile(r"\s{0,16}([\w.-]{1,256})\s{0,16}(?:\[ARGS\])?\s{0,16}(?=\{)")
 _NAME: Final = re.compile(r"[\w.-]{1,256}")
@@ -85,16 +86,19 @@ def may_become_call(text: str) -> bool:
 def _json_calls(body: str, tool_format: ToolFormat | None) -> list[Any]:
     """Return the values that calls are written as. Raises ValueError."""
     values: list[Any] = []
-    while body:
-        named = _MISTRAL_CALL.match(body) if tool_format is ToolFormat.MISTRAL else None
-        value, end = _DECODER.raw_decode(body, named.end() if named else 0)
+    position = turns = 0
+    while position < len(body):
+        named = _MISTRAL_CALL.match(body, position) if tool_format is ToolFormat.MISTRAL else None
+        value, position = _DECODER.raw_decode(body, named.end() if named else position)
         if named:
             values.append({"name": named[1], "arguments": value})
         else:
             values += value if isinstance(value, list) else [value]
-        if len(values) > MAX_CALLS:
+        turns += 1
+        if max(turns, len(values)) > MAX_CALLS:  # empty lists have turns alone
             raise ValueError("too many calls")
-        body = body[end:].lstrip(" \t\r\n;,").removeprefix(MISTRAL_BEGIN).lstrip()
+        between = _BETWEEN_CALLS.match(body, position)
+        position = between.end() if between else position
     return values
 
 

@@ -137,6 +137,8 @@ def test_call_that_no_request_could_have_stays_text(chat_format: ChatFormat, arg
         "[TOOL_CALLS]" + "a{}" * 30_000,
         "<tool_call>" + "<function=a>" * 10_000 + "</tool_call>",
         "<tool_call>a" + "<arg_key>" * 10_000 + "</tool_call>",
+        "<tool_call>" + "[]" * 150_000 + "</tool_call>",
+        "[TOOL_CALLS]" + "[]; " * 100_000,
     ],
 )
 def test_hostile_text_is_read_in_time(text: str) -> None:
