@@ -14,8 +14,8 @@ from protocol.messages import RefusalReason
 RECOVERY_LIMIT_S: Final = 90.0
 """How long a running job waits for a route while known peers could take a lost stage's place.
 
-They may have to build the job's variant first (`span.BUILD_MAX_WAIT_S`, and the building), to load their blocks again,
-or to end other jobs. What the remaining stages have computed is held meanwhile.
+They may have to build the job's variant first (`variant_builder.BUILD_MAX_WAIT_S`, and the building), to load their
+blocks again, or to end other jobs. What the remaining stages have computed is held meanwhile.
 """
 
 HOPELESS_LIMIT_S: Final = 4.0

@@ -52,6 +52,12 @@ class Engine(ABC):
     async def prepare(self, variant: Variant) -> None:
         """Build a variant in the background, and return when it is ready. Raises EngineError if it is unavailable."""
 
+    async def drop(self, variant: Variant) -> None:
+        """Give up a variant that no session uses, and its memory."""
+        await trio.lowlevel.checkpoint()
+        self._raise_if_crashed()
+        self._variants.discard(variant)
+
     async def open(
         self, session: SessionId, positions: int, prefix: Prefix | None = None
     ) -> Mapping[KvCompatibilityKey, int]:

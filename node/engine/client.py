@@ -21,6 +21,7 @@ from node.engine.interface import (
     EngineCrashed,
     EngineError,
     EngineOptions,
+    NoVariantMemory,
     SessionNotOpen,
     SessionOptions,
     ShardSource,
@@ -215,6 +216,11 @@ class WorkerEngine(Engine):
         if variant not in self._variants:
             await self._request({"do": "prepare", "variant": variant}, building=variant)
 
+    async def drop(self, variant: Variant) -> None:
+        """Have the worker give up a variant, before it builds another one."""
+        await super().drop(variant)
+        self._post(worker_protocol.encode_frame({"do": "drop", "variant": variant}))
+
     async def _request(
         self, header: worker_protocol.Header, building: Variant | None = None, loading: OnDemand | None = None
     ) -> None:
@@ -304,7 +310,8 @@ class WorkerEngine(Engine):
         building = self._building.pop(number, None)
         if header["did"] == "error":
             faults = worker_protocol.decode_faults(header)
-            kind = BadRequest if header.get("by_request") else EngineError
+            by_request, by_memory = header.get("by_request"), header.get("by_memory")
+            kind = BadRequest if by_request else NoVariantMemory if by_memory else EngineError
             call.error = StepFailed(faults) if faults else kind(header["error"])
             self._settle(call, failed=call.begun.keys())
         elif header["did"] == "ready":

@@ -41,6 +41,10 @@ class EngineFull(EngineError):
     """No KV memory for another session now."""
 
 
+class NoVariantMemory(EngineError):
+    """No memory for another variant beside those that are built."""
+
+
 class SessionNotOpen(EngineError):
     """The engine does not hold the session, or it has not begun."""
 

@@ -152,6 +152,9 @@ class Shard(ABC, Generic[KvT]):
         Raises EngineError where it is unavailable: no such variant, not for this architecture, or too little memory.
         """
 
+    def drop(self, variant: Variant) -> None:
+        """Give up a variant that no session uses, where a variant may lack memory; from the thread of the steps."""
+
     @abstractmethod
     def start_threads(self, variant: Variant) -> None:
         """Start the threads that a variant's steps will need, from the thread that runs the steps.

@@ -1,5 +1,6 @@
 """The engine of one span of one model and its sessions, in this process and thread."""
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -19,6 +20,7 @@ from node.engine.interface import (
     REFERENCE,
     EngineError,
     EngineOptions,
+    NoVariantMemory,
     ShardSource,
     SpanInfo,
     Variant,
@@ -135,17 +137,33 @@ class TorchShard(Shard[SlotMapping]):
         if not self._runs_here(spec):
             raise EngineError(f"{variant} calculates on the CPU, and this span lies on {self._device}")
         needed = int(self._span.element_count * spec.element_bytes(packing, self._span.dtype.itemsize))
-        shared = (variant.engine, spec.held_packing(packing, as_bf16=self._context.as_bf16))
+        shared = self._weights_of(variant)
         if shared not in self._taken_bytes:
             self._check_memory(variant, needed)
         self._runners[variant] = self._backend(variant.engine).build(variant.arithmetic, self._kv_of(variant))
         self._taken_bytes[shared] = needed
         trim_heap()
 
+    def drop(self, variant: Variant) -> None:
+        """Give up a variant, and its weights unless another one shares them."""
+        if self._runners.pop(variant, None) is not None:
+            shared = self._weights_of(variant)
+            if all(self._weights_of(each) != shared for each in self._runners):
+                del self._taken_bytes[shared]
+                self._backends[variant.engine].forget(variant.arithmetic)
+            gc.collect()  # runners may hold each other's parts in cycles
+            trim_heap()
+
+    def _weights_of(self, variant: Variant) -> tuple[str, ...]:
+        """Return which packed weights a variant computes with."""
+        spec = BACKENDS[variant.engine]
+        packing = spec.held_packing(spec.packings[variant.arithmetic], as_bf16=self._context.as_bf16)
+        return variant.engine, packing
+
     def _check_memory(self, variant: Variant, needed: int) -> None:
         free = self._packed_bytes - sum(self._taken_bytes.values())
         if needed > free:
-            raise EngineError(f"{variant} takes {needed} bytes of memory, of which {max(0, free)} are left")
+            raise NoVariantMemory(f"{variant} takes {needed} bytes of memory, of which {max(0, free)} are left")
 
     def _load_reference(self) -> SpanRunner:
         runner = self._reference.runner

@@ -19,7 +19,7 @@ from functools import partial
 from io import BufferedReader
 from typing import Any, NoReturn
 
-from node.engine.interface import REFERENCE, BadRequest, EngineError, EngineLost, Variant
+from node.engine.interface import REFERENCE, BadRequest, EngineError, EngineLost, NoVariantMemory, Variant
 from node.engine.open_shard import open_shard
 from node.engine.shard import Shard
 from node.engine.worker_protocol import (
@@ -95,6 +95,8 @@ def _do_unanswered(shard: Shard[Any], header: Header) -> None:
                 shard.rename(decode_session(header["session"]), decode_session(header["successor"]))
             case "close":
                 shard.close(decode_session(header["session"]))
+            case "drop":
+                shard.drop(Variant(*header["variant"]))
             case "unload":
                 shard.unload_reference()
             case "unconstrain":
@@ -118,6 +120,7 @@ def _is_done(work: Callable[[], None], header: Header, connection: socket.socket
         _exit_if_lost(error)
         answer = {"did": "error", "call": header["call"], "error": one_line(error)}
         answer["by_request"] = isinstance(error, BadRequest)
+        answer["by_memory"] = isinstance(error, NoVariantMemory)
         _send(connection, encode_frame(answer))
         return False
     return True

@@ -11,6 +11,7 @@ shapes.
 | import | what spans of safetensors files need, before one is known; at most once, and never answered |
 | load | values*: source, blocks, options |
 | prepare | call, variant; answered by `ready` when it is built, or the reference loaded |
+| drop | variant, which no session uses; never answered |
 | unload | the reference, until it is prepared again; never answered |
 | constrain | call; answered by `ready` when texts can follow a JSON Schema |
 | unconstrain | until it is wanted again; never answered |
@@ -26,7 +27,7 @@ shapes.
 | ready | call: the variant is built, or what was wanted is loaded |
 | failed | error, a line: the span cannot be loaded |
 | result | call, compute_s, tensors, each [dtype, shape], in the order of the slices; faults, left_out |
-| error | call, error, a line: the step's sessions are closed, or what was wanted is not there; faults, by_request |
+| error | call, error, a line: the step's sessions are closed, or what was wanted fails; faults, by_request, by_memory |
 
 faults: of each slice that failed, and has no tensor, [session, error, by_rows, by_request]; its session is closed.
 left_out: the session of each slice that has no tensor either, and is to be in the next step.

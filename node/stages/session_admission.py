@@ -317,9 +317,9 @@ def _offered_methods(message: Open, span: Span, table: SpanTable) -> list[Method
             continue
         if variant in ready and not (drafts_here and table.draft_models[message.model] is None):
             offered.append(method)
-        elif variant not in span.unavailable and not offered:  # what is ready is preferred to all that follow
+        elif not span.variants.is_unavailable(variant) and not offered:  # what is ready is preferred to all that follow
             pending.append(variant)
-    span.request_variants(dict.fromkeys(pending))
+    span.variants.request(dict.fromkeys(pending))
     if offered:
         return offered
     if pending:

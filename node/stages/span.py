@@ -6,7 +6,8 @@ that the coordinator is not on the path from one token to the next.
 """
 
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
 
 import structlog
 import trio
@@ -14,13 +15,13 @@ import trio
 from node.engine.base import Engine
 from node.engine.interface import (
     PAGE_POSITIONS,
-    EngineCrashed,
     EngineError,
     SliceFault,
     SpanInfo,
     StepFailed,
     StepResult,
     Variant,
+    variant_of,
 )
 from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
@@ -34,10 +35,11 @@ from node.stages.replay_buffer import ReplayMemory
 from node.stages.scheduler import PolicyController, Scheduler, Work
 from node.stages.session import StageSession
 from node.stages.session_report import SessionReport, StageObserver
+from node.stages.variant_builder import VariantBuilder
 from node.util.signal import Signal
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId
 from protocol.messages import FailureReason, Load
-from selector.task import Method
+from selector.task import Method, MethodError, parse_method
 
 IDLE_LIMIT_S = 300.0
 """A session whose coordinator lives, but that gets no rows for this long, is closed; not while rows of it wait here."""
@@ -53,14 +55,8 @@ BEGIN_LIMIT_S = 10.0
 EXPIRY_ROUND_S = 1.0
 """How often sessions are checked for these limits."""
 
-BUILD_MAX_WAIT_S = 30.0
-"""A variant waits this long for the span to be idle; then it is built beside the sessions, which slows them down."""
-
 IDLE_MOMENT_S = 1.0
 """Without a session for so long a span counts as idle."""
-
-MAX_VARIANTS = 64
-"""Variants that are built or tried, at most."""
 
 _logger = structlog.get_logger(__name__)
 
@@ -86,8 +82,7 @@ class Span(EngineLoop):
         self.sessions: dict[SessionId, StageSession] = {}
         self.beginning: set[SessionId] = set()
         """Sessions whose Begin has arrived: the engine may have to load something for them."""
-        self.unavailable: set[Variant] = set()
-        """Variants that were requested and cannot be built here."""
+        self.variants = VariantBuilder(engine, self._variants_in_use, self._wait_idle)
         self.unmet_demand = UnmetDemand()
         """KV pages that peers were refused."""
         self.replay_memory = ReplayMemory(replay_bytes)
@@ -101,8 +96,6 @@ class Span(EngineLoop):
         self._stepped = trio.lowlevel.ParkingLot()
         self._continuing: dict[SessionId, StageSession] = {}
         """Sessions that have ended here, and whose successors wait for what they hold."""
-        self._requested_in, self._requested = trio.open_memory_channel[Sequence[Variant]](MAX_VARIANTS)
-        self._seen_variants: set[Variant] = set()
 
     @property
     def info(self) -> SpanInfo:
@@ -128,19 +121,8 @@ class Span(EngineLoop):
                 held[session.opened_by.peer] += pages_of(session.state.reserved_positions)
         return held
 
-    def request_variants(self, variants: Iterable[Variant]) -> None:
-        """Have variants built, one after another; each is tried once."""
-        for variant in variants:
-            if variant not in self._seen_variants and len(self._seen_variants) < MAX_VARIANTS:
-                self._seen_variants.add(variant)
-                self._requested_in.send_nowait([variant])
-
-    def request_first_of(self, variants: Sequence[Variant]) -> None:
-        """Have the first of the variants that is available here built; the others are built when they are requested."""
-        self._requested_in.send_nowait(variants)
-
     def _background_tasks(self) -> Sequence[Callable[[], Awaitable[None]]]:
-        return self._expiry_loop, self._build_loop
+        return self._expiry_loop, self.variants.run
 
     def _on_stopped(self) -> None:
         for session in tuple(self.sessions.values()):
@@ -200,6 +182,8 @@ class Span(EngineLoop):
     def _remove(self, session: StageSession) -> None:
         """Take a session out of everything here but the engine."""
         session.end()
+        if session.method is not None:
+            self.variants.used(variant_of(session.method))
         self.scheduler.remove(session.id)
         self.sessions.pop(session.id, None)
         self._link_pool.receivers.pop(session.wire_id, None)
@@ -265,22 +249,14 @@ class Span(EngineLoop):
 
     # Variants
 
-    async def _build_loop(self) -> None:
-        async for variants in self._requested:
-            with trio.move_on_after(BUILD_MAX_WAIT_S):
-                await self._wait_idle()
-            for variant in variants:
-                self._seen_variants.add(variant)
-                try:
-                    await self.engine.prepare(variant)
-                except EngineCrashed:
-                    return  # raised by the task that waits for it
-                except EngineError as error:
-                    self.unavailable.add(variant)
-                    why = str(error)
-                    _logger.info("variant unavailable", variant=str(variant), span=str(self.info.blocks), why=why)
-                else:
-                    break
+    def _variants_in_use(self) -> set[Variant]:
+        """Return the variants of the sessions; of those that have not begun all that they ask for."""
+        in_use: set[Variant] = set()
+        for session in (*self.sessions.values(), *self._continuing.values()):
+            for name in [session.method.name] if session.method else session.request.methods:
+                with suppress(MethodError):  # of another version
+                    in_use.add(variant_of(parse_method(name)))
+        return in_use
 
     async def _wait_idle(self) -> None:
         """Wait until there has been no session for a moment."""

@@ -272,7 +272,7 @@ class SpanSupervisor:
         try:
             async with self._engine(manifest, blocks, share, memory_bytes) as engine, trio.open_nursery() as nursery:
                 span = await nursery.start(self._stages.serve, engine, replay_bytes)
-                span.request_first_of(_exact_variants(manifest))
+                span.variants.request_first_of(_exact_variants(manifest))
                 self._membership.announce()
                 load_s = round(engine.info.load_s, 2)
                 model = manifest.model_id

@@ -82,6 +82,9 @@ class Backend(Protocol):
     def build(self, arithmetic: str, kv: "KvCache") -> SpanRunner:
         """Build a variant and warm it. Raises EngineError."""
 
+    def forget(self, arithmetic: str) -> None:
+        """Let go of the weights that an arithmetic shares with others, as nothing computes with them any more."""
+
 
 @dataclass(frozen=True, slots=True)
 class BackendSpec:

@@ -48,6 +48,9 @@ class Backend:
             raise EngineError(f"no graphs for onnxruntime/{arithmetic}: {error}") from error
         return BatchedSpan(context, OnnxSegments(graphs), kv)
 
+    def forget(self, arithmetic: str) -> None:
+        """Nothing to do: each variant has its own graphs."""
+
 
 class OnnxSegments:
     """A span whose segments onnxruntime calculates; see `node.engine.backends.batched.Segments`."""

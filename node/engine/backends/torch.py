@@ -47,11 +47,18 @@ class Backend:
 
     def build(self, arithmetic: str, kv: KvCache) -> BatchedSpan:
         """Pack the matrices, unless another arithmetic with the same packing has, and warm them."""
-        packing, product = arithmetics_on(self._context.device)[arithmetic]
-        packing = BACKENDS["fused"].held_packing(packing, as_bf16=self._context.as_bf16)
+        packing, product = self._packing_of(arithmetic)
         if packing not in self._packed:
             self._packed[packing] = pack_span(self._context, packing)
         return BatchedSpan(self._context, TorchSegments(self._context.span, self._packed[packing], product), kv)
+
+    def forget(self, arithmetic: str) -> None:
+        """Let go of packed matrices."""
+        self._packed.pop(self._packing_of(arithmetic)[0], None)
+
+    def _packing_of(self, arithmetic: str) -> tuple[str, Product]:
+        packing, product = arithmetics_on(self._context.device)[arithmetic]
+        return BACKENDS["fused"].held_packing(packing, as_bf16=self._context.as_bf16), product
 
 
 @torch.inference_mode()

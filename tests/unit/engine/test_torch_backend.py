@@ -7,7 +7,15 @@ from typing import cast
 
 import pytest
 
-from node.engine.interface import REFERENCE, EngineError, EngineOptions, SessionOptions, SliceInput, Variant
+from node.engine.interface import (
+    REFERENCE,
+    EngineError,
+    EngineOptions,
+    NoVariantMemory,
+    SessionOptions,
+    SliceInput,
+    Variant,
+)
 from node.engine.kv_allocator import EXPIRY_ROUNDS
 from node.engine.torch_shard import TorchShard
 from protocol.identity import BlockRange
@@ -188,3 +196,24 @@ def test_unavailable_variant_names_its_reason(make_tiny_model: MakeTinyModel) ->
     with pytest.raises(EngineError, match=r"fused/bf16 takes .* bytes of memory"):
         shard.prepare(Variant("fused", "bf16"))
     assert shard.variants() == {REFERENCE, FUSED}
+
+
+def test_dropped_variant_makes_room_for_another_one(make_tiny_model: MakeTinyModel) -> None:
+    tiny, blocks = make_tiny_model("llama"), BlockRange(0, BLOCKS)
+    info = TorchShard(tiny.source(blocks), blocks, OPTIONS).info
+    memory_bytes = info.weight_bytes + 80 * info.kv_bytes_per_position
+    shard = TorchShard(tiny.source(blocks), blocks, EngineOptions(memory_bytes=memory_bytes, device=DEVICE))
+    int8, w8a8 = Variant("fused", "int8"), Variant("fused", "w8a8")
+    shard.prepare(int8)
+    shard.prepare(w8a8)
+    with pytest.raises(NoVariantMemory):
+        shard.prepare(FUSED)
+    shard.drop(int8)
+    with pytest.raises(NoVariantMemory):  # the other one computes with the same weights
+        shard.prepare(FUSED)
+    shard.drop(w8a8)
+    shard.drop(w8a8)
+    shard.prepare(FUSED)
+    assert shard.variants() == {REFERENCE, FUSED}
+    with pytest.raises(NoVariantMemory):
+        shard.prepare(int8)

@@ -32,6 +32,7 @@ from node.engine.interface import (
     EngineLost,
     EngineOptions,
     KvCompatibilityKey,
+    NoVariantMemory,
     Prefix,
     SessionOptions,
     SliceInput,
@@ -359,6 +360,21 @@ async def test_variants_are_built_beside_the_steps(make_tiny_model: MakeTinyMode
         assert has_one_entry(tmp_path), "the graphs are not kept"
         with pytest.raises(EngineError, match="no variant fused/fp4"):
             await engine.prepare(wanting)
+
+
+async def test_worker_drops_a_variant_for_another_one(make_tiny_model: MakeTinyModel) -> None:
+    tiny = make_tiny_model("llama")
+    fused, rounded = Variant("fused", "fp32"), Variant("fused", "int8")
+    info = TorchShard(tiny.source(WHOLE), WHOLE, OPTIONS).info
+    memory_bytes = info.weight_bytes + 80 * info.kv_bytes_per_position
+    async with start_worker(tiny.source(WHOLE), WHOLE, replace(OPTIONS, memory_bytes=memory_bytes)) as engine:
+        await engine.prepare(rounded)
+        with pytest.raises(NoVariantMemory):
+            await engine.prepare(fused)
+        await engine.drop(rounded)
+        await engine.prepare(fused)
+        assert engine.variants() == {REFERENCE, fused}
+        assert await decode([engine], PROMPT, COUNT, variant=fused) == tiny.tokens
 
 
 async def test_library_that_cannot_be_imported_costs_its_variants_alone(

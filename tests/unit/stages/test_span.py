@@ -6,15 +6,24 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.engine.interface import PAGE_HASH_BYTES, EngineError, SessionOptions
+from node.engine.interface import (
+    PAGE_HASH_BYTES,
+    REFERENCE,
+    EngineError,
+    NoVariantMemory,
+    SessionOptions,
+    Variant,
+    variant_of,
+)
 from node.links.base_link import LinkBroken
 from node.links.outbound_link import SessionRefused
 from node.stages.local_id import local_id
 from node.stages.span import BEGIN_LIMIT_S, IDLE_LIMIT_S, SHORT_IDLE_LIMIT_S
+from node.stages.variant_builder import UNUSED_S
 from protocol.identity import SessionId
 from protocol.messages import Ballot, Begin, FailureReason, Open, RefusalReason
 from protocol.tensors import tensor_from_tokens
-from selector.task import parse_method
+from selector.task import Method, method, parse_method
 from tests.support.job_peers import open_swarm
 from tests.support.raw_coordinator import RawCoordinator, a_slice, hidden, raw_coordinator_at
 
@@ -60,6 +69,55 @@ async def test_fails_session_that_engine_cannot_begin(
         assert (await coordinator.until_lost()).reason is FailureReason.ENGINE
         await trio.sleep(1)
         assert server.held() == (0, 0)
+
+
+async def test_unused_variant_gives_its_memory_to_one_that_is_used(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused, graphs = method(engine="fused"), method(engine="onnxruntime")
+    async with open_swarm() as swarm:
+        server = await swarm.join((0, 9), variants=[REFERENCE])
+        engine = server.engines[0]
+        build = engine.prepare
+
+        async def build_one(variant: Variant) -> None:
+            if len(engine.variants()) > 1:
+                raise NoVariantMemory(f"no memory for {variant}")
+            await build(variant)
+
+        monkeypatch.setattr(engine, "prepare", build_one)
+        stranger, user = [await raw_coordinator_at(swarm, server) for _ in range(2)]
+
+        async def ask(coordinator: RawCoordinator, wanted: Method) -> RefusalReason | None:
+            """Open a session that is never begun."""
+            try:
+                await coordinator.open_with(replace(coordinator.opening(), methods=(wanted.name,)))
+            except SessionRefused as refused:
+                return refused.reason
+            return None
+
+        assert await ask(stranger, graphs) is RefusalReason.NOT_READY
+        await trio.sleep(60)
+        assert await ask(stranger, graphs) is None
+        assert await ask(user, fused) is RefusalReason.NOT_READY
+        await trio.sleep(60)
+        assert await ask(user, fused) is RefusalReason.UNABLE, "the other one may still be used"
+        await trio.sleep(UNUSED_S)
+        assert await ask(user, fused) is RefusalReason.NOT_READY
+        await trio.sleep(60)
+        assert await ask(user, fused) is None
+        assert engine.variants() == {REFERENCE, variant_of(fused)}
+
+        opening = replace(user.opening(), methods=(fused.name,))
+        opened = await user.open_with(opening)
+        ballots = (Ballot(server.id, (opened.votes[fused.name],)), Ballot(user.id, (0.0,)))
+        user.link.begin(Begin(session=opening.session, method=fused.name, ballots=ballots))
+        await trio.sleep(UNUSED_S / 3)
+        await user.link.close(opening.session)
+        await trio.sleep(UNUSED_S - 60)
+        assert await ask(stranger, graphs) is RefusalReason.NOT_READY
+        await trio.sleep(59)
+        assert engine.variants() == {REFERENCE, variant_of(fused)}, "it was used within the time"
 
 
 async def refuse_memory(other: RawCoordinator, seconds: float) -> None:
