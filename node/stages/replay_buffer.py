@@ -142,6 +142,8 @@ class ResumableState:
     cached: Mapping[KvCompatibilityKey, int] = field(default_factory=dict)
     computed: int = 0
     reserved_positions: int = 0
+    short_idle_s: float = 0.0
+    """How long it was idle while its peer held most of the KV memory that others were refused."""
     counters: SessionCounters = field(default_factory=SessionCounters)
     timings: StepTimings | None = None
     """Once the coordinator has asked for them."""

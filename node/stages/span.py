@@ -49,6 +49,9 @@ SHORT_IDLE_LIMIT_S = 95.0
 
 Sessions that wait for another route are idle, too, and coordinators look for one for 90 s."""
 
+SHORT_TOTAL_S = 1800.0
+"""For so long in all such a session may be idle, or wait for another stage: a row now and then would hold memory."""
+
 BEGIN_LIMIT_S = 10.0
 """A session whose Begin has not arrived this long after it was opened is closed; if it has, after IDLE_LIMIT_S."""
 
@@ -230,9 +233,15 @@ class Span(EngineLoop):
                     if now_s - session.opened_s > limit_s:
                         self.fail(session, FailureReason.EXPIRED, f"not begun {limit_s:.0f} s after it was opened")
                     continue
-                limit_s = self._idle_limit_s(session, is_short=session.opened_by.peer == largest)
+                is_short = session.opened_by.peer == largest
+                limit_s = self._idle_limit_s(session, is_short=is_short)
+                if is_short and limit_s < float("inf"):
+                    session.state.short_idle_s += EXPIRY_ROUND_S
                 if now_s - session.active_s > limit_s:
                     self.fail(session, FailureReason.EXPIRED, f"no rows arrived for {limit_s:.0f} s")
+                elif session.state.short_idle_s > SHORT_TOTAL_S:
+                    why = f"idle for {SHORT_TOTAL_S:.0f} s in all, while other peers were refused KV memory"
+                    self.fail(session, FailureReason.EXPIRED, why)
 
     def _idle_limit_s(self, session: StageSession, *, is_short: bool) -> float:
         """Return how long nothing may happen to a session. `is_short`: its peer holds most of the memory others want.

@@ -1,5 +1,6 @@
 """Spans: the memory of sessions whose coordinators come and go."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from node.engine.interface import (
 from node.links.base_link import LinkBroken
 from node.links.outbound_link import SessionRefused
 from node.stages.local_id import local_id
-from node.stages.span import BEGIN_LIMIT_S, IDLE_LIMIT_S, SHORT_IDLE_LIMIT_S
+from node.stages.span import BEGIN_LIMIT_S, IDLE_LIMIT_S, SHORT_IDLE_LIMIT_S, SHORT_TOTAL_S
 from node.stages.variant_builder import UNUSED_S
 from protocol.identity import SessionId
 from protocol.messages import Ballot, Begin, FailureReason, Open, RefusalReason
@@ -155,6 +156,27 @@ async def test_later_stage_awaits_first_rows_though_memory_is_short(virtual_cloc
         assert not tenant.lost
         await trio.sleep(50)
         assert [lost.reason for lost in tenant.lost] == [FailureReason.EXPIRED]
+
+
+async def test_rows_now_and_then_do_not_hold_short_memory_for_ever(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        server = await swarm.join((0, 9), row_s=0.0, kv_positions=1024, max_positions=1024)
+        tenant, other = [await raw_coordinator_at(swarm, server) for _ in range(2)]
+        tokens = tensor_from_tokens([1])
+        session = await tenant.begin(768)
+        began_s = trio.current_time()
+        for number in range(200):
+            if number % 3 == 0:
+                await tenant.send(a_slice(session, tokens, number // 3), tokens)
+            if number == 100:  # so far nobody wants it
+                began_s = trio.current_time()
+            if number >= 100:
+                with suppress(SessionRefused):
+                    await other.begin(512)
+                    break
+            await trio.sleep(25)
+        assert [lost.reason for lost in tenant.lost] == [FailureReason.EXPIRED]
+        assert SHORT_TOTAL_S <= trio.current_time() - began_s < 1.1 * SHORT_TOTAL_S
 
 
 @pytest.mark.parametrize("takes_s", [3 * BEGIN_LIMIT_S, 2 * IDLE_LIMIT_S], ids=["slow", "stuck"])
