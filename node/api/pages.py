@@ -3,6 +3,7 @@
 import re
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -11,6 +12,7 @@ from starlette.routing import Route
 
 from node.api.anthropic import models as anthropic
 from node.api.anthropic.requests import parse_count_request
+from node.api.endpoint import origin_of
 from node.api.errors import ApiError
 from node.api.explanation import parse_task
 from node.api.interface import ModelDocument, NodeView
@@ -113,6 +115,7 @@ class Pages:
     async def count_tokens(self, request: Request) -> JSONResponse:
         """Return how many tokens a conversation has, as the Anthropic API does."""
         job = await parse_counted(request.scope, request.receive, lambda body, _: parse_count_request(body))
+        job = replace(job, origin=origin_of(request.scope))
         return JSONResponse({"input_tokens": await self._node.submitter.count_tokens(job)})
 
     async def version(self, _: Request) -> JSONResponse:

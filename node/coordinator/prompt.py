@@ -39,6 +39,8 @@ async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
         raise JobError(JobErrorCode.INVALID, "give exactly one of prompt, prompt tokens and messages")
     if request.stop and model.tokenizer.is_absent:
         raise JobError(JobErrorCode.INVALID, "stop needs text, and the model has no tokenizer: use stop_token_ids")
+    if asker := request.origin.key_sha256:
+        model = replace(model, tokenizer=model.tokenizer.asked_by(asker))
     chat_format: ChatFormat | None = None
     if request.json_schema:
         await _check_schema(request, model)

@@ -2,15 +2,13 @@
 
 They are untrusted files, which may loop for ever, fill the memory, or crash the process that reads them. All of that
 costs the request that met it one line, and a new process for the next one. A process serves one request at a time;
-waiting requests are served by priority, so that text under way does not wait for long prompts. Processes are started on
-demand and end when idle; an open model needs none.
+waiting requests are served by priority, so that text under way does not wait for long prompts, and those of different
+askers in turn. Processes are started on demand and end when idle; an open model needs none.
 """
 
-import heapq
-import itertools
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +27,7 @@ from node.models.errors import (
 from node.models.manifest import TOKENIZER_FILE
 from node.models.store import Package
 from node.models.tokenizer_process import COMMAND, RequestFailed, TokenizerProcess
+from node.models.tokenizer_queue import Call, CallQueue
 from node.models.vocabulary import CHANNEL_MARK, NO_TOKENS, Vocabulary
 from node.util.child_process import Child, ChildError
 from node.util.signal import Signal
@@ -39,7 +38,7 @@ MAX_PROCESSES: Final = 4
 """Beyond them the least recently used one makes room."""
 
 MAX_WAITING: Final = 256
-"""Requests of one model that wait for its process; one more is refused."""
+"""Requests of one asker that wait for a model's process; one more is refused."""
 
 IDLE_S: Final = 120.0
 """A process that is idle for so long ends."""
@@ -68,20 +67,6 @@ class Limits:
     work_bytes: int = 768 << 20
     load_bytes: int = 512 << 20
     load_bytes_per_byte: int = 32
-
-
-@dataclass(order=True, slots=True)
-class _Call:
-    """A waiting request; smaller priorities are served first."""
-
-    priority: int
-    number: int
-    subject: str = field(compare=False)
-    """What its error begins with: the part of the model that is at fault."""
-    request: dict[str, Any] = field(compare=False)
-    over: trio.Event = field(compare=False, default_factory=trio.Event)
-    abandoned: bool = field(compare=False, default=False)
-    outcome: dict[str, Any] | Exception = field(compare=False, default_factory=TokenizerEndedError)
 
 
 class TokenizerService:
@@ -211,6 +196,7 @@ class ModelTokenizer:
     """Special tokens that mark reasoning and tool calls, which `decode` leaves out."""
     chat_template: str = ""
     """Its text; empty where there is none."""
+    _asker: str = ""
 
     @property
     def has_channels(self) -> bool:
@@ -221,6 +207,10 @@ class ModelTokenizer:
     def is_absent(self) -> bool:
         """Whether the model has no tokenizer: it is given token ids, and answers in token ids."""
         return self._worker is None
+
+    def asked_by(self, asker: str) -> "ModelTokenizer":
+        """Return the same tokenizer for requests of an asker, which wait in turn with those of others."""
+        return replace(self, _asker=asker)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Return a text's token ids, with the tokens that the model wants around a text (such as BOS) by default.
@@ -290,7 +280,7 @@ class ModelTokenizer:
     ) -> dict[str, Any]:
         if self._worker is None:
             raise ModelError(NO_TOKENIZER)
-        return await self._worker.ask(subject, request, cpu_s, priority=priority)
+        return await self._worker.ask(subject, request, cpu_s, priority=priority, asker=self._asker)
 
 
 def no_tokenizer(eos_token_ids: tuple[int, ...] = ()) -> ModelTokenizer:
@@ -305,8 +295,7 @@ class _Worker:
         self._service = service
         self._load = load
         self._is_first = True
-        self._numbers = itertools.count()
-        self._waiting: list[_Call] = []
+        self._waiting = CallQueue()
         self._arrived = Signal()
         self._serving = False
         self._idle_scope: trio.CancelScope | None = None
@@ -325,20 +314,22 @@ class _Worker:
         if self._idle_scope is not None:
             self._idle_scope.cancel()
 
-    async def ask(self, subject: str, request: Mapping[str, Any], cpu_s: float, *, priority: int = 1) -> dict[str, Any]:
+    async def ask(
+        self, subject: str, request: Mapping[str, Any], cpu_s: float, *, priority: int = 1, asker: str = ""
+    ) -> dict[str, Any]:
         """Return the answer to a request; raise ModelError, or ChatTemplateError where a template is at fault."""
         await self._service.wait_running()
         try:
-            msgpack.packb(request)
+            size_bytes = len(msgpack.packb(request))
         except (ValueError, OverflowError) as error:  # half a surrogate pair, an integer beyond 64 bits
             raise ModelError(f"{subject} cannot take this input: {one_line(error)}") from None
-        if priority and len(self._waiting) >= MAX_WAITING:  # texts under way, one for each job, are never refused
+        # Texts under way, one for each job, are never refused.
+        if priority and self._waiting.count(asker) >= MAX_WAITING:
             raise TokenizerBusyError(f"{MAX_WAITING} requests wait for the model's tokenizer; try again later")
         if not self._serving:
             self._service.start_soon(self)
             self._serving = True
-        call = _Call(priority, next(self._numbers), subject, {**request, **self._limits(cpu_s)})
-        heapq.heappush(self._waiting, call)
+        call = self._waiting.add(priority, asker, size_bytes, subject, {**request, **self._limits(cpu_s)})
         self._arrived.set()
         try:
             await call.over.wait()
@@ -365,14 +356,12 @@ class _Worker:
             self._serving = False
             await self._end()
 
-    async def _next(self) -> _Call | None:
+    async def _next(self) -> Call | None:
         while True:
             if self._process is not None and self._service.must_yield(self):
                 await self._end()
-            while self._waiting:
-                call = heapq.heappop(self._waiting)
-                if not call.abandoned:
-                    return call
+            if (call := self._waiting.take()) is not None:
+                return call
             with trio.move_on_after(self._service.idle_s) as self._idle_scope:
                 if self._process is not None:
                     self._service.used(self)
@@ -382,7 +371,7 @@ class _Worker:
             if is_over and not self._waiting:
                 return None
 
-    async def _serve_call(self, call: _Call) -> None:
+    async def _serve_call(self, call: Call) -> None:
         for _ in range(_ATTEMPTS):
             try:
                 call.outcome = await self._exchange(call)
@@ -403,7 +392,7 @@ class _Worker:
                 await self._end()
             return
 
-    async def _exchange(self, call: _Call) -> dict[str, Any]:
+    async def _exchange(self, call: Call) -> dict[str, Any]:
         is_load = call.request["do"] == "load"
         if is_load:
             await self._end()

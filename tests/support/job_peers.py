@@ -67,6 +67,9 @@ class NumberTokenizer:
     def __init__(self) -> None:
         self.vocabulary = Vocabulary.build(b"", (f"{token} ".encode() for token in range(VOCABULARY)))
 
+    def asked_by(self, asker: str) -> "NumberTokenizer":
+        return self
+
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         await trio.lowlevel.checkpoint()
         return tuple((int(word) if word.isdecimal() else sum(word.encode())) % VOCABULARY for word in text.split())

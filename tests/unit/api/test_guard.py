@@ -300,8 +300,10 @@ async def test_job_names_the_key_that_asked_for_it() -> None:
             assert (await client.post("/v1/chat/completions", json=chat_body(), headers=bearer(key))).status_code == 200
             embedding = {"model": "tiny", "input": "x"}
             assert (await client.post("/v1/embeddings", json=embedding, headers=bearer(key))).status_code == 200
+            counted = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
+            await client.post("/v1/messages/count_tokens", json=counted, headers=bearer(key))
     keys = [request.origin.key_sha256 for request in node.submitter.requests]
-    assert keys == [hash_api_key(key) for key in ("sesame", "sesame", "cumin", "cumin")]
+    assert keys == [hash_api_key(key) for key in ("sesame",) * 2 + ("cumin",) * 3]
     node = FakeNode()
     async with serve_node(node) as url, httpx.AsyncClient(base_url=url) as client:
         assert (await client.post("/v1/chat/completions", json=chat_body())).status_code == 200

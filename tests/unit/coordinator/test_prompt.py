@@ -9,12 +9,13 @@ from tokenizers import Tokenizer as Trained
 
 from node.coordinator.chat import ChatMessage
 from node.coordinator.prompt import chat_format_of, read_prompt, sampling_of
-from node.coordinator.submission import JobError, JobRequest
+from node.coordinator.submission import JobError, JobRequest, RequestOrigin
 from node.models.chat_template import ChatTemplate
 from node.models.library import KnownModel
 from node.models.tokenizer_service import Limits, ModelTokenizer
 from node.models.tokenizer_worker import Tokenizer, _answer
 from node.models.vocabulary import NO_TOKENS
+from protocol.identity import ModelId
 from tests.unit.models.vocabularies import byte_level
 
 TURNS = """
@@ -31,8 +32,12 @@ class InProcess:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self.askers: list[str] = []
 
-    async def ask(self, subject: str, request: Mapping[str, Any], cpu_s: float, *, priority: int = 1) -> dict[str, Any]:
+    async def ask(
+        self, subject: str, request: Mapping[str, Any], cpu_s: float, *, priority: int = 1, asker: str = ""
+    ) -> dict[str, Any]:
+        self.askers.append(asker)
         return _answer(self._tokenizer, dict(request))
 
 
@@ -51,6 +56,14 @@ def model_of(tokenizer: Tokenizer) -> KnownModel:
     )  # fmt: skip
     manifest = SimpleNamespace(vocabulary_size=600, max_positions=500)
     return cast("KnownModel", SimpleNamespace(tokenizer=asked, **vars(manifest)))
+
+
+async def test_tokenizer_is_asked_for_the_key_of_the_request() -> None:
+    model = model_with(TURNS)
+    known = KnownModel(ModelId("ab" * 32), "tiny", cast("Any", model), model.tokenizer)
+    for key in ("key", ""):
+        await read_prompt(job(origin=RequestOrigin(key_sha256=key)), known)
+    assert cast("Any", model.tokenizer)._worker.askers == ["key", "key", "", ""]
 
 
 def job(*turns: tuple[str, str], **fields: Any) -> JobRequest:

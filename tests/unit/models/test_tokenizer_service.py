@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -348,6 +348,34 @@ async def test_request_queue_is_bounded_and_skips_cancelled_requests(
             with pytest.raises(TokenizerBusyError, match="2 requests wait"):
                 await tokenizer.encode("fox")
             nursery.cancel_scope.cancel()
+
+
+async def test_prompts_of_one_asker_do_not_keep_those_of_others_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer_service, "MAX_WAITING", 3)
+    order: list[str] = []
+    async with service(limits=Limits(render_s=0.5)) as tokenizers:
+        template = HOSTILE_TEMPLATES["endless loop"]
+        tokenizer = await tokenizers.open(write_package(tmp_path, byte_level(), template))
+
+        async def hang() -> None:
+            with suppress(ChatTemplateError):
+                await tokenizer.asked_by("many").render_chat(TURNS)
+
+        async def encode(asker: str, text: str) -> None:
+            await tokenizer.asked_by(asker).encode(text)
+            order.append(asker)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hang)
+            await trio.testing.wait_all_tasks_blocked()
+            for asker, text in (("many", "fox " * 500),) * 3 + (("one", "fox"), ("other", "fox"), ("one", "fox")):
+                nursery.start_soon(encode, asker, text)
+                await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(TokenizerBusyError, match="3 requests wait"):
+                await tokenizer.asked_by("many").encode("fox")
+    assert order == ["one", "other", "one", "many", "many", "many"]
 
 
 async def test_a_model_without_tokenizer_takes_token_ids_only(tmp_path: Path) -> None:
