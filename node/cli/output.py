@@ -58,7 +58,7 @@ model_option = click.option(
     "--model",
     metavar="MODEL",
     shell_complete=complete_models,
-    help="Name or id (8 digits or more); optional if exactly one model is fully served.",
+    help="Name or id (8 digits or more, 16 if only peers have it); optional if exactly one model is fully served.",
 )
 """The `--model` of every verb that runs jobs."""
 

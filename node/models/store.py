@@ -58,6 +58,9 @@ GRAPHS_FOLDER = "graphs"
 QUALITY_FOLDER = "quality"
 """Of the cache folder: files of measured quality, by the model's id."""
 
+PEER_ID_DIGITS = 16
+"""Of an id that only peers name: for fewer a peer could make up a model that begins alike."""
+
 _ID_PREFIX = re.compile(r"[0-9a-f]{8,64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -209,22 +212,30 @@ class ModelStore:
     def resolve(self, text: str, known: Iterable[ModelId] = ()) -> ModelId:
         """Return the model that an id's prefix, a catalogue name or a local name means.
 
-        `known`: ids from elsewhere, such as those that peers serve. The model need not be in the cache. Raises
-        UnknownModelError and AmbiguousModelError.
+        `known`: ids from elsewhere, such as those that peers serve, which they could make up: they count where no other
+        id fits, by 16 digits or more. The model need not be in the cache. Raises UnknownModelError and
+        AmbiguousModelError.
         """
         names = self.names()
         matches = {names[text]} if text in names else set()
         if text in CATALOGUE:
             matches.add(CATALOGUE[text].model_id)
         if _ID_PREFIX.fullmatch(text):
-            ids = {*self._stored_ids(), *names.values(), *known, *(entry.model_id for entry in CATALOGUE.values())}
+            ids = {*self._stored_ids(), *names.values(), *(entry.model_id for entry in CATALOGUE.values())}
             matches |= {model for model in ids if model.startswith(text)}
             if len(text) == 64:
                 matches.add(ModelId(text))
+            if not matches:
+                matches = {model for model in known if model.startswith(text)}
+                if matches and len(text) < PEER_ID_DIGITS:
+                    which = ", ".join(sorted(model[:PEER_ID_DIGITS] for model in matches)[:4])
+                    raise AmbiguousModelError(
+                        f"only peers have a model {text!r} ({which}): give {PEER_ID_DIGITS} digits or more of its id"
+                    )
         if len(matches) == 1:
             return matches.pop()
         if matches:
-            which = ", ".join(sorted(model[:16] for model in matches))
+            which = ", ".join(sorted(model[:PEER_ID_DIGITS] for model in matches)[:4])
             raise AmbiguousModelError(f"{text!r} matches several models ({which}): give more digits of the id")
         known_names = sorted({*names, *CATALOGUE})
         expected = (
@@ -250,7 +261,7 @@ class ModelStore:
         """Return a display name: the catalogue name, else a local name, else the beginning of the id."""
         catalogued = (entry.name for entry in CATALOGUE.values() if entry.model_id == model)
         given = (name for name, named in sorted(self.names().items()) if named == model)
-        return next(catalogued, None) or next(given, None) or model[:12]
+        return next(catalogued, None) or next(given, None) or model[:PEER_ID_DIGITS]
 
     def set_name(self, name: str, model: ModelId) -> None:
         """Give a model a name. Raises ModelError for a name that is malformed or means another model."""

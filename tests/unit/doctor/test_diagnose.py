@@ -166,7 +166,7 @@ async def test_missing_block(config: NodeConfig) -> None:
     async with peer(1, spans=[(0, 2), (3, 4)]) as bootstrap:
         found = await diagnose(replace(config, bootstrap=(bootstrap,)))
     assert only(found) == (Fault.MISSING_BLOCK, Consequence.MODEL)
-    assert f"--serve {MODEL[:12]}:2-3" in found.findings[0].message
+    assert f"--serve {MODEL[:16]}:2-3" in found.findings[0].message
 
 
 async def test_no_memory(config: NodeConfig, tmp_path: Path) -> None:

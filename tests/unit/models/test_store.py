@@ -48,15 +48,29 @@ def test_a_model_is_found_by_id_prefix_name_and_catalogue_name(store: ModelStore
 
 def test_a_model_that_only_peers_have_is_found_by_its_prefix(store: ModelStore) -> None:
     remote = ModelId("ab12cd34" + "0" * 56)
-    assert store.resolve("ab12cd34", known=[remote]) == remote
+    assert store.resolve("ab12cd3400000000", known=[remote]) == remote
+    with pytest.raises(AmbiguousModelError, match=r"only peers have .* \(ab12cd3400000000\): give 16 digits"):
+        store.resolve("ab12cd34", known=[remote])
+    other = ModelId("ab12cd34" + "0" * 55 + "1")
+    with pytest.raises(AmbiguousModelError, match="matches several"):
+        store.resolve("ab12cd3400000000", known=[remote, other])
     assert store.resolve(remote) == remote
 
 
 def test_ambiguous_id_prefix_is_refused(store: ModelStore, package: Package) -> None:
     twin = ModelId(package.model_id[:10] + "0" * 54)
+    store.set_name("twin", twin)
     with pytest.raises(AmbiguousModelError, match="give more digits"):
-        store.resolve(package.model_id[:8], known=[twin])
-    assert store.resolve(package.model_id[:12], known=[twin]) == package.model_id
+        store.resolve(package.model_id[:8])
+    assert store.resolve(package.model_id[:12]) == package.model_id
+
+
+def test_peers_ids_make_no_prefix_of_another_model_ambiguous(store: ModelStore, package: Package) -> None:
+    for model in (package.model_id, DEMO.model_id):
+        twin = ModelId(model[:16] + "0" * 48)
+        assert store.resolve(model[:8], known=[twin]) == model
+        assert store.resolve(model[:16], known=[twin]) == model
+        assert store.resolve(twin[:20], known=[twin]) == twin
 
 
 @pytest.mark.parametrize("text", ["tin", "../tiny"])
