@@ -34,19 +34,27 @@ class KeyUse:
     is_revoked: bool = False
     """Whether the key was revoked: its requests under way may end."""
 
-    def begin(self, answers: int, counted: int = 0, param: str = "n") -> dict[str, str]:
+    def begin(self, answers: int, counted: int = 0, param: str = "n", requests: int = 0) -> dict[str, str]:
         """Count the answers of a request; return the headers that tell what is left. Raises ApiError.
 
         A request that has to wait for other answers to end is no request of this minute: its client is told to retry
         every second, and would use the minute up in waiting.
 
-        `counted`: those of them that are counted already. `param`: the field that says how many they are.
+        `counted`: those of them that are counted already. `param`: the field that says how many they are. `requests`:
+        of the minute, where it has more answers, one after another.
         """
         concurrency, per_minute = self.key.concurrency, self.key.requests_per_minute
+        requests = max(answers, requests)
         most = min(concurrency or answers, per_minute or answers)
         if answers > most:
             message = f"the request wants {answers} answers; the API key {self.key.name!r} admits {most}: ask for fewer"
             raise ApiError(400, message, param=param)
+        if per_minute is not None and requests > per_minute:
+            name = self.key.name
+            message = (
+                f"the request runs {requests} jobs; the API key {name!r} admits {per_minute} a minute: ask for fewer"
+            )
+            raise ApiError(400, message)
         if concurrency is not None and self.running + answers - counted > concurrency:
             if self.bucket is not None:
                 self.bucket.give_back(counted, trio.current_time())
@@ -56,11 +64,11 @@ class KeyUse:
         headers = {}
         if self.bucket is not None and per_minute is not None:
             now_s = trio.current_time()
-            admitted = self.bucket.take(answers - counted, now_s)
+            admitted = self.bucket.take(requests - counted, now_s)
             headers = self._rate_headers()
             if not admitted:
                 left = self.bucket.level(now_s)
-                retry_s = math.ceil((answers - left) * 60 / per_minute)
+                retry_s = math.ceil((requests - left) * 60 / per_minute)
                 message = f"the API key {self.key.name!r} admits {per_minute} requests a minute: retry in {retry_s} s"
                 headers["Retry-After"] = str(max(1, retry_s))
                 raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)
@@ -102,7 +110,7 @@ class RequestUse:
         self.headers: dict[str, str] = {}
         """Of the answer."""
 
-    def begin(self, answers: int, param: str = "n") -> None:
+    def begin(self, answers: int, param: str = "n", requests: int = 0) -> None:
         """Count a request's answers, those that are counted already included. Raises ApiError where there is no room.
 
         A request refused for its rate counts as what was counted of it before: Retry-After tells when all of it fits.
@@ -110,7 +118,7 @@ class RequestUse:
         answers = max(answers, self._running)
         if self._use is not None:
             try:
-                self.headers |= self._use.begin(answers, self._running, param)
+                self.headers |= self._use.begin(answers, self._running, param, requests)
             except ApiError as error:
                 self.headers |= error.headers or {}
                 raise
@@ -153,11 +161,14 @@ def release_body(scope: Scope) -> None:
         release()
 
 
-def begin_answers(scope: Scope, answers: int = 1, param: str = "n") -> None:
-    """Count the answers that a request wants against its key; each job is one. Raises ApiError."""
+def begin_answers(scope: Scope, answers: int = 1, param: str = "n", requests: int = 0) -> None:
+    """Count the answers that a request wants at a time against its key; each job is one. Raises ApiError.
+
+    `requests`: of the minute, where it has more answers, one after another.
+    """
     use = scope.get(_IN_SCOPE)
     if isinstance(use, RequestUse):
-        use.begin(answers, param)
+        use.begin(answers, param, requests)
 
 
 def key_sha256_of(scope: Scope) -> str:

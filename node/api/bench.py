@@ -18,6 +18,7 @@ from node.api.request_body import parse_counted
 from node.api.shared_fields import MODEL, QUALITY
 from node.coordinator.trial import MethodTrial, Run, Trial, TrialSpec
 from protocol.measurements import Objective, QualityBound, TaskKind
+from selector.task import PORTFOLIOS
 from selector.workloads import TrialWorkload
 
 MAX_ROUNDS: Final = 100
@@ -25,6 +26,9 @@ MAX_CONCURRENCY: Final = 64
 MAX_METHODS: Final = 64
 OBJECTIVES: Final = (Objective.LATENCY, Objective.THROUGHPUT)
 """The costs that are measured. At given prices the cheapest method is the one that computes least."""
+
+_MOST_OF_PORTFOLIO: Final = max(map(len, PORTFOLIOS.values()))
+"""Methods that are measured where none are named, at most."""
 
 _CONCURRENCY: Final = Field("concurrency", count_between(1, MAX_CONCURRENCY))
 _METHODS: Final = Field("methods", list_of(parse_method, "methods", MAX_METHODS, least=1))
@@ -44,7 +48,9 @@ class BenchEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises ApiError before the response starts."""
         spec = await parse_counted(scope, receive, lambda body, _: parse_spec(body))
-        begin_answers(scope, spec.workload.concurrency, f"{_WORKLOAD.name}.{_CONCURRENCY.name}")
+        concurrency, methods = spec.workload.concurrency, len(spec.methods) or _MOST_OF_PORTFOLIO
+        jobs = (methods + 1) * spec.rounds * concurrency  # with the baseline's
+        begin_answers(scope, concurrency, f"{_WORKLOAD.name}.{_CONCURRENCY.name}", jobs)
 
         async def answer() -> None:
             await JSONResponse(describe_trial(await self._measure(spec)))(scope, receive, send)

@@ -15,7 +15,7 @@ from node.api.access import MAX_READERS, Access, KeyRing, RequestUse
 from node.api.application import make_app
 from node.api.errors import ApiError
 from node.config import ApiKey, hash_api_key
-from tests.unit.api.fakes import FakeNode, FakeSubmitter, chat_body, send_request, serve_node
+from tests.unit.api.fakes import FASTER, FakeNode, FakeSubmitter, chat_body, send_request, serve_node
 
 
 @pytest.fixture
@@ -323,12 +323,31 @@ async def test_each_answer_counts_against_its_key() -> None:
         assert not node.submitter.requests
     async with serve_node(node, access=Access(keys=KEYS)) as url, httpx.AsyncClient(base_url=url) as client:
         assert (await client.post("/swarm/explain", json=task, headers=bearer("sesame"))).status_code == 200
-        assert (await client.post("/swarm/bench", json=task, headers=bearer("sesame"))).status_code == 200
-        for path in ("/swarm/explain", "/swarm/bench", "/v1/completions"):
-            refused = await client.post(path, json={**task, "prompt": "x"} if "v1" in path else task,
-                                        headers=bearer("sesame"))  # fmt: skip
+        assert (await client.post("/swarm/explain", json=task, headers=bearer("sesame"))).status_code == 200
+        bench = {**task, "methods": [FASTER], "rounds": 1}
+        for path, body in (("explain", task), ("bench", bench), ("completions", {**task, "prompt": "x"})):
+            path = f"/v1/{path}" if "prompt" in body else f"/swarm/{path}"
+            refused = await client.post(path, json=body, headers=bearer("sesame"))
             assert refused.status_code == 429
             assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+
+
+async def test_measurement_counts_as_all_jobs_of_the_minute() -> None:
+    key = ApiKey(name="some", sha256=hash_api_key("sesame"), requests_per_minute=6)
+    node = FakeNode()
+    async with serve_node(node, access=Access(keys=(key,))) as url, httpx.AsyncClient(base_url=url) as client:
+        bench = {"model": "tiny", "methods": [FASTER], "rounds": 2}  # and the baseline
+        measured = await client.post("/swarm/bench", json=bench, headers=bearer("sesame"))
+        assert (measured.status_code, measured.headers["x-ratelimit-remaining-requests"]) == (200, "2")
+        refused = await client.post("/swarm/bench", json=bench, headers=bearer("sesame"))
+        assert refused.status_code == 429
+        for whole in ({"model": "tiny"}, {**bench, "rounds": 4}):
+            node.benched.clear()
+            access = Access(keys=(key,))
+            async with serve_node(node, access=access) as fresh, httpx.AsyncClient(base_url=fresh) as other:
+                never = await other.post("/swarm/bench", json=whole, headers=bearer("sesame"))
+            assert (never.status_code, "admits 6 a minute" in never.text) == (400, True)
+            assert not node.benched
 
 
 async def test_measurement_counts_as_the_jobs_that_it_runs_at_a_time() -> None:
