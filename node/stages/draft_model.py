@@ -5,6 +5,7 @@ route. Its drafts are greedy and only save time: it may be smaller, or computed 
 late, has no room, or has not read the text yet, jobs go on without drafts.
 """
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Final
 
@@ -12,11 +13,12 @@ import structlog
 import trio
 
 from node.engine.base import Engine
-from node.engine.interface import EngineError, Prefix, SessionOptions, SliceInput, Variant
+from node.engine.interface import PAGE_POSITIONS, EngineError, Prefix, SessionOptions, SliceInput, Variant
 from node.stages.engine_loop import EngineLoop
+from node.stages.fair_share import may_take
 from node.stages.speculation import matching_prefix
 from node.util.signal import Signal
-from protocol.identity import SessionId
+from protocol.identity import PeerId, SessionId
 from protocol.limits import MAX_SLICES
 from protocol.messages import Sampling
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
@@ -39,37 +41,55 @@ _logger = structlog.get_logger(__name__)
 class DraftModel(EngineLoop):
     """Drafts for many sessions at a time, each step one token for every session that waits."""
 
-    def __init__(self, engine: Engine, variant: Variant) -> None:
-        """`engine`: of a whole model. `variant`: one that is ready there."""
+    def __init__(self, engine: Engine, variant: Variant, own: PeerId) -> None:
+        """`engine`: of a whole model. `variant`: one that is ready there. `own`: this node."""
         super().__init__(engine)
         self._variant = variant
+        self._own = own
+        self._pages: dict[SessionId, tuple[PeerId, int]] = {}
+        """Of KV memory that sessions have, or are about to, and for whom."""
         self._drafts: dict[SessionId, Draft] = {}
         self._step_began_s = 0.0
         self._work_ready = Signal()
         self._deadline_set = Signal()
 
     async def open(
-        self, session: SessionId, positions: int, vocabulary_size: int, prefix: Prefix | None
+        self, session: SessionId, peer: PeerId, positions: int, vocabulary_size: int, prefix: Prefix | None
     ) -> "Draft | None":
         """Return the drafter of a session of so many positions; None where there is no room for it.
 
-        `vocabulary_size`: of the target model; two models that share a tokenizer may be padded differently.
+        `peer`: its coordinator: they share the memory fairly. `vocabulary_size`: of the target model; two models that
+        share a tokenizer may be padded differently.
         """
         info = self.engine.info
         positions = min(positions, info.max_positions)
+        pages = -(-positions // PAGE_POSITIONS)
+        if not may_take(peer, pages, own=self._own, pages=info.kv_positions // PAGE_POSITIONS, held=self._held()):
+            _logger.info("session opened without drafts", session=session, why="the memory is for other peers")
+            return None
+        self._pages[session] = peer, pages
         options = SessionOptions(sampling=Sampling(max_tokens=positions), variant=self._variant)
         try:
             await self.engine.open(session, positions, prefix)
             held = await self.engine.begin(session, options)
         except EngineError as error:
             _logger.info("session opened without drafts", session=session, why=str(error))
+            self._pages.pop(session, None)
             return None
         except trio.Cancelled:
+            self._pages.pop(session, None)
             self.start_freeing(session)
             raise
         sizes = info.vocabulary_size, vocabulary_size
         draft = self._drafts[session] = Draft(session, self, held=held, positions=positions, vocabulary_sizes=sizes)
         return draft
+
+    def _held(self) -> Counter[PeerId]:
+        """Return how many pages the sessions of each peer have."""
+        held: Counter[PeerId] = Counter()
+        for peer, pages in self._pages.values():
+            held[peer] += pages
+        return held
 
     @property
     def is_late(self) -> bool:
@@ -83,8 +103,10 @@ class DraftModel(EngineLoop):
 
     def release(self, session: SessionId) -> None:
         """Forget a session, and free what the engine holds of it, once it is in no step."""
-        if self._drafts.pop(session, None) is not None and session not in self._in_step:
-            self.start_freeing(session)
+        if self._drafts.pop(session, None) is not None:
+            self._pages.pop(session, None)
+            if session not in self._in_step:
+                self.start_freeing(session)
 
     def _background_tasks(self) -> Sequence[Callable[[], Awaitable[None]]]:
         return (self._timeout_loop,)
@@ -93,6 +115,7 @@ class DraftModel(EngineLoop):
         for draft in tuple(self._drafts.values()):
             draft.fail()
         self._drafts.clear()
+        self._pages.clear()
 
     async def _timeout_loop(self) -> None:
         """Let sessions go on that have waited for long enough: the engine may hang."""
@@ -146,6 +169,7 @@ class DraftModel(EngineLoop):
                     draft.on_computed(rows, tokens_from_tensor(outputs[rows.session]) if rows.draws else ())
                 else:
                     del self._drafts[rows.session]
+                    self._pages.pop(rows.session, None)
                     draft.fail()
 
 

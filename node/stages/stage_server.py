@@ -157,7 +157,7 @@ class StageServer:
 
         `models`: those with the same tokenizer. A worker that is gone raises EngineCrashed, in a group.
         """
-        draft_model = DraftModel(engine, variant)
+        draft_model = DraftModel(engine, variant, self.link_pool.peer_id)
         async with trio.open_nursery() as nursery:
             await nursery.start(draft_model.run)
             self._table.draft_models |= dict.fromkeys(models, draft_model)
@@ -277,7 +277,8 @@ class StageServer:
         model = self._table.draft_models.get(session.info.model)
         if model is None:
             return None
-        return await model.open(session.id, session.request.positions, session.info.vocabulary_size, session.prefix)
+        peer, positions = session.opened_by.peer, session.request.positions
+        return await model.open(session.id, peer, positions, session.info.vocabulary_size, session.prefix)
 
     def progress(self, session: SessionId, link: InboundLink) -> Progress:
         """Return how far a session that this link opened has come; nowhere where there is none."""

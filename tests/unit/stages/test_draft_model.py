@@ -1,5 +1,6 @@
 """A draft model: its drafts save rounds, never change a text, and whatever becomes of it jobs go on."""
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from node.selection.prediction_cache import PredictionCache
 from node.stages.draft_model import DRAFT_TIMEOUT_S, Draft, DraftModel
 from node.testing.fake_engine import FakeEngine, fake_span_info
 from node.testing.memory_links import LinkModel
-from protocol.identity import BlockRange, JobId, SessionId
+from protocol.identity import BlockRange, JobId, PeerId, SessionId, peer_id_from_public_key
 from protocol.messages import Slice
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
 from selector.task import BASELINE, method
@@ -25,6 +26,7 @@ from tests.unit.coordinator.test_jobs import THIRDS, all_free, swarm_of_thirds
 from tests.unit.coordinator.test_methods import PROMPTS, request, right, run_all
 
 DRAFTED = method(speculation="draft-8")
+PEERS = [peer_id_from_public_key(bytes([number]) * 32) for number in range(3)]
 
 
 class Mumbling(FakeEngine):
@@ -144,17 +146,40 @@ async def test_late_draft_rows_are_not_taken_for_text(virtual_clock: MockClock) 
 
 async def test_cancelled_open_frees_draft_model_memory(virtual_clock: MockClock) -> None:
     engine = draft_engine()
-    model = DraftModel(engine, REFERENCE)
+    model = DraftModel(engine, REFERENCE, PEERS[0])
     async with trio.open_nursery() as nursery:
         await nursery.start(model.run)
         for number in range(8):
             with trio.CancelScope() as scope:
                 scope.cancel() if number % 2 else nursery.start_soon(cancel_at_next_step, scope)
-                opened = await model.open(SessionId(JobId(f"{number:032x}"), 0), 256, 1000, None)
+                opened = await model.open(SessionId(JobId(f"{number:032x}"), 0), PEERS[1], 256, 1000, None)
                 assert opened is not None  # it was not cancelled in time
                 opened.close()
         await trio.sleep(0.1)
         assert engine.statistics().reserved_positions == 0
+        nursery.cancel_scope.cancel()
+
+
+async def test_peers_share_draft_model_memory(virtual_clock: MockClock) -> None:
+    own, greedy, modest = PEERS
+    engine = draft_engine(kv_positions=1024)
+    model = DraftModel(engine, REFERENCE, own)
+    numbers = itertools.count()
+
+    async def open_for(peer: PeerId) -> Draft | None:
+        return await model.open(SessionId(JobId(f"{next(numbers):032x}"), 0), peer, 64, 1000, None)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(model.run)
+        held = [draft for _ in range(16) if (draft := await open_for(greedy)) is not None]
+        assert 64 * len(held) == 768, "an eighth is for own jobs, and another one for the next peer"
+        assert await open_for(modest) is not None
+        assert await open_for(own) is not None
+        for draft in held:
+            draft.close()
+        await trio.sleep(0.1)
+        assert engine.statistics().reserved_positions == 128
+        assert await open_for(greedy) is not None
         nursery.cancel_scope.cancel()
 
 
@@ -206,7 +231,7 @@ async def test_draft_model_uses_prefix_cache(virtual_clock: MockClock) -> None:
 
 @pytest.mark.parametrize("token", [-1, 1000])
 def test_draft_model_refuses_invalid_token(token: int) -> None:
-    model = DraftModel(draft_engine(), REFERENCE)
+    model = DraftModel(draft_engine(), REFERENCE, PEERS[0])
     session = SessionId(JobId("00" * 16), 0)
     draft = Draft(session, model, held=0, positions=100, vocabulary_sizes=(1000, 1000))
     draft.extend([1, 2, token])
