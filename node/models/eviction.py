@@ -1,29 +1,38 @@
 """Eviction: weight files from peers are deleted, least recently used first, to keep the cache within a limit.
 
-Imported models are never evicted: a package begun with a peer's manifest carries a mark. A process that serves or
-fetches a file holds a lock on it, so processes can share the cache.
+So are whole packages that requests had fetched and that never got any weights, once there are many of them. Imported
+models are never evicted: a package begun with a peer's manifest carries a mark. A process that serves or fetches a file
+holds a lock on it, so processes can share the cache.
 """
 
 import errno
 import fcntl
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from node.models.catalogue import CATALOGUE
 from node.models.errors import ModelError
 from node.models.files import disk_errors, is_unused, part_of
 from node.models.manifest import FileEntry
-from node.models.store import FETCHED_MARK, ModelStore, Package
+from node.models.store import FETCHED_MARK, ModelInUseError, ModelStore, Package, UnknownModelError
+from protocol.identity import ModelId
 
 GIBIBYTE: Final = 1 << 30
 
 LOCK_TRIES: Final = 100
 LOCK_PAUSE_S: Final = 0.01
 """Between tries: whoever looks whether a file is in use locks it for much less."""
+
+MAX_WITHOUT_WEIGHTS: Final = 64
+"""Packages from peers that have a manifest, perhaps a tokenizer, and no weights: each request may add one."""
+
+RECENT_S: Final = 600.0
+"""Those that were used within this time are not evicted: another process may have them open."""
 
 
 class _Cached(NamedTuple):
@@ -88,6 +97,44 @@ def evict_for(
             )
         # A file that has just come into use stays: the cache exceeds its limit a little.
         return tuple(path for path in plan.chosen if is_unused(path, delete=True))
+
+
+def evict_packages(store: ModelStore, kept: Collection[ModelId], room: int) -> tuple[ModelId, ...]:
+    """Remove packages without weights, least recently used first, until so many more may be added; return which.
+
+    Models of the catalogue, named ones, and `kept` stay. Raises ModelError where there is no room.
+    """
+    stay = {*kept, *store.names().values(), *(entry.model_id for entry in CATALOGUE.values())}
+    with disk_errors("cannot make room in the cache"):
+        found = sorted(
+            ((package.path / FETCHED_MARK).stat().st_mtime, package.model_id)
+            for package in store.list()
+            if package.model_id not in stay and _is_without_weights(package)
+        )
+    excess = max(0, len(found) + room - MAX_WITHOUT_WEIGHTS)
+    oldest_s = time.time() - RECENT_S
+    evicted: list[ModelId] = []
+    for used_s, model in found:
+        if len(evicted) < excess and used_s < oldest_s:
+            with suppress(UnknownModelError, ModelInUseError):  # another process was faster
+                store.remove(model)
+                evicted.append(model)
+    if len(evicted) < excess:
+        raise ModelError(f"{len(found)} models of peers were asked for within minutes: try again later")
+    return tuple(evicted)
+
+
+def mark_used(store: ModelStore, model: ModelId) -> None:
+    """Mark a package from peers as used now."""
+    with suppress(ModelError, OSError):
+        os.utime(store.get(model).path / FETCHED_MARK)
+
+
+def _is_without_weights(package: Package) -> bool:
+    """Return whether a package came from peers, and holds nothing of its weights."""
+    paths = map(package.path_of, package.manifest.weight_files)
+    is_fetched = (package.path / FETCHED_MARK).exists()
+    return is_fetched and not any(path.exists() or part_of(path).exists() for path in paths)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from cachetools import LRUCache
 from node.models.blobs import BlobServer, ModelFetcher
 from node.models.catalogue import CATALOGUE, catalogued_as
 from node.models.errors import ModelError
-from node.models.eviction import evict_for, in_use
+from node.models.eviction import evict_for, evict_packages, in_use, mark_used
 from node.models.files import Progress, ignore_progress
 from node.models.importer import import_model
 from node.models.manifest import Manifest
@@ -190,6 +190,7 @@ class Library:
             await opening.over.wait()
             if opening.failure:
                 raise ModelError(opening.failure)
+        mark_used(self._store, model)
         if model in self._open:
             return self._open[model]
         opening = self._opening[model] = _Opening()
@@ -205,6 +206,10 @@ class Library:
         return known
 
     async def _load(self, model: ModelId) -> KnownModel:
+        if self.local_manifest(model) is None and model not in self.named_models():
+            kept, room = frozenset(self._open), len(self._opening)
+            for evicted in await trio.to_thread.run_sync(evict_packages, self._store, kept, room):
+                _logger.info("model evicted from the cache", model=evicted)
         package = await self._package(model)
         if any(not package.has(file) for file in package.manifest.tokenizer_files):
             await self._fetcher.fetch_files(

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from node.models import eviction
 from node.models.errors import ModelError
-from node.models.eviction import evict_for, in_use
+from node.models.eviction import RECENT_S, evict_for, evict_packages, in_use, mark_used
 from node.models.files import is_unused, part_of, try_lock
 from node.models.importer import import_model
-from node.models.store import ModelStore, Package
+from node.models.store import FETCHED_MARK, ModelStore, Package
 from protocol.identity import BlockRange
 from tests.unit.models.checkpoints import write_checkpoint
 
@@ -96,6 +97,29 @@ def test_abandoned_part_file_is_evicted(store: ModelStore, package: Package) -> 
     beginning.write_bytes(bytes(block.size_bytes))
     os.utime(beginning, (1, 1))
     assert evict_for(store, package, [block], 3 * block.size_bytes) == (beginning,)
+
+
+def test_packages_of_which_nothing_but_text_was_fetched_are_bounded(
+    tmp_path: Path, store: ModelStore, package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eviction, "MAX_WITHOUT_WEIGHTS", 3)
+    fetched = []
+    for number in range(4):
+        checkpoint = write_checkpoint(tmp_path / str(number), config={"rope_theta": 10_000.0 + number})
+        imported = import_model(str(checkpoint), ModelStore(tmp_path / f"peer {number}"))
+        fetched.append(store.add_manifest(imported.manifest).model_id)
+        long_ago_s = time.time() - 2 * RECENT_S - number
+        os.utime(store.get(fetched[-1]).path / FETCHED_MARK, (long_ago_s, long_ago_s))
+    store.set_name("named", fetched[3])
+    imported_here = import_model(str(write_checkpoint(tmp_path / "own", config={"rope_theta": 5.0})), store).model_id
+    assert evict_packages(store, kept=(), room=0) == ()
+    assert evict_packages(store, kept=fetched[2:3], room=2) == (fetched[1],), "two others count: 0 and 1"
+    mark_used(store, fetched[0])
+    assert evict_packages(store, kept=(), room=2) == (fetched[2],)
+    with pytest.raises(ModelError, match="1 models of peers were asked for within minutes"):
+        evict_packages(store, kept=(), room=3)
+    left = {each.model_id for each in store.list()}
+    assert left == {fetched[0], fetched[3], package.model_id, imported_here}
 
 
 def test_imported_models_are_never_evicted(tmp_path: Path) -> None:

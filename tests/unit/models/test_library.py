@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.models import library
+from node.models import eviction, library
 from node.models.blobs import BlobServer
 from node.models.catalogue import CATALOGUE, CatalogueEntry
 from node.models.errors import ModelError
@@ -105,6 +105,19 @@ async def test_damaged_manifest_is_fetched_again(tmp_path: Path, theirs: Package
             assert await found.manifest(theirs.model_id, use_catalogue=False) == theirs.manifest
         assert (damaged.path / "manifest.json").read_bytes() == theirs.manifest.data
         assert store.get(theirs.model_id).manifest == theirs.manifest
+
+
+async def test_requests_for_models_of_peers_fill_no_disk(
+    tmp_path: Path, theirs: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with joined(tmp_path, theirs) as (found, store, _):
+        monkeypatch.setattr(eviction, "MAX_WITHOUT_WEIGHTS", 0)
+        with trio.fail_after(60):
+            with pytest.raises(ModelError, match="0 models of peers were asked for within minutes: try again later"):
+                await found.open(theirs.model_id)
+            assert store.list() == ()
+            monkeypatch.setattr(eviction, "MAX_WITHOUT_WEIGHTS", 1)
+            assert (await found.open(theirs.model_id)).id == theirs.model_id
 
 
 async def test_concurrent_opens_of_a_model_load_it_once(tmp_path: Path, theirs: Package) -> None:
