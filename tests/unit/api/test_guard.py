@@ -325,9 +325,9 @@ async def test_each_answer_counts_against_its_key() -> None:
         assert (await client.post("/swarm/explain", json=task, headers=bearer("sesame"))).status_code == 200
         assert (await client.post("/swarm/explain", json=task, headers=bearer("sesame"))).status_code == 200
         bench = {**task, "methods": [FASTER], "rounds": 1}
-        for path, body in (("explain", task), ("bench", bench), ("completions", {**task, "prompt": "x"})):
-            path = f"/v1/{path}" if "prompt" in body else f"/swarm/{path}"
-            refused = await client.post(path, json=body, headers=bearer("sesame"))
+        prompt = {**task, "prompt": "x"}
+        for path, asked in (("/swarm/explain", task), ("/swarm/bench", bench), ("/v1/completions", prompt)):
+            refused = await client.post(path, json=asked, headers=bearer("sesame"))
             assert refused.status_code == 429
             assert refused.headers["x-ratelimit-remaining-requests"] == "0"
 

@@ -1,7 +1,7 @@
 """What the client of a job without a route is told."""
 
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -83,7 +83,7 @@ def test_limit_of_the_user_is_cut_only_where_no_peer_has_room_for_it() -> None:
 
 
 @pytest.mark.parametrize("options", [{"ignore_eos": True}, {"min_tokens": 600}])
-def test_text_of_a_certain_length_waits_for_a_peer_that_is_busy(options: dict[str, object]) -> None:
+def test_text_of_a_certain_length_waits_for_a_peer_that_is_busy(options: dict[str, Any]) -> None:
     small, busy = refusal("a", RefusalReason.FULL, 2048), refusal("b", RefusalReason.FULL)
     assert limited([small, busy], **options) == 32_000
     assert limited([small], **options) == 1948
