@@ -1,6 +1,7 @@
 """Conversations as strict chat templates want them: changed only where a template has refused them."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
@@ -21,22 +22,37 @@ def mended_turns(turns: Sequence[Turn], refusal: str) -> list[Turn] | None:
 
 
 def _with_short_ids(turns: Sequence[Turn]) -> Iterator[Turn]:
-    """Give calls of tools ids of nine letters and digits; a result that names no call is that of the next one.
+    """Give calls of tools, and their results, ids of nine letters and digits.
 
     A call has the same id in every prompt, so that what was computed for earlier turns is used again.
     """
-    unanswered: list[str] = []
+    ids: list[str] = []
+    unanswered: dict[int, Turn] = {}
     for position, turn in enumerate(turns):
         if calls := turn.get("tool_calls"):
-            unanswered = [_short_id(call.get("id") or f"{position}/{number}") for number, call in enumerate(calls)]
-            yield {**turn, "tool_calls": [{**call, "id": new} for call, new in zip(calls, unanswered, strict=True)]}
+            unanswered = dict(enumerate(calls))
+            ids = [_short_id(call.get("id") or f"{position}/{number}") for number, call in unanswered.items()]
+            yield {**turn, "tool_calls": [{**call, "id": new} for call, new in zip(calls, ids, strict=True)]}
         elif turn["role"] == "tool":
-            named = _short_id(turn.get("tool_call_id") or str(position))
-            answered = named if named in unanswered or not unanswered else unanswered[0]
-            unanswered = [each for each in unanswered if each != answered]
-            yield {**turn, "tool_call_id": answered}
+            number = _take_answered(turn, unanswered)
+            own = turn.get("tool_call_id") or str(position)
+            yield {**turn, "tool_call_id": _short_id(own) if number is None else ids[number]}
         else:
             yield turn
+
+
+def _take_answered(result: Turn, unanswered: dict[int, Turn]) -> int | None:
+    """Remove the call that a result answers, and return its number: by its id, else its tool's name, else the next.
+
+    Ollama's API has no ids, and its clients may send the results in another order than the calls.
+    """
+    call_id, name = result.get("tool_call_id"), result.get("name")
+    numbers = [number for number, call in unanswered.items() if call_id and call.get("id") == call_id]
+    numbers += [number for number, call in unanswered.items() if name and call["function"]["name"] == name]
+    answered = next(iter([*numbers, *unanswered]), None)
+    if answered is not None:
+        del unanswered[answered]
+    return answered
 
 
 def _short_id(name: str) -> str:
@@ -55,14 +71,14 @@ def _with_one_call_a_turn(turns: Sequence[Turn]) -> Iterator[Turn]:
             continue
         results = list(takewhile(lambda each: each["role"] == "tool", turns[position:]))
         position += len(results)
+        unanswered, results_of = dict(enumerate(calls)), defaultdict[int | None, list[Turn]](list)
+        for result in results:
+            results_of[_take_answered(result, unanswered)].append(result)
         for number, call in enumerate(calls):
             later = {name: value for name, value in turn.items() if name not in _OF_THE_FIRST_CALL} | {"content": ""}
             yield {**(later if number else turn), "tool_calls": [call]}
-            result = next((each for each in results if each.get("tool_call_id") in {None, call.get("id")}), None)
-            if result is not None:
-                results.remove(result)
-                yield result
-        yield from results
+            yield from results_of[number]
+        yield from results_of[None]
 
 
 def _with_alternating_roles(turns: Sequence[Turn]) -> Iterator[Turn]:

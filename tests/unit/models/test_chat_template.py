@@ -143,6 +143,23 @@ def test_strict_template_gets_one_call_a_turn() -> None:
     ]  # fmt: skip
 
 
+def test_results_without_ids_are_those_of_the_calls_of_their_tool() -> None:
+    """As Ollama's clients send them, in any order; only what names no tool that was called is that of the next call."""
+    names = ("weather", "time", "weather", "date")
+    calls = [{"id": "", "function": {"name": name, "arguments": {}}} for name in names]
+    turns = (
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        result("12:00", name="time"), result("snow", name="weather"), result("rain", name="weather"), result("Monday"),
+    )  # fmt: skip
+    asked, *answers = shown(NINE, *turns)
+    ids = [call["id"] for call in asked["tool_calls"]]
+    expected = ["snow", "12:00", "rain", "Monday"]
+    assert dict(zip(ids, expected, strict=True)) == {turn["tool_call_id"]: turn["content"] for turn in answers}
+    one_each = shown(SINGLE, *turns)
+    assert [turn["tool_calls"][0]["function"]["name"] for turn in one_each[::2]] == list(names)
+    assert [turn["content"] for turn in one_each[1::2]] == expected
+
+
 def test_strict_template_gets_all_that_it_asks_for() -> None:
     turns = (ASKED, calling("call_one", "call_two"), result("1"), result("2"), ASKED)
     seen = shown(ALTERNATES + NINE + SINGLE, *turns)
