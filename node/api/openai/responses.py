@@ -53,6 +53,7 @@ from node.api.shared_fields import (
     TOP_P,
     TRACE,
     asks_details,
+    join_texts,
     text_or_parts,
     tool_choice,
 )
@@ -189,7 +190,7 @@ def _merge_assistant_turns(turns: Iterable[ChatMessage]) -> tuple[ChatMessage, .
         if merged and merged[-1].role == turn.role == "assistant":
             before = merged.pop()
             calls = (*before.tool_calls, *turn.tool_calls)
-            turn = replace(before, content=before.content + turn.content, tool_calls=calls)
+            turn = replace(before, content=join_texts((before.content, turn.content)), tool_calls=calls)
         merged.append(turn)
     return tuple(merged)
 

@@ -412,13 +412,14 @@ def test_items_of_one_turn_make_one_turn() -> None:
         {"type": "reasoning", "summary": []},
         {"role": "assistant", "content": "Wait."},
         call("a"),
+        {"role": "assistant", "content": "And this."},
         call("b"),
         {"type": "function_call_output", "call_id": "a", "output": "1"},
     ]
     generation, _ = parse_response_request(response(input=items, include=["reasoning.encrypted_content"]), Headers())
     turns = generation.jobs[0].messages or ()
     assert [(turn.role, turn.content, len(turn.tool_calls)) for turn in turns] == [
-        ("user", "Hi", 0), ("assistant", "Wait.", 2), ("tool", "1", 0)
+        ("user", "Hi", 0), ("assistant", "Wait.\nAnd this.", 2), ("tool", "1", 0)
     ]  # fmt: skip
     with pytest.raises(ApiError, match="item_reference is not supported"):
         parse_response_request(response(input=[{"type": "item_reference", "id": "x"}]), Headers())
