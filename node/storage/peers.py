@@ -40,8 +40,9 @@ class KnownPeerStore:
 
 
 def _put(connection: sqlite3.Connection, rows: Sequence[tuple[str, str, int]]) -> None:
-    # Others that were seen later still were so by a clock that was ahead: they would come first until it is that late.
-    set_back = "UPDATE peers SET last_seen_s = ? WHERE last_seen_s > ?"
+    # Others seen later still: the clock was ahead, and they would come first until it is that late; or it is behind,
+    # as after a boot without a battery. All are set back by as much, so that neither costs them their order.
+    set_back = "UPDATE peers SET last_seen_s = last_seen_s - ?"
     insert = """
         INSERT INTO peers (peer, multiaddrs, last_seen_s) VALUES (?, ?, ?) ON CONFLICT (peer) DO UPDATE
         SET multiaddrs = excluded.multiaddrs, last_seen_s = excluded.last_seen_s
@@ -51,7 +52,9 @@ def _put(connection: sqlite3.Connection, rows: Sequence[tuple[str, str, int]]) -
     """
     if rows:
         present_s = max(seen_s for _, _, seen_s in rows)
-        connection.execute(set_back, (present_s - 1, present_s))
+        (latest_s,) = connection.execute("SELECT max(last_seen_s) FROM peers").fetchone()
+        if latest_s is not None and latest_s > present_s:
+            connection.execute(set_back, (latest_s - present_s + 1,))
     connection.executemany(insert, rows)
     connection.execute(prune, (MAX_KNOWN_PEERS,))
 

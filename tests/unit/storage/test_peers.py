@@ -43,6 +43,15 @@ async def test_what_was_seen_by_a_clock_that_was_ahead_comes_behind_what_is_seen
         assert [each.peer for each in latest[2:]] == [peer(4), *sorted([peer(1), peer(2)])]
 
 
+async def test_peers_keep_their_order_when_the_clock_is_behind_for_a_while(tmp_path: Path) -> None:
+    async with open_database(tmp_path / "db") as database:
+        store = KnownPeerStore(database)
+        await store.put([met(1, 9000), met(2, 9002), met(3, 8000), met(4, 9001)])
+        await store.put([met(5, 10)])
+        await store.put([met(6, 9060)])
+        assert [each.peer for each in await store.latest(64)] == [peer(number) for number in (6, 5, 2, 4, 1, 3)]
+
+
 async def test_known_peers_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("node.storage.peers.MAX_KNOWN_PEERS", 3)
     async with open_database(tmp_path / "db") as database:
