@@ -187,7 +187,8 @@ class Heartbeats:
         Nothing reads the topic itself: that would verify every heartbeat twice.
         """
         if source == self._network.peer_id:
-            self._notice_twin(data)
+            if data != self._sent and self._limits.take(source, trio.current_time(), is_trusted=True):
+                self._notice_twin(self._verify(data))
             return True
         is_connected = source in self._network.connected_peers()
         known = self._directory.get(source)
@@ -205,20 +206,20 @@ class Heartbeats:
         self.clock.on_heartbeat(source, heartbeat.issued_at_s)
         return self._enter(heartbeat, data)
 
-    def _notice_twin(self, envelope: bytes) -> None:
-        """Notice a node that runs with our key, and go on above its number: peers take the highest one."""
-        own_peer, now_s = self._network.peer_id, trio.current_time()
-        if envelope == self._sent or not self._limits.take(own_peer, now_s, is_trusted=True):
-            return
-        heartbeat = self._verify(envelope)
-        if heartbeat.peer != own_peer or heartbeat.sequence <= self._sequence.last:
+    def _notice_twin(self, heartbeat: Heartbeat) -> None:
+        """Notice a node that runs with our key, and go on above its number: peers take the highest one.
+
+        Gossip seldom tells: no neighbour forwards a message to its origin, by whose id this one has it. The answers to
+        presence queries do, where that node's heartbeat was the last one.
+        """
+        if heartbeat.peer != self._network.peer_id or heartbeat.sequence <= self._sequence.last:
             return  # one of ours that comes back late
         self._sequence.skip_to(heartbeat.sequence)
         if heartbeat.issued_at_s <= self._started_s:
             return  # of our earlier process, whose clock was ahead
         if self.twin() is None:
             _logger.error("heartbeat of another node with this node's key received", multiaddrs=heartbeat.multiaddrs)
-        self._twin_heard_s = now_s
+        self._twin_heard_s = trio.current_time()
 
     def twin(self) -> str | None:
         """Return what to do about another node that runs with our key, if one was heard lately."""
@@ -239,6 +240,7 @@ class Heartbeats:
         """Enter a heartbeat, unless a newer one is known or there is no room; return whether it was."""
         now_s, peer = trio.current_time(), heartbeat.peer
         if peer == self._network.peer_id:
+            self._notice_twin(heartbeat)
             return False
         is_new = peer not in self._network.connected_peers() and not self._directory.knows(peer)
         if relay is None and is_new and not self._new_peers.take(1, now_s):

@@ -9,10 +9,12 @@ import trio.testing
 from node.identity import Identity
 from node.swarm.directory import Directory
 from node.swarm.heartbeats import OF_UNREACHED, PER_PUBLISHER, TWIN_S, Heartbeats
+from node.swarm.presence import PresenceServer
 from node.swarm.sequence_numbers import SequenceNumbers
 from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetworkHub
 from protocol.announcements import Heartbeat
+from protocol.presence import PROTOCOL_ID
 from protocol.records import seal, verify_record
 from tests.support.memberships import heartbeat_of, membership_of
 
@@ -59,6 +61,27 @@ async def test_node_with_our_key_is_reported_and_does_not_outnumber_us(autojump_
     assert [each["log_level"] for each in logs if each["log_level"] != "debug"] == ["error"]
     await trio.sleep(TWIN_S + 1)
     assert node.twin() is None
+
+
+async def test_node_with_our_key_is_noticed_in_the_answer_to_a_presence_query(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Gossip does not bring its heartbeats: neighbours forward no message to the id that it comes from."""
+    hub = MemoryNetworkHub(random.Random(0), LinkModel())
+    us, neighbour = hub.network(US.peer_id), hub.network(PEERS[0].peer_id)
+    directory = Directory(own_peer=neighbour.peer_id)
+    twins = heartbeat_of(US.peer_id, sequence=100, issued_at_s=1)
+    directory.update(twins, 0.0, seal(twins, US.private_key), dialled=True)
+    neighbour.set_stream_handler(PROTOCOL_ID, PresenceServer(directory).handle)
+    membership = membership_of(us, US)
+    async with us.running(), neighbour.running(), trio.open_nursery() as nursery:
+        nursery.start_soon(membership.heartbeats.run)
+        await trio.sleep(1)
+        assert membership.heartbeats.twin() is None
+        await us.connect(neighbour.multiaddrs[0])
+        await trio.sleep(1)
+        assert "stop it" in (membership.heartbeats.twin() or "")
+        nursery.cancel_scope.cancel()
 
 
 async def test_number_follows_the_clock_so_that_a_node_with_our_key_is_not_missed_once_it_is_gone(
