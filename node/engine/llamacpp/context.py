@@ -130,6 +130,11 @@ class SpanContext:
         self._budget.add(self)
 
     @property
+    def is_on_gpu(self) -> bool:
+        """Whether its KV memory is a GPU's."""
+        return self._model.is_on_gpu
+
+    @property
     def positions(self) -> int:
         """Cells of its KV memory."""
         return self._positions
@@ -157,7 +162,7 @@ class SpanContext:
     def _parameters(self, positions: int, is_watched: bool) -> Any:
         options = self._options
         parameters = self._library.llama_context_default_params()
-        parameters.n_ctx = -(-positions // ROUNDED_TO) * ROUNDED_TO
+        parameters.n_ctx = max(1, -(-positions // ROUNDED_TO)) * ROUNDED_TO  # 0 is all that the model was trained for
         parameters.n_batch, parameters.n_ubatch = BATCH_ROWS, self._pass_rows
         parameters.n_seq_max = options.sequences + OWN_SEQUENCES
         parameters.n_outputs_max_per_seq = BATCH_ROWS

@@ -41,10 +41,10 @@ class KvBudget:
         self._contexts.append(ref(context))
 
     @property
-    def is_exceeded(self) -> bool:
-        """Whether the contexts have taken more than there is."""
+    def free_bytes(self) -> int:
+        """What the contexts have not taken."""
         found = (each() for each in tuple(self._contexts))
-        return _bytes_of(each for each in found if each is not None) > self._total_bytes
+        return self._total_bytes - _bytes_of(each for each in found if each is not None)
 
     def positions_for(self, context: KvContext, needed: int) -> int:
         """Return how many positions a context takes that needs so many: twice what it has, if there is memory for it.

@@ -67,6 +67,8 @@ class Sequences:
         """By sequence, of sessions open and closed."""
         self._closed: dict[int, None] = {}
         """Sequences of closed sessions, the first closed first."""
+        self._sources: dict[int, set[int | None]] = {}
+        """Those whose cells a sequence of an open session shares."""
 
     def forget(self, pages: Iterable[int]) -> None:
         """Give up pages that the allocator has given up, or to a session that begins."""
@@ -77,7 +79,8 @@ class Sequences:
         """Return a sequence that holds the copied pages. Raises EngineError where one of them is gone."""
         sequence = self._take()
         try:
-            for source, start, end in self._runs(reservation.copied):
+            runs = self._runs(reservation.copied)
+            for source, start, end in runs:
                 if source is None:
                     self._append(sequence, reservation.copied[start:end])
                 else:
@@ -87,33 +90,48 @@ class Sequences:
             self._free.append(sequence)
             raise EngineError(str(error)) from None
         self._pages[sequence] = set(reservation.pages)
+        self._sources[sequence] = {source for source, _, _ in runs}
         self._stretches |= {page: _Stretch(sequence, number) for number, page in enumerate(reservation.pages)}
         self.set_aside()
         return sequence
 
     def set_aside(self) -> None:
-        """Move cached pages of closed sessions out of the context, unless they are few; the latest stay."""
+        """Move cached pages of closed sessions out of the context, unless they are few; the latest stay.
+
+        Not out of a GPU, beside which no memory is planned for them; and as far as KV memory has room for them.
+        """
+        if self.context.is_on_gpu:
+            return
+        shared = set().union(*self._sources.values())
         room = max(FIRST_POSITIONS, sum(map(self.context.end, self._pages.keys() - self._closed.keys())))
         for sequence in reversed(tuple(self._closed)):
-            room -= self.context.end(sequence)
-            if room < 0:
-                self._set_aside(sequence)
+            if sequence not in shared:
+                room -= self.context.end(sequence)
+                if room < 0:
+                    self._set_aside(sequence)
 
     def _set_aside(self, sequence: int) -> None:
-        pages = {page: self._stretches[page].number for page in self._pages[sequence]}
+        end = self.context.end(sequence)
+        numbers = {page: self._stretches[page].number for page in self._pages[sequence]}
+        pages = {page: number for page, number in numbers.items() if _positions(number)[1] <= end}
+        if not self._has_room(len(pages) * PAGE_POSITIONS * self.context.position_bytes):
+            return
         try:
             aside = {
                 page: _Page(number, self.context.states(sequence, *_positions(number)))
                 for page, number in pages.items()
-                if _positions(number)[1] <= self.context.end(sequence)
             }
         except MemoryError:  # it is served where it is
             return
         self.free(sequence)
         self._aside.update(aside)
-        if self._budget.is_exceeded and self.context.positions > self.context.needed + ROUNDED_TO:
+
+    def _has_room(self, size_bytes: int) -> bool:
+        """Return whether there is memory for pages beside the context, which gives back what it does not need."""
+        if self._budget.free_bytes < size_bytes and self.context.positions > self.context.needed + ROUNDED_TO:
             with suppress(PassFailed):  # all is as before
                 self.context.resize(self.context.needed)
+        return self._budget.free_bytes >= size_bytes
 
     def _append(self, sequence: int, pages: Iterable[int]) -> None:
         """Append pages that are set aside to a sequence."""
@@ -123,6 +141,7 @@ class Sequences:
     def close(self, sequence: int) -> None:
         """Keep the sequence of a closed session until the allocator gives its pages up."""
         self._closed[sequence] = None
+        self._sources.pop(sequence, None)
 
     def take(self) -> int:
         """Return an empty sequence without pages; `free` gives it back."""

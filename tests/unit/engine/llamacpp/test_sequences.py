@@ -106,18 +106,50 @@ def test_a_prompt_that_is_set_aside_is_given_up_page_by_page(model: SpanModel) -
     assert (len(aside), aside.positions) == (17, 17 * PAGE_POSITIONS)
 
 
-def test_memory_of_prompts_that_are_set_aside_counts(model: SpanModel, wanted: list[npt.NDArray[np.float32]]) -> None:
-    positions = 6 * LENGTH
+def test_prompts_stay_in_the_context_while_a_session_shares_their_cells(model: SpanModel) -> None:
+    texts = Texts(model)
+    before = texts.begin(0)
+    texts.run(before, 0, 0, LENGTH)
+    texts.sequences.close(before)
+    turn = texts.begin(1, range(9))
+    texts.run(turn, 0, CACHED, LENGTH)
+    for number in (2, 3):
+        other = texts.begin(number)
+        texts.run(other, number, 0, LENGTH)
+        texts.sequences.close(other)
+    texts.sequences.set_aside()
+    assert texts.context.end(before) == LENGTH
+    texts.sequences.close(turn)
+    texts.sequences.set_aside()
+    assert texts.context.end(before) == 0
+
+
+def test_prompts_that_are_set_aside_take_no_more_memory_than_there_is(
+    model: SpanModel, wanted: list[npt.NDArray[np.float32]]
+) -> None:
+    positions = 8 * LENGTH
     texts = Texts(model, positions)
+
+    def taken() -> int:
+        return texts.context.positions + texts.sequences._aside.positions
+
     held = [texts.begin(number) for number in range(5)]
     for number, sequence in enumerate(held):
         texts.run(sequence, number, 0, LENGTH)
-    assert texts.context.positions > 4 * LENGTH
     for sequence in held[:4]:
         texts.sequences.close(sequence)
     texts.sequences.set_aside()
-    assert texts.sequences._aside.positions
-    assert texts.context.positions + texts.sequences._aside.positions <= positions + ROUNDED_TO
-    sequence = texts.begin(5)
-    assert (texts.run(sequence, 7, 0, LENGTH) == wanted[7]).all()
+    assert texts.sequences._aside.positions >= LENGTH
+    assert taken() <= positions
     assert (texts.run(held[4], 4, LENGTH - 1, LENGTH) == wanted[4]).all()
+    texts.sequences.close(held[4])
+    for number in range(5, 9):
+        texts.sequences.forget(range(10 * (number - 5), 10 * (number - 5) + 10))
+        sequence = texts.begin(number)
+        assert taken() <= positions
+        assert (texts.run(sequence, number, 0, LENGTH) == wanted[number]).all()
+        texts.sequences.close(sequence)
+
+
+def test_context_without_positions_is_a_small_one(model: SpanModel) -> None:
+    assert Texts(model).context._parameters(0, is_watched=False).n_ctx == ROUNDED_TO
