@@ -133,12 +133,16 @@ class _Pause:
             self._read = b""
 
     async def _read_ahead(self) -> None:
-        """Read up to a bound; a client that sends more is not seen leaving."""
+        """Read up to a bound of all that is unparsed; a client that sends more is not seen leaving."""
+        room = MAX_RECV - len(self._protocol.connection.trailing_data[0])
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            while data := await self._stream.receive_some(MAX_RECV - len(self._read)):
-                self._read += data
-                if len(self._read) == MAX_RECV:
+            while True:
+                if room <= 0:
                     return
+                if not (data := await self._stream.receive_some(room)):
+                    break
+                self._read += data
+                room -= len(data)
         self._has_left = True
         self._over.set()
 

@@ -4,10 +4,12 @@ from functools import partial
 
 import h2.config
 import h2.connection
+import h11
 import httpx
 import hypercorn
 import pytest
 import trio
+from hypercorn.trio.tcp_server import MAX_RECV
 
 from node.api import server
 from node.api.access import Access
@@ -161,6 +163,26 @@ async def test_request_behind_another_is_answered_when_that_one_is(monkeypatch: 
                 answers = b"".join([data async for data in client])
     assert answers.count(b"HTTP/1.1 200") == 2
     assert b"chat.completion" in answers.partition(b"\r\n\r\n")[2]
+
+
+async def test_little_is_held_of_many_requests_behind_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    most_bytes = 0
+    receive = h11.Connection.receive_data
+
+    def received(connection: h11.Connection, data: bytes) -> None:
+        nonlocal most_bytes
+        receive(connection, data)
+        most_bytes = max(most_bytes, len(connection.trailing_data[0]))
+
+    monkeypatch.setattr(h11.Connection, "receive_data", received)
+    count = 120
+    request = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Padding: " + b"x" * 5000 + b"\r\n%s\r\n"
+    with trio.fail_after(20):
+        async with serve_node(FakeNode()) as url, await connect(url) as client, trio.open_nursery() as nursery:
+            nursery.start_soon(client.send_all, request % b"" * (count - 1) + request % b"Connection: close\r\n")
+            answers = b"".join([data async for data in client])
+    assert answers.count(b"HTTP/1.1 200") == count
+    assert most_bytes < 2 * MAX_RECV
 
 
 async def test_client_that_begins_with_http_2_is_refused_and_leaves_nothing() -> None:
