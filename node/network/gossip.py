@@ -1,6 +1,7 @@
 """GossipSub: the library's, with every message isolated, rate-limited and counted when dropped."""
 
 import logging
+import math
 import random
 import time
 from collections import Counter, defaultdict
@@ -199,6 +200,9 @@ class Router(GossipSub):
             adaptive_gossip_enabled=False,
             eclipse_protection_enabled=False,
         )
+        # And one of IWANTs, which punishes a neighbour that asks for a burst: they count in its rate limit, and for
+        # each message once.
+        self.max_iwant_requests_per_second = math.inf
         self.scorer: Scores = scores
         self._sent_to: defaultdict[bytes, set[ID]] = defaultdict(set)
         """The neighbours that requested a recent message."""

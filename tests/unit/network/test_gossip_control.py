@@ -120,6 +120,22 @@ async def test_backoff_is_forgotten_once_it_expired(monkeypatch: pytest.MonkeyPa
             await until(lambda: not router_of(victim).back_off[TOPIC])
 
 
+async def test_every_message_is_sent_of_a_burst_that_is_requested_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    victim = our_host(1)
+    neighbour = ID(hashlib.sha256(b"one").digest())
+    sent: list[bytes] = []
+    with limited(20):
+        async with victim.running():
+            router = router_of(victim)
+            for index in range(30):
+                await victim.publish(TOPIC, bytes([index]))
+            monkeypatch.setattr(router, "send_rpc", lambda peer, rpc: sent.extend(each.data for each in rpc.publish))
+            for message_id in list(router.mcache.msgs):
+                await router.handle_iwant(rpc_pb2.ControlIWant(messageIDs=[message_id.hex().encode()]), neighbour)
+            assert sorted(sent) == [bytes([index]) for index in range(30)]
+            assert router.scorer.of(neighbour) == 0
+
+
 async def test_message_is_sent_once_however_often_it_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     victim = our_host(1)
     sent: list[int] = []
