@@ -9,8 +9,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
 
 import trio
 
@@ -24,6 +24,8 @@ LEASE_S: Final = 3600
 RENEWAL_S: Final = LEASE_S / 2
 RETRY_S: Final = 600.0
 """Until a gateway that was not found is looked for again."""
+FIRST_RETRIES_S: Final = (10.0, 20.0, 30.0)
+"""The same for the first times on another network or after a suspend: a gateway may take a while to answer."""
 
 POLL_S: Final = 10.0
 """Interval at which addresses and clock are compared: no event says that the network is another, or of a suspend."""
@@ -37,6 +39,13 @@ DESCRIPTION: Final = "metaswarm"
 COMMAND: Final = python("-m", "node.network.port_mapping")
 
 
+class _Mapping(NamedTuple):
+    """One of our addresses, and where the gateway forwards it from."""
+
+    own: TcpAddress
+    external: TcpAddress
+
+
 async def keep_port_mapping(
     candidates: Callable[[], list[TcpAddress]],
     on_mapped: Callable[[TcpAddress | None], None],
@@ -46,49 +55,56 @@ async def keep_port_mapping(
 
     `candidates`: the private addresses that this node listens on; without any, as on a public machine, nothing is done.
     """
-    mapped: TcpAddress | None = None
+    mapped: _Mapping | None = None
+    leased: _Mapping | None = None
     own: list[TcpAddress] = []
+    retries_s: Iterator[float] = iter(())
     leased_at = asked_at = (0.0, 0.0)
 
     def elapsed_s(since: tuple[float, float]) -> float:
         """By the clock that went further: one stands still while the machine is suspended, the other may be set."""
         return max(trio.current_time() - since[0], wall_clock() - since[1])
 
+    def has_jumped(since: tuple[float, float]) -> bool:
+        return abs(trio.current_time() - since[0] - (wall_clock() - since[1])) > POLL_S
+
     try:
         while True:
             before, own = own, candidates()
-            if mapped is not None and not set(before) <= set(own):
+            if own != before or has_jumped(asked_at):
+                retries_s = iter(FIRST_RETRIES_S)
+            if mapped is not None and mapped.own not in own:
                 mapped = None  # it was a gateway of a network that we may have left
                 on_mapped(None)
-            found = await _ask("add", own, mapped.port if mapped else own[0].port) if own else None
-            pause_s = RENEWAL_S if found else RETRY_S
+            found = await _ask("add", own, mapped.external.port if mapped else own[0].port) if own else None
+            pause_s = RENEWAL_S if found else next(retries_s, RETRY_S)
             asked_at = trio.current_time(), wall_clock()
             if found is not None:
-                leased_at = asked_at
+                leased, leased_at = found, asked_at
             elif elapsed_s(leased_at) < LEASE_S:
                 found = mapped  # a renewal that failed ends no lease
             if found != mapped:
                 mapped = found
-                on_mapped(mapped)
+                on_mapped(mapped.external if mapped else None)
                 if mapped is not None:
-                    logger.info("the gateway forwards %s to this node", mapped.transport)
+                    logger.info("the gateway forwards %s to this node", mapped.external.transport)
             while elapsed_s(asked_at) < pause_s and candidates() == own:  # noqa: ASYNC110 - no signal
                 await trio.sleep(POLL_S)
     finally:
-        if mapped is not None:
+        if leased is not None:
             with trio.move_on_after(TIME_LIMIT_S / 4) as scope:
                 scope.shield = True
-                await _ask("remove", [mapped], mapped.port)
+                await _ask("remove", [leased.own], leased.external.port)
 
 
-async def _ask(verb: str, own: Sequence[TcpAddress], port: int) -> TcpAddress | None:
-    """Have the child process talk to the gateway; return the mapped address."""
-    hosts = ",".join(each.host for each in own if each.port == own[0].port)
-    arguments = (verb, hosts, str(own[0].port), str(port))
+async def _ask(verb: str, own: Sequence[TcpAddress], port: int) -> _Mapping | None:
+    """Have the child process talk to the gateway; return the mapping that it made."""
+    by_host = {each.host: each for each in own if each.port == own[0].port}
+    arguments = (verb, ",".join(by_host), str(own[0].port), str(port))
     try:
         answer = await run((*COMMAND, *arguments), what="the port mapping", time_limit_s=TIME_LIMIT_S)
         found = json.loads(answer)
-        return _external(found["host"], found["port"]) if verb == "add" else None
+        return _Mapping(by_host[found["own"]], _external(found["host"], found["port"])) if verb == "add" else None
     except (ChildError, ValueError, KeyError, TypeError) as error:
         logger.debug("no port mapping: %s", error)
         return None
@@ -106,9 +122,11 @@ def _external(host: object, port: object) -> TcpAddress:
 
 
 def change_mapping(gateway: Any, verb: str, host: str, port: int, external_port: int) -> dict[str, object]:
-    """Add or remove a mapping at a gateway, an object of miniupnpc; return the external address."""
+    """Add or remove a mapping at a gateway, an object of miniupnpc; return the external address and which is ours."""
     if verb == "remove":
-        gateway.deleteportmapping(external_port, "TCP")
+        held = gateway.getspecificportmapping(external_port, "TCP")
+        if held is None or (held[0], int(held[1])) == (host, port):  # a gateway of another network has others' there
+            gateway.deleteportmapping(external_port, "TCP")
         return {}
     external = gateway.externalipaddress()
     for wanted in range(external_port, min(external_port + PORTS_TRIED, 65536)):
@@ -121,7 +139,7 @@ def change_mapping(gateway: Any, verb: str, host: str, port: int, external_port:
             if "OnlyPermanentLeasesSupported" not in str(error):
                 raise
             gateway.addportmapping(wanted, "TCP", host, port, DESCRIPTION, "", 0)
-        return {"host": external, "port": wanted}
+        return {"host": external, "port": wanted, "own": host}
     raise RuntimeError(f"the gateway has no free port from {external_port} on")
 
 

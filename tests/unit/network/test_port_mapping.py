@@ -48,7 +48,7 @@ class Gateway:
 def test_own_port_is_mapped_for_a_while_and_renewed_and_removed() -> None:
     gateway = Gateway()
     for _ in range(2):
-        assert change_mapping(gateway, "add", HOST, PORT, PORT) == {"host": "203.0.113.7", "port": PORT}
+        assert change_mapping(gateway, "add", HOST, PORT, PORT) == {"host": "203.0.113.7", "port": PORT, "own": HOST}
     assert gateway.leases == {PORT: LEASE_S}
     change_mapping(gateway, "remove", HOST, PORT, PORT)
     assert gateway.held == {}
@@ -58,6 +58,7 @@ def test_port_of_another_node_is_left_alone() -> None:
     others = {PORT: ("192.168.1.3", PORT), PORT + 1: (HOST, 5001)}
     gateway = Gateway(dict(others))
     assert change_mapping(gateway, "add", HOST, PORT, PORT)["port"] == PORT + 2
+    change_mapping(gateway, "remove", HOST, PORT, PORT)
     assert others.items() <= gateway.held.items()
     crowded = Gateway({port: ("192.168.1.3", port) for port in range(PORT, PORT + 100)})
     with pytest.raises(RuntimeError, match="no free port"):
@@ -132,7 +133,7 @@ def test_mapping_is_made_at_a_gateway_that_speaks_upnp(own: str, host: str, caps
             )
         finally:
             server.shutdown()
-    assert json.loads(capsys.readouterr().out) == {"host": "9.9.9.9", "port": PORT}
+    assert json.loads(capsys.readouterr().out) == {"host": "9.9.9.9", "port": PORT, "own": host}
     asked = _GatewayServer.asked["AddPortMapping"]
     for part in (f">{host}<", f">{PORT}<", ">TCP<", f">{LEASE_S}<"):
         assert part in asked
@@ -163,13 +164,13 @@ async def mapped_by(monkeypatch: pytest.MonkeyPatch, *answers: str | None) -> li
 async def test_gateway_is_believed_no_address_that_is_not_public(
     host: str, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
-    assert await mapped_by(monkeypatch, json.dumps({"host": host, "port": PORT})) == []
+    assert await mapped_by(monkeypatch, json.dumps({"host": host, "port": PORT, "own": HOST})) == []
 
 
 async def test_mapping_outlives_a_failed_renewal_but_not_its_lease(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
-    good = json.dumps({"host": "9.9.9.9", "port": PORT})
+    good = json.dumps({"host": "9.9.9.9", "port": PORT, "own": HOST})
     address = f"/ip4/9.9.9.9/tcp/{PORT}"
     assert await mapped_by(monkeypatch, good, None, good) == [address]
     assert await mapped_by(monkeypatch, good) == [address, None]
@@ -181,13 +182,20 @@ class Home:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.own = [parse_address(f"/ip4/{HOST}/tcp/{PORT}")]
         self.asked_at_s: list[float] = []
+        self.removed: list[Sequence[str]] = []
+        self.is_down = False
         monkeypatch.setattr(port_mapping, "run", self._answer)
 
     async def _answer(self, command: Sequence[str], **_: Any) -> str:
+        verb, hosts, *ports = command[-4:]
+        if verb == "remove":
+            self.removed.append([hosts, *ports])
+            return "{}"
         self.asked_at_s.append(trio.current_time())
-        if HOST not in command[-3]:
+        await trio.sleep(1)
+        if self.is_down or HOST not in hosts:
             raise ChildError("no gateway")
-        return json.dumps({"host": "9.9.9.9", "port": PORT})
+        return json.dumps({"host": "9.9.9.9", "port": PORT, "own": HOST})
 
 
 async def test_mapping_ends_with_the_network_it_was_made_in_and_returns_with_it(
@@ -223,6 +231,63 @@ async def test_mapping_is_renewed_after_a_suspend(
         await trio.sleep(60)
         assert len(home.asked_at_s) == 2
         nursery.cancel_scope.cancel()
+
+
+async def test_mapping_outlives_other_addresses_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """As that of a VPN that ends, also where the gateway misses the next question."""
+    home, taken = Home(monkeypatch), list[TcpAddress | None]()
+    at_home = home.own
+    home.own = [parse_address(f"/ip4/10.8.0.2/tcp/{PORT}"), *at_home]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keep_port_mapping, lambda: home.own, taken.append)
+        await trio.sleep(60)
+        home.own, home.is_down = at_home, True
+        await trio.sleep(15)
+        home.is_down = False
+        await trio.sleep(60)
+        assert taken == [parse_address(f"/ip4/9.9.9.9/tcp/{PORT}")]
+        nursery.cancel_scope.cancel()
+
+
+async def test_gateway_that_is_late_after_a_suspend_is_asked_again_within_a_minute(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    home, taken, ahead_s = Home(monkeypatch), list[TcpAddress | None](), 1_780_000_000.0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keep_port_mapping, lambda: home.own, taken.append, lambda: trio.current_time() + ahead_s)
+        await trio.sleep(60)
+        ahead_s += 2 * LEASE_S
+        home.is_down = True
+        await trio.sleep(35)
+        home.is_down = False
+        await trio.sleep(45)
+        assert [each is not None for each in taken] == [True, False, True]
+        home.is_down = True
+        ahead_s += 2 * LEASE_S
+        before = len(home.asked_at_s)
+        await trio.sleep(500)
+        assert len(home.asked_at_s) == before + 4, "then as seldom as before"
+        nursery.cancel_scope.cancel()
+
+
+async def test_mapping_is_removed_also_while_another_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    home, taken = Home(monkeypatch), list[TcpAddress | None]()
+    async with trio.open_nursery() as nursery:
+
+        def take(address: TcpAddress | None) -> None:
+            taken.append(address)
+            if address is None:
+                nursery.cancel_scope.cancel()
+
+        nursery.start_soon(keep_port_mapping, lambda: home.own, take)
+        await trio.sleep(60)
+        home.own = [parse_address(f"/ip4/10.7.7.7/tcp/{PORT}")]
+        await trio.sleep(60)
+    assert home.removed == [[HOST, str(PORT), str(PORT)]]
 
 
 def test_mapped_address_is_told_once_a_peer_has_reached_us_there() -> None:
