@@ -420,7 +420,7 @@ async def test_admission_leaves_kv_memory_for_own_jobs_and_other_peers(virtual_c
         assert (await stranger.victim.run(REQUEST)).token_ids == right_tokens(12)
         assert (await coordinator.run(REQUEST)).token_ids == right_tokens(12)
         # Whoever wants more than there is makes the hoarder's idle sessions end sooner.
-        large = JobRequest(model="fake", prompt=PROMPT, max_tokens=3500)
+        large = JobRequest(model="fake", prompt=PROMPT, max_tokens=3500, ignore_eos=True)
         began_s = trio.current_time()
         while True:
             try:
