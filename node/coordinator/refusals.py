@@ -125,8 +125,8 @@ def shorten(job: Job, refusals: Collection[StageRefusal]) -> bool:
     """Lower the limit of a text for which stages had no KV memory; return whether they may have enough now.
 
     It becomes what those can hold that are too small for it, or a usual one where they are full. A limit of the user's
-    is lowered only before the text begins, where no peer may hold it once it is back. There is no room for it: then
-    the text takes a share, as one without a limit does, since such limits are often the most that a client knows of.
+    is lowered only before the text begins, where no peer may hold it once it is back. If stages are full, or hold half
+    of it at most, the text takes a share, as one without a limit does: such limits are often the most a client knows.
     One that asks for a certain length takes none, and waits for full peers. What is measured stays as long as it is.
     """
     is_stated, before = job.request.max_tokens is not None, job.sampling.max_tokens
@@ -135,14 +135,16 @@ def shorten(job: Job, refusals: Collection[StageRefusal]) -> bool:
     is_away = bool(may_hold_it - {RefusalReason.FULL})
     if _is_measured(job) or (is_stated and (job.output.routed_s or is_away)):
         return False
-    if not job.takes_share and is_full and _may_take_share(job):
+    # Of some the limit was low enough before: they have refused nothing since.
+    held = (each.most_positions - len(job.prompt) for each in refusals)
+    most = max((tokens for tokens in held if len(job.output.tokens) < tokens < before), default=0)
+    is_far_off = bool(may_hold_it) or 0 < 2 * most <= (job.request.max_tokens or before)
+    if not job.takes_share and is_full and is_far_off and _may_take_share(job):
         job.takes_share = True
         return True
     if not job.takes_share and may_hold_it:
         return False
-    # Of some the limit was low enough before: they have refused nothing since.
-    held = (each.most_positions - len(job.prompt) for each in refusals)
-    if most := max((tokens for tokens in held if len(job.output.tokens) < tokens < before), default=0):
+    if most:
         job.limit(most)
     elif job.takes_share and RefusalReason.FULL in may_hold_it:
         job.limit(len(job.output.tokens) + USUAL_TOKENS)

@@ -46,8 +46,11 @@ def test_error_names_few_of_many_methods() -> None:
     assert "method-2 runs" in no_route(job_with(*names[:3]), NoRouteError(()), {}, {}).message
 
 
-def limited(refusals: list[StageRefusal], stated: int = 32_000, **options: object) -> int:
-    """Return the limit of a text that 100 tokens of a prompt are before, once stages have refused it."""
+def limited(refusals: list[StageRefusal], stated: int = 32_000, share: int = 32_000, **options: object) -> int:
+    """Return the limit of a text that 100 tokens of a prompt are before, once stages have refused it.
+
+    `share`: what it is limited to on its next route where it takes a share.
+    """
     sampling = SimpleNamespace(max_tokens=stated)
     request = {"max_tokens": stated, "background": False, "ignore_eos": False, "min_tokens": 0}
     job = SimpleNamespace(
@@ -61,7 +64,8 @@ def limited(refusals: list[StageRefusal], stated: int = 32_000, **options: objec
         limit=lambda tokens: setattr(sampling, "max_tokens", tokens),
     )
     while shorten(cast("Job", job), refusals):
-        pass
+        if job.takes_share:
+            sampling.max_tokens = min(sampling.max_tokens, share)
     return int(sampling.max_tokens)
 
 
@@ -87,3 +91,12 @@ def test_text_of_a_certain_length_waits_for_a_peer_that_is_busy(options: dict[st
     small, busy = refusal("a", RefusalReason.FULL, 2048), refusal("b", RefusalReason.FULL)
     assert limited([small, busy], **options) == 32_000
     assert limited([small], **options) == 1948
+
+
+@pytest.mark.parametrize(("asked", "held"), [(8093, 8092), (16_183, 8092)])
+def test_limit_slightly_beyond_what_stages_hold_is_cut_to_that(asked: int, held: int) -> None:
+    assert limited([refusal("a", RefusalReason.FULL, 8192)], asked, share=2048) == held
+
+
+def test_limit_far_beyond_what_stages_hold_leaves_others_their_share() -> None:
+    assert limited([refusal("a", RefusalReason.FULL, 8192)], 16_184, share=2048) == 2048
