@@ -1,6 +1,6 @@
 """Whom a job blames for a stage that is lost: what stages say of each other counts less than what this node sees."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from node.coordinator.planner import Planner
 from node.links.link_pool import LinkPool
@@ -15,14 +15,18 @@ class Blame:
     def __init__(self, planner: Planner, link_pool: LinkPool) -> None:
         self._planner = planner
         self._link_pool = link_pool
-        self.accusers: set[PeerId] = set()
-        """Stages that blamed another one, in whose place a job of theirs gains them no trust."""
+        self.accusers: dict[PeerId, PeerId] = {}
+        """Stages that blamed another one, and that one: a job of theirs gains the accusers no trust."""
 
-    def charge(self, lost: SessionLost, on_route: Collection[PeerId]) -> PeerId:
+    def charge(
+        self, lost: SessionLost, on_route: Collection[PeerId], is_replaceable: Callable[[PeerId], bool]
+    ) -> PeerId:
         """Return the peer to replace, and charge it: the one that a stage blames if it is on the route, else the stage.
 
         Where this node sees nothing wrong with the blamed one, either may lie. Both are charged, by half, and whoever
         blames a second one is replaced itself: else it could end every job, and ruin the records of all its neighbours.
+        Blaming the same one again convicts neither, since the other may break their link each time: then the accuser is
+        replaced, or the accused if only that `is_replaceable`.
         Only a peer that this node cannot reach itself counts as dead: a failed engine restarts, and of two peers that
         do not reach each other both live.
         """
@@ -32,10 +36,11 @@ class Blame:
         if is_accused and (is_dead or reporter == own):
             self._planner.failed(blamed, dead=is_dead)
             return blamed
-        if is_accused and reporter not in self.accusers:
-            self.accusers.add(reporter)
+        if is_accused and self.accusers.get(reporter, blamed) == blamed:
+            is_repeated = reporter in self.accusers
+            self.accusers[reporter] = blamed
             self._planner.disputed(blamed, reporter)
-            return blamed
+            return reporter if is_repeated and (is_replaceable(reporter) or not is_replaceable(blamed)) else blamed
         # A stage that blames us may be right: then the job only continues elsewhere.
         if lost.reason is not FailureReason.EXPIRED and (blamed != own or reporter == own):
             is_dead = not self._link_pool.is_linked(reporter)

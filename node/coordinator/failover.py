@@ -340,7 +340,8 @@ class ResilientRoute:
         if self._is_bad_request(route, lost):
             self._ask_another(route, lost)
             return
-        culprit = self._blame.charge(lost, {stage.peer for stage in route.stages})
+        on_route = {stage.peer for stage in route.stages}
+        culprit = self._blame.charge(lost, on_route, lambda peer: self._planner.knows_route(self._need({peer})))
         self._log.info("stage lost", peer=culprit, reason=lost.reason, message=lost.message)
         refusal = StageRefusal(culprit, None, lost.message, lagged=lost.lagged)
         is_broken = lost.reason is FailureReason.DOWNSTREAM and not lost.lagged
