@@ -26,6 +26,8 @@ class DialsForOthers:
     def __init__(self, network: Network) -> None:
         self._network = network
         self._backoff = Backoff(random.Random())
+        self._timeouts = Backoff(random.Random())
+        """By opener and peer: an opener that can delay a dial keeps the peer from no other one's sessions."""
         self._in_all: TokenBucket | None = None
         self._by_opener: LRUCache[PeerId, TokenBucket] = LRUCache(1024)
 
@@ -35,16 +37,21 @@ class DialsForOthers:
         if opener == own or peer in {own, opener} or peer in self._network.connected_peers():
             return True
         now_s = trio.current_time()
-        if not self._backoff.is_ready(peer, now_s):
+        if not (self._backoff.is_ready(peer, now_s) and self._timeouts.is_ready(f"{opener} {peer}", now_s)):
             return False
         bucket = self._by_opener.setdefault(opener, PER_OPENER.bucket(now_s))
         self._in_all = self._in_all or IN_ALL.bucket(now_s)
         return bucket.take(1, now_s) and self._in_all.take(1, now_s)
 
-    def reached(self, peer: PeerId) -> None:
-        """Record that a peer was reached."""
+    def reached(self, peer: PeerId, opener: PeerId) -> None:
+        """Record that a peer was reached for an opener's session."""
         self._backoff.succeeded(peer)
+        self._timeouts.succeeded(f"{opener} {peer}")
 
     def failed(self, peer: PeerId) -> None:
         """Record that it was not: for a while it is not dialled again, longer each time."""
         self._backoff.failed(peer, trio.current_time(), BACKOFF_S)
+
+    def timed_out(self, peer: PeerId, opener: PeerId) -> None:
+        """Record that a dial took too long: for a while the peer is not dialled again for this opener."""
+        self._timeouts.failed(f"{opener} {peer}", trio.current_time(), BACKOFF_S)

@@ -245,31 +245,44 @@ class SessionAdmission:
 
     async def _connect(self, session: StageSession) -> None:
         """Open links to the receivers of the session's outputs, before the first row: later would be too late."""
-        following, request, peer = session.following, session.request, session.opened_by.peer
+        following, request, opener = session.following, session.request, session.opened_by.peer
         if request.downstream is not None:
             targets = {following: request.downstream}
         else:
-            targets = {following: peer, SessionId(following.job, 0): request.feedback or peer}
-        with trio.move_on_after(CONNECT_LIMIT_S) as scope:
-            for receiver, peer in targets.items():
-                link = await self._link_for(session.opened_by.peer, peer)
-                if session.is_ended:
-                    raise LinkBroken(peer, "the session was lost while it was opened")
-                session.outbox.connect(receiver, link)
-        if scope.cancelled_caught:
-            self._dials.failed(peer)
-            raise LinkBroken(peer, f"not reached within {CONNECT_LIMIT_S:.0f} s")
+            targets = {following: opener, SessionId(following.job, 0): request.feedback or opener}
+        broken: list[LinkBroken] = []
 
-    async def _link_for(self, opener: PeerId, peer: PeerId) -> OutboundLink:
-        """Return a link to a receiver of an opener's session. Raises LinkBroken, also where no dial is left for it."""
+        async def connect(receiver: SessionId, peer: PeerId) -> None:
+            try:
+                session.outbox.connect(receiver, await self._link_for(session, peer))
+            except LinkBroken as error:
+                broken.append(error)
+                nursery.cancel_scope.cancel()
+
+        # At once: an opener that answers late takes none of the other one's time.
+        async with trio.open_nursery() as nursery:
+            for receiver, peer in targets.items():
+                nursery.start_soon(connect, receiver, peer)
+        if broken:
+            raise broken[0]
+
+    async def _link_for(self, session: StageSession, peer: PeerId) -> OutboundLink:
+        """Return a link to a receiver of a session. Raises LinkBroken, also where no dial is left for its opener."""
+        opener = session.opened_by.peer
         if not (self._link_pool.is_linked(peer) or self._dials.permit(peer, opener)):
             raise LinkBroken(peer, "not dialled for others now: it was not reached lately, or too many others were")
         try:
-            link = await self._link_pool.link_to(peer)
+            with trio.fail_after(CONNECT_LIMIT_S):
+                link = await self._link_pool.link_to(peer)
+        except trio.TooSlowError:
+            self._dials.timed_out(peer, opener)
+            raise LinkBroken(peer, f"not reached within {CONNECT_LIMIT_S:.0f} s") from None
         except LinkBroken:
             self._dials.failed(peer)
             raise
-        self._dials.reached(peer)
+        self._dials.reached(peer, opener)
+        if session.is_ended:
+            raise LinkBroken(peer, "the session was lost while it was opened")
         return link
 
 
