@@ -24,7 +24,7 @@ class Stage:
         network = SimpleNamespace(peer_id=PeerId("stage"), connected_peers=lambda: {OPENER})
         self.dials = DialsForOthers(cast("Network", network))
         self._delays_s = delays_s
-        self._admission: Any = SessionAdmission.__new__(SessionAdmission)
+        self._admission = cast("Any", SessionAdmission.__new__(SessionAdmission))
         self._admission._dials = self.dials
         self._admission._link_pool = SimpleNamespace(link_to=self._link_to, is_linked=lambda _: False)
 
