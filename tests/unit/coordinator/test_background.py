@@ -265,5 +265,7 @@ async def test_sessions_of_trials_that_end_on_the_stage_are_charged_once(virtual
         assert done.is_replayed
         for peer, allowance, sessions in ((first, allowances[0], 2), (last, allowances[1], 1)):
             computed_s = sum(engine.statistics().compute_s for engine in peer.engines)
-            assert sum(allowance.charges) == pytest.approx(computed_s, abs=STEP_S), "but for a step that it died in"
+            assert sum(allowance.charges) == pytest.approx(computed_s, abs=1.1 * STEP_S), (
+                "but for a step that it died in"
+            )
             assert sum(charge > 0 for charge in allowance.charges) == sessions

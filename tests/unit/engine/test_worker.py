@@ -412,6 +412,7 @@ async def test_idle_reference_is_unloaded_and_loaded_again(
         assert "unload" not in posted, "nothing else can serve"
         await engine.prepare(fused)
         await start(engine, session(1), 40)
+        posted.clear()
         await trio.sleep(0.1)
         assert "unload" not in posted, "a session is on it"
         await engine.close(session(1))
