@@ -62,7 +62,7 @@ def job_id_of(coordinator: PeerId, nonce: bytes) -> JobId:
 
 
 def is_job_of(job: JobId, coordinator: PeerId) -> bool:
-    """Return whether a job id was made by this coordinator; those that earlier versions chose are nobody's."""
+    """Return whether a job id was made by this coordinator; those of earlier versions show none."""
     return job == job_id_of(coordinator, bytes.fromhex(job)[:JOB_NONCE_BYTES])
 
 

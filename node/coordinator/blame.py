@@ -23,10 +23,10 @@ class Blame:
     ) -> PeerId:
         """Return the peer to replace, and charge it: the one that a stage blames if it is on the route, else the stage.
 
-        Where this node sees nothing wrong with the blamed one, either may lie. Both are charged, by half, and whoever
-        blames a second one is replaced itself: else it could end every job, and ruin the records of all its neighbours.
-        Blaming the same one again convicts neither, since the other may break their link each time: then the accuser is
-        replaced, or the accused if only that `is_replaceable`.
+        Where this node sees nothing wrong with the blamed one, either may lie. Both are charged, by half, and a stage
+        that blames a second one is replaced itself: else it could end every job, and ruin the records of all its
+        neighbours. Blaming the same one again convicts neither, since the other may break their link each time: then
+        the accuser is replaced, or the accused if only that `is_replaceable`.
         Only a peer that this node cannot reach itself counts as dead: a failed engine restarts, and of two peers that
         do not reach each other both live.
         """

@@ -262,7 +262,7 @@ class Planner:
             self._finder.forget(peer)
 
     def disputed(self, *peers: PeerId) -> None:
-        """Record two peers one of which blames the other: nobody else knows which of them is at fault."""
+        """Record two peers one of which blames the other: which of them is at fault is unknown."""
         for peer in peers:
             self._reliability.disputed(peer, trio.current_time())
 

@@ -157,7 +157,7 @@ class LocalQualityStore:
         request = json.dumps({"windows": long_enough, "lineages": kv_keys(model.manifest.format)})
         _logger.info("measuring the quality of lossy methods", model=model.id)
         began_s = trio.current_time()
-        with self._library.in_use(package, whole):
+        async with self._library.in_use(package, whole):
             try:
                 done = await run(
                     [*self._command, str(package.path)],

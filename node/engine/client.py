@@ -117,7 +117,7 @@ class _Frame:
 class _Call:
     """A call that waits for its answer. `order`: the session of each slice. `ends`: how far the step takes each.
 
-    `loading`: what is in memory once it is answered, also where nobody waits for it any more.
+    `loading`: what is in memory once it is answered, also where its caller was cancelled.
     """
 
     begun: dict[SessionId, _Frame] = field(default_factory=dict)

@@ -26,7 +26,7 @@ GIBIBYTE: Final = 1 << 30
 
 LOCK_TRIES: Final = 100
 LOCK_PAUSE_S: Final = 0.01
-"""Between tries: whoever looks whether a file is in use locks it for much less."""
+"""Between tries: a check whether a file is in use locks it for much less."""
 
 MAX_WITHOUT_WEIGHTS: Final = 64
 """Packages from peers that have a manifest, perhaps a tokenizer, and no weights: each request may add one."""

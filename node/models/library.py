@@ -1,7 +1,7 @@
 """The models available here: named by the user, found in the cache, at peers or in the catalogue."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
@@ -272,9 +272,13 @@ class Library:
         except ModelError as error:
             _logger.info("no tokenizer: texts cannot follow a JSON Schema", model=manifest.model_id, reason=str(error))
 
-    def in_use(self, package: Package, blocks: BlockRange) -> AbstractContextManager[None]:
-        """Protect the files of a span from eviction inside the block."""
-        return in_use(package, package.manifest.files_for(blocks))
+    @asynccontextmanager
+    async def in_use(self, package: Package, blocks: BlockRange) -> AsyncIterator[None]:
+        """Protect the files of a span from eviction inside the block. Raises ModelError."""
+        with ExitStack() as stack:
+            protected = in_use(package, package.manifest.files_for(blocks))
+            await trio.to_thread.run_sync(stack.enter_context, protected)  # it may wait for another process
+            yield
 
     def lacking_bytes(self, manifest: Manifest) -> int:
         """Return the total size of a model's missing files."""

@@ -1,4 +1,4 @@
-"""What a session is called on this node: session ids alone are not unique, as whoever knows a job id can make them."""
+"""Ids of sessions on this node: those on the wire are not unique, as any peer that knows a job id can make them."""
 
 from hashlib import sha256
 

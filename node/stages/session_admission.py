@@ -196,7 +196,7 @@ class SessionAdmission:
         raise refusal
 
     def _claim(self, session: SessionId, peer: PeerId, span: Span) -> None:
-        """Have all sessions of a job be one coordinator's: the job id's, whoever came first. Raises _Refusal.
+        """Have all sessions of a job be one coordinator's: the owner of the job id, else the first. Raises _Refusal.
 
         Every stage of a route learns the job id. It could open another's session first, or have this peer send rows of
         the job to others, who would believe that they come from its coordinator's sessions here.

@@ -205,9 +205,8 @@ class SpanSupervisor:
             plan_rows=share.device == CPU,
             narrow_kv=share.device != CPU,
         )
-        with self._library.in_use(package, blocks):
-            async with self._start_engine(package, blocks, options) as engine:
-                yield engine
+        async with self._library.in_use(package, blocks), self._start_engine(package, blocks, options) as engine:
+            yield engine
 
     # Spans
 

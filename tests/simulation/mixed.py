@@ -7,7 +7,7 @@ and now and then later still.
 
 import random
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -207,7 +207,7 @@ class Library:
         await trio.sleep(self._load_block_s * len(blocks))
         return model
 
-    def in_use(self, _package: object, _blocks: BlockRange) -> AbstractContextManager[None]:
+    def in_use(self, _package: object, _blocks: BlockRange) -> AbstractAsyncContextManager[None]:
         return nullcontext()
 
     def name_of(self, model: ModelId) -> str:

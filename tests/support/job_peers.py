@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -152,7 +152,7 @@ class FakeLibrary:
         await trio.sleep(1)
         return None
 
-    def in_use(self, package: object, blocks: BlockRange) -> AbstractContextManager[None]:
+    def in_use(self, package: object, blocks: BlockRange) -> AbstractAsyncContextManager[None]:
         return nullcontext()
 
     def name_of(self, model: ModelId) -> str:

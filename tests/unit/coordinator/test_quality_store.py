@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -42,7 +42,7 @@ class Here:
         await trio.lowlevel.checkpoint()
         return cast("Package", SimpleNamespace(path=self.folder))
 
-    def in_use(self, package: Package, blocks: BlockRange) -> AbstractContextManager[None]:
+    def in_use(self, package: Package, blocks: BlockRange) -> AbstractAsyncContextManager[None]:
         return nullcontext()
 
     def lacking_bytes(self, manifest: Manifest) -> int:

@@ -1,4 +1,4 @@
-"""The pool of job links: one link to each peer, whoever asks for it and when."""
+"""The pool of job links: one link to each peer, for all jobs."""
 
 import random
 from collections.abc import AsyncIterator

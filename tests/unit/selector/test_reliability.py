@@ -43,7 +43,7 @@ def test_records_are_bounded() -> None:
     assert len(known.avoided(0.5)) == MAX_PEERS
 
 
-def test_dispute_counts_half_and_backs_off_from_nobody() -> None:
+def test_dispute_counts_half_and_causes_no_backoff() -> None:
     known = Reliability()
     known.disputed("a", 0)
     assert known.avoided(0.1) == frozenset()

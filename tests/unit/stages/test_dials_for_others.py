@@ -1,4 +1,4 @@
-"""Links that a stage opens for another's session: whoever delays one keeps the peer from no other coordinator."""
+"""Links that a stage opens for another's session: an opener that delays one keeps the peer from no other."""
 
 from types import SimpleNamespace
 from typing import Any, cast

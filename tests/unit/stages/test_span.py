@@ -168,7 +168,7 @@ async def test_rows_now_and_then_do_not_hold_short_memory_for_ever(virtual_clock
         for number in range(200):
             if number % 3 == 0:
                 await tenant.send(a_slice(session, tokens, number // 3), tokens)
-            if number == 100:  # so far nobody wants it
+            if number == 100:  # so far no other peer wants it
                 began_s = trio.current_time()
             if number >= 100:
                 with suppress(SessionRefused):

@@ -1,4 +1,4 @@
-"""Bootstrap addresses at which nobody answers, for as long as a node runs."""
+"""Bootstrap addresses that never answer, for as long as a node runs."""
 
 import random
 from collections.abc import Iterable
