@@ -1,8 +1,6 @@
-"""Link rates and round trips, estimated passively from real traffic."""
+"""Link rates, estimated passively from real traffic, and round trips."""
 
 import math
-import statistics
-from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final
@@ -19,9 +17,6 @@ MIN_TRANSFER_BYTES: Final = 64 << 10
 
 MEMORY_BYTES: Final = 256 << 20
 """Scale of the exponential decay: a transfer this many bytes ago weighs 1/e in a rate."""
-
-ROUND_TRIPS: Final = 15
-"""Latest round trips of which the median is taken."""
 
 
 @dataclass(slots=True)
@@ -45,11 +40,11 @@ class _Rate:
 class _Link:
     sent: _Rate = field(default_factory=_Rate)
     received: _Rate = field(default_factory=_Rate)
-    round_trips_s: deque[float] = field(default_factory=lambda: deque(maxlen=ROUND_TRIPS))
+    round_trip_s: float | None = None
 
 
 class TrafficMeter:
-    """Estimates the links to the neighbours from transfers and round trips.
+    """Estimates the links to the neighbours from transfers, beside the round trips that pings show.
 
     The seconds of a transfer run until its last byte is acknowledged: a send that returned has only filled buffers.
     `node.network` reports the transfers on its connections.
@@ -69,8 +64,8 @@ class TrafficMeter:
             self._link(peer).received.add(byte_count, seconds)
 
     def round_trip(self, peer: PeerId, seconds: float) -> None:
-        """Record the time from a small request to its small response."""
-        self._link(peer).round_trips_s.append(min(max(seconds, MIN_FIGURE), MAX_ROUND_TRIP_S))
+        """Record the round trip to a peer as it is estimated now."""
+        self._link(peer).round_trip_s = min(max(seconds, MIN_FIGURE), MAX_ROUND_TRIP_S)
 
     def links(self, connected: Collection[PeerId]) -> Links:
         """Return the estimates for the connected peers with the latest traffic, and the best rates to these.
@@ -81,7 +76,7 @@ class TrafficMeter:
         neighbours = [
             Neighbour(
                 peer=peer,
-                round_trip_s=statistics.median(link.round_trips_s) if link.round_trips_s else None,
+                round_trip_s=link.round_trip_s,
                 upload_bytes_per_s=link.sent.bytes_per_s,
                 download_bytes_per_s=link.received.bytes_per_s,
             )

@@ -30,10 +30,10 @@ from selector.cuts import Cuts
 from selector.routing import Links, NoRouteError, check_complete
 
 PING_ROUND_S = 10.0
-ROUND_TRIPS = 6
-"""Latest round trips of which the shortest counts."""
-
 """Interval at which the round-trip times to the connected peers are measured."""
+
+ROUND_TRIPS = 15
+"""Latest round trips of which the shortest counts."""
 
 _logger = structlog.get_logger(__name__)
 
@@ -53,7 +53,7 @@ class Membership:
         wall_clock: Callable[[], float] = time.time,
         on_round_trip: Callable[[PeerId, float], None] = lambda peer, seconds: None,
     ) -> None:
-        """`on_round_trip` is called with every measured round-trip time, in seconds."""
+        """`on_round_trip` is called with a peer's estimated round-trip time, in seconds, after each ping."""
         self.directory = Directory(
             own_peer=network.peer_id, connected=network.connected_peers, range_of=lambda peer: _range_of(network, peer)
         )
@@ -80,7 +80,10 @@ class Membership:
         return tuple(self.directory.models())
 
     def round_trip_s(self, peer: PeerId) -> float | None:
-        """Return the shortest of the last round trips to a peer, in seconds: a busy machine answers late at times."""
+        """Return the shortest of the last round trips to a peer, in seconds: a busy machine answers late at times.
+
+        This node's announcement says the same, so that two peers judge a link alike, whichever of them pings.
+        """
         return min(self._round_trips_s.get(peer, ()), default=None)
 
     async def run(self) -> None:
@@ -160,8 +163,9 @@ class Membership:
                 except NetworkError as error:
                     _logger.debug("ping failed", peer=peer, reason=str(error))
                     continue
-                self._round_trips_s.setdefault(peer, deque(maxlen=ROUND_TRIPS)).append(round_trip_s)
-                self._on_round_trip(peer, round_trip_s)
+                latest_s = self._round_trips_s.setdefault(peer, deque(maxlen=ROUND_TRIPS))
+                latest_s.append(round_trip_s)
+                self._on_round_trip(peer, min(latest_s))
             await trio.sleep(PING_ROUND_S * self._jitter.uniform(0.8, 1.2))
 
 

@@ -20,6 +20,7 @@ def membership_of(
     *,
     bootstrap: Iterable[str] = (),
     wall_clock: Callable[[], float] = lambda: 0.0,
+    on_round_trip: Callable[[PeerId, float], None] = lambda peer, seconds: None,
 ) -> Membership:
     """Return the membership of a node that serves nothing."""
     return Membership(
@@ -30,6 +31,7 @@ def membership_of(
         records=RecordKinds(network),
         jitter=random.Random(0),
         wall_clock=wall_clock,
+        on_round_trip=on_round_trip,
     )
 
 

@@ -36,13 +36,6 @@ def test_the_best_neighbour_shows_what_our_own_link_can_do() -> None:
     assert meter.links(BOTH).download_bytes_per_s is None
 
 
-def test_round_trip_estimate_is_a_median() -> None:
-    meter = TrafficMeter()
-    for seconds in (0.01, 0.01, 5.0, 0.01, 0.01):
-        meter.round_trip(ALICE, seconds)
-    assert meter.links(BOTH).neighbours[0].round_trip_s == 0.01
-
-
 def test_rates_are_weighted_by_transfer_size() -> None:
     meter = TrafficMeter()
     meter.received(ALICE, 100 * MIB, 10.0)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import trio.testing
 
+from node.capabilities.traffic import TrafficMeter
 from node.identity import Identity
 from node.swarm.link_estimates import LinkEstimates
 from node.testing.memory_links import LinkModel
@@ -59,3 +60,25 @@ async def test_dials_a_server_that_makes_a_route_where_those_that_were_reached_a
     async with network.running():
         found = await membership.candidates(MODEL, Cuts(6), links.between, without=())
     assert unreached.peer_id in {candidate.stage.peer for candidate in found}
+
+
+async def test_what_is_announced_of_a_link_is_what_this_node_uses_the_shortest_of_the_latest_pings(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    us, other = (Identity(bytes([number]) * 32) for number in range(2))
+    link = LinkModel(latency_s=0.005)
+    hub = MemoryNetworkHub(random.Random(0), link)
+    network, neighbour = (hub.network(each.peer_id) for each in (us, other))
+    traffic = TrafficMeter()
+    membership = membership_of(network, us, on_round_trip=traffic.round_trip)
+    async with network.running(), neighbour.running(), trio.open_nursery() as nursery:
+        await network.connect(neighbour.multiaddrs[0])
+        nursery.start_soon(membership._ping_loop)
+        await trio.sleep(1)
+        link.latency_s = 0.05
+        await trio.sleep(100)
+        ours_s = membership.round_trip_s(other.peer_id)
+        (announced,) = traffic.links([other.peer_id]).neighbours
+        nursery.cancel_scope.cancel()
+    assert ours_s == pytest.approx(0.01)
+    assert announced.round_trip_s == ours_s
