@@ -27,8 +27,8 @@ from benchmarks.common import describe_machine, spread_of, verdict
 from benchmarks.daemons import running_daemon
 from node.config import NodeReady
 from node.network.host import Libp2pNetwork
-from node.network.idle_peer import hold_idle_connection
 from node.network.interface import NetworkError
+from tests.support.idle_peer import hold_idle_connection
 
 OTHER_ADDRESS = "127.0.0.99"
 """Where the connections come from; all of 127.0.0.0/8 is this machine."""

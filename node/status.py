@@ -440,6 +440,7 @@ class StatusView:
             "step_s": load.step_s,
             "device": info.device,
             "reserved_positions": statistics.reserved_positions,
+            "cached_positions": statistics.cached_positions,
             "kv_positions": info.kv_positions,
             "weight_bytes": info.weight_bytes,
             "engine": info.engine,

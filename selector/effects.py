@@ -8,24 +8,22 @@ from selector.dataset import FloatArray, Pairs, context_means, context_minima
 
 SWEEPS = 10
 
+PRIOR_WEIGHT = 1.0
+"""Of a prior that each method is average."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Effects:
-    """`cost ≈ of_context[context] + of_method[method]`, in natural logarithms; 0 for a method never measured.
-
-    `support`: total weight of the measurements of each method.
-    """
+    """`cost ≈ of_context[context] + of_method[method]`, in natural logarithms; 0 for a method never measured."""
 
     of_context: FloatArray
     of_method: FloatArray
-    support: FloatArray
 
 
-def fit_effects(pairs: Pairs, cost: FloatArray, weight: FloatArray, shrinkage: float = 1.0) -> Effects:
+def fit_effects(pairs: Pairs, cost: FloatArray, weight: FloatArray) -> Effects:
     """Return both effects, fitted by alternating weighted means.
 
-    Unlike a plain mean per context, this allows for which methods were measured there. `shrinkage`: weight of a prior
-    that each method is average.
+    Unlike a plain mean per context, this allows for which methods were measured there.
     """
     contexts, methods = len(pairs.contexts), len(pairs.methods)
     support: FloatArray = np.asarray(np.bincount(pairs.method, weights=weight, minlength=methods), dtype=np.float64)
@@ -33,9 +31,9 @@ def fit_effects(pairs: Pairs, cost: FloatArray, weight: FloatArray, shrinkage: f
     of_context = context_means(cost, pairs.context, contexts, weight)
     for _ in range(SWEEPS):
         excess = weight * (cost - of_context[pairs.context])
-        of_method = np.bincount(pairs.method, weights=excess, minlength=methods) / (support + shrinkage)
+        of_method = np.bincount(pairs.method, weights=excess, minlength=methods) / (support + PRIOR_WEIGHT)
         of_context = context_means(cost - of_method[pairs.method], pairs.context, contexts, weight)
-    return Effects(of_context, of_method, support)
+    return Effects(of_context, of_method)
 
 
 def mean_regrets(pairs: Pairs, cost: FloatArray) -> FloatArray:

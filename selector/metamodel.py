@@ -33,6 +33,8 @@ CALIBRATION_FOLDS: Final = 3
 MIN_CONTEXTS: Final = 12
 """With fewer contexts there is no cross-validation, and the uncertainty is that of knowing nothing."""
 
+TREE_COUNT: Final = 20
+
 MIN_DEVIATION: Final = 1e-3
 """Lower bound of standard deviations, in natural logarithms of cost."""
 
@@ -63,17 +65,10 @@ class MetaModel(Selector):
     """
 
     def __init__(
-        self,
-        group: str | None = None,
-        *,
-        boosting_rounds: int = 150,
-        tree_count: int = 20,
-        max_rows: int = 60_000,
-        random_state: int = 0,
+        self, group: str | None = None, *, boosting_rounds: int = 150, max_rows: int = 60_000, random_state: int = 0
     ) -> None:
         self.group = group
         self.boosting_rounds = boosting_rounds
-        self.tree_count = tree_count
         self.max_rows = max_rows
         self.random_state = random_state
 
@@ -192,9 +187,7 @@ class _Members:
     def _extra_trees(self, features: float) -> ExtraTreesRegressor:
         """Return trees that choose each split from a share of the features."""
         of = self._of
-        return ExtraTreesRegressor(
-            of.tree_count, min_samples_leaf=2, max_features=features, random_state=of.random_state
-        )
+        return ExtraTreesRegressor(TREE_COUNT, min_samples_leaf=2, max_features=features, random_state=of.random_state)
 
 
 def _linear_fit() -> Pipeline:

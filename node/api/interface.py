@@ -47,6 +47,7 @@ class SpanDocument(SpanSummary):
     device: str
     engine: str | None
     reserved_positions: int
+    cached_positions: int
     kv_positions: int
     weight_bytes: int
     worker_pid: int | None

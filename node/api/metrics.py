@@ -110,13 +110,14 @@ def _peer_metrics(status: NodeStatus) -> list[Metric]:
 
 def _model_metrics(status: NodeStatus, models: Sequence[ModelDocument]) -> list[Metric]:
     blocks, sessions, positions, reserved = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-    weights = Counter[str]()
+    cached, weights = Counter[str](), Counter[str]()
     for span in status["spans"]:
         name = span["name"]
         blocks[name] += span["end"] - span["start"]
         sessions[name] += span["sessions"]
         positions[name] += span["kv_positions"]
         reserved[name] += span["reserved_positions"]
+        cached[name] += span["cached_positions"]
         weights[name] += span["weight_bytes"]
     chains = status["consensus"]
     return [
@@ -124,6 +125,7 @@ def _model_metrics(status: NodeStatus, models: Sequence[ModelDocument]) -> list[
         _gauges("sessions", "Sessions open on the stages here.", "model", sessions.items()),
         _gauges("kv_cache_positions", "KV memory of the spans here, in tokens.", "model", positions.items()),
         _gauges("kv_cache_reserved_positions", "Of it, reserved by sessions.", "model", reserved.items()),
+        _gauges("kv_cache_cached_positions", "Of it, prompts in the prefix cache alone.", "model", cached.items()),
         _gauges("weight_bytes", "Memory for weights.", "model", weights.items()),
         _gauges("uncovered_blocks", "Blocks that no peer serves, of models in service or to be served here.", "model",
                   _uncovered(status, models).items()),

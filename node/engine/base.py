@@ -130,12 +130,8 @@ class Engine(ABC):
     def statistics(self) -> EngineStatistics:
         """Return the counts, without waiting for a running step."""
         return EngineStatistics(
-            sessions=len(self._pages),
             reserved_positions=self._pages.reserved_positions,
             cached_positions=self._pages.cached_positions,
-            hit_positions=self._pages.hit_positions,
-            evicted_positions=self._pages.evicted_positions,
-            building=tuple(self._building.values()),
             steps=self._steps,
             compute_s=self._compute_s,
             worker_pid=self._worker_pid(),

@@ -340,17 +340,10 @@ class StepResult:
 class EngineStatistics:
     """Counts of an engine."""
 
-    sessions: int
     reserved_positions: int
     """Held by sessions, in whole pages."""
     cached_positions: int
     """In the prefix cache without a session: evicted when sessions need the memory."""
-    hit_positions: int
-    """Prefix cache hits so far."""
-    evicted_positions: int
-    """Evicted from the prefix cache so far."""
-    building: tuple[Variant, ...]
-    """Variants being built."""
     steps: int
     compute_s: float
     worker_pid: int | None

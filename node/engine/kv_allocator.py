@@ -124,8 +124,6 @@ class KvAllocator:
         self._closed: Counter[_SessionPages] = Counter()
         """Idle pages by the closed session that calculated them."""
         self._dropped: set[int] = set()
-        self.hit_positions = 0
-        self.evicted_positions = 0
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -195,15 +193,13 @@ class KvAllocator:
             self._free_units += self._taken_units[page] - page_units
             self._taken_units[page] = page_units
         copied = tuple(entry.page for entry in taken[: len(holding.pages)])
-        reservation = KvReservation(
+        return KvReservation(
             positions=holding.positions,
             pages=holding.pages,
             copied=copied,
             dropped=self.take_dropped(),
             page_positions=size,
         )
-        self.hit_positions += reservation.cached
-        return reservation
 
     def held_positions(self, session: SessionId) -> int:
         """Return how many positions of the usual type take the memory that a session's pages take."""
@@ -358,7 +354,6 @@ class KvAllocator:
             self._free_units += self._taken_units.pop(page)
 
     def _evict(self, entry: _Entry) -> None:
-        self.evicted_positions += PAGE_POSITIONS
         self._drop(entry)
 
     def _drop(self, entry: _Entry) -> None:

@@ -18,7 +18,6 @@ Part = int | Literal["embed", "head"]
 
 SAFETENSORS: Final = "safetensors"
 GGUF: Final = "gguf"
-FORMATS: Final = (SAFETENSORS, GGUF)
 """What the weight files of a package are, and how their names end."""
 
 # A decoder's tensors may stand bare (GPT-2 and Bloom on their hub pages) or under any nesting of these modules.

@@ -121,19 +121,12 @@ def draw(
 
 
 def assign_cells(
-    beacon: Digest,
-    members: Sequence[tuple[PeerId, str]],
-    plan: MeasurementPlan,
-    measured: Mapping[Cell, int],
-    *,
-    max_cells: int = MAX_CELLS,
-    max_cells_per_peer: int = MAX_CELLS_PER_PEER,
-    readings_per_cell: int = READINGS_PER_CELL,
+    beacon: Digest, members: Sequence[tuple[PeerId, str]], plan: MeasurementPlan, measured: Mapping[Cell, int]
 ) -> dict[Cell, tuple[PeerId, ...]]:
     """Return which members measure which cells.
 
     `members`: each with its hardware class. `measured`: the epoch in which a cell was last measured. A cell is measured
-    by min(`readings_per_cell`, members with that hardware) members.
+    by min(READINGS_PER_CELL, members with that hardware) members.
     """
     eligible: dict[str, list[PeerId]] = {}
     for peer, hardware in members:
@@ -141,10 +134,10 @@ def assign_cells(
     load: Counter[PeerId] = Counter()
     assignments: dict[Cell, tuple[PeerId, ...]] = {}
     for cell in _cells_in_turn(beacon, {kind: len(peers) for kind, peers in eligible.items()}, plan, measured):
-        if len(assignments) == max_cells:
+        if len(assignments) == MAX_CELLS:
             break
-        wanted = min(readings_per_cell, len(eligible[cell.hardware]))
-        available = [peer for peer in eligible[cell.hardware] if load[peer] < max_cells_per_peer]
+        wanted = min(READINGS_PER_CELL, len(eligible[cell.hardware]))
+        available = [peer for peer in eligible[cell.hardware] if load[peer] < MAX_CELLS_PER_PEER]
         if len(available) >= wanted:
             selected = sorted(available, key=lambda peer: digest_of("replica", beacon, cell, peer))[:wanted]
             assignments[cell] = tuple(selected)

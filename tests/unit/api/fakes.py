@@ -320,6 +320,7 @@ class FakeNode:
                     "queued_rows": 0,
                     "step_s": 0.004,
                     "reserved_positions": 64,
+                    "cached_positions": 32,
                     "kv_positions": 4096,
                     "engine": None,
                     "device": "cpu",

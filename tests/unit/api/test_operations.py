@@ -69,6 +69,7 @@ async def test_metrics_show_what_the_node_is_now(node: FakeNode, client: httpx.A
         'metaswarm_blocks_served{model="tiny"}': 4,
         'metaswarm_kv_cache_positions{model="tiny"}': 4096,
         'metaswarm_kv_cache_reserved_positions{model="tiny"}': 64,
+        'metaswarm_kv_cache_cached_positions{model="tiny"}': 32,
         'metaswarm_peers{state="connected"}': 1,
         'metaswarm_links{direction="out"}': 2,
         'metaswarm_network_bytes_total{direction="in"}': 6000,

@@ -22,7 +22,6 @@ from node.network.addresses import parse_address
 from node.network.admission import SILENT_S, InboundLimits
 from node.network.guarded_host import start_service
 from node.network.host import Libp2pNetwork
-from node.network.idle_peer import hold_idle_connection
 from node.network.interface import Network, NetworkError, PeerConnected, PeerDisconnected, Stream, StreamClosed
 from node.network.limits import NetworkLimits
 from node.network.peerstore import BoundedPeerStore
@@ -30,6 +29,7 @@ from node.network.streams import Libp2pStream
 from node.network.yamux import Yamux
 from node.network.yamux_stream import YamuxLimits
 from protocol.identity import PeerId
+from tests.support.idle_peer import hold_idle_connection
 
 from .conftest import limited, receive_exactly, until
 from .hosts import (
