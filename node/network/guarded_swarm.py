@@ -26,7 +26,7 @@ from multiaddr import Multiaddr
 
 from node.network.addresses import AddressBook, TcpAddress, parse_address
 from node.network.admission import NoRoom, choose_eviction
-from node.network.dial_ration import DialRation, few_hosts
+from node.network.dial_rate_limit import DialRateLimit, few_hosts
 from node.network.limits import NetworkLimits
 from node.network.peerstore import BoundedPeerStore
 from node.network.transport import UPGRADE_TIMEOUT_S, reason
@@ -104,7 +104,7 @@ class GuardedSwarm(Swarm):
         self._dial_timeout_s = limits.dial_timeout_s
         self._dials: dict[ID, _Dial] = {}
         self._dial_limiter = trio.CapacityLimiter(MAX_CONCURRENT_DIALS)
-        self.named_dials = DialRation(trio.current_time())
+        self.named_dials = DialRateLimit(trio.current_time())
         """Of addresses that a peer names, while there is a circuit to it."""
 
     def _init_connection_management(self) -> None:
@@ -224,12 +224,14 @@ class GuardedSwarm(Swarm):
         """Return whether to dial an address would be to dial ourselves."""
         return address.relay is None and address.transport in self.own_transports()
 
-    async def dial_direct(self, peer_id: ID, addresses: Sequence[TcpAddress], ration: DialRation | None = None) -> bool:
+    async def dial_direct(
+        self, peer_id: ID, addresses: Sequence[TcpAddress], limit: DialRateLimit | None = None
+    ) -> bool:
         """Dial the public ones of addresses that a peer has named, at first over a relay.
 
-        Return whether there is a direct connection now. `ration`: in place of that of new circuits.
+        Return whether there is a direct connection now. `limit`: in place of that of new circuits.
         """
-        ration = ration or self.named_dials
+        limit = limit or self.named_dials
         named = few_hosts(each for each in addresses if each.relay is None and each.is_public and not self.is_own(each))
         with trio.move_on_after(self._dial_timeout_s):
             async with trio.open_nursery() as nursery:
@@ -243,7 +245,7 @@ class GuardedSwarm(Swarm):
                         nursery.cancel_scope.cancel()
 
                 for address in named:
-                    if ration.take(address, trio.current_time()):
+                    if limit.take(address, trio.current_time()):
                         nursery.start_soon(dial_one, address)
         return self.direct_connection(peer_id) is not None
 

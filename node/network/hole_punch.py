@@ -19,7 +19,7 @@ from libp2p.transport.exceptions import OpenConnectionError
 from multiaddr import Multiaddr
 
 from node.network.addresses import TcpAddress, parse_address
-from node.network.dial_ration import MAX_ADDRESSES, few_hosts
+from node.network.dial_rate_limit import MAX_ADDRESSES, few_hosts
 from node.network.guarded_host import GuardedHost
 from node.network.message_stream import MessageStream
 from node.network.protobuf import MalformedMessage
@@ -59,7 +59,7 @@ class Refusals:
         self._left = REFUSED_DIALS
         self._left_of_try = 0
         self.rationed = False
-        """Whether this node's own ration has ended a dial."""
+        """Whether this node's own rate limit has ended a dial."""
 
     def begin_try(self) -> None:
         """Allow some more."""

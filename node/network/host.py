@@ -38,7 +38,7 @@ from node.network.own_addresses import OwnAddresses
 from node.network.streams import Libp2pStream, serve
 from node.network.transport import Tcp, bind, reason, secure_upgrader
 from node.network.traversal import Traversal, TraversalOptions
-from node.network.unread import bound_unread
+from node.network.unread_limit import bound_unread
 from node.network.yamux import Yamux
 from node.network.yamux_stream import shielded
 from node.util.nursery import background_nursery

@@ -5,7 +5,7 @@ from collections import Counter
 from cachetools import LRUCache
 
 from node.network.addresses import TcpAddress, address_range
-from node.network.verdicts import MIN_RANGES
+from node.network.reachability_verdicts import MIN_RANGES
 from protocol.identity import PeerId
 
 MAX_OBSERVERS = 64

@@ -21,18 +21,18 @@ from node.network.addresses import TcpAddress, address_range, is_private, parse_
 from node.network.autonat import AutonatClient, AutonatServer
 from node.network.autonat_messages import DIAL_BACK_PROTOCOL, DIAL_REQUEST_PROTOCOL
 from node.network.circuits import Circuits
-from node.network.dial_ration import REDIALS, REDIALS_PER_RANGE, DialRation
+from node.network.dial_rate_limit import REDIALS, REDIALS_PER_RANGE, DialRateLimit
 from node.network.guarded_host import GuardedHost
 from node.network.hole_punch import HolePuncher
 from node.network.observed_addresses import ObservedAddresses
 from node.network.own_addresses import OwnAddresses
 from node.network.port_mapping import keep_port_mapping
+from node.network.reachability_verdicts import Verdicts
 from node.network.relay_client import RelayClient
 from node.network.relay_ledger import RelayLimits
 from node.network.relay_messages import DCUTR_PROTOCOL, HOP_PROTOCOL, STOP_PROTOCOL
 from node.network.relay_server import RelayServer
 from node.network.transport import Tcp
-from node.network.verdicts import Verdicts
 from node.network.yamux import Yamux
 from node.util.backoff import backoff_s
 from node.util.signal import Signal
@@ -331,7 +331,7 @@ class Traversal:
 
         An upgrade comes to nothing also where a message is late, or either side had dialled enough for the moment.
         """
-        ration = DialRation(trio.current_time(), REDIALS, REDIALS_PER_RANGE)
+        limit = DialRateLimit(trio.current_time(), REDIALS, REDIALS_PER_RANGE)
         tried: dict[tuple[ID, tuple[TcpAddress, ...]], tuple[int, float]] = {}
         while True:
             await trio.sleep(REDIAL_ROUND_S)
@@ -342,7 +342,7 @@ class Traversal:
             tried = {each: tried.get(each, (0, 0.0)) for each in peers}
             for (peer_id, addresses), (failures, retry_at_s) in list(tried.items()):
                 if trio.current_time() >= retry_at_s:
-                    if not await host.swarm.dial_direct(peer_id, addresses, ration):
+                    if not await host.swarm.dial_direct(peer_id, addresses, limit):
                         for circuit in host.swarm.circuits_of(peer_id):
                             self._circuit_opened(circuit, is_retry=True)
                     pause_s = backoff_s(failures + 1, REDIAL_BACKOFF_S, self._jitter)

@@ -29,14 +29,14 @@ from node.network.autonat_messages import (
     DialStatus,
     ResponseStatus,
 )
-from node.network.dial_ration import DialRation
+from node.network.dial_rate_limit import DialRateLimit
 from node.network.guarded_host import GuardedHost
 from node.network.host import Libp2pNetwork
 from node.network.message_stream import MessageStream
 from node.network.own_addresses import OwnAddresses
+from node.network.reachability_verdicts import VALID_S
 from node.network.transport import Tcp
 from node.network.traversal import RECHECK_S, REDIAL_ROUND_S, ROUNDS, Traversal, TraversalOptions
-from node.network.verdicts import VALID_S
 from node.network.yamux import Yamux
 from node.util.token_bucket import Allowance
 from protocol.announcements import Verdict
@@ -306,10 +306,10 @@ async def test_peers_behind_relays_are_dialled_again_ever_more_rarely_and_at_onc
 ) -> None:
     peer_id, dials, addresses = ID(b"peer"), list[float](), [HOME]
 
-    async def dial_direct(peer_id: ID, addresses: Any, ration: DialRation) -> bool:
+    async def dial_direct(peer_id: ID, addresses: Any, limit: DialRateLimit) -> bool:
         await trio.lowlevel.checkpoint()
         dials.append(trio.current_time())
-        return ration.take(HOME, trio.current_time())
+        return limit.take(HOME, trio.current_time())
 
     swarm = SimpleNamespace(relayed_peers=lambda: [peer_id], dial_direct=dial_direct)
     traversal = Traversal(TraversalOptions(), OwnAddresses(), private_swarm=False)

@@ -12,7 +12,7 @@ from libp2p.transport.exceptions import OpenConnectionError
 from multiaddr import Multiaddr
 
 from node.network.addresses import TcpAddress, is_private, parse_address
-from node.network.dial_ration import IN_ALL, MAX_ADDRESSES, PER_RANGE, DialRation
+from node.network.dial_rate_limit import IN_ALL, MAX_ADDRESSES, PER_RANGE, DialRateLimit
 from node.network.guarded_host import GuardedHost
 from node.network.guarded_swarm import GuardedSwarm
 from node.network.hole_punch import REFUSED_DIALS, TRIES, HolePuncher, Rationed, Refusals, punch_targets
@@ -66,7 +66,7 @@ class Refusing:
 
     def __init__(self) -> None:
         self.dialled: list[TcpAddress] = []
-        self.named_dials = DialRation(trio.current_time())
+        self.named_dials = DialRateLimit(trio.current_time())
         self.puncher = HolePuncher(
             cast("trio.Nursery", None),
             cast("GuardedHost", SimpleNamespace(swarm=self)),
@@ -140,7 +140,7 @@ async def test_peers_that_stay_behind_relays_leave_dials_for_new_holes() -> None
     network, peer_id = Libp2pNetwork((1).to_bytes(32, "big"), listen=["/ip4/127.0.0.1/tcp/0"]), ID(b"peer")
     async with network.running():
         assert network._swarm is not None
-        redials = DialRation(trio.current_time())
+        redials = DialRateLimit(trio.current_time())
         while redials.take(ADDRESSES[0], trio.current_time()):
             pass
         await network._swarm.dial_direct(peer_id, ADDRESSES, redials)
@@ -160,10 +160,10 @@ async def test_cancelled_exchange_leaves_nothing_behind(autojump_clock: trio.tes
 
 
 async def test_dials_in_all_are_rationed(autojump_clock: trio.testing.MockClock) -> None:
-    ration = DialRation(0.0)
-    dials = [ration.take(parse_address(f"/ip4/9.{n // 200}.{n % 200}.1/tcp/1"), 0.0) for n in range(1000)]
+    limit = DialRateLimit(0.0)
+    dials = [limit.take(parse_address(f"/ip4/9.{n // 200}.{n % 200}.1/tcp/1"), 0.0) for n in range(1000)]
     assert dials.count(True) == IN_ALL.burst
-    assert ration.take(parse_address("/ip4/8.8.8.8/tcp/1"), 1.0)
+    assert limit.take(parse_address("/ip4/8.8.8.8/tcp/1"), 1.0)
 
 
 async def test_circuit_has_two_hosts_dialled_of_those_that_a_peer_announces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ REDIALS: Final = Allowance(per_s=1.0, burst=64)
 """Those of peers that stay behind relays: many, and rarely with success, so that they must not take the others'."""
 
 
-class DialRation:
+class DialRateLimit:
     """Dials that are left, in all and into each address range."""
 
     def __init__(self, now_s: float, in_all: Allowance = IN_ALL, per_range: Allowance = PER_RANGE) -> None:

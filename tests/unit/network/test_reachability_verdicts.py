@@ -2,7 +2,7 @@
 
 from node.network.addresses import TcpAddress, parse_address
 from node.network.observed_addresses import ObservedAddresses
-from node.network.verdicts import VALID_S, Verdicts
+from node.network.reachability_verdicts import VALID_S, Verdicts
 from protocol.announcements import Verdict
 from protocol.identity import PeerId
 
