@@ -31,8 +31,10 @@ CLIENTS_THAT_LEAVE: Final = 50
 
 LEAVE_WITHIN_S: Final = 1.0
 SETTLE_S: Final = 420.0
-"""Peers give back within a minute what sessions had taken, and after five to six what cached prompts had; a training
-worker ends two minutes after its last question."""
+"""Peers give back within a minute what sessions had taken, and after five to six what cached prompts had."""
+
+TRAINED_TIMEOUT_S: Final = 900.0
+"""By then a model that is trained on what the clients' jobs showed has been unloaded, too."""
 
 ENDED_TIMEOUT_S: Final = 60.0
 
@@ -63,6 +65,7 @@ async def measure(package: Package, clients: int, disconnects: int, tokens: int)
         note(f"before {before}, after {after}")
         await load.leave(disconnects)
         left = await resources_of(peers)
+        note(f"after disconnects {left}")
         return {
             **describe_machine(),
             "clients": clients,
@@ -152,6 +155,9 @@ async def resources_of(peers: Sequence[NodeReady]) -> dict[str, Any]:
             await trio.sleep(0.5)
     await trio.sleep(SETTLE_S)
     processes = [psutil.Process(peer.pid) for peer in peers]
+    with trio.move_on_after(TRAINED_TIMEOUT_S):
+        while any("node.selection.training_worker" in memory_of(process) for process in processes):
+            await trio.sleep(10)
     return {
         "mib": [memory_of(process) for process in processes],
         "sessions": await sessions_of(peers),
