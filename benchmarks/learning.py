@@ -138,7 +138,7 @@ async def measure(jobs: int, last: int, replays: int, *, exact: bool, seed: int 
             "jobs": jobs,
             "selection": status,
             "learning": learning,
-            "kinds": len({task_bucket(context) for context in contexts}),
+            "kinds": dict(Counter(map(task_bucket, contexts))),
             "concurrency": dict(Counter(context.concurrency for context in contexts)),
             "beside_trials": _beside(learning),
             "overdraft_s": max(0.0, *(-each["budget_left_s"] for each in learning)),
@@ -329,7 +329,8 @@ def main() -> None:
     print(f"{found['jobs']} jobs; {selection['trials']} trials took {selection['trial_s']:.0f} s")
     beside = found["beside_trials"]
     print(
-        f"{found['kinds']} kinds of tasks, concurrency {found['concurrency']}, overdraft {found['overdraft_s']:.0f} s"
+        f"{len(found['kinds'])} kinds of tasks, concurrency {found['concurrency']}, "
+        f"overdraft {found['overdraft_s']:.0f} s"
     )
     print(
         f"{beside['jobs']} jobs beside a trial's took {beside['median']:.2f} times as long as like jobs (median), "
