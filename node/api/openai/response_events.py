@@ -17,6 +17,7 @@ from node.api.generation import (
 )
 from node.api.job_document import describe_job
 from node.api.openai.answers import EVENT_STREAM, describe_usage
+from node.api.openai.response_tools import FunctionName
 from node.api.tool_calls import ToolCall
 from node.coordinator.submission import JobStarted
 from node.util.json_line import json_line
@@ -30,6 +31,8 @@ class ResponseWriter:
     instructions: str | None
     echoed: Mapping[str, Any]
     """Fields of the request that the answer repeats."""
+    functions: Mapping[str, FunctionName]
+    """By the model's name for it, the client's."""
     media_type: str = EVENT_STREAM
     _started: JobStarted | None = field(default=None, init=False)
     _items: list[dict[str, Any]] = field(default_factory=list, init=False)
@@ -149,8 +152,10 @@ class ResponseWriter:
         return item | {"id": self._id("msg", len(self._items)), "role": "assistant", "content": [part]}
 
     def _call_item(self, call: ToolCall, number: int) -> dict[str, Any]:
-        item = {"type": "function_call", "id": self._id("fc", number), "call_id": call.id, "name": call.name}
-        return item | {"arguments": call.arguments, "status": "completed"}
+        item = {"type": "function_call", "id": self._id("fc", number), "call_id": call.id}
+        name = self.functions.get(call.name, FunctionName(call.name))
+        named = {"name": name.name} | ({} if name.namespace is None else {"namespace": name.namespace})
+        return item | named | {"arguments": call.arguments, "status": "completed"}
 
     def _id(self, prefix: str, number: int) -> str:
         if self._started is None:

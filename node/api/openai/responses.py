@@ -1,7 +1,7 @@
 """Request bodies of the OpenAI API's `/v1/responses`."""
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any, Final
@@ -19,22 +19,15 @@ from node.api.fields import (
     one_of,
     parse_json,
     parse_limit,
+    parse_name,
     parse_object,
     parse_text,
     refuse,
 )
 from node.api.generation import Generation
-from node.api.openai.messages import (
-    ARGUMENTS,
-    DESCRIPTION,
-    IS_FUNCTION,
-    MAX_MESSAGES,
-    MAX_TOOLS,
-    NAME,
-    PARAMETERS,
-    described_tool,
-)
+from node.api.openai.messages import ARGUMENTS, MAX_MESSAGES, NAME
 from node.api.openai.response_events import ResponseWriter
+from node.api.openai.response_tools import TOOL_CHOICE, TOOLS, FunctionName, ResponseTool
 from node.api.schemas import ANY_OBJECT, parse_schema
 from node.api.shared_fields import (
     BUDGET,
@@ -55,12 +48,10 @@ from node.api.shared_fields import (
     asks_details,
     join_texts,
     text_or_parts,
-    tool_choice,
 )
 from node.api.tool_choice import ToolChoice, choose_tools
 from node.coordinator.chat import ChatMessage, MessageToolCall
 from node.coordinator.submission import JobRequest
-from protocol.limits import MAX_NAME_BYTES
 from protocol.measurements import Objective, QualityBound
 
 IGNORED: Final = CACHE_FIELDS | {
@@ -97,43 +88,16 @@ def _parse_text_options(param: str, value: Any) -> str:
     return schema or refuse(f"{param}.format.schema", "is missing")
 
 
-_CHOICE: Final = ObjectForm(IS_FUNCTION, NAME, required=[IS_FUNCTION, NAME])
-
-
-def _chosen_name(fields: Fields) -> str:
-    fields.require(IS_FUNCTION)
-    return fields.require(NAME)
-
-
-_parse_choice: Final = tool_choice(_CHOICE, _chosen_name)
-_TOOL: Final = ObjectForm(
-    IS_FUNCTION, NAME, DESCRIPTION, PARAMETERS, required=[IS_FUNCTION, NAME], ignored=["strict", "output_schema"],
-    neutral={"async": (False,), "defer_loading": (False,), "allowed_callers": (["direct"],)},
-)  # fmt: skip
-_TURN_OFF: Final = 'turn it off in the client (web search in Codex: web_search = "disabled" in its config.toml)'
-
-
-@form(_TOOL.schema)
-def _parse_tool(param: str, value: Any) -> Mapping[str, Any]:
-    """Return a tool as chat templates take it."""
-    check_depth(param, value)
-    kind = parse_object(param, value).get("type")
-    if isinstance(kind, str) and kind != "function":  # before its other fields, which only that type has
-        refuse(f"{param}.type", f"{kind[:MAX_NAME_BYTES]!a} is not supported: only functions are; {_TURN_OFF}")
-    tool = _TOOL.parse(param, value)
-    tool.require(IS_FUNCTION)
-    return described_tool(tool.require(NAME), tool.get(DESCRIPTION), tool.get(PARAMETERS) or {})
-
-
 _parse_content: Final = text_or_parts("input_text", "output_text", "text")
 
 _ROLE: Final = Field("role", one_of(*_ROLES))
 _CONTENT: Final = Field("content", _parse_content)
 _CALL_ID: Final = Field("call_id", parse_text)
 _OUTPUT: Final = Field("output", _parse_content)
+_NAMESPACE: Final = Field("namespace", parse_name)
 _ITEMS: Final = {
     "message": ObjectForm(_ROLE, _CONTENT, required=[_ROLE, _CONTENT], is_open=True),
-    "function_call": ObjectForm(_CALL_ID, NAME, ARGUMENTS, required=[NAME], is_open=True),
+    "function_call": ObjectForm(_CALL_ID, NAME, _NAMESPACE, ARGUMENTS, required=[NAME], is_open=True),
     "function_call_output": ObjectForm(_CALL_ID, _OUTPUT, is_open=True),
     "reasoning": ObjectForm(is_open=True),
 }
@@ -164,7 +128,7 @@ def _parse_item(param: str, value: Any) -> ChatMessage | None:
         case "function_call":
             call = MessageToolCall(
                 id=item.get(_CALL_ID) or f"call_{secrets.token_hex(12)}",
-                name=item.require(NAME),
+                name=FunctionName(item.require(NAME), item.get(_NAMESPACE)).for_model,
                 arguments=item.get(ARGUMENTS) or {},
             )
             return ChatMessage(role="assistant", content="", tool_calls=(call,))
@@ -206,8 +170,6 @@ def _merge_leading_instructions(turns: tuple[ChatMessage, ...]) -> tuple[ChatMes
 _INPUT: Final = Field("input", _parse_input)
 _INSTRUCTIONS: Final = Field("instructions", parse_text)
 _MAX_OUTPUT_TOKENS: Final = Field("max_output_tokens", parse_limit)
-_TOOLS: Final = Field("tools", list_of(_parse_tool, "tools", MAX_TOOLS))
-_TOOL_CHOICE: Final = Field("tool_choice", _parse_choice)
 _TEXT_FORMAT: Final = Field("text", _parse_text_options)
 _REASONING_FORM: Final = ObjectForm(
     EFFORT, ignored=["summary", "generate_summary"],
@@ -216,7 +178,7 @@ _REASONING_FORM: Final = ObjectForm(
 _REASONING: Final = Field("reasoning", _REASONING_FORM.form)
 
 RESPONSE: Final = ObjectForm(
-    MODEL, _INPUT, _INSTRUCTIONS, _MAX_OUTPUT_TOKENS, TEMPERATURE, TOP_P, STREAM, _TOOLS, _TOOL_CHOICE,
+    MODEL, _INPUT, _INSTRUCTIONS, _MAX_OUTPUT_TOKENS, TEMPERATURE, TOP_P, STREAM, TOOLS, TOOL_CHOICE,
     PARALLEL_TOOL_CALLS, _TEXT_FORMAT, _REASONING, METASWARM,
     required=[MODEL, _INPUT], ignored=IGNORED, neutral=NEUTRAL,
 )  # fmt: skip
@@ -232,7 +194,8 @@ def parse_response_request(body: bytes, headers: Headers) -> tuple[Generation, A
         turns = (ChatMessage(role="system", content=instructions), *turns)
     extras = fields.get(METASWARM) or EXTENSIONS.read({})
     temperature = fields.get(TEMPERATURE)
-    choice = _parse_tools(fields)
+    tools = fields.get(TOOLS) or ()
+    choice = _choose_tools(fields, tools)
     reasoning = fields.get(_REASONING)
     effort = reasoning.get(EFFORT) if reasoning else None
     job = JobRequest(
@@ -258,14 +221,14 @@ def parse_response_request(body: bytes, headers: Headers) -> tuple[Generation, A
     echoed = fields.echo(_ECHOED) | {"reasoning": {"effort": effort, "summary": None}}
     for name in ("metadata", "user"):
         check_depth(name, echoed[name])
-    return generation, ResponseWriter(generation, instructions, echoed)
+    functions = {tool.name.for_model: tool.name for tool in tools}
+    return generation, ResponseWriter(generation, instructions, echoed, functions)
 
 
-def _parse_tools(fields: Fields) -> ToolChoice:
-    tools = fields.get(_TOOLS) or ()
-    choice = fields.get(_TOOL_CHOICE) or "auto"
+def _choose_tools(fields: Fields, tools: Sequence[ResponseTool]) -> ToolChoice:
+    choice = fields.get(TOOL_CHOICE) or "auto"
     single, schema = fields.get(PARALLEL_TOOL_CALLS) is False, fields.get(_TEXT_FORMAT) or ""
-    return choose_tools(tools, choice, single=single, schema=schema, param="text")
+    return choose_tools(tuple(tool.described for tool in tools), choice, single=single, schema=schema, param="text")
 
 
 _ECHOED: Final[Mapping[str, Any]] = {

@@ -99,11 +99,13 @@ _PARTS: Final = array({
         record(type=const("reasoning_text"), text=STRING),
     ]
 })  # fmt: skip
+_CALLED: Final = {"call_id": STRING, "name": STRING, "arguments": STRING}
+_CALL: Final = record({"namespace": STRING}, type=const("function_call"), id=STRING, status=STRING, **_CALLED)
 _ITEM: Final = {
     "anyOf": [
         record(type=const("message"), id=STRING, status=STRING, role=const("assistant"), content=_PARTS),
         record(type=const("reasoning"), id=STRING, status=STRING, summary=array(ANY), content=_PARTS),
-        record(type=const("function_call"), id=STRING, status=STRING, call_id=STRING, name=STRING, arguments=STRING),
+        _CALL,
     ]
 }
 RESPONSE: Final = record(

@@ -110,7 +110,7 @@ def _responses(operation: Operation, types: TypeSchemas) -> dict[str, Any]:
     if operation.answer is not None or operation.media_type != "application/json":
         content[operation.media_type] = {"schema": _schema_of(operation.answer, types)}
     if operation.stream is not None:
-        content[operation.stream] = {"schema": {"type": "string"}}
+        content[operation.stream] = {}  # a schema would be the whole stream's for some tools, each event's for others
     statuses = {
         *_OF_EVERY_ROUTE,
         *(() if operation.is_public else _OF_KEYS),

@@ -335,6 +335,29 @@ async def test_openai_responses(node: FakeNode, url: str, of_openai: Client) -> 
     assert [item.id for item in final.output] == [item.id for item in answer.output]
 
 
+async def test_openai_responses_calls_functions_of_a_namespace(node: FakeNode, url: str, of_openai: Client) -> None:
+    """The model, whose template knows no namespaces, has one name for a function of one."""
+    wanted = json.dumps({"name": "sky__weather", "arguments": ARGUMENTS})
+    node.submitter.words, node.submitter.chat_format = (f"<tool_call>{wanted}</tool_call>",), THINKING
+    function = {"type": "function", **FUNCTION}
+    tools = [function, {"type": "namespace", "name": "sky", "description": "Of the sky.", "tools": [function]}]
+    call: dict[str, Any] = {"model": "tiny", "tools": tools}
+    answer = await ask(lambda: of_openai(url).responses.create(**call, input="Hi"))
+    (made,) = answer.output
+    assert (made.namespace, made.name, json.loads(made.arguments)) == ("sky", "weather", ARGUMENTS)
+
+    def stream() -> Any:
+        with of_openai(url).responses.stream(**call, input="Hi") as events:
+            return events.get_final_response()
+
+    assert [(each.namespace, each.name) for each in (await ask(stream)).output] == [("sky", "weather")]
+    items = [made.model_dump(), {"type": "function_call_output", "call_id": made.call_id, "output": "rain"}]
+    await ask(lambda: of_openai(url).responses.create(**call, input=items))
+    job = node.submitter.requests[-1]
+    assert [tool["function"]["name"] for tool in job.tools] == ["weather", "sky__weather"]
+    assert [each.name for turn in job.messages or () for each in turn.tool_calls] == ["sky__weather"]
+
+
 async def test_openai_responses_goes_on_after_a_tool(node: FakeNode, url: str, of_openai: Client) -> None:
     items = [
         {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
