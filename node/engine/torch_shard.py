@@ -140,7 +140,15 @@ class TorchShard(Shard[SlotMapping]):
         shared = self._weights_of(variant)
         if shared not in self._taken_bytes:
             self._check_memory(variant, needed)
-        self._runners[variant] = self._backend(variant.engine).build(variant.arithmetic, self._kv_of(variant))
+        backend = self._backend(variant.engine)
+        try:
+            self._runners[variant] = backend.build(variant.arithmetic, self._kv_of(variant))
+        except (EngineError, RuntimeError) as error:
+            if shared not in self._taken_bytes:
+                backend.forget(variant.arithmetic)  # its weights were packed, and warming failed
+            if isinstance(error, torch.OutOfMemoryError):
+                raise NoVariantMemory(f"{variant} takes more memory than {self._device} has left") from None
+            raise
         self._taken_bytes[shared] = needed
         trim_heap()
 

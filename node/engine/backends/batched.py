@@ -7,6 +7,7 @@ at the same places.) On a GPU steps of a row each are recorded as a whole (`deco
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -17,7 +18,13 @@ from torch import nn
 from node.engine.backends.decode_graphs import DecodeGraphs, DecodeInputs
 from node.engine.backends.flash_attention import FlashAttention, flash_attention_on, flash_view
 from node.engine.backends.interface import BackendContext, Rows, Step
-from node.engine.backends.paged_attention import AttentionView, GatheredAttention, views_on_cpu, views_on_gpu
+from node.engine.backends.paged_attention import (
+    MOST_GATHERED_ON_GPU,
+    AttentionView,
+    GatheredAttention,
+    views_on_cpu,
+    views_on_gpu,
+)
 from node.engine.interface import PAGE_POSITIONS
 from node.engine.kv_cache import BlockKvCache, KvCache, SlotMapping
 from node.engine.loading import DescribedModel, LoadedSpan
@@ -131,7 +138,11 @@ class BatchedSpan:
         self._kv = kv
         is_narrow = kv.blocks[0].keys.dtype == torch.bfloat16
         self._flash = flash_attention_on(self._device) if is_narrow else None
-        self._graphs = DecodeGraphs(self._make_decode, context.capture) if context.capture else None
+        # Through page tables nothing is gathered.
+        most_positions = MOST_GATHERED_ON_GPU if self._flash is None else math.inf
+        self._graphs = (
+            DecodeGraphs(self._make_decode, context.capture, most_positions=most_positions) if context.capture else None
+        )
         self._warm(kv)
 
     @torch.inference_mode()
@@ -225,23 +236,26 @@ class BatchedSpan:
         tables = self._tables
         offsets = torch.arange(pages * size, device=self._device)
         starts = torch.arange(len(inputs.layout) + 1, dtype=torch.int32, device=self._device)
-        blocks = range(len(self._blocks))
+        blocks, windows = range(len(self._blocks)), {block.window for block in self._blocks}
 
         def step() -> torch.Tensor:
-            positions = inputs.layout[:, 0]
-            every = (inputs.layout[:, 1:].unsqueeze(2) * size + offsets[:size]).flatten(1)
-            slots = every.gather(1, positions.unsqueeze(1))
-            seen = offsets <= positions.unsqueeze(1)
-            # What is not seen was never written perhaps, and not finite: there the row's own slot is read.
-            visible = torch.where(seen, every, slots).flatten()
+            positions, table = inputs.layout[:, 0], inputs.layout[:, 1:]
+            row = positions.unsqueeze(1)
+            slots = table.gather(1, row // size) * size + row % size
             views: dict[int | None, list[AttentionView]] = {}
-            for window in {block.window for block in self._blocks}:
-                mask = seen if window is None else seen & (offsets > positions.unsqueeze(1) - window)
-                views[window] = [GatheredAttention(visible, mask[:, None, None])]
-                if self._flash is not None:
-                    lengths, table = (positions + 1).int(), inputs.layout[:, 1:].int()
-                    views[window] = [FlashAttention(self._flash, starts, lengths, table, size, 1, window)]
-            rotary = RotaryTables(*(table[positions] for table in tables))
+            if self._flash is not None:
+                lengths, pages_i32 = (positions + 1).int(), table.int()
+                for window in windows:
+                    views[window] = [FlashAttention(self._flash, starts, lengths, pages_i32, size, 1, window)]
+            else:
+                every = (table.unsqueeze(2) * size + offsets[:size]).flatten(1)
+                seen = offsets <= row
+                # What is not seen was never written perhaps, and not finite: there the row's own slot is read.
+                visible = torch.where(seen, every, slots).flatten()
+                for window in windows:
+                    mask = seen if window is None else seen & (offsets > row - window)
+                    views[window] = [GatheredAttention(visible, mask[:, None, None])]
+            rotary = RotaryTables(*(each[positions] for each in tables))
             hidden = self._forward(inputs.rows, _Plan(slots.squeeze(1), rotary, views), self._kv, blocks)
             return self._segments.logits(hidden) if self._last else hidden
 

@@ -14,7 +14,6 @@ from typing import Any, Final
 import torch
 
 from node.engine.backends.interface import Capture, Rows, Step
-from node.engine.backends.paged_attention import MOST_GATHERED_ON_GPU
 from node.engine.device_probe import synchronize
 from node.util.text import one_line
 
@@ -65,10 +64,13 @@ class _Recorded:
 class DecodeGraphs:
     """The recorded steps of a span in one variant, over one KV memory."""
 
-    def __init__(self, make_step: Callable[[DecodeInputs], Step], capture: Capture) -> None:
+    def __init__(self, make_step: Callable[[DecodeInputs], Step], capture: Capture, *, most_positions: float) -> None:
+        """`most_positions`: of all sessions together and with padding, that a step may read."""
         self._make_step = make_step
         self._capture: Capture | None = capture
-        self._recorded: dict[tuple[int, int], _Recorded] = {}
+        self._most_positions = most_positions
+        self._recorded: dict[tuple[int, int], _Recorded | None] = {}
+        """By the numbers of sessions and of pages; None where there was too little memory."""
 
     def run(self, slices: Sequence[Rows]) -> torch.Tensor | None:
         """Return the output of slices, in order, until the next call; None where they have to be computed otherwise."""
@@ -77,9 +79,11 @@ class DecodeGraphs:
         page_positions = slices[0].slots.page_positions
         sessions = _padded(len(slices))
         pages = _padded(max(part.position // page_positions + 1 for part in slices))
-        if sessions * pages * page_positions > MOST_GATHERED_ON_GPU:
+        if sessions * pages * page_positions > self._most_positions:
             return None
-        recorded = self._recorded.get((sessions, pages)) or self._record(slices, sessions, pages)
+        if (sessions, pages) not in self._recorded:
+            self._recorded[sessions, pages] = self._record(slices, sessions, pages)
+        recorded = self._recorded[sessions, pages]
         if recorded is None:
             return None
         recorded.inputs.fill(slices)
@@ -93,14 +97,14 @@ class DecodeGraphs:
         inputs.fill(slices)
         step = self._make_step(inputs)
         try:
-            recorded = _Recorded(inputs, step, self._capture(step))
+            return _Recorded(inputs, step, self._capture(step))
         except RuntimeError as error:
             synchronize(row.device)  # raises where not only the recording is lost, but the GPU
-            sys.stderr.write(f"decode steps are not recorded any more: {one_line(error, 200)}\n")
-            self._capture = None
+            which = f"decode steps of {sessions} sessions over {pages} pages are not recorded"
+            if not isinstance(error, torch.OutOfMemoryError):
+                which, self._capture = "decode steps are not recorded any more", None
+            sys.stderr.write(f"{which}: {one_line(error, 200)}\n")
             return None
-        self._recorded[sessions, pages] = recorded
-        return recorded
 
 
 class CudaCapture:
@@ -118,13 +122,18 @@ class CudaCapture:
                 self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                step()
-            current.wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may allocate memory meanwhile, as the one does that packs variants.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                output = step()
+            try:
+                with torch.cuda.stream(self._stream):
+                    step()
+                current.wait_stream(self._stream)
+                graph = torch.cuda.CUDAGraph()
+                # Other threads may allocate memory meanwhile, as the one does that packs variants.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    output = step()
+            finally:
+                # A recording whose end fails leaves its stream in place: what is computed later would not wait for
+                # what other threads do on the usual one.
+                torch.cuda.set_stream(current)
         return partial(_replay, graph, output)
 
 

@@ -85,7 +85,7 @@ def flash_attention_on(device: torch.device) -> VariableLengthAttention | None:
         from torch.nn.attention.varlen import varlen_attn
 
         activate_flash_attention_impl("FA3")
-    except (ImportError, RuntimeError, ValueError):
+    except (ImportError, OSError, RuntimeError, ValueError):
         return None
     try:
         attention = cast("VariableLengthAttention", varlen_attn)

@@ -4,10 +4,15 @@ What stands in for CUDA graphs records the operations of a step and repeats them
 not in its buffers stays as it was.
 """
 
+import gc
 import random
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from node.engine import widened
 from node.engine.backends import batched, linear
 from node.engine.backends import torch as torch_backend
+from node.engine.backends.decode_graphs import CudaCapture
 from node.engine.backends.flash_attention import flash_attention_on, is_attention
 from node.engine.backends.interface import BackendContext, Capture, Rows, Step
 from node.engine.backends.linear import GPU_ARITHMETICS, pack
@@ -25,6 +31,7 @@ from node.engine.interface import (
     EngineError,
     EngineFull,
     EngineOptions,
+    NoVariantMemory,
     SessionOptions,
     SliceInput,
     Variant,
@@ -130,6 +137,101 @@ async def test_span_that_cannot_be_recorded_is_computed_step_by_step(
     tiny = make_tiny_model("llama")
     assert await decode(recording(tiny, 1, fail), PROMPT, COUNT, variant=FUSED) == tiny.tokens
     assert capsys.readouterr().err.count("not permitted when stream is capturing") == 1
+
+
+async def test_size_without_memory_to_record_it_costs_no_other(
+    make_tiny_model: MakeTinyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder = Recorder()
+
+    def capture(step: Step) -> Step:
+        if recorder.recorded == 1:
+            recorder.recorded += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return recorder(step)
+
+    tiny, text = make_tiny_model("llama"), [*range(3, 30)]
+    expected = await decode(recording(tiny, 1, lambda step: step), text, 12, variant=FUSED)
+    engines = recording(tiny, 1, capture)
+    assert await decode(engines, text, 12, variant=FUSED) == expected, "on two pages at the end"
+    replays = recorder.replays
+    assert await decode(engines, text, 12, variant=FUSED) == expected
+    assert recorder.replays == 2 * replays > 0
+    assert capsys.readouterr().err.count("of 1 sessions over 2 pages are not recorded: CUDA out of memory") == 1
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+async def test_only_what_is_gathered_bounds_the_positions_of_a_recorded_step(
+    gathers: bool, make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batched, "flash_attention_on", lambda _device: None if gathers else attention_by_contract)
+    monkeypatch.setattr(batched, "MOST_GATHERED_ON_GPU", PAGE_POSITIONS)
+    recorded: list[Step] = []
+
+    def capture(step: Step) -> Step:
+        recorded.append(step)
+        return step
+
+    tiny = make_tiny_model("llama")
+    shard = TorchShard(tiny.source(WHOLE), WHOLE, NARROW, capture_on=lambda _device: capture)
+    shard.prepare(BF16)
+    await decode([InProcess(shard)], [*range(3, 80)], 4, variant=BF16)  # over three pages
+    assert bool(recorded) is not gathers
+
+
+def test_variant_that_could_not_be_warmed_leaves_no_weights(
+    make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = make_tiny_model("llama")
+    shard = TorchShard(tiny.source(WHOLE), WHOLE, OPTIONS)
+
+    norms: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(_context: object, segments: Any, _kv: object) -> None:
+        norms.append(weakref.ref(segments._packed.norm))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch_backend, "BatchedSpan", fail)
+        with pytest.raises(NoVariantMemory, match="fused/fp32 takes more memory than"):
+            shard.prepare(FUSED)
+    gc.collect()
+    assert [norm() for norm in norms] == [None]
+    shard.prepare(FUSED)
+    assert agreed(shard, FUSED, tiny) == 1.0
+
+
+def test_recording_that_cannot_end_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torch 2.13, whose context manager does not put the stream back where the end of a recording raises."""
+    stream = SimpleNamespace(wait_stream=lambda _other: None)
+    current = [stream]
+
+    @contextmanager
+    def use(other: object) -> Iterator[None]:
+        before, current[0] = current[0], other
+        yield
+        current[0] = before
+
+    @contextmanager
+    def graph(*_: object, stream: object, **_options: object) -> Iterator[None]:
+        current[0] = stream
+        yield
+        raise RuntimeError("the capture was invalidated")
+
+    for name, fake in {
+        "device": lambda _device: nullcontext(),
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda _other: None),
+        "graph_pool_handle": object,
+        "current_stream": lambda: current[0],
+        "stream": use,
+        "CUDAGraph": object,
+        "graph": graph,
+        "set_stream": lambda other: current.__setitem__(0, other),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    with pytest.raises(RuntimeError, match="invalidated"):
+        CudaCapture(torch.device("cuda"))(lambda: torch.zeros(1))
+    assert current[0] is stream
 
 
 @pytest.mark.parametrize("capture", [None, Recorder()], ids=["step by step", "recorded"])
