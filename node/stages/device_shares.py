@@ -1,7 +1,7 @@
 """Which devices of this node serve which spans: with several GPUs, a worker each and a span each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
@@ -55,6 +55,17 @@ def usable_shares(manifest: Manifest, shares: Sequence[DeviceShare], cpu_bytes: 
     if manifest.format != GGUF or shares[0].device == CPU or llamacpp_has_gpu():
         return shares
     return (DeviceShare(CPU, cpu_bytes),)
+
+
+def share_beside(share: DeviceShare, free_bytes: int) -> DeviceShare:
+    """Return the share of new blocks beside those that a device holds now, with so much memory free.
+
+    A GPU's memory is allocated at once, with all keys and values: there the new blocks have what the old ones leave,
+    but for what these take in their steps.
+    """
+    if share.device == CPU:
+        return share
+    return replace(share, memory_bytes=max(1, min(share.memory_bytes, int(free_bytes * MEMORY_SHARE))))
 
 
 def split_over(manifest: Manifest, blocks: BlockRange, shares: Sequence[DeviceShare]) -> Sequence[BlockRange]:

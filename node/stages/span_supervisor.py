@@ -28,6 +28,7 @@ from node.stages.device_shares import (
     DeviceShare,
     cpu_bytes_of_each,
     longest_over,
+    share_beside,
     shares_of_spans,
     split_over,
     usable_shares,
@@ -333,30 +334,25 @@ class SpanSupervisor:
         self, manifest: Manifest, blocks: BlockRange, shares: Shares, nursery: trio.Nursery
     ) -> RunningSpan | None:
         """Serve a span beside the present one; None where that fails, which harms nothing."""
-        running, why = None, None
-        for part, share in zip(await self._split(manifest, blocks, shares), shares, strict=False):
-            why = why or await self._memory_shortage(manifest, part, share)
-        if why is None:
-            try:
-                running = await nursery.start(self._run_span, manifest, blocks, shares)
-            except* (ModelError, EngineError, StartError) as group:
-                why = _reasons(group)
-        if why is not None:
-            _logger.warning("stayed with the old blocks", model=manifest.model_id, wanted=str(blocks), reason=why)
+        running = None
+        try:
+            beside = await self._shares_beside(manifest, blocks, shares)
+            running = await nursery.start(self._run_span, manifest, blocks, beside)
+        except* (DeviceError, ModelError, EngineError, StartError) as group:
+            reason = _reasons(group)
+            _logger.warning("stayed with the old blocks", model=manifest.model_id, wanted=str(blocks), reason=reason)
         return running
 
-    async def _memory_shortage(self, manifest: Manifest, blocks: BlockRange, share: DeviceShare) -> str | None:
-        """Return why blocks do not fit into a device's memory beside the present ones, if they do not."""
-        needed_bytes = span_bytes_for(manifest, blocks, share.device)
-        if share.device != CPU:  # whose memory is allocated at once, all that may be needed
-            needed_bytes = max(needed_bytes, share.memory_bytes)
-        try:
-            free_bytes = (await find_device(share.device)).free_bytes
-        except DeviceError as error:
-            return f"free memory of device {share.device} unknown: {error}"
-        if needed_bytes > free_bytes:
-            return f"they need {needed_bytes} bytes of memory beside the old ones, of {free_bytes} that are free"
-        return None
+    async def _shares_beside(self, manifest: Manifest, blocks: BlockRange, shares: Shares) -> Shares:
+        """Return what blocks may take beside the present ones. Raises StartError where they do not fit."""
+        free_bytes = [(await find_device(share.device)).free_bytes for share in shares]
+        beside = [share_beside(share, free) for share, free in zip(shares, free_bytes, strict=True)]
+        parts = await self._split(manifest, blocks, beside)
+        for part, share, free in zip(parts, beside, free_bytes, strict=False):
+            needed, available = span_bytes_for(manifest, part, share.device), min(free, share.memory_bytes)
+            if needed > available:
+                raise StartError(f"they need {needed} bytes of memory beside the old ones, of {available}")
+        return beside
 
     async def _choose(self, manifest: Manifest, placer: BlockPlacer, shares: Shares) -> BlockRange:
         """Choose the least covered blocks, after a moment to learn what the swarm has."""

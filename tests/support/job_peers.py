@@ -297,12 +297,16 @@ class Swarm:
         draft: str | None = None,
         blocks: BlockRange | None = None,
         devices: Sequence[Device] = (Device("cpu", 1 << 40),),
+        memory_bytes: int | None = None,
     ) -> Peer:
-        """Start a peer that serves a number of blocks of the fake model on each device, its own choice or given."""
+        """Start a peer that serves a number of blocks of the fake model on each device, its own choice or given.
+
+        `memory_bytes`: by default what these take.
+        """
         peer = await self.join()
         shape = _Shape()
         anywhere = [BlockRange(0, length), BlockRange(BLOCKS - length, BLOCKS)]
-        memory_bytes = max(span_bytes_for(cast("Any", shape), span) for span in anywhere)
+        memory_bytes = memory_bytes or max(span_bytes_for(cast("Any", shape), span) for span in anywhere)
 
         @asynccontextmanager
         async def start_engine(

@@ -14,7 +14,9 @@ from node.engine.device import Device
 from node.engine.interface import REFERENCE, Variant
 from node.links.outbound_link import SessionRefused
 from node.models.errors import ModelError
+from node.stages import span_supervisor
 from node.stages.block_placement import FAILED_MOVE_S
+from node.stages.memory_admission import span_bytes_for
 from node.stages.stage_server import WITHDRAWAL_S
 from node.swarm.directory import LOADING_S
 from protocol.identity import BlockRange
@@ -234,6 +236,33 @@ async def test_hole_that_one_node_fails_to_fill_is_filled_by_another(virtual_clo
         assert spans_of(peers[3 - failing]) == ["6-9"]
 
 
+@pytest.mark.parametrize(("free", "moves"), [(1.4, True), (1.0, False)])
+async def test_span_on_a_gpu_moves_where_the_new_blocks_fit_beside_what_it_has_taken(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch, free: float, moves: bool
+) -> None:
+    """A GPU's memory is taken at once: as much as the first blocks have is rarely free beside them."""
+    manifest = await LargeBlocks().manifest("fake")
+    needed_bytes = span_bytes_for(manifest, BlockRange(8, 9), "cuda:0")
+    memory_bytes = span_bytes_for(manifest, BlockRange(0, 2), "cuda:0") - (2 << 20)
+
+    async def find_gpu(name: str) -> Device:
+        await trio.lowlevel.checkpoint()
+        return Device(name, int(free * needed_bytes))
+
+    monkeypatch.setattr(span_supervisor, "find_device", find_gpu)
+    async with open_swarm() as swarm:
+        others = []
+        for blocks in (BlockRange(0, 8), BlockRange(8, 9)):
+            others.append(await swarm.join_where_needed(8, blocks=blocks))
+        gpu = [Device("cuda:0", 1 << 40)]
+        spare = await swarm.join_where_needed(1, LargeBlocks(), devices=gpu, memory_bytes=memory_bytes)
+        (first,) = spans_of(spare)
+        assert first != "8-9"
+        swarm.hub.kill(others[1].id)
+        await trio.sleep(300)
+        assert spans_of(spare) == ["8-9" if moves else first]
+
+
 class HangsInMove(FakeLibrary):
     """Gives the blocks asked for first, and others never."""
 
@@ -256,6 +285,14 @@ async def test_hole_that_one_node_announced_and_never_filled_is_filled_by_anothe
         assert spans_of(peers[3]) == ["0-3"], "large blocks take their time"
         await trio.sleep(150)
         assert [spans_of(peer) for peer in peers if peer is not peers[2]] == [["0-3"], ["3-6"], ["6-9"]]
+
+
+class LargeBlocks(FakeLibrary):
+    """Has the fake model with blocks of 64 MiB."""
+
+    async def manifest(self, text: str, **options: object) -> Any:
+        shape = await super().manifest(text, **options)
+        return replace(shape, blocks=tuple(replace(each, size_bytes=64 << 20) for each in shape.blocks))
 
 
 class LargeHead(FakeLibrary):
@@ -284,17 +321,12 @@ async def test_node_with_head_takes_fewer_blocks_and_moved_there_leaves_out_thos
 
 
 async def test_node_that_cannot_hold_a_block_says_how_much_memory_is_missing(virtual_clock: MockClock) -> None:
-    class Large(FakeLibrary):
-        async def manifest(self, text: str, **options: object) -> Any:
-            shape = await super().manifest(text, **options)
-            return replace(shape, blocks=tuple(replace(each, size_bytes=64 << 20) for each in shape.blocks))
-
     line = (
         r"cannot serve fake, not even its blocks \d-\d: it needs 7\d MiB of memory .* more than it has: see --memory$"
     )
     with pytest.RaisesGroup(pytest.RaisesExc(StartError, match=line), flatten_subgroups=True):
         async with open_swarm() as swarm:
-            await swarm.join_where_needed(4, Large())
+            await swarm.join_where_needed(4, LargeBlocks())
 
 
 async def a_moving_peer(swarm: Swarm) -> tuple[Peer, Peer]:
