@@ -225,7 +225,7 @@ NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
     _option("--threads", click.IntRange(1, 1024), "N", "Most threads of the engine."),
     _option(
         *("--device", types.DEVICE, "NAME"),
-        "Device of the engine: auto (default: a GPU if any), cpu, cuda:N, cuda:N,cuda:M, all (every GPU) or mps.",
+        "Device of the engine: auto (default: a CUDA GPU if any), cpu, cuda:N, cuda:N,cuda:M, all (every GPU) or mps.",
     ),
     _option("--batching", _BATCHING, "HOW", "Batching of sessions: one, static or continuous (default)."),
     _option(

@@ -127,16 +127,29 @@ def memory_plan(
     Blocks with a sliding window hold those of all positions, too: rollbacks and cached prefixes may end anywhere.
     """
     positions = -(-min(positions, model.max_positions) // PAGE_POSITIONS) * PAGE_POSITIONS
-    width, hidden = _F32_BYTES, find_integer(model.config, ("hidden_size", "n_embd", "d_model")) or MAX_WIDTH
-    kv_bytes = positions * hidden * _F32_BYTES
+    kv_bytes = positions * _hidden_size(model.config) * _F32_BYTES
     for number in range(blocks.start, blocks.end):
         kv_bytes += int(positions * kv_elements(model.config, number) * costs.kv_element_bytes)
-    inner = find_integer(model.config, ("intermediate_size", "n_inner", "ffn_dim")) or 4 * hidden
-    reserve = STEP_ROWS * (4 * hidden + 2 * inner) * width
-    if blocks.end == model.cuts.block_count:
-        reserve += DRAWN_ROWS * (find_integer(model.config, ("vocab_size",)) or 0) * width
-    weight_bytes = int(model.file_bytes(blocks) * costs.weight_factor)
-    return MemoryPlan(weight_bytes=weight_bytes, kv_bytes=kv_bytes, reserve_bytes=reserve, positions=positions)
+    return MemoryPlan(
+        weight_bytes=int(model.file_bytes(blocks) * costs.weight_factor),
+        kv_bytes=kv_bytes,
+        reserve_bytes=reserve_bytes(model.config, is_last=blocks.end == model.cuts.block_count),
+        positions=positions,
+    )
+
+
+def reserve_bytes(config: Mapping[str, Json], *, is_last: bool) -> int:
+    """Return what the intermediate results of the largest step take."""
+    hidden = _hidden_size(config)
+    inner = find_integer(config, ("intermediate_size", "n_inner", "ffn_dim")) or 4 * hidden
+    numbers = STEP_ROWS * (4 * hidden + 2 * inner)
+    if is_last:
+        numbers += DRAWN_ROWS * (find_integer(config, ("vocab_size",)) or 0)
+    return numbers * _F32_BYTES
+
+
+def _hidden_size(config: Mapping[str, Json]) -> int:
+    return find_integer(config, ("hidden_size", "n_embd", "d_model")) or MAX_WIDTH
 
 
 def fitting_span(model: ModelSizes, within: BlockRange, memory_bytes: int, costs: EngineCosts) -> BlockRange | None:
@@ -181,7 +194,7 @@ def kv_elements(config: Mapping[str, Json], block: int) -> int:
 
     Heads may differ from block to block (a list). Latent attention (MLA) is cached as the heads that it expands to.
     """
-    hidden = find_integer(config, ("hidden_size", "n_embd", "d_model")) or MAX_WIDTH
+    hidden = _hidden_size(config)
     heads = _of_block(config, block, ("num_attention_heads", "n_head", "num_heads")) or 1
     if latent := find_integer(config, ("qk_nope_head_dim",)):
         keys = latent + (find_integer(config, ("qk_rope_head_dim",)) or 0)

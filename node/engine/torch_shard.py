@@ -28,7 +28,7 @@ from node.engine.interface import (
 from node.engine.kv_allocator import KvReservation
 from node.engine.kv_cache import KvCache, SlotMapping
 from node.engine.loading import NARROW_DTYPES, LoadedSpan, describe, load_span
-from node.engine.memory_plan import PLANNED_POSITIONS
+from node.engine.memory_plan import PLANNED_POSITIONS, reserve_bytes
 from node.engine.reference import Reference
 from node.engine.shard import FREE_MEMORY_SHARE, SessionRows, Shard
 from node.util.disk_cache import FolderCache
@@ -75,6 +75,8 @@ class TorchShard(Shard[SlotMapping]):
         kv_bytes_per_position = sum(block.bytes_per_position for block in kv_blocks)
         is_loaded = self._device.type == CPU or self._refusal is not None  # pages of mapped files count as free
         memory_bytes = _memory_bytes(options, span, self._device, is_loaded=is_loaded)
+        if self._device.type != CPU:  # where all but this is allocated at once
+            memory_bytes -= reserve_bytes(source.config, is_last=span.is_last)
         position_bytes = kv_bytes_per_position + (4 * span.hidden_size if options.plan_rows else 0)
         max_positions = min(span.max_positions or MAX_POSITIONS, MAX_POSITIONS)
         packed_bytes = 0 if self._refusal else _packed_bytes(span, self._device)
