@@ -3,6 +3,7 @@
 Any coordinator may have variants built. So what one has asked for, and no session uses, must not keep others' out.
 """
 
+import math
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Final
 
@@ -38,39 +39,40 @@ class VariantBuilder:
         self._engine = engine
         self._in_use = in_use
         self._wait_idle = wait_idle
-        self._requested_in, self._requested = trio.open_memory_channel[Sequence[Variant]](MAX_VARIANTS)
+        self._requested_in, self._requested = trio.open_memory_channel[tuple[Sequence[Variant], bool]](MAX_VARIANTS)
         self._waiting: set[Variant] = set()
         """Requested, and not tried yet."""
         self._failed: TTLCache[Variant, None] = TTLCache(MAX_VARIANTS, RETRY_S, timer=trio.current_time)
         self._used_s: dict[Variant, float] = {}
-        """When those that were built here for jobs were used last, or built."""
+        """When those that were built here were used last, or built; the one that stays is always in use."""
 
     def is_unavailable(self, variant: Variant) -> bool:
         """Return whether a variant was requested lately and could not be built here."""
         return variant in self._failed
 
     def request(self, variants: Iterable[Variant]) -> None:
-        """Have variants built, one after another; each is tried once in a while."""
+        """Have variants built that are not yet, one after another; each is tried once in a while."""
         for variant in variants:
-            if variant not in self._waiting and variant not in self._failed and len(self._waiting) < MAX_VARIANTS:
+            known = variant in self._waiting or variant in self._failed or variant in self._engine.variants()
+            if not known and len(self._waiting) < MAX_VARIANTS:
                 self._waiting.add(variant)
-                self._requested_in.send_nowait([variant])
+                self._requested_in.send_nowait(([variant], False))
 
     def request_first_of(self, variants: Sequence[Variant]) -> None:
         """Have the first of the variants that is available here built; the others are built when they are requested.
 
-        It stays, whether it is used or not.
+        It stays, whether it is used or not, and also where a job asks for it, too.
         """
-        self._requested_in.send_nowait(variants)
+        self._requested_in.send_nowait((variants, True))
 
     def used(self, variant: Variant) -> None:
         """Record that a session has used a variant until now."""
         if variant in self._used_s:
-            self._used_s[variant] = trio.current_time()
+            self._used_s[variant] = max(self._used_s[variant], trio.current_time())
 
     async def run(self) -> None:
         """Build what is requested. Returns when the engine crashes, of which others raise."""
-        async for variants in self._requested:
+        async for variants, stays in self._requested:
             with trio.move_on_after(BUILD_MAX_WAIT_S):
                 await self._wait_idle()
             for variant in variants:
@@ -83,8 +85,7 @@ class VariantBuilder:
                     blocks = str(self._engine.info.blocks)
                     _logger.info("variant unavailable", variant=str(variant), span=blocks, why=str(error))
                 else:
-                    if variant in self._waiting:
-                        self._used_s[variant] = trio.current_time()
+                    self._used_s[variant] = math.inf if stays else self._used_s.get(variant, trio.current_time())
                     break
                 finally:
                     self._waiting.discard(variant)

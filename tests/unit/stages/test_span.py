@@ -21,6 +21,7 @@ from node.links.outbound_link import SessionRefused
 from node.stages.local_id import local_id
 from node.stages.span import BEGIN_LIMIT_S, IDLE_LIMIT_S, SHORT_IDLE_LIMIT_S, SHORT_TOTAL_S
 from node.stages.variant_builder import UNUSED_S
+from node.testing.fake_engine import FakeEngine
 from protocol.identity import SessionId
 from protocol.messages import Ballot, Begin, FailureReason, Open, RefusalReason
 from protocol.tensors import tensor_from_tokens
@@ -72,31 +73,59 @@ async def test_fails_session_that_engine_cannot_begin(
         assert server.held() == (0, 0)
 
 
+def with_memory_for_one_variant(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    """Return an engine that has memory for one variant beside its reference."""
+    build = engine.prepare
+
+    async def build_one(variant: Variant) -> None:
+        if variant not in engine.variants() and len(engine.variants()) > 1:
+            raise NoVariantMemory(f"no memory for {variant}")
+        await build(variant)
+
+    monkeypatch.setattr(engine, "prepare", build_one)
+    return engine
+
+
+async def ask(coordinator: RawCoordinator, wanted: Method) -> RefusalReason | None:
+    """Open a session that is never begun; return why it is refused."""
+    try:
+        await coordinator.open_with(replace(coordinator.opening(), methods=(wanted.name,)))
+    except SessionRefused as refused:
+        return refused.reason
+    return None
+
+
+@pytest.mark.parametrize("asked", ["before it is built", "with a draft model that is not ready"])
+async def test_first_variant_stays_also_where_a_job_asked_for_it(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    fused, graphs = method(engine="fused"), method(engine="onnxruntime")
+    async with open_swarm() as swarm:
+        server = await swarm.join((0, 9), variants=[REFERENCE])
+        engine = with_memory_for_one_variant(server.engines[0], monkeypatch)
+        server.stages.register_draft([engine.info.model])
+        coordinator = await raw_coordinator_at(swarm, server)
+        server.stages.spans()[0].variants.request_first_of([variant_of(fused)])
+        if asked == "before it is built":
+            assert await ask(coordinator, fused) is RefusalReason.NOT_READY
+        await trio.sleep(60)
+        assert engine.variants() == {REFERENCE, variant_of(fused)}
+        if asked == "with a draft model that is not ready":
+            assert await ask(coordinator, method(engine="fused", speculation="draft-8")) is RefusalReason.NOT_READY
+        await trio.sleep(UNUSED_S + 60)
+        assert await ask(coordinator, graphs) is RefusalReason.NOT_READY
+        await trio.sleep(60)
+        assert engine.variants() == {REFERENCE, variant_of(fused)}
+
+
 async def test_unused_variant_gives_its_memory_to_one_that_is_used(
     virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused, graphs = method(engine="fused"), method(engine="onnxruntime")
     async with open_swarm() as swarm:
         server = await swarm.join((0, 9), variants=[REFERENCE])
-        engine = server.engines[0]
-        build = engine.prepare
-
-        async def build_one(variant: Variant) -> None:
-            if len(engine.variants()) > 1:
-                raise NoVariantMemory(f"no memory for {variant}")
-            await build(variant)
-
-        monkeypatch.setattr(engine, "prepare", build_one)
+        engine = with_memory_for_one_variant(server.engines[0], monkeypatch)
         stranger, user = [await raw_coordinator_at(swarm, server) for _ in range(2)]
-
-        async def ask(coordinator: RawCoordinator, wanted: Method) -> RefusalReason | None:
-            """Open a session that is never begun."""
-            try:
-                await coordinator.open_with(replace(coordinator.opening(), methods=(wanted.name,)))
-            except SessionRefused as refused:
-                return refused.reason
-            return None
-
         assert await ask(stranger, graphs) is RefusalReason.NOT_READY
         await trio.sleep(60)
         assert await ask(stranger, graphs) is None
