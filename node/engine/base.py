@@ -52,9 +52,8 @@ class Engine(ABC):
     async def prepare(self, variant: Variant) -> None:
         """Build a variant in the background, and return when it is ready. Raises EngineError if it is unavailable."""
 
-    async def drop(self, variant: Variant) -> None:
-        """Give up a variant that no session uses, and its memory."""
-        await trio.lowlevel.checkpoint()
+    def drop(self, variant: Variant) -> None:
+        """Give up a variant that no session uses, and its memory; at once, else one that opens meanwhile is offered it."""
         self._raise_if_crashed()
         self._variants.discard(variant)
 

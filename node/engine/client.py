@@ -216,9 +216,9 @@ class WorkerEngine(Engine):
         if variant not in self._variants:
             await self._request({"do": "prepare", "variant": variant}, building=variant)
 
-    async def drop(self, variant: Variant) -> None:
+    def drop(self, variant: Variant) -> None:
         """Have the worker give up a variant, before it builds another one."""
-        await super().drop(variant)
+        super().drop(variant)
         self._post(worker_protocol.encode_frame({"do": "drop", "variant": variant}))
 
     async def _request(

@@ -102,7 +102,7 @@ class VariantBuilder:
             else:
                 return
             del self._used_s[unused]
-            await self._engine.drop(unused)
+            self._engine.drop(unused)
             _logger.info("variant dropped", variant=str(unused), span=str(self._engine.info.blocks))
 
     def _unused(self) -> Variant | None:

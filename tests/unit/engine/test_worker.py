@@ -371,7 +371,8 @@ async def test_worker_drops_a_variant_for_another_one(make_tiny_model: MakeTinyM
         await engine.prepare(rounded)
         with pytest.raises(NoVariantMemory):
             await engine.prepare(fused)
-        await engine.drop(rounded)
+        engine.drop(rounded)
+        assert engine.variants() == {REFERENCE}, "no session that opens now may choose it"
         await engine.prepare(fused)
         assert engine.variants() == {REFERENCE, fused}
         assert await decode([engine], PROMPT, COUNT, variant=fused) == tiny.tokens
