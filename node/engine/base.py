@@ -53,7 +53,7 @@ class Engine(ABC):
         """Build a variant in the background, and return when it is ready. Raises EngineError if it is unavailable."""
 
     def drop(self, variant: Variant) -> None:
-        """Give up a variant that no session uses, and its memory; at once, else one that opens meanwhile is offered it."""
+        """Give up a variant that no session uses; at once, as one that opens meanwhile would be offered it."""
         self._raise_if_crashed()
         self._variants.discard(variant)
 
