@@ -11,6 +11,7 @@ is set aside, out of the context, where it is more than what open ones hold.
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import accumulate
 from typing import NamedTuple
 
 from node.engine.interface import PAGE_POSITIONS, EngineError
@@ -55,9 +56,9 @@ class _PagesAside(dict[int, _Page]):
 class Sequences:
     """Gives sequences to sessions, and keeps what the allocator may still copy."""
 
-    def __init__(self, context: SpanContext, limit: int, budget: KvBudget | None = None) -> None:
+    def __init__(self, context: SpanContext, limit: int, budget: KvBudget) -> None:
         self.context = context
-        self._budget = budget or KvBudget(context.positions * context.position_bytes)
+        self._budget = budget
         self._aside = _PagesAside(context.position_bytes)
         self._budget.add(self._aside)
         self._free = list(reversed(range(limit)))
@@ -92,29 +93,41 @@ class Sequences:
         self._pages[sequence] = set(reservation.pages)
         self._sources[sequence] = {source for source, _, _ in runs}
         self._stretches |= {page: _Stretch(sequence, number) for number, page in enumerate(reservation.pages)}
-        self.set_aside()
+        for closed in self._excess():
+            self._set_aside(closed)
         return sequence
 
     def set_aside(self) -> None:
-        """Move cached pages of closed sessions out of the context, unless they are few; the latest stay.
+        """Move cached pages of closed sessions out of the context, unless they are few, and KV memory has room for them.
 
-        Not out of a GPU, beside which no memory is planned for them; and as far as KV memory has room for them.
+        For that the context gives back what it does not need. A session that begins does not wait for that.
+        """
+        excess = self._excess()
+        size_bytes = sum(map(self.context.end, excess)) * self.context.position_bytes
+        if self._budget.free_bytes < size_bytes and self.context.positions > self.context.needed + ROUNDED_TO:
+            with suppress(PassFailed):  # all is as before
+                self.context.resize(self.context.needed)
+        for sequence in excess:
+            self._set_aside(sequence)
+
+    def _excess(self) -> Sequence[int]:
+        """Return closed sequences beyond what open ones hold; the latest are kept.
+
+        None on a GPU, beside which no memory is planned for them.
         """
         if self.context.is_on_gpu:
-            return
+            return ()
         shared = set().union(*self._sources.values())
         room = max(FIRST_POSITIONS, sum(map(self.context.end, self._pages.keys() - self._closed.keys())))
-        for sequence in reversed(tuple(self._closed)):
-            if sequence not in shared:
-                room -= self.context.end(sequence)
-                if room < 0:
-                    self._set_aside(sequence)
+        movable = [sequence for sequence in reversed(self._closed) if sequence not in shared]
+        held = accumulate(map(self.context.end, movable))
+        return [sequence for sequence, positions in zip(movable, held, strict=True) if positions > room]
 
     def _set_aside(self, sequence: int) -> None:
         end = self.context.end(sequence)
         numbers = {page: self._stretches[page].number for page in self._pages[sequence]}
         pages = {page: number for page, number in numbers.items() if _positions(number)[1] <= end}
-        if not self._has_room(len(pages) * PAGE_POSITIONS * self.context.position_bytes):
+        if self._budget.free_bytes < len(pages) * PAGE_POSITIONS * self.context.position_bytes:
             return
         try:
             aside = {
@@ -125,13 +138,6 @@ class Sequences:
             return
         self.free(sequence)
         self._aside.update(aside)
-
-    def _has_room(self, size_bytes: int) -> bool:
-        """Return whether there is memory for pages beside the context, which gives back what it does not need."""
-        if self._budget.free_bytes < size_bytes and self.context.positions > self.context.needed + ROUNDED_TO:
-            with suppress(PassFailed):  # all is as before
-                self.context.resize(self.context.needed)
-        return self._budget.free_bytes >= size_bytes
 
     def _append(self, sequence: int, pages: Iterable[int]) -> None:
         """Append pages that are set aside to a sequence."""

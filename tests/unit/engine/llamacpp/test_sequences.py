@@ -151,5 +151,27 @@ def test_prompts_that_are_set_aside_take_no_more_memory_than_there_is(
         texts.sequences.close(sequence)
 
 
+def test_a_session_that_begins_waits_for_no_move_and_a_trim_makes_one(
+    model: SpanModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = Texts(model, 8 * LENGTH)
+    held = [texts.begin(number) for number in range(5)]
+    for number, sequence in enumerate(held):
+        texts.run(sequence, number, 0, LENGTH)
+    texts.context.resize(8 * LENGTH)
+    for sequence in held:
+        texts.sequences.close(sequence)
+    resize, moves = texts.context.resize, list[int]()
+    monkeypatch.setattr(texts.context, "resize", lambda positions: (moves.append(positions), resize(positions)))
+    texts.begin(5)
+    assert moves == []
+    texts.sequences.set_aside()
+    assert len(moves) == 1
+    assert set(texts.sequences._aside) == {*range(30, 40)}
+    for _ in range(2):
+        texts.sequences.set_aside()
+    assert set(texts.sequences._aside) == {*range(40)}, "but for the latest"
+
+
 def test_context_without_positions_is_a_small_one(model: SpanModel) -> None:
     assert Texts(model).context._parameters(0, is_watched=False).n_ctx == ROUNDED_TO
