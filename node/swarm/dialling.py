@@ -177,17 +177,23 @@ class Dialler:
             await dial.ended.wait()
             if dial.answered is not None:
                 return dial.answered
+        was_connected = entry.peer in self._network.connected_peers()
         dial = self._dialling[entry.peer] = _Dial(keep)
         try:
-            answered = dial.answered = await self._dial(entry, dial)
-            return answered
+            answered = dial.answered = await self._dial(entry)
         finally:
             del self._dialling[entry.peer]
             dial.ended.set()
+        # From here on nobody waits for this dial, or has its connection kept.
+        if answered and not was_connected:
+            if dial.keep:
+                self._kept.add(entry.peer)
+            elif len(self._network.connected_peers()) > KEPT_CONNECTIONS:
+                await self._network.disconnect(entry.peer)
+        return answered
 
-    async def _dial(self, entry: PeerEntry, dial: _Dial) -> bool:
+    async def _dial(self, entry: PeerEntry) -> bool:
         peer, place = entry.peer, entry.place
-        was_connected = peer in self._network.connected_peers()
         try:
             with trio.fail_after(DIAL_TIMEOUT_S):
                 await self._network.ping(peer)
@@ -201,10 +207,6 @@ class Dialler:
         self._backoff.succeeded(peer)
         self._backoff.succeeded(place)
         self._directory.on_dialled(peer, True)
-        if dial.keep and not was_connected:
-            self._kept.add(peer)
-        if not (was_connected or dial.keep) and len(self._network.connected_peers()) > KEPT_CONNECTIONS:
-            await self._network.disconnect(peer)
         return True
 
     async def reach_servers(self, model: ModelId, is_enough: Callable[[], bool]) -> None:

@@ -114,3 +114,22 @@ async def test_peer_that_is_being_dialled_is_waited_for(autojump_clock: trio.tes
             nursery.start_soon(reach, 10.0)
         assert (answered, peers.dials) == (expected_s, dials), "whose dial is cancelled does not speak for others"
         answered.clear()
+
+
+async def test_connection_that_is_being_closed_is_not_taken_for_one_to_keep(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    class SlowToClose(Peers):
+        async def disconnect(self, peer: PeerId) -> None:
+            await super().disconnect(peer)
+            await trio.sleep(1)
+
+    peers = SlowToClose(Reachability(verdict=Verdict.PUBLIC))
+    directory = Directory(own_peer=US, connected=peers.connected_peers)
+    directory.update(relay("server", "9.9.9.1"), 0.0, dialled=False)
+    dialler = Dialler(cast("Network", peers), directory, random.Random(0))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(dialler.reach, *directory.entries())
+        await trio.sleep(0.5)
+        assert await dialler.reach(*directory.entries(), keep=True)
+        assert "server" in peers.connected
