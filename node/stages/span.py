@@ -236,11 +236,11 @@ class Span(EngineLoop):
                 is_short = session.opened_by.peer == largest
                 limit_s = self._idle_limit_s(session, is_short=is_short)
                 if is_short and limit_s < float("inf"):
-                    session.state.short_idle_s += EXPIRY_ROUND_S
+                    session.state.short_idle_s += min(EXPIRY_ROUND_S, now_s - session.active_s)
                 if now_s - session.active_s > limit_s:
                     self.fail(session, FailureReason.EXPIRED, f"no rows arrived for {limit_s:.0f} s")
                 elif session.state.short_idle_s > SHORT_TOTAL_S:
-                    why = f"idle for {SHORT_TOTAL_S:.0f} s in all, while other peers were refused KV memory"
+                    why = f"idle or waiting for {SHORT_TOTAL_S:.0f} s in all, while others were refused KV memory"
                     self.fail(session, FailureReason.EXPIRED, why)
 
     def _idle_limit_s(self, session: StageSession, *, is_short: bool) -> float:

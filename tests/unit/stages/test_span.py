@@ -18,6 +18,7 @@ from node.engine.interface import (
 )
 from node.links.base_link import LinkBroken
 from node.links.outbound_link import SessionRefused
+from node.stages import span
 from node.stages.local_id import local_id
 from node.stages.span import BEGIN_LIMIT_S, IDLE_LIMIT_S, SHORT_IDLE_LIMIT_S, SHORT_TOTAL_S
 from node.stages.variant_builder import UNUSED_S
@@ -206,6 +207,23 @@ async def test_rows_now_and_then_do_not_hold_short_memory_for_ever(virtual_clock
             await trio.sleep(25)
         assert [lost.reason for lost in tenant.lost] == [FailureReason.EXPIRED]
         assert SHORT_TOTAL_S <= trio.current_time() - began_s < 1.1 * SHORT_TOTAL_S
+
+
+async def test_session_that_decodes_all_the_time_is_not_idle(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(span, "SHORT_TOTAL_S", 60.0)
+    async with open_swarm() as swarm:
+        server = await swarm.join((0, 9), row_s=0.0, kv_positions=1024, max_positions=1024)
+        tenant, other = [await raw_coordinator_at(swarm, server) for _ in range(2)]
+        tokens = tensor_from_tokens([1])
+        session = await tenant.begin(768)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(refuse_memory, other, 120.0)
+            for number in range(600):
+                await tenant.send(a_slice(session, tokens, number), tokens)
+                await trio.sleep(0.2)
+        assert not tenant.lost
 
 
 @pytest.mark.parametrize("takes_s", [3 * BEGIN_LIMIT_S, 2 * IDLE_LIMIT_S], ids=["slow", "stuck"])
