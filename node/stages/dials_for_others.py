@@ -49,8 +49,12 @@ class DialsForOthers:
         self._timeouts.succeeded(f"{opener} {peer}")
 
     def failed(self, peer: PeerId) -> None:
-        """Record that it was not: for a while it is not dialled again, longer each time."""
-        self._backoff.failed(peer, trio.current_time(), BACKOFF_S)
+        """Record that it was not: for a while it is not dialled again, longer each time.
+
+        Not where nobody is connected: then it is this node that has no network.
+        """
+        if self._network.connected_peers():
+            self._backoff.failed(peer, trio.current_time(), BACKOFF_S)
 
     def timed_out(self, peer: PeerId, opener: PeerId) -> None:
         """Record that a dial took too long: for a while the peer is not dialled again for this opener."""

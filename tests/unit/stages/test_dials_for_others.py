@@ -69,3 +69,14 @@ async def test_peer_that_is_reached_too_late_is_not_dialled_again_for_that_opene
     assert trio.current_time() - began_s == pytest.approx(CONNECT_LIMIT_S)
     assert not stage.dials.permit(PEER, OPENER)
     assert stage.dials.permit(PEER, HONEST)
+
+
+async def test_outage_of_this_node_keeps_it_from_no_peer_after_it(virtual_clock: MockClock) -> None:
+    connected: list[PeerId] = []
+    network = SimpleNamespace(peer_id=PeerId("stage"), connected_peers=lambda: connected)
+    dials = DialsForOthers(cast("Network", network))
+    dials.failed(PEER)
+    connected.append(OPENER)
+    assert dials.permit(PEER, OPENER)
+    dials.failed(PEER)
+    assert not dials.permit(PEER, OPENER)
