@@ -98,9 +98,9 @@ class Sequences:
         return sequence
 
     def set_aside(self) -> None:
-        """Move cached pages of closed sessions out of the context, unless they are few, and KV memory has room for them.
+        """Move cached pages of closed sessions out of the context, unless they are few, as far as KV memory has room.
 
-        For that the context gives back what it does not need. A session that begins does not wait for that.
+        For that the context gives back what it does not need, once: a session that begins does not wait for it.
         """
         excess = self._excess()
         size_bytes = sum(map(self.context.end, excess)) * self.context.position_bytes
