@@ -16,6 +16,7 @@ import trio
 
 from node.network.addresses import TcpAddress
 from node.util.child_process import ChildError, run
+from node.util.elapsed import Elapsed
 from node.util.interpreter import python
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ RENEWAL_S: Final = LEASE_S / 2
 RETRY_S: Final = 600.0
 """Until a gateway that was not found is looked for again."""
 FIRST_RETRIES_S: Final = (10.0, 20.0, 30.0)
-"""The same for the first times on another network or after a suspend: a gateway may take a while to answer."""
+"""The same for the first times on another network or after a long suspend: a gateway may take a while to answer."""
 
 POLL_S: Final = 10.0
 """Interval at which addresses and clock are compared: no event says that the network is another, or of a suspend."""
@@ -59,36 +60,29 @@ async def keep_port_mapping(
     leased: _Mapping | None = None
     own: list[TcpAddress] = []
     retries_s: Iterator[float] = iter(())
-    leased_at = asked_at = (0.0, 0.0)
-
-    def elapsed_s(since: tuple[float, float]) -> float:
-        """By the clock that went further: one stands still while the machine is suspended, the other may be set."""
-        return max(trio.current_time() - since[0], wall_clock() - since[1])
-
-    def has_jumped(since: tuple[float, float]) -> bool:
-        return abs(trio.current_time() - since[0] - (wall_clock() - since[1])) > POLL_S
-
+    since_leased, since_asked, pause_s = Elapsed(wall_clock), Elapsed(wall_clock), 0.0
     try:
         while True:
             before, own = own, candidates()
-            if own != before or has_jumped(asked_at):
+            if own != before or since_asked.seconds() > pause_s + 2 * POLL_S:
                 retries_s = iter(FIRST_RETRIES_S)
             if mapped is not None and mapped.own not in own:
                 mapped = None  # it was a gateway of a network that we may have left
                 on_mapped(None)
             found = await _ask("add", own, mapped.external.port if mapped else own[0].port) if own else None
             pause_s = RENEWAL_S if found else next(retries_s, RETRY_S)
-            asked_at = trio.current_time(), wall_clock()
+            since_asked.restart()
             if found is not None:
-                leased, leased_at = found, asked_at
-            elif elapsed_s(leased_at) < LEASE_S:
+                leased = found
+                since_leased.restart()
+            elif since_leased.seconds() < LEASE_S:
                 found = mapped  # a renewal that failed ends no lease
             if found != mapped:
                 mapped = found
                 on_mapped(mapped.external if mapped else None)
                 if mapped is not None:
                     logger.info("the gateway forwards %s to this node", mapped.external.transport)
-            while elapsed_s(asked_at) < pause_s and candidates() == own:  # noqa: ASYNC110 - no signal
+            while since_asked.seconds() < pause_s and candidates() == own:  # noqa: ASYNC110 - no signal
                 await trio.sleep(POLL_S)
     finally:
         if leased is not None:
