@@ -18,6 +18,7 @@ from node.identity import Identity
 from node.network.interface import Network, NetworkError
 from node.swarm.dht_records import RecordKinds
 from node.swarm.publisher_limits import PublisherLimits
+from node.swarm.sequence_numbers import SequenceNumbers
 from node.util.elapsed import Elapsed
 from node.util.token_bucket import Allowance
 from protocol.capabilities import CAPABILITY_KIND, CAPABILITY_TOPIC, Capabilities, CapabilityRecord, capability_key
@@ -76,7 +77,7 @@ class CapabilityAnnouncer:
         self._peers = peers
         self._jitter = jitter
         self._wall_clock = wall_clock
-        self._sequence = 0
+        self._numbers = SequenceNumbers(wall_clock)
         self._announced: Capabilities | None = None
         self._since_announced = Elapsed(wall_clock)
         self._had_neighbours = False
@@ -121,7 +122,7 @@ class CapabilityAnnouncer:
         Overtakes an announcement that is still under way by its higher sequence number.
         """
         self._withdrawn = True
-        if self._sequence:
+        if self._numbers.last:
             with trio.move_on_after(WITHDRAWAL_TIMEOUT_S, shield=True):
                 await self._announce(None)
 
@@ -211,11 +212,9 @@ class CapabilityAnnouncer:
         now_s = trio.current_time()
         had_neighbours = bool(self._network.connected_peers())
         wall_s = self._wall_clock()
-        # A restarted node continues above its earlier sequence numbers without having stored them.
-        self._sequence = max(self._sequence + 1, int(wall_s * 1000))
         record = CapabilityRecord(
             peer=self._network.peer_id,
-            sequence=self._sequence,
+            sequence=next(self._numbers),
             issued_at_s=int(wall_s),
             expires_at_s=int(wall_s) + RECORD_LIFETIME_S,
             capabilities=capabilities,
