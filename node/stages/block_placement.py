@@ -164,9 +164,9 @@ class BlockPlacer:
         """Whether the old blocks may be dropped, as each of them is served by others or among the new ones."""
         return may_drop(self._cuts.block_count, self._serving(), old, new)
 
-    async def wait_dispensable(self, old: BlockRange, new: BlockRange, *, until: bool = True) -> None:
-        """Wait until the old blocks may be dropped, or, `until` False, may not any more."""
-        while self.is_dispensable(old, new) is not until:  # noqa: ASYNC110 - known by heartbeats
+    async def wait_dispensable(self, old: BlockRange, new: BlockRange) -> None:
+        """Wait until the old blocks may be dropped."""
+        while not self.is_dispensable(old, new):  # noqa: ASYNC110 - known by heartbeats
             await trio.sleep(DROP_ROUND_S)
 
     async def _planned_target(self, now: BlockRange) -> BlockRange | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import structlog
 import trio
 
-from node.stages.block_placement import BlockPlacer
+from node.stages.block_placement import DROP_ROUND_S, BlockPlacer
 from node.stages.span import Span
 from node.stages.stage_server import StageServer
 from protocol.identity import BlockRange
@@ -84,5 +84,6 @@ async def hand_over(
 
 
 async def _cancel_once_needed(old: RunningSpan, new: RunningSpan, placer: BlockPlacer, scope: trio.CancelScope) -> None:
-    await placer.wait_dispensable(old.blocks, new.blocks, until=False)
+    while placer.is_dispensable(old.blocks, new.blocks):  # noqa: ASYNC110 - known by heartbeats
+        await trio.sleep(DROP_ROUND_S)
     scope.cancel()
