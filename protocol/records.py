@@ -159,7 +159,7 @@ def issue_time(envelope: bytes, kind: str) -> int:
     return _read_header(payload, kind).issued_at_s
 
 
-def select(envelopes: Sequence[bytes], now_s: float = 0) -> int:
+def select(envelopes: Sequence[bytes], now_s: float) -> int:
     """Return the index of the best of several valid records about the same subject.
 
     One that has not expired wins, then the highest sequence number, then the latest issue, then the greatest bytes, so

@@ -81,7 +81,7 @@ def test_rejects_unsigned_bytes(data: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         verify(data, "span", NOW_S)
     with pytest.raises(RemoteProtocolError):
-        select([data])
+        select([data], NOW_S)
 
 
 def versions() -> st.SearchStrategy[bytes]:
@@ -98,7 +98,7 @@ def versions() -> st.SearchStrategy[bytes]:
 
 
 def better(one: bytes, other: bytes) -> bytes:
-    return (one, other)[select((one, other))]
+    return (one, other)[select((one, other), NOW_S)]
 
 
 @settings(max_examples=60)
@@ -109,4 +109,4 @@ def test_select_is_independent_of_order(one: bytes, two: bytes, three: bytes) ->
     best = better(better(one, two), three)
     assert best == better(one, better(two, three))
     for order in ((one, two, three), (three, one, two), (two, one, three)):
-        assert order[select(order)] == best
+        assert order[select(order, NOW_S)] == best

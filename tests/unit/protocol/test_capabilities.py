@@ -76,8 +76,8 @@ def test_refuses_to_sign_for_another_peer() -> None:
 
 def test_withdrawal_supersedes_the_earlier_record() -> None:
     said, withdrawn = seal(record(EPYC, sequence=5), KEY), seal(record(None, sequence=6), KEY)
-    assert select([said, withdrawn]) == 1
-    assert select([withdrawn, said]) == 0
+    assert select([said, withdrawn], NOW_S) == 1
+    assert select([withdrawn, said], NOW_S) == 0
 
 
 def test_largest_capability_record_fits_the_size_limit() -> None:

@@ -147,7 +147,7 @@ def test_rejects_malformed_envelopes(data: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         verify(data, "span", NOW_S)
     with pytest.raises(RemoteProtocolError):
-        select([data])
+        select([data], NOW_S)
 
 
 def test_rejects_non_canonical_payload() -> None:
@@ -255,16 +255,16 @@ def test_select_prefers_a_record_that_has_not_expired() -> None:
 
 def test_select_prefers_the_newest_record() -> None:
     low, high = seal(SPAN, KEY), seal(replace(SPAN, sequence=8, issued_at_s=NOW_S - 5), KEY)
-    assert select([low, high]) == 1
-    assert select([high, low]) == 0
+    assert select([low, high], NOW_S) == 1
+    assert select([high, low], NOW_S) == 0
     # Of records with equal sequence numbers, whichever bytes are the greater.
     for blocks in ((), SPAN.blocks, (BlockRange(1000, 1024),)):
         later = seal(replace(SPAN, issued_at_s=NOW_S + 1, blocks=blocks), KEY)
-        assert select([later, low]) == 0
-        assert select([low, later]) == 1
+        assert select([later, low], NOW_S) == 0
+        assert select([low, later], NOW_S) == 1
     fewer = seal(replace(SPAN, blocks=()), KEY)
-    assert [low, fewer][select([low, fewer])] == max(low, fewer)
-    assert select([low, low]) == 0
+    assert [low, fewer][select([low, fewer], NOW_S)] == max(low, fewer)
+    assert select([low, low], NOW_S) == 0
 
 
 def test_span_record_is_bound_to_its_dht_key() -> None:
