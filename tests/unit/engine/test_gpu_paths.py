@@ -204,7 +204,7 @@ def test_variant_that_could_not_be_warmed_leaves_no_weights(
 def test_recording_that_cannot_end_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in torch 2.13, whose context manager does not put the stream back where the end of a recording raises."""
     stream = SimpleNamespace(wait_stream=lambda _other: None)
-    current = [stream]
+    current: list[object] = [stream]
 
     @contextmanager
     def use(other: object) -> Iterator[None]:

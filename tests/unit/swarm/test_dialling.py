@@ -128,8 +128,9 @@ async def test_connection_that_is_being_closed_is_not_taken_for_one_to_keep(
     directory = Directory(own_peer=US, connected=peers.connected_peers)
     directory.update(relay("server", "9.9.9.1"), 0.0, dialled=False)
     dialler = Dialler(cast("Network", peers), directory, random.Random(0))
+    (entry,) = directory.entries()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(dialler.reach, *directory.entries())
+        nursery.start_soon(dialler.reach, entry)
         await trio.sleep(0.5)
-        assert await dialler.reach(*directory.entries(), keep=True)
+        assert await dialler.reach(entry, keep=True)
         assert "server" in peers.connected

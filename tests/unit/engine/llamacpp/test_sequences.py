@@ -162,7 +162,12 @@ def test_a_session_that_begins_waits_for_no_move_and_a_trim_makes_one(
     for sequence in held:
         texts.sequences.close(sequence)
     resize, moves = texts.context.resize, list[int]()
-    monkeypatch.setattr(texts.context, "resize", lambda positions: (moves.append(positions), resize(positions)))
+
+    def count(positions: int) -> None:
+        moves.append(positions)
+        resize(positions)
+
+    monkeypatch.setattr(texts.context, "resize", count)
     texts.begin(5)
     assert moves == []
     texts.sequences.set_aside()
