@@ -15,8 +15,8 @@ class Blame:
     def __init__(self, planner: Planner, link_pool: LinkPool) -> None:
         self._planner = planner
         self._link_pool = link_pool
-        self.accusers: dict[PeerId, PeerId] = {}
-        """Stages that blamed another one, and that one: a job of theirs gains the accusers no trust."""
+        self.accused_by: dict[PeerId, PeerId] = {}
+        """By stage the one that it blamed without proof: the job gains such stages no trust."""
 
     def charge(
         self, lost: SessionLost, on_route: Collection[PeerId], is_replaceable: Callable[[PeerId], bool]
@@ -31,18 +31,19 @@ class Blame:
         do not reach each other both live.
         """
         own, blamed, reporter = self._link_pool.peer_id, lost.blamed, lost.reporter
-        is_dead = not self._link_pool.is_linked(blamed)
         is_accused = blamed != reporter and blamed in on_route
-        if is_accused and (is_dead or reporter == own):
-            self._planner.failed(blamed, dead=is_dead)
+        if is_accused and (reporter == own or self._is_dead(blamed)):
+            self._planner.failed(blamed, dead=self._is_dead(blamed))
             return blamed
-        if is_accused and self.accusers.get(reporter, blamed) == blamed:
-            is_repeated = reporter in self.accusers
-            self.accusers[reporter] = blamed
+        if is_accused and self.accused_by.get(reporter, blamed) == blamed:
+            is_repeated = reporter in self.accused_by
+            self.accused_by[reporter] = blamed
             self._planner.disputed(blamed, reporter)
             return reporter if is_repeated and (is_replaceable(reporter) or not is_replaceable(blamed)) else blamed
         # A stage that blames us may be right: then the job only continues elsewhere.
         if lost.reason is not FailureReason.EXPIRED and (blamed != own or reporter == own):
-            is_dead = not self._link_pool.is_linked(reporter)
-            self._planner.failed(reporter, dead=is_dead, lagged=lost.lagged)
+            self._planner.failed(reporter, dead=self._is_dead(reporter), lagged=lost.lagged)
         return reporter
+
+    def _is_dead(self, peer: PeerId) -> bool:
+        return not self._link_pool.is_linked(peer)

@@ -54,8 +54,8 @@ class ClosedRoute(NamedTuple):
 
     `request`: of the first one that was begun. `closed`: the final word of each stage, None where it did not come.
     `rounds`: messages with tokens on all routes. `replays`: stages that were lost and replaced. `cached_tokens`: of the
-    prompt, found in prefix caches by the first route. `accusers`: stages that blamed others. `trace`: where the job
-    asked for one.
+    prompt, found in prefix caches by the first route. `accusers`: stages that blamed others without
+    proof. `trace`: where the job asked for one.
     """
 
     route: OpenRoute
@@ -245,7 +245,7 @@ class ResilientRoute:
         if self._bad_request is not None:  # another stage could do what this one said was impossible
             self._planner.failed(self._bad_request.reporter, dead=False)
         request, rounds = self._request or route.request, self._rounds + route.rounds
-        accusers = frozenset(self._blame.accusers)
+        accusers = frozenset(self._blame.accused_by)
         return ClosedRoute(route, request, closed, rounds, self._replays, self._cached_tokens, accusers, trace)
 
     async def close(self) -> None:

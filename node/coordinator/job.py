@@ -22,6 +22,11 @@ UNSTATED_SHARE: Final = 4
 """A text that takes a share may take one part in so many of the KV memory that is free on its route."""
 
 
+def share_of(free_positions: int) -> int:
+    """Return the limit of a text that takes a share: a usual one in any case."""
+    return max(USUAL_TOKENS, free_positions // UNSTATED_SHARE)
+
+
 @dataclass(slots=True)
 class JobOutput:
     """What has come of a job so far, and when."""
@@ -100,8 +105,8 @@ class Job:
 
     @property
     def expected_tokens(self) -> int:
-        """How many tokens of text predictions are about: without a limit of the user's, a usual number."""
-        return self.tokens_left if self.request.max_tokens is not None else min(self.tokens_left, USUAL_TOKENS)
+        """How many tokens of text predictions are about: of a text that takes a share, a usual number."""
+        return min(self.tokens_left, USUAL_TOKENS) if self.takes_share else self.tokens_left
 
     def limit(self, max_tokens: int) -> None:
         """Lower the limit of the text. Memory for all of it is reserved, so that the route decides what is possible."""
@@ -109,12 +114,12 @@ class Job:
         self._set_limit()
 
     def restore_limit(self) -> bool:
-        """Undo what `limit` did to a text for which the user set none; return whether it did anything.
+        """Undo what `limit` did to a text that takes a share; return whether it did anything.
 
-        A limit of the user's is not lowered once the text has begun: what it was lowered to before must stay possible.
+        Another's limit is not lowered once the text has begun: what it was lowered to before must stay possible.
         """
         before = self.sampling.max_tokens
-        if self.request.max_tokens is None:
+        if self.takes_share:
             self._held_tokens = self._asked_tokens
         self._set_limit()
         return self.sampling.max_tokens > before
@@ -126,8 +131,7 @@ class Job:
         of the stages, 0 where unknown.
         """
         if self.takes_share:
-            free = min((load.free_positions for load in loads), default=0)
-            self._share_tokens = max(USUAL_TOKENS, free // UNSTATED_SHARE)
+            self._share_tokens = share_of(min((load.free_positions for load in loads), default=0))
             self._set_limit()
 
     def _set_limit(self) -> None:

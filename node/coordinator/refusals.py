@@ -4,12 +4,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from node.coordinator.job import Job
+from node.coordinator.job import Job, share_of
 from node.coordinator.method_choice import OverBudget
 from node.coordinator.submission import USUAL_TOKENS, JobError, JobErrorCode
+from node.swarm.directory import UNREPORTED_LOAD
 from protocol.identity import PeerId
 from protocol.measurements import TaskKind
-from protocol.messages import RefusalReason
+from protocol.messages import Load, RefusalReason
 from selector.routing import NoRouteError
 
 RETRY_AFTER_S = 2.0
@@ -29,7 +30,7 @@ class StageRefusal:
 
     `lagged`: it can be reached, but made no progress. `outdated`: its version lacks a sampling option of the job, so
     that it may serve any stage but the last. `most_positions`: the KV positions that it gives a session at most,
-    where the job needs more; else 0.
+    where the job needs more; else 0. `load`: of its span, where that has no KV memory for the job now.
     """
 
     peer: PeerId
@@ -38,6 +39,12 @@ class StageRefusal:
     lagged: bool = False
     outdated: bool = False
     most_positions: int = 0
+    load: Load = UNREPORTED_LOAD
+
+    @property
+    def lacks_memory(self) -> bool:
+        """Whether the peer has no memory for the job now: another limit, as of sessions, is reported without a load."""
+        return self.reason is RefusalReason.FULL and not self.most_positions and self.load != UNREPORTED_LOAD
 
 
 class RouteRejected(Exception):
@@ -122,39 +129,42 @@ def _named(job: Job) -> str:
 
 
 def shorten(job: Job, refusals: Collection[StageRefusal]) -> bool:
-    """Lower the limit of a text for which stages had no KV memory; return whether they may have enough now.
+    """Have a text need less memory where stages had none for it; return whether to ask them again.
 
-    It becomes what those can hold that are too small for it, or a usual one where they are full. A limit of the user's
-    is lowered only before the text begins, where no peer may hold it once it is back. If stages are full, or hold half
-    of it at most, the text takes a share, as one without a limit does: such limits are often the most a client knows.
-    One that asks for a certain length takes none, and waits for full peers. What is measured stays as long as it is.
+    It takes a share, or its limit becomes what those hold that are too small for it, or a share of what is free at full
+    ones. A limit of the user's is lowered only before the text begins, where no peer may hold it once it is back. What
+    is measured stays as long as it is.
     """
-    is_stated, before = job.request.max_tokens is not None, job.sampling.max_tokens
-    is_full = any(each.reason is RefusalReason.FULL for each in refusals)
-    may_hold_it = {each.reason for each in refusals if not each.most_positions} - _NEVER
-    is_away = bool(may_hold_it - {RefusalReason.FULL})
-    if _is_measured(job) or (is_stated and (job.output.routed_s or is_away)):
-        return False
+    before, begun = job.sampling.max_tokens, len(job.output.tokens)
     # Of some the limit was low enough before: they have refused nothing since.
     held = (each.most_positions - len(job.prompt) for each in refusals)
-    most = max((tokens for tokens in held if len(job.output.tokens) < tokens < before), default=0)
-    is_far_off = bool(may_hold_it) or 0 < 2 * most <= (job.request.max_tokens or before)
-    if not job.takes_share and is_full and is_far_off and _may_take_share(job):
-        job.takes_share = True
-        return True
-    if not job.takes_share and may_hold_it:
+    most = max((tokens for tokens in held if begun < tokens < before), default=0)
+    may_hold_it = [each for each in refusals if not each.most_positions and each.reason not in _NEVER]
+    full = [each.load.free_positions for each in may_hold_it if each.lacks_memory]
+    is_bound = not job.takes_share and (job.output.routed_s or len(full) < len(may_hold_it))
+    if _is_measured(job) or is_bound:
         return False
+    if not job.takes_share:
+        job.takes_share = _should_take_share(job, full, most)
+        if job.takes_share or full:
+            return job.takes_share
     if most:
         job.limit(most)
-    elif job.takes_share and RefusalReason.FULL in may_hold_it:
-        job.limit(len(job.output.tokens) + USUAL_TOKENS)
+    elif full:
+        share = share_of(min(full))
+        job.limit(begun + (share if share < job.tokens_left else USUAL_TOKENS))
     return job.tokens_left > 0 and job.sampling.max_tokens < before
 
 
-def _may_take_share(job: Job) -> bool:
-    """Return whether a text may end before the user's limit: a short one may not, nor one of a certain length."""
+def _should_take_share(job: Job, full: Collection[int], most: int) -> bool:
+    """Return whether a text with a limit takes a share as one without: such limits are often the most a client knows.
+
+    So it is where stages are full, or hold half of the limit at most; not of a short text, nor of one that asks for a
+    certain length. `full`: what is free at stages that are full. `most`: tokens of text that too small ones hold.
+    """
     is_certain = job.request.ignore_eos or job.request.min_tokens > 0
-    return job.sampling.max_tokens > USUAL_TOKENS and not is_certain
+    is_far_off = bool(full) or 0 < 2 * most <= (job.request.max_tokens or 0)
+    return is_far_off and job.sampling.max_tokens > USUAL_TOKENS and not is_certain
 
 
 def _least_positions(job: Job) -> int:

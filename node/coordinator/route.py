@@ -360,7 +360,7 @@ class OpenRoute:
                 self.answers[stage] = await link.open(message)
             except SessionRefused as refused:
                 refusals[stage] = StageRefusal(
-                    peer, refused.reason, str(refused), most_positions=refused.most_positions
+                    peer, refused.reason, str(refused), most_positions=refused.most_positions, load=refused.load
                 )
                 self._refused.add(stage)
                 del self._links[stage]

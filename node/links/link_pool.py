@@ -67,17 +67,18 @@ class LinkPool:
 
     def is_linked(self, peer: PeerId) -> bool:
         """Whether there is a link to a peer that is not broken."""
-        return self._live_link(peer) is not None
+        link = self._links.get(peer)
+        return link is not None and not link.broken
 
     async def link_to(self, peer: PeerId) -> OutboundLink:
         """Return the link to a peer, opened if need be. Raises LinkBroken with the reason."""
-        if (link := self._live_link(peer)) is not None:
+        if (link := self._link_for_new_sessions(peer)) is not None:
             await link.ready()
             return link
         lock = self._dialling[peer]
         try:
             async with lock:
-                link = self._live_link(peer) or await self._start_link(peer)
+                link = self._link_for_new_sessions(peer) or await self._start_link(peer)
                 await link.ready()
                 return link
         finally:
@@ -85,16 +86,10 @@ class LinkPool:
             if not lock.locked() and not lock.statistics().tasks_waiting:
                 self._dialling.pop(peer, None)
 
-    def _live_link(self, peer: PeerId) -> OutboundLink | None:
+    def _link_for_new_sessions(self, peer: PeerId) -> OutboundLink | None:
+        """Return the link that is not broken, and not through a relay where there is a direct connection by now."""
         link = self._links.get(peer)
-        if link is None or link.broken:
-            return None
-        if link.is_relayed and self._nursery is not None and self._is_direct(peer):
-            # Its sessions end on it; new ones take the direct connection.
-            del self._links[peer]
-            self._nursery.start_soon(_end_when_idle, link)
-            return None
-        return link
+        return None if link is None or link.broken or (link.is_relayed and self._is_direct(peer)) else link
 
     def _is_direct(self, peer: PeerId) -> bool:
         way = self._network.way_to(peer)
@@ -106,6 +101,8 @@ class LinkPool:
             nursery = self._running_nursery()
         except NetworkError as error:
             raise LinkBroken(peer, str(error)) from None
+        if self.is_linked(peer):  # through a relay: its sessions end on it
+            nursery.start_soon(_end_when_idle, self._links[peer])
         link = OutboundLink(stream, self._agent, self._buffers)
         nursery.start_soon(self._carry, link)
         return link

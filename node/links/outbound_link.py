@@ -119,6 +119,7 @@ class SessionRefused(Exception):
         self.peer = peer
         self.reason = refused.reason
         self.most_positions = refused.most_positions
+        self.load = refused.load
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,11 @@ _logger = structlog.get_logger(__name__)
 
 
 class _Refusal(Exception):
-    """A session is not opened; `span`: whose load the answer reports. `most_positions`: see `Refused`."""
+    """A session is not opened.
+
+    `span`: whose load the answer reports; none where something else than KV memory is full. `most_positions`: see
+    `Refused`.
+    """
 
     def __init__(self, reason: RefusalReason, why: str, span: Span | None = None, *, most_positions: int = 0) -> None:
         super().__init__(why)
@@ -137,11 +141,11 @@ class SessionAdmission:
             raise _Refusal(RefusalReason.LEAVING, "this peer is about to leave", span)
         sessions = list(self._table.sessions())
         if message.background and any(session.opened_by.peer != peer for session in sessions):
-            raise _Refusal(RefusalReason.FULL, "this peer serves others, who come before a measurement", span)
+            raise _Refusal(RefusalReason.FULL, "this peer serves others, who come before a measurement")
         if message.background and peer != self._link_pool.peer_id and not self._background.is_left:
-            raise _Refusal(RefusalReason.FULL, "this peer has computed as much for measurements as it may", span)
+            raise _Refusal(RefusalReason.FULL, "this peer has computed as much for measurements as it may")
         if sum(session.opened_by.peer == peer for session in sessions) >= MAX_SESSIONS:
-            raise _Refusal(RefusalReason.FULL, f"{MAX_SESSIONS} sessions of yours are open here, the maximum", span)
+            raise _Refusal(RefusalReason.FULL, f"{MAX_SESSIONS} sessions of yours are open here, the maximum")
         if span is None:
             raise _Refusal(RefusalReason.NOT_SERVED, f"blocks {message.blocks} are not served here")
         return span

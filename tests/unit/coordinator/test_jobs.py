@@ -362,6 +362,22 @@ async def test_large_limit_for_which_there_is_no_room_now_takes_a_share(virtual_
         assert len((await other.run(job)).token_ids) == 2500
 
 
+async def test_large_limit_is_kept_where_sessions_are_full_and_memory_is_not(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_admission, "MAX_SESSIONS", 1)
+    job = JobRequest(model="fake", prompt=PROMPT, max_tokens=1000)
+    async with open_swarm() as swarm:
+        await swarm.join((0, 9), kv_positions=1 << 14)
+        peer = await swarm.join()
+        await swarm.settle()
+        async with peer.coordinator.submit(job):
+            with pytest.raises(JobError, match="1 sessions of yours are open") as caught:
+                await peer.run(job)
+        assert (caught.value.code, bool(caught.value.retry_after_s)) == (JobErrorCode.FULL, True)
+        assert len((await peer.run(job)).token_ids) == 1000
+
+
 async def test_limit_that_no_stage_holds_takes_a_share(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         await swarm.join((0, 9), kv_positions=3072)

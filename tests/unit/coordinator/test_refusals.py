@@ -5,12 +5,17 @@ from typing import Any, cast
 
 import pytest
 
-from node.coordinator.job import Job
+from node.coordinator.job import UNSTATED_SHARE, Job
+from node.coordinator.prefix_sharing import PrefixClaim
 from node.coordinator.refusals import StageRefusal, no_route, shorten
-from protocol.identity import BlockRange, PeerId
+from node.coordinator.submission import JobRequest
+from node.models.library import KnownModel
+from protocol.identity import BlockRange, JobId, PeerId
 from protocol.measurements import TaskKind
-from protocol.messages import RefusalReason
+from protocol.messages import Load, RefusalReason, Sampling
 from selector.routing import NoRouteError
+
+BUSY = Load(sessions=1)
 
 
 def job_with(*methods: str) -> Job:
@@ -46,31 +51,33 @@ def test_error_names_few_of_many_methods() -> None:
     assert "method-2 runs" in no_route(job_with(*names[:3]), NoRouteError(()), {}, {}).message
 
 
-def limited(refusals: list[StageRefusal], stated: int = 32_000, share: int = 32_000, **options: object) -> int:
+def text_job(stated: int | None, **options: Any) -> Job:
+    """Return a job for a text of `stated` tokens at most."""
+    return Job(
+        id=JobId("00" * 16),
+        request=JobRequest(model="tiny", prompt="", max_tokens=stated, **options),
+        model=cast("KnownModel", None),
+        prompt=(1,) * 100,
+        sampling=Sampling(max_tokens=stated or 32_000),
+        admitted=(),
+        claim=PrefixClaim(pages=()),
+        began_s=0.0,
+    )
+
+
+def limited(refusals: list[StageRefusal], stated: int = 32_000, share: int = 32_000, **options: Any) -> int:
     """Return the limit of a text that 100 tokens of a prompt are before, once stages have refused it.
 
     `share`: what it is limited to on its next route where it takes a share.
     """
-    sampling = SimpleNamespace(max_tokens=stated)
-    request = {"max_tokens": stated, "background": False, "ignore_eos": False, "min_tokens": 0}
-    job = SimpleNamespace(
-        request=SimpleNamespace(**request | options),
-        on_served=None,
-        takes_share=False,
-        sampling=sampling,
-        prompt=[1] * 100,
-        output=SimpleNamespace(tokens=[], routed_s=None),
-        tokens_left=1,
-        limit=lambda tokens: setattr(sampling, "max_tokens", tokens),
-    )
-    while shorten(cast("Job", job), refusals):
-        if job.takes_share:
-            sampling.max_tokens = min(sampling.max_tokens, share)
-    return int(sampling.max_tokens)
+    job = text_job(stated, **options)
+    while shorten(job, refusals):
+        job.limit_to_share([Load(free_positions=share * UNSTATED_SHARE)])
+    return job.sampling.max_tokens
 
 
-def refusal(name: str, reason: RefusalReason | None, most_positions: int = 0) -> StageRefusal:
-    return StageRefusal(PeerId(name), reason, "refused", most_positions=most_positions)
+def refusal(name: str, reason: RefusalReason | None, most_positions: int = 0, load: Load = BUSY) -> StageRefusal:
+    return StageRefusal(PeerId(name), reason, "refused", most_positions=most_positions, load=load)
 
 
 def test_limit_is_cut_until_the_smallest_of_several_stages_holds_it() -> None:
@@ -100,3 +107,33 @@ def test_limit_slightly_beyond_what_stages_hold_is_cut_to_that(asked: int, held:
 
 def test_limit_far_beyond_what_stages_hold_leaves_others_their_share() -> None:
     assert limited([refusal("a", RefusalReason.FULL, 8192)], 16_184, share=2048) == 2048
+
+
+def test_limit_is_kept_at_a_peer_that_is_full_of_something_else_than_kv_memory() -> None:
+    crowded = refusal("a", RefusalReason.FULL, load=Load())  # of sessions
+    assert limited([crowded], 8000) == limited([crowded, refusal("b", RefusalReason.FULL)], 8000) == 8000
+
+
+def test_share_is_one_of_what_a_full_stage_says_is_free() -> None:
+    """What heartbeats said was free is taken by now."""
+    full = refusal("a", RefusalReason.FULL, load=Load(free_positions=6000))
+    job = text_job(8000)
+    assert shorten(job, [full])
+    assert job.sampling.max_tokens == 8000, "first what heartbeats said counts"
+    assert shorten(job, [full])
+    assert job.sampling.max_tokens == 1500
+    assert shorten(job, [full])
+    assert job.sampling.max_tokens == 512
+    assert not shorten(job, [full])
+
+
+def test_text_that_takes_a_share_is_as_one_without_a_limit() -> None:
+    stated, free = text_job(8000), text_job(None)
+    assert shorten(stated, [refusal("a", RefusalReason.FULL)])
+    stated.output.routed_s = free.output.routed_s = 1.0
+    for job in (stated, free):
+        assert job.expected_tokens == 512
+        job.limit(600)
+        assert job.restore_limit()
+        assert job.sampling.max_tokens >= 8000
+        assert shorten(job, [refusal("a", RefusalReason.FULL), refusal("b", None)])

@@ -11,8 +11,10 @@ import trio
 from trio.testing import MockClock
 
 from node.identity import Identity
+from node.links.base_link import LinkBroken
 from node.links.link_pool import REPLACED_IDLE_S, LinkPool
 from node.links.outbound_link import SessionLost
+from node.network.interface import NetworkError
 from node.testing.memory_network import MemoryNetworkHub
 from protocol.identity import JobId, PeerId, SessionId
 
@@ -62,9 +64,25 @@ async def test_replaced_relay_link_is_kept_for_a_session_whose_first_rows_take_a
         lost: list[SessionLost] = []
         unwatch = relayed.watch(SessionId(JobId("00" * 16), 1), lost.append)
         relayed._stream.relay = PeerId("relay")  # type: ignore[misc]  # the connection beside it is direct
+        assert near.is_linked(far.peer_id), "until there is another"
         assert await near.link_to(far.peer_id) is not relayed
         await trio.sleep(2 * REPLACED_IDLE_S)
         assert (lost, relayed.broken) == ([], None)
         unwatch()
         await trio.sleep(2 * REPLACED_IDLE_S)
         assert relayed.broken
+
+
+async def test_relayed_link_is_kept_until_a_direct_one_can_be_opened(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer whose connection is about to become direct is alive."""
+    async with two_pools() as (near, far):
+        relayed = await near.link_to(far.peer_id)
+        relayed._stream.relay = PeerId("relay")  # type: ignore[misc]  # the connection beside it is direct
+        monkeypatch.setattr(near._network, "open_stream", Mock(side_effect=NetworkError("not yet")))
+        with pytest.raises(LinkBroken):
+            await near.link_to(far.peer_id)
+        await trio.sleep(2 * REPLACED_IDLE_S)
+        assert near.is_linked(far.peer_id)
+        assert not relayed.broken
