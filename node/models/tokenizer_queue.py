@@ -39,7 +39,7 @@ class CallQueue:
         self._numbers = itertools.count()
         self._turn = 0.0
         self._ends: dict[str, float] = {}
-        """When the last request of an asker would end, of those with any that wait."""
+        """When the last request of an asker would end, also of one that was abandoned; empty while nothing waits."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -69,4 +69,5 @@ class CallQueue:
                 self._turn = max(self._turn, call.turn)
                 self._ends = {asker: end for asker, end in self._ends.items() if end > self._turn}
                 return call
+        self._ends.clear()  # whoever comes next competes with nobody
         return None
