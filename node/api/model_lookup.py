@@ -1,19 +1,20 @@
 """The model that a client names, among those that the node knows."""
 
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from node.api.interface import ModelDocument
+from node.models.id_prefix import meant_by
+from protocol.identity import ModelId
 
-MIN_ID_DIGITS: Final = 8
-"""How much of an id names a model, as for jobs."""
+if TYPE_CHECKING:
+    from node.api.interface import ModelDocument
 
 
-def find_model(name: str, models: Iterable[ModelDocument]) -> ModelDocument | None:
-    """Return the model with a name, or the only one whose id begins with it."""
-    known = list(models)
-    for model in known:
-        if name in {model["name"], model["model"]}:
-            return model
-    begun = [model for model in known if len(name) >= MIN_ID_DIGITS and model["model"].startswith(name)]
-    return begun[0] if len(begun) == 1 else None
+def find_model(name: str, models: "Sequence[ModelDocument]") -> "ModelDocument | None":
+    """Return the model with a name, or the only one whose id begins with it, by the rule for the models of jobs."""
+    by_id: dict[ModelId, ModelDocument] = {ModelId(model["model"]): model for model in models}
+    named = next((model for model in models if name == model["name"]), None)
+    # What nobody here has or named has the beginning of its id for a name.
+    own = [key for key, model in by_id.items() if model["local"] or not key.startswith(model["name"])]
+    meant = meant_by(name, own, by_id)
+    return named or (by_id[meant.pop()] if len(meant) == 1 else None)

@@ -22,7 +22,7 @@ TIMEOUT_S: Final = 0.4
 def complete_models(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Complete names of models in the swarm, in the cache and in the catalogue."""
     del parameter
-    shown = {model["name"] or model["model"][:12]: _help(model) for model in _ask(context, "/swarm/models", "models")}
+    shown = {model["name"]: _help(model) for model in _ask(context, "/swarm/models", "models")}
     return _matching({**_local_models(context), **shown}, incomplete)
 
 

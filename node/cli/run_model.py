@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from node.api.model_lookup import find_model
 from node.cli.chat import Conversation, answer, converse
 from node.cli.completion import complete_models
 from node.cli.job_options import job_options, read_text
@@ -60,12 +61,12 @@ def run(
 def _node_with(model: str, api: str | None, bootstrap: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """Yield the URL of a node in whose swarm the model is complete, and the name by which it knows it."""
     from node.cli.client import ApiClient, find_api
-    from node.cli.target import DISCOVERY_TIMEOUT_S, choose_model, is_meant, may_be_id, require_complete
+    from node.cli.target import DISCOVERY_TIMEOUT_S, choose_model, may_be_id, require_complete
 
     url = find_api(api)
     if api is not None or is_there(url):
         models = on_node(url, ApiClient.models)
-        if api is not None or any(is_meant(each, model) and each["complete"] for each in models):
+        if api is not None or ((found := find_model(model, models)) and found["complete"]):
             yield url, require_complete(models, model)
             return
         store = _store()
@@ -168,17 +169,17 @@ def _missing(package: "Package") -> str:
 def _served(url: str, name: str) -> str:
     """Return the model once the swarm of the node that serves it has all of it. Raises CommandError."""
     from node.cli.client import ApiClient
-    from node.cli.target import choose_model, is_meant
+    from node.cli.target import choose_model
 
     on_node(url, lambda client: choose_model(client, name, LISTED_TIMEOUT_S))
     models: list[ModelDocument] = on_node(url, ApiClient.models)
-    for each in models:
-        if is_meant(each, name) and each["complete"]:
-            return name
-        if is_meant(each, name):
-            missing = ", ".join(f"{start}-{end}" for start, end in each["uncovered"])
-            raise CommandError(
-                f"this machine has no memory for blocks {missing} of {name}: serve them on others, and join them here "
-                "with --bootstrap; `metaswarm node --help`"
-            )
-    raise CommandError(f"the node that serves {name} does not list it: see `metaswarm doctor`")
+    found = find_model(name, models)
+    if found is None:
+        raise CommandError(f"the node that serves {name} does not list it: see `metaswarm doctor`")
+    if not found["complete"]:
+        missing = ", ".join(f"{start}-{end}" for start, end in found["uncovered"])
+        raise CommandError(
+            f"this machine has no memory for blocks {missing} of {name}: serve them on others, and join them here "
+            "with --bootstrap; `metaswarm node --help`"
+        )
+    return name

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from node.cli.output import format_bytes, format_duration, new_table, plural, printable
+from node.models.id_prefix import PEER_ID_DIGITS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -80,7 +81,7 @@ def _span_table(status: "NodeStatus") -> "Table":
     for span in status["spans"]:
         table.add_row(
             *texts(
-                span["name"] or span["model"][:12],
+                span["name"],
                 f"{span['start']}-{span['end']}",
                 span["block_count"],
                 span["device"],
@@ -147,12 +148,11 @@ def _describe_history(history: "HistoryStatus | None") -> str:
 
 
 def _describe_chain(chain: "ChainStatus") -> str:
-    name = chain["name"] or chain["model"][:12]
     if chain["epoch"] is None or chain["table_digest"] is None:
-        return f"{name}: no statement yet"
+        return f"{chain['name']}: no statement yet"
     weight = "not a member" if chain["weight"] is None else f"weight {chain['weight']:.2f}"
     return (
-        f"{name}: epoch {chain['epoch']}, table {chain['table_digest'][:12]} with {chain['firm_cells']} of "
+        f"{chain['name']}: epoch {chain['epoch']}, table {chain['table_digest'][:12]} with {chain['firm_cells']} of "
         f"{chain['cells']} cells firm, {chain['members']} members, {weight}"
     )
 
@@ -236,7 +236,7 @@ def render_models(answer: dict[str, list["ModelDocument"]]) -> "RenderableType":
         table.add_row(
             *texts(
                 model["name"],
-                model["model"][:12],
+                model["model"][:PEER_ID_DIGITS],
                 model["block_count"],
                 coverage_bar(model["coverage"]),
                 ", ".join(f"{start}-{end}" for start, end in model["uncovered"]),

@@ -1,13 +1,14 @@
 """Which node and which model a verb means: `--api`, `--bootstrap` and `--model` of every verb that runs jobs."""
 
-import re
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from node.api.model_lookup import find_model
 from node.cli.output import CommandError
+from node.models.id_prefix import ID_PREFIX
 from node.util.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ T = TypeVar("T")
 DISCOVERY_TIMEOUT_S: Final = 20.0
 """Longest time in which a peer that has just joined discovers the model."""
 DISCOVERY_INTERVAL_S: Final = 0.25
-
-_ID_PREFIX: Final = re.compile(r"[0-9a-f]{8,64}")
 
 
 @contextmanager
@@ -92,7 +91,7 @@ async def choose_model(client: "ApiClient", wanted: str | None, timeout_s: float
         if wanted is None and len(complete) == 1:
             return complete[0]
         usable = [model for model in models if _is_usable(model)]
-        if wanted is not None and any(is_meant(model, wanted) for model in usable):
+        if wanted is not None and find_model(wanted, usable) is not None:
             return wanted
         if trio.current_time() >= deadline_s:
             break
@@ -101,7 +100,7 @@ async def choose_model(client: "ApiClient", wanted: str | None, timeout_s: float
         return wanted  # the node reports what is wrong with it
     if complete:
         raise CommandError(f"several models are complete; choose one with --model: {', '.join(complete)}")
-    if unnamed := ", ".join(model["model"][:12] for model in usable if not model["local"]):
+    if unnamed := ", ".join(model["name"] for model in usable if not model["local"]):
         raise CommandError(f"models of unknown origin only; choose one that you trust with --model: {unnamed}")
     partly = "; incomplete: " + ", ".join(map(_describe_incomplete, models)) if models else ""
     raise CommandError(f"no model is complete in this swarm: serve one with `metaswarm node --serve MODEL`{partly}")
@@ -122,14 +121,9 @@ def complete_names(models: Sequence["ModelDocument"]) -> list[str]:
     return [model["name"] or model["model"] for model in models if model["complete"]]
 
 
-def is_meant(model: "ModelDocument", wanted: str) -> bool:
-    """Return whether a user means a model by its name or the beginning of its id."""
-    return model["name"] == wanted or (len(wanted) >= 8 and model["model"].startswith(wanted))
-
-
 def may_be_id(wanted: str) -> bool:
     """Return whether a text could be the beginning of a model's id."""
-    return _ID_PREFIX.fullmatch(wanted) is not None
+    return ID_PREFIX.fullmatch(wanted) is not None
 
 
 def require_complete(models: Sequence["ModelDocument"], wanted: str) -> str:
@@ -137,13 +131,11 @@ def require_complete(models: Sequence["ModelDocument"], wanted: str) -> str:
 
     An id that is not listed is for the node to resolve: it lists only some models of which it has no manifest.
     """
-    for model in models:
-        if is_meant(model, wanted) and _is_usable(model):
-            return wanted
-        if is_meant(model, wanted):
-            serve = f"`metaswarm node --serve {wanted}` on further machines"
-            raise CommandError(f"no peer serves blocks {_missing(model)} of {wanted}: {serve}")
-    if may_be_id(wanted):
+    model = find_model(wanted, models)
+    if model is not None and not _is_usable(model):
+        serve = f"`metaswarm node --serve {wanted}` on further machines"
+        raise CommandError(f"no peer serves blocks {_missing(model)} of {wanted}: {serve}")
+    if model is not None or may_be_id(wanted):
         return wanted
     names = complete_names(models)
     which = f"; the swarm serves {', '.join(names)}" if names else "; the swarm serves none"

@@ -186,7 +186,7 @@ def _peers_table(
 
 
 def _name(span: Mapping[str, Any]) -> str:
-    name: str = span["name"] or span["model"][:12]
+    name: str = span["name"]
     return name
 
 

@@ -217,7 +217,7 @@ class SwarmChecks:
         complete: list[str] = []
         if self._running is not None:
             for model in self._running.models:
-                name = model["name"] or model["model"][:12]
+                name = model["name"]
                 if model["uncovered"] and any(model["coverage"]):
                     gaps = [BlockRange(*gap) for gap in model["uncovered"]]
                     incomplete.append((name, _manifest_in(store, ModelId(model["model"])), gaps))
@@ -229,7 +229,7 @@ class SwarmChecks:
             for model_id, spans in self._served_spans(store, seen).items():
                 manifest = _manifest_in(store, model_id)
                 cuts = manifest.cuts if manifest else Cuts(max(span.end for span in spans))
-                name = store.name_of(model_id) or model_id[:12]
+                name = store.name_of(model_id)
                 if missing := cuts.uncovered(spans):
                     incomplete.append((name, manifest, missing))
                 elif apart := _peers_apart(seen.directory, model_id, cuts):

@@ -21,7 +21,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ from node.models.files import (
     size_of,
     write_atomically,
 )
+from node.models.id_prefix import ID_PREFIX, PEER_ID_DIGITS, meant_by
 from node.models.manifest import MANIFEST_FILE, FileEntry, Manifest, parse_manifest
 from node.models.verification_record import FileStamp, VerificationRecord
 from node.util.disk_cache import FolderCache, folder_bytes
@@ -58,10 +59,6 @@ GRAPHS_FOLDER = "graphs"
 QUALITY_FOLDER = "quality"
 """Of the cache folder: files of measured quality, by the model's id."""
 
-PEER_ID_DIGITS = 16
-"""Of an id that only peers name: for fewer a peer could make up a model that begins alike."""
-
-_ID_PREFIX = re.compile(r"[0-9a-f]{8,64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -83,7 +80,7 @@ class ModelInUseError(ModelError):
 
 def check_name(name: str) -> None:
     """Raise ModelError for an invalid name."""
-    if _NAME.fullmatch(name) is None or _ID_PREFIX.fullmatch(name):
+    if _NAME.fullmatch(name) is None or ID_PREFIX.fullmatch(name):
         raise ModelError(
             f"{name[:80]!r} cannot be a model's name: expected at most 64 lower-case letters, digits, '.', '_' and "
             "'-', and not the look of an id"
@@ -209,7 +206,7 @@ class ModelStore:
         )
         return tuple(dict.fromkeys([*manifests, *files]))
 
-    def resolve(self, text: str, known: Iterable[ModelId] = ()) -> ModelId:
+    def resolve(self, text: str, known: Collection[ModelId] = ()) -> ModelId:
         """Return the model that an id's prefix, a catalogue name or a local name means.
 
         `known`: ids from elsewhere, such as those that peers serve, which they could make up: they count where no other
@@ -220,23 +217,16 @@ class ModelStore:
         matches = {names[text]} if text in names else set()
         if text in CATALOGUE:
             matches.add(CATALOGUE[text].model_id)
-        if _ID_PREFIX.fullmatch(text):
-            ids = {*self._stored_ids(), *names.values(), *(entry.model_id for entry in CATALOGUE.values())}
-            matches |= {model for model in ids if model.startswith(text)}
-            if len(text) == 64:
-                matches.add(ModelId(text))
-            if not matches:
-                matches = {model for model in known if model.startswith(text)}
-                if matches and len(text) < PEER_ID_DIGITS:
-                    which = ", ".join(sorted(model[:PEER_ID_DIGITS] for model in matches)[:4])
-                    raise AmbiguousModelError(
-                        f"only peers have a model {text!r} ({which}): give {PEER_ID_DIGITS} digits or more of its id"
-                    )
+        ids = {*self._stored_ids(), *names.values(), *(entry.model_id for entry in CATALOGUE.values())}
+        matches |= {ModelId(text)} if _is_id(text) else meant_by(text, ids, known)
         if len(matches) == 1:
             return matches.pop()
         if matches:
-            which = ", ".join(sorted(model[:PEER_ID_DIGITS] for model in matches)[:4])
-            raise AmbiguousModelError(f"{text!r} matches several models ({which}): give more digits of the id")
+            raise AmbiguousModelError(f"{text!r} matches several models ({_some(matches)}): give more digits of the id")
+        if ID_PREFIX.fullmatch(text) and (begun := [model for model in known if model.startswith(text)]):
+            raise UnknownModelError(
+                f"only peers have a model {text!r} ({_some(begun)}): give {PEER_ID_DIGITS} digits or more of its id"
+            )
         known_names = sorted({*names, *CATALOGUE})
         expected = (
             f"expected an id's prefix of at least 8 hexadecimal digits, or one of {', '.join(known_names)}; "
@@ -411,7 +401,7 @@ class ModelStore:
                 names = sorted(path.name for path in self._models.iterdir())
             except FileNotFoundError:
                 return ()
-        return tuple(ModelId(name) for name in names if len(name) == 64 and _ID_PREFIX.fullmatch(name))
+        return tuple(ModelId(name) for name in names if _is_id(name))
 
     def _load(self, model: ModelId) -> Manifest:
         path = self._models / model
@@ -431,3 +421,11 @@ class ModelStore:
             for file in manifest.files:
                 self._by_sha256.setdefault(file.sha256, set()).add(path / file.name)
         return manifest
+
+
+def _is_id(text: str) -> bool:
+    return len(text) == 64 and ID_PREFIX.fullmatch(text) is not None
+
+
+def _some(models: Iterable[ModelId]) -> str:
+    return ", ".join(sorted(model[:PEER_ID_DIGITS] for model in models)[:4])

@@ -142,7 +142,7 @@ def test_prints_that_the_clock_is_off(capsys: pytest.CaptureFixture[str]) -> Non
 def test_prints_coverage_by_block(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["models", *api]) == 0
     tiny, broken = (line.split() for line in capsys.readouterr().out.splitlines() if "complete" in line)
-    assert tiny == ["tiny", MODEL[:12], "8", "11112222", "complete"]
+    assert tiny == ["tiny", MODEL[:16], "8", "11112222", "complete"]
     assert broken == ["broken", ("cd" * 32)[:12], "4", "1..1", "1-3", "incomplete"]
 
 

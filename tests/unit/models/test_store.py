@@ -49,7 +49,7 @@ def test_a_model_is_found_by_id_prefix_name_and_catalogue_name(store: ModelStore
 def test_a_model_that_only_peers_have_is_found_by_its_prefix(store: ModelStore) -> None:
     remote = ModelId("ab12cd34" + "0" * 56)
     assert store.resolve("ab12cd3400000000", known=[remote]) == remote
-    with pytest.raises(AmbiguousModelError, match=r"only peers have .* \(ab12cd3400000000\): give 16 digits"):
+    with pytest.raises(UnknownModelError, match=r"only peers have .* \(ab12cd3400000000\): give 16 digits"):
         store.resolve("ab12cd34", known=[remote])
     other = ModelId("ab12cd34" + "0" * 55 + "1")
     with pytest.raises(AmbiguousModelError, match="matches several"):
