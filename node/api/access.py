@@ -41,7 +41,7 @@ class KeyUse:
         every second, and would use the minute up in waiting.
 
         `counted`: those of them that are counted already. `param`: the field that says how many they are. `requests`:
-        of the minute, where it has more answers, one after another.
+        of the minute, where a measurement runs more jobs, one after another.
         """
         concurrency, per_minute = self.key.concurrency, self.key.requests_per_minute
         requests = max(answers, requests)
@@ -52,9 +52,10 @@ class KeyUse:
         if per_minute is not None and requests > per_minute:
             name = self.key.name
             message = (
-                f"the request runs {requests} jobs; the API key {name!r} admits {per_minute} a minute: ask for fewer"
+                f"the measurement runs {requests} jobs; the API key {name!r} admits {per_minute} a minute: name fewer "
+                "methods or rounds"
             )
-            raise ApiError(400, message)
+            raise ApiError(400, message, param="methods")
         if concurrency is not None and self.running + answers - counted > concurrency:
             if self.bucket is not None:
                 self.bucket.give_back(counted, trio.current_time())
@@ -164,7 +165,7 @@ def release_body(scope: Scope) -> None:
 def begin_answers(scope: Scope, answers: int = 1, param: str = "n", requests: int = 0) -> None:
     """Count the answers that a request wants at a time against its key; each job is one. Raises ApiError.
 
-    `requests`: of the minute, where it has more answers, one after another.
+    `requests`: of the minute, where a measurement runs more jobs, one after another.
     """
     use = scope.get(_IN_SCOPE)
     if isinstance(use, RequestUse):

@@ -5,6 +5,8 @@ kept when it is interrupted.
 """
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 from starlette.responses import JSONResponse
@@ -18,7 +20,6 @@ from node.api.request_body import parse_counted
 from node.api.shared_fields import MODEL, QUALITY
 from node.coordinator.trial import MethodTrial, Run, Trial, TrialSpec
 from protocol.measurements import Objective, QualityBound, TaskKind
-from selector.task import PORTFOLIOS
 from selector.workloads import TrialWorkload
 
 MAX_ROUNDS: Final = 100
@@ -26,9 +27,6 @@ MAX_CONCURRENCY: Final = 64
 MAX_METHODS: Final = 64
 OBJECTIVES: Final = (Objective.LATENCY, Objective.THROUGHPUT)
 """The costs that are measured. At given prices the cheapest method is the one that computes least."""
-
-_MOST_OF_PORTFOLIO: Final = max(map(len, PORTFOLIOS.values()))
-"""Methods that are measured where none are named, at most."""
 
 _CONCURRENCY: Final = Field("concurrency", count_between(1, MAX_CONCURRENCY))
 _METHODS: Final = Field("methods", list_of(parse_method, "methods", MAX_METHODS, least=1))
@@ -48,12 +46,12 @@ class BenchEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises ApiError before the response starts."""
         spec = await parse_counted(scope, receive, lambda body, _: parse_spec(body))
-        concurrency, methods = spec.workload.concurrency, len(spec.methods) or _MOST_OF_PORTFOLIO
-        jobs = (methods + 1) * spec.rounds * concurrency  # with the baseline's
-        begin_answers(scope, concurrency, f"{_WORKLOAD.name}.{_CONCURRENCY.name}", jobs)
+        param = f"{_WORKLOAD.name}.{_CONCURRENCY.name}"
+        count = partial(begin_answers, scope, spec.workload.concurrency, param)
 
         async def answer() -> None:
-            await JSONResponse(describe_trial(await self._measure(spec)))(scope, receive, send)
+            trial = await self._measure(replace(spec, on_jobs_known=count))
+            await JSONResponse(describe_trial(trial))(scope, receive, send)
 
         await until_disconnect(receive, answer)
 

@@ -220,8 +220,8 @@ class EventStream:
 
 
 async def until_disconnect(receive: Receive, answer: Callable[[], Awaitable[None]]) -> None:
-    """Run `answer`, and cancel it when the client disconnects. Its JobError becomes an ApiError."""
-    error: JobError | None = None
+    """Run `answer`, and cancel it when the client disconnects. Raises its ApiError, or one for its JobError."""
+    error: ApiError | None = None
 
     async def cancel_on_disconnect() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -232,11 +232,11 @@ async def until_disconnect(receive: Receive, answer: Callable[[], Awaitable[None
         nursery.start_soon(cancel_on_disconnect)
         try:
             await answer()
-        except JobError as caught:
-            error = caught  # raised outside the nursery, which would wrap it in a group
+        except (ApiError, JobError) as caught:  # raised outside the nursery, which would wrap it in a group
+            error = caught if isinstance(caught, ApiError) else ApiError.from_job_error(caught)
         nursery.cancel_scope.cancel()
     if error is not None:
-        raise ApiError.from_job_error(error)
+        raise error
 
 
 def wants_details(headers: Headers) -> bool:

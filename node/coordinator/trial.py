@@ -59,6 +59,8 @@ class TrialSpec:
     are recorded, each in an observation of its own. `stages`: the route, if it is given; else the best for the
     objective `route_for` at first, and then the same for all runs. Where a stage of it is lost, a probe goes on with
     the best that is left. `route_fault`: why a trial over the route that a job took would say nothing, if it would not.
+
+    `on_jobs_known`: receives how many jobs are to run, before the first, and may raise to run none.
     """
 
     model: str
@@ -74,6 +76,7 @@ class TrialSpec:
     stages: tuple[Stage, ...] = ()
     route_for: Objective = Objective.LATENCY
     route_fault: Callable[[ServedJob], str | None] = lambda job: None
+    on_jobs_known: Callable[[int], None] = lambda jobs: None
 
     @property
     def is_background(self) -> bool:

@@ -91,6 +91,7 @@ class BenchmarkRunner:
                 f"{model.max_positions} of the model's context: use fewer",
             )
         methods = _methods_of(spec, model.manifest)
+        spec.on_jobs_known(len(methods) * (spec.rounds * workload.concurrency + 1))  # each is warmed up by one
         text = await prompt_tokens(JobRequest(model=spec.model, prompt=sample_text()), model)
         # Jobs that run one at a time share their prefix with those before; the warm-up computes it.
         common = piece(text, shared_tokens(workload), rng) if workload.concurrency == 1 else None

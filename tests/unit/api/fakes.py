@@ -53,7 +53,7 @@ from node.telemetry.observer import Telemetry
 from protocol.identity import BlockRange, JobId, ModelId, peer_id_from_public_key
 from protocol.measurements import MethodInForce, Objective, QualityBound, StageObservation
 from protocol.messages import FinishReason, SessionStatistics
-from selector.task import BASELINE, Method, MethodError, method, parse_method, portfolio
+from selector.task import BASELINE, PORTFOLIO, Method, MethodError, method, parse_method, portfolio
 
 JOB = JobId("0123456789abcdef" * 2)
 MODEL = ModelId("ab" * 32)
@@ -242,6 +242,8 @@ class FakeNode:
 
     async def bench(self, spec: TrialSpec) -> Trial:
         """Measure every job as half as long as the baseline's, to within a tenth."""
+        methods = 1 + len(spec.methods or PORTFOLIO)
+        spec.on_jobs_known(methods * (spec.rounds * spec.workload.concurrency + 1))
         self.benched.append(spec)
         try:
             if self.bench_hangs:

@@ -143,7 +143,7 @@ def test_prints_coverage_by_block(api: list[str], capsys: pytest.CaptureFixture[
     assert run(["models", *api]) == 0
     tiny, broken = (line.split() for line in capsys.readouterr().out.splitlines() if "complete" in line)
     assert tiny == ["tiny", MODEL[:16], "8", "11112222", "complete"]
-    assert broken == ["broken", ("cd" * 32)[:12], "4", "1..1", "1-3", "incomplete"]
+    assert broken == ["broken", ("cd" * 32)[:16], "4", "1..1", "1-3", "incomplete"]
 
 
 @pytest.mark.parametrize("verb", ["status", "peers", "models"])

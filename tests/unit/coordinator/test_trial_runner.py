@@ -92,6 +92,20 @@ async def test_every_round_is_paired_and_recorded(virtual_clock: MockClock) -> N
         assert peer.held() == (0, 0)
 
 
+async def test_number_of_jobs_is_known_before_any_runs(virtual_clock: MockClock) -> None:
+    def refuse(jobs: int) -> None:
+        raise ValueError(f"{jobs} jobs")
+
+    async with open_swarm() as swarm:
+        trials, _, peer = await trials_of(swarm)
+        workload = TrialWorkload(concurrency=4, prompt_tokens=64, max_tokens=8)
+        with pytest.raises(ValueError, match=f"{2 * (3 * 4 + 1)} jobs"):  # two methods, with a warm-up of each
+            await trials.run(spec(workload=workload, on_jobs_known=refuse))
+        assert peer.coordinator.statistics.done == 0
+        await trials.run(spec(workload=workload))
+        assert peer.coordinator.statistics.trials_done == 2 * (3 * 4 + 1)
+
+
 async def test_variant_is_built_before_measuring(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         trials, kept, _ = await trials_of(swarm, variants=[REFERENCE])
