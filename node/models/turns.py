@@ -82,13 +82,18 @@ def _with_one_call_a_turn(turns: Sequence[Turn]) -> Iterator[Turn]:
 
 
 def _with_alternating_roles(turns: Sequence[Turn]) -> Iterator[Turn]:
-    """Join turns of the user, or of the assistant, that follow each other, and what the user adds to a result."""
+    """Join turns of one role that follow each other, and what the user adds to a result.
+
+    A turn of the system behind others is the user's: such templates know the system's at the beginning only.
+    """
     before: Turn | None = None
     for turn in turns:
+        if before and turn["role"] == "system" != before["role"]:
+            turn = {**turn, "role": "user"}
         roles = (before["role"], turn["role"]) if before else ()
-        is_joined = roles in {("user", "user"), ("assistant", "assistant"), ("tool", "user")}
-        if before and is_joined and "tool_calls" not in {*before, *turn}:
-            before = {**turn, **before, "content": "\n\n".join([before["content"], turn["content"]])}
+        if before and roles in _JOINED and "tool_calls" not in {*before, *turn}:
+            texts = {name: [each[name] for each in (before, turn) if each.get(name)] for name in _TEXTS}
+            before = {**turn, **before, **{name: "\n\n".join(each) for name, each in texts.items() if each}}
             continue
         if before:
             yield before
@@ -97,9 +102,13 @@ def _with_alternating_roles(turns: Sequence[Turn]) -> Iterator[Turn]:
         yield before
 
 
+_TEXTS = ("content", "reasoning_content")
+_JOINED = {*((role, role) for role in ("system", "user", "assistant")), ("tool", "user")}
+
 _MENDS = {
     "length 9": _with_short_ids,  # Mistral's
     "only supports single tool-calls": _with_one_call_a_turn,  # Llama 3's
     "must alternate": _with_alternating_roles,
+    "must be at the beginning": _with_alternating_roles,  # Qwen3.5's, of the system's turn
 }
 """What to do about refusals, by words of theirs."""

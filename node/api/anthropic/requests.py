@@ -1,9 +1,7 @@
 """Request bodies of the Anthropic API's `/v1/messages` and `/v1/messages/count_tokens`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import groupby
-from operator import attrgetter
 from typing import Any, Final
 
 from starlette.datastructures import Headers
@@ -35,6 +33,7 @@ from node.api.openai.messages import (
     NAME,
     continues_final_message,
     described_tool,
+    join_turns,
     parse_arguments,
 )
 from node.api.schemas import parse_schema
@@ -213,27 +212,13 @@ def parse_count_request(body: bytes) -> JobRequest:
 
 def _parse_conversation(fields: Fields, options: Mapping[str, Any], choice: ToolChoice) -> JobRequest:
     """Return a job with the prompt of a request, and all else as it is by default."""
-    turns = _with_joined_turns(turn for turns in fields.require(_MESSAGES) for turn in turns)
+    turns = join_turns((turn for turns in fields.require(_MESSAGES) for turn in turns), {"user", "assistant"})
     continues = continues_final_message(_MESSAGES.name, turns)
     if system := fields.get(_SYSTEM):
         turns = (ChatMessage(role="system", content=system), *turns)
     model = fields.require(MODEL)
     job = JobRequest(model=model, messages=turns, template_options=options, continue_final_message=continues)
     return choice.apply(job)
-
-
-def _with_joined_turns(turns: Iterable[ChatMessage]) -> tuple[ChatMessage, ...]:
-    """Return the turns; those of the user, and of the assistant, that follow each other are one, as in this API."""
-    joined: list[ChatMessage] = []
-    for role, group in groupby(turns, key=attrgetter("role")):
-        same = list(group)
-        if role not in {"user", "assistant"}:
-            joined += same
-            continue
-        calls = tuple(call for turn in same for call in turn.tool_calls)
-        content, reasoning = (join_texts(map(attrgetter(name), same)) for name in ("content", "reasoning"))
-        joined.append(ChatMessage(role=role, content=content, tool_calls=calls, reasoning=reasoning))
-    return tuple(joined)
 
 
 def _parse_output(fields: Fields) -> tuple[dict[str, Any], str]:

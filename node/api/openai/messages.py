@@ -1,6 +1,8 @@
 """Conversations and tools in the bodies of the OpenAI API."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, Final
 
 from node.api.fields import (
@@ -16,7 +18,7 @@ from node.api.fields import (
     parse_text,
     refuse,
 )
-from node.api.shared_fields import CACHE_MARKS, PARALLEL_TOOL_CALLS, text_or_parts, tool_choice
+from node.api.shared_fields import CACHE_MARKS, PARALLEL_TOOL_CALLS, join_texts, text_or_parts, tool_choice
 from node.api.tool_calls import decode_arguments
 from node.api.tool_choice import ToolChoice, choose_tools
 from node.coordinator.chat import ChatMessage, MessageToolCall
@@ -45,6 +47,19 @@ def continues_final_message(param: str, turns: Sequence[ChatMessage]) -> bool:
     if turns[-1].tool_calls:
         refuse(param, "ends with tool calls: add a turn with the result of each")
     return True
+
+
+def join_turns(turns: Iterable[ChatMessage], roles: Collection[str]) -> tuple[ChatMessage, ...]:
+    """Return turns; those of one of some roles that follow each other are one."""
+    joined: list[ChatMessage] = []
+    for role, group in groupby(turns, key=attrgetter("role")):
+        same = list(group)
+        if role in roles:
+            content, reasoning = (join_texts(map(attrgetter(name), same)) for name in ("content", "reasoning"))
+            calls = tuple(call for turn in same for call in turn.tool_calls)
+            same = [ChatMessage(role=role, content=content, tool_calls=calls, reasoning=reasoning)]
+        joined += same
+    return tuple(joined)
 
 
 def parse_tools(fields: Fields, schema: str = "") -> ToolChoice:

@@ -1,7 +1,7 @@
 """Request bodies of the OpenAI API's `/v1/responses`."""
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any, Final
@@ -25,7 +25,7 @@ from node.api.fields import (
     refuse,
 )
 from node.api.generation import Generation
-from node.api.openai.messages import ARGUMENTS, MAX_MESSAGES, NAME
+from node.api.openai.messages import ARGUMENTS, MAX_MESSAGES, NAME, join_turns
 from node.api.openai.response_events import ResponseWriter
 from node.api.openai.response_tools import TOOL_CHOICE, TOOLS, FunctionName, ResponseTool
 from node.api.schemas import ANY_OBJECT, parse_schema
@@ -46,7 +46,6 @@ from node.api.shared_fields import (
     TOP_P,
     TRACE,
     asks_details,
-    join_texts,
     text_or_parts,
 )
 from node.api.tool_choice import ToolChoice, choose_tools
@@ -144,19 +143,8 @@ _parse_items: Final = list_of(_parse_item, "items", MAX_MESSAGES, least=1)
 def _parse_input(param: str, value: Any) -> tuple[ChatMessage, ...]:
     if isinstance(value, str):
         return (ChatMessage(role="user", content=parse_text(param, value)),)
-    return _merge_assistant_turns(turn for turn in _parse_items(param, value) if turn is not None)
-
-
-def _merge_assistant_turns(turns: Iterable[ChatMessage]) -> tuple[ChatMessage, ...]:
-    """Return turns with those of the assistant that follow each other as one: here each call is an item of its own."""
-    merged: list[ChatMessage] = []
-    for turn in turns:
-        if merged and merged[-1].role == turn.role == "assistant":
-            before = merged.pop()
-            calls = (*before.tool_calls, *turn.tool_calls)
-            turn = replace(before, content=join_texts((before.content, turn.content)), tool_calls=calls)
-        merged.append(turn)
-    return tuple(merged)
+    # Here each call is an item of its own.
+    return join_turns((turn for turn in _parse_items(param, value) if turn is not None), {"assistant"})
 
 
 def _merge_leading_instructions(turns: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:

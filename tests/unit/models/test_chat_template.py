@@ -117,6 +117,22 @@ def test_strict_template_gets_alternating_turns() -> None:
     assert shown("", *turns) == list(turns), "as they are, where the template takes them"
 
 
+def test_strict_template_gets_turns_of_the_system_at_the_beginning_only() -> None:
+    told, alternates = {"role": "system", "content": "s"}, ALTERNATES.replace("!= 'tool'", "not in ('tool', 'system')")
+    ordered = """{%- for m in messages %}{% if m.role == 'system' and not loop.first %}
+      {{- raise_exception('System message must be at the beginning.') }}{% endif %}{% endfor %}"""
+    for source in (ordered, alternates + ordered):
+        assert shown(source, told, told, ASKED) == [told | {"content": "s\n\ns"}, ASKED]
+        assert shown(source, ASKED, told, ASKED) == [ASKED | {"content": "a\n\ns\n\na"}]
+        assert shown(source, told, ASKED, SAID, told) == [told, ASKED, SAID, ASKED | {"content": "s"}]
+
+
+def test_joined_turns_keep_all_reasoning() -> None:
+    first, second = SAID | {"reasoning_content": "x"}, SAID | {"content": "", "reasoning_content": "y"}
+    assert shown(ALTERNATES, ASKED, first, second) == [ASKED, SAID | {"reasoning_content": "x\n\ny"}]
+    assert shown(ALTERNATES, ASKED, SAID, second) == [ASKED, SAID | {"reasoning_content": "y"}]
+
+
 def test_strict_template_gets_ids_of_nine_characters() -> None:
     turns = (
         calling("call_one", "abcdeFGH9"), result("2", tool_call_id="abcdeFGH9"), result("1", tool_call_id="call_one"),
