@@ -106,11 +106,7 @@ def evict_packages(store: ModelStore, kept: Collection[ModelId], room: int) -> t
     """
     stay = {*kept, *store.names().values(), *(entry.model_id for entry in CATALOGUE.values())}
     with disk_errors("cannot make room in the cache"):
-        found = sorted(
-            ((package.path / FETCHED_MARK).stat().st_mtime, package.model_id)
-            for package in store.list()
-            if package.model_id not in stay and _is_without_weights(package)
-        )
+        found = sorted(found for found in _without_weights(store) if found[1] not in stay)
     excess = max(0, len(found) + room - MAX_WITHOUT_WEIGHTS)
     oldest_s = time.time() - RECENT_S
     evicted: list[ModelId] = []
@@ -130,11 +126,14 @@ def mark_used(store: ModelStore, model: ModelId) -> None:
         os.utime(store.get(model).path / FETCHED_MARK)
 
 
-def _is_without_weights(package: Package) -> bool:
-    """Return whether a package came from peers, and holds nothing of its weights."""
-    paths = map(package.path_of, package.manifest.weight_files)
-    is_fetched = (package.path / FETCHED_MARK).exists()
-    return is_fetched and not any(path.exists() or part_of(path).exists() for path in paths)
+def _without_weights(store: ModelStore) -> Iterator[tuple[float, ModelId]]:
+    """Yield the packages that came from peers and hold nothing of their weights, with their last use."""
+    for package in store.list():
+        paths = map(package.path_of, package.manifest.weight_files)
+        with suppress(FileNotFoundError):  # imported, or just evicted by another process
+            used_s = (package.path / FETCHED_MARK).stat().st_mtime
+            if not any(path.exists() or part_of(path).exists() for path in paths):
+                yield used_s, package.model_id
 
 
 @contextmanager

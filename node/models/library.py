@@ -191,8 +191,9 @@ class Library:
             if opening.failure:
                 raise ModelError(opening.failure)
         mark_used(self._store, model)
-        if model in self._open:
-            return self._open[model]
+        known = self._open.get(model)
+        if known is not None and self._has_tokenizer(known.manifest):
+            return known
         opening = self._opening[model] = _Opening()
         try:
             known = await self._load(model)
@@ -205,13 +206,18 @@ class Library:
         self._open[model] = known
         return known
 
+    def _has_tokenizer(self, manifest: Manifest) -> bool:
+        """Return whether a model's tokenizer is still here: another process may have evicted the package."""
+        package = self._store.find(manifest.model_id)
+        return package is not None and all(map(package.has, manifest.tokenizer_files))
+
     async def _load(self, model: ModelId) -> KnownModel:
         if self.local_manifest(model) is None and model not in self.named_models():
             kept, room = frozenset(self._open), len(self._opening)
             for evicted in await trio.to_thread.run_sync(evict_packages, self._store, kept, room):
                 _logger.info("model evicted from the cache", model=evicted)
         package = await self._package(model)
-        if any(not package.has(file) for file in package.manifest.tokenizer_files):
+        if not self._has_tokenizer(package.manifest):
             await self._fetcher.fetch_files(
                 package.manifest, package.manifest.tokenizer_files, await self._providers(model)
             )
@@ -263,7 +269,7 @@ class Library:
     async def _fetch_tokenizer(self, package: Package) -> None:
         """Fetch the tokenizer, which texts that follow a JSON Schema need; the span can be served without it."""
         manifest = package.manifest
-        if all(map(package.has, manifest.tokenizer_files)):
+        if self._has_tokenizer(manifest):
             return
         try:
             await self._fetcher.fetch_files(

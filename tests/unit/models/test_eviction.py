@@ -122,6 +122,24 @@ def test_packages_of_which_nothing_but_text_was_fetched_are_bounded(
     assert left == {fetched[0], fetched[3], package.model_id, imported_here}
 
 
+def test_package_that_another_process_evicts_meanwhile_is_passed_over(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch, package: Package
+) -> None:
+    for block in package.manifest.blocks:
+        package.path_of(block).unlink(missing_ok=True)
+    stat = Path.stat
+
+    def evicted(self: Path, **options: bool) -> os.stat_result:
+        """What is looked at is evicted once its mark was seen."""
+        found = stat(self, **options)
+        if self.name == FETCHED_MARK:
+            self.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "stat", evicted)
+    assert evict_packages(store, kept=(), room=1) == ()
+
+
 def test_imported_models_are_never_evicted(tmp_path: Path) -> None:
     store = ModelStore(tmp_path / "cache")
     imported = import_model(str(write_checkpoint(tmp_path / "tiny")), store)

@@ -138,6 +138,17 @@ async def test_concurrent_opens_of_a_model_load_it_once(tmp_path: Path, theirs: 
         assert {file.name for file in store.get(theirs.model_id).missing()}.isdisjoint({"tokenizer.json"})
 
 
+async def test_open_model_that_another_process_evicts_is_fetched_again(tmp_path: Path, theirs: Package) -> None:
+    async with joined(tmp_path, theirs) as (found, store, _):
+        with trio.fail_after(60):
+            await found.open(theirs.model_id)
+            ModelStore(tmp_path / "mine").remove(theirs.model_id)
+            known = await found.open(theirs.model_id)
+            assert {file.name for file in store.get(known.id).missing()}.isdisjoint({"tokenizer.json"})
+            assert await known.tokenizer.encode("fox")
+            assert await found.open(theirs.model_id) is known
+
+
 async def test_failed_open_fails_all_concurrent_callers(tmp_path: Path, theirs: Package) -> None:
     async with joined(tmp_path, theirs) as (found, _, swarm):
         swarm.models.clear()
