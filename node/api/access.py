@@ -126,9 +126,9 @@ class RequestUse:
             self._running = answers
 
     @property
-    def key_sha256(self) -> str | None:
-        """The hash of the key; None without one."""
-        return None if self._use is None else self._use.key.sha256
+    def key_sha256(self) -> str:
+        """The hash of the key; empty without one."""
+        return "" if self._use is None else self._use.key.sha256
 
     @property
     def is_revoked(self) -> bool:
@@ -175,7 +175,7 @@ def begin_answers(scope: Scope, answers: int = 1, param: str = "n", requests: in
 def key_sha256_of(scope: Scope) -> str:
     """Return the hash of the API key that a request came with; empty without one."""
     use = scope.get(_IN_SCOPE)
-    return (use.key_sha256 or "") if isinstance(use, RequestUse) else ""
+    return use.key_sha256 if isinstance(use, RequestUse) else ""
 
 
 def begin_reading(scope: Scope) -> Callable[[], bool]:

@@ -210,12 +210,12 @@ def _is_local(url: str) -> bool:
 
 
 class BodyMemory:
-    """The bytes of bodies in memory, by key; those of clients without a key are together, under None."""
+    """The bytes of bodies in memory, by key; those of clients without a key are together, under an empty one."""
 
     def __init__(self) -> None:
-        self._held: Counter[str | None] = Counter()
+        self._held: Counter[str] = Counter()
 
-    def hold(self, count: int, key: str | None) -> None:
+    def hold(self, count: int, key: str) -> None:
         """Count bytes. Raises ApiError where all bodies, or those of the key, have too many; counts them, too."""
         self._held[key] += count
         share = max(MAX_ALL_BODY_BYTES // KEY_SHARE, MAX_BODY_BYTES)
@@ -228,7 +228,7 @@ class BodyMemory:
         message = f"the bodies of {whose} that are being read have {most} bytes with this one: try again"
         raise ApiError(503, message, code="too_many_bytes", headers={"Retry-After": str(BUSY_RETRY_S)})
 
-    def release(self, count: int, key: str | None) -> None:
+    def release(self, count: int, key: str) -> None:
         """Count bytes as no longer in memory."""
         self._held[key] -= count
         if not self._held[key]:
@@ -241,10 +241,10 @@ class BodyReader:
     def __init__(self, memory: BodyMemory) -> None:
         self._memory = memory
         self._held = 0
-        self._key: str | None = None
+        self._key = ""
         self._body = bytearray()
 
-    async def read(self, receive: Receive, most_bytes: int, key: str | None) -> Receive | None:
+    async def read(self, receive: Receive, most_bytes: int, key: str) -> Receive | None:
         """Return a `receive` that yields the whole body; None if the client disconnected. Raises ApiError.
 
         That alone has the body: whoever takes it can drop it.

@@ -86,19 +86,20 @@ def may_become_call(text: str) -> bool:
 def _json_calls(body: str, tool_format: ToolFormat | None) -> list[Any]:
     """Return the values that calls are written as. Raises ValueError."""
     values: list[Any] = []
-    position = turns = 0
-    while position < len(body):
+    position = 0
+    for _ in range(MAX_CALLS):  # empty lists make no calls, and cost as much
+        if position >= len(body):
+            break
         named = _MISTRAL_CALL.match(body, position) if tool_format is ToolFormat.MISTRAL else None
         value, position = _DECODER.raw_decode(body, named.end() if named else position)
         if named:
             values.append({"name": named[1], "arguments": value})
         else:
             values += value if isinstance(value, list) else [value]
-        turns += 1
-        if max(turns, len(values)) > MAX_CALLS:  # empty lists have turns alone
-            raise ValueError("too many calls")
         between = _BETWEEN_CALLS.match(body, position)
         position = between.end() if between else position
+    if position < len(body) or len(values) > MAX_CALLS:
+        raise ValueError("too many calls")
     return values
 
 

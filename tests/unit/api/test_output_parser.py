@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from node.api.output_parser import OutputParser, ParsedText, ParserRules
-from node.api.tool_calls import ToolCall
+from node.api.tool_calls import MAX_CALLS, ToolCall, parse_calls
 from node.coordinator.chat import ChatFormat, ToolFormat
 from tests.unit.api.parsing import parse
 
@@ -147,6 +147,16 @@ def test_hostile_text_is_read_in_time(text: str) -> None:
         answer, _, calls = read(text, chat_format, 100_000)
         assert (answer, calls) == (text, [])
     assert time.process_time() - began_s < 1
+
+
+@pytest.mark.parametrize("form", ["{}", "[{}]", "[{}]; []"])
+def test_text_of_more_calls_than_an_answer_has_is_none(form: str) -> None:
+    text = form.format(CALL)
+    most = MAX_CALLS // (2 if text.endswith("[]") else 1)
+    assert len(parse_calls("; ".join([text] * most), ToolFormat.HERMES, TOOLS)) == most
+    assert parse_calls("; ".join([text] * (most + 1)), ToolFormat.HERMES, TOOLS) == []
+    whole = f"[{', '.join([CALL] * (MAX_CALLS + 1))}]"
+    assert parse_calls(whole, ToolFormat.HERMES, TOOLS) == []
 
 
 def test_single_keeps_the_first_call() -> None:
