@@ -54,8 +54,8 @@ class ClosedRoute(NamedTuple):
 
     `request`: of the first one that was begun. `closed`: the final word of each stage, None where it did not come.
     `rounds`: messages with tokens on all routes. `replays`: stages that were lost and replaced. `cached_tokens`: of the
-    prompt, found in prefix caches by the first route. `accusers`: stages that blamed others without
-    proof. `trace`: where the job asked for one.
+    prompt, found in prefix caches by the first route. `accusers`: stages that blamed others without proof.
+    `trace`: where the job asked for one.
     """
 
     route: OpenRoute
