@@ -1,6 +1,6 @@
 """What Ollama's endpoints tell of models: `/api/tags`, `/api/ps`, `/api/show`, `/api/version`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
@@ -25,7 +25,7 @@ def describe_tags(models: Iterable[ModelDocument], since_s: int) -> dict[str, An
     return {"models": [_entry(model, since_s) for model in models if model["complete"]]}
 
 
-def shown_model(name: str, models: Iterable[ModelDocument]) -> ModelDocument:
+def shown_model(name: str, models: Sequence[ModelDocument]) -> ModelDocument:
     """Return the model of a name. Raises ApiError."""
     if (model := find_model(name, models)) is not None:
         return model

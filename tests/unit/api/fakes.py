@@ -242,8 +242,8 @@ class FakeNode:
 
     async def bench(self, spec: TrialSpec) -> Trial:
         """Measure every job as half as long as the baseline's, to within a tenth."""
-        methods = 1 + len(spec.methods or PORTFOLIO)
-        spec.on_jobs_known(methods * (spec.rounds * spec.workload.concurrency + 1))
+        measured = 1 + len(spec.methods or PORTFOLIO)
+        spec.on_jobs_known(measured * (spec.rounds * spec.workload.concurrency + 1))
         self.benched.append(spec)
         try:
             if self.bench_hangs:
