@@ -430,8 +430,7 @@ class StatusView:
         return (), ()
 
     def _served_span(self, span: Span) -> SpanDocument:
-        info = span.info
-        statistics, load = span.engine.statistics(), span.load()
+        info, statistics, load = span.info, span.engine.statistics(), span.load()
         return {
             **self._span_summary(info.model, info.blocks),
             "block_count": info.block_count,

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -74,9 +74,7 @@ class TorchShard(Shard[SlotMapping]):
         kv_blocks = self._reference.load() if self._refusal else empty_kv_blocks(span, self._device)
         kv_bytes_per_position = sum(block.bytes_per_position for block in kv_blocks)
         is_loaded = self._device.type == CPU or self._refusal is not None  # pages of mapped files count as free
-        memory_bytes = _memory_bytes(options, span, self._device, is_loaded=is_loaded)
-        if self._device.type != CPU:  # where all but this is allocated at once
-            memory_bytes -= reserve_bytes(source.config, is_last=span.is_last)
+        memory_bytes = _memory_bytes(options, span, self._device, source.config, is_loaded=is_loaded)
         position_bytes = kv_bytes_per_position + (4 * span.hidden_size if options.plan_rows else 0)
         max_positions = min(span.max_positions or MAX_POSITIONS, MAX_POSITIONS)
         packed_bytes = 0 if self._refusal else _packed_bytes(span, self._device)
@@ -270,12 +268,18 @@ def open_torch_shard(source: ShardSource, blocks: BlockRange, options: EngineOpt
         raise EngineError(f"{options.device} failed: {one_line(error, 200)}") from None
 
 
-def _memory_bytes(options: EngineOptions, span: LoadedSpan, device: torch.device, *, is_loaded: bool) -> int:
-    """Return the limit of memory, by default that of the weights and a share of what is free beside them."""
+def _memory_bytes(
+    options: EngineOptions, span: LoadedSpan, device: torch.device, config: Mapping[str, Any], *, is_loaded: bool
+) -> int:
+    """Return the limit of memory, by default that of the weights and a share of what is free beside them.
+
+    On a GPU, where all of it is allocated at once, without what intermediate results will take.
+    """
+    reserve = 0 if device.type == CPU else reserve_bytes(config, is_last=span.is_last)
     if options.memory_bytes is not None:
-        return options.memory_bytes
+        return options.memory_bytes - reserve
     free = max(0, free_bytes(device) - (0 if is_loaded else span.weight_bytes))
-    return span.weight_bytes + int(free * FREE_MEMORY_SHARE)
+    return span.weight_bytes + int(free * FREE_MEMORY_SHARE) - reserve
 
 
 def _embedding_on(device: torch.device, span: LoadedSpan) -> torch.Tensor:

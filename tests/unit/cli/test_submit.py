@@ -302,7 +302,7 @@ class TestBootstrap:
         assert capsys.readouterr().out == "Hello, wörld\n"
         assert joined == [("peers.yaml",)]
 
-    @pytest.mark.parametrize(("model", "code"), [([], 1), (["--model", "abababab"], 0)])
+    @pytest.mark.parametrize(("model", "code"), [([], 1), (["--model", MODEL[:16]], 0)])
     def test_unnamed_model_needs_its_id(
         self,
         model: list[str],
@@ -314,7 +314,7 @@ class TestBootstrap:
         @contextmanager
         def local_node(serve_model: str | None, bootstrap: tuple[str, ...], *, share_data_dir: bool) -> Iterator[str]:
             node = FakeNode()
-            foreign = node.models()[0] | {"complete": False, "local": False, "name": MODEL[:12]}
+            foreign = node.models()[0] | {"complete": False, "local": False, "name": MODEL[:16]}
             monkeypatch.setattr(node, "models", lambda: [foreign])
             yield serve(node)
 
@@ -323,7 +323,7 @@ class TestBootstrap:
         monkeypatch.setattr(target, "DISCOVERY_TIMEOUT_S", 60 if model else 0)
         monkeypatch.setenv("METASWARM_API", "127.0.0.1:1")
         assert run(["submit", "Hi", "--bootstrap", "peers.yaml", *model]) == code
-        assert (f"choose one that you trust with --model: {MODEL[:12]}" in capsys.readouterr().err) is (code == 1)
+        assert (f"choose one that you trust with --model: {MODEL[:16]}" in capsys.readouterr().err) is (code == 1)
 
     def test_uses_running_node(
         self, joined: list[tuple[str, ...]], api: list[str], monkeypatch: pytest.MonkeyPatch
