@@ -2,7 +2,9 @@
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -66,6 +68,7 @@ class TorchShard(Shard[SlotMapping]):
         started_s = time.perf_counter()
         self._device = torch.device(options.device)
         described = describe(source.config)
+        options = _without_reserve(options, source, is_last=blocks.end == described.config.num_hidden_layers)
         self._refusal = refusal(described)
         dtype, place = (torch.float32, self._device) if self._refusal else (None, torch.device(CPU))
         span = load_span(source, blocks, dtype, place, options.memory_bytes, described)
@@ -73,8 +76,7 @@ class TorchShard(Shard[SlotMapping]):
         self._reference = Reference(span if self._refusal else span.with_own_modules(), source, blocks, self._device)
         kv_blocks = self._reference.load() if self._refusal else empty_kv_blocks(span, self._device)
         kv_bytes_per_position = sum(block.bytes_per_position for block in kv_blocks)
-        is_loaded = self._device.type == CPU or self._refusal is not None  # pages of mapped files count as free
-        memory_bytes = _memory_bytes(options, span, self._device, source.config, is_loaded=is_loaded)
+        memory_bytes = _memory_bytes(options, span, self._device, is_loaded=self._refusal is not None)
         position_bytes = kv_bytes_per_position + (4 * span.hidden_size if options.plan_rows else 0)
         max_positions = min(span.max_positions or MAX_POSITIONS, MAX_POSITIONS)
         packed_bytes = 0 if self._refusal else _packed_bytes(span, self._device)
@@ -123,11 +125,21 @@ class TorchShard(Shard[SlotMapping]):
 
         Raises EngineError where it is unavailable: no such variant, not for this architecture, or too little memory.
         """
-        if variant == REFERENCE:
-            self._load_reference()
-            return
         if variant in self._runners:
             return
+        try:
+            if variant == REFERENCE:
+                self._load_reference()
+            else:
+                self._build(variant)
+        except RuntimeError as error:
+            traceback.clear_frames(error.__traceback__)
+            gc.collect()  # what was built so far may hold its own parts in cycles, with the memory of a GPU
+            if isinstance(error, torch.OutOfMemoryError):
+                raise NoVariantMemory(f"{variant} takes more memory than {self._device} has left") from None
+            raise
+
+    def _build(self, variant: Variant) -> None:
         spec = BACKENDS.get(variant.engine)
         packing = spec.packings.get(variant.arithmetic) if spec else None
         if spec is None or packing is None or variant.kv != AUTO:
@@ -143,11 +155,9 @@ class TorchShard(Shard[SlotMapping]):
         backend = self._backend(variant.engine)
         try:
             self._runners[variant] = backend.build(variant.arithmetic, self._kv_of(variant))
-        except (EngineError, RuntimeError) as error:
+        except (EngineError, RuntimeError):
             if shared not in self._taken_bytes:
                 backend.forget(variant.arithmetic)  # its weights were packed, and warming failed
-            if isinstance(error, torch.OutOfMemoryError):
-                raise NoVariantMemory(f"{variant} takes more memory than {self._device} has left") from None
             raise
         self._taken_bytes[shared] = needed
         trim_heap()
@@ -268,18 +278,26 @@ def open_torch_shard(source: ShardSource, blocks: BlockRange, options: EngineOpt
         raise EngineError(f"{options.device} failed: {one_line(error, 200)}") from None
 
 
-def _memory_bytes(
-    options: EngineOptions, span: LoadedSpan, device: torch.device, config: Mapping[str, Any], *, is_loaded: bool
-) -> int:
+def _without_reserve(options: EngineOptions, source: ShardSource, *, is_last: bool) -> EngineOptions:
+    """Return options whose limit of memory leaves out what intermediate results take.
+
+    On a GPU, where all of it is allocated at once. The default limit leaves a share that is larger.
+    """
+    if options.memory_bytes is None or options.device == CPU:
+        return options
+    left_bytes = options.memory_bytes - reserve_bytes(source.config, is_last=is_last)
+    return replace(options, memory_bytes=max(0, left_bytes))
+
+
+def _memory_bytes(options: EngineOptions, span: LoadedSpan, device: torch.device, *, is_loaded: bool) -> int:
     """Return the limit of memory, by default that of the weights and a share of what is free beside them.
 
-    On a GPU, where all of it is allocated at once, without what intermediate results will take.
+    `is_loaded`: whether the device holds the weights; the pages of mapped files count as free.
     """
-    reserve = 0 if device.type == CPU else reserve_bytes(config, is_last=span.is_last)
     if options.memory_bytes is not None:
-        return options.memory_bytes - reserve
-    free = max(0, free_bytes(device) - (0 if is_loaded else span.weight_bytes))
-    return span.weight_bytes + int(free * FREE_MEMORY_SHARE) - reserve
+        return options.memory_bytes
+    free = max(0, free_bytes(device) - (0 if is_loaded or device.type == CPU else span.weight_bytes))
+    return span.weight_bytes + int(free * FREE_MEMORY_SHARE)
 
 
 def _embedding_on(device: torch.device, span: LoadedSpan) -> torch.Tensor:

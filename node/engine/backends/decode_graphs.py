@@ -70,39 +70,38 @@ class DecodeGraphs:
         self._capture: Capture | None = capture
         self._most_positions = most_positions
         self._recorded: dict[tuple[int, int], _Recorded | None] = {}
-        """By the numbers of sessions and of pages; None where there was too little memory."""
+        """By the numbers of sessions and of pages; None where that failed."""
 
     def run(self, slices: Sequence[Rows]) -> torch.Tensor | None:
         """Return the output of slices, in order, until the next call; None where they have to be computed otherwise."""
-        if self._capture is None or len(slices) > MOST_SESSIONS or any(len(part.rows) > 1 for part in slices):
+        if len(slices) > MOST_SESSIONS or any(len(part.rows) > 1 for part in slices):
             return None
         page_positions = slices[0].slots.page_positions
         sessions = _padded(len(slices))
         pages = _padded(max(part.position // page_positions + 1 for part in slices))
         if sessions * pages * page_positions > self._most_positions:
             return None
-        if (sessions, pages) not in self._recorded:
-            self._recorded[sessions, pages] = self._record(slices, sessions, pages)
-        recorded = self._recorded[sessions, pages]
+        if (sessions, pages) not in self._recorded and self._capture is not None:
+            self._recorded[sessions, pages] = self._record(slices, sessions, pages, self._capture)
+        recorded = self._recorded.get((sessions, pages))
         if recorded is None:
             return None
         recorded.inputs.fill(slices)
         return recorded.replay()[: len(slices)]
 
-    def _record(self, slices: Sequence[Rows], sessions: int, pages: int) -> _Recorded | None:
-        assert self._capture is not None
+    def _record(self, slices: Sequence[Rows], sessions: int, pages: int, capture: Capture) -> _Recorded | None:
         row = slices[0].rows
         layout = torch.zeros(sessions, 1 + pages, dtype=torch.long, device=row.device)
         inputs = DecodeInputs(row.new_empty(sessions, *row.shape[1:]), layout, slices[0].slots.page_positions)
         inputs.fill(slices)
         step = self._make_step(inputs)
         try:
-            return _Recorded(inputs, step, self._capture(step))
+            return _Recorded(inputs, step, capture(step))
         except RuntimeError as error:
             synchronize(row.device)  # raises where not only the recording is lost, but the GPU
             which = f"decode steps of {sessions} sessions over {pages} pages are not recorded"
             if not isinstance(error, torch.OutOfMemoryError):
-                which, self._capture = "decode steps are not recorded any more", None
+                which, self._capture = "no more decode steps are recorded", None
             sys.stderr.write(f"{which}: {one_line(error, 200)}\n")
             return None
 

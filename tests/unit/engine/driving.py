@@ -16,11 +16,14 @@ from node.engine.interface import (
     KvCompatibilityKey,
     Prefix,
     SessionOptions,
+    ShardSource,
     SliceInput,
+    SpanInfo,
     StepResult,
     Variant,
 )
 from node.engine.kv_allocator import KvAllocator
+from node.engine.memory_plan import reserve_bytes
 from node.engine.shard import Shard
 from protocol.identity import BlockRange, JobId, SessionId
 from protocol.messages import Sampling
@@ -46,6 +49,12 @@ def pages_of(text: Sequence[int]) -> Prefix:
     pages = (repr(text[:end]).encode() for end in range(PAGE_POSITIONS, len(text) + 1, PAGE_POSITIONS))
     hashes = b"".join(hashlib.blake2b(page, digest_size=PAGE_HASH_BYTES).digest() for page in pages)
     return Prefix(namespace="me", hashes=hashes)
+
+
+def memory_for(source: ShardSource, info: SpanInfo, positions: int, device: str = DEVICE) -> int:
+    """Return the memory limit that leaves a span so many positions' worth beside its weights."""
+    reserve = 0 if device == "cpu" else reserve_bytes(source.config, is_last=info.blocks.end == info.block_count)
+    return info.weight_bytes + positions * info.kv_bytes_per_position + reserve
 
 
 class InProcess:

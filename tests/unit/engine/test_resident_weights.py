@@ -14,12 +14,12 @@ import torch
 
 from node.engine.backends.narrow import NarrowWeights
 from node.engine.backends.transformers import TransformersSpan
-from node.engine.interface import REFERENCE, EngineOptions, Variant
+from node.engine.interface import REFERENCE, EngineOptions, NoVariantMemory, Variant
 from node.engine.loading import load_span
 from node.engine.torch_shard import TorchShard
 from node.engine.widened import multiply_widened
 from protocol.identity import BlockRange
-from tests.unit.engine.driving import DEVICE, InProcess, decode, spans
+from tests.unit.engine.driving import DEVICE, InProcess, decode, memory_for, spans
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel, narrowed
 
 MakeTinyModel = Callable[[str], TinyModel]
@@ -56,10 +56,10 @@ async def test_model_too_large_as_fp32_is_held_as_published(
     for count in (1, 3):
         engines = []
         for blocks in spans(BLOCKS, count):
-            widened_bytes = TorchShard(tiny.source(blocks), blocks, options).info.weight_bytes
-            limited = EngineOptions(memory_bytes=widened_bytes, device=DEVICE)
+            widened = TorchShard(tiny.source(blocks), blocks, options).info
+            limited = EngineOptions(memory_bytes=memory_for(tiny.source(blocks), widened, 0), device=DEVICE)
             engines.append(InProcess(TorchShard(tiny.source(blocks), blocks, limited)))
-            assert engines[-1].info.weight_bytes < 0.7 * widened_bytes
+            assert engines[-1].info.weight_bytes < 0.7 * widened.weight_bytes
         assert await decode(engines, PROMPT, COUNT) == tiny.tokens, f"{count} spans"
 
 
@@ -153,11 +153,11 @@ async def test_reference_is_loaded_again_after_it_could_not_be(
     monkeypatch.setattr(shard, "_packed_bytes", shard._reference.needed_bytes)
 
     def fail(_: TransformersSpan) -> NoReturn:
-        raise RuntimeError("CUDA out of memory")
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
         patch.setattr(TransformersSpan, "trial_run", fail)
-        with pytest.raises(RuntimeError, match="out of memory"):
+        with pytest.raises(NoVariantMemory, match="takes more memory"):
             engine.shard.prepare(REFERENCE)
     engine.shard.prepare(REFERENCE)
     assert await decode([engine], PROMPT, COUNT) == tiny.tokens

@@ -36,7 +36,7 @@ from node.engine.worker_protocol import PREFIX, decode_header, decode_result, en
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
-from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, session, spans, start, step
+from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, memory_for, session, spans, start, step
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
 
 MakeTinyModel = Callable[[str], TinyModel]
@@ -416,14 +416,15 @@ def test_memory_limit_bounds_kv_positions(make_tiny_model: MakeTinyModel) -> Non
     tiny = make_tiny_model("llama")
     blocks = BlockRange(1, 3)
     info = shard_of(tiny, blocks).info
-    memory_bytes = info.weight_bytes + 140 * info.kv_bytes_per_position  # the longest text has 128: it comes first
+    memory_bytes = memory_for(tiny.source(blocks), info, 140)  # the longest text has 128: it comes first
+    least = memory_for(tiny.source(blocks), info, 0)
     assert (
         shard_of(tiny, blocks, EngineOptions(memory_bytes=memory_bytes, device=DEVICE)).info.kv_positions == 128
     )  # planned
     with pytest.raises(EngineError, match="bytes of memory are not enough"):
-        shard_of(tiny, blocks, EngineOptions(memory_bytes=info.weight_bytes, device=DEVICE))
+        shard_of(tiny, blocks, EngineOptions(memory_bytes=least, device=DEVICE))
     with pytest.raises(EngineError, match=f"not enough: the weights take {info.weight_bytes}$"):
-        shard_of(tiny, blocks, EngineOptions(memory_bytes=info.weight_bytes - 1, device=DEVICE))
+        shard_of(tiny, blocks, EngineOptions(memory_bytes=least - 1, device=DEVICE))
 
 
 @pytest.mark.parametrize(

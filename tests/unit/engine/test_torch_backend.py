@@ -20,7 +20,7 @@ from node.engine.kv_allocator import EXPIRY_ROUNDS
 from node.engine.torch_shard import TorchShard
 from protocol.identity import BlockRange
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
-from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, pages_of, session, spans
+from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, memory_for, pages_of, session, spans
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
 
 MakeTinyModel = Callable[[str], TinyModel]
@@ -190,7 +190,7 @@ def test_unavailable_variant_names_its_reason(make_tiny_model: MakeTinyModel) ->
     with pytest.raises(EngineError, match="no variant onnxruntime/w8a8"):
         engines_of(tiny, 1, Variant("onnxruntime", "w8a8"))
     info = TorchShard(tiny.source(blocks), blocks, OPTIONS).info
-    memory_bytes = info.weight_bytes + 80 * info.kv_bytes_per_position
+    memory_bytes = memory_for(tiny.source(blocks), info, 80)
     shard = TorchShard(tiny.source(blocks), blocks, EngineOptions(memory_bytes=memory_bytes, device=DEVICE))
     shard.prepare(FUSED)  # it takes what the published weights take, and those are not kept
     with pytest.raises(EngineError, match=r"fused/bf16 takes .* bytes of memory"):
@@ -201,7 +201,7 @@ def test_unavailable_variant_names_its_reason(make_tiny_model: MakeTinyModel) ->
 def test_dropped_variant_makes_room_for_another_one(make_tiny_model: MakeTinyModel) -> None:
     tiny, blocks = make_tiny_model("llama"), BlockRange(0, BLOCKS)
     info = TorchShard(tiny.source(blocks), blocks, OPTIONS).info
-    memory_bytes = info.weight_bytes + 80 * info.kv_bytes_per_position
+    memory_bytes = memory_for(tiny.source(blocks), info, 80)
     shard = TorchShard(tiny.source(blocks), blocks, EngineOptions(memory_bytes=memory_bytes, device=DEVICE))
     int8, w8a8 = Variant("fused", "int8"), Variant("fused", "w8a8")
     shard.prepare(int8)

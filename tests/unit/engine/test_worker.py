@@ -51,7 +51,18 @@ from protocol.identity import BlockRange
 from protocol.messages import Sampling
 from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
 from tests.support import hostile_directory
-from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, pages_of, session, spans, start, step
+from tests.unit.engine.driving import (
+    DEVICE,
+    GREEDY,
+    InProcess,
+    decode,
+    memory_for,
+    pages_of,
+    session,
+    spans,
+    start,
+    step,
+)
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, VOCABULARY, TinyModel
 
 MakeTinyModel = Callable[[str], TinyModel]
@@ -368,7 +379,7 @@ async def test_worker_drops_a_variant_for_another_one(make_tiny_model: MakeTinyM
     tiny = make_tiny_model("llama")
     fused, rounded = Variant("fused", "fp32"), Variant("fused", "int8")
     info = TorchShard(tiny.source(WHOLE), WHOLE, OPTIONS).info
-    memory_bytes = info.weight_bytes + 80 * info.kv_bytes_per_position
+    memory_bytes = memory_for(tiny.source(WHOLE), info, 80)
     async with start_worker(tiny.source(WHOLE), WHOLE, replace(OPTIONS, memory_bytes=memory_bytes)) as engine:
         await engine.prepare(rounded)
         with pytest.raises(NoVariantMemory):
