@@ -479,3 +479,11 @@ def test_attention_that_differs_from_torchs_is_found_out() -> None:
 
 def test_no_flash_attention_without_an_nvidia_gpu() -> None:
     assert flash_attention_on(torch.device("cpu")) is None
+
+
+def test_no_flash_attention_where_its_library_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_name: str) -> None:
+        raise OSError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", fail)
+    assert flash_attention_on.__wrapped__(torch.device("cuda")) is None
