@@ -84,6 +84,10 @@ def _parse_tools(param: str, value: Any) -> tuple[ResponseTool, ...]:
     tools = tuple(tool for entry in _parse_entries(param, value) for tool in entry)
     if len(tools) > MAX_TOOLS:
         refuse(param, f"has {len(tools)} functions; at most {MAX_TOOLS} are supported")
+    names = {tool.name.for_model: tool.name for tool in tools}
+    for tool in tools:
+        if names[tool.name.for_model] != tool.name:
+            refuse(param, f"has two functions that the model would call {tool.name.for_model}")
     return tools
 
 

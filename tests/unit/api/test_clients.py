@@ -356,6 +356,9 @@ async def test_openai_responses_calls_functions_of_a_namespace(node: FakeNode, u
     job = node.submitter.requests[-1]
     assert [tool["function"]["name"] for tool in job.tools] == ["weather", "sky__weather"]
     assert [each.name for turn in job.messages or () for each in turn.tool_calls] == ["sky__weather"]
+    taken = [*tools, {**function, "name": "sky__weather"}]
+    with pytest.raises(openai.BadRequestError, match="two functions that the model would call sky__weather"):
+        await ask(lambda: of_openai(url).responses.create(model="tiny", tools=taken, input="Hi"))
 
 
 async def test_openai_responses_goes_on_after_a_tool(node: FakeNode, url: str, of_openai: Client) -> None:
