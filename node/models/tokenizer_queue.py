@@ -69,5 +69,5 @@ class CallQueue:
                 self._turn = max(self._turn, call.turn)
                 self._ends = {asker: end for asker, end in self._ends.items() if end > self._turn}
                 return call
-        self._ends.clear()  # whoever comes next competes with nobody
+        self._ends.clear()  # the next request has no other to wait for
         return None

@@ -51,7 +51,7 @@ class DialsForOthers:
     def failed(self, peer: PeerId) -> None:
         """Record that it was not: for a while it is not dialled again, longer each time.
 
-        Not where nobody is connected: then it is this node that has no network.
+        Not while no peer is connected: then it is this node that has no network.
         """
         if self._network.connected_peers():
             self._backoff.failed(peer, trio.current_time(), BACKOFF_S)

@@ -184,7 +184,7 @@ class Dialler:
         finally:
             del self._dialling[entry.peer]
             dial.ended.set()
-        # From here on nobody waits for this dial, or has its connection kept.
+        # From here on no caller waits for this dial, or has its connection kept.
         if answered and not was_connected:
             if dial.keep:
                 self._kept.add(entry.peer)

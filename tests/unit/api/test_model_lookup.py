@@ -11,7 +11,7 @@ OURS, NAMED, TWIN, OTHER = ("12345678" + rest * 56 for rest in "0189")
 
 
 def document(model: str, **fields: Any) -> ModelDocument:
-    """Return a model as the node describes one that only peers have and nobody named."""
+    """Return a model as the node describes one that only peers have, without a name."""
     return cast("ModelDocument", {"model": model, "name": model[:16], "local": False} | fields)
 
 
